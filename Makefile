@@ -1,0 +1,64 @@
+# Needs make and Python 3.11 or 3.12, nothing else. `make PYTHON=python3.12 install` picks another interpreter.
+
+PYTHON ?= python3
+UV_VERSION := 0.13.8
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp-install
+HINT := install Python 3.11 or 3.12, or name one, as in make PYTHON=python3.12 install
+BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+# Two torch threads that fight over one core are many times slower than one.
+export OMP_NUM_THREADS ?= 1
+# Some wheels are large; do not give up on a slow line.
+export UV_HTTP_TIMEOUT ?= 300
+
+.DEFAULT_GOAL := help
+.PHONY: help install venv demo test lint format bench toy clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## make .venv with the pinned requirements and this project in it
+
+# A working .venv is kept as it is: making it again with another interpreter would break it.
+$(STAMP): requirements.txt pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements.txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+venv:
+	@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' is not there: $(HINT)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+		|| { echo "acpo_dist does not run on $$($(PYTHON) --version 2>&1): $(HINT)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+demo: $(STAMP) ## the whole system at work on a toy, without GPU or network
+	$(BIN)/acpo demo
+
+# Ray starts processes of its own, so its tests run alone, after the others. No such test (pytest's 5) is no failure.
+test: $(STAMP) ## every test; those that start Ray run last, one by one
+	$(BIN)/python -m pytest tests -m "not ray" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests -m ray || [ $$? -eq 5 ]
+
+lint: $(STAMP) ## style, formatting, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: $(STAMP) ## put the code into the house format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## run every benchmark
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+toy: $(STAMP) ## train the embedded toy models again
+	$(BIN)/acpo toy build
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	find $(wildcard acpo_dist actors tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,149 @@
+"""Read configuration files: `extends`, `key=value` overrides, and errors that say where a value was set."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from acpo_dist.config.relations import check_relations
+from acpo_dist.config.schema import Config
+from acpo_dist.config.section import describe
+from acpo_dist.core.errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number, as every other language does, and refuses a key that is set twice."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.composer.ComposerError(None, None, f"`{key.value}` is set twice", key.start_mark)
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that quotes a text such as `1e5`, which `_Loader` would read back as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Load a file by path, or a shipped one by name, apply overrides, and check it whole.
+
+    Merge order: schema defaults, the `extends` chain, the file, the overrides. Mappings merge, lists replace; a
+    mapping whose `type` changes is replaced.
+
+    Raises:
+        ConfigError: names the key, the value, where it is set and what is known.
+    """
+    path = find_config(source)
+    merged = _read_chain(path, ())
+    for override in overrides:
+        merged = _merge(merged, parse_override(override))
+    origin = str(source) + (f" with {' '.join(overrides)}" if overrides else "")
+    return validate(merged, origin)
+
+
+def validate(mapping: dict[str, Any], origin: str) -> Config:
+    """Check plain data against the schema and the relations between sections."""
+    try:
+        config = Config.model_validate(mapping)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {describe(error, Config)}") from error
+    check_relations(config)
+    return config
+
+
+def find_config(source: str | Path) -> Path:
+    """A path as it is; else `NAME` or `configs/NAME.yaml` among the shipped files."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    # Another folder is meant as it is: its missing file must not turn into a shipped one of the same name.
+    for folder in _SHIPPED if str(path.parent) in (".", "configs") else ():
+        for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    raise ConfigError(f"no configuration file `{source}`. Shipped: {', '.join(shipped_configs()) or 'none'}; or give a path.")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configuration files that come with the package."""
+    return sorted({path.stem for folder in _SHIPPED if folder.is_dir() for path in folder.glob("*.yaml")})
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as nested data, the value read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"an override must read `section.key=value`, found `{text}`")
+    try:
+        parsed: Any = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of the override `{text}` is not valid YAML: {error}") from error
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML; loading it again gives the same configuration."""
+    return yaml.dump(config.to_mapping(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        raise ConfigError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
+    try:
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    mapping = {} if mapping is None else mapping
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected sections at the top level, found {type(mapping).__name__}")
+    parent = mapping.pop("extends", None)
+    if parent is None:
+        return mapping
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: `extends` names one configuration, found {parent!r}")
+    beside = [path.parent / name for name in (parent, f"{parent}.yaml") if (path.parent / name).is_file()]
+    base = _read_chain(beside[0] if beside else find_config(parent), (*seen, resolved))
+    return _merge(base, mapping)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type"):
+            merged[key] = _merge(old, value, f"{prefix}{key}.")
+        elif isinstance(old, list) and isinstance(value, dict) and value and all(str(part).isdigit() for part in value):
+            merged[key] = _merge_items(f"{prefix}{key}", old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _merge_items(key: str, old: list[Any], over: dict[str, Any]) -> list[Any]:
+    """`rewards.train.0.weight=2`: items of a list by index."""
+    items = list(old)
+    for index, value in over.items():
+        if int(index) >= len(items):
+            raise ConfigError(f"`{key}.{index}`: the list has {len(items)} entries, counted from 0")
+        items[int(index)] = _merge({index: items[int(index)]}, {index: value}, f"{key}.")[index]
+    return items

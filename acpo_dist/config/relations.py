@@ -1,0 +1,93 @@
+"""Relations between sections, checked before anything starts. Each message names both keys and both values."""
+
+import importlib.util
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError, RewardConfigError
+from acpo_dist.core.registry import MODELS, REWARDS, resolve
+
+
+def check_relations(config: Config) -> None:
+    """Refuse a configuration whose sections contradict each other.
+
+    Raises:
+        ConfigError: batch arithmetic, backend or data do not fit together.
+        RewardConfigError: a metric cannot play its role.
+    """
+    _check_batches(config)
+    _check_backend(config)
+    _check_data(config)
+    _check_rewards(config)
+
+
+def _check_batches(config: Config) -> None:
+    samples = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt
+    learner, rollout = config.learner, config.rollout
+    if rollout.batch_size % rollout.samples_per_prompt:
+        raise ConfigError(
+            f"rollout.batch_size ({rollout.batch_size}) must be a multiple of rollout.samples_per_prompt "
+            f"({rollout.samples_per_prompt}): a chunk holds whole prompt groups. Set rollout.batch_size="
+            f"{rollout.samples_per_prompt * max(1, rollout.batch_size // rollout.samples_per_prompt)}."
+        )
+    if samples % learner.global_batch:
+        raise ConfigError(
+            f"an iteration draws rollout.prompts_per_iteration x rollout.samples_per_prompt = {samples} samples, which "
+            f"learner.global_batch ({learner.global_batch}) does not divide. Change one so that it does."
+        )
+    step = learner.micro_batch * learner.num_ranks
+    if learner.global_batch % step:
+        raise ConfigError(
+            f"learner.global_batch ({learner.global_batch}) must be a multiple of learner.micro_batch x learner.num_ranks "
+            f"({learner.micro_batch} x {learner.num_ranks} = {step}); the quotient is the gradient accumulation. "
+            f"Set learner.global_batch={step * max(1, learner.global_batch // step)} or a smaller learner.micro_batch."
+        )
+
+
+def _check_backend(config: Config) -> None:
+    if config.learner.num_ranks > 1 and config.learner.zero_stage is None:
+        raise ConfigError(
+            f"learner.num_ranks is {config.learner.num_ranks} but learner.zero_stage is unset: plain torch has one rank. "
+            "Set learner.zero_stage to 0, 1, 2 or 3."
+        )
+    if config.cluster.backend == "local" and config.learner.zero_stage is not None:
+        raise ConfigError(
+            f"cluster.backend is `local` but learner.zero_stage is {config.learner.zero_stage}: DeepSpeed ranks are Ray "
+            "actors. Use --backend ray, or unset learner.zero_stage."
+        )
+
+
+def _check_data(config: Config) -> None:
+    conditional = resolve("model", MODELS, config.model.type).conditional  # type: ignore[attr-defined]
+    if conditional and config.data.prompts == "none":
+        raise ConfigError("data.prompts is `none`, but the model draws from prompts: set data.prompts to `toy` or a file.")
+    if not conditional and config.data.prompts != "none":
+        raise ConfigError(
+            f"data.prompts is `{config.data.prompts}`, but the model is unconditional: set data.prompts=none."
+        )
+
+
+def _check_rewards(config: Config) -> None:
+    names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]  # type: ignore[attr-defined]
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardConfigError(f"two rewards or judges are called `{name}`: give each its own `name`.")
+    pathwise = config.algorithm.pathwise  # type: ignore[attr-defined]
+    for index, entry in enumerate(config.rewards.train):
+        metric = resolve("reward", REWARDS, entry.type)  # type: ignore[attr-defined]
+        reason = metric.unusable(entry)
+        if reason is None and pathwise and not metric.differentiable(entry):
+            reason = (
+                f"has no usable gradient, and `{config.algorithm.type}` needs one. "  # type: ignore[attr-defined]
+                "Move it to rewards.judges, or choose an algorithm that needs scores only"
+            )
+        if reason:
+            raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")  # type: ignore[attr-defined]
+    for index, entry in enumerate(config.rewards.judges):
+        reason = resolve("reward", REWARDS, entry.type).unusable(entry)  # type: ignore[attr-defined]
+        if reason:
+            raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")  # type: ignore[attr-defined]
+
+
+def module_available(name: str) -> bool:
+    """Whether an optional dependency can be found, without importing it."""
+    return importlib.util.find_spec(name) is not None

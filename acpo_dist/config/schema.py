@@ -1,0 +1,175 @@
+"""Every key of a run: its type, its only default and what it means. Relations live in `relations.py`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from acpo_dist.config.section import Section, plugin
+from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
+
+
+class RunConfig(Section):
+    """What the run is called, how long it is and where it is kept."""
+
+    name: str = "run"
+    """Name in tracking and of the default folder."""
+    dir: Path | None = None
+    """Folder of the run; None makes `runs/<name>-<seed>`."""
+    iterations: int = Field(default=100, ge=1)
+    """Rollout, reward, update and sync cycles."""
+    seed: int = 0
+    """Root of every random number in the run."""
+
+
+class DataConfig(Section):
+    """Prompts and real pictures."""
+
+    prompts: str = "toy"
+    """`toy` (captions of the closed world), `none` (unconditional), or a text, CSV or TSV file of prompts."""
+    prompt_column: str = "prompt"
+    """Column of a CSV or TSV file, case-insensitive."""
+    path: Path | None = None
+    """Parquet file of real pictures; they feed the base recipe, the anchor's forward-noised batch and the data term."""
+    image_column: str = "image"
+    """Column with the picture: encoded bytes, or a struct with the field `bytes`."""
+    max_images: int | None = Field(default=None, ge=1)
+    """Use only the first so many pictures."""
+
+
+class SamplerConfig(Section):
+    """How rollouts walk from noise to picture."""
+
+    num_steps: int = Field(default=20, ge=2)
+    """Denoise steps of a rollout."""
+    spacing: Literal["trailing", "leading"] = "trailing"
+    """Timestep spacing, in diffusers' words."""
+    guidance_scale: float = Field(default=5.0, ge=0)
+    """Classifier-free guidance; 1 or less runs the conditional branch alone."""
+    t_max: float = Field(default=0.3, gt=0, le=1)
+    """Largest training timestep as a share of the noise schedule: late steps only, so that composition stays."""
+    late_per_sample: int = Field(default=4, ge=1)
+    """States kept per sample among the steps at or below t_max, spread evenly."""
+
+
+class RolloutConfig(Section):
+    """Who draws samples, and how many per iteration."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Rollout workers (Ray); one in process."""
+    batch_size: int = Field(default=16, ge=1)
+    """Samples drawn at once; chunks of this size do not depend on the number of workers, so neither do the pictures."""
+    prompts_per_iteration: int = Field(default=32, ge=1)
+    samples_per_prompt: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+
+
+RewardPlugin = plugin("reward", REWARDS)
+
+
+class RewardsConfig(Section):
+    """What is rewarded, who judges, and how the pool serves it."""
+
+    train: tuple[RewardPlugin, ...] = Field(min_length=1)
+    """Metrics that drive the update."""
+    judges: tuple[RewardPlugin, ...] = ()
+    """Held-out metrics: measured, never optimised."""
+    cut: Literal["latent", "image"] = "latent"
+    """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded pictures."""
+    wire_dtype: Literal["float16", "float32"] = "float16"
+    """Precision of tensors and gradients between learner and pool; gradients carry a per-image power-of-two scale."""
+    replicas: int = Field(default=1, ge=1)
+    """Replicas per metric."""
+    cpus_per_replica: float = Field(default=1.0, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    deadline_s: float = Field(default=120.0, gt=0)
+    """A request is retried on other replicas until so many seconds have passed, then the run stops."""
+    calibration_samples: int = Field(default=256, ge=8)
+    """Base-model samples on which every metric is normalised before training."""
+
+
+class LearnerConfig(Section):
+    """Who updates the policy, and the optimiser."""
+
+    num_ranks: int = Field(default=1, ge=1)
+    """Learner ranks; more than one needs Ray."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage; None updates with plain torch in one rank."""
+    micro_batch: int = Field(default=16, ge=1)
+    """Samples per forward and backward on one rank."""
+    global_batch: int = Field(default=32, ge=1)
+    """Samples per optimiser step over all ranks; accumulation follows."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the network; formulas, losses and master weights stay float32."""
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the averaged weights per optimiser step; 0 switches averaging off."""
+    cpus_per_rank: float = Field(default=1.0, ge=0)
+    gpus_per_rank: float = Field(default=0.0, ge=0)
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest time that the driver waits for one learner call."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and how much is kept."""
+
+    every: int = Field(default=20, ge=1)
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class TrackingConfig(Section):
+    """Where figures and pictures go besides `metrics.jsonl`."""
+
+    mlflow: bool = True
+    """Record in MLflow too."""
+    mlflow_uri: str | None = None
+    """Tracking URI; None uses MLFLOW_TRACKING_URI, or else SQLite beside the run folder (`mlflow.db`)."""
+    experiment: str = "acpo"
+    images_every: int = Field(default=20, ge=1)
+    """Iterations between sample grids."""
+    num_images: int = Field(default=24, ge=1)
+    """Pictures per grid, always from the same prompts and seeds."""
+
+
+class ClusterConfig(Section):
+    """Where the run lives."""
+
+    backend: Literal["auto", "local", "ray"] = "auto"
+    """`local`: one process; `ray`: actors; `auto`: Ray when an address is known or the run needs it, else local."""
+    address: str | None = None
+    """Ray address; None uses RAY_ADDRESS, or else starts a local cluster."""
+    place_timeout_s: float = Field(default=60.0, gt=0)
+    """Longest wait for resources before the run gives up with a list of what is missing."""
+    worker_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest wait for one rollout or reward call."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: plugin("model", MODELS)  # type: ignore[valid-type]
+    data: DataConfig = DataConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig
+    algorithm: plugin("algorithm", ALGORITHMS)  # type: ignore[valid-type]
+    learner: LearnerConfig = LearnerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.run.dir or Path("runs") / f"{self.run.name}-{self.run.seed}"
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain nested data, as written to `resolved.yaml`."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,57 @@
+"""Errors for users. Each says what was expected, what was found, where it is set and what to do."""
+
+
+class AcpoError(Exception):
+    """Base of every error that a user can cause or must act on; the command line prints its text alone."""
+
+    exit_code = 1
+
+
+class UsageError(AcpoError):
+    """Something the user asked for cannot be: nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration file or override is wrong."""
+
+
+class ModelError(UsageError):
+    """A model folder or hub id cannot be read or does not fit."""
+
+
+class DataError(UsageError):
+    """A data file is missing, unreadable or lacks a column."""
+
+
+class RewardConfigError(UsageError):
+    """A reward cannot be built or does not fit its role."""
+
+
+class PlacementError(UsageError):
+    """The cluster cannot place what the configuration asks for."""
+
+
+class ResumeError(UsageError):
+    """A run cannot be continued from the given place."""
+
+
+class RewardError(AcpoError):
+    """A reward could not be had within its deadline, or is not finite."""
+
+
+class WeightSyncError(AcpoError):
+    """A worker does not hold the weights that were published."""
+
+
+class NonFiniteError(AcpoError):
+    """A loss or gradient is not finite; no weight has left the learner."""
+
+
+class WorkerError(AcpoError):
+    """A worker process died or did not answer in time."""
+
+
+class CheckpointError(AcpoError):
+    """A checkpoint is incomplete or damaged."""

@@ -1,0 +1,135 @@
+"""The five ports that `loop.py` is written on. In process they call, on Ray they send; the loop does not know."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from acpo_dist.core.types import (
+    PromptGroup,
+    RewardTerm,
+    RolloutHandle,
+    ScoreTable,
+    TrainReport,
+    TrainTask,
+    WeightBundle,
+    WeightEcho,
+)
+
+Advance = Callable[[int], None]
+"""Called with the number of samples just finished, for progress display."""
+
+
+class RolloutPool(Protocol):
+    """Draws samples."""
+
+    def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
+        """Draw every sample of every group; chunks keep groups whole and do not depend on the number of workers."""
+        ...
+
+    def load(self, bundle: WeightBundle) -> list[WeightEcho]:
+        """Load weights into every worker; each says what it holds afterwards."""
+        ...
+
+    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
+        """Pictures of the named samples, uint8 (B, 3, H, W), in the order asked for."""
+        ...
+
+    def close(self) -> None:
+        """Free the workers."""
+        ...
+
+
+class RewardPool(Protocol):
+    """Scores samples."""
+
+    def score(
+        self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
+    ) -> ScoreTable:
+        """Raw scores of every sample by every named metric.
+
+        Raises:
+            RewardError: a score is missing after the deadline, or not finite.
+        """
+        ...
+
+    def counters(self) -> dict[str, float]:
+        """Requests, retries and failures so far."""
+        ...
+
+    def close(self) -> None:
+        """Free the workers."""
+        ...
+
+
+class LearnerGroup(Protocol):
+    """Updates the policy."""
+
+    def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
+        """Run the optimiser steps of one iteration.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the weights are those of the last good step.
+        """
+        ...
+
+    def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> float:
+        """Median over samples of the norm of the reward gradient with respect to the predicted noise."""
+        ...
+
+    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
+        """Mean squared noise-space drift at each timestep, on forward-noised x_0 of the given samples."""
+        ...
+
+    def export(self, version: int, *, ema: bool = False) -> WeightBundle:
+        """Trainable weights, gathered from all ranks (the averaged ones with `ema`)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimiser state and averages below `folder`, independent of the number of ranks."""
+        ...
+
+    def restore(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        ...
+
+    def close(self) -> None:
+        """Free the workers."""
+        ...
+
+
+class WeightChannel(Protocol):
+    """Carries weights from the learner to the rollout workers, verified."""
+
+    def publish(self, version: int) -> str:
+        """Send version `version`; return its checksum.
+
+        Raises:
+            WeightSyncError: some worker does not hold it.
+        """
+        ...
+
+
+class Tracker(Protocol):
+    """Records what happens. A tracker that fails says so once and never stops training."""
+
+    def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Record the figures of one iteration."""
+        ...
+
+    def log_image(self, name: str, iteration: int, path: Path) -> None:
+        """Record a picture file."""
+        ...
+
+    def log_text(self, name: str, text: str) -> None:
+        """Record a small text file."""
+        ...
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Attach searchable facts to the run."""
+        ...
+
+    def close(self, status: str) -> None:
+        """Flush and end with `status`: FINISHED, FAILED or KILLED."""
+        ...

@@ -1,0 +1,43 @@
+"""The three plug-in axes by name. Strings only: nothing is imported until a configuration asks for it."""
+
+import difflib
+import importlib
+from typing import Any
+
+from acpo_dist.core.errors import ConfigError
+
+REWARDS: dict[str, str] = {
+    "two_stream": "acpo_dist.rewards.metrics:TwoStreamMetric",
+    "strided_judge": "acpo_dist.rewards.metrics:StridedJudgeMetric",
+    "pyiqa": "acpo_dist.rewards.pyiqa_metric:PyiqaMetric",
+}
+MODELS: dict[str, str] = {
+    "sdxl": "acpo_dist.models.sdxl:SdxlFamily",
+    "ddpm": "acpo_dist.models.ddpm:DdpmFamily",
+}
+ALGORITHMS: dict[str, str] = {
+    "acpo": "acpo_dist.algorithms.acpo:Acpo",
+}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Text that names the closest known word, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""
+
+
+def resolve(kind: str, registry: dict[str, str], name: str) -> type[Any]:
+    """The class behind a registered name, or behind a `module:Class` that the user wrote.
+
+    Raises:
+        ConfigError: unknown name, or the module or class cannot be imported.
+    """
+    target = registry.get(name, name)
+    module, separator, attribute = target.partition(":")
+    if not separator:
+        known = ", ".join(sorted(registry))
+        raise ConfigError(f"unknown {kind} `{name}`.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your own.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{kind} `{name}` cannot be imported from `{target}`: {error}") from error

@@ -1,0 +1,133 @@
+"""What travels between the parts: frozen records, paired by sample id and never by position."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplePlan:
+    """One sample to be drawn: its prompt and the seed that fixes all its noise."""
+
+    sample_id: str
+    prompt_id: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptGroup:
+    """The samples of one prompt in one iteration; advantages are relative to it, shards never cut it."""
+
+    prompt_id: int
+    prompt: str
+    samples: tuple[SamplePlan, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateLatents:
+    """States kept at one late denoise step, where the learner trains."""
+
+    denoise_step: int
+    timestep: float
+    alpha_bar: float
+    latents_BCHW: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch:
+    """What one rollout worker made of one chunk of samples. B samples, all tensors on the CPU."""
+
+    sample_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    policy_version: int
+    schedule_id: str
+    latents_BCHW: Tensor
+    """Final x_0: scaled latents, or pixels in [-1, 1] for a pixel model; float32."""
+    late: tuple[LateLatents, ...]
+    images_BCHW: Tensor
+    """uint8 RGB, what a user would save."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutHandle:
+    """A rollout chunk as the driver holds it: names and versions here, tensors wherever `payload` points."""
+
+    sample_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    policy_version: int
+    schedule_id: str
+    payload: Any
+    """A `RolloutBatch` in process, an object reference on Ray."""
+
+
+ScoreTable = Mapping[str, Mapping[str, float]]
+"""metric name -> sample id -> raw score, in the metric's own unit and direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normaliser:
+    """Frozen mean and standard deviation of one metric on base-model samples."""
+
+    mean: float
+    std: float
+    sign: int
+    """+1 if higher is better, -1 if lower is better."""
+    target: float | None = None
+    """Hinge target m in normalised units; None outside `hinge` and `softplus`."""
+
+    def normalise(self, score: float) -> float:
+        """Signed z-score: base samples have mean 0 and standard deviation 1, higher is better."""
+        return self.sign * (score - self.mean) / self.std
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """How one reward enters the objective."""
+
+    name: str
+    weight: float
+    normaliser: Normaliser
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTask:
+    """Everything the learner needs for one iteration besides the rollouts."""
+
+    iteration: int
+    policy_version: int
+    """Version of the weights that the rollouts were made with and that gradients are computed for."""
+    sample_ids: tuple[str, ...]
+    """Samples to train on, in the global order that micro-batches are cut from."""
+    weights: Mapping[str, float]
+    """Per-sample weight of the algorithm (1 where it has no opinion)."""
+    anchor_weight: float
+    rewards: tuple[RewardTerm, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What the learner says after one iteration; means over all samples of all ranks."""
+
+    metrics: dict[str, float]
+    optim_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightBundle:
+    """Trainable weights of one version, by name, with the checksum of their bytes."""
+
+    version: int
+    checksum: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightEcho:
+    """What a worker says it holds, computed from its own parameters after loading."""
+
+    worker: str
+    version: int
+    checksum: str

@@ -1,0 +1,138 @@
+"""Prompts of a run, and which of them an iteration draws."""
+
+import csv
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.seeding import derive_seed, generator
+from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.toy.world import captions
+
+logger = logging.getLogger(__name__)
+
+_TABLES: dict[str, dict[str, Any]] = {
+    # Strict, because a stray quote would otherwise swallow the lines after it in silence.
+    ".csv": {"delimiter": ",", "strict": True},
+    # TSV knows no quoting: prompts such as `"PEACE" painted on a wall` keep their quotes.
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
+def load_prompts(source: str, column: str) -> tuple[str, ...]:
+    """Prompts of `data.prompts`, in file order; the index is the prompt id.
+
+    Args:
+        source: `toy` (captions of the closed world), `none` (one empty prompt), or a `.txt` file with one prompt per
+            line, or a `.csv` or (unquoted) `.tsv` file with a header. Blank prompts are dropped.
+        column: column of a CSV or TSV file, in any case.
+
+    Raises:
+        DataError: the file is missing or unreadable, lacks the column, or holds no prompt.
+    """
+    if source == "toy":
+        return captions()
+    if source == "none":
+        return ("",)
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"data.prompts: no such file `{source}`. Give `toy`, `none`, or a .txt, .csv or .tsv file.")
+    found = [prompt.strip() for prompt in _read(path, column)]
+    prompts = tuple(prompt for prompt in found if prompt)
+    if not prompts:
+        raise DataError(f"data.prompts: {path} holds no prompt.")
+    if len(prompts) < len(found):
+        logger.info("%s: %d blank prompts dropped, %d kept", path, len(found) - len(prompts), len(prompts))
+    return prompts
+
+
+def deal(
+    prompts: Sequence[str],
+    *,
+    iteration: int,
+    run_seed: int,
+    num_prompts: int,
+    samples_per_prompt: int,
+    stream: str = "train",
+) -> list[PromptGroup]:
+    """Prompt groups of one iteration; a function of its arguments alone, so a resumed run draws the same.
+
+    The prompts form an endless sequence of seeded permutations. Iteration i takes positions i * num_prompts up to
+    (i + 1) * num_prompts of it, so every prompt is used once before any is used again.
+
+    Args:
+        iteration: any integer; negative ones continue the sequence backwards.
+        stream: independent sequence and seeds for another purpose, such as `calibration`. Streams other than `train`
+            put their name before their sample ids.
+
+    Raises:
+        ValueError: no prompts, a count below 1, or a stream that is not an identifier.
+    """
+    if not prompts or num_prompts < 1 or samples_per_prompt < 1:
+        raise ValueError(f"nothing to deal: {len(prompts)} prompts, {num_prompts=}, {samples_per_prompt=}")
+    if not stream.isidentifier():
+        # An identifier has no dash and starts with no digit: ids of two streams can then never be the same.
+        raise ValueError(f"a stream must be named by an identifier, found {stream!r}")
+    prefix = f"{iteration:06d}" if stream == "train" else f"{stream}-{iteration:06d}"
+    chosen = _positions(len(prompts), iteration * num_prompts, num_prompts, stream=stream, run_seed=run_seed)
+    return [
+        PromptGroup(
+            prompt_id=prompt_id,
+            prompt=prompts[prompt_id],
+            samples=tuple(
+                SamplePlan(
+                    sample_id=f"{prefix}-{position:04d}-{k}",
+                    prompt_id=prompt_id,
+                    prompt=prompts[prompt_id],
+                    seed=derive_seed("rollout", stream, run_seed, iteration, prompt_id, position, k),
+                )
+                for k in range(samples_per_prompt)
+            ),
+        )
+        for position, prompt_id in enumerate(chosen)
+    ]
+
+
+def _positions(size: int, start: int, count: int, *, stream: str, run_seed: int) -> list[int]:
+    """Entries `start` to `start + count` of the endless sequence of permutations of `range(size)`."""
+    passes = range(start // size, (start + count - 1) // size + 1)
+    shuffled = [torch.randperm(size, generator=generator("prompts", stream, run_seed, index)) for index in passes]
+    offset = start - passes[0] * size
+    return torch.cat(shuffled)[offset : offset + count].tolist()
+
+
+def _read(path: Path, column: str) -> list[str]:
+    table = _TABLES.get(path.suffix.lower())
+    if table is None and path.suffix.lower() != ".txt":
+        raise DataError(f"data.prompts: expected a .txt, .csv or .tsv file, found `{path}`.")
+    try:
+        with path.open(encoding="utf-8-sig", newline=None if table is None else "") as file:
+            if table is None:
+                return list(file)
+            rows = [row for row in csv.reader(file, **table) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"data.prompts: {path} cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"data.prompts: {path} is empty; expected a header with the column `{column}`.")
+    index = _column_index(path, rows[0], column)
+    for number, row in enumerate(rows[1:], 1):
+        if any(row[len(rows[0]) :]):
+            raise DataError(
+                f"data.prompts: {path}: row {number} has {len(row)} cells, the header has {len(rows[0])}. "
+                "Put prompts that contain the separator in double quotes (CSV only)."
+            )
+    return [row[index] if index < len(row) else "" for row in rows[1:]]
+
+
+def _column_index(path: Path, header: list[str], column: str) -> int:
+    names = [name.strip() for name in header]
+    if column in names:
+        return names.index(column)
+    folded = [name.casefold() for name in names]
+    if column.casefold() not in folded:
+        raise DataError(f"data.prompt_column: {path} has no column `{column}`. Columns found: {', '.join(names)}.")
+    return folded.index(column.casefold())

@@ -1,0 +1,75 @@
+"""Conversions between noise, clean and velocity predictions, in float32 or wider.
+
+Legend: B samples, C channels, H W latent pixels. `alpha_bar_B` is the cumulative signal fraction per sample.
+With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar): x_t = a x_0 + s eps, v = a eps - s x_0.
+Source: Ho et al. 2020 (eps), Salimans and Ho 2022 (v).
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+def signal_and_noise(alpha_bar_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), shaped to broadcast over `like`; roots are taken in float64."""
+    shape = (-1, *[1] * (like.ndim - 1))
+    wide = alpha_bar_B.to(device=like.device, dtype=torch.float64).reshape(shape)
+    return wide.sqrt().to(_width(like)), (1 - wide).sqrt().to(_width(like))
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor) -> Tensor:
+    """x_t = a x_0 + s eps."""
+    signal, spread = signal_and_noise(alpha_bar_B, clean)
+    return signal * clean + spread * noise
+
+
+def to_clean(head: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
+    """One-step estimate of x_0 from the network's output, never clipped.
+
+    Args:
+        head: network output, any floating dtype.
+        noisy: x_t.
+        alpha_bar_B: in (0, 1).
+
+    Returns:
+        x0-hat in float32 (float64 if both inputs are); late timesteps are well conditioned once the inputs are wide.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    width = torch.promote_types(_width(head), _width(noisy))
+    head, noisy = head.to(width), noisy.to(width)
+    signal, spread = signal_and_noise(alpha_bar_B, noisy)
+    if prediction_type == "epsilon":
+        return (noisy - spread * head) / signal
+    if prediction_type == "v_prediction":
+        return signal * noisy - spread * head
+    if prediction_type == "sample":
+        return head
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
+
+def to_noise(head: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
+    """Estimate of eps from the network's output. For `sample` heads alpha_bar must be below 1 (a division by s).
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    width = torch.promote_types(_width(head), _width(noisy))
+    head, noisy = head.to(width), noisy.to(width)
+    signal, spread = signal_and_noise(alpha_bar_B, noisy)
+    if prediction_type == "epsilon":
+        return head
+    if prediction_type == "v_prediction":
+        return spread * noisy + signal * head
+    if prediction_type == "sample":
+        return (noisy - signal * head) / spread
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
+
+def _width(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,0 +1,74 @@
+"""One reverse step, guidance, and the walk along an explicit trajectory."""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from acpo_dist.diffusion.prediction import to_clean, to_noise
+from acpo_dist.diffusion.trajectory import Trajectory
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""(x_t of shape (B, ...), timesteps (B,)) -> network output of the same shape."""
+Visit = Callable[[int, Tensor], None]
+"""(denoise_step, x_t before the step) -> None."""
+
+
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: eps_u + w (eps_c - eps_u). Source: Ho and Salimans 2022."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def ddim_step(
+    head: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str,
+    *, eta: float = 0.0, noise: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """From alpha_bar_t to alpha_bar_prev, both given: non-uniform trajectories need no timestep arithmetic.
+
+    Args:
+        head: network output at alpha_bar_t.
+        noisy: x_t.
+        eta: 0 is deterministic; above it `noise` must be given.
+
+    Returns:
+        x at alpha_bar_prev, float32 or wider.
+
+    Raises:
+        ValueError: eta > 0 without noise.
+
+    Source: DDIM (Song et al. 2021), eq. 12 and 16.
+    """
+    levels = torch.full((noisy.shape[0],), alpha_bar_t, dtype=torch.float64, device=noisy.device)
+    clean = to_clean(head, noisy, levels, prediction_type)
+    direction = to_noise(head, noisy, levels, prediction_type)
+    variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
+    previous = alpha_bar_prev**0.5 * clean + max(0.0, 1 - alpha_bar_prev - variance) ** 0.5 * direction
+    if eta > 0:
+        if noise is None:
+            raise ValueError("eta > 0 needs the noise of the step")
+        previous = previous + variance**0.5 * noise
+    return previous
+
+
+def walk(
+    denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str, *, visit: Visit | None = None
+) -> Tensor:
+    """Walk the whole trajectory deterministically from `start` (unit Gaussian noise) and return x at its end."""
+    state = start.float()
+    for step, timestep in enumerate(trajectory.timesteps):
+        if visit is not None:
+            visit(step, state)
+        head = denoise(state, torch.full((state.shape[0],), timestep, device=state.device))
+        levels = trajectory.alpha_bars[step : step + 2]
+        state = ddim_step(head, state, levels[0], levels[1], prediction_type)
+    return state
+
+
+def keep_states(steps: Collection[int], store: dict[int, Tensor]) -> Visit:
+    """A visitor that keeps copies of the states at the given denoise steps."""
+
+    def visit(step: int, state: Tensor) -> None:
+        if step in steps:
+            store[step] = state.detach().clone()
+
+    return visit

@@ -1,0 +1,90 @@
+"""Sampling trajectories: explicit noise levels from noisy to clean, never worked out from a spacing rule later."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """N denoise steps. Step i conditions the network on `timesteps[i]` and goes from `alpha_bars[i]` to `alpha_bars[i+1]`.
+
+    `alpha_bars` has N + 1 entries and increases strictly; the last one is where the trajectory ends (1 is clean).
+    """
+
+    timesteps: tuple[float, ...]
+    alpha_bars: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse levels that are not a trajectory.
+
+        Raises:
+            ValueError: lengths differ, a level is outside (0, 1], or noise does not fall at every step.
+        """
+        if not self.timesteps or len(self.alpha_bars) != len(self.timesteps) + 1:
+            raise ValueError(f"N timesteps need N + 1 alpha_bars, found {len(self.timesteps)} and {len(self.alpha_bars)}")
+        if not all(0 < level <= 1 for level in self.alpha_bars) or self.alpha_bars[0] >= 1:
+            raise ValueError(f"alpha_bars must lie in (0, 1], the first below 1; found {self.alpha_bars}")
+        if any(later <= earlier for earlier, later in zip(self.alpha_bars, self.alpha_bars[1:], strict=False)):
+            raise ValueError(f"alpha_bars must increase from noisy to clean; found {self.alpha_bars}")
+
+    @property
+    def num_steps(self) -> int:
+        """Number of denoise steps."""
+        return len(self.timesteps)
+
+    @property
+    def schedule_id(self) -> str:
+        """Name that every sample carries: the same levels have the same name on every machine."""
+        text = ",".join(f"{value:.12g}" for value in (*self.timesteps, *self.alpha_bars))
+        return f"{self.num_steps}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def late_steps(self, t_max: float, num_train_timesteps: int, count: int) -> tuple[int, ...]:
+        """Up to `count` denoise steps, spread evenly, among those whose timestep is at most t_max times T.
+
+        Raises:
+            ValueError: no step is that late.
+        """
+        late = [step for step, timestep in enumerate(self.timesteps) if timestep <= t_max * num_train_timesteps]
+        if not late:
+            raise ValueError(
+                f"no denoise step lies at or below t_max = {t_max} of {num_train_timesteps} timesteps; the latest is at "
+                f"{self.timesteps[-1]:g}. Raise sampler.t_max or sampler.num_steps."
+            )
+        if len(late) <= count:
+            return tuple(late)
+        if count == 1:
+            return (late[len(late) // 2],)
+        return tuple(late[round(index * (len(late) - 1) / (count - 1))] for index in range(count))
+
+
+def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, steps_offset: int = 1) -> Trajectory:
+    """Evenly spaced timesteps that end at a clean sample.
+
+    Args:
+        alpha_bars_T: cumulative signal fraction by timestep, float64, shape (T,).
+        spacing: `trailing` (T-1, T-1-T/N, ...) or `leading` (..., T/N + offset, offset), as diffusers names them.
+
+    Raises:
+        ValueError: unknown spacing, or more steps than timesteps.
+    """
+    total = len(alpha_bars_T)
+    if not 1 <= num_steps <= total:
+        raise ValueError(f"num_steps must be in 1..{total}, found {num_steps}")
+    if spacing == "trailing":
+        timesteps = [round(total - index * total / num_steps) - 1 for index in range(num_steps)]
+    elif spacing == "leading":
+        ratio = total // num_steps
+        timesteps = [min(index * ratio + steps_offset, total - 1) for index in reversed(range(num_steps))]
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}; known: trailing, leading")
+    return explicit_trajectory(alpha_bars_T, timesteps)
+
+
+def explicit_trajectory(alpha_bars_T: Tensor, timesteps: Sequence[int]) -> Trajectory:
+    """A trajectory through the given integer timesteps (decreasing), ending clean."""
+    levels = [float(alpha_bars_T[timestep].to(torch.float64)) for timestep in timesteps]
+    return Trajectory(timesteps=tuple(float(timestep) for timestep in timesteps), alpha_bars=(*levels, 1.0))

@@ -1,0 +1,132 @@
+"""What moves the weights: plain torch in one process. `zero.py` does the same with DeepSpeed over many."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from acpo_dist.config.schema import LearnerConfig
+from acpo_dist.core.errors import NonFiniteError
+from acpo_dist.models.family import trainable_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+StateTensors = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """Optimises the trainable parameters of one network."""
+
+    rank: int
+    world_size: int
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Arithmetic of the forward passes."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss."""
+        ...
+
+    def step(self) -> float:
+        """Average over micro-batches and ranks, clip, update, clear; return the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: the gradient is not finite.
+        """
+        ...
+
+    def weights(self) -> StateTensors:
+        """Trainable parameters in float32, whole, on the CPU. Every rank must call it."""
+        ...
+
+    def optimiser_state(self) -> StateTensors:
+        """`exp_avg.<name>`, `exp_avg_sq.<name>` (float32, whole) and `step`. Every rank must call it."""
+        ...
+
+    def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` and `optimiser_state` gave, from any number of ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...
+
+
+def make_optimiser(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
+    """The one optimiser of every engine. `foreach` off: the same order of sums with and without sharding."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=False
+    )
+
+
+class TorchEngine:
+    """One process, no sharding."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
+        """Optimise the parameters of `network` that require gradients."""
+        self._parameters = trainable_tensors(network)
+        self._optimiser = make_optimiser(list(self._parameters.values()), config)
+        self._accumulation, self._config, self._device = accumulation, config, device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 where asked for."""
+        if self._config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.partition(":")[0], torch.bfloat16)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        (loss / self._accumulation).backward()
+
+    def step(self) -> float:
+        """See `Engine.step`; the weights are untouched when it raises."""
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        if not torch.isfinite(norm):
+            self._optimiser.zero_grad(set_to_none=True)
+            raise NonFiniteError(f"the gradient norm is {float(norm)}; the step was refused and no weight has changed")
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def weights(self) -> StateTensors:
+        """See `Engine.weights`."""
+        return {name: value.detach().float().cpu().clone() for name, value in self._parameters.items()}
+
+    def optimiser_state(self) -> StateTensors:
+        """See `Engine.optimiser_state`."""
+        state: StateTensors = {"step": torch.zeros(())}
+        for name, parameter in self._parameters.items():
+            entry = self._optimiser.state.get(parameter, {})
+            for moment in MOMENTS:
+                value = entry.get(moment, torch.zeros_like(parameter))
+                state[f"{moment}.{name}"] = value.detach().float().cpu().clone()
+            state["step"] = torch.as_tensor(entry.get("step", 0.0)).float().cpu().clone()
+        return state
+
+    def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
+        """See `Engine.load`."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        put_moments(self._optimiser, self._parameters, optimiser_state)
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+def put_moments(
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor],
+    value_for: Callable[[str, str], Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write step and moments into an AdamW whose own parameters are these."""
+    for name, parameter in parameters.items():
+        entry = optimiser.state[parameter]
+        entry["step"] = state["step"].clone()
+        for moment in MOMENTS:
+            value = value_for(moment, name) if value_for else state[f"{moment}.{name}"]
+            entry[moment] = value.to(parameter).clone()

@@ -1,0 +1,109 @@
+"""Unconditional DDPM in pixel space."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from pydantic import Field
+from torch import Tensor, nn
+
+from acpo_dist.config.section import Section
+from acpo_dist.models.family import Condition
+from acpo_dist.models.loading import DTYPES, DtypeName, load_part, resolve_path
+from acpo_dist.models.tuning import TunedNetwork, TuningConfig
+
+
+class BaseTrainingConfig(Section):
+    """A short training from scratch on `data.path`, when there is no base model."""
+
+    steps: int = Field(default=4000, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop earlier, with the learning rate decayed in time."""
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class PixelDecoder:
+    """x_0 in [-1, 1] to pixels in [0, 1]."""
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """Half plus half, not clipped."""
+        return clean.float() / 2 + 0.5
+
+
+class DdpmFamily:
+    """A `DDPMPipeline` folder with a `UNet2DModel`."""
+
+    conditional: ClassVar[bool] = False
+
+    class Config(Section):
+        """Which DDPM, and what trains."""
+
+        type: Literal["ddpm"] = "ddpm"
+        path: str = "toy-ddpm"
+        """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` for the base recipe below."""
+        revision: str | None = None
+        dtype: DtypeName = "float32"
+        """Type of the frozen weights and of rollouts."""
+        tuning: TuningConfig = TuningConfig(method="full")
+        base: BaseTrainingConfig = BaseTrainingConfig()
+        """Used only with `path: train`."""
+        seed: int = 0
+        """Seed of the adapters' initial values and of the base recipe."""
+
+    def __init__(self, config: Config, *, path: str, device: str, trainable: bool) -> None:
+        """Load all parts; use `load`."""
+        self.config, self.path, self.device = config, path, device
+        parts = Path(path) / "unet"
+        # Older DDPM folders keep the U-Net's files at the top.
+        subfolder = "unet" if parts.is_dir() or not Path(path).is_dir() else None
+        unet = load_part(
+            UNet2DModel.from_pretrained, path, subfolder, torch_dtype=DTYPES[config.dtype], revision=config.revision
+        )
+        unet.to(device).eval()
+        self._tuned = TunedNetwork(unet, config.tuning, seed=config.seed, keep_anchor=trainable)
+        self.network: nn.Module = unet
+        scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler" if subfolder else None)
+        self.alpha_bars = scheduler.alphas_cumprod.double()
+        self.prediction_type = str(scheduler.config["prediction_type"])
+        size = unet.config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        self.sample_shape = (unet.config["in_channels"], height, width)
+        self._decoder = PixelDecoder()
+
+    @classmethod
+    def load(cls, config: Config, *, device: str, trainable: bool) -> "DdpmFamily":
+        """See `ModelFamily.load`."""
+        return cls(config, path=resolve_path(config.path), device=device, trainable=trainable)
+
+    @classmethod
+    def load_decoder(cls, config: Config, *, device: str) -> PixelDecoder:
+        """Pixels need no network."""
+        return PixelDecoder()
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """No condition; prompts are ignored."""
+        return Condition({})
+
+    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
+        """One U-Net pass; in and out float32 whatever the weights are."""
+        return self._tuned.active(noisy.to(DTYPES[self.config.dtype]), timesteps_B, return_dict=False)[0].float()
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """See `ModelFamily.anchored`."""
+        return self._tuned.anchored()
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """See `Decoder.decode`."""
+        return self._decoder.decode(clean)
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write a `DDPMPipeline` with the tuned U-Net."""
+        subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() or not Path(self.path).is_dir() else None
+        scheduler = load_part(DDPMScheduler.from_pretrained, self.path, subfolder)
+        unet = self._tuned.merged()
+        assert isinstance(unet, UNet2DModel)
+        DDPMPipeline(unet=unet.to(torch.float32), scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,102 @@
+"""What a model family must offer; rollout, learner and reward workers know nothing else of a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Conditioning of B samples, by diffusers' names; empty for an unconditional model."""
+
+    tensors: Mapping[str, Tensor]
+
+    def where_null(self, is_null_B: Tensor, null: "Condition") -> "Condition":
+        """Replace the condition of the marked samples by the null prompt's."""
+        mixed = {}
+        for name, value in self.tensors.items():
+            mask = is_null_B.reshape(-1, *[1] * (value.ndim - 1)).to(value.device)
+            mixed[name] = torch.where(mask, null.tensors[name], value)
+        return Condition(mixed)
+
+    def join(self, other: "Condition") -> "Condition":
+        """Both batches, one after the other."""
+        return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+
+
+class Decoder(Protocol):
+    """From x_0 to pixels."""
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """x_0 (B, C, H, W) -> RGB pixels around [0, 1], float32, not clipped, differentiable."""
+        ...
+
+
+class ModelFamily(Protocol):
+    """One loaded model: a trainable network, its frozen anchor, its conditioning and its decoder."""
+
+    conditional: ClassVar[bool]
+    network: nn.Module
+    """What trains: given to the optimiser or to DeepSpeed whole."""
+    alpha_bars: Tensor
+    """Cumulative signal fraction by timestep, float64, shape (T,)."""
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+    """(C, H, W) of x_0."""
+
+    @classmethod
+    def load(cls, config: Any, *, device: str, trainable: bool) -> "ModelFamily":
+        """Load from the configured path.
+
+        Raises:
+            ModelError: missing, unreadable or unfitting, with what to do.
+        """
+        ...
+
+    @classmethod
+    def load_decoder(cls, config: Any, *, device: str) -> Decoder:
+        """The decoder alone, for a reward worker."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditioning of prompts, cached; the empty prompt is the null condition."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
+        """Network output in float32, same shape as `noisy`."""
+        ...
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """While active, `predict` answers with the frozen base model."""
+        ...
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """As `Decoder.decode`."""
+        ...
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write a folder that diffusers' `DiffusionPipeline.from_pretrained` opens, tuned weights merged in."""
+        ...
+
+
+def trainable_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that train, by name."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def switched(attribute_owners: Sequence[Any], attribute: str, value: object) -> Iterator[None]:
+    """Set an attribute on several objects, and put the old values back."""
+    before = [getattr(owner, attribute) for owner in attribute_owners]
+    for owner in attribute_owners:
+        setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        for owner, old in zip(attribute_owners, before, strict=True):
+            setattr(owner, attribute, old)

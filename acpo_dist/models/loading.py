@@ -1,0 +1,55 @@
+"""Where a model comes from: an embedded toy, a folder, or a hub id; and errors that say what to do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from acpo_dist.core.errors import ModelError
+
+Loaded = TypeVar("Loaded")
+DtypeName = Literal["float32", "bfloat16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_EMBEDDED = Path(__file__).resolve().parents[1] / "toy" / "assets"
+
+
+def resolve_path(path: str) -> str:
+    """`toy-...` is the embedded asset; anything else stays as it is.
+
+    Raises:
+        ModelError: an unknown toy, or a path-like name that is not a pipeline folder.
+    """
+    if path.startswith("toy-"):
+        folder = _EMBEDDED / path
+        if not folder.is_dir():
+            known = ", ".join(sorted(entry.name for entry in _EMBEDDED.glob("toy-*"))) or "none"
+            raise ModelError(f"model.path: no embedded model `{path}`; embedded: {known}. `acpo toy build` makes them.")
+        return str(folder)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
+    folder = Path(path).expanduser()
+    if looks_local and not (folder / "model_index.json").is_file():
+        found = "a folder without model_index.json" if folder.is_dir() else "nothing"
+        raise ModelError(
+            f"model.path: expected a diffusers pipeline folder at `{path}`, found {found}. Give a folder written by "
+            "`save_pretrained`, a hub id (`owner/name`), or an embedded toy (`toy-sdxl`, `toy-ddpm`)."
+        )
+    return str(folder) if looks_local else path
+
+
+def load_part(loader: Callable[..., Loaded], path: str, part: str | None, **options: Any) -> Loaded:
+    """Load one component of a pipeline, turning the library's errors into one that says what to do.
+
+    Raises:
+        ModelError: the component is missing, unreadable or cannot be downloaded.
+    """
+    if part is not None:
+        options["subfolder"] = part
+    try:
+        return loader(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it first "
+            f"(`hf download {path}`) or check that you may read it; if it is a folder, check that the download is whole."
+        ) from error

@@ -1,0 +1,109 @@
+"""LoRA or full fine-tuning, and the anchor that goes with each."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
+from torch import nn
+
+from acpo_dist.config.section import Section
+from acpo_dist.core.errors import ModelError
+from acpo_dist.models.family import switched
+
+ADAPTER = "default"
+
+
+class TuningConfig(Section):
+    """Which weights train."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters and switches them off for the anchor; `full` trains all weights beside a frozen copy."""
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    """LoRA scale times rank; None takes the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the modules that get adapters (suffixes)."""
+
+
+class TunedNetwork:
+    """A network prepared for training, and the switch to its frozen base."""
+
+    def __init__(self, network: nn.Module, config: TuningConfig, *, seed: int, keep_anchor: bool) -> None:
+        """Prepare `network` in place.
+
+        Args:
+            seed: of the adapters' initial values; every worker must use the same.
+            keep_anchor: whether the base model will be asked for (learner), or not (rollout).
+
+        Raises:
+            ModelError: no module has a name in `config.targets`.
+        """
+        self.network = network
+        self.active: nn.Module = network
+        """The network that answers now: the policy, or the base within `anchored`."""
+        self.method = config.method
+        self._copy: nn.Module | None = None
+        network.requires_grad_(False)
+        if config.method == "full":
+            if keep_anchor:
+                self._copy = copy.deepcopy(network)
+            network.requires_grad_(True)
+            return
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=list(config.targets), init_lora_weights=True
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(lora, network, adapter_name=ADAPTER)
+            except ValueError as error:
+                raise ModelError(f"model.tuning.targets {list(config.targets)} fit no module of the network: {error}") from error
+        # Adapters stay float32 beside frozen half-precision weights: small updates would vanish in bfloat16.
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """While active, the frozen base answers: the copy, or the network with its adapters off.
+
+        Raises:
+            RuntimeError: full fine-tuning, loaded without a copy.
+        """
+        if self.method == "full":
+            if self._copy is None:
+                raise RuntimeError("this worker was loaded without an anchor (keep_anchor=False)")
+            with switched([self], "active", self._copy):
+                yield
+            return
+        # The flag itself: peft's own switch also toggles requires_grad, which a wrapped optimiser must not see change.
+        layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        with switched(layers, "_disable_adapters", True):
+            yield
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """LoRA weights by peft's names, without the adapter's own name; empty for full fine-tuning."""
+        if self.method == "full":
+            return {}
+        return get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+
+    def merged(self) -> nn.Module:
+        """A plain copy with the tuning merged in, for export."""
+        plain = copy.deepcopy(self.network)
+        if self.method == "full":
+            return plain
+        for module in list(plain.modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(plain.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(plain, "peft_config"):
+            del plain.peft_config
+        return plain

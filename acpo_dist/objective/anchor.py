@@ -1,0 +1,44 @@
+"""The anchor: squared distance of the policy's noise prediction from the frozen base model's, on the same inputs."""
+
+import torch
+from torch import Tensor
+
+from acpo_dist.diffusion.prediction import signal_and_noise
+
+SPACES = ("eps", "v", "x0")
+
+
+def head_drift(policy_head: Tensor, anchor_head: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps") -> Tensor:
+    """Difference of two predictions at the same x_t, expressed in noise, velocity or clean units.
+
+    x_t cancels in the difference, so nothing is divided by a vanishing s and nothing cancels badly: the heads are
+    subtracted first, then scaled. eps = a v (difference), eps = -(a/s) x0 (difference).
+
+    Args:
+        policy_head: network output with the gradient, any floating dtype.
+        anchor_head: frozen network's output, same shape.
+        alpha_bar_B: in (0, 1).
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        space: `eps`, `v` or `x0`.
+
+    Returns:
+        The difference in float32 or wider.
+
+    Raises:
+        ValueError: unknown space or prediction type.
+    """
+    width = torch.float64 if policy_head.dtype == torch.float64 else torch.float32
+    difference = policy_head.to(width) - anchor_head.detach().to(width)
+    signal, spread = signal_and_noise(alpha_bar_B, difference)
+    to_eps = {"epsilon": 1.0, "v_prediction": signal, "sample": -signal / spread}
+    from_eps = {"eps": 1.0, "v": 1 / signal, "x0": -spread / signal}
+    if prediction_type not in to_eps:
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(to_eps)}")
+    if space not in from_eps:
+        raise ValueError(f"unknown anchor space {space!r}; known: {', '.join(SPACES)}")
+    return difference * to_eps[prediction_type] * from_eps[space]
+
+
+def anchor_error(drift: Tensor) -> Tensor:
+    """Mean square over the elements of each sample: (B, ...) -> (B,)."""
+    return drift.square().flatten(1).mean(1)

@@ -1,0 +1,37 @@
+"""Score normalisation on base-model samples, frozen for the run."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from acpo_dist.core.errors import RewardError
+from acpo_dist.core.types import Normaliser
+
+
+def fit_normaliser(
+    name: str, scores: Sequence[float], *, higher_is_better: bool, target_quantile: float | None
+) -> Normaliser:
+    """Mean and standard deviation of a metric on base samples, and the hinge target as a quantile of them.
+
+    Args:
+        name: metric name, for the error.
+        scores: raw scores of base samples.
+        target_quantile: quantile of the normalised base scores that becomes the target; None leaves it unset.
+
+    Raises:
+        RewardError: fewer than two scores, a score that is not finite, or no spread at all.
+    """
+    if len(scores) < 2 or not all(math.isfinite(score) for score in scores):
+        raise RewardError(f"metric `{name}`: calibration needs at least two finite scores, found {len(scores)}")
+    mean, std = statistics.fmean(scores), statistics.pstdev(scores)
+    if std <= 1e-12 * max(1.0, abs(mean)):
+        raise RewardError(
+            f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it cannot tell them apart, so nothing "
+            "can be learnt from it. Check that it fits the picture size and kind, or leave it out."
+        )
+    sign = 1 if higher_is_better else -1
+    target = None
+    if target_quantile is not None:
+        ordered = sorted(sign * (score - mean) / std for score in scores)
+        target = ordered[min(len(ordered) - 1, int(target_quantile * len(ordered)))]
+    return Normaliser(mean=mean, std=std, sign=sign, target=target)

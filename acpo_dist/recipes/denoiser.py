@@ -1,0 +1,90 @@
+"""Train a small noise-prediction network from scratch: the base models of the toy world and of the CIFAR-10 recipe."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Example = tuple[Tensor, object]
+ExampleBatch = Callable[[int, torch.Generator], Example]
+"""(count, generator) -> (clean x_0 of shape (B, C, H, W), condition that `predict` understands)."""
+Predict = Callable[[nn.Module, Tensor, Tensor, object], Tensor]
+"""(network, x_t, timesteps, condition) -> predicted noise."""
+Progress = Callable[[int, int, float], None]
+"""(step, steps, loss) -> None."""
+
+
+def train_denoiser(
+    network: nn.Module,
+    draw: ExampleBatch,
+    predict: Predict,
+    alpha_bars: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    learning_rate: float = 1e-3,
+    ema_decay: float = 0.999,
+    max_seconds: float | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Minimise the noise-prediction error over uniform timesteps; leave the averaged weights in the network.
+
+    Args:
+        alpha_bars: cumulative signal fraction by timestep, shape (T,).
+        max_seconds: stop early after so long (the learning-rate decay follows the clock then, so the end is as smooth).
+
+    Returns:
+        Mean loss over the last tenth of the steps.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = copy.deepcopy(network).requires_grad_(False)
+    started = time.monotonic()
+    losses: list[float] = []
+    network.train()
+    for step in range(steps):
+        done = step / steps
+        if max_seconds is not None:
+            done = max(done, (time.monotonic() - started) / max_seconds)
+            if done >= 1:
+                break
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min(1.0, (step + 1) / 200) * (1.0 if done < 0.5 else 2.02 - 2 * done)
+        clean, condition = draw(batch_size, generator)
+        timesteps = torch.randint(len(alpha_bars), (batch_size,), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        alpha_bar = alpha_bars[timesteps].to(clean.dtype).reshape(-1, *[1] * (clean.ndim - 1))
+        noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
+        loss = F.mse_loss(predict(network, noisy, timesteps, condition), noise)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        # The averaging window grows with the run, so a short run is not left near its random start.
+        _average(average, network, min(ema_decay, (1 + step) / (10 + step)))
+        losses.append(loss.item())
+        if progress is not None:
+            progress(step + 1, steps, losses[-1])
+        if step % 200 == 0:
+            logger.info("denoiser step %d of %d: loss %.4f", step, steps, losses[-1])
+    network.load_state_dict(average.state_dict())
+    network.eval()
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+@torch.no_grad()
+def _average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    for slow, fast in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if slow.dtype.is_floating_point:
+            slow.lerp_(fast, 1 - decay)
+        else:
+            slow.copy_(fast)

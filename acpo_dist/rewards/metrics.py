@@ -1,0 +1,109 @@
+"""Metrics of our own: TwoStream-IQA and the differently built judge."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.strided_judge import StridedJudge
+from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream
+
+_ASSETS = Path(__file__).resolve().parents[1] / "toy" / "assets"
+
+
+class _WeightedConfig(MetricConfig):
+    weights: str = "toy"
+    """`toy` for the embedded weights, or a safetensors file written by a training recipe."""
+
+
+class _NetworkMetric:
+    """A network of ours with weights from a file."""
+
+    Config: ClassVar[type[MetricConfig]] = _WeightedConfig
+    higher_is_better = True
+    needs_prompts = False
+    _toy_file: ClassVar[str]
+
+    def __init__(self, config: _WeightedConfig, *, device: str = "cpu") -> None:
+        """Load the weights.
+
+        Raises:
+            RewardConfigError: the file is missing or does not fit.
+        """
+        reason = self.unusable(config)
+        if reason:
+            raise RewardConfigError(f"`{config.name}`: {reason}")
+        path = self._file(config)
+        try:
+            state = load_file(path)
+            self.network = self._build(state)
+            self.network.load_state_dict(state)
+        except (SafetensorError, RuntimeError, KeyError) as error:
+            raise RewardConfigError(f"`{config.name}`: {path} does not hold weights for `{config.type}`: {error}") from error
+        self.network.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def _file(cls, config: _WeightedConfig) -> Path:
+        return _ASSETS / cls._toy_file if config.weights == "toy" else Path(config.weights).expanduser()
+
+    @classmethod
+    def _build(cls, state: dict[str, Tensor]) -> nn.Module:
+        raise NotImplementedError
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        """See `Metric.unusable`."""
+        assert isinstance(config, _WeightedConfig)
+        path = cls._file(config)
+        return None if path.is_file() else f"no weights at `{path}`; set `weights` to `toy` or to a safetensors file"
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        """Both networks are smooth almost everywhere."""
+        return True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Metric.__call__`."""
+        return self.network(images)
+
+
+class TwoStreamMetric(_NetworkMetric):
+    """TwoStream-IQA, quality 0 to 1."""
+
+    class Config(_WeightedConfig):
+        """`weights` of the published or of the toy size."""
+
+        type: Literal["two_stream"] = "two_stream"
+
+    _toy_file: ClassVar[str] = "two_stream.safetensors"
+
+    @classmethod
+    def _build(cls, state: dict[str, Tensor]) -> nn.Module:
+        first = state["image_stream.features.0.weight"].shape[0]
+        return TwoStream(TOY if first == TOY.channels[0] else PUBLISHED)
+
+
+class StridedJudgeMetric(_NetworkMetric):
+    """The strided judge, quality 0 to 1."""
+
+    class Config(_WeightedConfig):
+        """`weights` of the judge."""
+
+        type: Literal["strided_judge"] = "strided_judge"
+
+    _toy_file: ClassVar[str] = "judge.safetensors"
+
+    @classmethod
+    def _build(cls, state: dict[str, Tensor]) -> nn.Module:
+        return StridedJudge(state["stem.weight"].shape[0])
+
+
+def finite(scores: Tensor) -> bool:
+    """Whether every score is a number."""
+    return bool(torch.isfinite(scores).all())

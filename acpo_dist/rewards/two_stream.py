@@ -1,0 +1,109 @@
+"""TwoStream-IQA: an image stream and a gradient-magnitude stream, position-sensitive pooling, mean over patches.
+
+Our own differentiable definition of the published design (Yan, Gong and Zhang, IEEE TIP 28(5), 2019): luminance
+gradients by Sobel filters with a smooth magnitude, three pooling stages per stream, R-FCN-like position-sensitive
+pooling over 3 x 3 bins, and an unbiased mean over 32 x 32 tiles for larger pictures.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+PATCH = 32
+_BINS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStreamSize:
+    """Widths of the network."""
+
+    channels: tuple[int, int, int, int] = (32, 64, 128, 256)
+    per_bin: int = 24
+    hidden: int = 512
+    dropout: float = 0.5
+
+
+PUBLISHED = TwoStreamSize()
+TOY = TwoStreamSize(channels=(12, 16, 24, 32), per_bin=6, hidden=48, dropout=0.1)
+
+
+def gradient_magnitude(images: Tensor) -> Tensor:
+    """Luminance gradient, differentiable everywhere: (B, 3, H, W) in [0, 1] -> (B, 1, H, W)."""
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
+    luminance = (images * weights[:, None, None]).sum(1, keepdim=True)
+    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], dtype=images.dtype, device=images.device) / 8
+    kernel = torch.stack([sobel, sobel.T])[:, None]
+    slopes = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernel)
+    return (slopes.square().sum(1, keepdim=True) + 1e-6).sqrt()
+
+
+class _Stream(nn.Module):
+    def __init__(self, in_channels: int, size: TwoStreamSize) -> None:
+        super().__init__()
+        first, second, third, fourth = size.channels
+        maps = _BINS * _BINS * size.per_bin
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, first, 7, padding=3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(first, second, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(second, third, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(third, fourth, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(fourth, maps, 1), nn.ReLU(),
+        )  # fmt: skip
+        self.per_bin = size.per_bin
+
+    def forward(self, patches: Tensor) -> Tensor:
+        maps = F.adaptive_avg_pool2d(self.features(patches), _BINS)
+        batch = maps.shape[0]
+        maps = maps.reshape(batch, _BINS * _BINS, self.per_bin, _BINS * _BINS)
+        # Bin k is read only from its own group of channels: what is seen depends on where it is.
+        return maps.diagonal(dim1=1, dim2=3).reshape(batch, -1)
+
+
+class TwoStream(nn.Module):
+    """Quality in [0, 1] (0 bad, 1 good) of RGB pictures in [0, 1]; higher is better."""
+
+    def __init__(self, size: TwoStreamSize = PUBLISHED) -> None:
+        super().__init__()
+        self.image_stream = _Stream(3, size)
+        self.gradient_stream = _Stream(1, size)
+        features = 2 * _BINS * _BINS * size.per_bin
+        self.head = nn.Sequential(
+            nn.Linear(features, size.hidden), nn.ReLU(), nn.Dropout(size.dropout),
+            nn.Linear(size.hidden, size.hidden), nn.ReLU(), nn.Dropout(size.dropout),
+            nn.Linear(size.hidden, 1),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score pictures.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], H and W at least 32; larger pictures are tiled, a remainder at the right
+                and lower edge is covered by a last overlapping tile.
+
+        Returns:
+            Scores of shape (B,), the mean over tiles.
+
+        Raises:
+            ValueError: a picture smaller than one tile, or not three channels.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < PATCH:
+            raise ValueError(f"TwoStream needs RGB pictures of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}")
+        gradient = gradient_magnitude(images)
+        tiles = [
+            (images[..., y : y + PATCH, x : x + PATCH], gradient[..., y : y + PATCH, x : x + PATCH])
+            for y in _tile_starts(images.shape[2])
+            for x in _tile_starts(images.shape[3])
+        ]
+        pictures = torch.cat([tile for tile, _ in tiles])
+        slopes = torch.cat([tile for _, tile in tiles])
+        features = torch.cat([self.image_stream(pictures - 0.5), self.gradient_stream(slopes)], 1)
+        return self.head(features).reshape(len(tiles), images.shape[0]).mean(0)
+
+
+def _tile_starts(length: int) -> list[int]:
+    starts = list(range(0, length - PATCH + 1, PATCH))
+    if starts[-1] != length - PATCH:
+        starts.append(length - PATCH)
+    return starts

@@ -1,0 +1,58 @@
+"""Several trackers behind one; none can disturb the run or the others."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.core.ports import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class CompositeTracker:
+    """Hands every call to every tracker, in order.
+
+    An exception of one is logged the first time, with the name of its class, and goes no further; the tracker is
+    still called afterwards, since disks and services come back.
+    """
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = tuple(trackers)
+        self._failed: set[int] = set()
+
+    def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Record the figures of one iteration everywhere."""
+        self._each("log_metrics", lambda tracker: tracker.log_metrics(iteration, metrics))
+
+    def log_image(self, name: str, iteration: int, path: Path) -> None:
+        """Record a picture file everywhere."""
+        self._each("log_image", lambda tracker: tracker.log_image(name, iteration, path))
+
+    def log_text(self, name: str, text: str) -> None:
+        """Record a small text file everywhere."""
+        self._each("log_text", lambda tracker: tracker.log_text(name, text))
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Attach searchable facts everywhere."""
+        self._each("set_tags", lambda tracker: tracker.set_tags(tags))
+
+    def close(self, status: str) -> None:
+        """End every tracker with `status`."""
+        self._each("close", lambda tracker: tracker.close(status))
+
+    def _each(self, what: str, call: Callable[[Tracker], None]) -> None:
+        for index, tracker in enumerate(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # the port's promise: a tracker never stops training
+                self._report(index, what, error)
+
+    def _report(self, index: int, what: str, error: Exception) -> None:
+        level = logging.DEBUG if index in self._failed else logging.WARNING
+        self._failed.add(index)
+        name = type(self._trackers[index]).__name__
+        logger.log(
+            level, "%s.%s failed and may miss records from here on; training goes on: %s: %s",
+            name, what, type(error).__name__, error, exc_info=error,
+        )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What the user sees while it runs: progress of each phase, one line per iteration, tables. All on stderr."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from acpo_dist.core.ports import Advance
+
+SHOWN = ("reward/*/mean", "judge/*", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
+"""Metrics of the line per iteration, in this order; `metrics.jsonl` has all of them."""
+
+
+class Console:
+    """Speaks to the user on stderr, so that stdout holds nothing but what a command returns.
+
+    Args:
+        quiet: say nothing at all.
+        rich_console: where to write; None is stderr. Its terminal decides whether progress is shown live.
+    """
+
+    def __init__(self, *, quiet: bool = False, rich_console: rich.console.Console | None = None) -> None:
+        self.rich = rich_console or rich.console.Console(stderr=True)
+        self._quiet = quiet
+        self._progress: Progress | None = None
+
+    @contextmanager
+    def phase(self, name: str, total: int | None) -> Iterator[Advance]:
+        """Show a phase while the block runs: count, rate and time left, on a terminal; otherwise nothing.
+
+        Args:
+            name: what is going on, such as `rollout`.
+            total: number of samples; None when it is not known.
+
+        Yields:
+            A function to call with the number of samples just finished, from any thread.
+        """
+        if self._quiet or not self.rich.is_terminal:
+            yield _ignore
+            return
+        outermost = self._progress is None
+        progress = self._progress or _new_progress(self.rich)
+        if outermost:
+            self._progress = progress
+            progress.start()
+        task = progress.add_task(name, total=total)
+        try:
+            yield lambda count: progress.advance(task, count)
+        finally:
+            progress.refresh()  # the last count is seen however short the phase
+            progress.remove_task(task)
+            if outermost:
+                self._progress = None
+                progress.stop()
+
+    def iteration(self, iteration: int, total: int, metrics: Mapping[str, float]) -> None:
+        """One plain line with the figures named in `SHOWN`."""
+        names = dict.fromkeys(name for pattern in SHOWN for name in metrics if fnmatchcase(name, pattern))
+        figures = [f"{name} {_figure(name, metrics[name])}" for name in names]
+        self.message("  ".join([f"iteration {iteration:>{len(str(total))}}/{total}", *figures]))
+
+    def message(self, text: str) -> None:
+        """Plain text: brackets are not markup, and long lines are left to the terminal to wrap."""
+        if not self._quiet:
+            self.rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; long cells are folded, never cut.
+
+        Raises:
+            ValueError: a row does not have one cell per column.
+        """
+        if self._quiet:
+            return
+        table = Table(title=Text(title), title_justify="left")
+        for column in columns:
+            table.add_column(Text(column), overflow="fold")
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"table {title!r}: {len(columns)} columns, but a row with {len(row)} cells: {row!r}")
+            table.add_row(*(Text(_cell(cell)) for cell in row))
+        self.rich.print(table)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+def _new_progress(console: rich.console.Console) -> Progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+
+
+def _ignore(count: int) -> None:
+    """Progress that nobody sees."""
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.1f} s" if name.startswith("time/") and math.isfinite(value) else _cell(value)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,150 @@
+"""`metrics.jsonl`: one JSON object per iteration, on disk before the next iteration starts."""
+
+import errno
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlTracker:
+    """Appends one line per iteration; pictures, texts and tags have their own files and are ignored here.
+
+    Args:
+        path: the file; its folder is made, and a last line that a killed process left torn is cut off.
+
+    Raises:
+        OSError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mend_last_line(path)
+        self._path = path
+        # Unbuffered: a line that fails half-way must not wait in a buffer and land in front of the next one.
+        self._file = path.open("ab", buffering=0)
+
+    def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Append the figures of one iteration and force them to disk.
+
+        Figures that are not finite are written as null, because JSON has no NaN, and named in a warning.
+
+        Raises:
+            OSError: the disk is full or gone; the file ends with the last complete line.
+        """
+        values = {name: plain_number(value) for name, value in metrics.items()}
+        odd = [name for name, value in values.items() if not math.isfinite(value)]
+        if odd:
+            said = ", ".join(f"{name}={values[name]}" for name in odd)
+            logger.warning("iteration %d: not finite, written as null to %s: %s", iteration, self._path.name, said)
+        row = {"iteration": iteration} | {name: None if name in odd else value for name, value in values.items()}
+        self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+    def log_image(self, name: str, iteration: int, path: Path) -> None:
+        """Do nothing: the picture is a file of the run already."""
+
+    def log_text(self, name: str, text: str) -> None:
+        """Do nothing: the text is a file of the run already."""
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Do nothing: lines hold figures only."""
+
+    def close(self, status: str) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def _append(self, line: bytes) -> None:
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "the line was written in part", str(self._path))
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(start)
+            raise
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows in file order. Lines that are not JSON objects, such as a torn last one, are left out and logged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return [row for _, row in _rows(path)]
+
+
+def truncate_after(path: Path, iteration: int) -> int:
+    """Forget what a resumed run is about to do again: iteration `iteration` and everything later.
+
+    The file is replaced whole, so a crash leaves the old or the new one. Unreadable lines go too.
+
+    Returns:
+        The number of complete rows dropped; 0 when there is no file.
+
+    Raises:
+        OSError: the file cannot be read or replaced.
+    """
+    if not path.exists():
+        return 0
+    rows = list(_rows(path))
+    kept = [line for line, row in rows if isinstance(row.get("iteration"), int) and row["iteration"] < iteration]
+    replace_file(path, b"".join(line + b"\n" for line in kept))
+    return len(rows) - len(kept)
+
+
+def mend_last_line(path: Path) -> None:
+    """Make the file end with a newline: cut a torn last line off, or complete one that lacks only its newline."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    tail = data[data.rfind(b"\n") + 1 :]
+    if not tail:
+        return
+    if parse_object(tail) is None:
+        logger.warning("%s: the last line is torn (%d bytes) and was cut off", path, len(tail))
+        os.truncate(path, len(data) - len(tail))
+    else:
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object on a line, or None."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def plain_number(value: Any) -> int | float:
+    """A number that JSON can write: int stays int, tensors and numpy scalars become float."""
+    return value if isinstance(value, int) else float(value)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file in one step; readers see the old or the new content."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row = parse_object(line)
+        if row is None:
+            torn = "torn" if number == len(lines) else "not a JSON object"
+            logger.warning("%s: line %d is %s and was left out", path, number, torn)
+        else:
+            yield line, row

@@ -1,0 +1,116 @@
+"""Find or make the MLflow run that belongs to an experiment run."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.tracking.mlflow_records import ENTITIES_PER_BATCH, batches, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run is and belongs to."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    params: Mapping[str, str]
+    """Flat."""
+    tags: Mapping[str, str]
+
+
+def open_run(client: "MlflowClient", facts: RunFacts, known_id: str) -> "Run":
+    """Continue the run `known_id`, with status RUNNING again, or start one if that is empty or gone.
+
+    Raises:
+        ConfigError: the experiment was deleted in MLflow.
+        Exception: whatever MLflow raises when it cannot be reached.
+    """
+    run = _find_run(client, known_id) if known_id else None
+    if run is not None:
+        client.update_run(run.info.run_id, status="RUNNING")
+        return run
+    if known_id:
+        logger.warning("MLflow run %s is not in %s any more; starting a new one", known_id, shown_uri(facts.uri))
+    return client.create_run(_experiment_id(client, facts), run_name=facts.run_name)
+
+
+def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
+    """Set the tags of a run, and those params that it lacks: MLflow never changes a param.
+
+    Raises:
+        Exception: whatever MLflow raises when it cannot be reached.
+    """
+    from mlflow.entities import Param, RunTag
+
+    new = [Param(key, value) for key, value in facts.params.items() if key not in run.data.params]
+    tags = [RunTag(key, value) for key, value in facts.tags.items()]
+    try:
+        for batch in batches(new, ENTITIES_PER_BATCH):
+            client.log_batch(run.info.run_id, params=batch)
+        for batch in batches(tags, ENTITIES_PER_BATCH):
+            client.log_batch(run.info.run_id, tags=batch)
+    except Exception as error:  # MLflow raises whatever its store raises
+        if not is_refusal(error):
+            raise
+        # `resolved.yaml` says the same; the figures must not wait for params that this server will never take.
+        logger.warning("MLflow refused params or tags of run %s, which lacks some now: %s", run.info.run_id, error)
+
+
+def shown_uri(text: str) -> str:
+    """Text for logs, without the password that a tracking URI in it may hold."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a SQLite URI; None for another store or one in memory."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url  # MLflow's way to the file: how it reads % and ? changed between versions
+
+    database = make_url(uri).database
+    return Path(os.path.abspath(database)) if database and database != ":memory:" else None
+
+
+def _find_run(client: "MlflowClient", run_id: str) -> "Run | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _experiment_id(client: "MlflowClient", facts: RunFacts) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(facts.experiment)
+    if found is None:
+        database = sqlite_file(facts.uri)
+        artifacts = (database.parent / "mlartifacts").as_uri() if database else None
+        try:
+            return client.create_experiment(facts.experiment, artifact_location=artifacts)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(facts.experiment)  # another process was faster
+    if found is None or found.lifecycle_stage != "active":
+        raise ConfigError(
+            f"the MLflow experiment `{facts.experiment}` was deleted in {shown_uri(facts.uri)}; restore it with "
+            "`mlflow experiments restore`, or name another one in `tracking.experiment`."
+        )
+    return found.experiment_id

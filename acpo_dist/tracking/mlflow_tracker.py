@@ -1,0 +1,191 @@
+"""MLflow behind a thread and a file: training never waits for it, and nothing is lost while it is away."""
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.tracking.jsonl import replace_file
+from acpo_dist.tracking.mlflow_records import deliver, flatten, is_refusal, lane, metrics_record, tag_values
+from acpo_dist.tracking.mlflow_run import RunFacts, describe_run, open_run, shown_uri, sqlite_file
+from acpo_dist.tracking.spool import Spool
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 30.0
+"""Longest wait for MLflow when a run ends."""
+
+
+class MlflowTracker:
+    """Records a run in MLflow: one MLflow run, however often the experiment run is stopped and resumed.
+
+    Every record goes to `<spool>/pending.jsonl` first; a daemon thread sends what waits there, in order, and takes it
+    out. So memory stays bounded, a call costs one line on disk, and what MLflow did not take, because it was slow or
+    away or the process was killed, is sent at the next record, at `close`, or when the run is resumed.
+
+    Args:
+        uri: MLflow tracking URI; see `default_uri`.
+        experiment: made if it does not exist; with SQLite its artifacts lie in `mlartifacts` beside the database.
+        run_name: name of a new MLflow run.
+        run_id: MLflow run to continue; None continues the one named in `<spool>/run_id`, or starts one.
+        spool: folder for the run id and for records that wait; each experiment run has its own.
+        params: the configuration, nested or flat; on a restart only what is new is added, MLflow keeps params fixed.
+        tags: searchable facts.
+
+    Raises:
+        ConfigError: MLflow is not installed. That it cannot be reached is no error.
+        OSError: the spool folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None = None,
+        *,
+        spool: Path,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Any],
+    ) -> None:
+        # Here and not in the thread: an import that races with those of the main thread may see half-made modules.
+        try:
+            import mlflow.tracking
+        except ImportError as error:
+            raise ConfigError(
+                "`tracking.mlflow=true` needs MLflow, which cannot be imported "
+                f"({error}): pip install 'acpo-dist[mlflow]', or set tracking.mlflow=false."
+            ) from error
+        self._new_client = mlflow.tracking.MlflowClient
+        self._client: MlflowClient | None = None
+        self._facts = RunFacts(
+            uri=uri, experiment=experiment, run_name=run_name, params=flatten(params), tags=tag_values(tags)
+        )
+        self._spool = Spool(spool / "pending.jsonl")
+        self._id_file = spool / "run_id"
+        self._run_id = run_id or (self._id_file.read_text().strip() if self._id_file.exists() else "")
+        self._warned = self._failing = False
+        self._refused = 0
+        self._status: str | None = None
+        self._wake = threading.Event()
+        self._wake.set()
+        self._thread = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def uri(self) -> str:
+        """The tracking URI."""
+        return self._facts.uri
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run; None until MLflow has answered for the first time."""
+        return self._run_id or None
+
+    def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Record the figures of one iteration; they arrive as one batch with `iteration` as step."""
+        self._put(metrics_record(iteration, metrics))
+
+    def log_image(self, name: str, iteration: int, path: Path) -> None:
+        """Record a picture file under `samples/`, where it keeps its file name; the file must stay until `close`."""
+        self._put({"kind": "image", "path": os.path.abspath(path)})
+
+    def log_text(self, name: str, text: str) -> None:
+        """Record a small text as the file `config/<name>`."""
+        self._put({"kind": "text", "name": name, "text": text})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Attach searchable facts to the run."""
+        self._put({"kind": "tags", "tags": tag_values(tags)})
+
+    def close(self, status: str) -> None:
+        """Send what waits and set the status of the run, within `CLOSE_TIMEOUT_S`; a second call does nothing.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        if self._status is not None:
+            return
+        self._status = status
+        self._wake.set()
+        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._refused:
+            logger.warning("%d records for MLflow were dropped in all", self._refused)
+        if self._thread.is_alive() or self._failing:
+            logger.warning(
+                "MLflow at %s did not take everything: %d records wait in %s and are sent when the run is resumed",
+                shown_uri(self.uri), len(self._spool), self._spool.path,
+            )  # fmt: skip
+
+    def _put(self, record: dict[str, Any]) -> None:
+        self._spool.append(record)
+        self._wake.set()
+
+    def _write(self) -> None:
+        """Body of the thread: one attempt at everything that waits, per record and at the end."""
+        status = None
+        while status is None:
+            self._wake.wait()
+            self._wake.clear()
+            # Read before the attempt: then every record put before `close` is part of the last attempt.
+            status = self._status
+            try:
+                errors = self._attempt(status)
+            except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+                errors = [error]
+            self._report(errors)
+
+    def _attempt(self, status: str | None) -> list[Exception]:
+        client = self._client = self._client or self._connect()
+        errors = self._spool.drain(lambda record: self._send(client, record), lane)
+        if status is not None:
+            client.set_terminated(self._run_id, status)
+        return errors
+
+    def _connect(self) -> "MlflowClient":
+        database = sqlite_file(self.uri)
+        if database is not None:
+            # First, because MLflow itself tries for minutes to open a database whose folder cannot be made.
+            database.parent.mkdir(parents=True, exist_ok=True)
+        client = self._new_client(tracking_uri=self.uri)
+        run = open_run(client, self._facts, self._run_id)
+        # Kept before anything else can fail: the next attempt and the next process must find this run again.
+        self._run_id = run.info.run_id
+        replace_file(self._id_file, run.info.run_id.encode())
+        describe_run(client, run, self._facts)
+        return client
+
+    def _send(self, client: "MlflowClient", record: dict[str, Any]) -> None:
+        try:
+            deliver(client, self._run_id, record)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self._refused += 1
+            if self._refused == 1:
+                logger.warning("a record for MLflow is dropped: %s", shown_uri(str(error)))
+
+    def _report(self, errors: list[Exception]) -> None:
+        if errors and not self._warned:
+            self._warned = True
+            said = f"{type(errors[0]).__name__}: {errors[0]}".partition("\n")[0]
+            logger.warning(
+                "MLflow at %s cannot be used (%s). Training goes on; records wait in %s and are sent when it answers.",
+                shown_uri(self.uri), shown_uri(said), self._spool.path,
+            )  # fmt: skip
+        elif self._failing and not errors:
+            logger.info("MLflow at %s has taken everything that waited", shown_uri(self.uri))
+        self._failing = bool(errors)
+
+
+def default_uri(run_dir: Path) -> str:
+    """MLFLOW_TRACKING_URI, or else a SQLite database beside the run folder, shared by the runs that lie there."""
+    # In a SQLite URI these two do not stand for themselves.
+    parent = os.path.dirname(os.path.abspath(run_dir)).replace("%", "%25").replace("?", "%3F")
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{parent}/mlflow.db"

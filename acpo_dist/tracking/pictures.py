@@ -1,0 +1,137 @@
+"""Pictures for people: grids of samples and curves over iterations."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 2
+"""Pixels between pictures."""
+MIN_SIDE = 64
+"""Smaller pictures are scaled up until their shorter side has so many pixels."""
+_MARGIN = 6
+_INK = (32, 32, 32)
+_PAPER = (255, 255, 255)
+
+
+def save_grid(
+    images_BCHW: Tensor,
+    path: Path,
+    columns: int,
+    *,
+    scale: int | None = None,
+    labels: Sequence[str] | None = None,
+    title: str | None = None,
+) -> None:
+    """Write pictures as one PNG, row by row.
+
+    Args:
+        images_BCHW: uint8, B pictures of C = 1 or 3 channels.
+        path: the PNG; its folder is made.
+        columns: pictures per row; no more than B are used.
+        scale: whole factor, at least 1, of nearest-neighbour enlargement; None enlarges what is below `MIN_SIDE`.
+        labels: one text per row, written on its left.
+        title: text above the grid.
+
+    Raises:
+        ValueError: wrong shape or dtype, nothing to show, or labels that do not match the rows.
+        OSError: the file cannot be written.
+    """
+    images_BHWC, columns = _checked(images_BCHW, columns), min(columns, images_BCHW.shape[0])
+    count, height, width, _ = images_BHWC.shape
+    rows = math.ceil(count / columns)
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"{count} pictures in {columns} columns make {rows} rows, but there are {len(labels)} labels")
+    factor = max(1, math.ceil(MIN_SIDE / min(height, width)) if scale is None else scale)
+    height, width = height * factor, width * factor
+
+    font = ImageFont.load_default(size=14)
+    left = max((_text_width(font, label) for label in labels), default=0) + 2 * _MARGIN if labels else 0
+    top = _line_height(font) + 2 * _MARGIN if title else 0
+    grid_width, grid_height = columns * (width + GAP) - GAP, rows * (height + GAP) - GAP
+    title_width = _text_width(font, title) + 2 * _MARGIN if title else 0
+    canvas = Image.new("RGB", (max(left + grid_width, title_width), top + grid_height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font)
+    for row, label in enumerate(labels or ()):
+        middle = top + row * (height + GAP) + height // 2
+        draw.text((_MARGIN, middle), label, fill=_INK, font=font, anchor="lm")
+    for index, image_HWC in enumerate(images_BHWC):
+        row, column = divmod(index, columns)
+        picture = Image.fromarray(image_HWC.numpy()).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(picture, (left + column * (width + GAP), top + row * (height + GAP)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, format="PNG")
+
+
+def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, Sequence[str]], path: Path) -> None:
+    """Draw metrics over iterations, one panel per entry, two panels side by side.
+
+    Args:
+        rows: as `read_metrics` gives them; a null figure leaves a gap in its curve, a missing one does not.
+        keys_by_panel: metric names by the title of their panel; names without any figure are left out.
+        path: the picture; its ending decides the format, its folder is made.
+
+    Raises:
+        ValueError: no panel.
+        OSError: the file cannot be written.
+    """
+    # Imported here: matplotlib takes a second to load, and no pyplot: its figures and backend are process-wide.
+    from matplotlib.figure import Figure
+
+    if not keys_by_panel:
+        raise ValueError("curves need at least one panel")
+    across = min(2, len(keys_by_panel))
+    down = math.ceil(len(keys_by_panel) / across)
+    figure = Figure(figsize=(6.4 * across, 3.6 * down), dpi=120, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, sharex=True).flatten()
+    for axis, (title, keys) in zip(axes, keys_by_panel.items(), strict=False):
+        _draw_panel(axis, title, rows, keys)
+    for axis in axes[len(keys_by_panel) :]:
+        axis.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)  # without pyplot, savefig picks the Agg canvas for PNG
+
+
+def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    drawn = 0
+    for key in keys:
+        measured = [row for row in rows if key in row]
+        values = [math.nan if row[key] is None else float(row[key]) for row in measured]
+        known = sum(math.isfinite(value) for value in values)
+        if known:
+            # A curve of one point, or of few between gaps, would be invisible without markers.
+            axis.plot([row["iteration"] for row in measured], values, label=key, linewidth=1.6, marker="." if known < 50 else None, markersize=5)
+            drawn += 1
+    axis.set_title(title, fontsize=12)
+    axis.set_xlabel("iteration", fontsize=10)
+    axis.tick_params(labelsize=9, labelbottom=True)
+    axis.grid(alpha=0.3)
+    if drawn:
+        axis.legend(fontsize=9)
+    else:
+        axis.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axis.transAxes)
+
+
+def _checked(images_BCHW: Tensor, columns: int) -> Tensor:
+    """Pictures as (B, H, W, 3) on the CPU."""
+    if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] not in (1, 3):
+        found = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
+        raise ValueError(f"a grid needs uint8 pictures of shape (B, 1 or 3, H, W), found {found}")
+    if not images_BCHW.numel() or columns < 1:
+        raise ValueError(f"a grid needs a picture and a column, found {tuple(images_BCHW.shape)} in {columns} columns")
+    return images_BCHW.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def _text_width(font: Any, text: str) -> int:
+    return math.ceil(font.getlength(text))
+
+
+def _line_height(font: Any) -> int:
+    left_top_right_bottom = font.getbbox("Ag")
+    return math.ceil(left_top_right_bottom[3])

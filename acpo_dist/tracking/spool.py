@@ -1,0 +1,86 @@
+"""Records that wait on disk until they are delivered: nothing is lost while the receiver is slow, away or killed."""
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.tracking.jsonl import mend_last_line, parse_object, replace_file
+
+logger = logging.getLogger(__name__)
+
+
+class Spool:
+    """A first-in first-out file of JSON records: any thread appends, one thread drains.
+
+    Args:
+        path: the file; it exists only while records wait. Its folder is made.
+
+    Raises:
+        OSError: the folder or the file cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mend_last_line(path)
+        self.path = path
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._lines())
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record at the end.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._lock, self.path.open("ab") as file:
+            file.write(line)
+
+    def drain(self, send: Callable[[dict[str, Any]], None], lane: Callable[[dict[str, Any]], str]) -> list[Exception]:
+        """Send every record that waits, oldest first; what was sent leaves the file, what was not stays.
+
+        A failure stops its own lane only, so that one broken service does not hold back what another would take, and
+        a dead one is asked once per lane rather than once per record. A process killed in between sends again what
+        it had sent: sending must bear that.
+
+        Returns:
+            The exceptions of the lanes that stopped, none when everything was sent.
+        """
+        failures: dict[str, Exception] = {}
+        left: list[bytes] = []
+        lines = self._lines()
+        for line in lines:
+            record = parse_object(line)
+            if record is None:
+                logger.warning("%s: an unreadable record was dropped", self.path)
+                continue
+            name = lane(record)
+            if name not in failures:
+                try:
+                    send(record)
+                    continue
+                except Exception as error:  # whatever the receiver's library raises; the caller decides what to say
+                    failures[name] = error
+            left.append(line)
+        self._forget(len(lines), left)
+        return list(failures.values())
+
+    def _lines(self) -> list[bytes]:
+        with self._lock:
+            return self.path.read_bytes().splitlines() if self.path.exists() else []
+
+    def _forget(self, seen: int, left: list[bytes]) -> None:
+        """Replace the first `seen` lines by `left`; what was appended meanwhile follows."""
+        if seen == len(left):
+            return
+        with self._lock:
+            lines = left + self.path.read_bytes().splitlines()[seen:]
+            if lines:
+                replace_file(self.path, b"".join(line + b"\n" for line in lines))
+            else:
+                self.path.unlink()

@@ -1,0 +1,529 @@
+import io
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+import rich.console
+import torch
+from PIL import Image
+
+from acpo_dist.tracking import mlflow_tracker
+from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
+from acpo_dist.tracking.mlflow_records import flatten, legal_name
+from acpo_dist.tracking.mlflow_run import RunFacts, open_run, shown_uri, sqlite_file
+from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
+from acpo_dist.tracking.pictures import GAP, save_curves, save_grid
+from acpo_dist.tracking.spool import Spool
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+class Heard(logging.Handler):
+    """Lets a test wait for a log message instead of sleeping."""
+
+    def __init__(self, part):
+        super().__init__(logging.INFO)
+        self.part, self.event = part, threading.Event()
+
+    def emit(self, record):
+        if self.part in record.getMessage():
+            self.event.set()
+
+    def __enter__(self):
+        logger = logging.getLogger("acpo_dist")
+        self.level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logger = logging.getLogger("acpo_dist")
+        logger.removeHandler(self)
+        logger.setLevel(self.level)
+
+    def wait(self):
+        assert self.event.wait(15), f"nobody logged {self.part!r}"
+
+
+@pytest.fixture(autouse=True)
+def _no_ambient_mlflow(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    monkeypatch.setenv("NO_PROXY", "*")
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory):
+    """MLflow needs seconds to make a database, so it is made once and copied."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").get_experiment_by_name("none")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path, empty_database):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    return folder / "one"
+
+
+def start(run_dir, *, uri=None, params=None, **changes):
+    facts = {"params": params or {"run": {"seed": 3}}, "tags": {"git": "abc"}} | changes
+    return MlflowTracker(uri or default_uri(run_dir), "acpo", "one", spool=run_dir / "mlflow", **facts)
+
+
+def client_of(run_dir):
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=default_uri(run_dir))
+
+
+def history(run_dir, run_id, key):
+    return [(metric.step, metric.value) for metric in client_of(run_dir).get_metric_history(run_id, key)]
+
+
+def waiting(run_dir):
+    path = run_dir / "mlflow" / "pending.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# metrics.jsonl
+
+
+def test_every_iteration_is_one_line_on_disk_at_once(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log_metrics(0, {"drift/rms": 0.5, "sync/version": 1})
+    tracker.log_metrics(1, {"drift/rms": torch.tensor(0.25)})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"iteration": 0, "drift/rms": 0.5, "sync/version": 1},
+        {"iteration": 1, "drift/rms": 0.25},
+    ]
+    tracker.close("FINISHED")
+    tracker.close("FINISHED")
+
+
+def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    JsonlTracker(path).log_metrics(7, {"loss": math.nan, "grad": -math.inf, "fine": 1.0})
+    row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
+    assert row == {"iteration": 7, "loss": None, "grad": None, "fine": 1.0}
+    assert "iteration 7" in caplog.text and "loss=nan" in caplog.text and "grad=-inf" in caplog.text
+    assert "fine=" not in caplog.text
+
+
+def test_a_torn_last_line_is_left_out_when_reading_and_logged(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0, "a": 1.0}\n{"iteration": 1, "a": 0.')
+    assert read_metrics(path) == [{"iteration": 0, "a": 1.0}]
+    assert "line 2 is torn" in caplog.text
+
+
+def test_a_line_written_after_a_torn_one_is_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n{"iterat')
+    JsonlTracker(path).log_metrics(1, {})
+    assert path.read_text() == '{"iteration": 0}\n{"iteration": 1}\n'
+
+
+def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}')
+    JsonlTracker(path).log_metrics(1, {})
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1]
+
+
+def test_resuming_forgets_the_resume_point_and_what_follows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"iteration": {i}, "a": 0.1}}\n' for i in range(5)) + '{"iteration": 5, "a"')
+    assert truncate_after(path, 3) == 2
+    assert path.read_text() == "".join(f'{{"iteration": {i}, "a": 0.1}}\n' for i in range(3))
+    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert truncate_after(tmp_path / "absent.jsonl", 3) == 0
+
+
+def test_a_line_that_could_not_be_forced_to_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path)
+    tracker.log_metrics(0, {})
+
+    def full(descriptor):
+        raise OSError(28, "no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            tracker.log_metrics(1, {})
+    tracker.log_metrics(2, {})
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 2]
+
+
+# spool
+
+
+def test_a_failing_lane_of_the_spool_keeps_its_records_in_order_and_holds_nobody_back(tmp_path):
+    spool = Spool(tmp_path / "pending.jsonl")
+    for number in range(6):
+        spool.append({"lane": "odd" if number % 2 else "even", "number": number})
+    sent = []
+
+    def send(record):
+        if record["number"] == 3:
+            raise OSError("down")
+        if record["number"] == 0:
+            spool.append({"lane": "even", "number": 6})
+        sent.append(record["number"])
+
+    errors = spool.drain(send, lambda record: record["lane"])
+    assert sent == [0, 1, 2, 4] and [str(error) for error in errors] == ["down"]
+    assert [json.loads(line)["number"] for line in spool.path.read_text().splitlines()] == [3, 5, 6]
+    assert spool.drain(lambda record: None, lambda record: "all") == []
+    assert not spool.path.exists()
+
+
+def test_a_spool_torn_by_a_crash_keeps_its_whole_records(tmp_path):
+    path = tmp_path / "pending.jsonl"
+    path.write_text('{"number": 0}\n{"num')
+    spool = Spool(path)
+    spool.append({"number": 1})
+    seen = []
+    spool.drain(seen.append, lambda record: "all")
+    assert seen == [{"number": 0}, {"number": 1}]
+
+
+# MLflow
+
+
+def test_a_run_can_be_read_back_from_mlflow(run_dir, tmp_path):
+    picture = tmp_path / "grid-000001.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    tracker = start(run_dir, params={"run": {"seed": 3, "note": "x" * 900}, "rewards": [{"type": "toy"}]})
+    tracker.log_text("resolved.yaml", "run: {}\n")
+    for iteration in range(3):
+        tracker.log_metrics(iteration, {"drift/rms": iteration / 4, "reward/a b(c)/mean": 1.0})
+    tracker.log_metrics(3, {"drift/rms": math.nan})
+    tracker.log_image("grid", 1, picture)
+    tracker.set_tags({"checkpoint": "runs/one/checkpoints/3", "gpus": 2})
+    tracker.close("FINISHED")
+    tracker.close("FAILED")
+
+    client = client_of(run_dir)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "one")
+    assert run.data.params == {"run.seed": "3", "run.note": "x" * 500, "rewards.0.type": "toy"}
+    assert {"git": "abc", "checkpoint": "runs/one/checkpoints/3", "gpus": "2"}.items() <= run.data.tags.items()
+    steps = history(run_dir, tracker.run_id, "drift/rms")
+    assert steps[:3] == [(0, 0.0), (1, 0.25), (2, 0.5)] and math.isnan(steps[3][1])
+    assert run.data.metrics["reward/a b_c_/mean"] == 1.0
+    artifacts = run_dir.parent / "mlartifacts" / tracker.run_id / "artifacts"
+    assert (artifacts / "config" / "resolved.yaml").read_text() == "run: {}\n"
+    assert (artifacts / "samples" / "grid-000001.png").read_bytes() == picture.read_bytes()
+    assert waiting(run_dir) == []
+
+
+def test_a_restart_continues_the_same_mlflow_run(run_dir):
+    first = start(run_dir)
+    first.log_metrics(0, {"a": 1.0})
+    first.close("KILLED")
+    second = start(run_dir, params={"run": {"seed": 4, "iterations": 9}})
+    assert second.run_id == first.run_id
+    second.log_metrics(1, {"a": 2.0})
+    second.close("FINISHED")
+    client = client_of(run_dir)
+    found = client.search_runs([client.get_experiment_by_name("acpo").experiment_id])
+    assert [run.info.run_id for run in found] == [first.run_id]
+    assert found[0].info.status == "FINISHED"
+    assert found[0].data.params == {"run.seed": "3", "run.iterations": "9"}
+    assert history(run_dir, first.run_id, "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_replaced_by_a_new_one(run_dir, caplog):
+    first = start(run_dir)
+    first.close("FINISHED")
+    client_of(run_dir).delete_run(first.run_id)
+    second = start(run_dir)
+    second.log_metrics(0, {"a": 1.0})
+    second.close("FINISHED")
+    assert second.run_id != first.run_id
+    assert (run_dir / "mlflow" / "run_id").read_text() == second.run_id
+    assert f"MLflow run {first.run_id} is not in" in caplog.text
+
+
+def test_an_experiment_that_another_process_makes_in_the_same_moment_is_shared(run_dir):
+    from mlflow.tracking import MlflowClient
+
+    class Overtaken(MlflowClient):
+        asked = 0
+
+        def get_experiment_by_name(self, name):
+            self.asked += 1
+            return None if self.asked == 1 else super().get_experiment_by_name(name)
+
+    uri = default_uri(run_dir)
+    other = client_of(run_dir).create_experiment("acpo")
+    client = Overtaken(tracking_uri=uri)
+    run = open_run(client, RunFacts(uri=uri, experiment="acpo", run_name="one", params={}, tags={}), "")
+    assert (run.info.experiment_id, client.asked) == (other, 2)
+
+
+def test_an_unreachable_server_is_named_once_and_costs_training_nothing(run_dir, caplog):
+    with Heard("cannot be used") as heard:
+        tracker = start(run_dir, uri=NOWHERE)
+        heard.wait()
+    began = time.perf_counter()
+    for iteration in range(20):
+        tracker.log_metrics(iteration, {"a": math.inf})
+    calls_s = time.perf_counter() - began
+    tracker.log_text("resolved.yaml", "x")
+    tracker.set_tags({"a": 1})
+    tracker.close("FINISHED")
+    # 20 lines on disk take about a millisecond; a second is far below any connection timeout.
+    assert calls_s < 1 and time.perf_counter() - began < 10
+    assert caplog.text.count("cannot be used") == 1 and caplog.text.count("22 records wait") == 1
+    assert [record.get("iteration") for record in waiting(run_dir)] == [*range(20), None, None]
+    assert (tracker.uri, tracker.run_id) == (NOWHERE, None)
+
+    later = start(run_dir)
+    later.close("FINISHED")
+    assert history(run_dir, later.run_id, "a")[19][0] == 19
+    assert waiting(run_dir) == []
+
+
+def test_what_waited_is_sent_as_soon_as_the_store_can_be_used_again(tmp_path, empty_database):
+    run_dir = tmp_path / "runs" / "one"
+    store = tmp_path / "store"
+    store.write_text("a file where the folder should be")
+    with Heard("cannot be used") as down, Heard("has taken everything") as up:
+        tracker = start(run_dir, uri=f"sqlite:///{store}/mlflow.db")
+        tracker.log_metrics(0, {"a": 1.0})
+        down.wait()
+        store.unlink()
+        store.mkdir()
+        shutil.copy(empty_database, store / "mlflow.db")
+        tracker.log_metrics(1, {"a": 2.0})
+        up.wait()
+    assert waiting(run_dir) == []
+    assert history(store / "x", tracker.run_id, "a") == [(0, 1.0), (1, 2.0)]
+    tracker.close("FINISHED")
+
+
+def test_closing_waits_for_a_silent_server_only_so_long(run_dir, monkeypatch, caplog):
+    monkeypatch.setattr(mlflow_tracker, "CLOSE_TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        tracker = start(run_dir, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracker.log_metrics(0, {"a": 1.0})
+        began = time.perf_counter()
+        tracker.close("FINISHED")
+        assert time.perf_counter() - began < 3
+    assert "1 records wait" in caplog.text
+    assert [record["iteration"] for record in waiting(run_dir)] == [0]
+
+
+def test_a_picture_that_mlflow_cannot_take_does_not_hold_back_the_figures(run_dir, tmp_path, caplog):
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    (run_dir.parent / "mlartifacts").write_text("a file where the artifact folder should be")
+    tracker = start(run_dir)
+    tracker.log_image("grid", 0, tmp_path / "gone.png")
+    tracker.log_image("grid", 0, picture)
+    tracker.log_metrics(0, {"a": 1.0})
+    tracker.close("FINISHED")
+    assert history(run_dir, tracker.run_id, "a") == [(0, 1.0)]
+    assert [record["path"] for record in waiting(run_dir)] == [str(picture)]
+    assert "gone.png is gone" in caplog.text and "1 records for MLflow were dropped" in caplog.text
+
+
+def test_the_default_store_lies_beside_the_run_folder_unless_the_environment_names_one(tmp_path, monkeypatch):
+    assert default_uri(tmp_path / "runs" / "one") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert sqlite_file(default_uri(tmp_path / "runs" / "one")) == tmp_path / "runs" / "mlflow.db"
+    odd = tmp_path / "100% a?b#c" / "one"
+    assert sqlite_file(default_uri(odd)) == odd.parent / "mlflow.db"
+    assert sqlite_file(NOWHERE) is None and sqlite_file("sqlite://") is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NOWHERE)
+    assert default_uri(tmp_path / "runs" / "one") == NOWHERE
+
+
+def test_passwords_in_a_tracking_uri_are_not_logged():
+    assert shown_uri("https://me:secret@host/x and more") == "https://***@host/x and more"
+
+
+@pytest.mark.parametrize(
+    ("name", "legal"), [("a/b.c-d e", "a/b.c-d e"), ("a:b(c)", "a_b_c_"), ("/a//b/../c", "a/c"), ("..", "_")]
+)
+def test_names_are_brought_into_the_form_that_mlflow_takes(name, legal):
+    from mlflow.utils.validation import _validate_metric_name
+
+    assert legal_name(name) == legal
+    _validate_metric_name(legal_name(name))
+
+
+def test_params_have_the_keys_that_overrides_use():
+    nested = {"a": {"b": [{"c": 1}, {"c": None}], "d": [1, 2]}, "e": {}}
+    assert flatten(nested) == {"a.b.0.c": "1", "a.b.1.c": "None", "a.d": "[1, 2]"}
+
+
+# Composite
+
+
+class Broken:
+    def __getattr__(self, name):
+        def fail(*args):
+            raise RuntimeError(f"{name} broke")
+
+        return fail
+
+
+def test_a_failing_tracker_is_named_once_and_does_not_stop_the_others(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tracker = CompositeTracker([Broken(), JsonlTracker(path)])
+    tracker.log_metrics(0, {"a": 1.0})
+    tracker.log_metrics(1, {"a": 1.0})
+    tracker.log_image("grid", 1, path)
+    tracker.log_text("x", "y")
+    tracker.set_tags({})
+    tracker.close("FINISHED")
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1 and "Broken.log_metrics failed" in warnings[0] and "log_metrics broke" in warnings[0]
+
+
+def test_an_interrupt_passes_through_the_composite():
+    class Interrupted:
+        def log_metrics(self, iteration, metrics):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CompositeTracker([Interrupted()]).log_metrics(0, {})
+
+
+# Console
+
+
+def console_on(stream, **options):
+    return Console(rich_console=rich.console.Console(file=stream, **options))
+
+
+def test_the_line_of_an_iteration_shows_the_chosen_figures_on_stderr_only(capsys):
+    figures = {"time/iteration": 12.345, "reward/musiq/mean": 0.123456, "reward/musiq/std": 9.0, "drift/rms": math.nan}
+    Console().iteration(7, 100, figures | {"judge/nr/mean": 2e-7, "learner/loss": 1.0})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "iteration   7/100  reward/musiq/mean 0.1235  judge/nr/mean 2e-07  drift/rms nan  time/iteration 12.3 s\n"
+    )
+
+
+def test_without_a_terminal_a_phase_shows_nothing():
+    stream = io.StringIO()
+    with console_on(stream).phase("rollout", 4) as advance:
+        advance(4)
+    assert stream.getvalue() == ""
+
+
+def test_on_a_terminal_a_phase_shows_count_and_name_and_survives_nesting_and_errors():
+    stream = io.StringIO()
+    console = console_on(stream, force_terminal=True, width=100)
+    with pytest.raises(RuntimeError, match="boom"), console.phase("rollout", 4) as advance:
+        with console.phase("decode", None) as inner:
+            inner(1)
+        advance(3)
+        console.message("[not markup]")
+        raise RuntimeError("boom")
+    with console.phase("learn", 2) as advance:
+        advance(2)
+    shown = stream.getvalue()
+    assert "rollout" in shown and "decode" in shown and "3/4" in shown and "2/2" in shown and "[not markup]" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2, "the cursor is hidden and shown again"
+
+
+def test_a_table_shows_every_cell_whole_and_checks_its_rows():
+    stream = io.StringIO()
+    console = console_on(stream, width=200)
+    console.table("checks", ["what", "found"], [["folder", "/a" * 40], ["ratio", 0.123456]])
+    assert "/a" * 40 in stream.getvalue() and "0.1235" in stream.getvalue()
+    with pytest.raises(ValueError, match="2 columns, but a row with 1"):
+        console.table("checks", ["what", "found"], [["folder"]])
+
+
+def test_a_quiet_console_says_nothing(capsys):
+    console = Console(quiet=True)
+    console.message("x")
+    console.table("t", ["a"], [["b"]])
+    console.iteration(0, 1, {"drift/rms": 1.0})
+    with console.phase("rollout", 1) as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+# Pictures
+
+
+def test_a_grid_has_gaps_and_enlarges_small_pictures_pixel_by_pixel(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 16, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    save_grid(images, tmp_path / "new" / "grid.png", 3)
+    with Image.open(tmp_path / "new" / "grid.png") as grid:
+        assert grid.size == (3 * 128 + 2 * GAP, 2 * 64 + GAP)
+        assert grid.getpixel((128, 0)) == (255, 255, 255)
+        x, y = 128 + GAP + 4 * 31 + 3, 64 + GAP + 4 * 15 + 3
+        assert grid.getpixel((x, y)) == tuple(images[4, :, 15, 31].tolist())
+
+
+@pytest.mark.parametrize(
+    ("shape", "columns", "scale", "size"),
+    [
+        ((2, 3, 100, 64), 8, None, (2 * 64 + GAP, 100)),
+        ((1, 1, 8, 8), 1, 3, (24, 24)),
+        ((1, 3, 48, 48), 1, None, (96, 96)),
+    ],
+    ids=["large enough, fewer than columns", "grey, given scale", "scale is whole"],
+)
+def test_a_grid_has_the_size_of_its_pictures(tmp_path, shape, columns, scale, size):
+    save_grid(torch.zeros(shape, dtype=torch.uint8), tmp_path / "grid.png", columns, scale=scale)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == size
+
+
+def test_labels_and_title_are_drawn_beside_the_pictures(tmp_path):
+    images = torch.zeros((4, 3, 64, 64), dtype=torch.uint8)
+    save_grid(images, tmp_path / "grid.png", 2, labels=["base", "iteration 100"], title="a red square")
+    with Image.open(tmp_path / "grid.png") as grid:
+        width, height = grid.size
+        left, top = width - (2 * 64 + GAP), height - (2 * 64 + GAP)
+        assert left > 60 and top > 15
+        for box in [(0, top, left, top + 64), (0, top + 64 + GAP, left, height), (0, 0, width, top)]:
+            assert grid.crop(box).convert("L").getextrema()[0] < 128, "there is ink"
+        assert grid.crop((left, top, left + 64, top + 64)).convert("L").getextrema() == (0, 0)
+
+
+def test_a_grid_refuses_what_it_cannot_show(tmp_path):
+    images = torch.zeros((4, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="make 2 rows, but there are 3 labels"):
+        save_grid(images, tmp_path / "x.png", 2, labels=["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"uint8 .* found torch.float32"):
+        save_grid(images.float(), tmp_path / "x.png", 2)
+    with pytest.raises(ValueError, match="needs a picture"):
+        save_grid(images[:0], tmp_path / "x.png", 2)
+
+
+def test_curves_are_drawn_with_gaps_and_without_unknown_names(tmp_path):
+    rows = [{"iteration": i, "a": i / 3, "b": None if i == 2 else 1.0} for i in range(5)] + [{"iteration": 5}]
+    panels = {"both": ["a", "b", "unknown"], "empty": ["unknown"], "third": ["a"]}
+    save_curves(rows, panels, tmp_path / "new" / "curves.png")
+    with Image.open(tmp_path / "new" / "curves.png") as picture:
+        assert picture.size == (2 * 768, 2 * 432)
+        assert len(set(picture.convert("RGB").reduce(2).get_flattened_data())) > 10
+    with pytest.raises(ValueError, match="at least one panel"):
+        save_curves(rows, {}, tmp_path / "x.png")
