@@ -10,7 +10,7 @@ from torch import Tensor
 from acpo_dist.algorithms.base import Loss, MicroBatch, Network, RewardGradient
 from acpo_dist.config.section import Section
 from acpo_dist.core.types import ScoreTable
-from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.diffusion.prediction import add_noise, to_clean, to_noise
 from acpo_dist.objective.anchor import anchor_error, head_drift
 from acpo_dist.objective.perceptual import shape_reward, surrogate
 
@@ -28,6 +28,8 @@ class AnchorConfig(Section):
     """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
     null_share: float = Field(default=0.1, ge=0, le=1)
     """Share of that batch that is anchored without its prompt: guidance uses that branch."""
+    source: Literal["rollout", "data"] = "rollout"
+    """What that batch is noised from: the rollouts' own x_0, or real pictures (`data.path`, pixel models)."""
     space: Literal["eps", "v", "x0"] = "eps"
     """Units of the anchor; `v` suits v-prediction with zero terminal SNR, where an eps-anchor vanishes."""
 
@@ -46,11 +48,13 @@ class Acpo:
         target_quantile: float = Field(default=0.9, gt=0, lt=1)
         """m as a quantile of base-model samples, for `hinge` and `softplus`."""
         anchor: AnchorConfig = AnchorConfig()
+        data_weight: float = Field(default=0.0, ge=0)
+        """Weight of the ordinary denoising loss on real pictures (`data.path`), on the anchor's uniform batch."""
         pathwise: ClassVar[bool] = True
 
-    def __init__(self, config: Config, *, target: float) -> None:
-        """Take the recipe and the hinge target m in normalised units."""
-        self.config, self._target = config, target
+    def __init__(self, config: Config) -> None:
+        """Take the recipe."""
+        self.config = config
 
     def select(self, sample_ids: Sequence[str], scores: ScoreTable) -> dict[str, float]:
         """Every sample counts the same: the gradient says where to go, the score need not."""
@@ -76,10 +80,13 @@ class Acpo:
         if anchor_weight > 0:
             total = total + anchor_weight * late
             if self.config.anchor.uniform:
-                uniform, is_null = self._uniform(batch, network, condition)
+                uniform, denoising, is_null = self._uniform(batch, network, condition)
                 total = total + anchor_weight * uniform
                 figures["anchor/uniform"] = uniform.detach()
                 figures |= split_branches(uniform.detach(), is_null)
+                if batch.clean_is_real:
+                    total = total + self.config.data_weight * denoising
+                    figures["data/denoising"] = denoising.detach()
         return Loss(per_sample=batch.weights_B * total, figures=figures)
 
     def _perceptual(
@@ -87,12 +94,12 @@ class Acpo:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         clean = to_clean(head, batch.late_latents, batch.late_alpha_bars_B, prediction_type)
         signal = reward(clean, batch.prompts)
-        value, slope = shape_reward(signal.quality_B, self.config.shape, self._target)
+        value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)
         figures = {"reward/loss": value, "reward/quality": signal.quality_B, "reward/active": (slope != 0).float()}
         norm = signal.gradient.flatten(1).norm(dim=1)
         return surrogate(clean, signal.gradient, slope), figures | {"reward/gradient_norm": norm} | dict(signal.per_metric)
 
-    def _uniform(self, batch: MicroBatch, network: Network, condition: Any) -> tuple[Tensor, Tensor]:
+    def _uniform(self, batch: MicroBatch, network: Network, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
         draws = [self._draw(key, batch.clean.shape[1:], len(network.alpha_bars)) for key in batch.noise_keys]
         device = batch.clean.device
         timesteps = torch.tensor([timestep for timestep, _, _ in draws], device=device)
@@ -105,7 +112,8 @@ class Acpo:
         with torch.no_grad(), network.anchored():
             anchor = network.predict(noisy, timesteps, condition)
         drift = head_drift(head, anchor, alpha_bars, network.prediction_type, self.config.anchor.space)
-        return anchor_error(drift), is_null
+        predicted = to_noise(head, noisy, alpha_bars, network.prediction_type)
+        return anchor_error(drift), anchor_error(predicted - noise), is_null
 
     def _draw(self, key: int, shape: torch.Size, num_timesteps: int) -> tuple[int, bool, Tensor]:
         generator = torch.Generator().manual_seed(key)

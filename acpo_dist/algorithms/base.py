@@ -43,6 +43,8 @@ class MicroBatch:
     late_alpha_bars_B: Tensor
     clean: Tensor
     """x_0 that the anchor's uniform timesteps are noised from: the sample's own, or a real picture."""
+    clean_is_real: bool
+    """Whether `clean` holds real pictures, so that an ordinary denoising loss on them makes sense."""
     weights_B: Tensor
 
 
@@ -52,6 +54,8 @@ class RewardSignal:
 
     quality_B: Tensor
     gradient: Tensor
+    target: float
+    """Hinge target in the same units; 0 where no shape needs it."""
     per_metric: Mapping[str, Tensor]
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from acpo_dist.core.types import (
+    GradientScale,
     PromptGroup,
     RewardTerm,
     RolloutHandle,
@@ -74,8 +75,8 @@ class LearnerGroup(Protocol):
         """
         ...
 
-    def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> float:
-        """Median over samples of the norm of the reward gradient with respect to the predicted noise."""
+    def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
+        """Strength of the reward gradient with respect to the predicted noise, at late states of the given samples."""
         ...
 
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
@@ -90,8 +91,8 @@ class LearnerGroup(Protocol):
         """Write weights, optimiser state and averages below `folder`, independent of the number of ranks."""
         ...
 
-    def restore(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+    def start(self, folder: Path | None) -> None:
+        """Build the optimiser, from scratch or from what `save` wrote; called once, before anything else."""
         ...
 
     def close(self) -> None:

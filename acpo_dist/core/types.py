@@ -116,6 +116,16 @@ class TrainReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GradientScale:
+    """How strong the reward's gradient is on base samples: what the first anchor weight is worked out from."""
+
+    median_norm: float
+    """Median over samples of ||dq / d eps-hat||."""
+    num_elements: int
+    """D, elements of one latent tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightBundle:
     """Trainable weights of one version, by name, with the checksum of their bytes."""
 

@@ -26,11 +26,16 @@ class IqaReport:
 
 
 def train_iqa(
-    network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3
-) -> IqaReport:
+    network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3,
+    held_out: LabelledBatch | None = None,
+) -> IqaReport:  # fmt: skip
     """Train in place with L1 plus a tenth of a pairwise ranking loss; report on 1,000 fresh pictures.
 
-    Source: MATH of TwoStream-IQA training (L1 on the label, Adam 1e-3), with a hinge on pairs for the order.
+    Args:
+        draw: training pictures.
+        held_out: pictures to report on, from references that `draw` never gives; None draws fresh damage.
+
+    Source: TwoStream-IQA's training (L1 on the label, Adam 1e-3), with a hinge on pairs for the order.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -49,7 +54,7 @@ def train_iqa(
         decay.step()
         if step % 200 == 0:
             logger.info("iqa step %d of %d: loss %.4f", step, steps, loss.item())
-    report = measure_iqa(network, draw, seed=seed + 1_000_003)
+    report = measure_iqa(network, held_out or draw, seed=seed + 1_000_003)
     return IqaReport(srcc=report.srcc, mean_absolute_error=report.mean_absolute_error, seconds=time.monotonic() - started)
 
 

@@ -33,7 +33,6 @@ class Metric(Protocol):
     """A loaded metric."""
 
     Config: ClassVar[type[MetricConfig]]
-    higher_is_better: bool
     needs_prompts: bool
 
     @classmethod
@@ -44,6 +43,11 @@ class Metric(Protocol):
     @classmethod
     def differentiable(cls, config: MetricConfig) -> bool:
         """Whether the score has a usable gradient with respect to the picture."""
+        ...
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """+1 if a higher raw score is better, -1 if a lower one is."""
         ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -19,14 +19,13 @@ _ASSETS = Path(__file__).resolve().parents[1] / "toy" / "assets"
 
 class _WeightedConfig(MetricConfig):
     weights: str = "toy"
-    """`toy` for the embedded weights, or a safetensors file written by a training recipe."""
+    """`toy` for the embedded weights, a safetensors file, or `train` to train on damaged `data.path` first."""
 
 
 class _NetworkMetric:
     """A network of ours with weights from a file."""
 
     Config: ClassVar[type[MetricConfig]] = _WeightedConfig
-    higher_is_better = True
     needs_prompts = False
     _toy_file: ClassVar[str]
 
@@ -39,6 +38,8 @@ class _NetworkMetric:
         reason = self.unusable(config)
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
+        if config.weights == "train":
+            raise RewardConfigError(f"`{config.name}`: weights `train` need `data.path` and `acpo train`, which trains them first")
         path = self._file(config)
         try:
             state = load_file(path)
@@ -60,6 +61,8 @@ class _NetworkMetric:
     def unusable(cls, config: MetricConfig) -> str | None:
         """See `Metric.unusable`."""
         assert isinstance(config, _WeightedConfig)
+        if config.weights == "train":
+            return None
         path = cls._file(config)
         return None if path.is_file() else f"no weights at `{path}`; set `weights` to `toy` or to a safetensors file"
 
@@ -67,6 +70,11 @@ class _NetworkMetric:
     def differentiable(cls, config: MetricConfig) -> bool:
         """Both networks are smooth almost everywhere."""
         return True
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """Quality: higher is better."""
+        return 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`."""
@@ -103,7 +111,3 @@ class StridedJudgeMetric(_NetworkMetric):
     def _build(cls, state: dict[str, Tensor]) -> nn.Module:
         return StridedJudge(state["stem.weight"].shape[0])
 
-
-def finite(scores: Tensor) -> bool:
-    """Whether every score is a number."""
-    return bool(torch.isfinite(scores).all())

@@ -14,6 +14,7 @@ from acpo_dist.rewards.base import MetricConfig
 _WITHOUT_GRADIENT = frozenset(
     "piqe entropy niqe niqe_matlab ilniqe brisque brisque_matlab nrqm pi qalign qalign_8bit qalign_4bit compare2score fgresq".split()
 )
+_LOWER_IS_BETTER = frozenset("piqe niqe niqe_matlab ilniqe brisque brisque_matlab pi".split())
 _WITH_GRADIENT = frozenset(
     "cnniqa dbcnn wadiqam_nr musiq musiq-ava musiq-paq2piq musiq-spaq nima nima-koniq nima-spaq nima-vgg16-ava paq2piq "
     "maniqa maniqa-pipal maniqa-kadid clipiqa clipiqa+ clipiqa+_vitL14_512 clipiqa+_rn50_512 tres tres-flive hyperiqa "
@@ -64,7 +65,12 @@ class PyiqaMetric:
                 f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}. Its weights are downloaded on first use; "
                 "without a network set `weights` to a file that pyiqa reads."
             ) from error
-        self.higher_is_better = not self._metric.lower_better
+        found = -1 if self._metric.lower_better else 1
+        if found != self.direction(config):
+            raise RewardConfigError(
+                f"`{config.name}`: this pyiqa says that {config.metric} is better when {'lower' if found < 0 else 'higher'}, "
+                "our table of pyiqa 0.1.16 says the opposite; install pyiqa==0.1.16"
+            )
 
     @classmethod
     def unusable(cls, config: MetricConfig) -> str | None:
@@ -82,6 +88,12 @@ class PyiqaMetric:
         """From the table of metrics with a usable gradient."""
         assert isinstance(config, cls.Config)
         return config.metric in _WITH_GRADIENT
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """See `Metric.direction`; checked against pyiqa's own word when the metric is built."""
+        assert isinstance(config, cls.Config)
+        return -1 if config.metric in _LOWER_IS_BETTER else 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`."""

@@ -40,11 +40,6 @@ class RewardWorker:
         self._decoder = resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
         self._cut, self._wire_dtype, self._device = cut, wire_dtype, device
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Direction of the raw score."""
-        return self._metric.higher_is_better
-
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Score finished pictures.
@@ -61,6 +56,7 @@ class RewardWorker:
             scores += self._finite(self._metric(chunk, prompts[start : start + CHUNK]))
         return scores
 
+    @torch.enable_grad()
     def value_and_grad(self, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """Score x0-hat (latent cut) or unclipped pixels (image cut), and differentiate the raw score.
 

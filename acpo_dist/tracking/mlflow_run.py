@@ -3,7 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,37 @@ def sqlite_file(uri: str) -> Path | None:
 
     database = make_url(uri).database
     return Path(os.path.abspath(database)) if database and database != ":memory:" else None
+
+
+def sqlite_uri(file: Path) -> str:
+    """SQLite URI of an absolute path."""
+    # Only what does not stand for itself: MLflow makes a stray folder for a path that is quoted more than it must be.
+    return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
+
+
+def make_sqlite(uri: str, new_client: Callable[..., object]) -> None:
+    """Make the database of a SQLite URI if there is none; it appears complete or not at all.
+
+    MLflow alone would build it in place, in some seventy steps without a lock: two processes at once, or one that is
+    killed half-way, leave a database that no process can use any more (mlflow 3.17, `SqlAlchemyStore.__init__`).
+
+    Raises:
+        OSError: the folder cannot be written.
+        Exception: whatever MLflow raises.
+    """
+    file = sqlite_file(uri)
+    if file is None or file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=file.parent) as folder:
+        part = Path(folder) / file.name
+        new_client(tracking_uri=sqlite_uri(part))
+        try:
+            os.link(part, file)
+        except FileExistsError:
+            logger.debug("another process made %s first", file)
+        except OSError:  # a file system without hard links
+            os.replace(part, file)
 
 
 def _find_run(client: "MlflowClient", run_id: str) -> "Run | None":

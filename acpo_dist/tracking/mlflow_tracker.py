@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.mlflow_records import deliver, flatten, is_refusal, lane, metrics_record, tag_values
-from acpo_dist.tracking.mlflow_run import RunFacts, describe_run, open_run, shown_uri, sqlite_file
+from acpo_dist.tracking.mlflow_run import RunFacts, describe_run, make_sqlite, open_run, shown_uri, sqlite_uri
 from acpo_dist.tracking.spool import Spool
 
 if TYPE_CHECKING:
@@ -149,10 +149,7 @@ class MlflowTracker:
         return errors
 
     def _connect(self) -> "MlflowClient":
-        database = sqlite_file(self.uri)
-        if database is not None:
-            # First, because MLflow itself tries for minutes to open a database whose folder cannot be made.
-            database.parent.mkdir(parents=True, exist_ok=True)
+        make_sqlite(self.uri, self._new_client)
         client = self._new_client(tracking_uri=self.uri)
         run = open_run(client, self._facts, self._run_id)
         # Kept before anything else can fail: the next attempt and the next process must find this run again.
@@ -186,6 +183,5 @@ class MlflowTracker:
 
 def default_uri(run_dir: Path) -> str:
     """MLFLOW_TRACKING_URI, or else a SQLite database beside the run folder, shared by the runs that lie there."""
-    # In a SQLite URI these two do not stand for themselves.
-    parent = os.path.dirname(os.path.abspath(run_dir)).replace("%", "%25").replace("?", "%3F")
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{parent}/mlflow.db"
+    beside = Path(os.path.abspath(run_dir)).parent / "mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(beside)

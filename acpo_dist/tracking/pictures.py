@@ -106,7 +106,8 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
         known = sum(math.isfinite(value) for value in values)
         if known:
             # A curve of one point, or of few between gaps, would be invisible without markers.
-            axis.plot([row["iteration"] for row in measured], values, label=key, linewidth=1.6, marker="." if known < 50 else None, markersize=5)
+            marker = "." if known < 50 else None
+            axis.plot([row["iteration"] for row in measured], values, label=key, marker=marker, linewidth=1.6)
             drawn += 1
     axis.set_title(title, fontsize=12)
     axis.set_xlabel("iteration", fontsize=10)

@@ -18,7 +18,7 @@ from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
 from acpo_dist.tracking.mlflow_records import flatten, legal_name
-from acpo_dist.tracking.mlflow_run import RunFacts, open_run, shown_uri, sqlite_file
+from acpo_dist.tracking.mlflow_run import RunFacts, make_sqlite, open_run, shown_uri, sqlite_file
 from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
 from acpo_dist.tracking.pictures import GAP, save_curves, save_grid
 from acpo_dist.tracking.spool import Spool
@@ -67,8 +67,9 @@ def empty_database(tmp_path_factory):
     """MLflow needs seconds to make a database, so it is made once and copied."""
     from mlflow.tracking import MlflowClient
 
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").get_experiment_by_name("none")
+    path = tmp_path_factory.mktemp("template") / "new" / "mlflow.db"
+    make_sqlite(f"sqlite:///{path}", MlflowClient)
+    assert [child.name for child in path.parent.iterdir()] == ["mlflow.db"]
     return path
 
 
@@ -279,6 +280,24 @@ def test_an_experiment_that_another_process_makes_in_the_same_moment_is_shared(r
     assert (run.info.experiment_id, client.asked) == (other, 2)
 
 
+def test_a_database_appears_complete_or_not_at_all_and_the_first_of_two_makers_wins(tmp_path):
+    target = tmp_path / "mlflow.db"
+
+    def killed(tracking_uri):
+        sqlite_file(tracking_uri).write_text("half")
+        raise KeyboardInterrupt
+
+    def overtaken(tracking_uri):
+        sqlite_file(tracking_uri).write_text("mine")
+        target.write_text("theirs")
+
+    with pytest.raises(KeyboardInterrupt):
+        make_sqlite(f"sqlite:///{target}", killed)
+    assert list(tmp_path.iterdir()) == []
+    make_sqlite(f"sqlite:///{target}", overtaken)
+    assert target.read_text() == "theirs" and list(tmp_path.iterdir()) == [target]
+
+
 def test_an_unreachable_server_is_named_once_and_costs_training_nothing(run_dir, caplog):
     with Heard("cannot be used") as heard:
         tracker = start(run_dir, uri=NOWHERE)
@@ -303,21 +322,23 @@ def test_an_unreachable_server_is_named_once_and_costs_training_nothing(run_dir,
 
 
 def test_what_waited_is_sent_as_soon_as_the_store_can_be_used_again(tmp_path, empty_database):
-    run_dir = tmp_path / "runs" / "one"
-    store = tmp_path / "store"
-    store.write_text("a file where the folder should be")
+    run_dir, store, ready = tmp_path / "runs" / "one", tmp_path / "store", tmp_path / "ready"
+    (tmp_path / "file").touch()
+    store.symlink_to(tmp_path / "file")  # a file where the folder should be
+    ready.mkdir()
+    shutil.copy(empty_database, ready / "mlflow.db")
+    (tmp_path / "link").symlink_to(ready)
     with Heard("cannot be used") as down, Heard("has taken everything") as up:
         tracker = start(run_dir, uri=f"sqlite:///{store}/mlflow.db")
         tracker.log_metrics(0, {"a": 1.0})
         down.wait()
-        store.unlink()
-        store.mkdir()
-        shutil.copy(empty_database, store / "mlflow.db")
+        os.replace(tmp_path / "link", store)
         tracker.log_metrics(1, {"a": 2.0})
         up.wait()
-    assert waiting(run_dir) == []
-    assert history(store / "x", tracker.run_id, "a") == [(0, 1.0), (1, 2.0)]
+    assert history(store / "x", tracker.run_id, "a")[0] == (0, 1.0)
     tracker.close("FINISHED")
+    assert history(store / "x", tracker.run_id, "a") == [(0, 1.0), (1, 2.0)]
+    assert waiting(run_dir) == []
 
 
 def test_closing_waits_for_a_silent_server_only_so_long(run_dir, monkeypatch, caplog):

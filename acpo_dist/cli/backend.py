@@ -1,0 +1,36 @@
+"""Which backend a run uses, and its ports."""
+
+import os
+
+from acpo_dist.config.relations import module_available
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.driver import OpenPorts
+
+
+def choose_backend(config: Config) -> str:
+    """`auto` takes Ray when an address is known or several processes are asked for, else this process.
+
+    Raises:
+        ConfigError: Ray is needed but not installed.
+    """
+    wanted = config.cluster.backend
+    if wanted == "auto":
+        several = config.learner.zero_stage is not None or config.rollout.num_workers > 1 or config.rewards.replicas > 1
+        wanted = "ray" if several or config.cluster.address or os.environ.get("RAY_ADDRESS") else "local"
+    if wanted == "ray" and not module_available("ray"):
+        raise ConfigError("the run needs Ray, which is not installed: pip install 'acpo-dist[ray,zero]'")
+    if wanted == "ray" and config.learner.zero_stage is not None and not module_available("deepspeed"):
+        raise ConfigError("learner.zero_stage is set, but DeepSpeed is not installed: pip install 'acpo-dist[zero]'")
+    return wanted
+
+
+def ports_for(backend: str) -> OpenPorts:
+    """The function that opens a backend's ports."""
+    if backend == "local":
+        from acpo_dist.local import open_ports
+
+        return open_ports
+    from actors.launch import open_ports as open_ray_ports
+
+    return open_ray_ports

@@ -1,0 +1,31 @@
+"""`acpo config show`."""
+
+from typing import Annotated
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+config_app = typer.Typer(no_args_is_help=True, help="Look at configuration files.")
+app.add_typer(config_app, name="config")
+
+
+@config_app.callback()
+def _group() -> None:
+    """Look at configuration files."""
+
+
+@config_app.command("show")
+def show(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Print the resolved configuration: every key with the value that a run would use."""
+    from acpo_dist.config.load import dump, load_config
+
+    config = load_config(source, overrides or [])
+    if as_json:
+        answer(config.to_mapping())
+    else:
+        typer.echo(dump(config), nl=False)

@@ -1,0 +1,41 @@
+"""`acpo train`."""
+
+from typing import Annotated
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+
+@app.command("train")
+def train(
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    backend: Annotated[str | None, typer.Option(help="local, ray or auto; overrides cluster.backend.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, a run folder, or a checkpoint folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Train a model: rollouts, rewards, anchored updates, verified weights."""
+    from acpo_dist.cli.backend import choose_backend, ports_for
+    from acpo_dist.config.load import load_config
+    from acpo_dist.driver import drive
+    from acpo_dist.tracking.console import Console
+
+    extra = [f"cluster.backend={backend}"] if backend else []
+    config = load_config(source, [*(overrides or []), *extra])
+    chosen = choose_backend(config)
+    console = Console()
+    console.message(f"{config.run.name}: {config.run.iterations} iterations, backend {chosen}, folder {config.run_dir}")
+    result = drive(config, ports_for(chosen), console, resume=resume)
+    if as_json:
+        answer(
+            {
+                "run_dir": str(result.run_dir), "iterations": result.iterations, "metrics": result.metrics,
+                "mlflow_uri": result.mlflow_uri, "mlflow_run_id": result.mlflow_run_id, "export": str(result.export),
+                "seconds": round(result.seconds, 1),
+            }
+        )  # fmt: skip
+        return
+    console.message(f"done in {result.seconds:.0f} s: {result.run_dir}; pipeline in {result.export}")
+    if result.mlflow_uri:
+        console.message(f"compare runs: mlflow ui --backend-store-uri {result.mlflow_uri}")

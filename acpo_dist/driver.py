@@ -1,0 +1,153 @@
+"""From a configuration to a finished run folder, on whatever ports a backend opens."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from acpo_dist import loop
+from acpo_dist.config.load import dump
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import Tracker
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.types import WeightBundle
+from acpo_dist.data.prompts import load_prompts
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.recipes.prepare import prepare
+from acpo_dist.session import RunFolder, git_commit, open_run
+from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
+from acpo_dist.tracking.pictures import save_curves
+
+logger = logging.getLogger(__name__)
+
+OpenPorts = Callable[[Config, Tracker], AbstractContextManager[loop.Ports]]
+Hook = Callable[[Config, loop.Ports, tuple[str, ...]], None]
+"""(configuration, ports, prompts) -> None, at a moment of the run."""
+
+_PANELS = {
+    "quality": ["reward/*/mean", "judge/*/mean"],
+    "drift": ["drift/rms", "drift/budget"],
+    "anchor weight": ["anchor/weight"],
+    "seconds": ["time/rollout", "time/reward", "time/learn", "time/sync"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    iterations: int
+    metrics: dict[str, float]
+    mlflow_uri: str | None
+    mlflow_run_id: str | None
+    export: Path
+    seconds: float
+
+
+def drive(
+    config: Config, open_ports: OpenPorts, console: Console, *, resume: str | None = None,
+    at_start: Hook | None = None, at_end: Hook | None = None,
+) -> RunResult:  # fmt: skip
+    """Run to the end: folder, recipe, prompts, ports, loop, curves, export.
+
+    Args:
+        at_start: called with base weights in place, before the first iteration.
+        at_end: called with the final weights in place, before the ports close.
+
+    Raises:
+        AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
+    """
+    started = time.monotonic()
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    _require_pictures(config)
+    folder, checkpoint = open_run(config, resume)
+    if checkpoint is not None:
+        console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
+    truncate_after(folder.metrics, checkpoint.iteration if checkpoint else 0)
+    effective = prepare(config, folder.root / "base", console)
+    with ExitStack() as stack:
+        tracker, mlflow = _open_tracker(config, folder)
+        status = "FAILED"
+        try:
+            ports = stack.enter_context(open_ports(effective, tracker))
+            result = loop.run(
+                effective, ports, folder, prompts, console, checkpoint=checkpoint,
+                on_start=(lambda: at_start(effective, ports, prompts)) if at_start else None,
+            )  # fmt: skip
+            if at_end is not None:
+                at_end(effective, ports, prompts)
+            _finish(effective, ports, folder, tracker, result.version)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+    return RunResult(
+        run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
+        mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
+        export=folder.export, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def _require_pictures(config: Config) -> None:
+    """Read one picture now: a wrong column must not be found after the base model is loaded."""
+    if config.data.path is not None:
+        from acpo_dist.data.images import load_pictures
+
+        load_pictures(config.data.path, config.data.image_column, 1, None)
+
+
+def _open_tracker(config: Config, folder: RunFolder):
+    trackers: list[Tracker] = [JsonlTracker(folder.metrics)]
+    mlflow = None
+    if config.tracking.mlflow:
+        from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
+
+        tags = {"git_commit": git_commit(), "run_dir": str(folder.root.resolve()), "torch": torch.__version__, **_versions()}
+        mlflow = MlflowTracker(
+            config.tracking.mlflow_uri or default_uri(folder.root), config.tracking.experiment, config.run.name,
+            spool=folder.root / "mlflow", params=config.to_mapping(),
+            tags={name: value for name, value in tags.items() if value is not None},
+        )  # fmt: skip
+        trackers.append(mlflow)
+    tracker = CompositeTracker(trackers)
+    tracker.log_text("resolved.yaml", dump(config))
+    return tracker, mlflow
+
+
+def _finish(config: Config, ports: loop.Ports, folder: RunFolder, tracker: Tracker, version_: int) -> None:
+    rows = read_metrics(folder.metrics)
+    if rows:
+        curves = folder.root / "curves.png"
+        save_curves(rows, _PANELS, curves)
+        tracker.log_image("curves", config.run.iterations, curves)
+    export_pipeline(config, ports.learner.export(version_), folder.export)
+    tracker.set_tags({"export": str(folder.export)})
+
+
+def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
+    """Write the tuned model as a pipeline folder that plain diffusers opens."""
+    family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=False)
+    with torch.no_grad():
+        for name, parameter in trainable_tensors(family.network).items():
+            parameter.copy_(bundle.tensors[name])
+    family.save_pipeline(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("acpo-dist", "diffusers", "transformers", "peft", "ray", "deepspeed"):
+        try:
+            found[f"version.{name}"] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,115 @@
+"""Checkpoints: a folder per iteration, a manifest of sha256 sums written last, nothing half-written ever read back."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+LEARNER = "learner"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    folder: Path
+    iteration: int
+    """Iterations that are done; the next one has this number."""
+    state: dict[str, Any]
+
+    @property
+    def learner_folder(self) -> Path:
+        """What the learner wrote."""
+        return self.folder / LEARNER
+
+
+class CheckpointStore:
+    """The `checkpoints/` folder of a run."""
+
+    def __init__(self, root: Path, *, keep: int) -> None:
+        """Use `root`; at most `keep` checkpoints stay."""
+        self._root, self._keep = root, keep
+
+    def prepare(self, iteration: int) -> Path:
+        """An empty folder to write iteration's files into; it becomes a checkpoint with `commit`."""
+        folder = self._root / f".{iteration:06d}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / LEARNER).mkdir(parents=True)
+        return folder
+
+    def commit(self, folder: Path, iteration: int, state: dict[str, Any]) -> Path:
+        """Write state and manifest, rename into place, drop the oldest beyond `keep`."""
+        _write(folder / STATE, json.dumps({"iteration": iteration, **state}, indent=2))
+        sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+        _write(folder / MANIFEST, json.dumps({"files": sums}, indent=2))
+        final = self._root / f"{iteration:06d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(folder, final)
+        _sync(self._root)
+        for old in self._folders()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def newest(self) -> Checkpoint | None:
+        """Newest checkpoint whose manifest holds; damaged ones are named in the log and passed over."""
+        for folder in reversed(self._folders()):
+            try:
+                return open_checkpoint(folder)
+            except CheckpointError as error:
+                logger.warning("%s; trying the previous one", error)
+        return None
+
+    def _folders(self) -> list[Path]:
+        return sorted(path for path in self._root.glob("[0-9]*") if path.is_dir()) if self._root.is_dir() else []
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Check every file against the manifest.
+
+    Raises:
+        CheckpointError: no manifest, a missing file or another sum.
+    """
+    manifest = folder / MANIFEST
+    try:
+        sums = json.loads(manifest.read_text())["files"]
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST} or {STATE} cannot be read ({error})") from error
+    for name, wanted in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+        found = _sha256(path)
+        if found != wanted:
+            raise CheckpointError(f"{folder} is damaged: {name} has sha256 {found[:12]}, the manifest says {wanted[:12]}")
+    return Checkpoint(folder=folder, iteration=int(state["iteration"]), state=state)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,34 @@
+"""Sums and counts of per-sample figures: they merge exactly over micro-batches and ranks, then are divided once."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass
+class FigureSums:
+    """Running sums by name."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Add per-sample values."""
+        for name, values in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
+            self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def means(self) -> dict[str, float]:
+        """Mean of every figure over all that was added."""
+        return {name: self.sums[name] / self.counts[name] for name in sorted(self.sums) if self.counts[name]}
+
+    @staticmethod
+    def merge(parts: Iterable["FigureSums"]) -> "FigureSums":
+        """Join the sums of several ranks."""
+        whole = FigureSums()
+        for part in parts:
+            for name, value in part.sums.items():
+                whole.sums[name] = whole.sums.get(name, 0.0) + value
+                whole.counts[name] = whole.counts.get(name, 0) + part.counts[name]
+        return whole

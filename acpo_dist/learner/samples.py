@@ -1,0 +1,69 @@
+"""Rollouts by sample id."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acpo_dist.core.errors import WeightSyncError
+from acpo_dist.core.types import RolloutBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateStates:
+    """One late state per sample."""
+
+    latents_BCHW: Tensor
+    timesteps_B: Tensor
+    alpha_bars_B: Tensor
+
+
+class SampleStore:
+    """Finds a sample's row in whichever batch it came in."""
+
+    def __init__(self, batches: Sequence[RolloutBatch], *, policy_version: int | None) -> None:
+        """Index the batches.
+
+        Args:
+            policy_version: version that every sample must have been drawn with; None does not check.
+
+        Raises:
+            WeightSyncError: a batch is of another version: its gradient would be that of other weights.
+        """
+        self._at: dict[str, tuple[RolloutBatch, int]] = {}
+        for batch in batches:
+            if policy_version is not None and batch.policy_version != policy_version:
+                raise WeightSyncError(
+                    f"samples {batch.sample_ids[0]}... were drawn with weights version {batch.policy_version}, but the "
+                    f"learner is at version {policy_version}; gradients are never applied to newer weights"
+                )
+            for row, sample_id in enumerate(batch.sample_ids):
+                self._at[sample_id] = (batch, row)
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """All samples, in the order of the batches."""
+        return tuple(self._at)
+
+    def prompts(self, ids: Sequence[str]) -> tuple[str, ...]:
+        """Prompt of each sample."""
+        return tuple(batch.prompts[row] for batch, row in (self._at[sample_id] for sample_id in ids))
+
+    def clean(self, ids: Sequence[str]) -> Tensor:
+        """x_0 of each sample, (B, C, H, W)."""
+        return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
+
+    def late(self, ids: Sequence[str], keys: Sequence[int]) -> LateStates:
+        """One of each sample's kept late states, chosen by the sample's key."""
+        chosen = []
+        for sample_id, key in zip(ids, keys, strict=True):
+            batch, row = self._at[sample_id]
+            # The low bits choose the picture of the data batch; these choose the state.
+            late = batch.late[(key >> 32) % len(batch.late)]
+            chosen.append((late.latents_BCHW[row], late.timestep, late.alpha_bar))
+        return LateStates(
+            latents_BCHW=torch.stack([latents for latents, _, _ in chosen]),
+            timesteps_B=torch.tensor([timestep for _, timestep, _ in chosen]),
+            alpha_bars_B=torch.tensor([alpha_bar for _, _, alpha_bar in chosen], dtype=torch.float64),
+        )

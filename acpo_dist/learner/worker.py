@@ -1,0 +1,233 @@
+"""One learner rank: cuts its share of micro-batches, asks the algorithm for the loss, moves the weights."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from acpo_dist.algorithms.base import Algorithm, MicroBatch
+from acpo_dist.config.schema import DataConfig, LearnerConfig, RewardsConfig
+from acpo_dist.core.errors import CheckpointError, NonFiniteError
+from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import RewardTerm, RolloutBatch, TrainTask, WeightBundle
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.data.images import PictureSet, load_pictures
+from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.learner.engine import Engine, TorchEngine
+from acpo_dist.learner.figures import FigureSums
+from acpo_dist.learner.samples import SampleStore
+from acpo_dist.learner.signal import GradientSource, PooledReward
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.objective.anchor import anchor_error, head_drift
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec:
+    """The sections that a learner rank needs."""
+
+    model: Any
+    algorithm: Any
+    learner: LearnerConfig
+    rewards: RewardsConfig
+    data: DataConfig
+    seed: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and optimiser step."""
+        return self.learner.global_batch // (self.learner.micro_batch * self.learner.num_ranks)
+
+
+class LearnerWorker:
+    """Plain class; an actor is a thin shell round it."""
+
+    def __init__(self, spec: LearnerSpec, source: GradientSource, *, device: str = "cpu") -> None:
+        """Load the model and its anchor; `start` builds the optimiser."""
+        self._spec, self._source, self._device = spec, source, device
+        self._family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
+        self._algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
+        self._pictures = self._load_pictures()
+        self._engine: Engine | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}
+
+    @property
+    def num_elements(self) -> int:
+        """D, elements of one latent tensor."""
+        return math.prod(self._family.sample_shape)
+
+    def start(self, folder: Path | None) -> None:
+        """Build the engine; with a folder, put back weights, moments and averages first."""
+        weights = load_file(folder / "policy.safetensors") if folder else None
+        if weights is not None:
+            self._put_weights(weights)
+        learner = self._spec.learner
+        if learner.zero_stage is None:
+            engine: type[Any] = TorchEngine
+        else:
+            from acpo_dist.learner.zero import ZeroEngine as engine  # noqa: N813  (DeepSpeed is imported only where used)
+        self._engine = engine(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
+        if folder and weights is not None:
+            self._engine.load(weights, load_file(folder / "optimizer.safetensors"))
+            self._average = load_file(folder / "ema.safetensors")
+        self._weights = self._engine.weights()
+        if not self._average:
+            self._average = {name: value.clone() for name, value in self._weights.items()}
+
+    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int]:
+        """One iteration; every rank calls it with its own samples' batches and the same task.
+
+        Returns:
+            (figures of this rank's samples, number of optimiser steps).
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite.
+        """
+        engine = self._ready()
+        store = SampleStore(batches, policy_version=task.policy_version)
+        reward = self._reward(task.rewards)
+        sums = FigureSums()
+        micro = self._spec.learner.micro_batch
+        steps = cut(task.sample_ids, self._spec.learner.global_batch)
+        for step, ids in enumerate(steps):
+            started = time.monotonic()
+            for part in cut(ids, micro)[engine.rank :: engine.world_size]:
+                with engine.autocast():
+                    loss = self._algorithm.loss(
+                        self._micro_batch(store, part, task, step), self._family, reward, task.anchor_weight
+                    )
+                if not torch.isfinite(loss.per_sample).all():
+                    raise NonFiniteError(
+                        f"iteration {task.iteration}, optimiser step {step}: the loss is not finite for samples "
+                        f"{[name for name, ok in zip(part, torch.isfinite(loss.per_sample), strict=True) if not ok]}"
+                    )
+                engine.backward(loss.per_sample.mean())
+                sums.add(loss.figures)
+            sums.add({"learner/grad_norm": torch.tensor([engine.step()])})
+            sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
+        self._weights = engine.weights()
+        self._update_average(len(steps))
+        return sums, len(steps)
+
+    @torch.no_grad()
+    def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
+        """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples."""
+        store = SampleStore(batches, policy_version=None)
+        reward = self._reward(terms)
+        norms: list[float] = []
+        for part in self._share(store.sample_ids):
+            batch = self._micro_batch(store, part, None, 0)
+            condition = self._family.encode(batch.prompts)
+            head = self._family.predict(batch.late_latents, batch.late_timesteps_B, condition)
+            clean = to_clean(head, batch.late_latents, batch.late_alpha_bars_B, self._family.prediction_type)
+            gradient = reward(clean, batch.prompts).gradient.flatten(1).norm(dim=1)
+            # d x0-hat / d eps-hat = -s / a
+            kappa = ((1 - batch.late_alpha_bars_B) / batch.late_alpha_bars_B).sqrt()
+            norms += (gradient * kappa.to(gradient)).tolist()
+        return norms
+
+    @torch.no_grad()
+    def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> FigureSums:
+        """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; figures named by timestep."""
+        store = SampleStore(batches, policy_version=None)
+        sums = FigureSums()
+        for part in self._share(store.sample_ids):
+            clean = store.clean(part).to(self._device)
+            condition = self._family.encode(store.prompts(part))
+            for timestep in timesteps:
+                keys = [derive_seed("drift", sample_id, timestep) for sample_id in part]
+                noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(k)) for k in keys])
+                alpha_bars = self._family.alpha_bars[[timestep] * len(part)]
+                noisy = add_noise(clean, noise.to(clean), alpha_bars)
+                at = torch.full((len(part),), timestep, device=clean.device)
+                head = self._family.predict(noisy, at, condition)
+                with self._family.anchored():
+                    anchor = self._family.predict(noisy, at, condition)
+                drift = head_drift(head, anchor, alpha_bars, self._family.prediction_type)
+                sums.add({str(timestep): anchor_error(drift)})
+        return sums
+
+    def export(self, version: int, *, ema: bool = False) -> WeightBundle:
+        """Weights after the last `train`, the same on every rank."""
+        return make_bundle(version, self._average if ema else self._weights)
+
+    def save(self, folder: Path) -> None:
+        """Write the state; every rank calls it, rank 0 writes."""
+        engine = self._ready()
+        moments = engine.optimiser_state()
+        if engine.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._weights, folder / "policy.safetensors")
+            save_file(self._average, folder / "ema.safetensors")
+            save_file(moments, folder / "optimizer.safetensors")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("LearnerWorker.start() must be called first")
+        return self._engine
+
+    def _reward(self, terms: Sequence[RewardTerm]) -> PooledReward:
+        rewards = self._spec.rewards
+        return PooledReward(self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype)
+
+    def _micro_batch(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
+        iteration = task.iteration if task else -1
+        keys = [derive_seed("learner", self._spec.seed, iteration, step, sample_id) for sample_id in ids]
+        late = store.late(ids, keys)
+        clean, real = store.clean(ids), False
+        if self._pictures is not None:
+            clean, real = 2 * self._pictures.batch([key % len(self._pictures) for key in keys]) - 1, True
+        weights = torch.tensor([task.weights[sample_id] if task else 1.0 for sample_id in ids])
+        return MicroBatch(
+            sample_ids=ids,
+            prompts=store.prompts(ids),
+            noise_keys=tuple(keys),
+            late_latents=late.latents_BCHW.to(self._device),
+            late_timesteps_B=late.timesteps_B.to(self._device),
+            late_alpha_bars_B=late.alpha_bars_B.to(self._device),
+            clean=clean.to(self._device),
+            clean_is_real=real,
+            weights_B=weights.to(self._device),
+        )
+
+    def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        """This rank's micro-batches; the same number on every rank, since ZeRO 3 gathers in step."""
+        engine = self._ready()
+        parts = cut(ids, self._spec.learner.micro_batch)
+        yield from parts[: len(parts) // engine.world_size * engine.world_size][engine.rank :: engine.world_size]
+
+    def _update_average(self, optim_steps: int) -> None:
+        decay = self._spec.learner.ema_decay**optim_steps
+        for name, value in self._weights.items():
+            self._average[name].lerp_(value, 1 - decay)
+
+    def _put_weights(self, weights: dict[str, Tensor]) -> None:
+        own = trainable_tensors(self._family.network)
+        if set(own) != set(weights):
+            raise CheckpointError(f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+    def _load_pictures(self) -> PictureSet | None:
+        data = self._spec.data
+        if data.path is None or self._spec.algorithm.anchor.source != "data":
+            return None
+        return load_pictures(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])
+
+
+def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Consecutive pieces of `size`."""
+    return [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]

@@ -1,0 +1,275 @@
+"""The training iteration, written on the ports. It knows neither Ray nor DeepSpeed, and runs the same in one process.
+
+deal prompts -> draw samples -> score them -> update on gradients from the pool -> publish verified weights -> record.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from acpo_dist.algorithms.base import Algorithm
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool, Tracker, WeightChannel
+from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
+from acpo_dist.core.types import Normaliser, PromptGroup, RewardTerm, RolloutHandle, ScoreTable, TrainTask
+from acpo_dist.data.prompts import deal
+from acpo_dist.learner.checkpoint import Checkpoint
+from acpo_dist.objective.controller import DriftController, initial_anchor_weight
+from acpo_dist.objective.normalise import fit_normaliser
+from acpo_dist.session import RunFolder
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.pictures import save_grid
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """The five ports."""
+
+    rollout: RolloutPool
+    reward: RewardPool
+    learner: LearnerGroup
+    weights: WeightChannel
+    tracker: Tracker
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint keeps besides the learner's tensors."""
+
+    iteration: int
+    version: int
+    controller: DriftController
+    normalisers: dict[str, Normaliser]
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
+        return {
+            "version": self.version,
+            "anchor_weight": self.controller.weight,
+            "normalisers": {name: vars(value) for name, value in self.normalisers.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopResult:
+    """How the run ended."""
+
+    iterations: int
+    version: int
+    last_metrics: dict[str, float]
+
+
+def run(
+    config: Config, ports: Ports, folder: RunFolder, prompts: Sequence[str], console: Console,
+    *, checkpoint: Checkpoint | None = None, on_start: Callable[[], None] | None = None,
+) -> LoopResult:  # fmt: skip
+    """Train from scratch or from a checkpoint to `run.iterations`.
+
+    Args:
+        checkpoint: where to go on from.
+        on_start: called when weights are in place, before the first iteration (evaluation of the base model).
+    """
+    ports.learner.start(checkpoint.learner_folder if checkpoint else None)
+    algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
+    state = _resumed(config, checkpoint) if checkpoint else _calibrate(config, ports, prompts, console)
+    ports.weights.publish(state.version)
+    if on_start is not None:
+        on_start()
+    metrics: dict[str, float] = {}
+    while state.iteration < config.run.iterations:
+        metrics = _iterate(config, ports, algorithm, state, prompts, console)
+        done = state.iteration
+        ports.tracker.log_metrics(done - 1, metrics)
+        console.iteration(done, config.run.iterations, metrics)
+        last = done == config.run.iterations
+        if done % config.tracking.images_every == 0 or last:
+            _picture(config, ports, folder, prompts, done, console)
+        if done % config.checkpoint.every == 0 or last:
+            _save(ports, folder, state, console)
+    return LoopResult(iterations=state.iteration, version=state.version, last_metrics=metrics)
+
+
+def _iterate(
+    config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, prompts: Sequence[str], console: Console
+) -> dict[str, float]:
+    """One rollout -> reward -> update -> sync cycle; moves `state` on."""
+    clock = _Clock()
+    groups = deal(
+        prompts, iteration=state.iteration, run_seed=config.run.seed,
+        num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
+    )  # fmt: skip
+    total = sum(len(group.samples) for group in groups)
+    with clock.phase("rollout"), console.phase("rollout", total) as advance:
+        handles = ports.rollout.generate(groups, advance)
+    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
+    with clock.phase("reward"), console.phase("reward", total * len(names)) as advance:
+        scores = ports.reward.score(handles, names, advance)
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    chosen = algorithm.select(ids, scores)
+    task = TrainTask(
+        iteration=state.iteration, policy_version=state.version, sample_ids=tuple(i for i in ids if i in chosen),
+        weights=chosen, anchor_weight=state.controller.weight, rewards=_terms(config, state.normalisers),
+    )  # fmt: skip
+    with clock.phase("learn"), console.phase("learn", total) as advance:
+        report = ports.learner.train(handles, task, advance)
+    with clock.phase("sync"):
+        ports.weights.publish(state.version + 1)
+    drift = max(report.metrics["anchor/late"], report.metrics.get("anchor/uniform", 0.0))
+    metrics = {
+        **_score_metrics(config, scores),
+        **report.metrics,
+        "anchor/weight": state.controller.weight,
+        "drift/rms": drift**0.5,
+        "sync/version": float(state.version + 1),
+        "sampler/schedule_steps": float(config.sampler.num_steps),
+        **ports.reward.counters(),
+        **clock.metrics(),
+    }
+    if state.controller.budget is not None:
+        metrics["drift/budget"] = state.controller.budget
+    state.controller = state.controller.update(drift)
+    state.iteration += 1
+    state.version += 1
+    return metrics
+
+
+def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Console) -> LoopState:
+    """Normalise every metric on base-model samples and find the first anchor weight."""
+    per_prompt = config.rollout.samples_per_prompt
+    groups = deal(
+        prompts, iteration=0, run_seed=config.run.seed, num_prompts=-(-config.rewards.calibration_samples // per_prompt),
+        samples_per_prompt=per_prompt, stream="calibration",
+    )  # fmt: skip
+    with console.phase("calibration: rollout", sum(len(group.samples) for group in groups)) as advance:
+        handles = ports.rollout.generate(groups, advance)
+    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
+    with console.phase("calibration: reward", None) as advance:
+        scores = ports.reward.score(handles, names, advance)
+    quantile = getattr(config.algorithm, "target_quantile", None)
+    normalisers = {
+        entry.name: fit_normaliser(
+            entry.name, list(scores[entry.name].values()), higher_is_better=_higher(entry), target_quantile=quantile
+        )
+        for entry in (*config.rewards.train, *config.rewards.judges)
+    }
+    controller = _controller(config, _first_weight(config, ports, handles, _terms(config, normalisers)))
+    console.message(
+        "calibrated on {} base samples: {}; anchor weight {:.4g}".format(
+            len(next(iter(scores.values()))),
+            ", ".join(f"{name} {value.mean:.4g} ± {value.std:.4g}" for name, value in normalisers.items()),
+            controller.weight,
+        )
+    )
+    return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers)
+
+
+def _first_weight(
+    config: Config, ports: Ports, handles: Sequence[RolloutHandle], terms: tuple[RewardTerm, ...]
+) -> float:
+    anchor = config.algorithm.anchor
+    if anchor.weight != "auto":
+        return float(anchor.weight)
+    if anchor.budget is None:
+        return 0.0
+    scale = ports.learner.gradient_scale(handles, terms)
+    return initial_anchor_weight(
+        reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
+        gradient_norm=scale.median_norm, budget=anchor.budget,
+    )  # fmt: skip
+
+
+def _controller(config: Config, weight: float) -> DriftController:
+    anchor = config.algorithm.anchor
+    # A weight of 0 means that the anchor is off, not that it should be steered.
+    steered = anchor.budget is not None and weight > 0
+    return DriftController(weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate)
+
+
+def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
+    state = checkpoint.state
+    return LoopState(
+        iteration=checkpoint.iteration,
+        version=int(state["version"]),
+        controller=_controller(config, float(state["anchor_weight"])),
+        normalisers={name: Normaliser(**value) for name, value in state["normalisers"].items()},
+    )
+
+
+def _save(ports: Ports, folder: RunFolder, state: LoopState, console: Console) -> None:
+    partial = folder.checkpoints.prepare(state.iteration)
+    ports.learner.save(partial / "learner")
+    path = folder.checkpoints.commit(partial, state.iteration, state.to_mapping())
+    ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
+    logger.info("checkpoint %s", path)
+
+
+def _picture(
+    config: Config, ports: Ports, folder: RunFolder, prompts: Sequence[str], iteration: int, console: Console
+) -> None:
+    """A grid from the same prompts and seeds at every call."""
+    groups = fixed_groups(config, prompts, config.tracking.num_images, stream="grid")
+    handles = ports.rollout.generate(groups)
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    path = folder.samples / f"{iteration:06d}.png"
+    save_grid(ports.rollout.images(handles, ids), path, columns=min(8, len(ids)))
+    ports.tracker.log_image("samples", iteration, path)
+
+
+def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: str) -> list[PromptGroup]:
+    """Samples that are the same for every policy version: one per prompt."""
+    return deal(prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream)
+
+
+def _terms(config: Config, normalisers: dict[str, Normaliser]) -> tuple[RewardTerm, ...]:
+    return tuple(
+        RewardTerm(name=entry.name, weight=entry.weight, normaliser=normalisers[entry.name]) for entry in config.rewards.train
+    )
+
+
+def _score_metrics(config: Config, scores: ScoreTable) -> dict[str, float]:
+    metrics = {}
+    for kind, entries in (("reward", config.rewards.train), ("judge", config.rewards.judges)):
+        for name in _names(entries):
+            values = list(scores[name].values())
+            metrics[f"{kind}/{name}/mean"] = sum(values) / len(values)
+            metrics[f"{kind}/{name}/min"] = min(values)
+            metrics[f"{kind}/{name}/max"] = max(values)
+    return metrics
+
+
+def _names(entries: Sequence[Any]) -> list[str]:
+    return [entry.name for entry in entries]
+
+
+def _higher(entry: Any) -> bool:
+    return resolve("reward", REWARDS, entry.type).direction(entry) > 0
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._phases: dict[str, float] = {}
+
+    def phase(self, name: str) -> "_Phase":
+        return _Phase(self._phases, name)
+
+    def metrics(self) -> dict[str, float]:
+        whole = {"time/iteration": time.monotonic() - self._start}
+        return {f"time/{name}": seconds for name, seconds in self._phases.items()} | whole
+
+
+class _Phase:
+    def __init__(self, store: dict[str, float], name: str) -> None:
+        self._store, self._name, self._start = store, name, 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self._store[self._name] = time.monotonic() - self._start
