@@ -20,6 +20,7 @@ def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
     # One torch thread per process unless the user says otherwise: two that share a core are many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     # Import-time chatter about optional kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

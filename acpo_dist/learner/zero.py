@@ -51,6 +51,9 @@ class ZeroEngine:
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
         """Join the group and shard the optimiser of the parameters that require gradients."""
         self._config = config
+        if device == "cpu":
+            # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         parameters = trainable_tensors(network)

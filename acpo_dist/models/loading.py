@@ -4,13 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
+from safetensors import SafetensorError
 
 from acpo_dist.core.errors import ModelError
 
 Loaded = TypeVar("Loaded")
 DtypeName = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Many workers load at once; their bars would only run into each other.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 _EMBEDDED = Path(__file__).resolve().parents[1] / "toy" / "assets"
 
 
@@ -47,7 +53,7 @@ def load_part(loader: Callable[..., Loaded], path: str, part: str | None, **opti
         options["subfolder"] = part
     try:
         return loader(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it first "

@@ -150,8 +150,9 @@ class SdxlFamily:
         """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
         pipeline = load_part(
             StableDiffusionXLPipeline.from_pretrained, self.path, None, unet=self._tuned.merged(),
-            revision=self.config.revision, variant=self.config.variant,
+            revision=self.config.revision, variant=self.config.variant, torch_dtype=torch.float32,
         )  # fmt: skip
+        # One type throughout: transformers opens a text encoder in the type it was saved in, diffusers all else in float32.
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
         if layers:

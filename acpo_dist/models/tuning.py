@@ -48,6 +48,7 @@ class TunedNetwork:
         """The network that answers now: the policy, or the base within `anchored`."""
         self.method = config.method
         self._copy: nn.Module | None = None
+        self._scale = (config.alpha or config.rank) / config.rank
         network.requires_grad_(False)
         if config.method == "full":
             if keep_anchor:
@@ -90,11 +91,13 @@ class TunedNetwork:
         """LoRA weights by peft's names, without the adapter's own name; empty for full fine-tuning."""
         if self.method == "full":
             return {}
-        return get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        state = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
+        # The files carry no alpha, and readers take the rank for it: the rest of the scale goes into the weights.
+        return {name: value * self._scale if ".lora_B." in name else value for name, value in state.items()}
 
     def merged(self) -> nn.Module:
-        """A plain copy with the tuning merged in, for export."""
-        plain = copy.deepcopy(self.network)
+        """A plain float32 copy with the tuning merged in, for export: in bfloat16 a small update would round away."""
+        plain = copy.deepcopy(self.network).float()
         if self.method == "full":
             return plain
         for module in list(plain.modules()):

@@ -36,7 +36,9 @@ class RewardWorker:
             cut: `latent` or `image`.
         """
         self.name = metric.name
-        self._metric = resolve("reward", REWARDS, metric.type)(metric, device=device)
+        kind = resolve("reward", REWARDS, metric.type)
+        self._metric = kind(metric, device=device)
+        self._ascend = kind.direction(metric) > 0
         self._decoder = resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
         self._cut, self._wire_dtype, self._device = cut, wire_dtype, device
 
@@ -76,8 +78,8 @@ class RewardWorker:
             pixels = self._decoder.decode(values)
         else:
             pixels = values
-        # The score will be raised, so at the gamut's border only inward moves may pass.
-        scores = self._metric(clip_pixels(pixels, ascend=True), prompts)
+        # The score will be raised (lowered where lower is better): at the gamut's border only inward moves may pass.
+        scores = self._metric(clip_pixels(pixels, ascend=self._ascend), prompts)
         (gradient,) = torch.autograd.grad(scores.sum(), values)
         numbers = self._finite(scores)
         if not torch.isfinite(gradient).all():

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from acpo_dist.core.ports import Advance
 
-SHOWN = ("reward/*/mean", "judge/*", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
+SHOWN = ("reward/*/mean", "judge/*/mean", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
 """Metrics of the line per iteration, in this order; `metrics.jsonl` has all of them."""
 
 

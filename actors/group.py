@@ -1,0 +1,60 @@
+"""All fan-out in one place: wait for many actors with a deadline, and turn a dead one into one readable error."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from acpo_dist.core.errors import AcpoError, WorkerError
+
+logger = logging.getLogger(__name__)
+
+
+def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str, Any]:
+    """Results of one call per worker, by worker name.
+
+    Args:
+        calls: worker name -> object reference.
+        what: what they were asked, for the error.
+
+    Raises:
+        AcpoError: what a worker itself raised for the user.
+        WorkerError: a worker died, or did not answer in time; names it.
+    """
+    waiting = {reference: name for name, reference in calls.items()}
+    results: dict[str, Any] = {}
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        if not ready:
+            raise WorkerError(f"{', '.join(sorted(waiting.values()))}: no answer to `{what}` within {timeout_s:g} s")
+        name = waiting.pop(ready[0])
+        results[name] = fetch(ready[0], name=name, what=what)
+    return {name: results[name] for name in calls}
+
+
+def fetch(reference: Any, *, name: str, what: str, timeout_s: float | None = None) -> Any:
+    """One result; errors as in `gather`."""
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, AcpoError) else None
+        if cause is not None:
+            raise cause from None
+        raise WorkerError(f"{name} failed in `{what}`:\n{error}") from error
+    except GetTimeoutError as error:
+        raise WorkerError(f"{name}: no answer to `{what}` within {timeout_s:g} s") from error
+    except RayActorError as error:
+        raise WorkerError(f"{name} died in `{what}`: {error}") from error
+    except RayError as error:
+        raise WorkerError(f"{name}: `{what}` did not come back: {error}") from error
+
+
+def kill(handles: Mapping[str, Any]) -> None:
+    """End actors that may be dead already."""
+    for name, handle in handles.items():
+        try:
+            ray.kill(handle)
+        except RayError as error:
+            logger.info("%s was gone already: %s", name, error)

@@ -1,0 +1,82 @@
+"""Plan, place, spawn, hand over to the loop, tear down."""
+
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import ray
+from ray.util.placement_group import remove_placement_group
+
+import acpo_dist
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import UsageError
+from acpo_dist.core.ports import Tracker
+from acpo_dist.loop import Ports
+from actors.channel import RayChannel
+from actors.learner import RayLearner
+from actors.placement import await_resources, place, plan_placement
+from actors.reward import ServeRewards, deploy
+from actors.rollout import RayRollouts
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
+    """All ports on Ray; on leaving, everything that was started is ended.
+
+    Raises:
+        PlacementError: the cluster cannot place the run.
+        WorkerError: a worker cannot start.
+    """
+    plan = plan_placement(config)
+    with ExitStack() as stack:
+        stack.enter_context(connected(config))
+        await_resources(plan, timeout_s=config.cluster.place_timeout_s)
+        groups = {}
+        for name in ("learner", "rollout"):
+            groups[name] = place(plan.role(name), timeout_s=config.cluster.place_timeout_s)
+            stack.callback(remove_placement_group, groups[name])
+        # Actors load their models while the reward pool comes up.
+        rollout = RayRollouts(config, plan.role("rollout"), groups["rollout"])
+        stack.callback(rollout.close)
+        learner = RayLearner(config, plan.role("learner"), groups["learner"])
+        stack.callback(learner.close)
+        applications = deploy(config, plan.role("reward"), f"acpo-{uuid.uuid4().hex[:8]}")
+        reward = ServeRewards(applications, deadline_s=config.rewards.deadline_s)
+        stack.callback(reward.close)
+        learner.build(reward)
+        rollout.await_ready()
+        yield Ports(rollout=rollout, reward=reward, learner=learner, weights=RayChannel(learner, rollout), tracker=tracker)
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Join the configured cluster, or start a local one and stop it on leaving; a connection that is there is kept."""
+    _require_own_packages()
+    if ray.is_initialized():
+        yield
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="acpo",
+        **({} if address else {"include_dashboard": False}),
+    )  # fmt: skip
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_own_packages() -> None:
+    """`actors` is a common name: refuse a stranger that shadows ours."""
+    import actors
+
+    ours = Path(acpo_dist.__file__).resolve().parent.parent / "actors"
+    found = Path(str(actors.__file__)).resolve().parent
+    if found != ours:
+        raise UsageError(f"the package `actors` is taken by {found}, expected {ours}; start `acpo` from another folder.")

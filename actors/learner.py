@@ -1,0 +1,160 @@
+"""Learner ranks as a gang of actors: all of them, or none."""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import Advance
+from acpo_dist.core.types import GradientScale, RewardTerm, RolloutHandle, TrainReport, TrainTask, WeightBundle
+from acpo_dist.learner.figures import FigureSums
+from acpo_dist.local import learner_spec
+from actors.group import fetch, gather, kill
+from actors.placement import Role
+from actors.process import set_up
+from actors.reward import ServeRewards
+
+
+class LearnerActor:
+    """Shell round `LearnerWorker`: rank variables first, then everything heavy."""
+
+    def __init__(self, rank: int, world_size: int, cpus: float, gpus: float) -> None:
+        """Set the process up."""
+        self._device = set_up(cpus=cpus, gpus=gpus)
+        # Ray shows each rank its own GPU alone, so the local rank is always 0.
+        os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks meet: this host and a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def build(self, master: tuple[str, int], spec: Any, applications: Mapping[str, str], deadline_s: float) -> int:
+        """Load the model; returns the process id."""
+        os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+        from acpo_dist.learner.worker import LearnerWorker
+        from actors.reward import RewardClient
+
+        self._client = RewardClient(applications, deadline_s=deadline_s)
+        self._worker = LearnerWorker(spec, self._client, device=self._device)
+        return os.getpid()
+
+    def start(self, folder: Path | None) -> int:
+        """See `LearnerWorker.start`; returns D."""
+        self._worker.start(folder)
+        return self._worker.num_elements
+
+    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, int]:
+        """See `LearnerWorker.train`; the third value is how often this rank had to ask the pool again so far."""
+        figures, steps = self._worker.train(ray.get(references), task)
+        return figures, steps, self._client.retries
+
+    def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
+        """See `LearnerWorker.gradient_norms`."""
+        return self._worker.gradient_norms(ray.get(references), terms)
+
+    def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> FigureSums:
+        """See `LearnerWorker.measure_drift`."""
+        return self._worker.measure_drift(ray.get(references), timesteps)
+
+    def export(self, version: int, ema: bool) -> tuple[WeightBundle, str]:
+        """The bundle and its checksum, each an object of its own."""
+        bundle = self._worker.export(version, ema=ema)
+        return bundle, bundle.checksum
+
+    def save(self, folder: Path) -> None:
+        """See `LearnerWorker.save`."""
+        self._worker.save(folder)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._worker.close()
+
+
+class RayLearner:
+    """The gang as the driver sees it. A rank that fails ends the others: half a gang would wait for ever."""
+
+    def __init__(self, config: Config, role: Role, group: Any) -> None:
+        """Start the actors; `build` loads the models."""
+        shell = ray.remote(LearnerActor).options(
+            max_restarts=0, num_cpus=role.cpus, num_gpus=role.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        )  # fmt: skip
+        self._actors = {
+            f"learner/{rank}": shell.remote(rank, role.count, role.cpus, role.gpus) for rank in range(role.count)
+        }
+        self._config, self._rewards = config, None
+        self._timeout_s = config.learner.timeout_s
+        self._num_elements = 0
+
+    @property
+    def _first(self) -> Any:
+        return self._actors["learner/0"]
+
+    def build(self, rewards: ServeRewards) -> None:
+        """Load the models and connect the ranks to the reward pool."""
+        self._rewards = rewards
+        master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
+        spec = ray.put(learner_spec(self._config))
+        deadline_s = self._config.rewards.deadline_s
+        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.applications, deadline_s))
+
+    def start(self, folder: Path | None) -> None:
+        """See `LearnerGroup.start`."""
+        self._num_elements = self._all("start", lambda actor: actor.start.remote(folder))[0]
+
+    def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
+        """See `LearnerGroup.train`."""
+        references = _latents(handles)
+        answers = self._all("train", lambda actor: actor.train.remote(references, task))
+        if self._rewards is not None:
+            self._rewards.learner_retries = sum(retries for _, _, retries in answers)
+        if advance:
+            advance(len(task.sample_ids))
+        return TrainReport(metrics=FigureSums.merge(figures for figures, _, _ in answers).means(), optim_steps=answers[0][1])
+
+    def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
+        """See `LearnerGroup.gradient_scale`."""
+        references = _latents(handles)
+        answers = self._all("gradient scale", lambda actor: actor.gradient_norms.remote(references, rewards))
+        norms = [norm for part in answers for norm in part]
+        return GradientScale(median_norm=median(norms), num_elements=self._num_elements)
+
+    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
+        """See `LearnerGroup.measure_drift`."""
+        references = _latents(handles)
+        answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps))
+        return {int(name): value for name, value in FigureSums.merge(answers).means().items()}
+
+    def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
+        """Reference to the bundle, and its checksum; the driver does not open the bundle."""
+        bundle, checksum = self._first.export.options(num_returns=2).remote(version, ema)
+        return bundle, fetch(checksum, name="learner/0", what="export", timeout_s=self._timeout_s)
+
+    def export(self, version: int, *, ema: bool = False) -> WeightBundle:
+        """See `LearnerGroup.export`."""
+        reference, _ = self.export_reference(version, ema=ema)
+        return fetch(reference, name="learner/0", what="export", timeout_s=self._timeout_s)
+
+    def save(self, folder: Path) -> None:
+        """See `LearnerGroup.save`; the folder must be on storage that rank 0 and the driver share."""
+        target = folder.resolve()
+        self._all("save", lambda actor: actor.save.remote(target))
+
+    def close(self) -> None:
+        """End the gang."""
+        kill(self._actors)
+
+    def _all(self, what: str, call: Any) -> list[Any]:
+        return list(gather({n: call(a) for n, a in self._actors.items()}, timeout_s=self._timeout_s, what=what).values())
+
+
+def _latents(handles: Sequence[RolloutHandle]) -> list[Any]:
+    return [handle.payload[0] for handle in handles]

@@ -1,0 +1,21 @@
+"""What every shell does first: set its process up, before anything heavy is imported."""
+
+import os
+
+
+def set_up(*, cpus: float, gpus: float) -> str:
+    """Thread counts and the accelerator choice of this process.
+
+    Returns:
+        The device to use: `cuda` where Ray gave this worker a GPU, else `cpu`.
+    """
+    threads = str(max(1, int(cpus)))
+    os.environ["OMP_NUM_THREADS"] = threads
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if gpus <= 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(int(threads))
+    return "cuda" if gpus > 0 else "cpu"

@@ -1,0 +1,431 @@
+"""Rewards travel without loss that matters, come with the exact gradient, and are never made up."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from scipy import ndimage
+from torch import Tensor
+
+import acpo_dist.toy
+from acpo_dist.core.errors import RewardConfigError, RewardError
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.recipes.toy_models import new_vae
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
+from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
+from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream, gradient_magnitude
+from acpo_dist.rewards.wire import pack, unpack
+from acpo_dist.rewards.worker import CHUNK, RewardWorker
+from acpo_dist.toy.world import templates
+
+TOY_SDXL = SdxlFamily.Config(path="toy-sdxl")
+needs_pyiqa = pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa (optional extra)")
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Largest over samples of the error's norm over the wanted norm."""
+    return float(((found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)).max())
+
+
+def clip_by_definition(pixels: Tensor) -> Tensor:
+    """MATH's clamp for a score to be raised: its gradient passes unless the ascent step would leave [0, 1] further."""
+    clipped = pixels + (pixels.clamp(0, 1) - pixels).detach()
+    clipped.register_hook(lambda g: g.masked_fill(((pixels > 1) & (g > 0)) | ((pixels < 0) & (g < 0)), 0.0))
+    return clipped
+
+
+# Metrics so simple that their scores and gradients are known.
+
+
+class Brightness:
+    """Mean of all pixels."""
+
+    class Config(MetricConfig):
+        type: str = f"{__name__}:Brightness"
+
+    needs_prompts: ClassVar[bool] = False
+    sign: ClassVar[int] = 1
+
+    def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
+        self.device = device
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        return None
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        return True
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        return cls.sign
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+class Glare(Brightness):
+    """The same number, to be lowered."""
+
+    class Config(MetricConfig):
+        type: str = f"{__name__}:Glare"
+
+    sign: ClassVar[int] = -1
+
+
+class Root(Brightness):
+    """Its slope at a black picture is infinite, its score is not."""
+
+    class Config(MetricConfig):
+        type: str = f"{__name__}:Root"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3)).sqrt()
+
+
+class PromptLength(Brightness):
+    """Reads the prompts alone."""
+
+    class Config(MetricConfig):
+        type: str = f"{__name__}:PromptLength"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert len(images) == len(prompts)
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def worker(metric: MetricConfig | None = None, *, cut: str = "image", wire_dtype: str = "float32") -> RewardWorker:
+    model = TOY_SDXL if cut == "latent" else None
+    return RewardWorker(metric or TwoStreamMetric.Config(), model=model, cut=cut, wire_dtype=wire_dtype)
+
+
+def pictures(count: int) -> Tensor:
+    """uint8 pictures of the toy world under noise."""
+    clean = templates()[torch.randperm(864, generator=rng(0))[:count]]
+    return ((clean + 0.1 * torch.randn(clean.shape, generator=rng(1))).clamp(0, 1) * 255).to(torch.uint8)
+
+
+# The wire
+
+
+@pytest.mark.parametrize("magnitude", [1e-12, 3e-9, 1e-7, 1e-3, 1.0, 7e4, 1e6])
+def test_half_precision_with_a_scale_is_good_to_half_a_per_mille_at_any_magnitude(magnitude: float):
+    values = magnitude * torch.randn(8, 4, 8, 8, generator=rng(0))
+    values[3] = 0
+    found = unpack(pack(values, "float16"))
+    assert found.dtype == torch.float32 and torch.equal(found[3], values[3])
+    peak = values.flatten(1).abs().amax(1).reshape(-1, 1, 1, 1)
+    # 11 significant bits round by at most 2**-11 = 4.9e-4; far below a picture's own peak by 2**-25 of the peak.
+    assert bool(((found - values).abs() <= 5e-4 * values.abs() + 2**-25 * peak).all())
+
+
+def test_samples_of_very_different_magnitude_do_not_cost_each_other_precision():
+    values = torch.randn(2, 3, 4, 4, generator=rng(0)) * torch.tensor([1e-12, 1e6]).reshape(-1, 1, 1, 1)
+    assert relative_error(unpack(pack(values, "float16")), values) <= 5e-4
+
+
+@pytest.mark.parametrize("value", [1.0, 65504.0, 1e-38, 1e-40, 3e38, -0.75, 2.0**-126])
+def test_single_numbers_survive_at_the_ends_of_float32(value: float):
+    found = unpack(pack(torch.tensor([[value]]), "float16"))
+    # Below 2**-126 float32 itself has steps of 1.4e-45.
+    assert found.item() == pytest.approx(value, rel=5e-4, abs=1.4e-45)
+
+
+def test_full_precision_is_exact():
+    values = torch.cat([10.0**power * torch.randn(1, 3, 5, generator=rng(power + 12)) for power in range(-12, 7)])
+    assert torch.equal(unpack(pack(values, "float32")), values)
+
+
+def test_half_precision_halves_what_travels():
+    values = torch.zeros(4, 3, 8, 8)
+    per_sample = 2
+    assert pack(values, "float32").nbytes == 4 * values.numel() + per_sample * 4
+    assert pack(values, "float16").nbytes == 2 * values.numel() + per_sample * 4
+
+
+# TwoStream
+
+
+def test_the_published_size_has_the_published_number_of_parameters():
+    def convolution(before: int, after: int, width: int) -> int:
+        return before * after * width**2 + after
+
+    def stream(channels: int) -> int:
+        layers = [(channels, 32, 7), (32, 64, 5), (64, 128, 3), (128, 256, 3), (256, 9 * 24, 1)]
+        return sum(convolution(*layer) for layer in layers)
+
+    head = convolution(2 * 9 * 24, 512, 1) + convolution(512, 512, 1) + convolution(512, 1, 1)
+    counted = sum(parameter.numel() for parameter in TwoStream(PUBLISHED).parameters())
+    assert counted == stream(3) + stream(1) + head == 1_442_801
+
+
+def test_the_gradient_picture_is_sobels_magnitude():
+    images = torch.rand(2, 3, 20, 24, generator=rng(0), dtype=torch.float64)
+    luminance = np.tensordot(images.numpy(), [0.299, 0.587, 0.114], axes=([1], [0]))
+    for found, grey in zip(gradient_magnitude(images)[:, 0], luminance, strict=True):
+        # scipy's "nearest" is the replicated border.
+        slopes = [ndimage.sobel(grey, axis=axis, mode="nearest") / 8 for axis in (0, 1)]
+        # float32 weights of the luminance would show at 1e-8; this is float64.
+        np.testing.assert_allclose(found, np.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-6), rtol=0, atol=1e-12)
+
+
+def test_the_gradient_picture_of_a_flat_picture_is_differentiable():
+    flat = torch.full((1, 3, 32, 32), 0.4, requires_grad=True)
+    gradient_magnitude(flat).sum().backward()
+    assert bool(torch.isfinite(flat.grad).all())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tops", "lefts", "painted"),
+    [(64, 96, [0, 32], [0, 32, 64], [0, 32, 64]), (32, 44, [0], [0, 12], [0])],
+    ids=["six tiles", "overlap"],
+)
+def test_a_large_picture_scores_the_mean_of_its_tiles(height: int, width: int, tops, lefts, painted):
+    torch.manual_seed(0)
+    network = TwoStream(TOY).eval().double().requires_grad_(False)
+    image = torch.full((1, 3, height, width), 0.5, dtype=torch.float64)
+    # Flat wherever a tile is cut: then a tile's gradient picture is the same alone as within the whole.
+    for top in tops:
+        for left in painted:
+            image[..., top + 4 : top + 28, left + 16 : left + 28] = torch.rand(1, 3, 24, 12, generator=rng(top + left))
+    alone = network(torch.cat([image[..., top : top + 32, left : left + 32] for top in tops for left in lefts]))
+    assert float(alone.std()) > 0
+    assert float(network(image)) == pytest.approx(float(alone.mean()), abs=1e-12)
+
+
+def test_every_pixel_of_a_picture_that_tiles_do_not_fit_counts():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 37, 50, generator=rng(0)).requires_grad_(True)
+    TwoStream(TOY).eval()(image).sum().backward()
+    assert bool((image.grad.abs().sum((0, 1)) > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 31, 32), (1, 3, 32, 31), (1, 1, 32, 32), (3, 32, 32)])
+def test_pictures_below_one_tile_or_without_three_channels_are_refused(shape: tuple):
+    with pytest.raises(ValueError, match="RGB pictures of at least 32 x 32"):
+        TwoStream(TOY)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", [PUBLISHED, TOY], ids=["published", "toy"])
+def test_every_parameter_gets_a_gradient(size):
+    torch.manual_seed(0)
+    network = TwoStream(size).eval()
+    network(torch.rand(4, 3, 32, 32, generator=rng(0))).sum().backward()
+    without = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
+    assert without == []
+
+
+# The worker's gradient
+
+
+def two_stream_graph(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Scores and gradients in one graph, without wire or worker."""
+    metric = TwoStreamMetric(TwoStreamMetric.Config())
+
+    def graph(values: Tensor) -> tuple[Tensor, Tensor]:
+        values = values.clone().requires_grad_(True)
+        pixels = decode(values)
+        # The clamp must have something to do.
+        assert 0.02 < float(((pixels < 0) | (pixels > 1)).float().mean()) < 0.98
+        scores = metric(clip_by_definition(pixels), [""] * len(values))
+        return scores.detach(), torch.autograd.grad(scores.sum(), values)[0]
+
+    return graph
+
+
+@pytest.fixture(scope="module")
+def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder with nothing but an untrained VAE whose pictures leave [0, 1] on both sides."""
+    folder = tmp_path_factory.mktemp("wide")
+    torch.manual_seed(0)
+    vae = new_vae()
+    vae.decoder.conv_out.weight.data.mul_(4)
+    vae.register_to_config(scaling_factor=0.8)
+    vae.save_pretrained(folder / "vae")
+    (folder / "model_index.json").write_text("{}")
+    return folder
+
+
+# float32: the same sums in another order. float16: 11 significant bits on the way back, against the values that arrived.
+@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
+def test_the_image_cut_gives_the_gradient_of_the_whole_graph(wire_dtype: str, tolerance: float):
+    sent = pack(1.6 * torch.rand(5, 3, 32, 32, generator=rng(0)) - 0.3, wire_dtype)
+    answer = worker(cut="image", wire_dtype=wire_dtype).value_and_grad(sent, [""] * 5)
+    scores, gradient = two_stream_graph(lambda pixels: pixels)(unpack(sent))
+    assert answer.scores == pytest.approx(scores.tolist(), abs=1e-5)
+    assert relative_error(unpack(answer.gradient), gradient) < tolerance
+
+
+@pytest.mark.parametrize(("wire_dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
+def test_the_latent_cut_gives_the_gradient_through_the_decoder(wire_dtype: str, tolerance: float, wide_vae: Path):
+    vae = AutoencoderKL.from_pretrained(wide_vae / "vae").requires_grad_(False).eval()
+    sent = pack(torch.randn(5, 4, 8, 8, generator=rng(0)), wire_dtype)
+    model = SdxlFamily.Config(path=str(wide_vae))
+    served = RewardWorker(TwoStreamMetric.Config(), model=model, cut="latent", wire_dtype=wire_dtype)
+    answer = served.value_and_grad(sent, [""] * 5)
+
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5
+
+    scores, gradient = two_stream_graph(decode)(unpack(sent))
+    assert answer.scores == pytest.approx(scores.tolist(), abs=1e-5)
+    assert relative_error(unpack(answer.gradient), gradient) < tolerance
+
+
+def test_where_lower_is_better_the_clamp_knows_that_the_score_will_be_lowered():
+    pixels = torch.tensor([-0.5, 0.5, 1.5]).reshape(3, 1, 1, 1).expand(3, 3, 32, 32)
+    slope = 1 / (3 * 32 * 32)
+    for metric, passed in ((Brightness.Config(), [1, 1, 0]), (Glare.Config(), [0, 1, 1])):
+        answer = worker(metric).value_and_grad(pack(pixels, "float32"), [""] * 3)
+        # Brightening may still reach the dark picture, darkening the bright one; never the other way round.
+        assert unpack(answer.gradient)[:, 0, 0, 0].tolist() == pytest.approx([slope * entry for entry in passed])
+
+
+def test_a_worker_without_a_decoder_takes_no_latents():
+    lame = RewardWorker(Brightness.Config(), model=None, cut="latent", wire_dtype="float32")
+    with pytest.raises(RewardError, match="without a decoder"):
+        lame.value_and_grad(pack(torch.zeros(1, 4, 8, 8), "float32"), [""])
+
+
+# Scores depend on their own picture alone
+
+
+def test_pictures_reach_the_metric_scaled_to_one():
+    images = torch.stack([torch.full((3, 32, 32), value, dtype=torch.uint8) for value in (0, 51, 255)])
+    assert worker(Brightness.Config()).score(images, [""] * 3) == pytest.approx([0.0, 0.2, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+def test_a_score_does_not_depend_on_which_pictures_are_asked_together(metric: MetricConfig):
+    images, served = pictures(CHUNK + 5), worker(metric)
+    together = served.score(images, [""] * len(images))
+    backwards = served.score(images.flip(0), [""] * len(images))[::-1]
+    alone = [served.score(images[i : i + 1], [""])[0] for i in range(0, len(images), 5)]
+    assert max(together) - min(together) > 0.01
+    # float32 convolutions may sum in another order for another batch size.
+    assert together == pytest.approx(backwards, abs=2e-6)
+    assert together[::5] == pytest.approx(alone, abs=2e-6)
+
+
+def test_a_gradient_does_not_depend_on_which_pictures_are_asked_together():
+    served, values = worker(cut="latent"), torch.randn(6, 4, 8, 8, generator=rng(0))
+    together = unpack(served.value_and_grad(pack(values, "float32"), [""] * 6).gradient)
+    alone = [unpack(served.value_and_grad(pack(value[None], "float32"), [""]).gradient) for value in values]
+    assert relative_error(torch.cat(alone), together) < 1e-5
+
+
+def test_prompts_stay_with_their_pictures_across_chunks():
+    prompts = ["x" * length for length in range(2 * CHUNK + 3)]
+    images = torch.zeros(len(prompts), 3, 32, 32, dtype=torch.uint8)
+    assert worker(PromptLength.Config()).score(images, prompts) == [float(len(prompt)) for prompt in prompts]
+
+
+# What is not a number is an error
+
+
+@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("cut", ["image", "latent"])
+@pytest.mark.parametrize("wire_dtype", ["float16", "float32"])
+def test_one_nan_among_the_sent_values_is_an_error(metric: MetricConfig, cut: str, wire_dtype: str):
+    values = torch.rand((3, 4, 8, 8) if cut == "latent" else (3, 3, 32, 32), generator=rng(0))
+    values[1, 2, 3, 4] = math.nan
+    with pytest.raises(RewardError, match=f"{metric.name}.*not finite"):
+        worker(metric, cut=cut, wire_dtype=wire_dtype).value_and_grad(pack(values, wire_dtype), [""] * 3)
+
+
+@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+def test_a_finished_picture_with_a_nan_is_an_error_that_counts_the_scores(metric: MetricConfig):
+    images = torch.rand(3, 3, 32, 32, generator=rng(0))
+    images[2, 0, 5, 5] = math.nan
+    with pytest.raises(RewardError, match="1 of 3 scores are not finite"):
+        worker(metric).score(images, [""] * 3)
+
+
+def test_an_infinite_gradient_of_a_finite_score_is_an_error():
+    with pytest.raises(RewardError, match="gradient is not finite"):
+        worker(Root.Config()).value_and_grad(pack(torch.zeros(1, 3, 32, 32), "float16"), [""])
+
+
+# Weights
+
+
+def test_weights_that_are_not_there_are_named(tmp_path: Path):
+    config = TwoStreamMetric.Config(weights=str(tmp_path / "absent.safetensors"))
+    with pytest.raises(RewardConfigError, match=r"absent\.safetensors"):
+        TwoStreamMetric(config)
+
+
+def test_a_file_that_holds_other_weights_is_refused(tmp_path: Path):
+    (tmp_path / "garbage.safetensors").write_bytes(b"not weights")
+    other = Path(acpo_dist.toy.__file__).parent / "assets" / "judge.safetensors"
+    for path in (tmp_path / "garbage.safetensors", other):
+        with pytest.raises(RewardConfigError, match="does not hold weights for `two_stream`"):
+            TwoStreamMetric(TwoStreamMetric.Config(weights=str(path)))
+
+
+# pyiqa
+
+
+@pytest.mark.parametrize("name", ["piqe", "entropy", "niqe", "ilniqe", "brisque", "nrqm", "pi", "qalign"])
+def test_metrics_of_pyiqa_without_a_usable_gradient_cannot_drive_an_update(name: str):
+    assert not PyiqaMetric.differentiable(PyiqaMetric.Config(metric=name))
+
+
+@pytest.mark.parametrize("name", ["musiq", "maniqa", "cnniqa", "dbcnn", "topiq_nr", "clipiqa+", "hyperiqa"])
+def test_metrics_of_pyiqa_with_a_gradient_can(name: str):
+    assert PyiqaMetric.differentiable(PyiqaMetric.Config(metric=name))
+
+
+def test_a_misspelt_metric_of_pyiqa_is_refused_with_a_suggestion():
+    with pytest.raises(RewardConfigError, match="`musik`.*Did you mean `musiq`"):
+        PyiqaMetric(PyiqaMetric.Config(metric="musik"))
+
+
+def known_to_the_table(name: str) -> bool:
+    reason = PyiqaMetric.unusable(PyiqaMetric.Config(metric=name))
+    return reason is None or "pyiqa has no" not in reason
+
+
+@needs_pyiqa
+def test_the_table_agrees_with_pyiqa_on_names_and_directions():
+    from pyiqa.default_model_configs import DEFAULT_CONFIGS
+
+    no_reference = {name: entry for name, entry in DEFAULT_CONFIGS.items() if entry["metric_mode"] == "NR"}
+    listed = [name for name in DEFAULT_CONFIGS if known_to_the_table(name)]
+    assert len(listed) > 50 and set(listed) <= set(no_reference)
+    wanted = {name: -1 if no_reference[name].get("lower_better", False) else 1 for name in listed}
+    assert {name: PyiqaMetric.direction(PyiqaMetric.Config(metric=name)) for name in listed} == wanted
+
+
+@needs_pyiqa
+@pytest.mark.parametrize("name", ["piqe", "entropy"])
+def test_metrics_of_pyiqa_that_need_no_download_score_one_picture_like_four(name: str):
+    served, images = worker(PyiqaMetric.Config(metric=name)), pictures(4)
+    together = served.score(images, [""] * 4)
+    alone = [served.score(images[i : i + 1], [""])[0] for i in range(4)]
+    assert len(set(together)) > 1
+    # Sums of float32 over 1024 pixels, of scores up to 100.
+    assert together == pytest.approx(alone, abs=1e-3)
+
+
+@needs_pyiqa
+@pytest.mark.parametrize("name", ["piqe", "entropy"])
+def test_metrics_listed_without_a_gradient_have_none(name: str):
+    import pyiqa
+
+    metric = pyiqa.create_metric(name, as_loss=True, loss_reduction="none")
+    images = (pictures(2).float() / 255).requires_grad_(True)
+    score = metric(images).sum()
+    assert not score.requires_grad or not torch.autograd.grad(score, images)[0].any()
