@@ -16,6 +16,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
+from acpo_dist.data.images import load_pictures
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.recipes.prepare import prepare
@@ -68,6 +69,7 @@ def drive(
     started = time.monotonic()
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     _require_pictures(config)
+    resolve("model", MODELS, config.model.type).check(config.model)
     folder, checkpoint = open_run(config, resume)
     if checkpoint is not None:
         console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
@@ -101,8 +103,6 @@ def drive(
 def _require_pictures(config: Config) -> None:
     """Read one picture now: a wrong column must not be found after the base model is loaded."""
     if config.data.path is not None:
-        from acpo_dist.data.images import load_pictures
-
         load_pictures(config.data.path, config.data.image_column, 1, None)
 
 

@@ -63,7 +63,8 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
     root = config.run_dir
     checkpoint: Checkpoint | None = None
     if resume is None:
-        if (root / RESOLVED).exists():
+        # A run that failed before its first iteration holds nothing to lose.
+        if any((root / name).exists() and (root / name).stat().st_size for name in (METRICS, "checkpoints")):
             raise ResumeError(
                 f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or run.seed."
             )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.algorithms.base import RewardSignal
+from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.types import RewardTerm
 from acpo_dist.rewards.wire import WireTensor, pack, unpack
 from acpo_dist.rewards.worker import ScoredGradient
@@ -44,6 +45,8 @@ class PooledReward:
             clean = clean.clone().requires_grad_(True)
             with torch.enable_grad():
                 sent = self._decode(clean)
+        if not torch.isfinite(sent).all():
+            raise NonFiniteError("the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner")
         wire = pack(sent, self._wire_dtype)
         quality = torch.zeros(len(prompts))
         gradient = torch.zeros(sent.shape)

@@ -57,9 +57,8 @@ class DdpmFamily:
     def __init__(self, config: Config, *, path: str, device: str, trainable: bool) -> None:
         """Load all parts; use `load`."""
         self.config, self.path, self.device = config, path, device
-        parts = Path(path) / "unet"
         # Older DDPM folders keep the U-Net's files at the top.
-        subfolder = "unet" if parts.is_dir() or not Path(path).is_dir() else None
+        subfolder = "unet" if (Path(path) / "unet").is_dir() else None
         unet = load_part(
             UNet2DModel.from_pretrained, path, subfolder, torch_dtype=DTYPES[config.dtype], revision=config.revision
         )
@@ -75,9 +74,19 @@ class DdpmFamily:
         self._decoder = PixelDecoder()
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        """See `ModelFamily.check`."""
+        if config.path != "train":
+            resolve_path(config.path)
+
+    @classmethod
     def load(cls, config: Config, *, device: str, trainable: bool) -> "DdpmFamily":
         """See `ModelFamily.load`."""
-        return cls(config, path=resolve_path(config.path), device=device, trainable=trainable)
+        path = resolve_path(config.path)
+        if not Path(path).is_dir():
+            # A hub id. Its layout shows once it is here.
+            path = str(load_part(DDPMPipeline.download, path, None, revision=config.revision))
+        return cls(config, path=path, device=device, trainable=trainable)
 
     @classmethod
     def load_decoder(cls, config: Config, *, device: str) -> PixelDecoder:
@@ -102,7 +111,7 @@ class DdpmFamily:
 
     def save_pipeline(self, folder: Path) -> None:
         """Write a `DDPMPipeline` with the tuned U-Net."""
-        subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() or not Path(self.path).is_dir() else None
+        subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() else None
         scheduler = load_part(DDPMScheduler.from_pretrained, self.path, subfolder)
         unet = self._tuned.merged()
         assert isinstance(unet, UNet2DModel)

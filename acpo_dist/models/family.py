@@ -50,6 +50,15 @@ class ModelFamily(Protocol):
     """(C, H, W) of x_0."""
 
     @classmethod
+    def check(cls, config: Any) -> None:
+        """Refuse, without loading anything, a path that cannot be a model.
+
+        Raises:
+            ModelError: says what was expected there.
+        """
+        ...
+
+    @classmethod
     def load(cls, config: Any, *, device: str, trainable: bool) -> "ModelFamily":
         """Load from the configured path.
 

@@ -83,6 +83,11 @@ class SdxlFamily:
         self._cache: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        """See `ModelFamily.check`."""
+        resolve_path(config.path)
+
+    @classmethod
     def load(cls, config: Config, *, device: str, trainable: bool) -> "SdxlFamily":
         """See `ModelFamily.load`."""
         return cls(config, path=resolve_path(config.path), device=device, trainable=trainable)

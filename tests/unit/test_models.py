@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import constants as hub_constants
 from torch import Tensor
 
 import acpo_dist.toy
@@ -77,8 +78,9 @@ def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def open_plainly(path: Path | str):
-    pipeline = DiffusionPipeline.from_pretrained(path)
+def open_base(path: Path):
+    """A base model in the float32 that the families run it in, whatever its files hold."""
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -86,7 +88,7 @@ def open_plainly(path: Path | str):
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionXLPipeline:
     """toy-sdxl as diffusers opens it."""
-    return open_plainly(ASSETS / "toy-sdxl")
+    return open_base(ASSETS / "toy-sdxl")
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def sdxl() -> SdxlFamily:
 def test_prompts_and_the_empty_prompt_are_encoded_as_the_pipeline_does(zeros: bool, tmp_path: Path):
     folder = toy_copy("sdxl", tmp_path)
     change_json(folder / "model_index.json", force_zeros_for_empty_prompt=zeros)
-    ours, theirs = load("sdxl", path=str(folder)), open_plainly(folder)
+    ours, theirs = load("sdxl", path=str(folder)), open_base(folder)
     with torch.no_grad():
         states, null_states, pooled, null_pooled = theirs.encode_prompt(list(PROMPTS), do_classifier_free_guidance=True)
     assert bool(null_states.any()) is not zeros
@@ -124,7 +126,7 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_as_the_pipeline_does(sdxl
 
 @every_family
 def test_prediction_is_the_pipelines_own_unet_call(kind: str):
-    family, theirs = load(kind), open_plainly(ASSETS / f"toy-{kind}")
+    family, theirs = load(kind), open_base(ASSETS / f"toy-{kind}")
     # The same float32 weights; adapters that are still zero add nothing.
     torch.testing.assert_close(answer(family), answer_of(theirs, family), rtol=0, atol=1e-6)
 
@@ -249,7 +251,7 @@ def start_noise(entries: Sequence[SamplePlan], shape: tuple[int, ...]) -> Tensor
 def test_a_rollout_is_the_pipelines_guided_ddim_run(prediction_type: str, tmp_path: Path):
     folder = toy_copy("sdxl", tmp_path)
     change_json(folder / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
-    theirs = open_plainly(folder)
+    theirs = open_base(folder)
     theirs.scheduler = DDIMScheduler.from_config(
         theirs.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
     )
@@ -281,9 +283,8 @@ def test_a_rollout_is_the_pipelines_guided_ddim_run(prediction_type: str, tmp_pa
         torch.testing.assert_close(late.latents_BCHW, seen[late.denoise_step - 1], rtol=0, atol=1e-4)
 
 
-def test_a_rollout_without_guidance_is_the_pipelines_conditional_run(pipeline):
-    theirs = StableDiffusionXLPipeline(**pipeline.components, force_zeros_for_empty_prompt=True, add_watermarker=False)
-    theirs.set_progress_bar_config(disable=True)
+def test_a_rollout_without_guidance_is_the_pipelines_conditional_run():
+    theirs = open_base(ASSETS / "toy-sdxl")
     theirs.scheduler = DDIMScheduler.from_config(
         theirs.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=1
     )
@@ -301,7 +302,7 @@ def test_a_rollout_without_guidance_is_the_pipelines_conditional_run(pipeline):
 
 
 def test_a_pixel_rollout_is_diffusers_ddim_run():
-    theirs = open_plainly(ASSETS / "toy-ddpm")
+    theirs = open_base(ASSETS / "toy-ddpm")
     scheduler = DDIMScheduler.from_config(
         theirs.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
     )
@@ -350,7 +351,7 @@ def test_samples_carry_their_ids_prompts_policy_version_and_schedule(shared: Rol
     assert other.generate(plans(5)).schedule_id == other.trajectory.schedule_id != shared.trajectory.schedule_id
 
 
-def test_late_states_name_the_level_they_were_kept_at(shared: RolloutWorker, pipeline):
+def test_late_states_name_the_level_they_were_kept_at(shared: RolloutWorker):
     batch = shared.generate(plans(0))
     levels = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square(), 0)
     # Trailing steps of 50 from 999: those at or below 300 are 299, 249, ..., 49; three of them, spread evenly.
@@ -414,13 +415,42 @@ def test_a_saved_pipeline_opens_anywhere_and_holds_the_tuned_unet(kind: str, tun
     tune(family)
     tuned = answer(family)
     family.save_pipeline(tmp_path / "out")
-    opened = open_plainly(tmp_path / "out")
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(opened).__name__ == {"sdxl": "StableDiffusionXLPipeline", "ddpm": "DDPMPipeline"}[kind]
     assert float((tuned - base).abs().max()) > 1e-3
     # Merged weights are rounded once more in float32.
     torch.testing.assert_close(answer_of(opened, family), tuned, rtol=0, atol=1e-5)
     # Saving is no step of training.
     assert torch.equal(answer(family), tuned)
+
+
+def test_a_base_in_half_precision_is_saved_as_a_pipeline_that_runs_as_it_opens(tmp_path: Path):
+    half = DiffusionPipeline.from_pretrained(ASSETS / "toy-sdxl", torch_dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    family = load("sdxl", path=str(tmp_path / "half"))
+    tune(family)
+    family.save_pipeline(tmp_path / "out")
+    # Mixed types, half precision text encoders before a float32 U-Net, would not run at all.
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answer_of(opened, family), answer(family), rtol=0, atol=1e-5)
+
+
+def test_an_update_too_small_for_bfloat16_is_still_in_the_saved_weights(tmp_path: Path):
+    family = load("sdxl", dtype="bfloat16")
+    base = {name: value.float() for name, value in family.network.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in trainable_tensors(family.network).items():
+            if ".lora_B." in name:
+                parameter.copy_(1e-4 * torch.randn(parameter.shape, generator=rng(0)))
+    adapters = trainable_tensors(family.network)
+    family.save_pipeline(tmp_path / "out")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
+    for name in [name for name in adapters if ".lora_B." in name]:
+        module = name.partition(".lora_B.")[0]
+        up, down = adapters[name].detach(), adapters[f"{module}.lora_A.default.weight"].detach()
+        update = saved[f"{module}.weight"] - base[f"{module}.base_layer.weight"]
+        # float32 at weights below 1: 6e-8; bfloat16 would lose all of it.
+        torch.testing.assert_close(update, up @ down, rtol=0, atol=2e-7)
 
 
 def test_a_saved_pipeline_is_a_base_model_again(tmp_path: Path):
@@ -436,7 +466,7 @@ def test_the_exported_adapter_gives_the_tuned_answer_on_the_plain_base(alpha: fl
     family = load("sdxl", TuningConfig(rank=4, alpha=alpha))
     tune(family)
     family.save_pipeline(tmp_path)
-    plain = open_plainly(ASSETS / "toy-sdxl")
+    plain = open_base(ASSETS / "toy-sdxl")
     plain.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(answer_of(plain, family), answer(family), rtol=0, atol=1e-5)
 
@@ -495,13 +525,43 @@ def test_tuning_targets_that_fit_no_module_are_refused(kind: str):
         load(kind, TuningConfig(targets=("to_nowhere",)))
 
 
+# Where models come from
+
+
+def flat_ddpm(folder: Path) -> Path:
+    """toy-ddpm in the layout of the first DDPM repositories: all files at the top."""
+    folder.mkdir(parents=True)
+    for file in (ASSETS / "toy-ddpm").rglob("*.*"):
+        shutil.copy(file, folder)
+    return folder
+
+
 def test_an_old_ddpm_folder_with_its_files_at_the_top_loads_and_saves(tmp_path: Path):
-    folder = toy_copy("ddpm", tmp_path)
-    for part in ("unet", "scheduler"):
-        for file in (folder / part).iterdir():
-            file.rename(folder / file.name)
-        (folder / part).rmdir()
-    family = load("ddpm", path=str(folder))
+    family = load("ddpm", path=str(flat_ddpm(tmp_path / "flat")))
     assert torch.equal(answer(family), answer(load("ddpm")))
     family.save_pipeline(tmp_path / "out")
-    torch.testing.assert_close(answer_of(open_plainly(tmp_path / "out"), family), answer(family), rtol=0, atol=1e-5)
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(answer_of(opened, family), answer(family), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["folders", "files at the top"])
+def test_a_ddpm_that_was_downloaded_by_its_hub_id_loads_in_either_layout(flat: bool, tmp_path: Path, monkeypatch):
+    repository, commit = tmp_path / "models--someone--a-ddpm", "a" * 40
+    snapshot = repository / "snapshots" / commit
+    if flat:
+        flat_ddpm(snapshot)
+    else:
+        shutil.copytree(ASSETS / "toy-ddpm", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(answer(load("ddpm", path="someone/a-ddpm")), answer(load("ddpm")))
+
+
+@every_family
+def test_a_hub_id_that_cannot_be_had_is_an_error_that_says_what_to_do(kind: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="`someone/absent` cannot be loaded.*download it first"):
+        load(kind, path="someone/absent")

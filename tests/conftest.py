@@ -1,0 +1,30 @@
+"""Shared by all tests: one torch thread, no telemetry, small configurations."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = [
+    "sampler.num_steps=6", "sampler.t_max=0.5", "rollout.prompts_per_iteration=8", "rollout.batch_size=4",
+    "learner.micro_batch=4", "learner.global_batch=8", "rewards.calibration_samples=8", "tracking.mlflow=false",
+    "tracking.num_images=4",
+]  # fmt: skip
+"""Overrides that make configs/toy_sdxl.yaml small: 8 samples of 6 steps per iteration."""
+
+
+@pytest.fixture
+def tiny():
+    """Load configs/toy_sdxl.yaml at the smallest useful size, with more overrides."""
+    from acpo_dist.config.load import load_config
+
+    def load(*overrides: str, source: str = "toy_sdxl"):
+        return load_config(source, [*TINY, *overrides])
+
+    return load

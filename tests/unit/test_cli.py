@@ -1,0 +1,124 @@
+"""The command line: exit codes, one clear message, nothing started on bad input."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.cli.app import main
+
+CIFAR = Path(__file__).resolve().parents[2].parent / "shared/data/cifar10_train.parquet"
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of `acpo ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+BAD = {
+    "unknown key": (["learner.zero_stag=2"], "unknown key `learner.zero_stag`"),
+    "nearest key": (["rolout.num_workers=2"], "Did you mean `rollout`?"),
+    "wrong type": (["run.iterations=many"], "`run.iterations`"),
+    "unknown reward": (["rewards.train=[{type: two_steam}]"], "Did you mean `two_stream`?"),
+    "unknown model": (["model={type: sdxxl}"], "Did you mean `sdxl`?"),
+    "unknown algorithm": (["algorithm={type: acpoo}"], "Did you mean `acpo`?"),
+    "global batch": (["learner.global_batch=20"], "learner.global_batch (20)"),
+    "micro batch": (["learner.micro_batch=5"], "learner.micro_batch x learner.num_ranks (5 x 1 = 5)"),
+    "no gradient": (["rewards.train=[{type: pyiqa, metric: piqe}]"], "no usable gradient"),
+    "unknown pyiqa metric": (["rewards.judges=[{type: pyiqa, metric: musik}]"], "Did you mean `musiq`?"),
+    "missing model": (["model.path=./nowhere"], "expected a diffusers pipeline folder at `./nowhere`"),
+    "unknown toy": (["model.path=toy-flux"], "embedded: toy-"),
+    "missing parquet": (["data.path=nowhere.parquet"], "nowhere.parquet"),
+    "t_max above 1": (["sampler.t_max=1.5"], "`sampler.t_max`"),
+    "t_max 0": (["sampler.t_max=0"], "`sampler.t_max`"),
+    "ranks without zero": (["learner.num_ranks=2"], "learner.zero_stage is unset"),
+    "malformed override": (["run.iterations"], "section.key=value"),
+    "metric weights": (["rewards.train=[{type: two_stream, weights: nowhere.safetensors}]"], "no weights at"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name, monkeypatch, capsys, tmp_path):
+    overrides, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", *overrides)
+    assert code == 2
+    assert words in err
+    assert out == "" and "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not CIFAR.exists(), reason=f"needs {CIFAR.name} in ../shared/data")
+def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_has(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=picture")
+    assert code == 2
+    assert "picture" in err and "image" in err and "label" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_unreadable_model_folder_is_refused(monkeypatch, capsys, tmp_path):
+    import shutil
+
+    import acpo_dist.toy
+
+    broken = tmp_path / "broken"
+    shutil.copytree(Path(acpo_dist.toy.__file__).parent / "assets/toy-sdxl", broken)
+    weights = broken / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(
+        monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", f"model.path={broken}"
+    )
+    assert code == 2
+    assert "`unet`" in err and str(broken) in err
+
+
+def test_resume_from_a_folder_that_is_not_a_run_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "--resume", str(tmp_path))
+    assert code == 2 and "is not a run" in err
+
+
+def test_a_missing_configuration_file_lists_the_shipped_ones(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "train", "nowhere")
+    assert code == 2 and "toy_sdxl" in err
+
+
+def test_config_show_prints_a_file_that_loads_to_the_same_configuration(monkeypatch, capsys, tmp_path):
+    from acpo_dist.config.load import load_config
+
+    code, out, _ = run(monkeypatch, capsys, "config", "show", "toy_sdxl", "run.seed=3")
+    assert code == 0
+    (tmp_path / "again.yaml").write_text(out)
+    assert load_config(tmp_path / "again.yaml") == load_config("toy_sdxl", ["run.seed=3"])
+
+
+def test_score_gives_every_picture_the_score_of_the_metric_itself(monkeypatch, capsys, tmp_path):
+    import torch
+    from PIL import Image
+
+    from acpo_dist.rewards.metrics import TwoStreamMetric
+    from acpo_dist.toy.world import templates
+
+    pictures = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path), "--metric", "two_stream", "--json")
+    assert code == 0
+    scores = [row["two_stream"] for row in json.loads(out)["scores"]]
+    expected = TwoStreamMetric(TwoStreamMetric.Config())(pictures.float() / 255, [""] * 3)
+    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_score_of_an_unknown_metric_is_refused(monkeypatch, capsys, tmp_path):
+    code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--metric", "pyiqa:musik")
+    assert code == 2 and "musiq" in err

@@ -1,0 +1,188 @@
+"""A whole run in one process: what it writes, and that it can be stopped and continued."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from acpo_dist.core.errors import NonFiniteError, ResumeError
+from acpo_dist.driver import drive
+from acpo_dist.learner.checkpoint import CheckpointStore
+from acpo_dist.local import LocalRollouts, open_ports
+from acpo_dist.session import open_run
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+QUIET = Console(quiet=True)
+
+
+def _figures(root):
+    """Metrics by iteration without the clock."""
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(root / "metrics.jsonl")]
+
+
+def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bit_for_bit(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    drive(tiny("run.iterations=4", f"run.dir={whole}", "checkpoint.every=2"), open_ports, QUIET)
+    drive(tiny("run.iterations=2", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET)
+    drive(tiny("run.iterations=4", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET, resume="auto")
+    without_requests = [[{k: v for k, v in row.items() if "requests" not in k} for row in _figures(r)] for r in (whole, parts)]
+    assert without_requests[0] == without_requests[1]
+    for name in ("policy", "optimizer", "ema"):
+        files = [load_file(root / f"checkpoints/000004/learner/{name}.safetensors") for root in (whole, parts)]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert (whole / "samples/000004.png").read_bytes() == (parts / "samples/000004.png").read_bytes()
+
+
+def test_a_run_writes_its_resolved_configuration_metrics_pictures_checkpoint_and_pipeline(tiny, tmp_path):
+    root = tmp_path / "run"
+    result = drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, QUIET)
+    assert result.run_dir == root and result.iterations == 1
+    names = {path.name for path in root.iterdir()}
+    assert {"resolved.yaml", "metrics.jsonl", "samples", "checkpoints", "curves.png", "export"} <= names
+    (row,) = read_metrics(root / "metrics.jsonl")
+    assert row["iteration"] == 0
+    # At the start policy and anchor are the same network, so the drift is exactly nothing.
+    assert row["drift/rms"] == 0.0 and row["anchor/uniform"] == 0.0
+    assert {"time/rollout", "time/reward", "time/learn", "time/sync", "time/iteration"} <= row.keys()
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(root / "export")
+    assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+
+
+def test_the_anchor_alone_never_moves_the_policy(tiny, tmp_path):
+    config = tiny(
+        "run.iterations=2", f"run.dir={tmp_path / 'run'}", "algorithm.reward_weight=0", "algorithm.anchor.weight=1.0"
+    )
+    drive(config, open_ports, QUIET)
+    assert [row["drift/rms"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [0.0, 0.0]
+
+
+def test_latent_cut_and_image_cut_take_the_same_step(tiny, tmp_path):
+    weights = {}
+    for cut in ("latent", "image"):
+        root = tmp_path / cut
+        drive(tiny("run.iterations=1", f"run.dir={root}", f"rewards.cut={cut}", "rewards.wire_dtype=float32"), open_ports, QUIET)
+        weights[cut] = load_file(root / "checkpoints/000001/learner/optimizer.safetensors")
+    moments = [name for name in weights["latent"] if name.startswith("exp_avg.") and "lora_B" in name]
+    for name in moments:
+        # First moments are the gradients: equal up to the order of float32 sums, relative to the largest entry.
+        scale = weights["latent"][name].abs().max()
+        assert (weights["latent"][name] - weights["image"][name]).abs().max() <= 1e-4 * scale
+
+
+def test_a_full_fine_tuning_run_keeps_a_frozen_anchor(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(
+        tiny("run.iterations=2", f"run.dir={root}", "model.tuning={method: full}", "learner.learning_rate=1e-4"),
+        open_ports, QUIET,
+    )  # fmt: skip
+    drift = [row["drift/rms"] for row in read_metrics(root / "metrics.jsonl")]
+    assert drift[0] == 0.0 and drift[1] > 0.0
+
+
+def test_an_unconditional_pixel_model_trains_with_the_same_loop(tiny, tmp_path):
+    root = tmp_path / "run"
+    config = tiny(
+        "run.iterations=1", f"run.dir={root}", "model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image"
+    )
+    drive(config, open_ports, QUIET)
+    from diffusers import DDPMPipeline
+
+    assert DDPMPipeline.from_pretrained(root / "export").unet.config["in_channels"] == 3
+
+
+def test_a_non_finite_loss_stops_before_any_weight_changes(tiny, tmp_path):
+    config = tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}")
+    checked = {}
+
+    def poison(config, ports, prompts):
+        worker = ports.learner.worker
+        before = {name: value.clone() for name, value in worker.export(0).tensors.items()}
+        checked["before"], checked["worker"] = before, worker
+        with torch.no_grad():
+            next(iter(worker._family.network.parameters())).fill_(float("nan"))
+
+    with pytest.raises(NonFiniteError, match="not finite"):
+        drive(config, open_ports, QUIET, at_start=poison)
+    held = {name: p for name, p in checked["worker"]._family.network.named_parameters() if name in checked["before"]}
+    assert all(torch.equal(held[name], value) for name, value in checked["before"].items())
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(tiny, tmp_path, caplog):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=2", f"run.dir={root}", "checkpoint.every=1"), open_ports, QUIET)
+    file = root / "checkpoints/000002/learner/policy.safetensors"
+    tensors = load_file(file)
+    save_file({name: value + 1 for name, value in tensors.items()}, file)
+    newest = CheckpointStore(root / "checkpoints", keep=3).newest()
+    assert newest is not None and newest.iteration == 1
+    assert "000002 is damaged" in caplog.text
+
+
+def test_an_unfinished_checkpoint_is_never_read(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    partial = store.prepare(5)
+    (partial / "learner/policy.safetensors").write_bytes(b"half")
+    assert store.newest() is None
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    for iteration in (1, 2, 3):
+        store.commit(store.prepare(iteration), iteration, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "000003"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sampler.num_steps=7"], "sampler.num_steps was 6, is 7"),
+        (["run.seed=5"], "run.seed was 0, is 5"),
+        (["learner.learning_rate=0.5"], "learner.learning_rate was"),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused_with_the_difference(tiny, tmp_path, overrides, words):
+    open_run(tiny(f"run.dir={tmp_path / 'run'}"), None)
+    with pytest.raises(ResumeError, match=words):
+        open_run(tiny(f"run.dir={tmp_path / 'run'}", *overrides), "auto")
+
+
+def test_resuming_with_more_iterations_or_other_placement_is_allowed(tiny, tmp_path):
+    open_run(tiny(f"run.dir={tmp_path / 'run'}"), None)
+    longer = tiny(f"run.dir={tmp_path / 'run'}", "run.iterations=7", "rollout.num_workers=3", "checkpoint.every=1")
+    assert open_run(longer, "auto")[1] is None
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tiny, tmp_path):
+    folder, _ = open_run(tiny(f"run.dir={tmp_path / 'run'}"), None)
+    folder.metrics.write_text('{"iteration": 0}\n')
+    with pytest.raises(ResumeError, match="already holds a run"):
+        open_run(tiny(f"run.dir={tmp_path / 'run'}"), None)
+
+
+def test_resuming_from_a_folder_that_is_no_run_is_refused(tiny, tmp_path):
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ResumeError, match="is not a run"):
+        open_run(tiny(f"run.dir={tmp_path / 'run'}"), str(tmp_path / "other"))
+
+
+def test_a_sample_drawn_alone_equals_the_sample_drawn_in_its_chunk_of_the_run(tiny):
+    from acpo_dist.data.prompts import deal
+
+    config = tiny()
+    groups = deal(("a red circle on a white background",), iteration=3, run_seed=0, num_prompts=8, samples_per_prompt=1)
+    pool = LocalRollouts(config, device="cpu")
+    first, again = pool.generate(groups), pool.generate(groups[4:])
+    whole = pool.images(first, [g.samples[0].sample_id for g in groups[4:]])
+    assert torch.equal(whole, pool.images(again, [g.samples[0].sample_id for g in groups[4:]]))
+
+
+def test_metrics_lines_are_json_objects_with_their_iteration(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=2", f"run.dir={root}"), open_ports, QUIET)
+    rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1]
