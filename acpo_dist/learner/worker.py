@@ -25,6 +25,7 @@ from acpo_dist.learner.figures import FigureSums
 from acpo_dist.learner.samples import SampleStore
 from acpo_dist.learner.signal import GradientSource, PooledReward
 from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.loading import held_dtype
 from acpo_dist.objective.anchor import anchor_error, head_drift
 
 
@@ -156,7 +157,13 @@ class LearnerWorker:
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
         """Weights after the last `train`, the same on every rank."""
-        return make_bundle(version, self._average if ema else self._weights)
+        # In the type that rollout workers hold them in, so that their echo can be the same bytes.
+        model = self._spec.model
+        dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=False)
+        if model.tuning.method == "lora":
+            dtype = torch.float32
+        weights = self._average if ema else self._weights
+        return make_bundle(version, {name: value.to(dtype) for name, value in weights.items()})
 
     def save(self, folder: Path) -> None:
         """Write the state; every rank calls it, rank 0 writes."""

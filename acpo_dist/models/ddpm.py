@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acpo_dist.config.section import Section
 from acpo_dist.models.family import Condition
-from acpo_dist.models.loading import DTYPES, DtypeName, load_part, resolve_path
+from acpo_dist.models.loading import DtypeName, held_dtype, load_part, resolve_path
 from acpo_dist.models.tuning import TunedNetwork, TuningConfig
 
 
@@ -60,7 +60,7 @@ class DdpmFamily:
         # Older DDPM folders keep the U-Net's files at the top.
         subfolder = "unet" if (Path(path) / "unet").is_dir() else None
         unet = load_part(
-            UNet2DModel.from_pretrained, path, subfolder, torch_dtype=DTYPES[config.dtype], revision=config.revision
+            UNet2DModel.from_pretrained, path, subfolder, torch_dtype=held_dtype(config.dtype, method=config.tuning.method, trainable=trainable), revision=config.revision
         )
         unet.to(device).eval()
         self._tuned = TunedNetwork(unet, config.tuning, seed=config.seed, keep_anchor=trainable)
@@ -99,7 +99,7 @@ class DdpmFamily:
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
         """One U-Net pass; in and out float32 whatever the weights are."""
-        return self._tuned.active(noisy.to(DTYPES[self.config.dtype]), timesteps_B, return_dict=False)[0].float()
+        return self._tuned.active(noisy.to(self._tuned.dtype), timesteps_B, return_dict=False)[0].float()
 
     def anchored(self) -> AbstractContextManager[None]:
         """See `ModelFamily.anchored`."""

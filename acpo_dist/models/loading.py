@@ -59,3 +59,11 @@ def load_part(loader: Callable[..., Loaded], path: str, part: str | None, **opti
             f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it first "
             f"(`hf download {path}`) or check that you may read it; if it is a folder, check that the download is whole."
         ) from error
+
+
+def held_dtype(name: str, *, method: str, trainable: bool) -> torch.dtype:
+    """Type in which a network's weights are held.
+
+    Full fine-tuning trains in float32 whatever `model.dtype` says: bfloat16 weights would swallow small updates.
+    """
+    return torch.float32 if trainable and method == "full" else DTYPES[name]

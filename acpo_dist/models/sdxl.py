@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjecti
 
 from acpo_dist.config.section import Section
 from acpo_dist.models.family import Condition
-from acpo_dist.models.loading import DTYPES, DtypeName, load_part, resolve_path
+from acpo_dist.models.loading import DTYPES, DtypeName, held_dtype, load_part, resolve_path
 from acpo_dist.models.tuning import TunedNetwork, TuningConfig
 
 
@@ -59,7 +59,8 @@ class SdxlFamily:
         options = {"revision": config.revision}
         weights = {**options, "variant": config.variant}
         self.config, self.path, self.device = config, path, device
-        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=DTYPES[config.dtype], **weights)
+        dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
+        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=dtype, **weights)
         unet.to(device).eval()
         self._tuned = TunedNetwork(unet, config.tuning, seed=config.seed, keep_anchor=trainable)
         self.network: nn.Module = unet
@@ -137,9 +138,10 @@ class SdxlFamily:
         """One U-Net pass; in and out float32 whatever the weights are."""
         tensors = condition.tensors
         added = {"text_embeds": tensors["pooled_prompt_embeds"], "time_ids": tensors["time_ids"]}
-        dtype = DTYPES[self.config.dtype]
+        # What the network holds now: DeepSpeed may have cast it.
+        dtype = self._tuned.dtype
         output = self._tuned.active(
-            noisy.to(dtype), timesteps_B, tensors["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            noisy.to(dtype), timesteps_B, tensors["prompt_embeds"].to(dtype), added_cond_kwargs=added, return_dict=False
         )
         return output[0].float()
 
@@ -157,7 +159,7 @@ class SdxlFamily:
             StableDiffusionXLPipeline.from_pretrained, self.path, None, unet=self._tuned.merged(),
             revision=self.config.revision, variant=self.config.variant, torch_dtype=torch.float32,
         )  # fmt: skip
-        # One type throughout: transformers opens a text encoder in the type it was saved in, diffusers all else in float32.
+        # One type throughout: transformers opens an encoder in the type it was saved in, diffusers the rest in float32.
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
         if layers:

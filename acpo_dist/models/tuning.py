@@ -69,6 +69,11 @@ class TunedNetwork:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights of whatever answers now; adapters may be wider."""
+        return next(parameter for parameter in self.active.parameters()).dtype
+
     @contextmanager
     def anchored(self) -> Iterator[None]:
         """While active, the frozen base answers: the copy, or the network with its adapters off.

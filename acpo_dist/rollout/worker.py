@@ -66,7 +66,7 @@ class RolloutWorker:
             raise WeightSyncError(f"{self._name}: the bundle's names differ from the trainable parameters, such as {odd}")
         bent = [name for name, parameter in own.items() if bundle.tensors[name].shape != parameter.shape]
         if bent:
-            raise WeightSyncError(f"{self._name}: the bundle's shapes differ from the trainable parameters' at {bent[:5]}")
+            raise WeightSyncError(f"{self._name}: the bundle's shapes differ from the parameters', such as {bent[:5]}")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(bundle.tensors[name])

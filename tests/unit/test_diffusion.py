@@ -101,7 +101,7 @@ def test_half_precision_inputs_are_widened_before_the_formula(dtype: torch.dtype
 @pytest.mark.parametrize("convert", [to_clean, to_noise])
 def test_an_unknown_prediction_type_is_refused_by_name(convert):
     state = torch.zeros(1, 1, 2, 2)
-    with pytest.raises(ValueError, match="'flow'.*epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match=r"'flow'.*epsilon, v_prediction, sample"):
         convert(state, state, torch.tensor([0.5]), "flow")
 
 
@@ -137,7 +137,7 @@ def test_stochastic_steps_are_diffusers_ddim_steps(prediction_type: str, eta: fl
         theirs = scheduler.step(head, timestep, state, eta=eta, variance_noise=noise).prev_sample
         level, following = trajectory.alpha_bars[step : step + 2]
         ours = ddim_step(head, state, level, following, prediction_type, eta=eta, noise=noise)
-        # One step in float32, where diffusers keeps alpha-bar in float32 too: 1 - alpha-bar loses 1e-4 of itself at t = 1.
+        # One step in float32, where diffusers keeps alpha-bar too: 1 - alpha-bar loses 1e-4 of itself at t = 1.
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
         state = theirs
 
@@ -177,6 +177,14 @@ def test_visitors_see_the_states_before_their_steps_and_only_the_wanted_ones():
     late = ddim_step(network(middle, torch.tensor([500.0])), middle, *trajectory.alpha_bars[1:3], "epsilon")
     assert sorted(kept) == [0, 2]
     assert torch.equal(kept[0], start) and torch.equal(kept[2], late)
+
+
+def test_kept_states_are_copies():
+    kept: dict[int, Tensor] = {}
+    state = torch.ones(1, 1, 2, 2)
+    keep_states((0,), kept)(0, state)
+    state.zero_()
+    assert kept[0].sum() == 4
 
 
 def test_guidance_at_scale_one_is_the_conditional_and_at_zero_the_unconditional_answer():

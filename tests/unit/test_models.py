@@ -1,4 +1,4 @@
-"""The model families are diffusers' own pipelines, step for step; their anchor holds still; what they save opens anywhere."""
+"""The families are diffusers' own pipelines step for step, their anchor holds still, what they save opens anywhere."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 import acpo_dist.toy
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError, WeightSyncError
-from acpo_dist.core.types import RolloutBatch, SamplePlan
+from acpo_dist.core.types import RolloutBatch, SamplePlan, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import Condition, trainable_tensors
@@ -238,9 +238,7 @@ def shared() -> RolloutWorker:
 
 
 def plans(*seeds: int) -> list[SamplePlan]:
-    return [
-        SamplePlan(sample_id=f"s{seed}", prompt_id=seed % 3, prompt=PROMPTS[seed % 3], seed=seed) for seed in seeds
-    ]
+    return [SamplePlan(sample_id=f"s{seed}", prompt_id=seed % 3, prompt=PROMPTS[seed % 3], seed=seed) for seed in seeds]
 
 
 def start_noise(entries: Sequence[SamplePlan], shape: tuple[int, ...]) -> Tensor:
@@ -365,16 +363,16 @@ def test_late_states_name_the_level_they_were_kept_at(shared: RolloutWorker):
 # Weights on their way to the rollouts
 
 
-def tuned_bundle(version: int):
+def tuned_bundle(version: int) -> WeightBundle:
     learner = load("sdxl")
     tune(learner)
-    return make_bundle(version, trainable_tensors(learner.network)), learner
+    return make_bundle(version, trainable_tensors(learner.network))
 
 
 def test_loading_weights_echoes_the_checksum_of_what_is_held_and_changes_the_pictures():
     worker = rollout_worker()
     before = worker.generate(plans(0))
-    bundle, learner = tuned_bundle(3)
+    bundle = tuned_bundle(3)
     echo = worker.load(bundle)
     assert (echo.worker, echo.version, echo.checksum) == ("rollout/7", 3, bundle.checksum)
     after = worker.generate(plans(0))
@@ -386,8 +384,7 @@ def test_loading_weights_echoes_the_checksum_of_what_is_held_and_changes_the_pic
 def test_weights_that_do_not_fit_are_refused_and_leave_the_worker_as_it_was(damage: str):
     worker = rollout_worker()
     before = worker.generate(plans(0))
-    bundle, _ = tuned_bundle(3)
-    tensors = dict(bundle.tensors)
+    tensors = dict(tuned_bundle(3).tensors)
     # The last name, so that a worker that copies before it checks is caught.
     name = list(tensors)[-1]
     value = tensors.pop(name)
@@ -398,7 +395,7 @@ def test_weights_that_do_not_fit_are_refused_and_leave_the_worker_as_it_was(dama
         "one number": {name: torch.zeros(1)},
         "transposed": {name: value.T},
     }[damage]
-    with pytest.raises(WeightSyncError, match="rollout/7.*differ"):
+    with pytest.raises(WeightSyncError, match=r"rollout/7.*differ"):
         worker.load(make_bundle(3, tensors))
     after = worker.generate(plans(0))
     assert after.policy_version == 0 and torch.equal(after.latents_BCHW, before.latents_BCHW)
@@ -563,5 +560,5 @@ def test_a_ddpm_that_was_downloaded_by_its_hub_id_loads_in_either_layout(flat: b
 def test_a_hub_id_that_cannot_be_had_is_an_error_that_says_what_to_do(kind: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="`someone/absent` cannot be loaded.*download it first"):
+    with pytest.raises(ModelError, match=r"`someone/absent` cannot be loaded.*download it first"):
         load(kind, path="someone/absent")

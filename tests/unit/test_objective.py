@@ -1,8 +1,8 @@
-"""The objective's parts: the surrogate carries the exact gradient, the anchor and its controller do what they promise."""
+"""The surrogate carries the exact gradient; the anchor, its controller and the normaliser do what they promise."""
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def convolutions(seed: int, *channels: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.Tanh()]
         return nn.Sequential(*layers[:-1]).double()
 
@@ -149,7 +149,7 @@ def test_the_hinge_switches_itself_off_at_the_target():
 
 
 def test_an_unknown_shape_is_refused():
-    with pytest.raises(ValueError, match="'quadratic'.*identity, hinge, softplus"):
+    with pytest.raises(ValueError, match=r"'quadratic'.*identity, hinge, softplus"):
         shape_reward(torch.zeros(1), "quadratic", 0.0)
 
 
@@ -346,11 +346,11 @@ def test_the_target_leaves_the_asked_share_of_base_samples_below_it(higher_is_be
 
 @pytest.mark.parametrize("value", [0.0, 3.7, 1e9])
 def test_a_metric_that_cannot_tell_samples_apart_is_refused(value: float):
-    with pytest.raises(RewardError, match="`flat`.*all 50 base samples"):
+    with pytest.raises(RewardError, match=r"`flat`.*all 50 base samples"):
         fit_normaliser("flat", [value] * 50, higher_is_better=True, target_quantile=0.9)
 
 
 @pytest.mark.parametrize("scores", [[], [1.0], [1.0, math.nan], [1.0, 2.0, math.inf]])
 def test_calibration_refuses_too_few_scores_and_scores_that_are_not_finite(scores: list[float]):
-    with pytest.raises(RewardError, match="`broken`.*two finite scores"):
+    with pytest.raises(RewardError, match=r"`broken`.*two finite scores"):
         fit_normaliser("broken", scores, higher_is_better=True, target_quantile=None)

@@ -26,6 +26,9 @@ from acpo_dist.rewards.worker import CHUNK, RewardWorker
 from acpo_dist.toy.world import templates
 
 TOY_SDXL = SdxlFamily.Config(path="toy-sdxl")
+our_metrics = pytest.mark.parametrize(
+    "metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name
+)
 needs_pyiqa = pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa (optional extra)")
 
 
@@ -192,17 +195,18 @@ def test_the_gradient_picture_of_a_flat_picture_is_differentiable():
     [(64, 96, [0, 32], [0, 32, 64], [0, 32, 64]), (32, 44, [0], [0, 12], [0])],
     ids=["six tiles", "overlap"],
 )
-def test_a_large_picture_scores_the_mean_of_its_tiles(height: int, width: int, tops, lefts, painted):
+def test_large_pictures_score_the_mean_of_their_own_tiles(height: int, width: int, tops, lefts, painted):
     torch.manual_seed(0)
     network = TwoStream(TOY).eval().double().requires_grad_(False)
-    image = torch.full((1, 3, height, width), 0.5, dtype=torch.float64)
+    images = torch.full((2, 3, height, width), 0.5, dtype=torch.float64)
     # Flat wherever a tile is cut: then a tile's gradient picture is the same alone as within the whole.
     for top in tops:
         for left in painted:
-            image[..., top + 4 : top + 28, left + 16 : left + 28] = torch.rand(1, 3, 24, 12, generator=rng(top + left))
-    alone = network(torch.cat([image[..., top : top + 32, left : left + 32] for top in tops for left in lefts]))
-    assert float(alone.std()) > 0
-    assert float(network(image)) == pytest.approx(float(alone.mean()), abs=1e-12)
+            images[..., top + 4 : top + 28, left + 16 : left + 28] = torch.rand(2, 3, 24, 12, generator=rng(top + left))
+    for image, score in zip(images, network(images), strict=True):
+        alone = network(torch.stack([image[:, top : top + 32, left : left + 32] for top in tops for left in lefts]))
+        assert float(alone.std()) > 0
+        assert float(score) == pytest.approx(float(alone.mean()), abs=1e-12)
 
 
 def test_every_pixel_of_a_picture_that_tiles_do_not_fit_counts():
@@ -258,7 +262,7 @@ def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# float32: the same sums in another order. float16: 11 significant bits on the way back, against the values that arrived.
+# float32: the same sums in another order. float16: 11 significant bits on the way back, at the values that arrived.
 @pytest.mark.parametrize(("wire_dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
 def test_the_image_cut_gives_the_gradient_of_the_whole_graph(wire_dtype: str, tolerance: float):
     sent = pack(1.6 * torch.rand(5, 3, 32, 32, generator=rng(0)) - 0.3, wire_dtype)
@@ -307,7 +311,7 @@ def test_pictures_reach_the_metric_scaled_to_one():
     assert worker(Brightness.Config()).score(images, [""] * 3) == pytest.approx([0.0, 0.2, 1.0], abs=1e-6)
 
 
-@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+@our_metrics
 def test_a_score_does_not_depend_on_which_pictures_are_asked_together(metric: MetricConfig):
     images, served = pictures(CHUNK + 5), worker(metric)
     together = served.score(images, [""] * len(images))
@@ -335,7 +339,7 @@ def test_prompts_stay_with_their_pictures_across_chunks():
 # What is not a number is an error
 
 
-@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+@our_metrics
 @pytest.mark.parametrize("cut", ["image", "latent"])
 @pytest.mark.parametrize("wire_dtype", ["float16", "float32"])
 def test_one_nan_among_the_sent_values_is_an_error(metric: MetricConfig, cut: str, wire_dtype: str):
@@ -345,7 +349,7 @@ def test_one_nan_among_the_sent_values_is_an_error(metric: MetricConfig, cut: st
         worker(metric, cut=cut, wire_dtype=wire_dtype).value_and_grad(pack(values, wire_dtype), [""] * 3)
 
 
-@pytest.mark.parametrize("metric", [TwoStreamMetric.Config(), StridedJudgeMetric.Config()], ids=lambda entry: entry.name)
+@our_metrics
 def test_a_finished_picture_with_a_nan_is_an_error_that_counts_the_scores(metric: MetricConfig):
     images = torch.rand(3, 3, 32, 32, generator=rng(0))
     images[2, 0, 5, 5] = math.nan
@@ -389,7 +393,7 @@ def test_metrics_of_pyiqa_with_a_gradient_can(name: str):
 
 
 def test_a_misspelt_metric_of_pyiqa_is_refused_with_a_suggestion():
-    with pytest.raises(RewardConfigError, match="`musik`.*Did you mean `musiq`"):
+    with pytest.raises(RewardConfigError, match=r"`musik`.*Did you mean `musiq`"):
         PyiqaMetric(PyiqaMetric.Config(metric="musik"))
 
 

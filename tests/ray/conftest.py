@@ -1,0 +1,26 @@
+"""One local Ray cluster for all tests of this folder."""
+
+import logging
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A local cluster with four logical CPUs, whatever the machine has."""
+    ray = pytest.importorskip("ray", reason="needs the extra `ray`")
+    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, namespace="acpo")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def ports_of(cluster):
+    """Open the Ray ports of a configuration on that cluster; closed after the test."""
+    from contextlib import ExitStack
+
+    from acpo_dist.tracking.composite import CompositeTracker
+    from actors.launch import open_ports
+
+    with ExitStack() as stack:
+        yield lambda config: stack.enter_context(open_ports(config, CompositeTracker([])))

@@ -1,0 +1,158 @@
+"""The same run on Ray: equal to one process, and whole when workers die. Real actors, Serve replicas and ZeRO ranks."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from acpo_dist.driver import drive
+from acpo_dist.loop import fixed_groups
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+pytestmark = pytest.mark.ray
+QUIET = Console(quiet=True)
+PROMPTS = ("a red circle on a white background", "a blue cross on a black background", "a green square on a gray background")
+SMALL = ["rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2", "cluster.worker_timeout_s=240"]
+
+
+def _figures(root):
+    skip = ("time/", "reward_pool/")
+    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
+
+
+def test_local_and_ray_give_the_same_first_iteration_and_the_same_pictures(cluster, tiny, tmp_path):
+    from acpo_dist.local import open_ports as local_ports
+    from actors.launch import open_ports as ray_ports
+
+    for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
+        drive(tiny("run.iterations=1", f"run.dir={tmp_path / name}", *SMALL, *extra), ports, QUIET)
+    (local,), (ray,) = (_figures(tmp_path / name) for name in ("local", "ray"))
+    assert local.keys() == ray.keys()
+    for name, value in local.items():
+        assert ray[name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def _images(ports, groups):
+    handles = ports.rollout.generate(groups)
+    return ports.rollout.images(handles, [plan.sample_id for group in groups for plan in group.samples])
+
+
+def test_one_rollout_worker_and_three_draw_the_same_pictures_and_a_killed_one_is_replaced(ports_of, tiny):
+    from acpo_dist.local import LocalRollouts
+
+    config = tiny("rollout.num_workers=3", *SMALL)
+    groups = fixed_groups(config, PROMPTS, 24, stream="test")
+    alone = LocalRollouts(tiny(), device="cpu")
+    handles = alone.generate(groups)
+    expected = alone.images(handles, [plan.sample_id for group in groups for plan in group.samples])
+    ports = ports_of(config)
+    ports.learner.start(None)
+    ports.weights.publish(3)
+    assert torch.equal(_images(ports, groups), expected)
+    victim = ports.rollout.await_ready()["rollout/1"]
+    os.kill(victim, signal.SIGKILL)
+    assert torch.equal(_images(ports, groups), expected)
+    assert ports.rollout.redone >= 1
+    assert all(handle.policy_version == 3 for handle in ports.rollout.generate(groups))
+
+
+def test_killing_a_reward_replica_loses_no_sample_and_changes_no_score(ports_of, tiny):
+    config = tiny("rewards.replicas=2", *SMALL)
+    ports = ports_of(config)
+    ports.learner.start(None)
+    groups = fixed_groups(config, PROMPTS, 64, stream="test")
+    handles = ports.rollout.generate(groups)
+    names = ["two_stream", "strided_judge"]
+    undisturbed = ports.reward.score(handles, names)
+    pid = ports.reward.client.submit("two_stream", "pid").result()
+    killed = []
+
+    def kill_once(count):
+        # In the middle of the load: the first answers are in, the others are under way.
+        if not killed:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    disturbed = ports.reward.score([handle for _ in range(6) for handle in handles], names, kill_once)
+    assert killed
+    assert disturbed == undisturbed
+    assert all(len(disturbed[name]) == 64 for name in names)
+
+
+@pytest.fixture(scope="module")
+def one_process_weights(tiny_module):
+    """Weights after three optimiser steps in one process, and the rollouts they were made from."""
+    from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
+
+    config = tiny_module()
+    rollouts, rewards = LocalRollouts(config, device="cpu"), LocalRewards(config, device="cpu")
+    handles = rollouts.generate(fixed_groups(config, PROMPTS, 24, stream="test"))
+    learner = LocalLearner(learner_spec(config), rewards, device="cpu")
+    learner.start(None)
+    start = {name: value.clone() for name, value in learner.export(0).tensors.items()}
+    learner.train(handles, _task(handles))
+    return handles, start, learner.export(1).tensors
+
+
+@pytest.fixture(scope="module")
+def tiny_module():
+    from acpo_dist.config.load import load_config
+    from tests.conftest import TINY
+
+    return lambda *overrides: load_config("toy_sdxl", [*TINY, "learner.micro_batch=2", *SMALL, *overrides])
+
+
+def _task(handles):
+    from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
+
+    ids = tuple(sample_id for handle in handles for sample_id in handle.sample_ids)
+    normaliser = Normaliser(mean=0.4, std=0.2, sign=1)
+    return TrainTask(
+        iteration=0, policy_version=0, sample_ids=ids, weights=dict.fromkeys(ids, 1.0), anchor_weight=2.0,
+        rewards=(RewardTerm(name="two_stream", weight=1.0, normaliser=normaliser),),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_on_two_ranks_agrees_with_one_process_after_three_steps(stage, cluster, ports_of, tiny_module, one_process_weights, tmp_path):
+    from dataclasses import replace
+
+    local_handles, start, expected = one_process_weights
+    config = tiny_module("learner.num_ranks=2", f"learner.zero_stage={stage}")
+    ports = ports_of(config)
+    ports.learner.start(None)
+    handles = [
+        replace(h, payload=(cluster.put(h.payload), cluster.put(h.payload.images_BCHW))) for h in local_handles
+    ]
+    report = ports.learner.train(handles, _task(handles))
+    assert report.optim_steps == 3
+    found = ports.learner.export(1).tensors
+    for name, value in expected.items():
+        # Relative to how far three Adam steps of this size move a weight.
+        moved = (value - start[name]).abs().max()
+        assert (found[name] - value).abs().max() <= 1e-4 * max(float(value.abs().max()), float(moved)), name
+    ports.learner.save(tmp_path / "saved")
+    from safetensors.torch import load_file
+
+    assert float(load_file(tmp_path / "saved/optimizer.safetensors")["step"]) == 3
+
+
+def test_more_ranks_than_the_cluster_can_place_is_refused_after_a_bounded_wait(cluster, tiny):
+    from acpo_dist.core.errors import PlacementError
+    from acpo_dist.tracking.composite import CompositeTracker
+    from actors.launch import open_ports
+
+    config = tiny("learner.num_ranks=2", "learner.zero_stage=1", "learner.cpus_per_rank=50", "cluster.place_timeout_s=0.1")
+    with pytest.raises(PlacementError, match="missing"), open_ports(config, CompositeTracker([])):
+        raise AssertionError("nothing may start")
+
+
+def test_the_plan_counts_every_worker_of_every_role(tiny):
+    from actors.placement import plan_placement, shortfall
+
+    plan = plan_placement(tiny("rollout.num_workers=3", "rewards.replicas=2", "rollout.gpus_per_worker=0.5", *SMALL))
+    assert plan.total() == pytest.approx({"CPU": 0.2 + 3 * 0.1 + 4 * 0.1, "GPU": 1.5})
+    assert shortfall(plan, {"CPU": 1.0, "GPU": 1.0}) == pytest.approx({"GPU": 0.5})
+    assert shortfall(plan, {"CPU": 1.0, "GPU": 2.0}) == {}
