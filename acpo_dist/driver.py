@@ -112,7 +112,12 @@ def _open_tracker(config: Config, folder: RunFolder):
     if config.tracking.mlflow:
         from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
 
-        tags = {"git_commit": git_commit(), "run_dir": str(folder.root.resolve()), "torch": torch.__version__, **_versions()}
+        tags = {
+            "git_commit": git_commit(),
+            "run_dir": str(folder.root.resolve()),
+            "torch": torch.__version__,
+            **_versions(),
+        }
         mlflow = MlflowTracker(
             config.tracking.mlflow_uri or default_uri(folder.root), config.tracking.experiment, config.run.name,
             spool=folder.root / "mlflow", params=config.to_mapping(),

@@ -66,9 +66,12 @@ class LocalRollouts:
             batch = self._worker.generate(plans)
             handles.append(
                 RolloutHandle(
-                    sample_ids=batch.sample_ids, prompts=batch.prompts, policy_version=batch.policy_version,
-                    schedule_id=batch.schedule_id, payload=batch,
-                )  # fmt: skip
+                    sample_ids=batch.sample_ids,
+                    prompts=batch.prompts,
+                    policy_version=batch.policy_version,
+                    schedule_id=batch.schedule_id,
+                    payload=batch,
+                )
             )
             if advance:
                 advance(len(plans))
@@ -96,9 +99,12 @@ class LocalRewards:
         training = {entry.name for entry in rewards.train}
         self._workers = {
             entry.name: RewardWorker(
-                entry, model=config.model if entry.name in training and rewards.cut == "latent" else None,
-                cut=rewards.cut, wire_dtype=rewards.wire_dtype, device=device,
-            )  # fmt: skip
+                entry,
+                model=config.model if entry.name in training and rewards.cut == "latent" else None,
+                cut=rewards.cut,
+                wire_dtype=rewards.wire_dtype,
+                device=device,
+            )
             for entry in (*rewards.train, *rewards.judges)
         }
         self._requests = 0
@@ -188,6 +194,6 @@ class LocalChannel:
 def learner_spec(config: Config) -> LearnerSpec:
     """The sections that a learner rank gets."""
     return LearnerSpec(
-        model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards, data=config.data,
-        seed=config.run.seed,
+        model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards,
+        data=config.data, seed=config.run.seed,
     )  # fmt: skip

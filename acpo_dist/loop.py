@@ -90,7 +90,11 @@ def run(
             _picture(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
             _save(ports, folder, state, console)
-    return LoopResult(iterations=state.iteration, version=state.version, last_metrics=metrics)
+    # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
+    gain = _gain(config, ports, state, prompts, console)
+    ports.tracker.log_metrics(state.iteration, gain)
+    console.message("gain in base standard deviations: " + ", ".join(f"{n[5:]} {v:+.2f}" for n, v in gain.items()))
+    return LoopResult(iterations=state.iteration, version=state.version, last_metrics=metrics | gain)
 
 
 def _iterate(
@@ -139,16 +143,7 @@ def _iterate(
 
 def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Console) -> LoopState:
     """Normalise every metric on base-model samples and find the first anchor weight."""
-    per_prompt = config.rollout.samples_per_prompt
-    groups = deal(
-        prompts, iteration=0, run_seed=config.run.seed, num_prompts=-(-config.rewards.calibration_samples // per_prompt),
-        samples_per_prompt=per_prompt, stream="calibration",
-    )  # fmt: skip
-    with console.phase("calibration: rollout", sum(len(group.samples) for group in groups)) as advance:
-        handles = ports.rollout.generate(groups, advance)
-    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
-    with console.phase("calibration: reward", None) as advance:
-        scores = ports.reward.score(handles, names, advance)
+    handles, scores = _score_calibration(config, ports, prompts, console, "calibration")
     quantile = getattr(config.algorithm, "target_quantile", None)
     normalisers = {
         entry.name: fit_normaliser(
@@ -165,6 +160,32 @@ def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Co
         )
     )
     return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers)
+
+
+def _score_calibration(
+    config: Config, ports: Ports, prompts: Sequence[str], console: Console, label: str
+) -> tuple[list[RolloutHandle], ScoreTable]:
+    """Draw the calibration samples, always from the same prompts and seeds, with the weights of now, and score them."""
+    per_prompt = config.rollout.samples_per_prompt
+    groups = deal(
+        prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
+        num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
+    )  # fmt: skip
+    total = sum(len(group.samples) for group in groups)
+    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
+    with console.phase(f"{label}: rollout", total) as advance:
+        handles = ports.rollout.generate(groups, advance)
+    with console.phase(f"{label}: reward", total * len(names)) as advance:
+        return handles, ports.reward.score(handles, names, advance)
+
+
+def _gain(config: Config, ports: Ports, state: LoopState, prompts: Sequence[str], console: Console) -> dict[str, float]:
+    """Mean normalised score of the final weights on the calibration prompts and seeds: the base model's is 0 there."""
+    _, scores = _score_calibration(config, ports, prompts, console, "gain")
+    return {
+        f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
+        for name, normaliser in state.normalisers.items()
+    }
 
 
 def _first_weight(
@@ -226,7 +247,8 @@ def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: 
 
 def _terms(config: Config, normalisers: dict[str, Normaliser]) -> tuple[RewardTerm, ...]:
     return tuple(
-        RewardTerm(name=entry.name, weight=entry.weight, normaliser=normalisers[entry.name]) for entry in config.rewards.train
+        RewardTerm(name=entry.name, weight=entry.weight, normaliser=normalisers[entry.name])
+        for entry in config.rewards.train
     )
 
 

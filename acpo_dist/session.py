@@ -66,7 +66,8 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
         # A run that failed before its first iteration holds nothing to lose.
         if any((root / name).exists() and (root / name).stat().st_size for name in (METRICS, "checkpoints")):
             raise ResumeError(
-                f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or run.seed."
+                f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or "
+                "run.seed."
             )
     elif resume == "auto":
         if (root / RESOLVED).exists():
@@ -106,13 +107,15 @@ def _from_path(config: Config, path: Path) -> Checkpoint:
 
 def _require_same(config: Config, root: Path) -> None:
     if not (root / RESOLVED).is_file():
-        raise ResumeError(f"--resume: {root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote.")
+        raise ResumeError(
+            f"--resume: {root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote."
+        )
     old = yaml.safe_load((root / RESOLVED).read_text(encoding="utf-8"))
     differences = list(_differences(old, config.to_mapping()))
     if differences:
         raise ResumeError(
-            f"--resume: {root} was started with another configuration: {'; '.join(differences[:5])}. Restore these values, "
-            "or start a new run in another run.dir."
+            f"--resume: {root} was started with another configuration: {'; '.join(differences[:5])}. Restore these "
+            "values, or start a new run in another run.dir."
         )
 
 

@@ -50,7 +50,9 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         stack.callback(reward.close)
         learner.build(reward)
         rollout.await_ready()
-        yield Ports(rollout=rollout, reward=reward, learner=learner, weights=RayChannel(learner, rollout), tracker=tracker)
+        yield Ports(
+            rollout=rollout, reward=reward, learner=learner, weights=RayChannel(learner, rollout), tracker=tracker
+        )
 
 
 @contextmanager
@@ -63,7 +65,7 @@ def connected(config: Config) -> Iterator[None]:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="acpo",
-        **({} if address else {"include_dashboard": False}),
+        include_dashboard=None if address else False,
     )  # fmt: skip
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
@@ -79,4 +81,6 @@ def _require_own_packages() -> None:
     ours = Path(acpo_dist.__file__).resolve().parent.parent / "actors"
     found = Path(str(actors.__file__)).resolve().parent
     if found != ours:
-        raise UsageError(f"the package `actors` is taken by {found}, expected {ours}; start `acpo` from another folder.")
+        raise UsageError(
+            f"the package `actors` is taken by {found}, expected {ours}; start `acpo` from another folder."
+        )

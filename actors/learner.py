@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Advance
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import GradientScale, RewardTerm, RolloutHandle, TrainReport, TrainTask, WeightBundle
 from acpo_dist.learner.figures import FigureSums
 from acpo_dist.local import learner_spec
@@ -24,11 +25,12 @@ from actors.reward import ServeRewards
 class LearnerActor:
     """Shell round `LearnerWorker`: rank variables first, then everything heavy."""
 
-    def __init__(self, rank: int, world_size: int, cpus: float, gpus: float) -> None:
-        """Set the process up."""
+    def __init__(self, rank: int, world_size: int, model_type: str, cpus: float, gpus: float) -> None:
+        """Set the process up, and import what `build` needs while the rest of the cluster comes up."""
         self._device = set_up(cpus=cpus, gpus=gpus)
         # Ray shows each rank its own GPU alone, so the local rank is always 0.
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
+        resolve("model", MODELS, model_type)
 
     def address(self) -> tuple[str, int]:
         """Where the ranks meet: this host and a free port."""
@@ -88,7 +90,8 @@ class RayLearner:
             scheduling_strategy=PlacementGroupSchedulingStrategy(group),
         )  # fmt: skip
         self._actors = {
-            f"learner/{rank}": shell.remote(rank, role.count, role.cpus, role.gpus) for rank in range(role.count)
+            f"learner/{rank}": shell.remote(rank, role.count, config.model.type, role.cpus, role.gpus)
+            for rank in range(role.count)
         }
         self._config, self._rewards = config, None
         self._timeout_s = config.learner.timeout_s
@@ -118,7 +121,9 @@ class RayLearner:
             self._rewards.learner_retries = sum(retries for _, _, retries in answers)
         if advance:
             advance(len(task.sample_ids))
-        return TrainReport(metrics=FigureSums.merge(figures for figures, _, _ in answers).means(), optim_steps=answers[0][1])
+        return TrainReport(
+            metrics=FigureSums.merge(figures for figures, _, _ in answers).means(), optim_steps=answers[0][1]
+        )
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
         """See `LearnerGroup.gradient_scale`."""
@@ -153,7 +158,9 @@ class RayLearner:
         kill(self._actors)
 
     def _all(self, what: str, call: Any) -> list[Any]:
-        return list(gather({n: call(a) for n, a in self._actors.items()}, timeout_s=self._timeout_s, what=what).values())
+        return list(
+            gather({n: call(a) for n, a in self._actors.items()}, timeout_s=self._timeout_s, what=what).values()
+        )
 
 
 def _latents(handles: Sequence[RolloutHandle]) -> list[Any]:

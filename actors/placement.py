@@ -121,8 +121,8 @@ def _explain(plan: PlacementPlan, registered: Mapping[str, float], timeout_s: fl
     needs = "; ".join(f"{role.name} {role.count} x {role.bundle()} ({role.count_key})" for role in plan.roles)
     return (
         f"the run needs {_amounts(plan.total())}, but after {timeout_s:g} s the cluster has registered "
-        f"{_amounts(registered)} (missing {_amounts(shortfall(plan, registered))}). Needed: {needs}. Lower a count, give "
-        "workers smaller shares (…cpus_per_…, …gpus_per_…), or add nodes."
+        f"{_amounts(registered)} (missing {_amounts(shortfall(plan, registered))}). Needed: {needs}. Lower a count, "
+        "give workers smaller shares (…cpus_per_…, …gpus_per_…), or add nodes."
     )
 
 

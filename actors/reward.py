@@ -26,7 +26,14 @@ logger = logging.getLogger(__name__)
 _REPLICA = "metric"
 _MAX_REFUSALS = 3
 """A replica that answers with an error (a score that is not finite, say) is not asked for ever."""
-_LOST = (RayError, BackPressureError, DeploymentUnavailableError, RequestCancelledError, RayServeException, TimeoutError)
+_LOST = (
+    RayError,
+    BackPressureError,
+    DeploymentUnavailableError,
+    RequestCancelledError,
+    RayServeException,
+    TimeoutError,
+)
 
 
 class RewardReplica:
@@ -62,20 +69,23 @@ def deploy(config: Config, role: Role, run_id: str) -> dict[str, str]:
     rewards = config.rewards
     training = {entry.name for entry in rewards.train}
     applications = {}
+    targets = []
     for entry in (*rewards.train, *rewards.judges):
         deployment = serve.deployment(
             RewardReplica, name=_REPLICA, num_replicas=rewards.replicas, max_ongoing_requests=2,
-            health_check_period_s=5, health_check_timeout_s=30, graceful_shutdown_timeout_s=2, graceful_shutdown_wait_loop_s=0.1,
-            ray_actor_options={"num_cpus": role.cpus, "num_gpus": role.gpus},
+            health_check_period_s=5, health_check_timeout_s=30, graceful_shutdown_timeout_s=2,
+            graceful_shutdown_wait_loop_s=0.1, ray_actor_options={"num_cpus": role.cpus, "num_gpus": role.gpus},
         )  # fmt: skip
         decoder = config.model if entry.name in training and rewards.cut == "latent" else None
         name = f"{run_id}-{entry.name}"
         target = deployment.bind(entry, decoder, rewards.cut, rewards.wire_dtype, role.cpus, role.gpus)
-        try:
-            serve.run(target, name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise WorkerError(f"reward `{entry.name}` could not be started: {error}") from error
+        targets.append(serve.RunTarget(target=target, name=name, route_prefix=None))
         applications[entry.name] = name
+    try:
+        # Together: every replica loads its model while the others do.
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=True)
+    except RuntimeError as error:
+        raise WorkerError(f"the reward pool could not be started: {error}") from error
     return applications
 
 
@@ -106,7 +116,9 @@ class RewardClient:
 class PendingReward:
     """A request under way."""
 
-    def __init__(self, client: RewardClient, metric: str, method: str, arguments: tuple[Any, ...], deadline: float) -> None:
+    def __init__(
+        self, client: RewardClient, metric: str, method: str, arguments: tuple[Any, ...], deadline: float
+    ) -> None:
         """Send the first attempt."""
         self._client, self._metric, self._method, self._arguments = client, metric, method, arguments
         self._deadline = deadline
@@ -123,8 +135,8 @@ class PendingReward:
             remaining = self._deadline - time.monotonic()
             if remaining <= 0:
                 raise RewardError(
-                    f"reward `{self._metric}`: no answer within the deadline (rewards.deadline_s); raise it, or add replicas "
-                    "(rewards.replicas)"
+                    f"reward `{self._metric}`: no answer within the deadline (rewards.deadline_s); raise it, or add "
+                    "replicas (rewards.replicas)"
                 )
             try:
                 return self._response.result(timeout_s=remaining)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -77,7 +77,9 @@ class RayRollouts:
 
     def await_ready(self) -> dict[str, int]:
         """Wait until every model is loaded; process id by worker."""
-        return gather({n: a.ready.remote() for n, a in self._actors.items()}, timeout_s=self._timeout_s, what="load model")
+        return gather(
+            {n: a.ready.remote() for n, a in self._actors.items()}, timeout_s=self._timeout_s, what="load model"
+        )
 
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
         """See `RolloutPool.generate`: chunks go to whichever worker is free; a dead worker's chunk is redone."""
@@ -102,7 +104,9 @@ class RayRollouts:
             if handle is None:
                 attempts[index] += 1
                 if attempts[index] > MAX_RESTARTS:
-                    raise WorkerError(f"samples {chunks[index][0].sample_id}... failed {attempts[index]} times, last on {name}")
+                    raise WorkerError(
+                        f"samples {chunks[index][0].sample_id}... failed {attempts[index]} times, last on {name}"
+                    )
                 todo.appendleft(index)
                 continue
             done[index] = replace(handle, payload=payload)
@@ -113,17 +117,19 @@ class RayRollouts:
     def _collect(self, reference: Any, name: str) -> RolloutHandle | None:
         """What the worker says it made, or None if it must be made again; a restarted worker gets its weights back."""
         try:
-            handle: RolloutHandle = ray.get(reference)
+            handle: RolloutHandle | None = ray.get(reference)
         except RayActorError as error:
             logger.warning("%s died (%s); it is restarted and its samples are redone", name, type(error).__name__)
-            handle = None  # type: ignore[assignment]
-        except ray.exceptions.RayTaskError:
+            handle = None
+        except RayTaskError:
             handle = fetch(reference, name=name, what="generate")
         if handle is not None and handle.policy_version == self._version:
             return handle
         self.redone += 1
         if self._bundle is not None:
-            fetch(self._actors[name].load.remote(self._bundle), name=name, what="load weights", timeout_s=self._timeout_s)
+            fetch(
+                self._actors[name].load.remote(self._bundle), name=name, what="load weights", timeout_s=self._timeout_s
+            )
         return None
 
     def load(self, bundle: WeightBundle) -> list[WeightEcho]:

@@ -52,7 +52,9 @@ def main() -> None:
                 if rows["base"].get(key):
                     ratios.setdefault(name, {}).setdefault(key, []).append(value / rows["base"][key])
     for name, figures in ratios.items():
-        cells = [f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k, v in figures.items() if k != "seconds"]
+        cells = [
+            f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k, v in figures.items() if k != "seconds"
+        ]
         sys.stdout.write(f"{name} / base over {len(options.seeds)} seeds: {'  '.join(cells)}\n")
 
 
@@ -65,7 +67,12 @@ def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> di
         groups = fixed_groups(config, prompts, options.samples, stream="evaluation")
         names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
         report = evaluate_toy_arm(ports.rollout, ports.reward, ports.learner, groups, names)
-        rows[label] = {"reward": report.scores[names[0]], "judge": report.scores[names[1]], **report.oracle, "drift": report.drift}
+        rows[label] = {
+            "reward": report.scores[names[0]],
+            "judge": report.scores[names[1]],
+            **report.oracle,
+            "drift": report.drift,
+        }
         shown.append(report.images[:12])
 
     for name, overrides in arms.items():

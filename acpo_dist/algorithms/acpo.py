@@ -97,7 +97,9 @@ class Acpo:
         value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)
         figures = {"reward/loss": value, "reward/quality": signal.quality_B, "reward/active": (slope != 0).float()}
         norm = signal.gradient.flatten(1).norm(dim=1)
-        return surrogate(clean, signal.gradient, slope), figures | {"reward/gradient_norm": norm} | dict(signal.per_metric)
+        return surrogate(clean, signal.gradient, slope), figures | {"reward/gradient_norm": norm} | dict(
+            signal.per_metric
+        )
 
     def _uniform(self, batch: MicroBatch, network: Network, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
         draws = [self._draw(key, batch.clean.shape[1:], len(network.alpha_bars)) for key in batch.noise_keys]

@@ -16,9 +16,13 @@ COLUMNS = ("reward", "judge", "oracle_mse", "oracle_psnr", "caption_accuracy", "
 
 @app.command("demo")
 def demo(
-    folder: Annotated[Path, typer.Option(help="Where runs, MLflow and the picture go; a new folder below it per demo.")] = Path("runs"),
+    folder: Annotated[
+        Path, typer.Option(help="Where runs, MLflow and the picture go; a new folder below it per demo.")
+    ] = Path("runs"),
     seed: Annotated[int, typer.Option(help="Seed of training; evaluation prompts and seeds follow from it.")] = 0,
-    iterations: Annotated[int | None, typer.Option(min=1, help="Iterations per arm; None takes configs/demo.yaml's.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Iterations per arm; None takes configs/demo.yaml's.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=8, help="Evaluation samples per arm.")] = EVALUATION_SAMPLES,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
@@ -37,11 +41,13 @@ def demo(
     rows = [[name, *(_figure(figures[column]) for column in COLUMNS)] for name, figures in report.arms.items()]
     console.table(f"Toy SDXL, {samples} pictures per arm, same prompts and seeds", ["arm", *COLUMNS], rows)
     console.message(
-        "reward is what was optimised; judge and the exact oracle never drive the update. Reward alone raises the reward and "
-        "ruins the pictures; the anchor keeps the gain real."
+        "reward is what was optimised; judge and the exact oracle never drive the update. Reward alone raises the "
+        "reward and ruins the pictures; the anchor keeps the gain real."
     )
     console.message(f"pictures: {report.picture}")
-    console.message(f"runs side by side: .venv/bin/mlflow ui --backend-store-uri {report.mlflow_uri}   ({seconds:.0f} s in all)")
+    console.message(
+        f"runs side by side: .venv/bin/mlflow ui --backend-store-uri {report.mlflow_uri}   ({seconds:.0f} s in all)"
+    )
 
 
 def _new_folder(folder: Path) -> Path:
@@ -54,4 +60,4 @@ def _new_folder(folder: Path) -> Path:
 
 
 def _figure(value: Any) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"

@@ -51,8 +51,10 @@ def run_demo(
                     {f"evaluation/{key}": value for key, value in _row(report, config).items() if value is not None},
                 )
 
-            console.message(f"arm {name}: {config.run.iterations} iterations, {config.learner.num_ranks} ZeRO-"
-                            f"{config.learner.zero_stage} ranks, {config.rollout.num_workers} rollout worker(s)")  # fmt: skip
+            console.message(
+                f"arm {name}: {config.run.iterations} iterations, {config.learner.num_ranks} ZeRO-"
+                f"{config.learner.zero_stage} ranks, {config.rollout.num_workers} rollout worker(s)"
+            )
             first = "base" not in reports
             result = drive(
                 config, ports_for("ray"), console,

@@ -11,7 +11,9 @@ from acpo_dist.cli.app import answer, app
 @app.command("score")
 def score(
     images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or parquet files.")],
-    metric: Annotated[list[str] | None, typer.Option(help="two_stream, strided_judge, pyiqa:NAME or module:Class; repeat.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="two_stream, strided_judge, pyiqa:NAME or module:Class; repeat.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights file for the metric, where it takes one.")] = None,
     column: Annotated[str, typer.Option(help="Picture column of a parquet file.")] = "image",
     prompt: Annotated[str, typer.Option(help="Prompt for metrics that read one.")] = "",
@@ -34,7 +36,9 @@ def score(
     rows: list[dict[str, Any]] = []
     with console.phase("score", limit) as advance:
         for name, picture in islice(read_images(images, column=column), limit):
-            rows.append({"image": name, **{worker.name: worker.score(picture[None], [prompt])[0] for worker in workers}})
+            rows.append(
+                {"image": name, **{worker.name: worker.score(picture[None], [prompt])[0] for worker in workers}}
+            )
             advance(1)
     names = [worker.name for worker in workers]
     means = {name: fmean(row[name] for row in rows) for name in names}
@@ -42,7 +46,9 @@ def score(
         answer({"images": len(rows), "mean": means, "scores": rows})
         return
     table = [[row["image"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
-    console.table(f"{len(rows)} pictures", ["image", *names], [*table, ["mean", *(f"{means[name]:.4f}" for name in names)]])
+    console.table(
+        f"{len(rows)} pictures", ["image", *names], [*table, ["mean", *(f"{means[name]:.4f}" for name in names)]]
+    )
 
 
 def _section(name: str, weights: str | None) -> Any:

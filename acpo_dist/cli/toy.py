@@ -18,9 +18,9 @@ def _group() -> None:
 
 @toy_app.command("build")
 def build(
-    folder: Annotated[Path, typer.Option(help="Where to write; the package's own assets are in acpo_dist/toy/assets.")] = Path(
-        "toy-assets"
-    ),
+    folder: Annotated[
+        Path, typer.Option(help="Where to write; the package's own assets are in acpo_dist/toy/assets.")
+    ] = Path("toy-assets"),
     part: Annotated[list[str] | None, typer.Option(help="reward, judge, vae, sdxl or ddpm; all by default.")] = None,
     effort: Annotated[float, typer.Option(min=0.001, help="Scales training steps; 1 gives the shipped assets.")] = 1.0,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.composer import ComposerError
 
 from acpo_dist.config.relations import check_relations
 from acpo_dist.config.schema import Config
@@ -20,12 +21,12 @@ _SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
 class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-4 as a number, as every other language does, and refuses a key that is set twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
-                raise yaml.composer.ComposerError(None, None, f"`{key.value}` is set twice", key.start_mark)
+                raise ComposerError(None, None, f"`{key.value}` is set twice", key.start_mark)
         return node
 
 
@@ -78,7 +79,9 @@ def find_config(source: str | Path) -> Path:
         for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
             if candidate.is_file():
                 return candidate
-    raise ConfigError(f"no configuration file `{source}`. Shipped: {', '.join(shipped_configs()) or 'none'}; or give a path.")
+    raise ConfigError(
+        f"no configuration file `{source}`. Shipped: {', '.join(shipped_configs()) or 'none'}; or give a path."
+    )
 
 
 def shipped_configs() -> list[str]:

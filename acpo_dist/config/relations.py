@@ -37,29 +37,32 @@ def _check_batches(config: Config) -> None:
     step = learner.micro_batch * learner.num_ranks
     if learner.global_batch % step:
         raise ConfigError(
-            f"learner.global_batch ({learner.global_batch}) must be a multiple of learner.micro_batch x learner.num_ranks "
-            f"({learner.micro_batch} x {learner.num_ranks} = {step}); the quotient is the gradient accumulation. "
-            f"Set learner.global_batch={step * max(1, learner.global_batch // step)} or a smaller learner.micro_batch."
+            f"learner.global_batch ({learner.global_batch}) must be a multiple of learner.micro_batch x "
+            f"learner.num_ranks ({learner.micro_batch} x {learner.num_ranks} = {step}); the quotient is the gradient "
+            f"accumulation. Set learner.global_batch={step * max(1, learner.global_batch // step)} or a smaller "
+            "learner.micro_batch."
         )
 
 
 def _check_backend(config: Config) -> None:
     if config.learner.num_ranks > 1 and config.learner.zero_stage is None:
         raise ConfigError(
-            f"learner.num_ranks is {config.learner.num_ranks} but learner.zero_stage is unset: plain torch has one rank. "
-            "Set learner.zero_stage to 0, 1, 2 or 3."
+            f"learner.num_ranks is {config.learner.num_ranks} but learner.zero_stage is unset: plain torch has one "
+            "rank. Set learner.zero_stage to 0, 1, 2 or 3."
         )
     if config.cluster.backend == "local" and config.learner.zero_stage is not None:
         raise ConfigError(
-            f"cluster.backend is `local` but learner.zero_stage is {config.learner.zero_stage}: DeepSpeed ranks are Ray "
-            "actors. Use --backend ray, or unset learner.zero_stage."
+            f"cluster.backend is `local` but learner.zero_stage is {config.learner.zero_stage}: DeepSpeed ranks are "
+            "Ray actors. Use --backend ray, or unset learner.zero_stage."
         )
 
 
 def _check_data(config: Config) -> None:
-    conditional = resolve("model", MODELS, config.model.type).conditional  # type: ignore[attr-defined]
+    conditional = resolve("model", MODELS, config.model.type).conditional
     if conditional and config.data.prompts == "none":
-        raise ConfigError("data.prompts is `none`, but the model draws from prompts: set data.prompts to `toy` or a file.")
+        raise ConfigError(
+            "data.prompts is `none`, but the model draws from prompts: set data.prompts to `toy` or a file."
+        )
     if not conditional and config.data.prompts != "none":
         raise ConfigError(
             f"data.prompts is `{config.data.prompts}`, but the model is unconditional: set data.prompts=none."
@@ -67,25 +70,25 @@ def _check_data(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]  # type: ignore[attr-defined]
+    names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
     for name in names:
         if names.count(name) > 1:
             raise RewardConfigError(f"two rewards or judges are called `{name}`: give each its own `name`.")
-    pathwise = config.algorithm.pathwise  # type: ignore[attr-defined]
+    pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):
-        metric = resolve("reward", REWARDS, entry.type)  # type: ignore[attr-defined]
+        metric = resolve("reward", REWARDS, entry.type)
         reason = metric.unusable(entry)
         if reason is None and pathwise and not metric.differentiable(entry):
             reason = (
-                f"has no usable gradient, and `{config.algorithm.type}` needs one. "  # type: ignore[attr-defined]
+                f"has no usable gradient, and `{config.algorithm.type}` needs one. "
                 "Move it to rewards.judges, or choose an algorithm that needs scores only"
             )
         if reason:
-            raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")  # type: ignore[attr-defined]
+            raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
     for index, entry in enumerate(config.rewards.judges):
-        reason = resolve("reward", REWARDS, entry.type).unusable(entry)  # type: ignore[attr-defined]
+        reason = resolve("reward", REWARDS, entry.type).unusable(entry)
         if reason:
-            raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")  # type: ignore[attr-defined]
+            raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")
 
 
 def module_available(name: str) -> bool:

@@ -71,9 +71,9 @@ RewardPlugin = plugin("reward", REWARDS)
 class RewardsConfig(Section):
     """What is rewarded, who judges, and how the pool serves it."""
 
-    train: tuple[RewardPlugin, ...] = Field(min_length=1)
+    train: tuple[RewardPlugin, ...] = Field(min_length=1)  # pyright: ignore[reportInvalidTypeForm]
     """Metrics that drive the update."""
-    judges: tuple[RewardPlugin, ...] = ()
+    judges: tuple[RewardPlugin, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """Held-out metrics: measured, never optimised."""
     cut: Literal["latent", "image"] = "latent"
     """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded pictures."""
@@ -154,12 +154,12 @@ class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
-    model: plugin("model", MODELS)  # type: ignore[valid-type]
+    model: plugin("model", MODELS)  # pyright: ignore[reportInvalidTypeForm]
     data: DataConfig = DataConfig()
     sampler: SamplerConfig = SamplerConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig
-    algorithm: plugin("algorithm", ALGORITHMS)  # type: ignore[valid-type]
+    algorithm: plugin("algorithm", ALGORITHMS)  # pyright: ignore[reportInvalidTypeForm]
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

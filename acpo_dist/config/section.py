@@ -23,7 +23,9 @@ def plugin(kind: str, registry: dict[str, str]) -> Any:
         if isinstance(value, Section):
             return value
         if not isinstance(value, dict) or "type" not in value:
-            raise ValueError(f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {value!r}")
+            raise ValueError(
+                f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {value!r}"
+            )
         try:
             config = getattr(resolve(kind, registry, str(value["type"])), "Config", None)
         except ConfigError as error:

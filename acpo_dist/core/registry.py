@@ -36,7 +36,9 @@ def resolve(kind: str, registry: dict[str, str], name: str) -> type[Any]:
     module, separator, attribute = target.partition(":")
     if not separator:
         known = ", ".join(sorted(registry))
-        raise ConfigError(f"unknown {kind} `{name}`.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your own.")
+        raise ConfigError(
+            f"unknown {kind} `{name}`.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your own."
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

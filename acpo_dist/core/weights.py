@@ -36,6 +36,6 @@ def require_echoes(version: int, wanted: str, echoes: list[WeightEcho]) -> None:
     if wrong:
         said = "; ".join(f"{echo.worker} holds version {echo.version} ({echo.checksum[:12]})" for echo in wrong)
         raise WeightSyncError(
-            f"weights version {version} ({wanted[:12]}) was published, but {said}. No sample is drawn from old weights; "
-            "resume the run from its last checkpoint with `--resume auto`."
+            f"weights version {version} ({wanted[:12]}) was published, but {said}. No sample is drawn from old "
+            "weights; resume the run from its last checkpoint with `--resume auto`."
         )

@@ -10,8 +10,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """N denoise steps. Step i conditions the network on `timesteps[i]` and goes from `alpha_bars[i]` to `alpha_bars[i+1]`.
+    """N denoise steps.
 
+    Step i conditions the network on `timesteps[i]` and goes from `alpha_bars[i]` to `alpha_bars[i+1]`.
     `alpha_bars` has N + 1 entries and increases strictly; the last one is where the trajectory ends (1 is clean).
     """
 
@@ -25,7 +26,9 @@ class Trajectory:
             ValueError: lengths differ, a level is outside (0, 1], or noise does not fall at every step.
         """
         if not self.timesteps or len(self.alpha_bars) != len(self.timesteps) + 1:
-            raise ValueError(f"N timesteps need N + 1 alpha_bars, found {len(self.timesteps)} and {len(self.alpha_bars)}")
+            raise ValueError(
+                f"N timesteps need N + 1 alpha_bars, found {len(self.timesteps)} and {len(self.alpha_bars)}"
+            )
         if not all(0 < level <= 1 for level in self.alpha_bars) or self.alpha_bars[0] >= 1:
             raise ValueError(f"alpha_bars must lie in (0, 1], the first below 1; found {self.alpha_bars}")
         if any(later <= earlier for earlier, later in zip(self.alpha_bars, self.alpha_bars[1:], strict=False)):
@@ -51,8 +54,8 @@ class Trajectory:
         late = [step for step, timestep in enumerate(self.timesteps) if timestep <= t_max * num_train_timesteps]
         if not late:
             raise ValueError(
-                f"no denoise step lies at or below t_max = {t_max} of {num_train_timesteps} timesteps; the latest is at "
-                f"{self.timesteps[-1]:g}. Raise sampler.t_max or sampler.num_steps."
+                f"no denoise step lies at or below t_max = {t_max} of {num_train_timesteps} timesteps; the latest is "
+                f"at {self.timesteps[-1]:g}. Raise sampler.t_max or sampler.num_steps."
             )
         if len(late) <= count:
             return tuple(late)

@@ -32,7 +32,11 @@ class ArmReport:
 
 
 def evaluate_toy_arm(
-    rollout: RolloutPool, reward: RewardPool, learner: LearnerGroup, groups: Sequence[PromptGroup], metrics: Sequence[str]
+    rollout: RolloutPool,
+    reward: RewardPool,
+    learner: LearnerGroup,
+    groups: Sequence[PromptGroup],
+    metrics: Sequence[str],
 ) -> ArmReport:
     """Draw, score and judge exactly with the weights that the workers hold now."""
     handles = rollout.generate(groups)
@@ -40,7 +44,11 @@ def evaluate_toy_arm(
     ids = [plan.sample_id for group in groups for plan in group.samples]
     prompts = [plan.prompt for group in groups for plan in group.samples]
     images = rollout.images(handles, ids)
-    held = [handle for index, handle in enumerate(handles) if sum(len(h.sample_ids) for h in handles[:index]) < _DRIFT_SAMPLES]
+    held = [
+        handle
+        for index, handle in enumerate(handles)
+        if sum(len(h.sample_ids) for h in handles[:index]) < _DRIFT_SAMPLES
+    ]
     drift = learner.measure_drift(held, DRIFT_TIMESTEPS)
     return ArmReport(
         scores={name: fmean(scores[name][sample_id] for sample_id in ids) for name in metrics},

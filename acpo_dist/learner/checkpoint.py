@@ -84,14 +84,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         sums = json.loads(manifest.read_text())["files"]
         state = json.loads((folder / STATE).read_text())
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is no complete checkpoint: {MANIFEST} or {STATE} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{folder} is no complete checkpoint: {MANIFEST} or {STATE} cannot be read ({error})"
+        ) from error
     for name, wanted in sums.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         found = _sha256(path)
         if found != wanted:
-            raise CheckpointError(f"{folder} is damaged: {name} has sha256 {found[:12]}, the manifest says {wanted[:12]}")
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has sha256 {found[:12]}, the manifest says {wanted[:12]}"
+            )
     return Checkpoint(folder=folder, iteration=int(state["iteration"]), state=state)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Engine(Protocol):
     rank: int
     world_size: int
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """Arithmetic of the forward passes."""
         ...
 
@@ -73,7 +73,7 @@ class TorchEngine:
         self._optimiser = make_optimiser(list(self._parameters.values()), config)
         self._accumulation, self._config, self._device = accumulation, config, device
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 where asked for."""
         if self._config.precision == "float32":
             return nullcontext()

@@ -29,7 +29,13 @@ class PooledReward:
     """Sums several metrics: q = sum_k w_k sign_k (score_k - mean_k) / std_k, and dq / d x0-hat."""
 
     def __init__(
-        self, source: GradientSource, terms: Sequence[RewardTerm], decode: Callable[[Tensor], Tensor], *, cut: str, wire_dtype: str
+        self,
+        source: GradientSource,
+        terms: Sequence[RewardTerm],
+        decode: Callable[[Tensor], Tensor],
+        *,
+        cut: str,
+        wire_dtype: str,
     ) -> None:
         """Take the pool, the terms and, for the image cut, the decoder."""
         self._source, self._terms, self._decode = source, terms, decode
@@ -46,7 +52,9 @@ class PooledReward:
             with torch.enable_grad():
                 sent = self._decode(clean)
         if not torch.isfinite(sent).all():
-            raise NonFiniteError("the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner")
+            raise NonFiniteError(
+                "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
+            )
         wire = pack(sent, self._wire_dtype)
         quality = torch.zeros(len(prompts))
         gradient = torch.zeros(sent.shape)

@@ -71,14 +71,18 @@ class LearnerWorker:
             self._put_weights(weights)
         learner = self._spec.learner
         if learner.zero_stage is None:
-            engine: type[Any] = TorchEngine
+            kind = TorchEngine
         else:
-            from acpo_dist.learner.zero import ZeroEngine as engine  # noqa: N813  (DeepSpeed is imported only where used)
-        self._engine = engine(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
+            # DeepSpeed is imported only where it is used.
+            from acpo_dist.learner.zero import ZeroEngine
+
+            kind = ZeroEngine
+        engine: Engine = kind(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
+        self._engine = engine
         if folder and weights is not None:
-            self._engine.load(weights, load_file(folder / "optimizer.safetensors"))
+            engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
-        self._weights = self._engine.weights()
+        self._weights = engine.weights()
         if not self._average:
             self._average = {name: value.clone() for name, value in self._weights.items()}
 
@@ -136,7 +140,7 @@ class LearnerWorker:
 
     @torch.no_grad()
     def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> FigureSums:
-        """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; figures named by timestep."""
+        """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep."""
         store = SampleStore(batches, policy_version=None)
         sums = FigureSums()
         for part in self._share(store.sample_ids):
@@ -144,7 +148,9 @@ class LearnerWorker:
             condition = self._family.encode(store.prompts(part))
             for timestep in timesteps:
                 keys = [derive_seed("drift", sample_id, timestep) for sample_id in part]
-                noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(k)) for k in keys])
+                noise = torch.stack(
+                    [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(k)) for k in keys]
+                )
                 alpha_bars = self._family.alpha_bars[[timestep] * len(part)]
                 noisy = add_noise(clean, noise.to(clean), alpha_bars)
                 at = torch.full((len(part),), timestep, device=clean.device)
@@ -223,7 +229,9 @@ class LearnerWorker:
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
         own = trainable_tensors(self._family.network)
         if set(own) != set(weights):
-            raise CheckpointError(f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}")
+            raise CheckpointError(
+                f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])

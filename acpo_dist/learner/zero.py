@@ -58,6 +58,8 @@ class ZeroEngine:
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         parameters = trainable_tensors(network)
         settings = zero_settings(config, accumulation=accumulation)
+        # Which of its many optimisers DeepSpeed makes depends on the settings, so no type of it says what is there.
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=network, optimizer=make_optimiser(list(parameters.values()), config), config=settings
         )
@@ -175,14 +177,16 @@ class ZeroEngine:
 class _Padded(Tensor):
     """A padded flat tensor that reports the unpadded size, which is what DeepSpeed checks before it cuts."""
 
+    _size: int
+
     @staticmethod
     def wrap(padded: Tensor, size: int) -> "_Padded":
         tensor = padded.as_subclass(_Padded)
-        tensor._size = size  # type: ignore[attr-defined]
+        tensor._size = size
         return tensor
 
     def numel(self) -> int:
-        return self._size  # type: ignore[attr-defined]
+        return self._size
 
     def flatten(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.as_subclass(Tensor)

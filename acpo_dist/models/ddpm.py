@@ -60,7 +60,11 @@ class DdpmFamily:
         # Older DDPM folders keep the U-Net's files at the top.
         subfolder = "unet" if (Path(path) / "unet").is_dir() else None
         unet = load_part(
-            UNet2DModel.from_pretrained, path, subfolder, torch_dtype=held_dtype(config.dtype, method=config.tuning.method, trainable=trainable), revision=config.revision
+            UNet2DModel.from_pretrained,
+            path,
+            subfolder,
+            torch_dtype=held_dtype(config.dtype, method=config.tuning.method, trainable=trainable),
+            revision=config.revision,
         )
         unet.to(device).eval()
         self._tuned = TunedNetwork(unet, config.tuning, seed=config.seed, keep_anchor=trainable)
@@ -113,6 +117,6 @@ class DdpmFamily:
         """Write a `DDPMPipeline` with the tuned U-Net."""
         subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() else None
         scheduler = load_part(DDPMScheduler.from_pretrained, self.path, subfolder)
-        unet = self._tuned.merged()
+        unet = self._tuned.merged().to(torch.float32)
         assert isinstance(unet, UNet2DModel)
-        DDPMPipeline(unet=unet.to(torch.float32), scheduler=scheduler).save_pretrained(folder, safe_serialization=True)
+        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

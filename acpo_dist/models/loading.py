@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import diffusers.utils.logging
 import torch
@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 
 from acpo_dist.core.errors import ModelError
 
-Loaded = TypeVar("Loaded")
 DtypeName = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Many workers load at once; their bars would only run into each other.
@@ -43,8 +42,10 @@ def resolve_path(path: str) -> str:
     return str(folder) if looks_local else path
 
 
-def load_part(loader: Callable[..., Loaded], path: str, part: str | None, **options: Any) -> Loaded:
+def load_part(loader: Callable[..., Any], path: str, part: str | None, **options: Any) -> Any:
     """Load one component of a pipeline, turning the library's errors into one that says what to do.
+
+    The result is untyped: diffusers declares unions that never occur, and hides the methods of its models.
 
     Raises:
         ModelError: the component is missing, unreadable or cannot be downloaded.
@@ -56,8 +57,9 @@ def load_part(loader: Callable[..., Loaded], path: str, part: str | None, **opti
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it first "
-            f"(`hf download {path}`) or check that you may read it; if it is a folder, check that the download is whole."
+            f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it "
+            f"first (`hf download {path}`) or check that you may read it; if it is a folder, check that the download "
+            "is whole."
         ) from error
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -56,7 +56,7 @@ class SdxlFamily:
 
     def __init__(self, config: Config, *, path: str, device: str, trainable: bool) -> None:
         """Load all parts; use `load`."""
-        options = {"revision": config.revision}
+        options: dict[str, Any] = {"revision": config.revision}
         weights = {**options, "variant": config.variant}
         self.config, self.path, self.device = config, path, device
         dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
@@ -67,14 +67,16 @@ class SdxlFamily:
         scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler", **options)
         self.alpha_bars = scheduler.alphas_cumprod.double()
         self.prediction_type = str(scheduler.config["prediction_type"])
-        self._tokenizers = [load_part(AutoTokenizer.from_pretrained, path, name, **options) for name in ("tokenizer", "tokenizer_2")]
+        self._tokenizers = [
+            load_part(AutoTokenizer.from_pretrained, path, name, **options) for name in ("tokenizer", "tokenizer_2")
+        ]
         self._encoders = [
             load_part(kind.from_pretrained, path, name, dtype=DTYPES[config.dtype], **weights).to(device).eval()
             for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         ]
         for encoder in self._encoders:
             encoder.requires_grad_(False)
-        index = StableDiffusionXLPipeline.load_config(path, **options)
+        index: Any = StableDiffusionXLPipeline.load_config(path, **options)
         self._zeros_for_empty = bool(index.get("force_zeros_for_empty_prompt", True))
         self._decoder = self.load_decoder(config, device=device)
         factor = 2 ** (len(self._decoder.vae.config["block_out_channels"]) - 1)
@@ -109,7 +111,11 @@ class SdxlFamily:
         states, pooled = [], None
         for tokenizer, encoder in zip(self._tokenizers, self._encoders, strict=True):
             tokens = tokenizer(
-                prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+                prompt,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
             )
             output = encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             # SDXL reads the penultimate layer of both encoders, and the projection of the second.
@@ -163,4 +169,6 @@ class SdxlFamily:
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
         if layers:
-            StableDiffusionXLPipeline.save_lora_weights(folder / "lora", unet_lora_layers=layers, safe_serialization=True)
+            StableDiffusionXLPipeline.save_lora_weights(
+                folder / "lora", unet_lora_layers=dict(layers), safe_serialization=True
+            )

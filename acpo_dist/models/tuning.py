@@ -56,14 +56,19 @@ class TunedNetwork:
             network.requires_grad_(True)
             return
         lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=list(config.targets), init_lora_weights=True
+            r=config.rank,
+            lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]
+            target_modules=list(config.targets),
+            init_lora_weights=True,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 inject_adapter_in_model(lora, network, adapter_name=ADAPTER)
             except ValueError as error:
-                raise ModelError(f"model.tuning.targets {list(config.targets)} fit no module of the network: {error}") from error
+                raise ModelError(
+                    f"model.tuning.targets {list(config.targets)} fit no module of the network: {error}"
+                ) from error
         # Adapters stay float32 beside frozen half-precision weights: small updates would vanish in bfloat16.
         for parameter in network.parameters():
             if parameter.requires_grad:

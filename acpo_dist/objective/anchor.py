@@ -8,7 +8,9 @@ from acpo_dist.diffusion.prediction import signal_and_noise
 SPACES = ("eps", "v", "x0")
 
 
-def head_drift(policy_head: Tensor, anchor_head: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps") -> Tensor:
+def head_drift(
+    policy_head: Tensor, anchor_head: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps"
+) -> Tensor:
     """Difference of two predictions at the same x_t, expressed in noise, velocity or clean units.
 
     x_t cancels in the difference, so nothing is divided by a vanishing s and nothing cancels badly: the heads are

@@ -32,20 +32,24 @@ class DriftController:
     budget: float | None
     """Wanted rms drift in noise units; None switches steering off."""
     rate: float
-    brake: float = 4.0
-    """How many times faster the weight rises over budget than it falls under it."""
+    brake: float = 10.0
+    """How many times faster the weight rises over its set point than it falls under it."""
+    headroom: float = 0.8
+    """Set point as a share of the budget: drift is noisy, and aiming at the limit itself oversteps it half the time."""
     min_weight: float = 1e-4
     max_weight: float = 1e6
 
     def update(self, anchor_error: float) -> "DriftController":
-        """lambda <- clip(lambda exp(rate (L_a / r^2 - 1))), the excess above 1 multiplied by `brake`, capped at e.
+        """lambda <- clip(lambda exp(rate (L_a / (h r)^2 - 1))), h the headroom.
+
+        An excess counts `brake` times, and the factor is at most e.
 
         Args:
             anchor_error: mean squared drift of the last iteration.
         """
         if self.budget is None or self.rate == 0:
             return self
-        excess = anchor_error / self.budget**2 - 1
+        excess = anchor_error / (self.headroom * self.budget) ** 2 - 1
         exponent = min(1.0, self.rate * (excess * self.brake if excess > 0 else excess))
         weight = min(self.max_weight, max(self.min_weight, self.weight * math.exp(exponent)))
         return replace(self, weight=weight)

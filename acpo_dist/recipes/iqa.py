@@ -55,7 +55,9 @@ def train_iqa(
         if step % 200 == 0:
             logger.info("iqa step %d of %d: loss %.4f", step, steps, loss.item())
     report = measure_iqa(network, held_out or draw, seed=seed + 1_000_003)
-    return IqaReport(srcc=report.srcc, mean_absolute_error=report.mean_absolute_error, seconds=time.monotonic() - started)
+    return IqaReport(
+        srcc=report.srcc, mean_absolute_error=report.mean_absolute_error, seconds=time.monotonic() - started
+    )
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def measure_iqa(network: nn.Module, draw: LabelledBatch, *, seed: int, count: in
     network.eval()
     images, severity = draw(count, torch.Generator().manual_seed(seed))
     score = torch.cat([network(chunk) for chunk in images.split(100)])
-    srcc = float(spearmanr(score.numpy(), (1 - severity).numpy()).statistic)
+    srcc = float(spearmanr(score.numpy(), (1 - severity).numpy()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     return IqaReport(srcc=srcc, mean_absolute_error=float((score - (1 - severity)).abs().mean()), seconds=0.0)
 
 

@@ -42,7 +42,9 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
     Raises:
         ConfigError: something is to be trained but there are no pictures.
     """
-    wanted = [entry for entry in (*config.rewards.train, *config.rewards.judges) if getattr(entry, "weights", None) == TRAIN]
+    wanted = [
+        entry for entry in (*config.rewards.train, *config.rewards.judges) if getattr(entry, "weights", None) == TRAIN
+    ]
     train_model = getattr(config.model, "path", None) == TRAIN
     if not wanted and not train_model:
         return config
@@ -81,6 +83,8 @@ def _train_base(model: Any, pictures: PictureSet, folder: Path, console: Console
     torch.manual_seed(seed)
     unet = new_ddpm()
     base = model.base
+    limit = f", {base.max_seconds:.0f} s at most" if base.max_seconds else ""
+    console.message(f"no base model given: training one on {len(pictures)} pictures, {base.steps} steps{limit}")
     with console.phase("base model", base.steps) as advance:
         loss = train_denoiser(
             unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
@@ -101,6 +105,7 @@ def _with_weights(entry: Any, pictures: PictureSet, root: Path, console: Console
         seed = derive_seed("iqa", entry.name) % 2**31
         torch.manual_seed(seed)
         network = build()
+        console.message(f"training metric {entry.name} on damaged pictures, {_IQA_STEPS} steps")
         held_out = int(len(pictures) * _HELD_OUT)
         with console.phase(f"metric {entry.name}", None):
             report = train_iqa(

@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
@@ -82,7 +83,7 @@ def _build_reward(folder: Path, effort: float) -> None:
 def _build_judge(folder: Path, effort: float) -> None:
     torch.manual_seed(SEEDS["judge"])
     network = StridedJudge()
-    report = train_iqa(network, _labelled(JUDGE_DAMAGE), steps=int(1500 * effort), batch_size=64, seed=SEEDS["judge"])
+    report = train_iqa(network, _labelled(JUDGE_DAMAGE), steps=int(2500 * effort), batch_size=64, seed=SEEDS["judge"])
     _save_network(folder / "judge", network, asdict(report))
 
 
@@ -100,14 +101,16 @@ def _build_vae(folder: Path, effort: float) -> None:
         return draw_spoiled(BASE_DAMAGE, count, generator)[0]
 
     train_vae(vae, draw, steps=int(4000 * effort), batch_size=32, seed=SEEDS["vae"])
-    vae.to(torch.float16).save_pretrained(folder / "toy-sdxl" / "vae", safe_serialization=True)
+    half: Any = vae.to(torch.float16)  # pyright: ignore[reportArgumentType]
+    half.save_pretrained(folder / "toy-sdxl" / "vae", safe_serialization=True)
 
 
 @torch.no_grad()
 def _latent_bank(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     pictures, _, caption_ids = draw_spoiled(BASE_DAMAGE, _LATENT_BANK, generator, severity_exponent=_WEB_EXPONENT)
     scale = vae.config["scaling_factor"]
-    latents = torch.cat([scale * vae.encode(2 * chunk - 1).latent_dist.mean for chunk in pictures.split(64)])
+    encode: Any = vae.encode
+    latents = torch.cat([scale * encode(2 * chunk - 1).latent_dist.mean for chunk in pictures.split(64)])
     return latents, caption_ids
 
 

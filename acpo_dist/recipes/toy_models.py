@@ -28,9 +28,9 @@ def new_vae() -> AutoencoderKL:
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(16, 32, 48),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
@@ -73,8 +73,8 @@ class ToySdxl(nn.Module):
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=2 * TEXT_WIDTH,
-            attention_head_dim=(4, 4),
-            transformer_layers_per_block=(1, 1),
+            attention_head_dim=(4, 4),  # pyright: ignore[reportArgumentType]
+            transformer_layers_per_block=(1, 1),  # pyright: ignore[reportArgumentType]
             use_linear_projection=True,
             norm_num_groups=8,
             addition_embed_type="text_time",
@@ -127,11 +127,11 @@ def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=model.unet,
-        scheduler=sdxl_scheduler(),
+        scheduler=sdxl_scheduler(),  # pyright: ignore[reportArgumentType]
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    # Half the bytes for the large parts only: diffusers widens them on loading, transformers keeps a text encoder's dtype.
+    # Half the bytes for the large parts only: diffusers widens them on loading, transformers keeps an encoder's dtype.
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -13,9 +14,12 @@ PictureBatch = Callable[[int, torch.Generator], Tensor]
 """(count, generator) -> pictures (B, 3, H, W) in [0, 1]."""
 
 
-def train_vae(vae: nn.Module, draw: PictureBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 3e-3) -> None:
+def train_vae(
+    vae: Any, draw: PictureBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 3e-3
+) -> None:
     """Train in place: squared error, finite differences of it (edges), and a small KL to the unit Gaussian.
 
+    `vae` is an `AutoencoderKL`, whose declared outputs are unions with tuples that never occur here.
     Sets `scaling_factor` in the config to one over the standard deviation of the latents, as SDXL's VAE has it.
     """
     torch.manual_seed(seed)
@@ -28,7 +32,11 @@ def train_vae(vae: nn.Module, draw: PictureBatch, *, steps: int, batch_size: int
         posterior = vae.encode(images).latent_dist
         latents = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(latents).sample
-        loss = F.mse_loss(decoded, images) + _edge_loss(decoded, images) + 1e-4 * posterior.kl().mean() / latents[0].numel()
+        loss = (
+            F.mse_loss(decoded, images)
+            + _edge_loss(decoded, images)
+            + 1e-4 * posterior.kl().mean() / latents[0].numel()
+        )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

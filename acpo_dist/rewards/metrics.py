@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -39,14 +38,18 @@ class _NetworkMetric:
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
         if config.weights == "train":
-            raise RewardConfigError(f"`{config.name}`: weights `train` need `data.path` and `acpo train`, which trains them first")
+            raise RewardConfigError(
+                f"`{config.name}`: weights `train` need `data.path` and `acpo train`, which trains them first"
+            )
         path = self._file(config)
         try:
             state = load_file(path)
             self.network = self._build(state)
             self.network.load_state_dict(state)
         except (SafetensorError, RuntimeError, KeyError) as error:
-            raise RewardConfigError(f"`{config.name}`: {path} does not hold weights for `{config.type}`: {error}") from error
+            raise RewardConfigError(
+                f"`{config.name}`: {path} does not hold weights for `{config.type}`: {error}"
+            ) from error
         self.network.to(device).eval().requires_grad_(False)
 
     @classmethod
@@ -110,4 +113,3 @@ class StridedJudgeMetric(_NetworkMetric):
     @classmethod
     def _build(cls, state: dict[str, Tensor]) -> nn.Module:
         return StridedJudge(state["stem.weight"].shape[0])
-

@@ -33,7 +33,10 @@ def gradient_magnitude(images: Tensor) -> Tensor:
     """Luminance gradient, differentiable everywhere: (B, 3, H, W) in [0, 1] -> (B, 1, H, W)."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device)
     luminance = (images * weights[:, None, None]).sum(1, keepdim=True)
-    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], dtype=images.dtype, device=images.device) / 8
+    sobel = (
+        torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], dtype=images.dtype, device=images.device)
+        / 8
+    )
     kernel = torch.stack([sobel, sobel.T])[:, None]
     slopes = F.conv2d(F.pad(luminance, (1, 1, 1, 1), mode="replicate"), kernel)
     return (slopes.square().sum(1, keepdim=True) + 1e-6).sqrt()
@@ -89,7 +92,9 @@ class TwoStream(nn.Module):
             ValueError: a picture smaller than one tile, or not three channels.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < PATCH:
-            raise ValueError(f"TwoStream needs RGB pictures of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}")
+            raise ValueError(
+                f"TwoStream needs RGB pictures of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}"
+            )
         gradient = gradient_magnitude(images)
         tiles = [
             (images[..., y : y + PATCH, x : x + PATCH], gradient[..., y : y + PATCH, x : x + PATCH])

@@ -39,7 +39,9 @@ class RewardWorker:
         kind = resolve("reward", REWARDS, metric.type)
         self._metric = kind(metric, device=device)
         self._ascend = kind.direction(metric) > 0
-        self._decoder = resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
+        self._decoder = (
+            resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
+        )
         self._cut, self._wire_dtype, self._device = cut, wire_dtype, device
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The rollout worker: draws samples along a trajectory with guidance and keeps the late states. Stateless but for weights."""
+"""The rollout worker: draws samples along a trajectory with guidance, keeps late states; stateless but for weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +41,11 @@ class RolloutWorker:
         start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
         kept: dict[int, Tensor] = {}
         clean = walk(
-            self._denoiser(prompts), start, self.trajectory, self._family.prediction_type, visit=keep_states(self._late, kept)
+            self._denoiser(prompts),
+            start,
+            self.trajectory,
+            self._family.prediction_type,
+            visit=keep_states(self._late, kept),
         )
         pixels = self._family.decode(clean).clamp(0, 1)
         return RolloutBatch(
@@ -63,7 +67,9 @@ class RolloutWorker:
         own = trainable_tensors(self._family.network)
         if set(own) != set(bundle.tensors):
             odd = sorted(set(own) ^ set(bundle.tensors))[:5]
-            raise WeightSyncError(f"{self._name}: the bundle's names differ from the trainable parameters, such as {odd}")
+            raise WeightSyncError(
+                f"{self._name}: the bundle's names differ from the trainable parameters, such as {odd}"
+            )
         bent = [name for name, parameter in own.items() if bundle.tensors[name].shape != parameter.shape]
         if bent:
             raise WeightSyncError(f"{self._name}: the bundle's shapes differ from the parameters', such as {bent[:5]}")

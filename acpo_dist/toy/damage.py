@@ -98,6 +98,27 @@ def blotches(images: Tensor, severity: Tensor, generator: torch.Generator) -> Te
     return images + 0.30 * severity[:, None, None, None] * stains
 
 
+def warp(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Bend by a smooth random displacement of up to about five pixels: edges stay crisp, shapes melt."""
+    batch, _, height, width = images.shape
+    shift = torch.randn(batch, 2, 6, 6, generator=generator)
+    shift = F.interpolate(shift, size=(height, width), mode="bicubic", align_corners=True)
+    shift = shift * severity[:, None, None, None] * (2 * 2.5 / width)
+    rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
+    columns = torch.linspace(-1, 1, width)[None, :].expand(height, width)
+    grid = torch.stack([columns, rows], -1) + shift.permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def tint(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Mix the colour channels at random: hues leave the palette, edges and contrast stay."""
+    batch = images.shape[0]
+    mixing = torch.rand(batch, 3, 3, generator=generator)
+    mixing = mixing / mixing.sum(2, keepdim=True)
+    mixed = torch.einsum("bij,bjhw->bihw", mixing, images)
+    return images + 0.9 * severity[:, None, None, None] * (mixed - images)
+
+
 BASE_DAMAGE: dict[str, Damage] = {
     "gaussian_blur": gaussian_blur,
     "grain": grain,
@@ -110,6 +131,8 @@ JUDGE_DAMAGE: dict[str, Damage] = {
     "fade": fade,
     "pixelate": pixelate,
     "blotches": blotches,
+    "warp": warp,
+    "tint": tint,
 }
 
 

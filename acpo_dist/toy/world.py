@@ -14,7 +14,12 @@ from torch import Tensor
 
 IMAGE_SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (0.90, 0.12, 0.14), "green": (0.10, 0.70, 0.22), "blue": (0.12, 0.28, 0.92), "yellow": (0.98, 0.82, 0.08)}
+COLOURS = {
+    "red": (0.90, 0.12, 0.14),
+    "green": (0.10, 0.70, 0.22),
+    "blue": (0.12, 0.28, 0.92),
+    "yellow": (0.98, 0.82, 0.08),
+}
 BACKGROUNDS = {"white": (0.97, 0.97, 0.97), "gray": (0.50, 0.50, 0.52), "black": (0.04, 0.04, 0.05)}
 CENTRES = (9.0, 16.0, 23.0)
 RADII = (5.0, 8.0)

@@ -49,7 +49,9 @@ BAD = {
 def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name, monkeypatch, capsys, tmp_path):
     overrides, words = BAD[name]
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", *overrides)
+    code, out, err = run(
+        monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", *overrides
+    )
     assert code == 2
     assert words in err
     assert out == "" and "Traceback" not in err

@@ -27,7 +27,9 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bi
     drive(tiny("run.iterations=4", f"run.dir={whole}", "checkpoint.every=2"), open_ports, QUIET)
     drive(tiny("run.iterations=2", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET)
     drive(tiny("run.iterations=4", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET, resume="auto")
-    without_requests = [[{k: v for k, v in row.items() if "requests" not in k} for row in _figures(r)] for r in (whole, parts)]
+    without_requests = [
+        [{k: v for k, v in row.items() if "requests" not in k} for row in _figures(r)] for r in (whole, parts)
+    ]
     assert without_requests[0] == without_requests[1]
     for name in ("policy", "optimizer", "ema"):
         files = [load_file(root / f"checkpoints/000004/learner/{name}.safetensors") for root in (whole, parts)]
@@ -42,8 +44,8 @@ def test_a_run_writes_its_resolved_configuration_metrics_pictures_checkpoint_and
     assert result.run_dir == root and result.iterations == 1
     names = {path.name for path in root.iterdir()}
     assert {"resolved.yaml", "metrics.jsonl", "samples", "checkpoints", "curves.png", "export"} <= names
-    (row,) = read_metrics(root / "metrics.jsonl")
-    assert row["iteration"] == 0
+    row, gain = read_metrics(root / "metrics.jsonl")
+    assert row["iteration"] == 0 and gain.keys() == {"iteration", "gain/two_stream", "gain/strided_judge"}
     # At the start policy and anchor are the same network, so the drift is exactly nothing.
     assert row["drift/rms"] == 0.0 and row["anchor/uniform"] == 0.0
     assert {"time/rollout", "time/reward", "time/learn", "time/sync", "time/iteration"} <= row.keys()
@@ -58,14 +60,21 @@ def test_the_anchor_alone_never_moves_the_policy(tiny, tmp_path):
         "run.iterations=2", f"run.dir={tmp_path / 'run'}", "algorithm.reward_weight=0", "algorithm.anchor.weight=1.0"
     )
     drive(config, open_ports, QUIET)
-    assert [row["drift/rms"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [0.0, 0.0]
+    *rows, gain = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [row["drift/rms"] for row in rows] == [0.0, 0.0]
+    # The same prompts, seeds and weights as at calibration, whose mean is 0 by definition.
+    assert gain["gain/two_stream"] == pytest.approx(0, abs=1e-9)
 
 
 def test_latent_cut_and_image_cut_take_the_same_step(tiny, tmp_path):
     weights = {}
     for cut in ("latent", "image"):
         root = tmp_path / cut
-        drive(tiny("run.iterations=1", f"run.dir={root}", f"rewards.cut={cut}", "rewards.wire_dtype=float32"), open_ports, QUIET)
+        drive(
+            tiny("run.iterations=1", f"run.dir={root}", f"rewards.cut={cut}", "rewards.wire_dtype=float32"),
+            open_ports,
+            QUIET,
+        )
         weights[cut] = load_file(root / "checkpoints/000001/learner/optimizer.safetensors")
     moments = [name for name in weights["latent"] if name.startswith("exp_avg.") and "lora_B" in name]
     for name in moments:
@@ -80,14 +89,18 @@ def test_a_full_fine_tuning_run_keeps_a_frozen_anchor(tiny, tmp_path):
         tiny("run.iterations=2", f"run.dir={root}", "model.tuning={method: full}", "learner.learning_rate=1e-4"),
         open_ports, QUIET,
     )  # fmt: skip
-    drift = [row["drift/rms"] for row in read_metrics(root / "metrics.jsonl")]
+    drift = [row["drift/rms"] for row in read_metrics(root / "metrics.jsonl")[:-1]]
     assert drift[0] == 0.0 and drift[1] > 0.0
 
 
 def test_an_unconditional_pixel_model_trains_with_the_same_loop(tiny, tmp_path):
     root = tmp_path / "run"
     config = tiny(
-        "run.iterations=1", f"run.dir={root}", "model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image"
+        "run.iterations=1",
+        f"run.dir={root}",
+        "model={type: ddpm, path: toy-ddpm}",
+        "data.prompts=none",
+        "rewards.cut=image",
     )
     drive(config, open_ports, QUIET)
     from diffusers import DDPMPipeline
@@ -185,4 +198,5 @@ def test_metrics_lines_are_json_objects_with_their_iteration(tiny, tmp_path):
     root = tmp_path / "run"
     drive(tiny("run.iterations=2", f"run.dir={root}"), open_ports, QUIET)
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in rows] == [0, 1]
+    assert [row["iteration"] for row in rows] == [0, 1, 2]
+    assert "gain/two_stream" in rows[-1]
