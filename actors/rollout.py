@@ -127,8 +127,12 @@ class RayRollouts:
             return handle
         self.redone += 1
         if self._bundle is not None:
+            # Retried until the restarted process answers; the time-out below bounds it.
             fetch(
-                self._actors[name].load.remote(self._bundle), name=name, what="load weights", timeout_s=self._timeout_s
+                self._actors[name].load.options(max_task_retries=-1).remote(self._bundle),
+                name=name,
+                what="load weights",
+                timeout_s=self._timeout_s,
             )
         return None
 

@@ -110,13 +110,28 @@ def warp(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
-def tint(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Mix the colour channels at random: hues leave the palette, edges and contrast stay."""
-    batch = images.shape[0]
-    mixing = torch.rand(batch, 3, 3, generator=generator)
-    mixing = mixing / mixing.sum(2, keepdim=True)
-    mixed = torch.einsum("bij,bjhw->bihw", mixing, images)
-    return images + 0.9 * severity[:, None, None, None] * (mixed - images)
+def hue_shift(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn all hues by up to 75 degrees either way about the grey axis: colours leave the palette, edges stay."""
+    side = torch.where(torch.rand(images.shape[0], generator=generator) < 0.5, -1.0, 1.0)
+    angle = side * severity * math.radians(75)
+    # Rodrigues' rotation about (1, 1, 1) / sqrt 3.
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    turn, mean = torch.eye(3), torch.full((3, 3), 1 / 3)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    return torch.einsum("bij,bjhw->bihw", cos * turn + sin * cross + (1 - cos) * mean, images)
+
+
+def melt(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
+    """Round off corners: blur, then steepen between the background (a corner) and the farthest colour from it."""
+    soft = gaussian_blur(images, severity, generator)
+    ground = images[:, :, :1, :1]
+    distance = (soft - ground).square().sum(1, keepdim=True).sqrt()
+    peak = distance.flatten(1).amax(1)[:, None, None, None].clamp(min=1e-3)
+    far = (images - ground).square().sum(1).flatten(1).argmax(1)
+    colour = images.flatten(2)[torch.arange(len(images)), :, far][:, :, None, None]
+    share = torch.sigmoid(12 * (distance / peak - 0.5))
+    melted = ground + share * (colour - ground)
+    return torch.where((severity > 0)[:, None, None, None], melted, images)
 
 
 BASE_DAMAGE: dict[str, Damage] = {
@@ -132,7 +147,8 @@ JUDGE_DAMAGE: dict[str, Damage] = {
     "pixelate": pixelate,
     "blotches": blotches,
     "warp": warp,
-    "tint": tint,
+    "hue_shift": hue_shift,
+    "melt": melt,
 }
 
 

@@ -44,7 +44,8 @@ def test_local_and_ray_give_the_same_first_iteration_and_the_same_pictures(clust
     for name, value in local[0].items():
         assert ray[0][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
     # The grids come after one update, whose float32 sums run in another order: at most a grey level or two apart.
-    first, second = (np.asarray(Image.open(tmp_path / name / "samples/000001.png"), dtype=int) for name in ("local", "ray"))
+    grids = [Image.open(tmp_path / name / "samples/000001.png") for name in ("local", "ray")]
+    first, second = (np.asarray(grid, dtype=int) for grid in grids)
     assert abs(first - second).max() <= 2
 
 
@@ -143,10 +144,13 @@ def test_zero_on_two_ranks_agrees_with_one_process_after_three_steps(
     report = ports.learner.train(handles, _task(handles))
     assert report.optim_steps == 3
     found = ports.learner.export(1).tensors
-    for name, value in expected.items():
-        # Relative to how far three Adam steps of this size move a weight.
-        moved = (value - start[name]).abs().max()
-        assert (found[name] - value).abs().max() <= 1e-4 * max(float(value.abs().max()), float(moved)), name
+    # Relative to the weights and to how far three steps moved them, over all elements: single elements whose gradient is
+    # at the rounding of float32 sums have an Adam update of arbitrary sign.
+    error = sum(float((found[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
+    size = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+    moved = sum(float((value - start[name]).square().sum()) for name, value in expected.items()) ** 0.5
+    assert moved > 0.005 * size
+    assert error <= 1e-4 * size, (error, size, moved)
     ports.learner.save(tmp_path / "saved")
     from safetensors.torch import load_file
 
