@@ -32,13 +32,6 @@ OpenPorts = Callable[[Config, Tracker], AbstractContextManager[loop.Ports]]
 Hook = Callable[[Config, loop.Ports, tuple[str, ...]], None]
 """(configuration, ports, prompts) -> None, at a moment of the run."""
 
-_PANELS = {
-    "quality": ["reward/*/mean", "judge/*/mean"],
-    "drift": ["drift/rms", "drift/budget"],
-    "anchor weight": ["anchor/weight"],
-    "seconds": ["time/rollout", "time/reward", "time/learn", "time/sync"],
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -133,10 +126,22 @@ def _finish(config: Config, ports: loop.Ports, folder: RunFolder, tracker: Track
     rows = read_metrics(folder.metrics)
     if rows:
         curves = folder.root / "curves.png"
-        save_curves(rows, _PANELS, curves)
+        save_curves(rows, _panels(config), curves)
         tracker.log_image("curves", config.run.iterations, curves)
     export_pipeline(config, ports.learner.export(version_), folder.export)
     tracker.set_tags({"export": str(folder.export)})
+
+
+def _panels(config: Config) -> dict[str, list[str]]:
+    """What the curves show."""
+    rewards = [f"reward/{entry.name}/mean" for entry in config.rewards.train]
+    judges = [f"judge/{entry.name}/mean" for entry in config.rewards.judges]
+    return {
+        "quality": rewards + judges,
+        "drift": ["drift/rms", "drift/budget"],
+        "anchor weight": ["anchor/weight"],
+        "seconds": ["time/rollout", "time/reward", "time/learn", "time/sync"],
+    }
 
 
 def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
