@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 TRAIN = "train"
 _HELD_OUT = 0.1
-_IQA_STEPS = 800
 _KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Damage]]] = {
     "two_stream": (lambda: TwoStream(TOY), BASE_DAMAGE),
     "strided_judge": (StridedJudge, JUDGE_DAMAGE),
@@ -105,11 +104,11 @@ def _with_weights(entry: Any, pictures: PictureSet, root: Path, console: Console
         seed = derive_seed("iqa", entry.name) % 2**31
         torch.manual_seed(seed)
         network = build()
-        console.message(f"training metric {entry.name} on damaged pictures, {_IQA_STEPS} steps")
+        console.message(f"training metric {entry.name} on damaged pictures, {entry.train_steps} steps")
         held_out = int(len(pictures) * _HELD_OUT)
         with console.phase(f"metric {entry.name}", None):
             report = train_iqa(
-                network, _damaged(pictures, family, held_out), steps=_IQA_STEPS, batch_size=64, seed=seed,
+                network, _damaged(pictures, family, held_out), steps=entry.train_steps, batch_size=64, seed=seed,
                 held_out=_damaged(pictures, family, -held_out),
             )  # fmt: skip
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)

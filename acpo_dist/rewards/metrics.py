@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ _ASSETS = Path(__file__).resolve().parents[1] / "toy" / "assets"
 class _WeightedConfig(MetricConfig):
     weights: str = "toy"
     """`toy` for the embedded weights, a safetensors file, or `train` to train on damaged `data.path` first."""
+    train_steps: int = Field(default=800, ge=1)
+    """Steps of that training."""
 
 
 class _NetworkMetric:

@@ -157,6 +157,30 @@ def test_zero_on_two_ranks_agrees_with_one_process_after_three_steps(
     assert float(load_file(tmp_path / "saved/optimizer.safetensors")["step"]) == 3
 
 
+def test_a_checkpoint_of_two_zero_3_ranks_goes_on_in_one_process_with_the_same_weights_and_moments(
+    cluster, ports_of, tiny_module, one_process_weights, tmp_path
+):
+    from dataclasses import replace
+
+    from acpo_dist.local import LocalLearner, LocalRewards, learner_spec
+
+    local_handles, _, _ = one_process_weights
+    ports = ports_of(tiny_module("learner.num_ranks=2", "learner.zero_stage=3"))
+    ports.learner.start(None)
+    handles = [replace(h, payload=(cluster.put(h.payload), cluster.put(h.payload.images_BCHW))) for h in local_handles]
+    ports.learner.train(handles, _task(handles))
+    ports.learner.save(tmp_path / "saved")
+    ports.learner.train(handles, replace(_task(handles), iteration=1))
+    expected = ports.learner.export(2).tensors
+    config = tiny_module()
+    alone = LocalLearner(learner_spec(config), LocalRewards(config, device="cpu"), device="cpu")
+    alone.start(tmp_path / "saved")
+    alone.train(local_handles, replace(_task(handles), iteration=1))
+    found = alone.export(2).tensors
+    error = sum(float((found[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
+    assert error <= 1e-4 * sum(float(value.square().sum()) for value in expected.values()) ** 0.5
+
+
 def test_more_ranks_than_the_cluster_can_place_is_refused_after_a_bounded_wait(cluster, tiny):
     from acpo_dist.core.errors import PlacementError
     from acpo_dist.tracking.composite import CompositeTracker

@@ -1,0 +1,68 @@
+"""A run that brings neither base model nor metric weights trains them from its own pictures, once."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.driver import drive
+from acpo_dist.local import open_ports
+from acpo_dist.toy.world import templates
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+QUIET = Console(quiet=True)
+OVERRIDES = [
+    "run.iterations=1", "model.base.steps=2", "model.base.batch_size=4", "sampler.num_steps=4", "sampler.t_max=0.5",
+    "rewards.train=[{type: two_stream, weights: train, train_steps: 3}]",
+    "rewards.judges=[{type: strided_judge, weights: train, train_steps: 3}]",
+]  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A parquet file of forty real PNG files, as data sets are shipped."""
+    rows = []
+    for picture in (templates()[::22] * 255).round().to(torch.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    path = tmp_path / "pictures.parquet"
+    pq.write_table(
+        pa.table({"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}), path
+    )
+    return path
+
+
+def test_base_model_and_metrics_are_trained_from_the_pictures_and_the_anchor_batch_is_real(tiny, tmp_path, pictures):
+    root = tmp_path / "run"
+    config = tiny(f"run.dir={root}", f"data.path={pictures}", *OVERRIDES, source="cifar10_ddpm")
+    drive(config, open_ports, QUIET)
+    assert (root / "base/ddpm/model_index.json").is_file()
+    assert {path.name for path in (root / "base").glob("*.safetensors")} == {
+        "two_stream.safetensors",
+        "strided_judge.safetensors",
+    }
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert row["drift/rms"] == 0.0 and row["data/denoising"] > 0
+
+
+def test_what_was_trained_before_is_used_again(tiny, tmp_path, pictures):
+    from acpo_dist.recipes.prepare import prepare
+
+    config = tiny(f"data.path={pictures}", *OVERRIDES, source="cifar10_ddpm")
+    first = prepare(config, tmp_path / "base", QUIET)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "base").rglob("*.safetensors")}
+    assert prepare(config, tmp_path / "base", QUIET) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "base").rglob("*.safetensors")} == stamps
+
+
+def test_training_without_pictures_is_refused(tiny, tmp_path):
+    from acpo_dist.recipes.prepare import prepare
+
+    with pytest.raises(ConfigError, match=r"set data\.path"):
+        prepare(tiny(*OVERRIDES, source="cifar10_ddpm"), tmp_path, QUIET)
