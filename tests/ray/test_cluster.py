@@ -144,8 +144,8 @@ def test_zero_on_two_ranks_agrees_with_one_process_after_three_steps(
     report = ports.learner.train(handles, _task(handles))
     assert report.optim_steps == 3
     found = ports.learner.export(1).tensors
-    # Relative to the weights and to how far three steps moved them, over all elements: single elements whose gradient is
-    # at the rounding of float32 sums have an Adam update of arbitrary sign.
+    # Over all elements: single ones whose gradient is at the rounding of float32 sums get an Adam update of arbitrary
+    # sign, whoever sums.
     error = sum(float((found[name] - value).square().sum()) for name, value in expected.items()) ** 0.5
     size = sum(float(value.square().sum()) for value in expected.values()) ** 0.5
     moved = sum(float((value - start[name]).square().sum()) for name, value in expected.items()) ** 0.5
