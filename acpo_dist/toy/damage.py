@@ -107,7 +107,9 @@ def warp(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor
     rows = torch.linspace(-1, 1, height)[:, None].expand(height, width)
     columns = torch.linspace(-1, 1, width)[None, :].expand(height, width)
     grid = torch.stack([columns, rows], -1) + shift.permute(0, 2, 3, 1)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    bent = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    # Sampling at the pixels themselves is the identity only up to rounding.
+    return torch.where((severity > 0)[:, None, None, None], bent, images)
 
 
 def hue_shift(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
