@@ -116,7 +116,9 @@ def tiny_module():
     from acpo_dist.config.load import load_config
     from tests.conftest import TINY
 
-    return lambda *overrides: load_config("toy_sdxl", [*TINY, "learner.micro_batch=2", *SMALL, *overrides])
+    return lambda *overrides: load_config(
+        "toy_sdxl", [*TINY, "learner.micro_batch=2", "learner.learning_rate=1e-3", *SMALL, *overrides]
+    )
 
 
 def _task(handles):
