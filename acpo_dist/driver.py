@@ -13,6 +13,7 @@ import torch
 from acpo_dist import loop
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.ports import Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
@@ -94,7 +95,16 @@ def drive(
 
 
 def _require_pictures(config: Config) -> None:
-    """Read one picture now: a wrong column must not be found after the base model is loaded."""
+    """Read one picture now: a wrong column must not be found after the base model is loaded.
+
+    A shipped configuration may leave data.path to the command line, so this is not a relation of the schema.
+    """
+    anchor = getattr(config.algorithm, "anchor", None)
+    if config.data.path is None and anchor is not None and anchor.source == "data":
+        raise ConfigError(
+            "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real pictures, or "
+            "algorithm.anchor.source=rollout."
+        )
     if config.data.path is not None:
         load_pictures(config.data.path, config.data.image_column, 1, None)
 

@@ -1,7 +1,7 @@
 """ACPO: raise the perceptual score at late timesteps, hold the noise prediction to the base model's everywhere."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from acpo_dist.objective.perceptual import shape_reward, surrogate
 class AnchorConfig(Section):
     """How the policy is held near the base model."""
 
-    weight: float | Literal["auto"] = "auto"
+    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Anchor weight; `auto` starts from the budget and the measured reward gradient; 0 switches the anchor off."""
     budget: float | None = Field(default=0.15, gt=0)
     """Wanted rms drift of the noise prediction; None holds the weight fixed."""

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -26,6 +26,8 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from acpo_dist.cli import commands  # noqa: F401  (registers the commands)
 
+    if "--json" in sys.argv[1:] and sys.stdout is sys.__stdout__:
+        _keep_standard_output()
     try:
         app()
     except AcpoError as error:
@@ -41,6 +43,20 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
+def _keep_standard_output() -> None:
+    """Send whatever libraries and child processes print to standard error; `answer` alone keeps standard output."""
+    sys.stdout.flush()
+    kept = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _answers.append(kept)
+
+
+_answers: list[TextIO] = []
+"""The real standard output, once it is kept apart."""
+
+
 def answer(value: dict[str, Any]) -> None:
     """One JSON object on standard output, and nothing else there."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    stream = _answers[-1] if _answers else sys.stdout
+    stream.write(json.dumps(value) + "\n")
+    stream.flush()

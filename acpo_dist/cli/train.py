@@ -26,6 +26,11 @@ def train(
     chosen = choose_backend(config)
     console = Console()
     console.message(f"{config.run.name}: {config.run.iterations} iterations, backend {chosen}, folder {config.run_dir}")
+    if chosen == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
+        console.message(
+            f"in this process: rollout.num_workers={config.rollout.num_workers} and rewards.replicas="
+            f"{config.rewards.replicas} only count on Ray; the pictures and figures are the same"
+        )
     result = drive(config, ports_for(chosen), console, resume=resume)
     if as_json:
         answer(

@@ -17,6 +17,7 @@ def check_relations(config: Config) -> None:
     _check_batches(config)
     _check_backend(config)
     _check_data(config)
+    _check_anchor(config)
     _check_rewards(config)
 
 
@@ -67,6 +68,38 @@ def _check_data(config: Config) -> None:
         raise ConfigError(
             f"data.prompts is `{config.data.prompts}`, but the model is unconditional: set data.prompts=none."
         )
+
+
+def _check_anchor(config: Config) -> None:
+    """Nothing that was asked for may be left out silently."""
+    anchor = getattr(config.algorithm, "anchor", None)
+    if anchor is None:
+        return
+    if anchor.weight == "auto" and anchor.budget is None:
+        raise ConfigError(
+            "algorithm.anchor.weight is `auto`, which is worked out from algorithm.anchor.budget, and that is null. "
+            "Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
+        )
+    if anchor.source == "data" and not resolve("model", MODELS, config.model.type).pixel_space:
+        raise ConfigError(
+            f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
+            "pictures: set algorithm.anchor.source=rollout."
+        )
+    if getattr(config.algorithm, "data_weight", 0) > 0:
+        missing = [
+            text
+            for text, holds in (
+                ("algorithm.anchor.source=data", anchor.source == "data"),
+                ("algorithm.anchor.uniform=true", anchor.uniform),
+                ("algorithm.anchor.weight above 0", anchor.weight != 0),
+            )
+            if not holds
+        ]
+        if missing:
+            raise ConfigError(
+                f"algorithm.data_weight is {config.algorithm.data_weight}, and the denoising loss shares the anchor's "
+                f"batch of real pictures, which needs {', '.join(missing)}."
+            )
 
 
 def _check_rewards(config: Config) -> None:

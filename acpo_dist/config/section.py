@@ -1,8 +1,16 @@
 """Base of every configuration section, and fields that hold a plug-in's own section."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest, resolve
@@ -14,6 +22,20 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`rollout.batch_size: yes` would otherwise become 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and not _takes_truth(annotation):
+            name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+            raise ValueError(f"expected {name}, found {value}")
+        return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(_takes_truth(part) for part in get_args(annotation))
 
 
 def plugin(kind: str, registry: dict[str, str]) -> Any:

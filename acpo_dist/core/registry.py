@@ -41,5 +41,5 @@ def resolve(kind: str, registry: dict[str, str], name: str) -> type[Any]:
         )
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{kind} `{name}` cannot be imported from `{target}`: {error}") from error

@@ -1,6 +1,6 @@
 """What moves the weights: plain torch in one process. `zero.py` does the same with DeepSpeed over many."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -120,13 +120,11 @@ class TorchEngine:
 
 
 def put_moments(
-    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor],
-    value_for: Callable[[str, str], Tensor] | None = None,
-) -> None:  # fmt: skip
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
     """Write step and moments into an AdamW whose own parameters are these."""
     for name, parameter in parameters.items():
         entry = optimiser.state[parameter]
         entry["step"] = state["step"].clone()
         for moment in MOMENTS:
-            value = value_for(moment, name) if value_for else state[f"{moment}.{name}"]
-            entry[moment] = value.to(parameter).clone()
+            entry[moment] = state[f"{moment}.{name}"].to(parameter).clone()

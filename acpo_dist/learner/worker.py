@@ -127,7 +127,7 @@ class LearnerWorker:
         store = SampleStore(batches, policy_version=None)
         reward = self._reward(terms)
         norms: list[float] = []
-        for part in self._share(store.sample_ids):
+        for part, counts in self._share(store.sample_ids):
             batch = self._micro_batch(store, part, None, 0)
             condition = self._family.encode(batch.prompts)
             head = self._family.predict(batch.late_latents, batch.late_timesteps_B, condition)
@@ -135,7 +135,8 @@ class LearnerWorker:
             gradient = reward(clean, batch.prompts).gradient.flatten(1).norm(dim=1)
             # d x0-hat / d eps-hat = -s / a
             kappa = ((1 - batch.late_alpha_bars_B) / batch.late_alpha_bars_B).sqrt()
-            norms += (gradient * kappa.to(gradient)).tolist()
+            if counts:
+                norms += (gradient * kappa.to(gradient)).tolist()
         return norms
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class LearnerWorker:
         """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep."""
         store = SampleStore(batches, policy_version=None)
         sums = FigureSums()
-        for part in self._share(store.sample_ids):
+        for part, counts in self._share(store.sample_ids):
             clean = store.clean(part).to(self._device)
             condition = self._family.encode(store.prompts(part))
             for timestep in timesteps:
@@ -158,7 +159,8 @@ class LearnerWorker:
                 with self._family.anchored():
                     anchor = self._family.predict(noisy, at, condition)
                 drift = head_drift(head, anchor, alpha_bars, self._family.prediction_type)
-                sums.add({str(timestep): anchor_error(drift)})
+                if counts:
+                    sums.add({str(timestep): anchor_error(drift)})
         return sums
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
@@ -215,11 +217,17 @@ class LearnerWorker:
             weights_B=weights.to(self._device),
         )
 
-    def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-        """This rank's micro-batches; the same number on every rank, since ZeRO 3 gathers in step."""
+    def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
+        """This rank's micro-batches, and whether each counts.
+
+        ZeRO 3 gathers in step, so every rank runs as many forwards: one without a batch of its own repeats the last,
+        and leaves its figures out.
+        """
         engine = self._ready()
         parts = cut(ids, self._spec.learner.micro_batch)
-        yield from parts[: len(parts) // engine.world_size * engine.world_size][engine.rank :: engine.world_size]
+        for start in range(0, len(parts), engine.world_size):
+            index = start + engine.rank
+            yield parts[min(index, len(parts) - 1)], index < len(parts)
 
     def _update_average(self, optim_steps: int) -> None:
         decay = self._spec.learner.ema_decay**optim_steps

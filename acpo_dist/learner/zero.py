@@ -1,8 +1,8 @@
 """The engine on DeepSpeed ZeRO 0-3. The only file that imports DeepSpeed; rank variables are set before it is used."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -121,15 +121,6 @@ class ZeroEngine:
             for moment in MOMENTS:
                 value = self._padded(optimiser_state[f"{moment}.{name}"], parameter)
                 safe_set_full_optimizer_state(parameter, value, moment)
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """While active, ZeRO 3 parameters are whole on every rank; nothing to do in the other stages."""
-        if self._config.zero_stage == 3:
-            with deepspeed.zero.GatheredParameters(list(self._parameters.values())):
-                yield
-        else:
-            yield
 
     def close(self) -> None:
         """Leave the process group."""

@@ -38,6 +38,7 @@ class DdpmFamily:
     """A `DDPMPipeline` folder with a `UNet2DModel`."""
 
     conditional: ClassVar[bool] = False
+    pixel_space: ClassVar[bool] = True
 
     class Config(Section):
         """Which DDPM, and what trains."""

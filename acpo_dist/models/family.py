@@ -41,6 +41,8 @@ class ModelFamily(Protocol):
     """One loaded model: a trainable network, its frozen anchor, its conditioning and its decoder."""
 
     conditional: ClassVar[bool]
+    pixel_space: ClassVar[bool]
+    """Whether x_0 is the picture itself, so that real pictures can be noised without an encoder."""
     network: nn.Module
     """What trains: given to the optimiser or to DeepSpeed whole."""
     alpha_bars: Tensor

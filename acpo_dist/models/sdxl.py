@@ -34,6 +34,7 @@ class SdxlFamily:
     """SDXL's U-Net with what conditions and decodes it."""
 
     conditional: ClassVar[bool] = True
+    pixel_space: ClassVar[bool] = False
 
     class Config(Section):
         """Which SDXL, and what trains."""

@@ -55,13 +55,20 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def judge_exactly(images: Tensor, prompts: list[str] | None = None) -> OracleReport:
-    """Oracle figures of a set of pictures (float RGB in [0, 1]); prompts must be captions of the world."""
+    """Oracle figures of a set of pictures (float RGB in [0, 1]).
+
+    Raises:
+        ValueError: a prompt is no caption of the world, or `nearest_template` refuses the pictures.
+    """
     ids, mse = nearest_template(images)
     share = torch.bincount(ids, minlength=templates().shape[0]).double() / len(ids)
     share = share[share > 0]
     accuracy = None
     if prompts is not None:
         position = {caption: index for index, caption in enumerate(captions())}
+        foreign = sorted({prompt for prompt in prompts if prompt not in position})
+        if foreign:
+            raise ValueError(f"prompts that are no captions of the toy world, such as {foreign[0]!r}")
         wanted = torch.tensor([position[prompt] for prompt in prompts])
         accuracy = float((caption_index()[ids] == wanted).double().mean())
     return OracleReport(

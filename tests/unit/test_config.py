@@ -239,6 +239,8 @@ def test_all_problems_are_named_at_once(smallest):
     [
         ("rollout.batch_size=many", "rollout.batch_size"),
         ("rollout.batch_size=16.5", "rollout.batch_size"),
+        ("rollout.batch_size=true", "rollout.batch_size"),
+        ("learner.zero_stage=true", "learner.zero_stage"),
         ("run.name=[a]", "run.name"),
         ("learner.learning_rate=-1e-4", "learner.learning_rate"),
         ("learner.weight_decay=.inf", "learner.weight_decay"),
@@ -264,6 +266,7 @@ def test_a_wrong_value_is_refused_with_its_key(smallest, override, key):
         ("rewards.train.0.type=two_stram", "unknown reward `two_stram`. Did you mean `two_stream`?"),
         ("model.type=sdxxl", "unknown model `sdxxl`. Did you mean `sdxl`?"),
         ("algorithm.type=acop", "unknown algorithm `acop`. Did you mean `acpo`?"),
+        ("algorithm.type=.relative:Class", "cannot be imported from `.relative:Class`"),
         ("algorithm.type=ab_sent.module:Class", "cannot be imported from `ab_sent.module:Class`"),
         (f"algorithm.type={PLUGINS}:Absent", "has no attribute 'Absent'"),
         (f"algorithm.type={PLUGINS}:WithoutConfig", "it has no `Config`"),
@@ -383,3 +386,25 @@ def test_a_metric_that_cannot_work_here_is_refused_with_its_own_reason(smallest,
     override = f"rewards.{role}=[{{type: '{PLUGINS}:Broken', name: odd}}]"
     said = refusal(smallest, override, kind=RewardConfigError)
     assert f"rewards.{role}.0 (`odd`): needs the package `absent` for `odd`" in said
+
+
+# The anchor
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.anchor.weight=-1"], "greater than or equal to 0"),
+        (["algorithm.anchor.budget=null"], "algorithm.anchor.weight is `auto`"),
+        (["algorithm.anchor.source=data"], "works on latents"),
+        (["algorithm.data_weight=1"], "algorithm.anchor.source=data"),
+    ],
+)
+def test_an_anchor_that_could_not_do_what_was_asked_is_refused(overrides, message):
+    assert message in refusal("toy_sdxl", *overrides)
+
+
+@pytest.mark.parametrize("override", ["algorithm.anchor.uniform=false", "algorithm.anchor.weight=0"])
+def test_a_denoising_loss_without_the_batch_that_it_shares_is_refused(override):
+    load_config("cifar10_ddpm", ["algorithm.data_weight=1"])
+    assert "algorithm.data_weight is 1" in refusal("cifar10_ddpm", "algorithm.data_weight=1", override)

@@ -183,7 +183,7 @@ def test_resuming_from_a_folder_that_is_no_run_is_refused(tiny, tmp_path):
         open_run(tiny(f"run.dir={tmp_path / 'run'}"), str(tmp_path / "other"))
 
 
-def test_a_sample_drawn_alone_equals_the_sample_drawn_in_its_chunk_of_the_run(tiny):
+def test_a_sample_is_the_same_in_whichever_chunk_it_is_drawn(tiny):
     from acpo_dist.data.prompts import deal
 
     config = tiny()
