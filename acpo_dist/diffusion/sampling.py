@@ -1,6 +1,8 @@
 """One reverse step, guidance, and the walk along an explicit trajectory."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +14,23 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t of shape (B, ...), timesteps (B,)) -> network output of the same shape."""
 Visit = Callable[[int, Tensor], None]
 """(denoise_step, x_t before the step) -> None."""
+Stepper = Callable[[int, Tensor, Tensor], Tensor]
+"""(denoise_step, network output, x_t) -> x at the next level. Belongs to one walk and is called in order, from 0."""
+
+
+class Sampler(Protocol):
+    """A rule that turns network outputs into steps; it keeps nothing between walks, its steppers may."""
+
+    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
+        """Begin one walk.
+
+        Args:
+            denoise: for rules that ask the network again within a step, at states that no visitor sees.
+
+        Raises:
+            ValueError: unknown prediction type, at the latest at the first step.
+        """
+        ...
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
@@ -50,17 +69,38 @@ def ddim_step(
     return previous
 
 
+@dataclass(frozen=True)
+class DDIM:
+    """Deterministic DDIM, first order: the Euler step of dz/dsigma = eps, z = x / sqrt(alpha_bar)."""
+
+    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
+        """See `Sampler.start`."""
+
+        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+            level, following = trajectory.alpha_bars[step : step + 2]
+            return ddim_step(head, state, level, following, prediction_type)
+
+        return advance
+
+
+DEFAULT_SAMPLER = DDIM()
+
+
 def walk(
-    denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str, *, visit: Visit | None = None
-) -> Tensor:
-    """Walk the whole trajectory deterministically from `start` (unit Gaussian noise) and return x at its end."""
+    denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
+    *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER,
+) -> Tensor:  # fmt: skip
+    """Walk the whole trajectory deterministically from `start` (unit Gaussian noise) and return x at its end.
+
+    The network is called once per denoise step, at the state that `visit` sees. Only samplers that say so call it more.
+    """
     state = start.float()
+    advance = sampler.start(trajectory, prediction_type, denoise)
     for step, timestep in enumerate(trajectory.timesteps):
         if visit is not None:
             visit(step, state)
         head = denoise(state, torch.full((state.shape[0],), timestep, device=state.device))
-        levels = trajectory.alpha_bars[step : step + 2]
-        state = ddim_step(head, state, levels[0], levels[1], prediction_type)
+        state = advance(step, head, state)
     return state
 
 
