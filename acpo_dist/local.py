@@ -22,12 +22,14 @@ from acpo_dist.core.types import (
     WeightEcho,
 )
 from acpo_dist.core.weights import require_echoes
+from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.learner.worker import LearnerSpec, LearnerWorker
 from acpo_dist.loop import Ports
 from acpo_dist.rewards.wire import WireTensor
 from acpo_dist.rewards.worker import RewardWorker, ScoredGradient
 from acpo_dist.rollout.chunks import chunks_of
 from acpo_dist.rollout.worker import RolloutWorker
+from acpo_dist.vrg.sums import ErrorSums
 
 
 def default_device() -> str:
@@ -76,6 +78,28 @@ class LocalRollouts:
             if advance:
                 advance(len(plans))
         return handles
+
+    def trajectory(self) -> Trajectory:
+        """See `RolloutPool.trajectory`."""
+        return self._worker.trajectory
+
+    def alpha_bars(self) -> Tensor:
+        """See `RolloutPool.alpha_bars`."""
+        return self._worker.alpha_bars
+
+    def follow(self, trajectory: Trajectory) -> list[str]:
+        """See `RolloutPool.follow`."""
+        return [self._worker.follow(trajectory)]
+
+    def ends(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
+        """See `RolloutPool.ends`."""
+        return torch.cat([self._worker.ends(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
+
+    def measure_errors(
+        self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
+    ) -> list[ErrorSums]:
+        """See `RolloutPool.measure_errors`."""
+        return [self._worker.measure_errors(handle.payload, sigmas, guidance=guidance) for handle in handles]
 
     def load(self, bundle: WeightBundle) -> list[WeightEcho]:
         """See `RolloutPool.load`."""

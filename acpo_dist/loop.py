@@ -18,6 +18,7 @@ from acpo_dist.data.prompts import deal
 from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
+from acpo_dist.retiming.keeper import TrajectoryKeeper
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.pictures import save_grid
@@ -74,6 +75,12 @@ def run(
         on_start: called when weights are in place, before the first iteration (evaluation of the base model).
     """
     ports.learner.start(checkpoint.learner_folder if checkpoint else None)
+    keeper = TrajectoryKeeper(config, ports.rollout, folder, ports.tracker, prompts, console)
+    retimed: dict[str, float] = {}
+    if checkpoint:
+        keeper.restore(checkpoint.state)
+    else:
+        retimed = keeper.start()
     algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
     state = _resumed(config, checkpoint) if checkpoint else _calibrate(config, ports, prompts, console)
     ports.weights.publish(state.version)
@@ -81,15 +88,17 @@ def run(
         on_start()
     metrics: dict[str, float] = {}
     while state.iteration < config.run.iterations:
-        metrics = _iterate(config, ports, algorithm, state, prompts, console)
+        metrics = _iterate(config, ports, algorithm, state, prompts, console) | retimed
         done = state.iteration
+        # After the update and before the next rollouts: a trajectory never changes within an iteration.
+        metrics, retimed = metrics | keeper.after(done), {}
         ports.tracker.log_metrics(done - 1, metrics)
         console.iteration(done, config.run.iterations, metrics)
         last = done == config.run.iterations
         if done % config.tracking.images_every == 0 or last:
             _picture(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
-            _save(ports, folder, state, console)
+            _save(ports, folder, state, keeper)
     # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
     gain = _gain(config, ports, state, prompts, console)
     ports.tracker.log_metrics(state.iteration, gain)
@@ -129,7 +138,6 @@ def _iterate(
         "anchor/weight": state.controller.weight,
         "drift/rms": drift**0.5,
         "sync/version": float(state.version + 1),
-        "sampler/schedule_steps": float(config.sampler.num_steps),
         **ports.reward.counters(),
         **clock.metrics(),
     }
@@ -207,7 +215,9 @@ def _controller(config: Config, weight: float) -> DriftController:
     anchor = config.algorithm.anchor
     # A weight of 0 means that the anchor is off, not that it should be steered.
     steered = anchor.budget is not None and weight > 0
-    return DriftController(weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate)
+    return DriftController(
+        weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom
+    )
 
 
 def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
@@ -220,10 +230,10 @@ def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
     )
 
 
-def _save(ports: Ports, folder: RunFolder, state: LoopState, console: Console) -> None:
+def _save(ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper) -> None:
     partial = folder.checkpoints.prepare(state.iteration)
     ports.learner.save(partial / "learner")
-    path = folder.checkpoints.commit(partial, state.iteration, state.to_mapping())
+    path = folder.checkpoints.commit(partial, state.iteration, state.to_mapping() | keeper.to_mapping())
     ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
     logger.info("checkpoint %s", path)
 

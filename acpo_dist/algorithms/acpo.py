@@ -24,6 +24,8 @@ class AnchorConfig(Section):
     """Wanted rms drift of the noise prediction; None holds the weight fixed."""
     rate: float = Field(default=0.1, ge=0)
     """Rate of the drift controller; 0 holds the weight fixed."""
+    headroom: float = Field(default=0.8, gt=0, le=1)
+    """Share of the budget that the controller aims at; drift is noisy, so small batches need more room."""
     uniform: bool = True
     """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
     null_share: float = Field(default=0.1, ge=0, le=1)

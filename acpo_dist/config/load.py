@@ -52,9 +52,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: names the key, the value, where it is set and what is known.
     """
     path = find_config(source)
-    merged = _read_chain(path, ())
-    for override in overrides:
-        merged = _merge(merged, parse_override(override))
+    merged = merge_overrides(_read_chain(path, ()), overrides)
     origin = str(source) + (f" with {' '.join(overrides)}" if overrides else "")
     return validate(merged, origin)
 
@@ -67,6 +65,13 @@ def validate(mapping: dict[str, Any], origin: str) -> Config:
         raise ConfigError(f"{origin}: {describe(error, Config)}") from error
     check_relations(config)
     return config
+
+
+def merge_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain data with `key=value` overrides applied in order; the last one wins."""
+    for override in overrides:
+        mapping = _merge(mapping, parse_override(override))
+    return mapping
 
 
 def find_config(source: str | Path) -> Path:

@@ -44,12 +44,49 @@ class SamplerConfig(Section):
     """Denoise steps of a rollout."""
     spacing: Literal["trailing", "leading"] = "trailing"
     """Timestep spacing, in diffusers' words."""
+    solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
+    """Rule of a step, on any trajectory; `heun` asks twice per step, `ltsp` and `stsp` split guidance off."""
+    trajectory: Path | None = None
+    """File of a trajectory that replaces the spacing: what `acpo vrg optimize` wrote, or the published text format."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Classifier-free guidance; 1 or less runs the conditional branch alone."""
     t_max: float = Field(default=0.3, gt=0, le=1)
     """Largest training timestep as a share of the noise schedule: late steps only, so that composition stays."""
     late_per_sample: int = Field(default=4, ge=1)
     """States kept per sample among the steps at or below t_max, spread evenly."""
+
+
+class VrgConfig(Section):
+    """Whether the trajectory is optimised on the measured prediction error (Variance-Reduction Guidance)."""
+
+    enabled: bool = False
+    """Measure, optimise and prove a trajectory before the first iteration, and again when the model has moved."""
+    trust: float = Field(default=0.25, gt=0, lt=0.5)
+    """Furthest a level may move, as a share of the gap to its neighbour in log sigma; the noisy end never moves."""
+    nodes: int = Field(default=14, ge=8, le=64)
+    """Noise levels at which the error is measured."""
+    batch: int = Field(default=32, ge=2)
+    """Samples measured at once."""
+    images: int = Field(default=256, ge=8)
+    """Most samples measured; fewer when every node's standard error is small enough."""
+    standard_error: float = Field(default=0.05, gt=0)
+    """Relative standard error per node at which measuring stops."""
+    guidance: bool = False
+    """Measure the null branch too, at twice the cost: diagnostics of guidance, not the trajectory, depend on it."""
+    min_gain: float = Field(default=0.005, ge=0, lt=1)
+    """Smallest promised gain in cumulative error that is worth a proof."""
+    gate_samples: int = Field(default=32, ge=2)
+    """Samples walked along old, new and reference trajectories, from the same noise."""
+    reference_steps: int | None = Field(default=None, ge=2)
+    """Steps of the reference; None takes 4 times the sampler's, at least 100."""
+    halvings: int = Field(default=2, ge=0)
+    """How often a refused candidate is tried again with half the trust region."""
+    probe_every: int = Field(default=20, ge=1)
+    """Iterations between looks at whether the error table has drifted."""
+    probe_images: int = Field(default=64, ge=8)
+    """Samples of such a look."""
+    max_drift: float = Field(default=0.1, gt=0)
+    """Change of log v at any node, beyond the common scale and its noise, that asks for a new measurement."""
 
 
 class RolloutConfig(Section):
@@ -157,6 +194,7 @@ class Config(Section):
     model: plugin("model", MODELS)  # pyright: ignore[reportInvalidTypeForm]
     data: DataConfig = DataConfig()
     sampler: SamplerConfig = SamplerConfig()
+    vrg: VrgConfig = VrgConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig
     algorithm: plugin("algorithm", ALGORITHMS)  # pyright: ignore[reportInvalidTypeForm]

@@ -25,6 +25,10 @@ class DataError(UsageError):
     """A data file is missing, unreadable or lacks a column."""
 
 
+class VrgError(UsageError):
+    """A VRG error table, trajectory or solver cannot be read, is wrong, or does not fit the scheduler."""
+
+
 class RewardConfigError(UsageError):
     """A reward cannot be built or does not fit its role."""
 

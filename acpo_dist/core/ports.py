@@ -33,6 +33,31 @@ class RolloutPool(Protocol):
         """Load weights into every worker; each says what it holds afterwards."""
         ...
 
+    def trajectory(self) -> Any:
+        """The `diffusion.trajectory.Trajectory` that the workers follow now."""
+        ...
+
+    def alpha_bars(self) -> Tensor:
+        """The model's cumulative signal fraction by timestep, float64 (T,)."""
+        ...
+
+    def follow(self, trajectory: Any) -> list[str]:
+        """Make every worker follow a trajectory from the next `generate` on; each answers with its schedule id."""
+        ...
+
+    def ends(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
+        """x_0 (B, C, H, W) of every sample along another trajectory from the same noise; nothing else changes."""
+        ...
+
+    def measure_errors(
+        self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
+    ) -> list[Any]:
+        """Error of the predicted noise at each sigma on forward-noised x_0 of the samples: `vrg.sums.ErrorSums`.
+
+        One entry per handle, in their order, so that the sums do not depend on the number of workers.
+        """
+        ...
+
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
         """Pictures of the named samples, uint8 (B, 3, H, W), in the order asked for."""
         ...

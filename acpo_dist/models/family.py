@@ -48,6 +48,7 @@ class ModelFamily(Protocol):
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     prediction_type: str
+    device: str
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""
 

@@ -11,9 +11,13 @@ from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightBundle, WeightEcho
 from acpo_dist.core.weights import checksum
-from acpo_dist.diffusion.sampling import guide, keep_states, walk
+from acpo_dist.diffusion.sampling import Denoise, Visit, guide, keep_states, walk
+from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, walk_split
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
-from acpo_dist.models.family import Condition, trainable_tensors
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.schedulers import make_sampler
+from acpo_dist.rollout.errors import measure_errors
+from acpo_dist.vrg.sums import ErrorSums
 
 BASE_VERSION = 0
 
@@ -31,22 +35,38 @@ class RolloutWorker:
         self._family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
-        self.trajectory: Trajectory = spaced_trajectory(self._family.alpha_bars, sampler.num_steps, sampler.spacing)
-        self._late = self.trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
+        self.follow(spaced_trajectory(self._family.alpha_bars, sampler.num_steps, sampler.spacing))
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that are loaded."""
+        return self._version
+
+    @property
+    def alpha_bars(self) -> Tensor:
+        """Cumulative signal fraction by timestep, float64 (T,)."""
+        return self._family.alpha_bars
+
+    def follow(self, trajectory: Trajectory) -> str:
+        """Walk this trajectory from the next sample on.
+
+        Returns:
+            Its schedule id, as every sample will carry it.
+
+        Raises:
+            ValueError: no denoise step is as late as the learner trains.
+        """
+        sampler = self._sampler
+        self._late = trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
+        self.trajectory = trajectory
+        return trajectory.schedule_id
 
     @torch.no_grad()
     def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
         """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone."""
         prompts = tuple(plan.prompt for plan in plans)
-        start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
         kept: dict[int, Tensor] = {}
-        clean = walk(
-            self._denoiser(prompts),
-            start,
-            self.trajectory,
-            self._family.prediction_type,
-            visit=keep_states(self._late, kept),
-        )
+        clean = self._walk(plans, self.trajectory, keep_states(self._late, kept))
         pixels = self._family.decode(clean).clamp(0, 1)
         return RolloutBatch(
             sample_ids=tuple(plan.sample_id for plan in plans),
@@ -56,6 +76,17 @@ class RolloutWorker:
             latents_BCHW=clean.float().cpu(),
             late=tuple(self._late_state(step, kept[step]) for step in self._late),
             images_BCHW=(pixels * 255).round().to(torch.uint8).cpu(),
+        )
+
+    @torch.no_grad()
+    def ends(self, plans: Sequence[SamplePlan], trajectory: Trajectory) -> Tensor:
+        """x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the one in use stays."""
+        return self._walk(plans, trajectory, None).float().cpu()
+
+    def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
+        """See `acpo_dist.rollout.errors.measure_errors`, on the x_0 of a rollout batch."""
+        return measure_errors(
+            self._family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
         )
 
     def load(self, bundle: WeightBundle) -> WeightEcho:
@@ -80,6 +111,18 @@ class RolloutWorker:
         held = {name: parameter.detach().to(bundle.tensors[name].dtype) for name, parameter in own.items()}
         return WeightEcho(worker=self._name, version=bundle.version, checksum=checksum(held))
 
+    def _walk(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
+        start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
+        prompts = tuple(plan.prompt for plan in plans)
+        kind, solver = self._family.prediction_type, self._sampler.solver
+        if solver in SHARE_AT_END:
+            scale = self._guidance_scale()
+            return walk_split(
+                self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit
+            )
+        sampler = make_sampler(solver, self._family.alpha_bars)
+        return walk(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=sampler)
+
     def _start(self, seed: int) -> Tensor:
         return torch.randn(self._family.sample_shape, generator=torch.Generator().manual_seed(seed))
 
@@ -91,17 +134,33 @@ class RolloutWorker:
             latents_BCHW=latents.float().cpu(),
         )
 
-    def _denoiser(self, prompts: tuple[str, ...]):
-        family, scale = self._family, self._sampler.guidance_scale
-        condition = family.encode(prompts)
-        if not family.conditional or scale <= 1:
-            return lambda state, timesteps: family.predict(state, timesteps, condition)
-        # Both branches in one forward: the null prompt first, as diffusers orders them.
-        both: Condition = family.encode([""] * len(prompts)).join(condition)
+    def _guidance_scale(self) -> float:
+        """1, the conditional branch alone, where there is nothing to guide."""
+        scale = self._sampler.guidance_scale
+        return scale if self._family.conditional and scale > 1 else 1.0
+
+    def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
+        branches, scale = self._branches(prompts), self._guidance_scale()
+        if scale == 1:
+            return branches.conditional
 
         def guided(state: Tensor, timesteps: Tensor) -> Tensor:
-            head = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), both)
-            unconditional, conditional = head.chunk(2)
+            conditional, unconditional = branches.both(state, timesteps)
             return guide(conditional, unconditional, scale)
 
         return guided
+
+    def _branches(self, prompts: tuple[str, ...]) -> GuidedDenoise:
+        family = self._family
+        condition = family.encode(prompts)
+        # Both branches in one forward: the null prompt first, as diffusers orders them.
+        joined = family.encode([""] * len(prompts)).join(condition) if self._guidance_scale() != 1 else condition
+
+        def both(state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            head = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), joined)
+            unconditional, conditional = head.chunk(2)
+            return conditional, unconditional
+
+        return GuidedDenoise(
+            conditional=lambda state, timesteps: family.predict(state, timesteps, condition), both=both
+        )

@@ -71,6 +71,26 @@ def test_one_rollout_worker_and_three_draw_the_same_pictures_and_a_killed_one_is
     assert torch.equal(_images(ports, groups), expected)
     assert ports.rollout.redone >= 1
     assert all(handle.policy_version == 3 for handle in ports.rollout.generate(groups))
+    _retimed_like_one_process(ports, alone, groups)
+
+
+def _retimed_like_one_process(ports, alone, groups):
+    """Error sums to 1e-12, ends and pictures along another trajectory bit for bit, a killed worker included."""
+    from acpo_dist.diffusion.trajectory import explicit_trajectory
+
+    sigmas = [0.05, 0.2, 0.6, 1.5, 4.0, 9.0, 12.0, 14.0]
+    found = ports.rollout.measure_errors(ports.rollout.generate(groups), sigmas, guidance=True)
+    for mine, theirs in zip(alone.measure_errors(alone.generate(groups), sigmas, guidance=True), found, strict=True):
+        assert np.allclose(mine.v, theirs.v, rtol=1e-12) and np.allclose(mine.guided_K3, theirs.guided_K3, rtol=1e-12)
+    other = explicit_trajectory(alone.alpha_bars(), [999, 700, 450, 250, 100, 20])
+    assert torch.equal(ports.rollout.ends(groups, other), alone.ends(groups, other))
+    alone.follow(other)
+    assert set(ports.rollout.follow(other)) == {other.schedule_id}
+    os.kill(ports.rollout.await_ready()["rollout/2"], signal.SIGKILL)
+    handles = ports.rollout.generate(groups)
+    assert {handle.schedule_id for handle in handles} == {other.schedule_id}
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    assert torch.equal(ports.rollout.images(handles, ids), alone.images(alone.generate(groups), ids))
 
 
 def test_killing_a_reward_replica_loses_no_sample_and_changes_no_score(ports_of, tiny):

@@ -1,0 +1,110 @@
+"""`acpo vrg`: measure the prediction error, optimise a trajectory on it, look at both."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acpo_dist.cli.app import answer, app, say
+
+vrg_app = typer.Typer(no_args_is_help=True, help="Variance-Reduction Guidance: trajectories from measured errors.")
+app.add_typer(vrg_app, name="vrg")
+
+
+@vrg_app.command("measure")
+def measure_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder or toy-sdxl.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    out: Annotated[Path, typer.Option(help="Artefact to write; a plot goes beside it.")] = Path("vrg.json"),
+    gate: Annotated[bool, typer.Option(help="Prove the optimum against a long reference, as training does.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Measure the error table of a model on its own samples, then optimise and prove a trajectory on it."""
+    from acpo_dist.data.prompts import load_prompts
+    from acpo_dist.retiming.artefact import artefact_of, write_artefact
+    from acpo_dist.retiming.measure import measure
+    from acpo_dist.retiming.proof import consider, describe
+    from acpo_dist.sources import open_rollouts, source_config
+    from acpo_dist.tracking.console import Console
+
+    config, run = source_config(source, overrides or [])
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    console = Console()
+    pool = open_rollouts(config, run)
+    alpha_bars = pool.alpha_bars().numpy()
+    with console.phase("measure", None):
+        sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="measure")
+    before = pool.trajectory()
+    with console.phase("optimise and prove", None):
+        update = consider(
+            pool, config, prompts, sums, before, alpha_bars, prove=gate,
+            provenance={"source": source, "seed": config.run.seed, "alpha_bars": alpha_bars.tolist()},
+        )  # fmt: skip
+    artefact = artefact_of(update, before, alpha_bars)
+    write_artefact(out, artefact, update.table, {"before": before, "now": update.trajectory})
+    console.message(f"{describe(update)}; {out}, {out.with_suffix('.png')}")
+    if as_json:
+        answer({"artefact": str(out), **artefact})
+
+
+@vrg_app.command("optimize")
+def optimize_command(
+    table: Annotated[Path, typer.Option(help="Error table: published text format, or an artefact of ours.")],
+    trajectory: Annotated[Path, typer.Option(help="Trajectory to start from: text format or artefact.")],
+    mode: Annotated[str, typer.Option(help="log_trust (noisy end fixed) or paper_box (parity).")] = "log_trust",
+    trust: Annotated[
+        float, typer.Option(help="log_trust: share of the gap in log sigma that a level may move.")
+    ] = 0.25,
+    lp: Annotated[float, typer.Option(help="paper_box: half width of the box on alpha_i.")] = 0.01,
+    reg_lambda: Annotated[float, typer.Option(help="paper_box: weight of the end point's shift.")] = 100.0,
+    solver: Annotated[str, typer.Option(help="Whose response J is worked out for.")] = "first_order",
+    out: Annotated[Path | None, typer.Option(help="Artefact to write; a plot goes beside it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Optimise a trajectory on a table that is already there; takes a fraction of a second."""
+    from acpo_dist.retiming.artefact import optimise_files, write_artefact
+
+    report, plot = optimise_files(
+        table, trajectory, mode=mode, trust=trust, lp=lp, reg_lambda=reg_lambda, solver=solver
+    )
+    if out is not None:
+        write_artefact(out, report, *plot)
+    if as_json:
+        answer(report)
+        return
+    _print(report)
+
+
+@vrg_app.command("show")
+def show_command(
+    path: Annotated[Path, typer.Argument(help="Artefact, or a run: its newest.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The artefact as it is.")] = False,
+) -> None:
+    """Show an artefact: the table, the trajectory before and after, what the proof said."""
+    from acpo_dist.retiming.artefact import newest_artefact, read_artefact
+
+    report = read_artefact(newest_artefact(path))
+    if as_json:
+        answer(report)
+        return
+    _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    from acpo_dist.tracking.console import Console
+
+    console = Console()
+    now = report["trajectory"]
+    before = report["before"]
+    rows = [
+        [str(step), f"{old_t:.1f}", f"{old:.6g}", f"{new_t:.1f}", f"{new:.6g}"]
+        for step, (old_t, old, new_t, new) in enumerate(
+            zip(before["timesteps"], before["alpha_bars"], now["timesteps"], now["alpha_bars"], strict=False)
+        )
+    ]
+    title = f"cumulative error {report['j0']:.6g} -> {report['j1']:.6g}"
+    console.table(title, ["step", "timestep before", "alpha_bar before", "timestep", "alpha_bar"], rows)
+    for gate in report.get("gates", []):
+        say(f"proof at trust {gate['trust']:g}: distance to {gate['reference_steps']} steps, ratio {gate['ratio']:.3f}")
+    if "adopted" in report:
+        say("adopted" if report["adopted"] else "kept the trajectory before")

@@ -1,0 +1,54 @@
+"""The error table of the model in use, measured on its own rollouts by all rollout workers."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import RolloutPool
+from acpo_dist.core.types import PromptGroup
+from acpo_dist.data.prompts import deal
+from acpo_dist.vrg.levels import FloatArray, to_sigmas
+from acpo_dist.vrg.sums import ErrorSums
+from acpo_dist.vrg.table import ErrorTable
+
+
+def measure(
+    pool: RolloutPool, config: Config, prompts: Sequence[str], alpha_bars: FloatArray, *, images: int, label: str
+) -> ErrorSums:
+    """Sums on the model's own rollouts, until every node's standard error is small enough or `images` are drawn."""
+    vrg = config.vrg
+    sigmas_T = to_sigmas(alpha_bars)
+    nodes = np.exp(np.linspace(np.log(sigmas_T[0]), np.log(sigmas_T[-1]), vrg.nodes))
+    nodes[[0, -1]] = sigmas_T[[0, -1]]
+    total: ErrorSums | None = None
+    for batch in range(-(-images // vrg.batch)):
+        handles = pool.generate(single_samples(config, prompts, vrg.batch, f"vrg_{label}", batch))
+        for sums in pool.measure_errors(handles, nodes.tolist(), guidance=vrg.guidance):
+            total = sums if total is None else total + sums
+        assert total is not None
+        if batch and (total.standard_errors <= vrg.standard_error * total.v).all():
+            break
+    assert total is not None
+    return total
+
+
+def table_drift(old: ErrorTable, sums: ErrorSums) -> float:
+    """Largest |log(v_new / v_old)| over the nodes beyond the common scale and twice its noise.
+
+    A common factor leaves the best trajectory where it is, so it does not count.
+    """
+    change = np.log(sums.v / old.value(sums.sigmas))
+    noise = sums.standard_errors / sums.v
+    if old.standard_errors is not None and np.array_equal(old.sigmas, sums.sigmas):
+        noise = np.sqrt(noise**2 + (old.standard_errors / old.v) ** 2)
+    return float(np.maximum(np.abs(change - np.median(change)) - 2 * noise, 0).max())
+
+
+def single_samples(
+    config: Config, prompts: Sequence[str], count: int, stream: str, iteration: int
+) -> list[PromptGroup]:
+    """One sample per prompt, the same for every policy version."""
+    return deal(
+        prompts, iteration=iteration, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
+    )

@@ -1,0 +1,51 @@
+"""Prediction error of the model in use, node by node, on samples that are forward-noised once for all nodes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.diffusion.prediction import add_noise, to_noise
+from acpo_dist.models.family import ModelFamily
+from acpo_dist.vrg.levels import to_alpha_bars
+from acpo_dist.vrg.sums import ErrorSums, sums_of
+from acpo_dist.vrg.timesteps import to_timesteps
+
+
+@torch.no_grad()
+def measure_errors(
+    family: ModelFamily, clean: Tensor, prompts: Sequence[str], sample_ids: Sequence[str], sigmas: Sequence[float],
+    *, guidance: bool,
+) -> ErrorSums:  # fmt: skip
+    """Sums of one batch: e = eps_hat(x_t, t) - eps at every node, the same eps for all nodes of a sample.
+
+    Args:
+        clean: x_0 (B, C, H, W), latents or pixels in [-1, 1].
+        sample_ids: fix each sample's noise, so that the result does not depend on how samples are shared out.
+        sigmas: K nodes, ascending, within the schedule.
+        guidance: measure the null branch too, at twice the cost.
+
+    Raises:
+        VrgError: a node outside the schedule, or a prediction that is not finite.
+    """
+    keys = [derive_seed("vrg", sample_id) for sample_id in sample_ids]
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(key)) for key in keys])
+    clean, noise = clean.to(family.device).float(), noise.to(family.device)
+    branches = [family.encode(prompts)]
+    if guidance and family.conditional:
+        branches.append(family.encode([""] * len(prompts)))
+    levels = to_alpha_bars(sigmas)
+    timesteps = to_timesteps(sigmas, family.alpha_bars.numpy())
+    errors: list[list[np.ndarray]] = [[] for _ in branches]
+    for level, timestep in zip(levels, timesteps, strict=True):
+        alpha_bars = torch.full((len(clean),), float(level), dtype=torch.float64, device=clean.device)
+        noisy = add_noise(clean, noise, alpha_bars)
+        at = torch.full((len(clean),), float(timestep), device=clean.device)
+        for branch, condition in enumerate(branches):
+            head = family.predict(noisy, at, condition)
+            error = to_noise(head, noisy, alpha_bars, family.prediction_type) - noise
+            errors[branch].append(error.flatten(2).double().cpu().numpy())
+    stacked = [np.stack(branch) for branch in errors]
+    return sums_of(sigmas, stacked[0], stacked[1] if len(stacked) > 1 else None)

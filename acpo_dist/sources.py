@@ -1,0 +1,76 @@
+"""A model from what a person names: a run, a configuration, or a pipeline folder; opened in this process."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from acpo_dist.config.load import load_config, validate
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.learner.checkpoint import CheckpointStore
+from acpo_dist.local import LocalRollouts, default_device
+from acpo_dist.session import RESOLVED, read_run_config
+
+_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "DDPMPipeline": "ddpm"}
+
+
+def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+    """Configuration of a run folder, a configuration file, or a pipeline folder.
+
+    Returns:
+        (configuration, the run's folder or None).
+
+    Raises:
+        UsageError: none of the three, or a pipeline of a class that no model family loads.
+    """
+    path = Path(source)
+    if (path / RESOLVED).is_file():
+        if overrides:
+            return load_config(path / RESOLVED, overrides), path
+        return read_run_config(path), path
+    if (path / "model_index.json").is_file() or source.startswith("toy-"):
+        return _bare_config(source, overrides), None
+    if path.is_dir():
+        raise UsageError(
+            f"{source} is neither a run (no {RESOLVED}) nor a pipeline (no model_index.json). Give a folder that "
+            "`acpo train` or `save_pretrained` wrote, or a configuration file."
+        )
+    return load_config(source, overrides), None
+
+
+def open_rollouts(config: Config, run: Path | None) -> LocalRollouts:
+    """A rollout pool in this process, with the weights of the run's newest checkpoint where there is one.
+
+    Raises:
+        ModelError: the run has no whole checkpoint.
+    """
+    pool = LocalRollouts(config, device=default_device())
+    if run is not None:
+        checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
+        if checkpoint is None:
+            raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
+        weights = load_file(checkpoint.learner_folder / "policy.safetensors")
+        pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+    return pool
+
+
+def _bare_config(source: str, overrides: Sequence[str]) -> Config:
+    """The schema's defaults round a pipeline; its reward and algorithm are placeholders that nothing here reads."""
+    from acpo_dist.config.load import merge_overrides
+    from acpo_dist.models.loading import resolve_path
+
+    index = json.loads((Path(resolve_path(source)) / "model_index.json").read_text(encoding="utf-8"))
+    name = str(index.get("_class_name"))
+    if name not in _FAMILIES:
+        raise UsageError(f"{source} holds a {name}; known pipelines: {', '.join(_FAMILIES)}.")
+    family = _FAMILIES[name]
+    mapping = {
+        "model": {"type": family, "path": source},
+        "data": {"prompts": "toy" if family == "sdxl" else "none"},
+        "rewards": {"train": [{"type": "two_stream"}]},
+        "algorithm": {"type": "acpo"},
+    }
+    return validate(merge_overrides(mapping, overrides), source)

@@ -1,0 +1,65 @@
+"""Noise levels in the two variables of this package, float64 throughout.
+
+`alpha_bar` is the cumulative signal fraction in (0, 1); `sigma = sqrt(1 / alpha_bar - 1)` is the noise-to-signal ratio,
+which diffusers keeps in `sigmas`. Legend: N denoise steps, K table nodes, T training timesteps. Sequences of N run in
+sampling order, from noisy to clean: sigma falls, alpha_bar rises.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from acpo_dist.core.errors import VrgError
+
+FloatArray = NDArray[np.float64]
+
+
+def to_sigmas(alpha_bars: ArrayLike) -> FloatArray:
+    """Noise-to-signal ratios, same shape."""
+    levels = np.asarray(alpha_bars, dtype=np.float64)
+    return np.sqrt((1 - levels) / levels)
+
+
+def to_alpha_bars(sigmas: ArrayLike) -> FloatArray:
+    """Cumulative signal fractions, same shape."""
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+    return 1 / (1 + sigmas * sigmas)
+
+
+def checked_schedule(alpha_bars_T: ArrayLike) -> FloatArray:
+    """The scheduler's alpha_bar by timestep as float64, shape (T,).
+
+    Raises:
+        VrgError: not a vector, a level outside (0, 1), or levels that do not fall with the timestep.
+    """
+    levels = np.asarray(alpha_bars_T, dtype=np.float64)
+    if levels.ndim != 1 or len(levels) < 2:
+        raise VrgError(f"a schedule is a vector of at least 2 alpha_bars, found the shape {levels.shape}.")
+    if not (np.isfinite(levels).all() and levels.min() > 0 and levels.max() < 1):
+        raise VrgError(
+            f"the scheduler's alpha_bars must lie in (0, 1), found {levels.min():g} to {levels.max():g}.\n"
+            "  A schedule with zero terminal SNR has no finite sigma at its end: clamp alpha_bar there, e.g. to 1e-4."
+        )
+    if (np.diff(levels) >= 0).any():
+        raise VrgError("the scheduler's alpha_bars must fall strictly with the timestep (alphas_cumprod in diffusers).")
+    return levels
+
+
+def checked_sigmas(sigmas: ArrayLike, sigma_end: float = 0.0) -> FloatArray:
+    """N sigmas in sampling order as float64; a rising sequence (clean to noisy, as in files) is turned round.
+
+    Raises:
+        VrgError: not a vector of finite numbers, not strictly monotone, or not above sigma_end.
+    """
+    sigmas = np.array(sigmas, dtype=np.float64)
+    if sigmas.ndim != 1 or not len(sigmas) or not np.isfinite(sigmas).all():
+        raise VrgError(f"a trajectory is a vector of finite sigmas, found {sigmas!r}.")
+    if sigmas[0] < sigmas[-1]:
+        sigmas = sigmas[::-1].copy()
+    if (np.diff(sigmas) >= 0).any():
+        at = int(np.argmax(np.diff(sigmas) >= 0))
+        raise VrgError(
+            f"the sigmas of a trajectory must be strictly monotone, found {sigmas[at]:g} followed by {sigmas[at + 1]:g}."
+        )
+    if not (sigma_end >= 0 and sigmas[-1] > sigma_end):
+        raise VrgError(f"the cleanest sigma must exceed sigma_end >= 0, found {sigmas[-1]:g} and {sigma_end:g}.")
+    return sigmas

@@ -1,0 +1,95 @@
+"""The objective of Variance-Reduction Guidance: the prediction error that gathers along a trajectory.
+
+    J(s) = sum_i W_i(s)^2 v(s_i)
+
+Errors of different steps are taken as uncorrelated and of zero mean, and W is the solver's response with eps frozen
+(`acpo_dist.vrg.responses`). J ranks trajectories with the same number of steps and the same noisy end; it is no
+calibrated error and says nothing across step counts.
+
+Legend: N denoise steps from noisy to clean. Gradients are with respect to the N sigmas unless named otherwise.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from acpo_dist.vrg.levels import FloatArray, to_sigmas
+from acpo_dist.vrg.responses import Response, Solver, as_solver, first_order
+from acpo_dist.vrg.table import ErrorTable
+
+COMPLEX_STEP = 1e-30
+"""Relative. A complex step has no cancellation, so it may be as small as one likes."""
+DIFFERENCE_STEP = 1e-5
+"""Relative, for solvers that take real numbers only: balances the cube of the step against rounding."""
+
+
+def cumulative_error(
+    sigmas_N: ArrayLike, table: ErrorTable, *, sigma_end: float = 0.0, solver: str | Solver | Response = "first_order"
+) -> float:
+    """J, in units of v times sigma squared.
+
+    Args:
+        sigmas_N: falling, all above sigma_end.
+        sigma_end: where the last step lands.
+    """
+    sigmas = np.asarray(sigmas_N, dtype=np.float64)
+    weights = as_solver(solver).respond(sigmas, sigma_end)
+    return float(weights**2 @ table.value(sigmas))
+
+
+def value_and_gradient(
+    sigmas_N: ArrayLike, table: ErrorTable, *, sigma_end: float = 0.0, solver: str | Solver | Response = "first_order"
+) -> tuple[float, FloatArray]:
+    """J and dJ/ds, shape (N,). Closed form at first order, complex step for analytic solvers, else differences."""
+    sigmas = np.asarray(sigmas_N, dtype=np.float64)
+    solver = as_solver(solver)
+    value, slope = table.value_and_slope(sigmas)
+    weights = solver.respond(sigmas, sigma_end)
+    pull = 2 * weights * value
+    if solver.respond is first_order:
+        gradient = pull.copy()
+        gradient[1:] -= pull[:-1]
+    else:
+        gradient = _response_jacobian(sigmas, sigma_end, solver) @ pull
+    return float(weights**2 @ value), gradient + weights**2 * slope
+
+
+def log_gradient(sigmas_N: FloatArray, gradient_N: FloatArray) -> FloatArray:
+    """dJ / d log s from dJ/ds."""
+    return sigmas_N * gradient_N
+
+
+def alpha_gradient(alpha_bars_N: FloatArray, gradient_N: FloatArray) -> FloatArray:
+    """dJ / d alpha from dJ/ds, where alpha_i = alpha_bar_i / (alpha_bar of the next cleaner level, 1 for the last).
+
+    A change of alpha_i scales alpha_bar of its own and of every noisier level.
+    """
+    # d s / d alpha_bar = -1 / (2 s alpha_bar^2)
+    level_gradient = -gradient_N / (2 * to_sigmas(alpha_bars_N) * alpha_bars_N**2)
+    return np.cumsum(alpha_bars_N * level_gradient) / to_alphas(alpha_bars_N)
+
+
+def to_alphas(alpha_bars_N: FloatArray) -> FloatArray:
+    """Ratios of neighbouring alpha_bars, noisy over clean; the last is over 1."""
+    return alpha_bars_N / np.append(alpha_bars_N[1:], 1.0)
+
+
+def alpha_form(alpha_bars_N: ArrayLike, table: ErrorTable) -> float:
+    """J at first order to the clean end, written as the publication writes it.
+
+    sum_i (sqrt(1 - ab_i) - sqrt(alpha_i - ab_i))^2 / ab_i v_i
+    """
+    levels = np.asarray(alpha_bars_N, dtype=np.float64)
+    weights = (np.sqrt(1 - levels) - np.sqrt(to_alphas(levels) - levels)) ** 2 / levels
+    return float(weights @ table.value(to_sigmas(levels)))
+
+
+def _response_jacobian(sigmas: FloatArray, sigma_end: float, solver: Solver) -> FloatArray:
+    """d W_k / d s_i in row i, column k."""
+    if solver.analytic:
+        steps = COMPLEX_STEP * sigmas
+        return solver.respond(sigmas + 1j * np.diag(steps), sigma_end).imag / steps[:, None]
+    rows = []
+    for moved in np.diag(DIFFERENCE_STEP * sigmas):
+        rise = solver.respond(sigmas + moved, sigma_end) - solver.respond(sigmas - moved, sigma_end)
+        rows.append(rise / (2 * moved.sum()))
+    return np.stack(rows)

@@ -1,0 +1,139 @@
+"""Streaming statistics of the prediction error, which merge by addition whatever the sharding.
+
+Legend: K nodes, C channels, n images. e is the error of the predicted noise, one image at one node; every figure per
+image is a mean over its elements. Float64 throughout; all nodes share one noise per image, so neighbours correlate.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from acpo_dist.core.errors import VrgError
+from acpo_dist.vrg.levels import FloatArray
+from acpo_dist.vrg.table import ErrorTable
+
+BIAS_WARNING = 1e-2
+"""Bias ratio above which the error can no longer be called centred."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ErrorSums:
+    """Sums over n images at K nodes."""
+
+    sigmas: FloatArray
+    """(K,), ascending."""
+    count: int
+    square_K: FloatArray
+    """Sum of m = mean e^2."""
+    square2_K: FloatArray
+    """Sum of m^2."""
+    fourth_K: FloatArray
+    """Sum of mean e^4."""
+    channel_KC: FloatArray
+    """Sum of the mean error per channel."""
+    channel2_KC: FloatArray
+    """Sum of its square."""
+    gram_KK: FloatArray
+    """Sum of mean (e_k e_l)."""
+    guided_K3: FloatArray
+    """Sums of mean e_u^2, e_c^2 and e_u e_c of the two branches; nan where there is no guidance."""
+
+    def __add__(self, other: "ErrorSums") -> "ErrorSums":
+        """Both sets of images.
+
+        Raises:
+            VrgError: the nodes differ.
+        """
+        if not np.array_equal(self.sigmas, other.sigmas):
+            raise VrgError("error sums of different nodes cannot be merged; measure them on the same sigmas.")
+        added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "sigmas"}
+        return ErrorSums(sigmas=self.sigmas, **added)
+
+    @property
+    def v(self) -> FloatArray:
+        """Mean squared error per element."""
+        return self.square_K / self.count
+
+    @property
+    def standard_errors(self) -> FloatArray:
+        """Of `v`, over images; infinite for fewer than two."""
+        if self.count < 2:
+            return np.full_like(self.square_K, np.inf)
+        variance = (self.square2_K - self.square_K**2 / self.count) / (self.count - 1)
+        return np.sqrt(np.maximum(variance, 0) / self.count)
+
+    def guided_v(self, guidance_scale: float) -> FloatArray:
+        """v of the guided prediction e_u + w (e_c - e_u), (K,).
+
+        There is no ground truth for a guided prediction: noise is the truth of the data, so for w > 1 this measures the
+        displacement by guidance above all.
+
+        Raises:
+            VrgError: measured without guidance branches.
+        """
+        if np.isnan(self.guided_K3).any():
+            raise VrgError("this table was measured on one branch alone: measure with guidance to ask for it.")
+        uu, cc, uc = (self.guided_K3 / self.count).T
+        w = guidance_scale
+        return (1 - w) ** 2 * uu + w**2 * cc + 2 * w * (1 - w) * uc
+
+    def table(self, provenance: Mapping[str, Any]) -> ErrorTable:
+        """The measured curve with its standard errors."""
+        return ErrorTable(
+            sigmas=self.sigmas, v=self.v, standard_errors=self.standard_errors,
+            provenance={**provenance, "images": self.count},
+        )  # fmt: skip
+
+    def diagnostics(self) -> dict[str, list[float]]:
+        """Per node: bias ratio and its z-score, lag-1 correlation, excess kurtosis.
+
+        `bias_ratio` is the squared mean error per channel over v, less what n images of a centred error would give;
+        `bias_z` the largest z-score of a channel's mean. `lag1_correlation` belongs to a node and its noisier neighbour
+        (the last has none, nan). `excess_kurtosis` is against a Gaussian of the pooled variance.
+        """
+        n = self.count
+        mean = self.channel_KC / n
+        spread = np.maximum(self.channel2_KC / n - mean**2, 0) / max(n - 1, 1)
+        gram = self.gram_KK / n
+        scale = np.sqrt(np.diag(gram))
+        lag = np.append(np.diag(gram, 1) / (scale[:-1] * scale[1:]), np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            z = np.where(spread > 0, np.abs(mean) / np.sqrt(spread), 0.0)
+        return {
+            "bias_ratio": (np.maximum(mean**2 - spread, 0).mean(1) / self.v).tolist(),
+            "bias_z": z.max(1).tolist(),
+            "lag1_correlation": lag.tolist(),
+            "excess_kurtosis": (self.fourth_K / n / self.v**2 - 3).tolist(),
+        }
+
+
+def sums_of(sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM: FloatArray | None) -> ErrorSums:
+    """Sums of one batch.
+
+    Args:
+        sigmas: the K nodes, ascending.
+        errors_KBCM: e of the (conditional) branch, B images, C channels, M pixels.
+        unconditional_KBCM: e of the null branch, or None.
+
+    Raises:
+        VrgError: a value that is not finite.
+    """
+    e = np.asarray(errors_KBCM, dtype=np.float64)
+    if not np.isfinite(e).all():
+        raise VrgError("the network's noise prediction is not finite; no error table can be measured on it.")
+    square_KB = (e**2).mean((2, 3))
+    channel_KBC = e.mean(3)
+    flat = e.reshape(*e.shape[:2], -1)
+    if unconditional_KBCM is None:
+        guided = np.full((len(sigmas), 3), np.nan)
+    else:
+        u = np.asarray(unconditional_KBCM, dtype=np.float64)
+        guided = np.stack([(u**2).mean((2, 3)), square_KB, (u * e).mean((2, 3))], -1).sum(1)
+    return ErrorSums(
+        sigmas=np.asarray(sigmas, dtype=np.float64), count=e.shape[1], square_K=square_KB.sum(1),
+        square2_K=(square_KB**2).sum(1), fourth_K=(e**4).mean((2, 3)).sum(1), channel_KC=channel_KBC.sum(1),
+        channel2_KC=(channel_KBC**2).sum(1), gram_KK=np.einsum("kbm,lbm->kl", flat, flat) / flat.shape[2],
+        guided_K3=guided,
+    )  # fmt: skip
