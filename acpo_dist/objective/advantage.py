@@ -1,0 +1,150 @@
+"""Advantages relative to the prompt's group, and what is left out on the way, counted."""
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Keeps the division finite in groups that barely pass `min_std`.
+_DELTA = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageCounts:
+    """Where the samples went. A sample that fails several filters is counted under the first, in this order."""
+
+    samples: int
+    constant: int
+    """Pictures without content."""
+    non_finite: int
+    """Samples for which an evaluator gave no finite score."""
+    in_dropped_groups: int
+    """Usable samples of groups that were dropped whole."""
+    disagreeing: int
+    """Samples that one evaluator puts above their group and another below; kept unless vetoed."""
+    kept: int
+    groups: int
+    small_groups: int
+    """Groups dropped because fewer than two usable samples were left."""
+    flat_groups: int
+    """Groups dropped because their rewards have no spread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advantages:
+    """Advantages of the samples that are trained on."""
+
+    values: Mapping[str, float]
+    """Sample id -> A, standard deviations above the group's mean, within +-limit. Ids that are missing were dropped."""
+    limit: float
+    groups: tuple[tuple[str, ...], ...]
+    """The kept samples, still by group."""
+    counts: AdvantageCounts
+
+    def unit(self, sample_id: str) -> float:
+        """A / limit, in [-1, 1]: what NFT takes."""
+        return self.values[sample_id] / self.limit
+
+
+def group_advantages(
+    groups: Sequence[Sequence[str]],
+    qualities: Mapping[str, Mapping[str, float]],
+    weights: Mapping[str, float],
+    *,
+    limit: float = 5.0,
+    min_std: float = 1e-3,
+    min_vote: float = 0.0,
+    veto: bool = True,
+    constant: Collection[str] = (),
+) -> Advantages:
+    """A = (R - mean of the group) / (std of the group + delta), clipped, with R = sum_k weight_k quality_k.
+
+    The mean and the (population) standard deviation are over the group's usable samples, vetoed ones included: their
+    scores still say where the group lies.
+
+    Args:
+        groups: sample ids of each prompt's group.
+        qualities: evaluator -> sample id -> quality, normalised and signed (higher is better).
+        weights: evaluator -> weight in R; evaluators that `weights` lacks vote, but do not count in R.
+        limit: A is clipped to +-limit.
+        min_std: groups whose R spreads less are dropped; in the unit of R.
+        min_vote: an evaluator has a say on a sample when it puts it at least this many of its own group standard
+            deviations off the group's mean; 0 lets the smallest difference count. An evaluator whose qualities spread
+            less than `min_std` in the group has no say there.
+        veto: drop samples on whose sign two evaluators disagree. They are counted either way.
+        constant: ids of pictures without content, see `constant_pictures`.
+
+    Raises:
+        KeyError: an evaluator that is weighted, or a sample's score, is missing.
+
+    Source: group-relative advantages as in GRPO (Shao et al. 2024) and DDPO's per-prompt statistics.
+    """
+    values: dict[str, float] = {}
+    kept_groups: list[tuple[str, ...]] = []
+    num_constant = num_broken = num_dropped = num_disagreeing = num_small = num_flat = 0
+    for group in groups:
+        seen = [name for name in group if name not in constant]
+        usable = [name for name in seen if all(math.isfinite(scores[name]) for scores in qualities.values())]
+        num_constant += len(group) - len(seen)
+        num_broken += len(seen) - len(usable)
+        rewards = [sum(weight * qualities[metric][name] for metric, weight in weights.items()) for name in usable]
+        if len(usable) < 2:
+            num_small, num_dropped = num_small + 1, num_dropped + len(usable)
+            continue
+        if statistics.pstdev(rewards) < min_std:
+            num_flat, num_dropped = num_flat + 1, num_dropped + len(usable)
+            continue
+        torn = _torn(usable, qualities, min_std, min_vote)
+        num_disagreeing += len(torn)
+        advantages = dict(zip(usable, _standardised(rewards), strict=True))
+        kept = tuple(name for name in usable if not (veto and name in torn))
+        values |= {name: min(limit, max(-limit, advantages[name])) for name in kept}
+        if kept:
+            kept_groups.append(kept)
+    counts = AdvantageCounts(
+        samples=sum(len(group) for group in groups), constant=num_constant, non_finite=num_broken,
+        in_dropped_groups=num_dropped, disagreeing=num_disagreeing, kept=len(values), groups=len(groups),
+        small_groups=num_small, flat_groups=num_flat,
+    )  # fmt: skip
+    return Advantages(values=values, limit=limit, groups=tuple(kept_groups), counts=counts)
+
+
+def constant_pictures(pictures: Tensor, min_std: float = 1 / 255) -> Tensor:
+    """Which pictures have no content: every channel's standard deviation over the pixels is below `min_std`.
+
+    Args:
+        pictures: (B, C, H, W), uint8 in 0..255 or floating in 0..1.
+        min_std: in units of the full range; the default is one uint8 level, more than rounding makes of a flat colour.
+
+    Returns:
+        bool (B,). A picture with a value that is not finite counts as having no content.
+    """
+    scale = 255.0 if pictures.dtype == torch.uint8 else 1.0
+    spread = (pictures.float() / scale).flatten(2).std(dim=2, correction=0)
+    return ~(spread >= min_std).any(1) | ~spread.isfinite().all(1)
+
+
+def _standardised(values: Sequence[float]) -> list[float]:
+    mean, std = statistics.fmean(values), statistics.pstdev(values)
+    return [(value - mean) / (std + _DELTA) for value in values]
+
+
+def _torn(
+    names: Sequence[str], qualities: Mapping[str, Mapping[str, float]], min_std: float, min_vote: float
+) -> set[str]:
+    """Samples with a vote above the group's mean and one below it."""
+    above: set[str] = set()
+    below: set[str] = set()
+    for scores in qualities.values():
+        own = [scores[name] for name in names]
+        if statistics.pstdev(own) < min_std:
+            continue
+        for name, vote in zip(names, _standardised(own), strict=True):
+            if vote > 0 and vote >= min_vote:
+                above.add(name)
+            if vote < 0 and -vote >= min_vote:
+                below.add(name)
+    return above & below

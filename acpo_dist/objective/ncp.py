@@ -1,0 +1,155 @@
+"""NCP: errors measured on features of the state that one reverse step leads to, instead of on the noise itself.
+
+From one x_t the policy, the reference and the true noise each take the same step to t', with the same noise z; the
+errors are distances between the features f(., t') of where they arrive, P_j = mean (f(x^j) - f(x*))^2.
+
+Precision: predictions that differ by 1 % move x_{t'} by about 5e-5 at stride 1, and the preference logit is a
+difference of differences of that. States rounded to bfloat16 or TF32 lose it (correlation with float64 below 0.6 on
+toy-sdxl, against 0.99998 in float32). So states and statistics are float32 or wider here, and f must run in full
+float32; TF32 is no substitute, also at stride 20.
+
+Source: NCP (IEEE Access 13:193745, 2025), from the formulas.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acpo_dist.diffusion.prediction import add_noise, signal_and_noise
+from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
+from acpo_dist.objective.preference import split_pairs
+
+Features = Callable[[Tensor, Tensor], Sequence[Tensor]]
+"""(x_{t'} of shape (B, ...), t' (B,)) -> one or more feature tensors (B, ...), float32 or wider."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcpStep:
+    """The reverse step that all three noises take: from level t to level t'."""
+
+    timesteps_B: Tensor
+    """t', what the encoder is conditioned on."""
+    alpha_bar_t_B: Tensor
+    alpha_bar_to_B: Tensor
+
+
+def ncp_step(timesteps_B: Tensor, alpha_bars_T: Tensor, stride: int) -> NcpStep:
+    """t' = max(t - stride, 0). Stride 1 is the published method, 20 moves the state about ten times as far.
+
+    Args:
+        timesteps_B: t, integers from 1 on: at t = 0 there is nowhere to go.
+        alpha_bars_T: cumulative signal fraction by timestep, float64, on the CPU.
+
+    Raises:
+        ValueError: a timestep below 1, or a stride below 1.
+    """
+    at = timesteps_B.cpu()
+    if stride < 1 or int(at.min()) < 1:
+        raise ValueError(f"NCP needs timesteps >= 1 and a stride >= 1, found {int(at.min())} and {stride}")
+    to = (at - stride).clamp(min=0)
+    device = timesteps_B.device
+    return NcpStep(
+        timesteps_B=to.to(device),
+        alpha_bar_t_B=alpha_bars_T[at].to(device),
+        alpha_bar_to_B=alpha_bars_T[to].to(device),
+    )
+
+
+def reverse_state(
+    noisy: Tensor, noise_estimate: Tensor, alpha_bar_t_B: Tensor, alpha_bar_to_B: Tensor, posterior_noise: Tensor | None
+) -> Tensor:
+    """x at the lower level, as the given noise estimate sees it.
+
+    With z: DDPM's posterior, (x_t - b / s_t eps) / sqrt(1 - b) + sigma z, where 1 - b = alpha_bar_t / alpha_bar_t' and
+    sigma^2 = (1 - alpha_bar_t') / (1 - alpha_bar_t) b. Without: the deterministic DDIM step a' x0-hat + s' eps.
+
+    Args:
+        noisy: x_t.
+        noise_estimate: eps, same shape; carries the gradient if it is the policy's.
+        posterior_noise: z, shared by policy, reference and truth, and by the two samples of a pair; None for the
+            deterministic step, which is meant for strides above 1 (the posterior mean moves twice as fast).
+
+    Returns:
+        float32, float64 if an input is.
+
+    Source: Ho et al. 2020, eq. 7 and 11; DDIM (Song et al. 2021), eq. 12.
+    """
+    width = torch.promote_types(torch.promote_types(noisy.dtype, noise_estimate.dtype), torch.float32)
+    noisy, noise_estimate = noisy.to(width), noise_estimate.to(width)
+    if posterior_noise is None:
+        signal, spread = signal_and_noise(alpha_bar_t_B, noisy)
+        return add_noise((noisy - spread * noise_estimate) / signal, noise_estimate, alpha_bar_to_B)
+    at, to = alpha_bar_t_B.double(), alpha_bar_to_B.double()
+    step = 1 - at / to
+    shrink, push = (to / at).sqrt(), step / (1 - at).sqrt()
+    sigma = ((1 - to) / (1 - at) * step).sqrt()
+    shape = (-1, *[1] * (noisy.ndim - 1))
+    shrink, push, sigma = (value.to(noisy).reshape(shape) for value in (shrink, push, sigma))
+    return shrink * (noisy - push * noise_estimate) + sigma * posterior_noise.to(noisy)
+
+
+def ncp_statistics(
+    features: Features,
+    *,
+    noisy: Tensor,
+    policy_noise: Tensor,
+    reference_noise: Tensor,
+    noise: Tensor,
+    step: NcpStep,
+    posterior_noise: Tensor | None,
+) -> ErrorStatistics:
+    """Distances of policy and reference from the truth, ready for every preference loss.
+
+    Three encoder passes, of which one keeps a graph: f(x*) is shared by both distances. Several feature tensors (the
+    encoder's stages) count the same each, whatever their size.
+
+    Args:
+        features: f with its condition bound, frozen, in full float32.
+        noisy: x_t.
+        policy_noise: eps of the policy, with the gradient (`to_noise` for other heads).
+        reference_noise: eps of the frozen base on the same input.
+        noise: the noise that x_t was made with.
+        step: see `ncp_step`.
+        posterior_noise: z or None, see `reverse_state`.
+    """
+
+    def look(estimate: Tensor) -> Sequence[Tensor]:
+        state = reverse_state(noisy, estimate, step.alpha_bar_t_B, step.alpha_bar_to_B, posterior_noise)
+        return features(state, step.timesteps_B)
+
+    with torch.no_grad():
+        target, reference = look(noise), look(reference_noise)
+    stages = [error_statistics(*stage) for stage in zip(look(policy_noise), reference, target, strict=True)]
+    return ErrorStatistics(
+        cross_B=torch.stack([stage.cross_B for stage in stages]).mean(0),
+        drift_B=torch.stack([stage.drift_B for stage in stages]).mean(0),
+        reference_error_B=torch.stack([stage.reference_error_B for stage in stages]).mean(0),
+    )
+
+
+def calibrated_beta(beta: float, noise: ErrorStatistics, distances: ErrorStatistics) -> float:
+    """The beta that gives NCP distances the logit scale which `beta` gives noise-space errors, on the base model.
+
+    beta median|w - l|(noise errors) / median|w - l|(distances) over the same pairs, timesteps drawn as in training.
+    Distances are smaller by the square of the step's displacement (1e-5 to 4e-4) times the encoder's gain. The medians
+    are those of the differences within pairs, which is what a logit is made of, and not of the errors themselves:
+    features average over fewer independent elements than noise does, so at equal errors their differences are larger
+    (logits 1.6 to 12 times too large on toy-sdxl, against 0.7 to 3.6 this way).
+
+    Args:
+        beta: noise-space beta, 5000 by convention.
+        noise: noise-space statistics of the base model, P winners and then their P losers.
+        distances: NCP statistics of the same samples.
+
+    Raises:
+        ValueError: an odd number of samples, or a median that is not finite and positive.
+    """
+    medians: list[float] = []
+    for statistics in (noise, distances):
+        winner, loser = split_pairs(statistics)
+        medians.append(float((winner.reference_error_B - loser.reference_error_B).abs().double().median()))
+    if not all(0 < value < float("inf") for value in medians):
+        raise ValueError(f"beta cannot be calibrated on medians {medians[0]:g} (noise) and {medians[1]:g} (distance)")
+    return beta * medians[0] / medians[1]

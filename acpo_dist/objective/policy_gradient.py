@@ -1,0 +1,157 @@
+"""Losses that turn advantages into gradients: NFT, reward-weighted regression, and DDPO's clipped surrogate.
+
+Log-probability convention of this file: **mean over the elements of a latent**, in nats per element, as in the public
+DDPO code. The density of the whole step is D times that. A ratio is therefore exp of a mean, the D-th root of the true
+density ratio; clip ranges do not depend on the resolution, and are small (DDPO's 1e-4 belongs to this convention).
+A group's advantages and the ratios are per sample: nothing here is averaged over the batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from acpo_dist.diffusion.prediction import to_clean, to_noise
+from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.objective.noise_space import ErrorStatistics
+
+
+def nft_loss(statistics: ErrorStatistics, unit_advantage_B: Tensor, beta: float) -> Tensor:
+    """Advantage-weighted denoising with a noise-space anchor: 2 A c + beta a, per sample.
+
+    Equal, up to a constant and the factor beta, to DiffusionNFT's two branches
+    r ||e + beta drift||^2 + (1 - r) ||e - beta drift||^2 with r = (1 + A) / 2. Bounded below, also for A < 0: the
+    minimum lies at drift = -(A / beta) e.
+
+    Args:
+        statistics: reference = the old policy (a snapshot, or the base to share the anchor's forward), on x_t noised
+            from the sample's own x_0 at any t.
+        unit_advantage_B: A in [-1, 1], constant.
+        beta: strength of the anchor, > 0; 1 makes the branches those at the policy itself and its mirror image.
+
+    Source: DiffusionNFT (Zheng et al. 2025).
+    """
+    return 2 * unit_advantage_B.detach() * statistics.cross_B + beta * statistics.drift_B
+
+
+def reward_weights(advantage_G: Tensor, temperature: float) -> Tensor:
+    """Reward-weighted regression: G softmax(A / temperature) within one group, mean 1, to weight denoising losses.
+
+    Args:
+        advantage_G: advantages of one group of G samples, in standard deviations (not divided by the limit).
+        temperature: > 0; small keeps the best sample alone, large weights all the same.
+
+    Source: advantage-weighted regression (Peng et al. 2019), as reward-weighted denoising (Lee et al. 2023).
+    """
+    return len(advantage_G) * torch.softmax(advantage_G.detach() / temperature, dim=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transition:
+    """The Gaussian of one stochastic reverse step."""
+
+    mean: Tensor
+    """(B, ...), float32 or wider, with the gradient of the head."""
+    std_B: Tensor
+    """In units of x, > 0."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The step itself: the same as `ddim_step` with this eta and this noise."""
+        return self.mean + _per_sample(self.std_B, self.mean) * noise
+
+    def log_prob(self, next_state: Tensor) -> Tensor:
+        """Log-density of the step that was taken, nats per element (mean over elements, see the module).
+
+        Args:
+            next_state: x after the step exactly as it was stored, constant. If it was rounded for the way, work out
+                the old log-probability from the rounded state too, or the first ratio is not 1.
+        """
+        deviation = (next_state.detach().to(self.mean.dtype) - self.mean) / _per_sample(self.std_B, self.mean)
+        return -deviation.square().flatten(1).mean(1) / 2 - self.std_B.log() - 0.5 * math.log(2 * math.pi)
+
+
+def transition(
+    head: Tensor,
+    noisy: Tensor,
+    alpha_bar_t_B: Tensor,
+    alpha_bar_prev_B: Tensor,
+    prediction_type: str,
+    *,
+    eta: float,
+) -> Transition:
+    """The DDIM(eta) step between two given levels; samples of a batch may be at different steps.
+
+    sigma^2 = eta^2 (1 - prev) / (1 - t) (1 - t / prev), mean = sqrt(prev) x0-hat + sqrt(1 - prev - sigma^2) eps-hat.
+    Non-uniform trajectories need nothing else: no timestep is worked out from a spacing.
+
+    Args:
+        head: network output at x_t, guided if the rollout was guided.
+        noisy: x_t.
+        alpha_bar_t_B: level before the step, in (0, 1).
+        alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
+        eta: in (0, 1]; 1 is DDPM's posterior.
+
+    Raises:
+        ValueError: eta outside (0, 1], or a step without a density: one that ends clean (alpha_bar_prev = 1) or does
+            not lower the noise.
+
+    Source: DDIM (Song et al. 2021), eq. 12 and 16.
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"a stochastic step needs 0 < eta <= 1, found {eta}; with eta = 0 it has no density")
+    before, after = alpha_bar_t_B.double(), alpha_bar_prev_B.double()
+    fits = (before > 0) & (before < after) & (after < 1)
+    if not bool(fits.all()):
+        bad = int(fits.long().argmin())
+        raise ValueError(
+            "a stochastic step needs 0 < alpha_bar_t < alpha_bar_prev < 1; a step that ends clean is deterministic and "
+            f"has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
+        )
+    clean = to_clean(head, noisy, alpha_bar_t_B, prediction_type)
+    direction = to_noise(head, noisy, alpha_bar_t_B, prediction_type)
+    variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
+    mean = _per_sample(after.sqrt(), clean) * clean + _per_sample((1 - after - variance).sqrt(), clean) * direction
+    return Transition(mean=mean, std_B=variance.sqrt().to(device=mean.device, dtype=mean.dtype))
+
+
+def stochastic_steps(trajectory: Trajectory) -> tuple[int, ...]:
+    """Denoise steps that have a density under eta > 0: all but one that ends clean."""
+    return tuple(step for step, level in enumerate(trajectory.alpha_bars[1:]) if level < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateTerm:
+    """One transition per sample."""
+
+    loss_B: Tensor
+    """With the policy's gradient."""
+    ratio_B: Tensor
+    """Detached."""
+    is_clipped_B: Tensor
+    """bool: the sample passes no gradient in this optimiser step."""
+
+
+def clipped_surrogate(
+    log_prob_B: Tensor, old_log_prob_B: Tensor, advantage_B: Tensor, clip_range: float
+) -> SurrogateTerm:
+    """max(-A r, -A clip(r, 1 - range, 1 + range)) with r = exp(log_prob - old_log_prob).
+
+    Args:
+        log_prob_B: nats per element, float32 or wider, with the gradient.
+        old_log_prob_B: the same transitions under the policy that made them, constant.
+        advantage_B: A in standard deviations, constant.
+        clip_range: on the per-element ratio (see the module), 1e-4 in the public DDPO code.
+
+    Source: PPO (Schulman et al. 2017), eq. 7, as applied by DDPO (Black et al. 2023).
+    """
+    advantage_B = advantage_B.detach()
+    ratio = (log_prob_B - old_log_prob_B.detach()).exp()
+    loss = torch.maximum(-advantage_B * ratio, -advantage_B * ratio.clamp(1 - clip_range, 1 + clip_range))
+    seen = ratio.detach()
+    outside = ((seen > 1 + clip_range) & (advantage_B > 0)) | ((seen < 1 - clip_range) & (advantage_B < 0))
+    return SurrogateTerm(loss_B=loss, ratio_B=seen, is_clipped_B=outside)
+
+
+def _per_sample(values_B: Tensor, like: Tensor) -> Tensor:
+    return values_B.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.ndim - 1))
