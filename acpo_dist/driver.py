@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from acpo_dist import loop
 from acpo_dist.config.load import dump
@@ -17,8 +18,10 @@ from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.ports import Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
+from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.images import load_pictures
 from acpo_dist.data.prompts import load_prompts
+from acpo_dist.guard.guard import Decision
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.recipes.prepare import prepare
 from acpo_dist.session import RunFolder, git_commit, open_run
@@ -45,6 +48,8 @@ class RunResult:
     mlflow_run_id: str | None
     export: Path
     seconds: float
+    guard: Decision | None
+    """Why the guard ended the run early, or None."""
 
 
 def drive(
@@ -80,7 +85,7 @@ def drive(
             )  # fmt: skip
             if at_end is not None:
                 at_end(effective, ports, prompts)
-            _finish(effective, ports, folder, tracker, result.version)
+            _finish(effective, ports, folder, tracker, _final_weights(ports, folder, result))
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -90,7 +95,7 @@ def drive(
     return RunResult(
         run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
         mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
-        export=folder.export, seconds=time.monotonic() - started,
+        export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
     )  # fmt: skip
 
 
@@ -132,13 +137,21 @@ def _open_tracker(config: Config, folder: RunFolder):
     return tracker, mlflow
 
 
-def _finish(config: Config, ports: loop.Ports, folder: RunFolder, tracker: Tracker, version_: int) -> None:
+def _final_weights(ports: loop.Ports, folder: RunFolder, result: loop.LoopResult) -> WeightBundle:
+    """The last weights, or after a roll-back those of the checkpoint that the judges liked best."""
+    if result.guard is None or result.guard.action != "roll_back":
+        return ports.learner.export(result.version)
+    best = folder.checkpoints.open(result.guard.best_iteration)
+    return make_bundle(int(best.state["version"]), load_file(best.learner_folder / "policy.safetensors"))
+
+
+def _finish(config: Config, ports: loop.Ports, folder: RunFolder, tracker: Tracker, bundle: WeightBundle) -> None:
     rows = read_metrics(folder.metrics)
     if rows:
         curves = folder.root / "curves.png"
         save_curves(rows, _panels(config), curves)
         tracker.log_image("curves", config.run.iterations, curves)
-    export_pipeline(config, ports.learner.export(version_), folder.export)
+    export_pipeline(config, bundle, folder.export)
     tracker.set_tags({"export": str(folder.export)})
 
 

@@ -15,6 +15,7 @@ from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool, Tracker,
 from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
 from acpo_dist.core.types import Normaliser, PromptGroup, RewardTerm, RolloutHandle, ScoreTable, TrainTask
 from acpo_dist.data.prompts import deal
+from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
@@ -22,6 +23,7 @@ from acpo_dist.retiming.keeper import TrajectoryKeeper
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.pictures import save_grid
+from acpo_dist.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class LoopResult:
     iterations: int
     version: int
     last_metrics: dict[str, float]
+    guard: Decision | None
+    """Why the guard ended the run early, or None."""
 
 
 def run(
@@ -82,33 +86,47 @@ def run(
     else:
         retimed = keeper.start()
     algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
-    state = _resumed(config, checkpoint) if checkpoint else _calibrate(config, ports, prompts, console)
+    watch = Watch(config, ports.rollout, folder, ports.tracker, console)
+    if checkpoint:
+        state = _resumed(config, checkpoint)
+        watch.restore(checkpoint.state)
+    else:
+        state = _calibrate(config, ports, prompts, console, watch)
+        if config.guard.action == "roll_back":
+            _save(ports, folder, state, keeper, watch)
     ports.weights.publish(state.version)
     if on_start is not None:
         on_start()
     metrics: dict[str, float] = {}
     while state.iteration < config.run.iterations:
-        metrics = _iterate(config, ports, algorithm, state, prompts, console) | retimed
+        metrics = _iterate(config, ports, algorithm, state, prompts, console, watch) | retimed
         done = state.iteration
         # After the update and before the next rollouts: a trajectory never changes within an iteration.
         metrics, retimed = metrics | keeper.after(done), {}
         ports.tracker.log_metrics(done - 1, metrics)
         console.iteration(done, config.run.iterations, metrics)
-        last = done == config.run.iterations
+        stopped = watch.decision is not None and watch.decision.ends
+        last = done == config.run.iterations or stopped
         if done % config.tracking.images_every == 0 or last:
             _picture(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
-            _save(ports, folder, state, keeper)
+            _save(ports, folder, state, keeper, watch)
+        if stopped:
+            break
     # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
     gain = _gain(config, ports, state, prompts, console)
     ports.tracker.log_metrics(state.iteration, gain)
     console.message("gain in base standard deviations: " + ", ".join(f"{n[5:]} {v:+.2f}" for n, v in gain.items()))
-    return LoopResult(iterations=state.iteration, version=state.version, last_metrics=metrics | gain)
+    return LoopResult(
+        iterations=state.iteration, version=state.version, last_metrics=metrics | gain,
+        guard=watch.decision if watch.decision is not None and watch.decision.ends else None,
+    )  # fmt: skip
 
 
 def _iterate(
-    config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, prompts: Sequence[str], console: Console
-) -> dict[str, float]:
+    config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, prompts: Sequence[str], console: Console,
+    watch: Watch,
+) -> dict[str, float]:  # fmt: skip
     """One rollout -> reward -> update -> sync cycle; moves `state` on."""
     clock = _Clock()
     groups = deal(
@@ -125,7 +143,8 @@ def _iterate(
     chosen = algorithm.select(ids, scores)
     task = TrainTask(
         iteration=state.iteration, policy_version=state.version, sample_ids=tuple(i for i in ids if i in chosen),
-        weights=chosen, anchor_weight=state.controller.weight, rewards=_terms(config, state.normalisers),
+        weights=chosen, anchor_weight=state.controller.weight,
+        rewards=_terms(config, state.normalisers, watch.reward_scale),
     )  # fmt: skip
     with clock.phase("learn"), console.phase("learn", total) as advance:
         report = ports.learner.train(handles, task, advance)
@@ -143,15 +162,19 @@ def _iterate(
     }
     if state.controller.budget is not None:
         metrics["drift/budget"] = state.controller.budget
+    metrics |= watch.check(
+        state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5
+    ).to_metrics()  # fmt: skip
     state.controller = state.controller.update(drift)
     state.iteration += 1
     state.version += 1
     return metrics
 
 
-def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Console) -> LoopState:
+def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Console, watch: Watch) -> LoopState:
     """Normalise every metric on base-model samples and find the first anchor weight."""
     handles, scores = _score_calibration(config, ports, prompts, console, "calibration")
+    watch.calibrate(handles)
     quantile = getattr(config.algorithm, "target_quantile", None)
     normalisers = {
         entry.name: fit_normaliser(
@@ -230,10 +253,12 @@ def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
     )
 
 
-def _save(ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper) -> None:
+def _save(ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper, watch: Watch) -> None:
     partial = folder.checkpoints.prepare(state.iteration)
     ports.learner.save(partial / "learner")
-    path = folder.checkpoints.commit(partial, state.iteration, state.to_mapping() | keeper.to_mapping())
+    watch.saved(state.iteration)
+    mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
+    path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
     ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
     logger.info("checkpoint %s", path)
 
@@ -255,9 +280,9 @@ def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: 
     return deal(prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream)
 
 
-def _terms(config: Config, normalisers: dict[str, Normaliser]) -> tuple[RewardTerm, ...]:
+def _terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
     return tuple(
-        RewardTerm(name=entry.name, weight=entry.weight, normaliser=normalisers[entry.name])
+        RewardTerm(name=entry.name, weight=scale * entry.weight, normaliser=normalisers[entry.name])
         for entry in config.rewards.train
     )
 

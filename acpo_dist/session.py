@@ -21,6 +21,7 @@ _FREE = {
     "rollout": {"num_workers", "cpus_per_worker", "gpus_per_worker"},
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s"},
     "learner": {"num_ranks", "zero_stage", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s"},
+    "guard": None,
     "checkpoint": None,
     "tracking": None,
     "cluster": None,

@@ -37,10 +37,18 @@ def train(
             {
                 "run_dir": str(result.run_dir), "iterations": result.iterations, "metrics": result.metrics,
                 "mlflow_uri": result.mlflow_uri, "mlflow_run_id": result.mlflow_run_id, "export": str(result.export),
-                "seconds": round(result.seconds, 1),
+                "seconds": round(result.seconds, 1), "stopped_by_guard": result.guard.text if result.guard else None,
             }
         )  # fmt: skip
-        return
+        raise typer.Exit(3 if result.guard else 0)
     console.message(f"done in {result.seconds:.0f} s: {result.run_dir}; pipeline in {result.export}")
     if result.mlflow_uri:
         console.message(f"compare runs: mlflow ui --backend-store-uri {result.mlflow_uri}")
+    if result.guard:
+        kept = (
+            f"the export holds iteration {result.guard.best_iteration}, which the judges liked best"
+            if result.guard.action == "roll_back"
+            else "the export holds the last weights; guard.action=roll_back would hold the best"
+        )
+        console.message(f"stopped by the guard:\n{result.guard.text}\n{kept}")
+        raise typer.Exit(3)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from acpo_dist.config.guard import GuardConfig
 from acpo_dist.config.section import Section, plugin
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
@@ -198,6 +199,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig
     algorithm: plugin("algorithm", ALGORITHMS)  # pyright: ignore[reportInvalidTypeForm]
+    guard: GuardConfig = GuardConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -49,9 +49,7 @@ class RolloutPool(Protocol):
         """x_0 (B, C, H, W) of every sample along another trajectory from the same noise; nothing else changes."""
         ...
 
-    def measure_errors(
-        self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
-    ) -> list[Any]:
+    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool) -> list[Any]:
         """Error of the predicted noise at each sigma on forward-noised x_0 of the samples: `vrg.sums.ErrorSums`.
 
         One entry per handle, in their order, so that the sums do not depend on the number of workers.

@@ -47,8 +47,8 @@ class CheckpointStore:
         (folder / LEARNER).mkdir(parents=True)
         return folder
 
-    def commit(self, folder: Path, iteration: int, state: dict[str, Any]) -> Path:
-        """Write state and manifest, rename into place, drop the oldest beyond `keep`."""
+    def commit(self, folder: Path, iteration: int, state: dict[str, Any], *, protect: int | None = None) -> Path:
+        """Write state and manifest, rename into place, drop the oldest beyond `keep`, but never that of `protect`."""
         _write(folder / STATE, json.dumps({"iteration": iteration, **state}, indent=2))
         sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         _write(folder / MANIFEST, json.dumps({"files": sums}, indent=2))
@@ -57,8 +57,17 @@ class CheckpointStore:
         os.replace(folder, final)
         _sync(self._root)
         for old in self._folders()[: -self._keep]:
-            shutil.rmtree(old)
+            if protect is None or old.name != f"{protect:06d}":
+                shutil.rmtree(old)
         return final
+
+    def open(self, iteration: int) -> Checkpoint:
+        """The checkpoint of one iteration.
+
+        Raises:
+            CheckpointError: it is gone or damaged.
+        """
+        return open_checkpoint(self._root / f"{iteration:06d}")
 
     def newest(self) -> Checkpoint | None:
         """Newest checkpoint whose manifest holds; damaged ones are named in the log and passed over."""

@@ -22,9 +22,7 @@ def save_trajectory_plot(path: Path, table: ErrorTable, trajectories: Mapping[st
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1], layout="constrained"
-    )
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5), sharex=True, height_ratios=[3, 1], layout="constrained")
     grid = np.geomspace(table.sigmas[0], table.sigmas[-1], 200)
     above.plot(grid, table.value(grid), color="C0", lw=1)
     above.errorbar(table.sigmas, table.v, yerr=table.standard_errors, fmt="o", ms=3, color="C0", capsize=2)

@@ -1,0 +1,186 @@
+"""Distances between two sets of features: Frechet distance and KID, each with the counts it was made from.
+
+Legend: N, M samples of the two sets, F feature width. All arithmetic is float64.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_dist.core.errors import UsageError
+
+
+class SampleError(UsageError):
+    """Too few samples for a figure, or features that cannot be compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrechetDistance:
+    """Squared Wasserstein-2 distance between the Gaussians fitted to two sets."""
+
+    value: float
+    """In squared feature units."""
+    num_a: int
+    num_b: int
+    width: int
+    shrinkage: float
+    few_samples: bool
+    """A set has fewer than 10 samples per feature: the value is biased upwards; compare only at equal counts."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelDistance:
+    """KID: unbiased squared maximum mean discrepancy, mean and standard deviation over random subsets."""
+
+    mean: float
+    """May be slightly negative: the estimator is unbiased."""
+    std: float
+    """Over subsets, population form; 0 for a single subset."""
+    num_a: int
+    num_b: int
+    subsets: int
+    subset_size: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def frechet_distance(features_a: Tensor, features_b: Tensor, *, shrinkage: float = 0.0) -> FrechetDistance:
+    """||mu_a - mu_b||^2 + Tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
+
+    Args:
+        features_a: (N, F).
+        features_b: (M, F).
+        shrinkage: share s in [0, 1] of each covariance that is replaced by its mean variance times the identity,
+            S <- (1 - s) S + s tr(S)/F I; states that a set with N <= F was regularised.
+
+    Raises:
+        SampleError: a set has fewer than F + 1 samples, so that its covariance is singular, and `shrinkage` is 0; or
+            the features are not two finite matrices of one width.
+
+    Source: Dowson and Landau 1982; Heusel et al. 2017.
+    """
+    if not 0 <= shrinkage <= 1:
+        raise SampleError(f"shrinkage must lie in [0, 1], found {shrinkage}")
+    a, b = check_pair(features_a, features_b, minimum=2)
+    width = a.shape[1]
+    fewest = min(len(a), len(b))
+    if fewest <= width and shrinkage == 0:
+        raise SampleError(
+            f"a Frechet distance on {width} features needs at least {width + 1} samples per set, found {len(a)} and "
+            f"{len(b)}: the covariance would be singular. Draw more samples, take narrower features, use KID, or state "
+            "a shrinkage."
+        )
+    mean_a, covariance_a = _moments(a, shrinkage)
+    mean_b, covariance_b = _moments(b, shrinkage)
+    root = _symmetric_root(covariance_a)
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    value = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
+    # Rounding alone can take equal sets below zero.
+    return FrechetDistance(
+        value=max(0.0, float(value)), num_a=len(a), num_b=len(b), width=width, shrinkage=shrinkage,
+        few_samples=fewest < 10 * width,
+    )  # fmt: skip
+
+
+def kid(
+    features_a: Tensor, features_b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """Kernel distance with (x.y / F + 1)^3, each subset drawn without replacement from either set.
+
+    Args:
+        features_a: (N, F).
+        features_b: (M, F).
+        subsets: how many.
+        subset_size: samples of either set in one; at least 2 and at most min(N, M).
+        seed: of the subsets.
+
+    Raises:
+        SampleError: a set is smaller than `subset_size`, a setting is out of range, or the features do not fit.
+
+    Source: Binkowski et al. 2018, unbiased estimator.
+    """
+    a, b = check_pair(features_a, features_b, minimum=2)
+    if subsets < 1 or subset_size < 2:
+        raise SampleError(
+            f"KID needs a subset of at least two samples, found subsets={subsets}, subset_size={subset_size}"
+        )
+    if subset_size > min(len(a), len(b)):
+        raise SampleError(
+            f"KID subsets of {subset_size} need as many samples in each set, found {len(a)} and {len(b)}. Draw more, "
+            f"or lower subset_size to {min(len(a), len(b))}; say so with the figure."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(subsets):
+        pick_a = torch.randperm(len(a), generator=generator)[:subset_size].to(a.device)
+        pick_b = torch.randperm(len(b), generator=generator)[:subset_size].to(b.device)
+        values.append(_unbiased_mmd(a[pick_a], b[pick_b]))
+    estimates = torch.stack(values)
+    return KernelDistance(
+        mean=float(estimates.mean()), std=float(estimates.std(correction=0)), num_a=len(a), num_b=len(b),
+        subsets=subsets, subset_size=subset_size,
+    )  # fmt: skip
+
+
+def check_features(features: Tensor, *, minimum: int, name: str = "features") -> Tensor:
+    """A finite matrix (N, F) in float64.
+
+    Raises:
+        SampleError: another shape, a value that is not finite, or fewer than `minimum` rows.
+    """
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise SampleError(f"{name} must be a matrix (samples, features), found shape {tuple(features.shape)}")
+    if len(features) < minimum:
+        raise SampleError(f"{name}: at least {minimum} samples are needed, found {len(features)}")
+    wide = features.detach().double()
+    if not torch.isfinite(wide).all():
+        raise SampleError(f"{name}: {int((~torch.isfinite(wide)).any(1).sum())} of {len(wide)} rows are not finite")
+    return wide
+
+
+def check_pair(features_a: Tensor, features_b: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
+    """Two finite float64 matrices of one width.
+
+    Raises:
+        SampleError: as `check_features`, or widths differ.
+    """
+    a = check_features(features_a, minimum=minimum, name="first set")
+    b = check_features(features_b, minimum=minimum, name="second set")
+    if a.shape[1] != b.shape[1]:
+        raise SampleError(
+            f"features of {a.shape[1]} and {b.shape[1]} numbers cannot be compared: use one extractor for both sets"
+        )
+    return a, b
+
+
+def _moments(features: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    mean = features.mean(0)
+    centred = features - mean
+    covariance = centred.T @ centred / (len(features) - 1)
+    identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    return mean, (1 - shrinkage) * covariance + shrinkage * covariance.trace() / len(covariance) * identity
+
+
+def _symmetric_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def _unbiased_mmd(a: Tensor, b: Tensor) -> Tensor:
+    count = len(a)
+    within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
+    # A sample is not compared with itself: that is what makes the estimator unbiased.
+    within = (within_a.sum() - within_a.trace() + within_b.sum() - within_b.trace()) / (count * (count - 1))
+    return within - 2 * between.mean()
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3

@@ -1,0 +1,231 @@
+"""Feature extractors that distances, recall and diversity are measured on; none of them downloads anything.
+
+Legend: N samples, F feature width, C channels, H W pixels (or latent pixels for the U-Net).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from acpo_dist.core.errors import ModelError
+from acpo_dist.core.registry import resolve
+from acpo_dist.core.seeding import generator
+from acpo_dist.diffusion.prediction import add_noise
+from acpo_dist.models.family import ModelFamily
+
+_MIN_BLOCK = 16
+"""Pixels averaged into one low-pass value; fewer would let speckle through."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of a set of samples, and what may be concluded from them."""
+
+    values: Tensor
+    """float32 (N, F), on the CPU."""
+    source: str
+    """Which extractor, with every setting that changes the numbers: sets of different sources do not compare."""
+    noise_blind: bool
+    """Whether pixel noise leaves them as they are."""
+
+
+class Extractor(Protocol):
+    """From samples to features; the same samples give the same features, whatever batch they come in."""
+
+    def __call__(self, samples: Tensor) -> Features:
+        """Features of pictures (N, 3, H, W), uint8 or float in [0, 1]; the U-Net takes x_0 instead."""
+        ...
+
+
+def as_float(images: Tensor) -> Tensor:
+    """Pictures as float32 RGB in [0, 1], (N, 3, H, W); floats are clipped, as a saved file would be.
+
+    Raises:
+        ValueError: another shape or type, or pixels that are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise ValueError(f"expected RGB pictures (N, 3, H, W), uint8 or float, found {images.dtype} {(*images.shape,)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not torch.isfinite(images).all():
+        raise ValueError("pictures hold pixels that are not finite")
+    return images.float().clamp(0, 1)
+
+
+class LowPassPixels:
+    """Pictures averaged down to a few pixels: layout and colour stay, noise and fine texture vanish."""
+
+    def __init__(self, size: int = 8) -> None:
+        """Take the height and width that remain."""
+        self._size = size
+
+    def __call__(self, samples: Tensor) -> Features:
+        """Features (N, 3 size^2) in [0, 1].
+
+        Raises:
+            ValueError: not pictures, or too small: each value must average at least 16 pixels.
+        """
+        images = as_float(samples)
+        if images.shape[2] * images.shape[3] < _MIN_BLOCK * self._size**2:
+            raise ValueError(
+                f"low-pass features of size {self._size} need {_MIN_BLOCK} pixels per value, found pictures of "
+                f"{images.shape[2]} x {images.shape[3]}; lower the size"
+            )
+        values = nn.functional.adaptive_avg_pool2d(images, self._size).flatten(1).cpu()
+        return Features(values=values, source=f"low-pass-{self._size}", noise_blind=True)
+
+
+class MidBlockFeatures:
+    """Mean activations of the frozen base U-Net's middle block, at one noise level, without a prompt.
+
+    All samples get the same seeded noise, so features depend on the sample alone.
+    """
+
+    def __init__(self, family: ModelFamily, *, timestep: int = 100, seed: int = 0, batch_size: int = 16) -> None:
+        """Take a family that was loaded with its anchor (`trainable=True`)."""
+        self._family, self._timestep, self._seed, self._batch = family, timestep, seed, batch_size
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Features:
+        """Features (N, F) of x_0 (N, C, H, W) as the network takes it: scaled latents, or pixels in [-1, 1].
+
+        Raises:
+            ModelError: the network has no diffusers middle block.
+        """
+        family = self._family
+        noise = torch.randn(samples.shape[1:], generator=generator("mid-block", self._seed, self._timestep))
+        level = family.alpha_bars[self._timestep].cpu()
+        device = next(family.network.parameters()).device
+        parts = []
+        for clean in samples.float().cpu().split(self._batch):
+            noisy = add_noise(clean, noise.expand_as(clean), level.expand(len(clean))).to(device)
+            timesteps = torch.full((len(clean),), self._timestep, device=device)
+            seen: list[Tensor] = []
+            with family.anchored(), _MidBlockTap(seen):
+                family.predict(noisy, timesteps, family.encode([""] * len(clean)))
+            if len(seen) != 1:
+                raise ModelError(
+                    f"mid-block features need a diffusers U-Net with one middle block, found {len(seen)} in "
+                    f"{type(family.network).__name__}; use low-pass features or a network of your own"
+                )
+            parts.append(seen[0].float().mean((2, 3)).cpu())
+        source = f"mid-block-t{self._timestep}-seed{self._seed}"
+        return Features(values=torch.cat(parts), source=source, noise_blind=False)
+
+
+class NetworkFeatures:
+    """Any torch module from pictures to (N, F): an own classifier, or one that the user names."""
+
+    def __init__(self, network: nn.Module, *, name: str, noise_blind: bool = False, batch_size: int = 64) -> None:
+        """Take a module for float pictures in [0, 1]; it is set to `eval`.
+
+        Args:
+            name: what the features are called in reports.
+            noise_blind: whether its owner knows that it ignores noise.
+        """
+        self._network, self._name = network.eval().requires_grad_(False), name
+        self._noise_blind, self._batch = noise_blind, batch_size
+
+    @classmethod
+    def load(cls, target: str, weights: Path, *, noise_blind: bool = False) -> "NetworkFeatures":
+        """Build the class `module:Class` without arguments and load safetensors weights into it.
+
+        Raises:
+            ConfigError: no such class.
+            ModelError: the weights are missing, unreadable or do not fit.
+        """
+        network = resolve("feature network", {}, target)()
+        try:
+            network.load_state_dict(load_file(str(_existing(weights, "feature network weights"))))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise ModelError(f"{weights} does not fit `{target}`: {str(error).splitlines()[0]}") from error
+        return cls(network, name=f"{target}:{_digest(weights)}", noise_blind=noise_blind)
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Features:
+        """Features (N, F); a spatial output is averaged.
+
+        Raises:
+            ModelError: the module gives neither (N, F) nor (N, F, h, w).
+        """
+        values = torch.cat([self._run(batch) for batch in as_float(samples).split(self._batch)])
+        return Features(values=values.float().cpu(), source=self._name, noise_blind=self._noise_blind)
+
+    def _run(self, images: Tensor) -> Tensor:
+        output = self._network(images)
+        if not isinstance(output, Tensor) or output.ndim not in (2, 4) or len(output) != len(images):
+            found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ModelError(
+                f"`{self._name}` must give (N, F) or (N, F, h, w) for {len(images)} pictures, gave {found}"
+            )
+        return output if output.ndim == 2 else output.mean((2, 3))
+
+
+class InceptionFeatures:
+    """The Inception network of published FID figures, from a TorchScript file that the user already has.
+
+    The file is `inception-2015-12-05.pt`, which several public FID tools share: it takes uint8 pictures of any size,
+    resizes them itself and, with `return_features=True`, gives (N, 2048).
+    """
+
+    def __init__(self, weights: Path, *, batch_size: int = 32) -> None:
+        """Open the file.
+
+        Raises:
+            ModelError: it is not there, or is no TorchScript network.
+        """
+        path = _existing(weights, "Inception weights")
+        try:
+            self._network: Any = torch.jit.load(str(path), map_location="cpu").eval()
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"{path} is no TorchScript network: {str(error).splitlines()[0]}") from error
+        self._source, self._batch = f"inception:{_digest(path)}", batch_size
+
+    @torch.no_grad()
+    def __call__(self, samples: Tensor) -> Features:
+        """Features (N, 2048)."""
+        images = (as_float(samples) * 255).round().to(torch.uint8)
+        values = torch.cat([self._network(batch, return_features=True) for batch in images.split(self._batch)])
+        return Features(values=values.float(), source=self._source, noise_blind=False)
+
+
+class _MidBlockTap:
+    """Collects what diffusers' middle blocks give while it is entered.
+
+    A global hook: under full fine-tuning the base model that answers is a copy, which the family keeps to itself.
+    """
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        self._seen = seen
+
+    def __enter__(self) -> None:
+        def keep(module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
+            if type(module).__name__.startswith("UNetMidBlock"):
+                self._seen.append(output)
+
+        self._handle = register_module_forward_hook(keep)
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise ModelError(
+            f"{what}: expected a file at {path}, found none. Nothing is downloaded: put it there, or choose low-pass, "
+            "mid-block or own network features."
+        )
+    return path
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]

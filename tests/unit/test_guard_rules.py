@@ -1,0 +1,129 @@
+"""The guard stays silent on noise, notices what it should in time, and its rules neither flicker nor forget."""
+
+import numpy as np
+import pytest
+
+from acpo_dist.config.guard import GuardConfig, Limits
+from acpo_dist.guard.guard import Guard
+from acpo_dist.guard.rules import RuleState, RunningMean, step
+from acpo_dist.guard.signals import Signals
+
+SAMPLES, CALIBRATION = 32, 64
+"""Of one iteration and of the base model, as in configs/toy_sdxl.yaml."""
+STATISTICS = 6
+CORRELATION = 0.8
+"""Between reward and judge over base samples."""
+STOPPING = GuardConfig(action="stop")
+"""The shipped limits."""
+
+
+class NoisyRun:
+    """Signals of a policy that has not moved: means of 32 samples, relative to means of 64 others."""
+
+    def __init__(self, seed: int, length: int = 500) -> None:
+        rng = np.random.default_rng(seed)
+
+        def means(samples: int, rows: int) -> np.ndarray:
+            z = rng.standard_normal((rows, 2 + STATISTICS)) / samples**0.5
+            z[:, 1] = CORRELATION * z[:, 0] + (1 - CORRELATION**2) ** 0.5 * z[:, 1]
+            return z
+
+        self.z = (means(SAMPLES, length) - means(CALIBRATION, 1)).tolist()
+        # Ratios of the toy's base model scatter by so much, a held budget by 5 %.
+        self.ratios = (1 + rng.standard_normal((length, 3)) * [0.06, 0.11, 0.05]).tolist()
+
+    def at(
+        self, iteration: int, *, judge: float = 0.0, reward: float = 0.0, content: float = 0.0, drift: float = 0.8
+    ) -> Signals:
+        z, (diversity, recall, budget) = self.z[iteration], self.ratios[iteration]
+        return Signals(
+            reward_gains={"metric": z[0] + reward},
+            judge_gains={"held out": z[1] + judge},
+            content_shifts={f"statistic {index}": value + content for index, value in enumerate(z[2:])},
+            diversity=diversity, recall=recall, drift=drift * budget,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fewer_than_one_in_a_hundred_runs_without_drift_is_stopped_in_500_iterations():
+    runs, stopped, warned = 400, 0, 0
+    for seed in range(runs):
+        guard, noise, warning = Guard(STOPPING), NoisyRun(seed), False
+        for iteration in range(500):
+            decision = guard.update(iteration, noise.at(iteration))
+            warning |= decision.action == "warn"
+            if decision.ends:
+                stopped += 1
+                break
+        warned += warning
+    # No stop in 400 runs bounds the rate by 0.75 % with 95 % confidence.
+    assert stopped == 0
+    assert warned / runs < 0.1
+
+
+@pytest.mark.parametrize(
+    ("fault", "within"),
+    [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 8)],
+    ids=["judge falls by one sigma", "the gap opens", "pictures change", "drift doubles"],
+)
+def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
+    delays = []
+    for seed in range(100):
+        guard, noise, begin = Guard(STOPPING), NoisyRun(seed), 50
+        for iteration in range(begin + 60):
+            if guard.update(iteration, noise.at(iteration, **fault if iteration >= begin else {})).ends:
+                delays.append(iteration - begin + 1)
+                break
+    assert len(delays) == 100
+    assert min(delays) > 0 and np.quantile(delays, 0.95) <= within
+
+
+def test_running_means_weigh_what_was_seen_to_one():
+    mean = RunningMean()
+    values = [3.0, -1.0, 4.0, 1.0, -5.0]
+    for count, value in enumerate(values, 1):
+        mean = mean.add(value, 0.3)
+        weights = [0.3 * 0.7 ** (count - 1 - index) for index in range(count)]
+        wanted = sum(w * v for w, v in zip(weights, values[:count], strict=True)) / sum(weights)
+        assert mean.value == pytest.approx(wanted, rel=1e-12)
+
+
+def levels(figures: list[float], *, patience: int = 2, release: float = 0.5) -> list[str]:
+    state, seen = RuleState(), []
+    for figure in figures:
+        state = step(state, figure, Limits(warn=1.0, stop=2.0), patience=patience, release=release)
+        seen.append(state.level)
+    return seen
+
+
+def test_a_rule_rises_only_after_its_patience():
+    assert levels([1.5, 0.9, 1.5, 1.5, 2.5, 1.5, 2.5, 2.5]) == [
+        "ok",
+        "ok",
+        "ok",
+        "warn",
+        "warn",
+        "warn",
+        "warn",
+        "stop",
+    ]
+
+
+def test_a_rule_falls_back_only_under_its_release():
+    assert levels([1.5, 1.5, 0.9, 0.5, 0.9, 0.49, 0.9, 1.5]) == ["ok", "warn", "warn", "warn", "warn", "ok", "ok", "ok"]
+
+
+def test_a_figure_that_jumps_over_both_limits_goes_straight_to_stop():
+    assert levels([3.0, 3.0]) == ["ok", "stop"]
+
+
+def test_a_rule_without_a_stop_limit_only_warns():
+    state = RuleState()
+    for _ in range(20):
+        state = step(state, 99.0, Limits(warn=1.0), patience=2, release=0.5)
+    assert state.level == "warn"
+
+
+def test_a_stop_limit_below_the_warn_limit_is_refused():
+    with pytest.raises(ValueError, match="must not be below"):
+        Limits(warn=1.0, stop=0.5)
