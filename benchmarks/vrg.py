@@ -1,5 +1,6 @@
 """VRG against its starts and against the published procedure.
 
+    .venv/bin/python benchmarks/vrg.py            # both
     .venv/bin/python benchmarks/vrg.py time [--table FILE --trajectory FILE]
     .venv/bin/python benchmarks/vrg.py quality [--model toy-sdxl] [--model FOLDER] [--steps 5 8 10] [--seeds 0 1 2]
 
@@ -37,7 +38,7 @@ from acpo_dist.vrg.timesteps import to_timesteps
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/vrg"
 AYS_SDXL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
-"""Ten published timesteps of Align Your Steps for SDXL (Sabour et al. 2024); log-linear between them for other lengths."""
+"""Published timesteps of Align Your Steps for SDXL (Sabour et al. 2024); log-linear between them for other lengths."""
 
 
 def main() -> None:
@@ -53,7 +54,13 @@ def main() -> None:
     quality.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20])
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality.add_argument("--samples", type=int, default=64)
-    options = parser.parse_args()
+    arguments = sys.argv[1:]
+    for line in [arguments] if arguments else [["time"], ["quality"]]:
+        run(parser.parse_args(line))
+
+
+def run(options: argparse.Namespace) -> None:
+    """One of the two kinds."""
     if options.kind == "time":
         for path in options.trajectory or sorted(SHARED.glob("trajectory_*.txt")):
             compare_optimisers(options.table, path, options.epochs)

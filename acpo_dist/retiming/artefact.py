@@ -12,7 +12,7 @@ from acpo_dist.core.errors import VrgError
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.retiming.proof import Update
 from acpo_dist.tracking.plots import save_trajectory_plot
-from acpo_dist.vrg.formats import read_table_text, read_trajectory_text
+from acpo_dist.vrg.formats import read_error_table, read_result, read_trajectory
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.table import ErrorTable
@@ -89,7 +89,7 @@ def read_schedule(path: Path, alpha_bars: ArrayLike) -> Trajectory:
         # Refuses levels that this model's schedule does not have.
         to_timesteps(to_sigmas(found.alpha_bars[:-1]), alpha_bars)
         return found
-    levels = read_trajectory_text(path)
+    levels = _text_levels(path)
     timesteps = to_timesteps(to_sigmas(levels), alpha_bars)
     return Trajectory(timesteps=tuple(map(float, timesteps)), alpha_bars=(*map(float, levels), 1.0))
 
@@ -103,7 +103,7 @@ def read_table(path: Path) -> ErrorTable:
     path = newest_artefact(path)
     if path.suffix == ".json":
         return table_from_mapping(read_artefact(path)["table"])
-    return read_table_text(path)
+    return read_error_table(path)
 
 
 def optimise_files(
@@ -184,6 +184,15 @@ def trajectory_from_mapping(data: Mapping[str, Any]) -> Trajectory:
         return Trajectory(timesteps=tuple(data["timesteps"]), alpha_bars=tuple(data["alpha_bars"]))
     except (KeyError, TypeError, ValueError) as error:
         raise VrgError(f"not a trajectory: {error}") from error
+
+
+def _text_levels(path: Path) -> tuple[float, ...]:
+    """Levels of an original, which lists t = 0 first, or of an optimised file, whose rows have further columns."""
+    try:
+        optimised = ";" in path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VrgError(f"{path} cannot be read: {error}") from error
+    return read_result(path) if optimised else read_trajectory(path).alpha_bars
 
 
 def _schedule_of(table: ErrorTable) -> np.ndarray:

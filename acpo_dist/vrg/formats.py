@@ -1,86 +1,188 @@
-"""The published text formats: error tables `ts alpha_bar MSE` and trajectories, one alpha_bar per line.
+"""The text files of the public VRG release: error tables, trajectories and optimised trajectories.
 
-Lines that start with # are comments. Tables run from clean to noisy and end with a safeguard row of zeros. Trajectories
-run from clean to noisy too; in the originals the first line is timestep 0, where no step starts, and is dropped.
+All are columns under `#` comments. Files run from clean to noisy; everything returned here runs from noisy to clean.
+They hold few digits; `acpo_dist.vrg.artefact` keeps everything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from acpo_dist.core.errors import VrgError
 from acpo_dist.vrg.levels import FloatArray, to_sigmas
-from acpo_dist.vrg.table import ErrorTable
+from acpo_dist.vrg.objective import to_alphas
+from acpo_dist.vrg.table import ErrorTable, Interpolation
+
+SAFEGUARD_COMMENT = "# the last row is a safeguard."
 
 
-def read_table_text(path: Path) -> ErrorTable:
-    """An error table; rows that share a printed alpha_bar are merged into their mean.
+@dataclass(frozen=True, kw_only=True)
+class PublishedTrajectory:
+    """N levels from noisy to clean, and the t = 0 level that files list first and the objective leaves out."""
+
+    alpha_bars: tuple[float, ...]
+    alpha_bar_end: float
+    order: int = 1
+    skip_type: str = "unknown"
+
+    @property
+    def sigmas(self) -> FloatArray:
+        """Falling, shape (N,)."""
+        return to_sigmas(self.alpha_bars)
+
+
+def read_error_table(path: str | Path, *, interpolation: Interpolation = "log_cubic") -> ErrorTable:
+    """Rows `timestep alpha_bar MSE`, in any order.
+
+    Safeguard rows (alpha_bar and MSE 0) are dropped. Rows that share an alpha_bar, which few printed digits cause, are
+    merged: mean MSE, timestep of the first. `provenance["merged_rows"]` counts what went.
 
     Raises:
-        VrgError: unreadable, a row that is not three numbers, or values that are no table.
+        VrgError: the file cannot be read, or a row is not three numbers.
     """
-    rows = [_numbers(path, number, text.split(), 3) for number, text in _lines(path)]
-    rows = [row for row in rows if row[1] > 0]
-    merged: dict[float, list[list[float]]] = {}
-    for row in rows:
-        merged.setdefault(row[1], []).append(row)
-    nodes = np.array([np.mean(same, axis=0) for same in merged.values()]).reshape(-1, 3)
+    rows: dict[float, list[tuple[float, float]]] = {}
+    total = 0
+    comments, lines = _read_lines(path)
+    for number, line in lines:
+        timestep, alpha_bar, error = _numbers(path, number, line.split(), 3)
+        if alpha_bar == 0 and error == 0:
+            continue
+        if not 0 < alpha_bar < 1:
+            raise VrgError(f"{path}, line {number}: alpha_bar must lie in (0, 1), found {alpha_bar:g}.")
+        rows.setdefault(alpha_bar, []).append((timestep, error))
+        total += 1
     return ErrorTable(
-        sigmas=to_sigmas(nodes[:, 1]), v=nodes[:, 2], timesteps=nodes[:, 0],
-        provenance={"file": path.name, "rows": len(rows), "merged": len(rows) - len(nodes)},
-    )  # fmt: skip
+        sigmas=to_sigmas(list(rows)),
+        v=np.array([np.mean([error for _, error in group]) for group in rows.values()]),
+        timesteps=np.array([group[0][0] for group in rows.values()]),
+        provenance={"source": str(path), "comments": comments, "merged_rows": total - len(rows)},
+        interpolation=interpolation,
+    )
 
 
-def read_trajectory_text(path: Path) -> FloatArray:
-    """Levels alpha_bar of a trajectory in sampling order, rising, shape (N,), with the bits of the file.
-
-    Reads originals and optimised files.
-
-    An original (one bare number per line, possibly `: timestep` behind it) has one line more than steps: its cleanest
-    level is where the last step lands, and is dropped. An optimised file has N lines with further columns.
+def write_error_table(path: str | Path, table: ErrorTable, *, comments: Iterable[str] = ()) -> None:
+    """The published format: whole timesteps, six decimals of alpha_bar, eight of MSE, and the safeguard row.
 
     Raises:
-        VrgError: unreadable, a line that does not begin with a number in (0, 1), or levels that are not monotone.
+        VrgError: the table names no whole timesteps.
     """
-    lines = _lines(path)
-    values = [_numbers(path, number, text.split(":")[0].split(), 1)[0] for number, text in lines]
-    if not values or not all(0 < value < 1 for value in values):
-        raise VrgError(f"{path}: a trajectory is a list of alpha_bars in (0, 1), one per line; found {values[:3]}.")
-    falling = all(a > b for a, b in zip(values, values[1:], strict=False))
-    if not falling or len(values) < 2:
-        raise VrgError(f"{path}: alpha_bars must fall strictly from clean to noisy, at least two of them.")
-    original = not any(";" in text for _, text in lines)
-    return np.array(values[1 if original else 0 :])[::-1].copy()
+    if table.timesteps is None or (table.timesteps != np.rint(table.timesteps)).any():
+        raise VrgError("the published table format needs a whole timestep per node; write the JSON artefact instead.")
+    rows = [
+        f"{int(timestep):4d}\t{alpha_bar:.6f}\t{error:.8f}"
+        for timestep, alpha_bar, error in zip(table.timesteps, table.alpha_bars, table.v, strict=True)
+    ]
+    safeguard = f"{int(table.timesteps.max()) + 1:4d}\t{0:.6f}\t{0:.8f}"
+    _write(path, [*_commented(comments), "# ts  \talpha_bar\tMSE", *rows, safeguard, SAFEGUARD_COMMENT])
 
 
-def write_trajectory_text(path: Path, alpha_bars: Sequence[float], comments: Sequence[str]) -> None:
-    """An optimised trajectory as a text file: N lines from clean to noisy, full precision.
+def read_trajectory(path: str | Path) -> PublishedTrajectory:
+    """Levels of alpha_bar from t = 0 to the noisy end, one a line; a second `: timestep` column is ignored.
 
-    Args:
-        alpha_bars: in sampling order, rising, without the clean end.
+    Raises:
+        VrgError: the file cannot be read, holds something else than alpha_bar, does not fall, or has not the number of
+            levels its `steps` comment names.
     """
-    lines = [*(f"# {comment}" for comment in comments), *(f"{level!r} ;" for level in reversed(list(alpha_bars)))]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
+    comments, levels = _read_levels(path)
+    header = {key.strip(): value.strip() for key, _, value in (comment.partition(":") for comment in comments)}
+    if header.get("data_type", "alpha_bar") != "alpha_bar":
+        raise VrgError(f"{path} should hold data_type alpha_bar, found {header['data_type']}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        steps, order = int(header.get("steps", len(levels) - 1)), int(header.get("order", 1))
+    except ValueError as error:
+        raise VrgError(f"{path}: `steps` and `order` must be whole numbers: {error}.") from None
+    if len(levels) < 2 or len(levels) != steps + 1:
+        raise VrgError(
+            f"{path} names {steps} steps and should hold {steps + 1} levels, the first being t = 0; found {len(levels)}."
+        )
+    return PublishedTrajectory(
+        alpha_bars=tuple(levels[:0:-1]),
+        alpha_bar_end=levels[0],
+        order=order,
+        skip_type=header.get("skip_type", "unknown"),
+    )
+
+
+def write_trajectory(path: str | Path, trajectory: PublishedTrajectory) -> None:
+    """The published format, eight decimals, t = 0 first."""
+    header = {
+        "order     ": trajectory.order,
+        "steps     ": len(trajectory.alpha_bars),
+        "skip_type ": trajectory.skip_type,
+        "data_type ": "alpha_bar",
+    }
+    levels = [trajectory.alpha_bar_end, *reversed(trajectory.alpha_bars)]
+    _write(path, [*(f"# {key}: {value}" for key, value in header.items()), *(f"{level:.8f}" for level in levels)])
+
+
+def read_result(path: str | Path) -> tuple[float, ...]:
+    """alpha_bars of an optimised trajectory: the first column of its N rows. There is no t = 0 row.
+
+    Raises:
+        VrgError: the file cannot be read, has no rows, or its levels do not fall.
+    """
+    _, levels = _read_levels(path)
+    return tuple(reversed(levels))
+
+
+def write_result(
+    path: str | Path, alpha_bars_N: Sequence[float], table: ErrorTable, *, comments: Iterable[str] = ()
+) -> None:
+    """The published format: `alpha_bar : row: alpha; coef*weight=numerator; numerator/alpha_bar=sub_var`.
+
+    `row` is the table row, from the clean end, that the level follows; the last term is what the step adds to J.
+    """
+    levels = np.asarray(alpha_bars_N, dtype=np.float64)
+    alphas, values = to_alphas(levels), table.value(to_sigmas(levels))
+    coefficients = (np.sqrt(1 - levels) - np.sqrt(alphas - levels)) ** 2
+    rows_below = np.searchsorted(table.sigmas, to_sigmas(levels), side="right") - 1
+    rows = [
+        f"{level:.8f} : {max(row, 0):4d}: {alpha:.6f}; {coefficient:.6f}*{value:.6f}={coefficient * value:.6f}; "
+        f"{coefficient * value:.6f}/{level:.6f}={coefficient * value / level:.6f}"
+        for level, row, alpha, coefficient, value in zip(levels, rows_below, alphas, coefficients, values, strict=True)
+    ]
+    legend = "# alpha_bar : row: alpha; coef*weight=numerator; numerator/alpha_bar=sub_var"
+    _write(path, [*_commented(comments), legend, *reversed(rows)])
+
+
+def _read_lines(path: str | Path) -> tuple[list[str], list[tuple[int, str]]]:
+    """Comments without their `#`, and the other lines with their numbers."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise VrgError(f"{path} cannot be read: {error}") from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    kept = [(number, line) for number, line in lines if line and not line.startswith("#")]
-    if not kept:
-        raise VrgError(f"{path} holds no rows: expected numbers, found {len(lines)} empty or comment lines.")
-    return kept
+        raise VrgError(f"cannot read {path}: {error}.") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    comments = [line.lstrip("#").strip() for _, line in lines if line.startswith("#")]
+    return comments, [(number, line) for number, line in lines if not line.startswith("#")]
 
 
-def _numbers(path: Path, number: int, cells: Sequence[str], count: int) -> list[float]:
+def _read_levels(path: str | Path) -> tuple[list[str], list[float]]:
+    comments, lines = _read_lines(path)
+    levels = [_numbers(path, number, line.split(":")[:1], 1)[0] for number, line in lines]
+    if not levels:
+        raise VrgError(f"{path} holds no levels.")
+    if not all(0 < level < 1 for level in levels) or any(
+        later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)
+    ):
+        raise VrgError(f"{path}: alpha_bars must lie in (0, 1) and fall from clean to noisy.")
+    return comments, levels
+
+
+def _numbers(path: str | Path, number: int, fields: Sequence[str], count: int) -> list[float]:
     try:
-        values = [float(cell) for cell in cells[:count]]
+        values = [float(field) for field in fields[:count]]
     except ValueError:
         values = []
-    if len(values) != count:
-        raise VrgError(f"{path}, line {number}: expected {count} number(s), found {' '.join(cells)!r}.")
+    if len(values) != count or not np.isfinite(values).all():
+        raise VrgError(f"{path}, line {number}: expected {count} finite number(s), found {' '.join(fields)!r}.")
     return values
+
+
+def _commented(comments: Iterable[str]) -> list[str]:
+    return [f"# {comment}" for comment in comments]
+
+
+def _write(path: str | Path, lines: Iterable[str]) -> None:
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

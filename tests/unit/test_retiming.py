@@ -15,7 +15,6 @@ from acpo_dist.retiming.proof import Proof, consider, follow
 from acpo_dist.sources import open_rollouts, source_config
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
-from acpo_dist.vrg.formats import write_trajectory_text
 from acpo_dist.vrg.levels import to_sigmas
 
 QUIET = Console(quiet=True)
@@ -146,7 +145,8 @@ def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny,
     schedule = pool.alpha_bars().numpy()
     levels = [float(schedule[t]) for t in (999, 850, 600, 300, 120, 20)]
     source = tmp_path / "start.txt"
-    write_trajectory_text(source, levels, ["by hand"])
+    lines = [repr(level) for level in (*levels, 0.9995)]
+    source.write_text("\n".join(["# steps: 6", *reversed(lines)]) + "\n")
     drive(tiny("run.iterations=1", f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"), open_ports, QUIET)
     state = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())
     assert state["trajectory"]["alpha_bars"] == [*levels, 1.0]

@@ -135,7 +135,7 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vrg", "optimize", "--table", "none.txt", "--trajectory", "none.txt"], "none.txt cannot be read"),
+        (["vrg", "optimize", "--table", "none.txt", "--trajectory", "none.txt"], "cannot read none.txt"),
         (["vrg", "show", "."], "holds no VRG artefact"),
         (["vrg", "measure", "tests"], "neither a run"),
         (["generate", "toy-sdxl"], "--prompt"),
