@@ -1,6 +1,7 @@
 """Relations between sections, checked before anything starts. Each message names both keys and both values."""
 
 import importlib.util
+from typing import Any
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RewardConfigError
@@ -107,10 +108,11 @@ def _check_rewards(config: Config) -> None:
     for name in names:
         if names.count(name) > 1:
             raise RewardConfigError(f"two rewards or judges are called `{name}`: give each its own `name`.")
+    conditional = resolve("model", MODELS, config.model.type).conditional
     pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):
         metric = resolve("reward", REWARDS, entry.type)
-        reason = metric.unusable(entry)
+        reason = _unusable(metric, entry, conditional=conditional)
         if reason is None and pathwise and not metric.differentiable(entry):
             reason = (
                 f"has no usable gradient, and `{config.algorithm.type}` needs one. "
@@ -119,9 +121,18 @@ def _check_rewards(config: Config) -> None:
         if reason:
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
     for index, entry in enumerate(config.rewards.judges):
-        reason = resolve("reward", REWARDS, entry.type).unusable(entry)
+        reason = _unusable(resolve("reward", REWARDS, entry.type), entry, conditional=conditional)
         if reason:
             raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")
+
+
+def _unusable(metric: Any, entry: Any, *, conditional: bool) -> str | None:
+    if getattr(metric, "needs_prompts", False) and not conditional:
+        return (
+            "compares pictures with their prompts, and the model draws without any. Choose a metric that sees pictures "
+            "alone, or a model that draws from prompts"
+        )
+    return metric.unusable(entry)
 
 
 def module_available(name: str) -> bool:

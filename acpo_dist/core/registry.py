@@ -9,6 +9,17 @@ from acpo_dist.core.errors import ConfigError
 REWARDS: dict[str, str] = {
     "two_stream": "acpo_dist.rewards.metrics:TwoStreamMetric",
     "strided_judge": "acpo_dist.rewards.metrics:StridedJudgeMetric",
+    "sharpness": "acpo_dist.rewards.statistics:Sharpness",
+    "colourfulness": "acpo_dist.rewards.statistics:Colourfulness",
+    "saturation": "acpo_dist.rewards.statistics:Saturation",
+    "edge_density": "acpo_dist.rewards.statistics:EdgeDensity",
+    "soft_edge_density": "acpo_dist.rewards.statistics:SoftEdgeDensity",
+    "colour_entropy": "acpo_dist.rewards.statistics:ColourEntropy",
+    "soft_colour_entropy": "acpo_dist.rewards.statistics:SoftColourEntropy",
+    "clip_score": "acpo_dist.rewards.clip_metrics:ClipScore",
+    "pick_score": "acpo_dist.rewards.clip_metrics:PickScore",
+    "aesthetic": "acpo_dist.rewards.clip_metrics:Aesthetic",
+    "ipce": "acpo_dist.rewards.ipce:Ipce",
     "pyiqa": "acpo_dist.rewards.pyiqa_metric:PyiqaMetric",
 }
 MODELS: dict[str, str] = {

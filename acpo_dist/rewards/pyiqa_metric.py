@@ -1,28 +1,33 @@
 """No-reference metrics of pyiqa by name: an optional extra under a noncommercial licence; nothing of it is here."""
 
+import contextlib
+import functools
 import importlib.util
-from collections.abc import Sequence
+import io
+import pickle
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.core.errors import RewardConfigError, RewardError
 from acpo_dist.core.registry import nearest
 from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
-# Facts of pyiqa 0.1.16. These have no usable gradient: histograms, thresholds, hand-made features, forests.
-_WITHOUT_GRADIENT = frozenset(
-    "piqe entropy niqe niqe_matlab ilniqe brisque brisque_matlab nrqm pi qalign qalign_8bit qalign_4bit compare2score "
-    "fgresq".split()
-)
-_LOWER_IS_BETTER = frozenset("piqe niqe niqe_matlab ilniqe brisque brisque_matlab pi".split())
-_WITH_GRADIENT = frozenset(
-    "cnniqa dbcnn wadiqam_nr musiq musiq-ava musiq-paq2piq musiq-spaq nima nima-koniq nima-spaq nima-vgg16-ava paq2piq "
-    "maniqa maniqa-pipal maniqa-kadid clipiqa clipiqa+ clipiqa+_vitL14_512 clipiqa+_rn50_512 tres tres-flive hyperiqa "
-    "uranker topiq_nr topiq_nr-flive topiq_nr-spaq topiq_nr-face topiq_iaa topiq_iaa_res50 laion_aes liqe liqe_mix "
-    "metaiqa unique arniqa arniqa-live arniqa-csiq arniqa-tid arniqa-kadid arniqa-clive arniqa-flive arniqa-spaq "
-    "maclip qualiclip qualiclip+ qualiclip+-clive qualiclip+-flive qualiclip+-spaq".split()
-)
+_NETWORK_TIMEOUT_S = 30.0
+_BUILD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, AssertionError)
+_READ_ERRORS = (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError)
+_ANNOUNCED = re.compile(r'Downloading: "(\S+)" to (\S+)')
 
 
 class PyiqaMetric:
@@ -33,9 +38,9 @@ class PyiqaMetric:
 
         type: Literal["pyiqa"] = "pyiqa"
         metric: str
-        """pyiqa's name, such as musiq or piqe."""
+        """pyiqa's name, such as musiq or piqe; `acpo rewards list` has them all."""
         weights: str | None = None
-        """File that pyiqa loads instead of a download."""
+        """File to load instead of a download: a state dict as .pth (bare, or below `params`) or safetensors."""
 
         def default_name(self) -> str:
             """The metric's own name."""
@@ -52,35 +57,23 @@ class PyiqaMetric:
         reason = self.unusable(config)
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
-        import pyiqa
-
-        options: dict[str, Any] = {"pretrained_model_path": config.weights} if config.weights else {}
-        differentiable = self.differentiable(config)
-        try:
-            # as_loss only switches gradients on; per-picture scores need loss_reduction="none".
-            if differentiable:
-                options |= {"as_loss": True, "loss_reduction": "none"}
-            self._metric = pyiqa.create_metric(config.metric, device=device, **options)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise RewardConfigError(
-                f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}. Its weights are downloaded on first "
-                "use; without a network set `weights` to a file that pyiqa reads."
-            ) from error
-        found = -1 if self._metric.lower_better else 1
-        if found != self.direction(config):
-            raise RewardConfigError(
-                f"`{config.name}`: this pyiqa says that {config.metric} is better when "
-                f"{'lower' if found < 0 else 'higher'}, our table of pyiqa 0.1.16 says the opposite; install "
-                "pyiqa==0.1.16"
-            )
+        self._name, self._metric, self._facts = config.name, config.metric, PYIQA[config.metric]
+        # The network alone: pyiqa's wrapper around it toggles cuDNN and checks the range in every call.
+        self._network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
 
     @classmethod
     def unusable(cls, config: MetricConfig) -> str | None:
         """See `Metric.unusable`."""
         assert isinstance(config, cls.Config)
-        known: list[str] = sorted(_WITH_GRADIENT | _WITHOUT_GRADIENT)
-        if config.metric not in known:
-            return f"pyiqa has no no-reference metric `{config.metric}`.{nearest(config.metric, known)}"
+        facts = PYIQA.get(config.metric)
+        if facts is None:
+            return f"pyiqa has no no-reference metric `{config.metric}`.{nearest(config.metric, sorted(PYIQA))}"
+        if facts.refused:
+            return f"pyiqa's `{config.metric}` {facts.refused}"
+        if config.weights is not None and facts.local is None:
+            return f"pyiqa's `{config.metric}` takes no weights from a file; leave `weights` out"
+        if config.weights is not None and not Path(config.weights).expanduser().is_file():
+            return f"no weights at `{config.weights}`; set `weights` to a file that exists, or leave it out"
         if importlib.util.find_spec("pyiqa") is None:
             return "pyiqa is not installed (noncommercial licence, optional): pip install 'acpo-dist[pyiqa]'"
         return None
@@ -89,14 +82,131 @@ class PyiqaMetric:
     def differentiable(cls, config: MetricConfig) -> bool:
         """From the table of metrics with a usable gradient."""
         assert isinstance(config, cls.Config)
-        return config.metric in _WITH_GRADIENT
+        return config.metric in PYIQA and PYIQA[config.metric].differentiable
 
     @classmethod
     def direction(cls, config: MetricConfig) -> int:
-        """See `Metric.direction`; checked against pyiqa's own word when the metric is built."""
+        """pyiqa's own word where it is installed, else our table's."""
         assert isinstance(config, cls.Config)
-        return -1 if config.metric in _LOWER_IS_BETTER else 1
+        return -1 if facts_of(config.metric)["lower_better"] else 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`."""
-        return self._metric(images).reshape(len(images)).float()
+        """See `Metric.__call__`.
+
+        Raises:
+            RewardError: the pictures are no pictures or too small, or pyiqa cannot score them.
+        """
+        check_pictures(images, name=self._name, minimum=self._facts.minimum)
+        # Copies one by one where a metric takes single pictures only; some of those write into their input.
+        parts = [images] if self._facts.batched else [part.clone() for part in images.split(1)]
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self._facts.differentiable):
+                answers = [self._network(part) for part in parts]
+                scores = [answer[0] if isinstance(answer, (tuple, list)) else answer for answer in answers]
+                return torch.cat([score.reshape(-1) for score in scores]).reshape(len(images)).float()
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+            raise RewardError(
+                f"`{self._name}`: pyiqa's `{self._metric}` cannot score shape {tuple(images.shape)}: {error}"
+            ) from error
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """Direction and range of a metric: pyiqa's own metadata where it is installed, else our table's."""
+    facts = PYIQA[name]
+    ours = {"lower_better": facts.lower_better, "score_range": facts.score_range}
+    theirs = metadata().get(name, {})
+    return ours | {key: theirs[key] for key in ours if key in theirs}
+
+
+@functools.cache
+def metadata() -> dict[str, dict[str, Any]]:
+    """pyiqa's description of its metrics by name; empty where pyiqa is not installed.
+
+    Read from its one file, because importing pyiqa takes seconds.
+    """
+    package = importlib.util.find_spec("pyiqa")
+    folders = package.submodule_search_locations if package else None
+    if not folders:
+        return {}
+    spec = importlib.util.spec_from_file_location("_pyiqa_metadata", Path(folders[0]) / "default_model_configs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(module.DEFAULT_CONFIGS)
+
+
+def _build(config: PyiqaMetric.Config, facts: PyiqaFacts, device: str) -> Any:
+    said = _Spoken()
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, Any] = {}
+        state: dict[str, Tensor] = {}
+        if config.weights is not None:
+            path = Path(config.weights).expanduser()
+            if facts.local != "file":
+                state = _read_state(path, config)
+                path = Path(folder) / "weights.pth"
+                torch.save({"params": state} if facts.local == "params" else state, path)
+            options = {"pretrained_model_path": str(path), **dict(facts.options)}
+        try:
+            with contextlib.redirect_stdout(said), _network_timeout(_NETWORK_TIMEOUT_S):
+                import pyiqa
+
+                network = pyiqa.create_metric(config.metric, device=torch.device(device), **options).net
+        except _BUILD_ERRORS as error:
+            raise RewardConfigError(_build_message(config, facts, error, said.getvalue())) from error
+    # Some of pyiqa's loaders leave out what a file lacks, and the random start would score.
+    missing = [name for name, _ in network.named_parameters() if state and name not in state]
+    if missing:
+        raise RewardConfigError(
+            f"`{config.name}`: {config.weights} does not hold weights for `{config.metric}`: {len(missing)} tensors "
+            f"are missing, such as `{missing[0]}`"
+        )
+    return network
+
+
+def _read_state(path: Path, config: PyiqaMetric.Config) -> dict[str, Tensor]:
+    """Tensors by name. Nothing but tensors is unpickled here, and pyiqa, which would unpickle anything, gets a copy."""
+    try:
+        found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = found.get("params", found)
+        if not state or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("expected a state dict, or one below the key `params`")
+    except _READ_ERRORS as error:
+        raise RewardConfigError(
+            f"`{config.name}`: {path} does not hold weights for `{config.metric}`: {error}"
+        ) from error
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _build_message(config: PyiqaMetric.Config, facts: PyiqaFacts, error: Exception, said: str) -> str:
+    parts = [f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}."]
+    if config.weights is not None:
+        parts.append(f"Its weights were to come from {config.weights}.")
+    announced = _ANNOUNCED.findall(said)
+    if announced:
+        address, target = announced[-1]
+        parts.append(f"Without a network, fetch {address} elsewhere and put it at {target}.")
+    if facts.backbone:
+        parts.append(f"It downloads its backbone in any case: {facts.backbone}.")
+    if config.weights is None and facts.local is not None:
+        parts.append("Or set `weights` to a file that pyiqa reads.")
+    return " ".join(parts)
+
+
+class _Spoken(io.StringIO):
+    """What pyiqa prints: kept for the error message, and passed on to stderr, since stdout is for answers."""
+
+    def write(self, text: str, /) -> int:
+        sys.stderr.write(text)
+        return super().write(text)
+
+
+@contextlib.contextmanager
+def _network_timeout(seconds: float) -> Iterator[None]:
+    """pyiqa opens addresses without a deadline; a machine without a network must not hang."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

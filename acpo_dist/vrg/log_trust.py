@@ -6,7 +6,7 @@ from scipy.optimize import minimize
 from acpo_dist.vrg.levels import FloatArray
 from acpo_dist.vrg.objective import cumulative_error, log_gradient, value_and_gradient
 from acpo_dist.vrg.responses import Solver
-from acpo_dist.vrg.search import zoomed_path
+from acpo_dist.vrg.search import DESCENT, zoomed_path
 from acpo_dist.vrg.table import ErrorTable
 
 
@@ -54,7 +54,7 @@ def search_log_trust(
             jac=True,
             bounds=bounds,
             method="L-BFGS-B",
-            options={"maxiter": 500, "ftol": 1e-14, "gtol": 1e-9},
+            options=DESCENT,
         )
         candidates.append(np.append(start_N[:1], np.exp(result.x)).clip(lower, upper))
     # The first of equals: a trajectory that cannot be improved comes back as it went in.

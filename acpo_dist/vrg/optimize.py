@@ -135,8 +135,6 @@ def _checked_floor(start: FloatArray, sigma_min: float | None) -> float:
     return min(sigma_min, float(start[-1]))
 
 
-
-
 def _saturation(start: FloatArray, found: FloatArray, sigma_end: float) -> float:
     if len(start) == 1:
         return abs(float(np.log(found[0] / start[0])))  # no neighbour: the plain move

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from acpo_dist.vrg.levels import FloatArray, to_alpha_bars, to_sigmas
 from acpo_dist.vrg.objective import alpha_gradient, cumulative_error, to_alphas, value_and_gradient
 from acpo_dist.vrg.responses import Solver
-from acpo_dist.vrg.search import zoomed_path
+from acpo_dist.vrg.search import DESCENT, zoomed_path
 from acpo_dist.vrg.table import ErrorTable
 
 INSIDE = 1 - 1e-6
@@ -91,6 +91,6 @@ def _polish(
         jac=True,
         bounds=[(-1.0, 1.0)] * len(origin),
         method="L-BFGS-B",
-        options={"maxiter": 500, "ftol": 1e-14, "gtol": 1e-9},
+        options=DESCENT,
     )
     return to_sigmas(levels(result.x))

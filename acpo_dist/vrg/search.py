@@ -20,6 +20,9 @@ ZOOM_REACH = 10
 """Spacings of the last grid that a zoom keeps on either side of its best path."""
 NUM_ZOOMS = 3
 
+DESCENT = {"maxiter": 200, "ftol": 1e-10, "gtol": 1e-9}
+"""Options of the L-BFGS-B descents that follow the search; tighter ones move J by less than 1e-6 of itself."""
+
 
 def cheapest_path(
     layers: Sequence[FloatArray],
