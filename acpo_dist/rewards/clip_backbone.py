@@ -1,0 +1,249 @@
+"""A frozen transformers CLIP for metrics: unit vectors of pictures with their exact gradient, and of texts, cached.
+
+Preparation (resize, crop, normalise) is torch alone, so the gradient reaches the pixels and no picture passes through
+8-bit or PIL. Shapes: B pictures of H x W pixels, N views of S x S pixels (S the model's own size), D embedding width.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors import SafetensorError
+from torch import Tensor
+
+from acpo_dist.core.errors import RewardConfigError
+
+# What OpenAI's models were trained with; a checkpoint's own preprocessor_config.json comes first.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+CACHED_TEXTS = 8192
+"""Text vectors that are kept; the ones not asked for the longest go first."""
+_TEXT_CHUNK = 64
+_PROBE_TIMEOUT_S = 10.0
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
+
+
+def clip_unusable(source: str) -> str | None:
+    """Why no CLIP can be loaded from `source` here, or None if nothing speaks against trying. Cheap.
+
+    Args:
+        source: folder written by `save_pretrained`, or a hub id `owner/name`.
+    """
+    folder = _local_folder(source)
+    if folder is not None:
+        if (folder / "config.json").is_file():
+            return None
+        found = "a folder without config.json" if folder.is_dir() else "nothing"
+        return (
+            f"expected a folder with a transformers CLIP at `{source}`, found {found}. Give a folder written by "
+            "`save_pretrained`, or a hub id (`owner/name`)"
+        )
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE and not _downloaded(source):
+        return (
+            f"`{source}` is not in the hub's cache on this machine, and HF_HUB_OFFLINE is set. Run "
+            f"`hf download {source}` where there is a network, or give the path of a folder that holds it"
+        )
+    return None
+
+
+class ClipBackbone:
+    """Weights in float32, eval mode, no gradient to them."""
+
+    def __init__(self, source: str, *, name: str, texts: bool, tokenizer: str | None = None, device: str = "cpu"):
+        """Load the model.
+
+        Args:
+            source: folder or hub id.
+            name: the metric, for messages.
+            texts: whether a tokenizer is needed.
+            tokenizer: folder or hub id of the tokenizer if not `source`.
+
+        Raises:
+            RewardConfigError: the model or tokenizer is missing, cannot be reached, or is not a whole CLIP.
+        """
+        self._name = name
+        self._device = device
+        for wanted in [source, tokenizer] if tokenizer else [source]:
+            if reason := clip_unusable(wanted):
+                raise RewardConfigError(f"`{name}`: {reason}.")
+        folder = _fetch(source, name, weights=True)
+        self._model = _load_model(folder, source, name).to(device)
+        self._tokenizer = None
+        if texts:
+            words = _fetch(tokenizer, name, weights=False) if tokenizer else folder
+            self._tokenizer = _load_tokenizer(words, tokenizer or source, self._model.config, name)
+        preparation = _preparation(folder)
+        self.image_size: int = int(self._model.config.vision_config.image_size)
+        """S: side of the views that the model sees."""
+        self.width: int = int(self._model.config.projection_dim)
+        """D."""
+        self.scale = float(self._model.logit_scale.detach().exp())
+        """e to the learned logit scale."""
+        self._mean, self._std = (
+            torch.tensor(preparation.get(key) or default, device=device)[:, None, None]
+            for key, default in (("image_mean", OPENAI_MEAN), ("image_std", OPENAI_STD))
+        )
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    def single_view(self, images: Tensor) -> Tensor:
+        """CLIP's own preparation, (B, 3, H, W) -> (B, 3, S, S): shorter side to S by bicubic weights, middle square."""
+        height, width = images.shape[2:]
+        size = self.image_size
+        short = min(height, width)
+        scaled = resize(images, (size * height // short, size * width // short), "bicubic")
+        top, left = (scaled.shape[2] - size) // 2, (scaled.shape[3] - size) // 2
+        return scaled[..., top : top + size, left : left + size]
+
+    def image_vectors(self, views: Tensor) -> Tensor:
+        """Unit vectors of views in [0, 1]: (N, 3, S, S) -> (N, D), with gradient."""
+        pixels = (views.float() - self._mean) / self._std
+        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(self._model.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def text_vectors(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (N, D) of texts, constant; a text is encoded once and truncated to the model's context."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
+        for start in range(0, len(new), _TEXT_CHUNK):
+            chunk = new[start : start + _TEXT_CHUNK]
+            self._cache.update(zip(chunk, self._encode(chunk), strict=True))
+        for text in texts:
+            self._cache.move_to_end(text)
+        vectors = torch.stack([self._cache[text] for text in texts])
+        while len(self._cache) > CACHED_TEXTS:
+            self._cache.popitem(last=False)
+        return vectors
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        if self._tokenizer is None:
+            raise RewardConfigError(f"`{self._name}` was loaded without a tokenizer, so it cannot read texts")
+        # Padded to the full context: a vector must not depend on which texts were encoded together.
+        tokens = self._tokenizer(
+            texts, padding="max_length", truncation=True,
+            max_length=int(self._model.config.text_config.max_position_embeddings), return_tensors="pt",
+        ).to(self._device)  # fmt: skip
+        pooled = self._model.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+        ).pooler_output
+        return F.normalize(self._model.text_projection(pooled), dim=-1)
+
+
+def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Antialiased resize as PIL does it, in [0, 1] and differentiable: (B, 3, H, W) -> (B, 3, *size).
+
+    Bicubic weights overshoot at edges; like 8-bit pictures, the result saturates there.
+    """
+    if tuple(images.shape[2:]) == size:
+        return images
+    return F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True).clamp(0, 1)
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder that `source` means, or None for a hub id."""
+    folder = Path(source).expanduser()
+    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or folder.exists()
+    return folder if local else None
+
+
+def _downloaded(source: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+def _fetch(source: str, name: str, *, weights: bool) -> Path:
+    """The folder that holds `source`, downloaded where it must and can be.
+
+    What the cache has is used without a word to the network: a machine without one must not hang, and many workers
+    must not ask the hub the same thing.
+    """
+    folder = _local_folder(source)
+    if folder is not None:
+        return folder
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if _downloaded(source):
+            cached = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
+            if not weights or any(any(cached.glob(pattern)) for pattern in _WEIGHTS):
+                return cached
+        # One small file first, with a deadline: the listing behind a snapshot has none.
+        hf_hub_download(source, "config.json", etag_timeout=_PROBE_TIMEOUT_S)
+        kinds = [["*.safetensors"], ["pytorch_model*.bin"]] if weights else [[]]
+        for kind in kinds:
+            fetched = Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", *kind], ignore_patterns="*/*"))
+            if not weights or any(any(fetched.glob(pattern)) for pattern in kind):
+                return fetched
+        raise FileNotFoundError("it holds no weights in a format of transformers")
+    except Exception as error:  # the hub's http library changes with its version, and whatever it raises means this
+        raise RewardConfigError(
+            f"`{name}`: `{source}` is not in the hub's cache and cannot be downloaded: {_first_line(error)} Run "
+            f"`hf download {source}` where there is a network, or give the path of a folder that holds it."
+        ) from error
+
+
+def _load_model(folder: Path, source: str, name: str) -> Any:
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # many workers load at once; their bars would only run into each other
+    try:
+        kind = CLIPConfig.get_config_dict(folder, local_files_only=True)[0].get("model_type")
+        if kind != "clip":
+            raise ValueError(f"its config.json says model_type `{kind}`, expected `clip`.")
+        loaded: Any = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+        model, report = loaded
+        # transformers fills what a file lacks with random numbers and only warns.
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(f"its weights lack {len(missing)} tensors, such as `{missing[0]}`.")
+    except _LOAD_ERRORS as error:
+        raise RewardConfigError(
+            f"`{name}`: no CLIP can be loaded from `{source}`: {_first_line(error)} If it is a hub id, `hf download "
+            f"{source}` brings all of it; if it is a folder, check that it is whole."
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path, source: str, config: Any, name: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        # Without its files a tokenizer still opens, with the special tokens alone; and the model reads a text's vector
+        # at the end token, which old configurations (end token 2) mean to be the highest one.
+        end = int(config.text_config.eos_token_id)
+        expected = int(config.text_config.vocab_size) - 1 if end == 2 else end
+        if tokenizer.eos_token_id != expected:
+            raise ValueError(f"its end token is number {tokenizer.eos_token_id}, the model expects {expected}.")
+    except _LOAD_ERRORS as error:
+        raise RewardConfigError(
+            f"`{name}`: no tokenizer that fits the model in `{source}`: {_first_line(error)} It needs tokenizer.json, "
+            "or vocab.json and merges.txt; set `tokenizer` to a folder or hub id that has them."
+        ) from error
+    return tokenizer
+
+
+def _preparation(folder: Path) -> dict[str, Any]:
+    """The checkpoint's preprocessor_config.json; OpenAI's values stand in where there is none."""
+    file = folder / "preprocessor_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if line.endswith(".") else f"{line}."

@@ -1,0 +1,197 @@
+"""Metrics on a CLIP: CLIPScore, preference models of the form e^s cos, and aesthetic heads."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.clip_backbone import ClipBackbone, clip_unusable
+from acpo_dist.rewards.inputs import check_pictures, check_prompts
+
+
+class ClipTextConfig(MetricConfig):
+    """Keys of every metric that compares a picture with its prompt through a CLIP."""
+
+    weights: str
+    """Folder written by `save_pretrained`, or hub id, of a transformers CLIP."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where `weights` brings none."""
+
+
+class ClipTextMetric:
+    """Loading and checks of a metric that compares a picture with its prompt; the formula is the subclass's."""
+
+    Config: ClassVar[type[MetricConfig]] = ClipTextConfig
+    needs_prompts: ClassVar[bool] = True
+
+    def __init__(self, config: ClipTextConfig, *, device: str = "cpu") -> None:
+        """Load the model.
+
+        Raises:
+            RewardConfigError: the model or its tokenizer is missing, unreachable or not whole.
+        """
+        self._config = config
+        self._clip = ClipBackbone(
+            config.weights, name=config.name, texts=True, tokenizer=config.tokenizer, device=device
+        )
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        """See `Metric.unusable`."""
+        assert isinstance(config, ClipTextConfig)
+        return clip_unusable(config.weights) or (clip_unusable(config.tokenizer) if config.tokenizer else None)
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        """A vision transformer is smooth."""
+        return True
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """Agreement: higher is better."""
+        return 1
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Metric.__call__`.
+
+        Raises:
+            RewardError: the pictures are no pictures, or a picture has no prompt.
+        """
+        check_pictures(images, name=self._config.name)
+        check_prompts(prompts, len(images), name=self._config.name)
+        return self._score(images, prompts)
+
+    def _cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        vectors = self._clip.image_vectors(self._clip.single_view(images))
+        return (vectors * self._clip.text_vectors(texts)).sum(-1)
+
+
+class ClipScore(ClipTextMetric):
+    """CLIPScore, 2.5 max(cos, 0), in [0, 2.5]; where the cosine is negative there is nothing to climb.
+
+    Source: Hessel et al. (EMNLP 2021), eq. 1 and the prefix of its section 3.
+    """
+
+    class Config(ClipTextConfig):
+        """Which CLIP, and what stands before the prompt."""
+
+        type: Literal["clip_score"] = "clip_score"
+        weights: str = "openai/clip-vit-base-patch32"
+        prefix: str = "A photo depicts "
+        """Put before every prompt."""
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        assert isinstance(self._config, self.Config)
+        texts = [self._config.prefix + prompt for prompt in prompts]
+        return 2.5 * self._cosine(images, texts).clamp(min=0)
+
+
+class PickScore(ClipTextMetric):
+    """Preference as e^s cos of a CLIP fine-tuned on human choices; only differences mean something.
+
+    PickScore (Kirstain et al. 2023), and any model of that form (HPS) saved as a transformers CLIP.
+    """
+
+    class Config(ClipTextConfig):
+        """Which preference model."""
+
+        type: Literal["pick_score"] = "pick_score"
+        weights: str = "yuvalkirstain/PickScore_v1"
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._clip.scale * self._cosine(images, prompts)
+
+
+class Aesthetic:
+    """A head of linear layers on the unit vector of a picture, in the head's own unit (LAION's: about 1 to 10)."""
+
+    class Config(MetricConfig):
+        """Which head on which CLIP."""
+
+        type: Literal["aesthetic"] = "aesthetic"
+        weights: str
+        """safetensors file of the head: pairs `N.weight`, `N.bias` (any prefix), applied in the order of N."""
+        clip: str = "openai/clip-vit-large-patch14"
+        """Folder or hub id of the transformers CLIP that the head was trained on."""
+        activation: Literal["none", "relu", "gelu"] = "none"
+        """What stands between the layers; LAION's improved predictor has nothing there."""
+
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(self, config: Config, *, device: str = "cpu") -> None:
+        """Load head and model.
+
+        Raises:
+            RewardConfigError: either is missing, or they do not fit each other.
+        """
+        if reason := self.unusable(config):
+            raise RewardConfigError(f"`{config.name}`: {reason}.")
+        self._name = config.name
+        self._head = read_head(Path(config.weights).expanduser(), config.activation, name=config.name).to(device)
+        self._clip = ClipBackbone(config.clip, name=config.name, texts=False, device=device)
+        first = next(layer for layer in self._head if isinstance(layer, nn.Linear))
+        if first.in_features != self._clip.width:
+            raise RewardConfigError(
+                f"`{config.name}`: the head in {config.weights} takes vectors of {first.in_features} numbers, "
+                f"`{config.clip}` gives {self._clip.width}: set `clip` to the model that the head was trained on."
+            )
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        """See `Metric.unusable`."""
+        assert isinstance(config, cls.Config)
+        if not Path(config.weights).expanduser().is_file():
+            return f"no head at `{config.weights}`; set `weights` to a safetensors file with its linear layers"
+        return clip_unusable(config.clip)
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        """Linear layers on a vision transformer."""
+        return True
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """Higher is better."""
+        return 1
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Metric.__call__`.
+
+        Raises:
+            RewardError: the pictures are no pictures.
+        """
+        check_pictures(images, name=self._name)
+        return self._head(self._clip.image_vectors(self._clip.single_view(images))).squeeze(-1)
+
+
+def read_head(path: Path, activation: str, *, name: str) -> nn.Sequential:
+    """Linear layers from a safetensors file, frozen, in float32: (N, D) -> (N, 1).
+
+    Raises:
+        RewardConfigError: the file holds anything else, or layers that do not fit onto each other.
+    """
+    try:
+        state = load_file(path)
+        order = sorted((int(found[1]), key) for key in state if (found := re.search(r"(\d+)\.weight$", key)))
+        weights = [state.pop(key) for _, key in order]
+        biases = [state.pop(key.removesuffix("weight") + "bias") for _, key in order]
+        widths = [*(weight.shape[1] for weight in weights), 1]
+        if not weights or state or [weight.shape[0] for weight in weights] != widths[1:]:
+            raise ValueError("expected linear layers `N.weight`, `N.bias` that end in one number, and nothing else")
+        layers: list[nn.Module] = []
+        for weight, bias in zip(weights, biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0])
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            layers += [layer, {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}[activation]()]
+    except (SafetensorError, OSError, RuntimeError, KeyError, IndexError, ValueError) as error:
+        raise RewardConfigError(f"`{name}`: {path} does not hold an aesthetic head: {error}") from error
+    return nn.Sequential(*layers[:-1]).eval().requires_grad_(False)

@@ -1,0 +1,239 @@
+"""Image statistics from their formulas: no weights, no download, each a metric of its own.
+
+They say what a picture is like, not how good it is. As judges they show how a reward is hacked (an ever sharper, ever
+more colourful picture); as rewards they are cheap stand-ins with a known optimum. Shapes: B pictures of H x W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.two_stream import gradient_magnitude
+
+LUMINANCE = (0.299, 0.587, 0.114)
+BINS = 8
+"""Bins per channel of the colour histogram: at most 9 bits."""
+EDGE = 0.1
+"""Sobel magnitude from which a pixel is an edge; an upright step from black to white has 0.5, nothing above 0.56."""
+EDGE_WIDTH = 0.02
+"""Width of the logistic step of the soft edge density, in the same unit."""
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Variance of the Laplacian of the luminance over inner pixels: (B, 3, H, W) -> (B,), 0 to 16, smooth.
+
+    Source: the focus measure of Pech-Pacheco et al. (ICPR 2000) with the 5-point Laplacian.
+    """
+    weights = torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device)
+    luminance = (images * weights[:, None, None]).sum(1)
+    neighbours = luminance[:, :-2, 1:-1] + luminance[:, 2:, 1:-1] + luminance[:, 1:-1, :-2] + luminance[:, 1:-1, 2:]
+    return (neighbours - 4 * luminance[:, 1:-1, 1:-1]).flatten(1).var(1, correction=0)
+
+
+def colourfulness(images: Tensor) -> Tensor:
+    """Colourfulness on the published scale of 8-bit pictures: (B, 3, H, W) -> (B,), 0 (grey) to about 200.
+
+    Source: Hasler and Suesstrunk (2003), eq. 1: spread plus 0.3 times the mean of the opponent colours R - G and
+    (R + G) / 2 - B. The root is smoothed so far below one grey level that only its slope at grey notices.
+    """
+    red, green, blue = (255 * images).unbind(1)
+    opponents = torch.stack([red - green, (red + green) / 2 - blue], 1).flatten(2)
+    spread = opponents.var(2, correction=0).sum(1)
+    mean = opponents.mean(2).square().sum(1)
+    return _root(spread) + 0.3 * _root(mean)
+
+
+def saturation(images: Tensor) -> Tensor:
+    """Mean of HSV's saturation, (max - min) / max per pixel, 0 for black: (B, 3, H, W) -> (B,), 0 to 1.
+
+    The denominator never falls below one grey level, which changes no 8-bit picture and bounds the slope near black.
+    """
+    high, low = images.amax(1), images.amin(1)
+    return ((high - low) / high.clamp(min=1 / 255)).flatten(1).mean(1)
+
+
+def edge_density(images: Tensor) -> Tensor:
+    """Share of pixels whose Sobel magnitude reaches `EDGE`: (B, 3, H, W) -> (B,), 0 to 1. A step: no gradient."""
+    return (gradient_magnitude(images) >= EDGE).to(images.dtype).flatten(1).mean(1)
+
+
+def soft_edge_density(images: Tensor) -> Tensor:
+    """The same with a logistic step of width `EDGE_WIDTH`: (B, 3, H, W) -> (B,), above 0 and below 1, smooth."""
+    return torch.sigmoid((gradient_magnitude(images) - EDGE) / EDGE_WIDTH).flatten(1).mean(1)
+
+
+def colour_entropy(images: Tensor) -> Tensor:
+    """Entropy of the joint RGB histogram with `BINS` equal bins per channel: (B, 3, H, W) -> (B,) bits, 0 to 9.
+
+    Counts of pixels: no gradient.
+    """
+    level = (images.detach() * BINS).long().clamp(0, BINS - 1)
+    joint = (level[:, 0] * BINS + level[:, 1]) * BINS + level[:, 2]
+    return _entropy(_histogram(joint, torch.ones_like(joint, dtype=images.dtype)))
+
+
+def soft_colour_entropy(images: Tensor) -> Tensor:
+    """Entropy of a histogram to whose nearest bins each pixel gives shares: (B, 3, H, W) -> (B,) bits, 0 to 9.
+
+    `BINS` bin centres per channel from 0 to 1; a value between two centres is shared linearly, a colour among the
+    eight corners of its cell. Continuous, and differentiable wherever no value lies on a centre.
+    """
+    position = images.clamp(0, 1) * (BINS - 1)
+    lower = position.detach().floor().clamp(max=BINS - 2)
+    upper_share = position - lower
+    total = images.new_zeros(len(images), BINS**3)
+    for corner in range(8):
+        joint = torch.zeros_like(lower[:, 0], dtype=torch.int64)
+        share = torch.ones_like(upper_share[:, 0])
+        for channel in range(3):
+            upper = corner >> channel & 1
+            joint = joint * BINS + lower[:, channel].long() + upper
+            share = share * (upper_share[:, channel] if upper else 1 - upper_share[:, channel])
+        total = total + _histogram(joint, share)
+    return _entropy(total)
+
+
+def _histogram(joint: Tensor, share: Tensor) -> Tensor:
+    """Sums of `share` per bin and picture, as a distribution: two of (B, H, W) -> (B, BINS ** 3)."""
+    pixels = joint[0].numel()
+    counts = share.new_zeros(len(joint), BINS**3)
+    return counts.scatter_add(1, joint.flatten(1), share.flatten(1)) / pixels
+
+
+def _entropy(share: Tensor) -> Tensor:
+    # The small number keeps the slope of an empty bin finite; it moves the entropy by less than 1e-5 bits.
+    return -(share * torch.log2(share + 1e-9)).sum(1).clamp(max=0)
+
+
+def _root(squares: Tensor) -> Tensor:
+    return (squares + 1e-8).sqrt()
+
+
+class _Statistic:
+    """A function of pictures alone as a metric."""
+
+    Config: ClassVar[type[MetricConfig]]
+    needs_prompts: ClassVar[bool] = False
+    minimum_size: ClassVar[int] = 1
+    smooth: ClassVar[bool] = True
+
+    def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
+        self._name = config.name
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        """See `Metric.unusable`: always usable."""
+        return None
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        """Whether the formula has a gradient; the soft forms do where the plain ones count."""
+        return cls.smooth
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """+1 to have more of it, -1 to have less."""
+        assert isinstance(config, _StatisticConfig)
+        return 1 if config.prefer == "more" else -1
+
+    @staticmethod
+    def _formula(images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """See `Metric.__call__`.
+
+        Raises:
+            RewardError: the pictures are no pictures, or too small.
+        """
+        check_pictures(images, name=self._name, minimum=self.minimum_size)
+        return self._formula(images)
+
+
+class _StatisticConfig(MetricConfig):
+    prefer: Literal["more", "less"] = "more"
+    """Which way counts as better; a statistic has no better of its own."""
+
+
+class Sharpness(_Statistic):
+    """`sharpness` as a metric."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["sharpness"] = "sharpness"
+
+    minimum_size = 3
+    _formula = staticmethod(sharpness)
+
+
+class Colourfulness(_Statistic):
+    """`colourfulness` as a metric."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["colourfulness"] = "colourfulness"
+
+    _formula = staticmethod(colourfulness)
+
+
+class Saturation(_Statistic):
+    """`saturation` as a metric."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["saturation"] = "saturation"
+
+    _formula = staticmethod(saturation)
+
+
+class EdgeDensity(_Statistic):
+    """`edge_density` as a metric: scores only."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["edge_density"] = "edge_density"
+
+    smooth = False
+    _formula = staticmethod(edge_density)
+
+
+class SoftEdgeDensity(_Statistic):
+    """`soft_edge_density` as a metric."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["soft_edge_density"] = "soft_edge_density"
+
+    _formula = staticmethod(soft_edge_density)
+
+
+class ColourEntropy(_Statistic):
+    """`colour_entropy` as a metric: scores only."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["colour_entropy"] = "colour_entropy"
+
+    smooth = False
+    _formula = staticmethod(colour_entropy)
+
+
+class SoftColourEntropy(_Statistic):
+    """`soft_colour_entropy` as a metric."""
+
+    class Config(_StatisticConfig):
+        """Nothing but which way is better."""
+
+        type: Literal["soft_colour_entropy"] = "soft_colour_entropy"
+
+    _formula = staticmethod(soft_colour_entropy)
