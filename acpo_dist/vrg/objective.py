@@ -87,7 +87,7 @@ def _response_jacobian(sigmas: FloatArray, sigma_end: float, solver: Solver) -> 
     """d W_k / d s_i in row i, column k."""
     if solver.analytic:
         steps = COMPLEX_STEP * sigmas
-        return solver.respond(sigmas + 1j * np.diag(steps), sigma_end).imag / steps[:, None]
+        return np.imag(solver.respond(sigmas + 1j * np.diag(steps), sigma_end)) / steps[:, None]
     rows = []
     for moved in np.diag(DIFFERENCE_STEP * sigmas):
         rise = solver.respond(sigmas + moved, sigma_end) - solver.respond(sigmas - moved, sigma_end)

@@ -42,7 +42,7 @@ class OptimisedTrajectory:
     """J of this one, without the penalty of `paper_box`; never above j0."""
     cpu_seconds: float
     saturation: float
-    """Largest move of a node in log sigma, over the gap to the neighbour it moved towards. `log_trust` allows `trust`."""
+    """Largest move of a node in log sigma over the gap to the neighbour it neared; `log_trust` allows `trust`."""
     table_hash: str
     mode: str
     settings: Mapping[str, Any]

@@ -73,7 +73,7 @@ def _polish(
     middle, half = (upper + lower) / 2, (upper - lower) / 2
 
     def levels(position: FloatArray) -> FloatArray:
-        return np.cumprod((middle + half * position)[::-1])[::-1]
+        return np.multiply.accumulate((middle + half * position)[::-1])[::-1]
 
     def loss(position: FloatArray) -> tuple[float, FloatArray]:
         alpha_bars = levels(position)

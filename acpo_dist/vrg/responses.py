@@ -1,8 +1,8 @@
 """How much of a prediction error at each denoise step arrives at the clean end: x0_error = - sum_i W_i e_i.
 
-Legend: N denoise steps from noisy to clean, `sigma_end` is where the last one lands (0 is clean), leading dimensions are
-a batch of trajectories. In z = x / sqrt(alpha_bar) every solver here is linear in the network's outputs. "Frozen eps":
-an error at one step is taken not to change what the network answers at later ones.
+Legend: N denoise steps from noisy to clean, `sigma_end` is where the last one lands (0 is clean), leading dimensions
+are a batch of trajectories. In z = x / sqrt(alpha_bar) every solver here is linear in the network's outputs. "Frozen
+eps": an error at one step is taken not to change what the network answers at later ones.
 
 With D = s - t the fall of sigma in a step and h = log(s / t), solvers hold the noise (`dpm`) or the clean estimate
 (`dpmpp`) as a polynomial in log sigma. sum W = s_first - sigma_end for every deterministic solver, since a constant

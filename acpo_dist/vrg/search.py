@@ -4,6 +4,7 @@ Legend: N layers, one per denoise step from noisy to clean, each a vector of can
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ def cheapest_path(
     """
     costs = np.zeros(len(layers[0])) if start_cost is None else start_cost
     origins: list[NDArray[np.intp]] = []
-    for step, (noisy, clean) in enumerate(zip(layers, layers[1:], strict=False)):
+    for step, (noisy, clean) in enumerate(pairwise(layers)):
         # (A, B); (a - b)^2 v(a) + cost so far
         totals = noisy[:, None] - clean
         totals *= totals
@@ -72,9 +73,10 @@ def zoomed_path(
     allowed: Allowed | None = None,
     start_cost: Callable[[FloatArray], FloatArray] | None = None,
 ) -> FloatArray:
-    """The cheapest path on log-spaced grids between the bounds, then on finer grids around it. Never worse than `start_N`.
+    """The cheapest path on log-spaced grids between the bounds, then on finer grids around it.
 
-    All arguments are sigmas, shape (N,), lower <= start <= upper; where lower equals upper the node keeps its bits.
+    Never worse than `start_N` by the first-order objective, for the nodes so far are always among the candidates. All
+    arguments are sigmas, shape (N,), lower <= start <= upper; where lower equals upper the node keeps its bits.
     """
     path, low, high = start_N, np.log(lower_N), np.log(upper_N)
     spacing = (high - low) / (FIRST_GRID - 1)

@@ -278,7 +278,7 @@ def test_an_unreachable_hub_is_an_error_that_says_what_to_run(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     with pytest.raises(RewardConfigError, match=r"downloaded: no route to host\. Run `hf download owner/name`"):
         ClipScore(ClipScore.Config(weights="owner/name"))
 
