@@ -15,8 +15,8 @@ def check_relations(config: Config) -> None:
         ConfigError: batch arithmetic, backend or data do not fit together.
         RewardConfigError: a metric cannot play its role.
     """
-    _check_batches(config)
     _check_backend(config)
+    _check_batches(config)
     _check_data(config)
     _check_anchor(config)
     _check_rewards(config)
