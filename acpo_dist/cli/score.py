@@ -1,54 +1,103 @@
 """`acpo score`: real pictures through any reward."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from acpo_dist.cli.app import answer, app
+from acpo_dist.cli.app import answer, app, say
 
 
 @app.command("score")
 def score(
     images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or parquet files.")],
-    metric: Annotated[
-        list[str] | None, typer.Option(help="two_stream, strided_judge, pyiqa:NAME or module:Class; repeat.")
+    reward: Annotated[
+        list[str] | None,
+        typer.Option("--reward", "--metric", help="Name from `acpo rewards list`, pyiqa:NAME or module:Class; repeat."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file for the metric, where it takes one.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file for the reward, where it takes one.")] = None,
     column: Annotated[str, typer.Option(help="Picture column of a parquet file.")] = "image",
-    prompt: Annotated[str, typer.Option(help="Prompt for metrics that read one.")] = "",
+    prompt: Annotated[str, typer.Option(help="Prompt for rewards that read one.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of one size scored at once.")] = 8,
+    csv: Annotated[Path | None, typer.Option(help="Write the scores to a CSV file too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every score.")] = False,
 ) -> None:
-    """Score real pictures, losslessly, each on its own; raw scores in the metric's own unit."""
-    from itertools import islice
+    """Score real pictures, losslessly, each on its own; raw scores in the reward's own unit.
+
+    Pictures that cannot be read are named and left out, and the exit code is then 1.
+    """
     from statistics import fmean
 
-    from acpo_dist.data.images import read_images
+    import torch
+
     from acpo_dist.rewards.worker import RewardWorker
     from acpo_dist.tracking.console import Console
 
     console = Console()
     workers = [
         RewardWorker(_section(name, weights), model=None, cut="image", wire_dtype="float32")
-        for name in metric or ["two_stream", "strided_judge"]
+        for name in reward or ["two_stream", "strided_judge"]
     ]
-    rows: list[dict[str, Any]] = []
-    with console.phase("score", limit) as advance:
-        for name, picture in islice(read_images(images, column=column), limit):
-            rows.append(
-                {"image": name, **{worker.name: worker.score(picture[None], [prompt])[0] for worker in workers}}
-            )
-            advance(1)
     names = [worker.name for worker in workers]
-    means = {name: fmean(row[name] for row in rows) for name in names}
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    with console.phase("score", limit) as advance:
+        for batch in _batches(images, column, limit, batch_size, skipped):
+            pictures = torch.stack([picture for _, picture in batch])
+            columns = [worker.score(pictures, [prompt] * len(batch)) for worker in workers]
+            for row, (name, _) in enumerate(batch):
+                rows.append({"path": name, **{n: values[row] for n, values in zip(names, columns, strict=True)}})
+            advance(len(batch))
+    for text in skipped:
+        say(f"left out: {text}")
+    if csv is not None:
+        _write_csv(csv, ["path", *names], rows)
+    means = {name: fmean(row[name] for row in rows) for name in names} if rows else {}
     if as_json:
-        answer({"images": len(rows), "mean": means, "scores": rows})
-        return
-    table = [[row["image"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
-    console.table(
-        f"{len(rows)} pictures", ["image", *names], [*table, ["mean", *(f"{means[name]:.4f}" for name in names)]]
-    )
+        answer({"images": len(rows), "mean": means, "scores": rows, "skipped": skipped})
+    elif rows:
+        table = [[row["path"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
+        mean = ["mean", *(f"{means[name]:.4f}" for name in names)]
+        console.table(f"{len(rows)} pictures", ["path", *names], [*table, mean])
+    if skipped:
+        raise typer.Exit(1)
+
+
+def _batches(
+    paths: list[Path], column: str, limit: int | None, size: int, skipped: list[str]
+) -> Iterator[list[tuple[str, Any]]]:
+    """Consecutive pictures of one size, at most `size` of them; what cannot be decoded is noted and passed over."""
+    from acpo_dist.core.errors import DataError
+    from acpo_dist.data.images import read_images
+
+    pictures, batch, count = read_images(paths, column=column), [], 0
+    while limit is None or count < limit:
+        try:
+            name, picture = next(pictures)
+        except StopIteration:
+            break
+        except DataError as error:
+            skipped.append(str(error))
+            continue
+        count += 1
+        if batch and (len(batch) == size or batch[0][1].shape != picture.shape):
+            yield batch
+            batch = []
+        batch.append((name, picture))
+    if batch:
+        yield batch
+
+
+def _write_csv(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _section(name: str, weights: str | None) -> Any:
@@ -67,8 +116,8 @@ def _section(name: str, weights: str | None) -> Any:
     try:
         section = metric.Config.model_validate(values)
     except ValidationError as error:
-        raise RewardConfigError(f"--metric {name}: {describe(error, metric.Config)}") from error
+        raise RewardConfigError(f"--reward {name}: {describe(error, metric.Config)}") from error
     reason = metric.unusable(section)
     if reason:
-        raise RewardConfigError(f"--metric {name}: {reason}")
+        raise RewardConfigError(f"--reward {name}: {reason}")
     return section

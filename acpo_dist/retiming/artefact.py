@@ -154,13 +154,16 @@ def table_from_mapping(data: Mapping[str, Any]) -> ErrorTable:
     """
     try:
         errors = data["standard_errors"]
-        return ErrorTable(
+        table = ErrorTable(
             sigmas=np.asarray(data["sigmas"], dtype=np.float64), v=np.asarray(data["v"], dtype=np.float64),
             standard_errors=None if errors is None else np.asarray(errors, dtype=np.float64),
             provenance=data.get("provenance", {}),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise VrgError(f"not an error table: {error}") from error
+    if data.get("hash", table.hash) != table.hash:
+        raise VrgError(f"the error table was changed after it was written: hash {table.hash}, written {data['hash']}.")
+    return table
 
 
 def trajectory_to_mapping(trajectory: Trajectory, alpha_bars: ArrayLike) -> dict[str, Any]:

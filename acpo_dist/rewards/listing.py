@@ -16,7 +16,7 @@ class RewardRow:
     """One line of the listing."""
 
     name: str
-    """As `acpo score --metric` takes it."""
+    """As `acpo score --reward` takes it."""
     type: str
     """As a configuration names it."""
     needs_download: bool

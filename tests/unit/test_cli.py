@@ -114,13 +114,41 @@ def test_score_gives_every_picture_the_score_of_the_metric_itself(monkeypatch, c
     pictures = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
     for index, picture in enumerate(pictures):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
-    code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path), "--metric", "two_stream", "--json")
+    code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "two_stream", "--json")
     assert code == 0
     scores = [row["two_stream"] for row in json.loads(out)["scores"]]
     expected = TwoStreamMetric(TwoStreamMetric.Config())(pictures.float() / 255, [""] * 3)
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv(monkeypatch, capsys, tmp_path):
+    import torch
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index, side in enumerate((32, 32, 48, 32, 64)):
+        picture = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(picture.numpy()).save(folder / f"{index}.png")
+    (folder / "2b.png").write_bytes(b"not a picture")
+    answers = []
+    for size in ("1", "4", "16"):
+        code, out, err = run(
+            monkeypatch, capsys, "score", str(folder), "--reward", "two_stream", "--reward", "sharpness",
+            "--batch-size", size, "--csv", str(tmp_path / "scores.csv"), "--json",
+        )  # fmt: skip
+        assert code == 1 and "2b.png" in err
+        answers.append(json.loads(out))
+        assert len(answers[-1]["skipped"]) == 1
+    for name in ("two_stream", "sharpness"):
+        scores = [[row[name] for row in answer["scores"]] for answer in answers]
+        assert len(scores[0]) == 5
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4) and scores[2] == pytest.approx(scores[0], abs=1e-4)
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert lines[0] == "path,two_stream,sharpness" and len(lines) == 6
+
+
 def test_score_of_an_unknown_metric_is_refused(monkeypatch, capsys, tmp_path):
-    code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--metric", "pyiqa:musik")
+    code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:musik")
     assert code == 2 and "musiq" in err
