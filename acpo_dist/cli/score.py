@@ -26,11 +26,9 @@ def score(
 ) -> None:
     """Score real pictures, losslessly, each on its own; raw scores in the reward's own unit.
 
-    Pictures that cannot be read are named and left out, and the exit code is then 1.
+    Pictures that cannot be read, or that a reward has no finite score for, are named and left out: exit code 1.
     """
     from statistics import fmean
-
-    import torch
 
     from acpo_dist.rewards.worker import RewardWorker
     from acpo_dist.tracking.console import Console
@@ -45,8 +43,7 @@ def score(
     skipped: list[str] = []
     with console.phase("score", limit) as advance:
         for batch in _batches(images, column, limit, batch_size, skipped):
-            pictures = torch.stack([picture for _, picture in batch])
-            columns = [worker.score(pictures, [prompt] * len(batch)) for worker in workers]
+            columns = [_scores(worker, batch, prompt, skipped) for worker in workers]
             for row, (name, _) in enumerate(batch):
                 rows.append({"path": name, **{n: values[row] for n, values in zip(names, columns, strict=True)}})
             advance(len(batch))
@@ -54,15 +51,36 @@ def score(
         say(f"left out: {text}")
     if csv is not None:
         _write_csv(csv, ["path", *names], rows)
-    means = {name: fmean(row[name] for row in rows) for name in names} if rows else {}
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    means = {name: fmean(values) for name, values in found.items() if values}
     if as_json:
         answer({"images": len(rows), "mean": means, "scores": rows, "skipped": skipped})
     elif rows:
-        table = [[row["path"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
-        mean = ["mean", *(f"{means[name]:.4f}" for name in names)]
+        table = [[row["path"], *(_figure(row[name]) for name in names)] for row in rows]
+        mean = ["mean", *(_figure(means.get(name)) for name in names)]
         console.table(f"{len(rows)} pictures", ["path", *names], [*table, mean])
     if skipped:
         raise typer.Exit(1)
+
+
+def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: list[str]) -> list[float | None]:
+    """One reward's scores of a batch; None for a picture that it has no finite score for, which is noted."""
+    import torch
+
+    from acpo_dist.core.errors import RewardError
+
+    try:
+        return worker.score(torch.stack([picture for _, picture in batch]), [prompt] * len(batch))
+    except RewardError as error:
+        if len(batch) == 1:
+            skipped.append(f"{batch[0][0]}: {error}")
+            return [None]
+        # Which one is it? The others keep their scores.
+        return [score for one in batch for score in _scores(worker, [one], prompt, skipped)]
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _batches(

@@ -149,6 +149,22 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     assert lines[0] == "path,two_stream,sharpness" and len(lines) == 6
 
 
+def test_a_picture_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
+    import torch
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for index in range(3):
+        picture = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+        # PIQE divides by the number of active blocks, and a constant picture has none.
+        Image.fromarray((picture * (index != 1)).numpy()).save(tmp_path / f"{index}.png")
+    code, out, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:piqe", "--json")
+    answer = json.loads(out)
+    assert code == 1 and "1.png" in err
+    assert [row["piqe"] is None for row in answer["scores"]] == [False, True, False]
+    assert answer["mean"]["piqe"] == pytest.approx((answer["scores"][0]["piqe"] + answer["scores"][2]["piqe"]) / 2)
+
+
 def test_score_of_an_unknown_metric_is_refused(monkeypatch, capsys, tmp_path):
     code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:musik")
     assert code == 2 and "musiq" in err
