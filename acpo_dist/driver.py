@@ -72,7 +72,8 @@ def drive(
     folder, checkpoint = open_run(config, resume)
     if checkpoint is not None:
         console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
-    truncate_after(folder.metrics, checkpoint.iteration if checkpoint else 0)
+    for record in (folder.metrics, folder.guard):
+        truncate_after(record, checkpoint.iteration if checkpoint else 0)
     effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:
         tracker, mlflow = _open_tracker(config, folder)

@@ -4,13 +4,13 @@ deal prompts -> draw samples -> score them -> update on gradients from the pool 
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.schema import Config
+from acpo_dist.core.clock import PhaseClock
 from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
 from acpo_dist.core.types import Normaliser, PromptGroup, RewardTerm, RolloutHandle, ScoreTable, TrainTask
@@ -128,7 +128,7 @@ def _iterate(
     watch: Watch,
 ) -> dict[str, float]:  # fmt: skip
     """One rollout -> reward -> update -> sync cycle; moves `state` on."""
-    clock = _Clock()
+    clock = PhaseClock()
     groups = deal(
         prompts, iteration=state.iteration, run_seed=config.run.seed,
         num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
@@ -304,29 +304,3 @@ def _names(entries: Sequence[Any]) -> list[str]:
 
 def _higher(entry: Any) -> bool:
     return resolve("reward", REWARDS, entry.type).direction(entry) > 0
-
-
-class _Clock:
-    """Seconds per phase."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._phases: dict[str, float] = {}
-
-    def phase(self, name: str) -> "_Phase":
-        return _Phase(self._phases, name)
-
-    def metrics(self) -> dict[str, float]:
-        whole = {"time/iteration": time.monotonic() - self._start}
-        return {f"time/{name}": seconds for name, seconds in self._phases.items()} | whole
-
-
-class _Phase:
-    def __init__(self, store: dict[str, float], name: str) -> None:
-        self._store, self._name, self._start = store, name, 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self._store[self._name] = time.monotonic() - self._start

@@ -41,6 +41,11 @@ class RunFolder:
         return self.root / METRICS
 
     @property
+    def guard(self) -> Path:
+        """One JSON object per decision of the guard that was due for a line."""
+        return self.root / "guard.jsonl"
+
+    @property
     def samples(self) -> Path:
         """Sample grids."""
         return self.root / "samples"

@@ -69,7 +69,8 @@ def _bare_config(source: str, overrides: Sequence[str]) -> Config:
     family = _FAMILIES[name]
     mapping = {
         "model": {"type": family, "path": source},
-        "data": {"prompts": "toy" if family == "sdxl" else "none"},
+        # A real model must not be measured on the toy's captions unasked: `none` is refused until prompts are named.
+        "data": {"prompts": "toy" if source.startswith("toy-") and family == "sdxl" else "none"},
         "rewards": {"train": [{"type": "two_stream"}]},
         "algorithm": {"type": "acpo"},
     }

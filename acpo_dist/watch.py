@@ -90,8 +90,7 @@ class Watch:
         self._reference = Reference(**state["guard"]["reference"])
 
     def _record(self, decision: Decision) -> None:
-        path = self._folder.root / "guard.jsonl"
-        with path.open("a", encoding="utf-8") as file:
+        with self._folder.guard.open("a", encoding="utf-8") as file:
             file.write(json.dumps(decision.to_mapping()) + "\n")
         self._tracker.set_tags({"guard": decision.action, "guard_reason": decision.text[:400]})
 

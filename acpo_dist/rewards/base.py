@@ -29,6 +29,20 @@ class MetricConfig(Section):
         return self.type
 
 
+class SmoothQuality:
+    """What most learned metrics share: differentiable almost everywhere, and higher is better."""
+
+    @classmethod
+    def differentiable(cls, config: MetricConfig) -> bool:
+        """See `Metric.differentiable`."""
+        return True
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        """See `Metric.direction`."""
+        return 1
+
+
 class Metric(Protocol):
     """A loaded metric."""
 

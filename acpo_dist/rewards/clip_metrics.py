@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
-from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.base import MetricConfig, SmoothQuality
 from acpo_dist.rewards.clip_backbone import ClipBackbone, clip_unusable
 from acpo_dist.rewards.inputs import check_pictures, check_prompts
 
@@ -24,7 +24,7 @@ class ClipTextConfig(MetricConfig):
     """Folder or hub id of the tokenizer, where `weights` brings none."""
 
 
-class ClipTextMetric:
+class ClipTextMetric(SmoothQuality):
     """Loading and checks of a metric that compares a picture with its prompt; the formula is the subclass's."""
 
     Config: ClassVar[type[MetricConfig]] = ClipTextConfig
@@ -46,16 +46,6 @@ class ClipTextMetric:
         """See `Metric.unusable`."""
         assert isinstance(config, ClipTextConfig)
         return clip_unusable(config.weights) or (clip_unusable(config.tokenizer) if config.tokenizer else None)
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        """A vision transformer is smooth."""
-        return True
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        """Agreement: higher is better."""
-        return 1
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
@@ -111,7 +101,7 @@ class PickScore(ClipTextMetric):
         return self._clip.scale * self._cosine(images, prompts)
 
 
-class Aesthetic:
+class Aesthetic(SmoothQuality):
     """A head of linear layers on the unit vector of a picture, in the head's own unit (LAION's: about 1 to 10)."""
 
     class Config(MetricConfig):
@@ -152,16 +142,6 @@ class Aesthetic:
         if not Path(config.weights).expanduser().is_file():
             return f"no head at `{config.weights}`; set `weights` to a safetensors file with its linear layers"
         return clip_unusable(config.clip)
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        """Linear layers on a vision transformer."""
-        return True
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        """Higher is better."""
-        return 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`.

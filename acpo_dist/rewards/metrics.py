@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
-from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.base import MetricConfig, SmoothQuality
 from acpo_dist.rewards.strided_judge import StridedJudge
 from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream
 
@@ -24,7 +24,7 @@ class _WeightedConfig(MetricConfig):
     """Steps of that training."""
 
 
-class _NetworkMetric:
+class _NetworkMetric(SmoothQuality):
     """A network of ours with weights from a file."""
 
     Config: ClassVar[type[MetricConfig]] = _WeightedConfig
@@ -71,16 +71,6 @@ class _NetworkMetric:
             return None
         path = cls._file(config)
         return None if path.is_file() else f"no weights at `{path}`; set `weights` to `toy` or to a safetensors file"
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        """Both networks are smooth almost everywhere."""
-        return True
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        """Quality: higher is better."""
-        return 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`."""

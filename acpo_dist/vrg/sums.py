@@ -14,9 +14,6 @@ from acpo_dist.core.errors import VrgError
 from acpo_dist.vrg.levels import FloatArray
 from acpo_dist.vrg.table import ErrorTable
 
-BIAS_WARNING = 1e-2
-"""Bias ratio above which the error can no longer be called centred."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ErrorSums:

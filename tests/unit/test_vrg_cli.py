@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import acpo_dist
 from acpo_dist.cli.app import main
 
 VRG = Path(__file__).resolve().parents[2].parent / "shared/data/vrg"
+TOY_FOLDER = str(Path(acpo_dist.__file__).parent / "toy/assets/toy-sdxl")
 needs_published = pytest.mark.skipif(not VRG.is_dir(), reason="the published tables lie in ../shared/data/vrg")
 
 
@@ -138,6 +140,7 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
         (["vrg", "optimize", "--table", "none.txt", "--trajectory", "none.txt"], "cannot read none.txt"),
         (["vrg", "show", "."], "holds no VRG artefact"),
         (["vrg", "measure", "tests"], "neither a run"),
+        (["vrg", "measure", TOY_FOLDER], "set data.prompts"),
         (["generate", "toy-sdxl"], "--prompt"),
         (["generate", "toy-sdxl", "--prompt", "x", "--solver", "ddim"], "unknown --solver ddim"),
         (["generate", "toy-ddpm", "--schedule", "none.json"], "takes no trajectory"),

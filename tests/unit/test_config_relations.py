@@ -1,0 +1,98 @@
+"""Sections that contradict each other are refused before anything starts, both keys named."""
+
+import pytest
+
+from acpo_dist.config.load import load_config
+from acpo_dist.core.errors import RewardConfigError
+from tests.unit.config_for_tests import PLUGINS, refusal
+
+
+def test_a_chunk_that_cuts_a_prompt_group_is_refused_with_a_size_that_fits(smallest):
+    said = refusal(smallest, "rollout.batch_size=10", "rollout.samples_per_prompt=4")
+    assert "rollout.batch_size (10)" in said and "rollout.samples_per_prompt (4)" in said
+    assert "Set rollout.batch_size=8." in said
+    load_config(smallest, ["rollout.batch_size=8", "rollout.samples_per_prompt=4"])
+
+
+def test_a_chunk_smaller_than_a_group_is_advised_upwards(smallest):
+    assert "Set rollout.batch_size=4." in refusal(smallest, "rollout.batch_size=3", "rollout.samples_per_prompt=4")
+
+
+def test_optimiser_steps_must_divide_the_samples_of_an_iteration(smallest):
+    said = refusal(smallest, "rollout.prompts_per_iteration=20", "learner.global_batch=16")
+    assert "= 20 samples" in said and "learner.global_batch (16)" in said
+    load_config(smallest, ["rollout.prompts_per_iteration=48", "learner.global_batch=16"])
+
+
+def test_accumulation_must_come_out_whole_with_advice_that_does(smallest):
+    numbers = ["learner.micro_batch=6", "learner.num_ranks=2", "learner.zero_stage=2"]
+    said = refusal(smallest, "learner.global_batch=32", *numbers)
+    assert "learner.global_batch (32)" in said and "(6 x 2 = 12)" in said
+    assert "Set learner.global_batch=24" in said
+    load_config(smallest, ["learner.global_batch=24", "rollout.prompts_per_iteration=48", *numbers])
+
+
+def test_several_ranks_need_a_zero_stage(smallest):
+    said = refusal(smallest, "learner.num_ranks=2", "learner.micro_batch=8")
+    assert "learner.num_ranks is 2 but learner.zero_stage is unset" in said
+    load_config(smallest, ["learner.num_ranks=2", "learner.micro_batch=8", "learner.zero_stage=0"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_zero_stage_needs_ray(smallest, stage):
+    said = refusal(smallest, "cluster.backend=local", f"learner.zero_stage={stage}")
+    assert f"cluster.backend is `local` but learner.zero_stage is {stage}" in said
+    for backend in ("auto", "ray"):
+        load_config(smallest, [f"cluster.backend={backend}", f"learner.zero_stage={stage}"])
+    load_config(smallest, ["cluster.backend=local"])
+
+
+def test_prompts_must_fit_the_model(smallest):
+    assert "the model draws from prompts" in refusal(smallest, "data.prompts=none")
+    assert "the model is unconditional" in refusal(smallest, f"model.type={PLUGINS}:Unprompted")
+    load_config(smallest, [f"model.type={PLUGINS}:Unprompted", "data.prompts=none"])
+
+
+def test_two_metrics_of_one_name_are_refused(smallest):
+    judge = f"rewards.judges=[{{type: '{PLUGINS}:Smooth', name: NAME}}]"
+    said = refusal(smallest, judge.replace("NAME", "smooth"), kind=RewardConfigError)
+    assert "two rewards or judges are called `smooth`" in said
+    load_config(smallest, [judge.replace("NAME", "other")])
+
+
+def test_a_reward_without_gradient_drives_only_algorithms_that_need_none(smallest):
+    scores_only = f"rewards.train.0.type={PLUGINS}:ScoresOnly"
+    said = refusal(smallest, scores_only, kind=RewardConfigError)
+    assert "rewards.train.0 (`smooth`): has no usable gradient" in said
+    assert "Move it to rewards.judges" in said
+    load_config(smallest, [scores_only, f"algorithm={{type: '{PLUGINS}:NeedsScores'}}"])
+    load_config(smallest, [f"rewards.judges=[{{type: '{PLUGINS}:ScoresOnly', name: judge}}]"])
+
+
+@pytest.mark.parametrize("role", ["train", "judges"])
+def test_a_metric_that_cannot_work_here_is_refused_with_its_own_reason(smallest, role):
+    override = f"rewards.{role}=[{{type: '{PLUGINS}:Broken', name: odd}}]"
+    said = refusal(smallest, override, kind=RewardConfigError)
+    assert f"rewards.{role}.0 (`odd`): needs the package `absent` for `odd`" in said
+
+
+# The anchor
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.anchor.weight=-1"], "greater than or equal to 0"),
+        (["algorithm.anchor.budget=null"], "algorithm.anchor.weight is `auto`"),
+        (["algorithm.anchor.source=data"], "works on latents"),
+        (["algorithm.data_weight=1"], "algorithm.anchor.source=data"),
+    ],
+)
+def test_an_anchor_that_could_not_do_what_was_asked_is_refused(overrides, message):
+    assert message in refusal("toy_sdxl", *overrides)
+
+
+@pytest.mark.parametrize("override", ["algorithm.anchor.uniform=false", "algorithm.anchor.weight=0"])
+def test_a_denoising_loss_without_the_batch_that_it_shares_is_refused(override):
+    load_config("cifar10_ddpm", ["algorithm.data_weight=1"])
+    assert "algorithm.data_weight is 1" in refusal("cifar10_ddpm", "algorithm.data_weight=1", override)
