@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.images import load_pictures
+from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.guard.guard import Decision
 from acpo_dist.models.family import trainable_tensors
@@ -68,6 +69,10 @@ def drive(
     started = time.monotonic()
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     _require_pictures(config)
+    pairs = None
+    if config.data.pairs is not None:
+        pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
+        console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
     folder, checkpoint = open_run(config, resume)
     if checkpoint is not None:
@@ -79,7 +84,7 @@ def drive(
         tracker, mlflow = _open_tracker(config, folder)
         status = "FAILED"
         try:
-            ports = stack.enter_context(open_ports(effective, tracker))
+            ports = replace(stack.enter_context(open_ports(effective, tracker)), pairs=pairs)
             result = loop.run(
                 effective, ports, folder, prompts, console, checkpoint=checkpoint,
                 on_start=(lambda: at_start(effective, ports, prompts)) if at_start else None,
@@ -106,7 +111,7 @@ def _require_pictures(config: Config) -> None:
     A shipped configuration may leave data.path to the command line, so this is not a relation of the schema.
     """
     anchor = getattr(config.algorithm, "anchor", None)
-    if config.data.path is None and anchor is not None and anchor.source == "data":
+    if config.data.path is None and getattr(anchor, "source", "rollout") == "data":
         raise ConfigError(
             "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real pictures, or "
             "algorithm.anchor.source=rollout."

@@ -23,7 +23,8 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.core.weights import require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.learner.worker import LearnerSpec, LearnerWorker
+from acpo_dist.learner.batches import LearnerSpec
+from acpo_dist.learner.worker import LearnerWorker
 from acpo_dist.loop import Ports
 from acpo_dist.rewards.wire import WireTensor
 from acpo_dist.rewards.worker import RewardWorker, ScoredGradient
@@ -183,6 +184,10 @@ class LocalLearner:
         norms = self.worker.gradient_norms([handle.payload for handle in handles], rewards)
         return GradientScale(median_norm=median(norms), num_elements=self.worker.num_elements)
 
+    def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
+        """See `LearnerGroup.observe`."""
+        return self.worker.observe([handle.payload for handle in handles])
+
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
         """See `LearnerGroup.measure_drift`."""
         figures: Mapping[str, float] = self.worker.measure_drift([h.payload for h in handles], timesteps).means()
@@ -219,5 +224,5 @@ def learner_spec(config: Config) -> LearnerSpec:
     """The sections that a learner rank gets."""
     return LearnerSpec(
         model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards,
-        data=config.data, seed=config.run.seed,
+        sampler=config.sampler, data=config.data, seed=config.run.seed,
     )  # fmt: skip

@@ -13,7 +13,17 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
 from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
-from acpo_dist.core.types import Normaliser, PromptGroup, RewardTerm, RolloutHandle, ScoreTable, TrainTask
+from acpo_dist.core.types import (
+    Normaliser,
+    PromptGroup,
+    RewardTerm,
+    RolloutHandle,
+    ScoredGroups,
+    ScoreTable,
+    Selection,
+    TrainTask,
+)
+from acpo_dist.data.pairs import PairIndex
 from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
@@ -30,13 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """The five ports."""
+    """The five ports, and the pairs of a data set."""
 
     rollout: RolloutPool
     reward: RewardPool
     learner: LearnerGroup
     weights: WeightChannel
     tracker: Tracker
+    pairs: PairIndex | None = None
+    """Usable rows of `data.pairs`, where the learner trains on those instead of rollouts."""
 
 
 @dataclass
@@ -47,12 +59,16 @@ class LoopState:
     version: int
     controller: DriftController
     normalisers: dict[str, Normaliser]
+    constants: dict[str, float]
+    """What the algorithm worked out on base samples."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
         return {
             "version": self.version,
             "anchor_weight": self.controller.weight,
+            "anchor_excess": self.controller.last_excess,
+            "constants": self.constants,
             "normalisers": {name: vars(value) for name, value in self.normalisers.items()},
         }
 
@@ -91,7 +107,7 @@ def run(
         state = _resumed(config, checkpoint)
         watch.restore(checkpoint.state)
     else:
-        state = _calibrate(config, ports, prompts, console, watch)
+        state = _calibrate(config, ports, algorithm, prompts, console, watch)
         if config.guard.action == "roll_back":
             _save(ports, folder, state, keeper, watch)
     ports.weights.publish(state.version)
@@ -139,21 +155,24 @@ def _iterate(
     names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
     with clock.phase("reward"), console.phase("reward", total * len(names)) as advance:
         scores = ports.reward.score(handles, names, advance)
-    ids = [plan.sample_id for group in groups for plan in group.samples]
-    chosen = algorithm.select(ids, scores)
+    chosen = _select(config, ports, algorithm, state, groups, handles, scores)
+    scale = watch.reward_scale
     task = TrainTask(
-        iteration=state.iteration, policy_version=state.version, sample_ids=tuple(i for i in ids if i in chosen),
-        weights=chosen, anchor_weight=state.controller.weight,
-        rewards=_terms(config, state.normalisers, watch.reward_scale),
+        iteration=state.iteration, policy_version=state.version, sample_ids=chosen.sample_ids,
+        # A pathwise objective is scaled by its reward terms; one that sees scores only, by its samples' weights.
+        weights=chosen.weights if config.algorithm.pathwise else {n: scale * w for n, w in chosen.weights.items()},
+        anchor_weight=state.controller.weight, rewards=_terms(config, state.normalisers, scale),
+        constants=state.constants,
     )  # fmt: skip
-    with clock.phase("learn"), console.phase("learn", total) as advance:
+    with clock.phase("learn"), console.phase("learn", len(task.sample_ids)) as advance:
         report = ports.learner.train(handles, task, advance)
     with clock.phase("sync"):
         ports.weights.publish(state.version + 1)
-    drift = max(report.metrics["anchor/late"], report.metrics.get("anchor/uniform", 0.0))
+    drift = max(report.metrics[name] for name in ("anchor/late", "anchor/uniform") if name in report.metrics)
     metrics = {
         **_score_metrics(config, scores),
         **report.metrics,
+        **chosen.figures,
         "anchor/weight": state.controller.weight,
         "drift/rms": drift**0.5,
         "sync/version": float(state.version + 1),
@@ -171,7 +190,34 @@ def _iterate(
     return metrics
 
 
-def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Console, watch: Watch) -> LoopState:
+def _select(
+    config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, groups: Sequence[PromptGroup],
+    handles: Sequence[RolloutHandle], scores: ScoreTable,
+) -> Selection:  # fmt: skip
+    """What the learner is to train on: rollouts as the algorithm chose them, or pairs of a data set."""
+    if ports.pairs is not None:
+        count = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt // 2
+        ids = ports.pairs.deal(iteration=state.iteration, count=count, run_seed=config.run.seed)
+        figures = {f"pairs/{name}": float(value) for name, value in ports.pairs.counts.items()}
+        return Selection(sample_ids=tuple(ids), weights=dict.fromkeys(ids, 1.0), figures=figures)
+    train = [entry for entry in config.rewards.train]
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    return algorithm.select(
+        ScoredGroups(
+            groups=tuple(groups),
+            qualities={
+                entry.name: {name: state.normalisers[entry.name].normalise(scores[entry.name][name]) for name in ids}
+                for entry in train
+            },
+            weights={entry.name: entry.weight for entry in train},
+            pictures=lambda: dict(zip(ids, ports.rollout.images(handles, ids), strict=True)),
+        )
+    )
+
+
+def _calibrate(
+    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, watch: Watch
+) -> LoopState:
     """Normalise every metric on base-model samples and find the first anchor weight."""
     handles, scores = _score_calibration(config, ports, prompts, console, "calibration")
     watch.calibrate(handles)
@@ -190,7 +236,10 @@ def _calibrate(config: Config, ports: Ports, prompts: Sequence[str], console: Co
             controller.weight,
         )
     )
-    return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers)
+    constants = algorithm.calibrate(ports.learner.observe(handles))
+    if constants:
+        console.message("calibrated: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
+    return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers, constants=constants)
 
 
 def _score_calibration(
@@ -227,6 +276,8 @@ def _first_weight(
         return float(anchor.weight)
     if anchor.budget is None:
         return 0.0
+    if not config.algorithm.pathwise:
+        return config.algorithm.reward_weight * config.algorithm.anchor_unit
     scale = ports.learner.gradient_scale(handles, terms)
     return initial_anchor_weight(
         reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
@@ -234,13 +285,14 @@ def _first_weight(
     )  # fmt: skip
 
 
-def _controller(config: Config, weight: float) -> DriftController:
+def _controller(config: Config, weight: float, last_excess: float | None = None) -> DriftController:
     anchor = config.algorithm.anchor
     # A weight of 0 means that the anchor is off, not that it should be steered.
     steered = anchor.budget is not None and weight > 0
     return DriftController(
-        weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom
-    )
+        weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom,
+        last_excess=last_excess,
+    )  # fmt: skip
 
 
 def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
@@ -248,7 +300,8 @@ def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
     return LoopState(
         iteration=checkpoint.iteration,
         version=int(state["version"]),
-        controller=_controller(config, float(state["anchor_weight"])),
+        controller=_controller(config, float(state["anchor_weight"]), last_excess=state["anchor_excess"]),
+        constants=dict(state["constants"]),
         normalisers={name: Normaliser(**value) for name, value in state["normalisers"].items()},
     )
 

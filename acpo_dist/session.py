@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"
 _FREE = {
     "run": {"name", "dir", "iterations"},
     "rollout": {"num_workers", "cpus_per_worker", "gpus_per_worker"},
-    "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s"},
+    "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
     "learner": {"num_ranks", "zero_stage", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s"},
     "guard": None,
     "checkpoint": None,

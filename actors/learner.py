@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from actors.group import fetch, gather, kill
 from actors.placement import Role
 from actors.process import set_up
 from actors.reward import ServeRewards
+from actors.reward_client import PoolLink
 
 
 class LearnerActor:
@@ -38,13 +39,13 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, master: tuple[str, int], spec: Any, applications: Mapping[str, str], deadline_s: float) -> int:
+    def build(self, master: tuple[str, int], spec: Any, link: PoolLink) -> int:
         """Load the model; returns the process id."""
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
         from acpo_dist.learner.worker import LearnerWorker
-        from actors.reward import RewardClient
+        from actors.reward_client import RewardClient
 
-        self._client = RewardClient(applications, deadline_s=deadline_s)
+        self._client = RewardClient(link)
         self._worker = LearnerWorker(spec, self._client, device=self._device)
         return os.getpid()
 
@@ -61,6 +62,10 @@ class LearnerActor:
     def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
         """See `LearnerWorker.gradient_norms`."""
         return self._worker.gradient_norms(ray.get(references), terms)
+
+    def observe(self, references: list[Any]) -> dict[str, list[float]]:
+        """See `LearnerWorker.observe`."""
+        return self._worker.observe(ray.get(references))
 
     def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> FigureSums:
         """See `LearnerWorker.measure_drift`."""
@@ -106,8 +111,7 @@ class RayLearner:
         self._rewards = rewards
         master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
         spec = ray.put(learner_spec(self._config))
-        deadline_s = self._config.rewards.deadline_s
-        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.applications, deadline_s))
+        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link))
 
     def start(self, folder: Path | None) -> None:
         """See `LearnerGroup.start`."""
@@ -131,6 +135,15 @@ class RayLearner:
         answers = self._all("gradient scale", lambda actor: actor.gradient_norms.remote(references, rewards))
         norms = [norm for part in answers for norm in part]
         return GradientScale(median_norm=median(norms), num_elements=self._num_elements)
+
+    def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
+        """See `LearnerGroup.observe`."""
+        references = _latents(handles)
+        merged: dict[str, list[float]] = {}
+        for part in self._all("observe", lambda actor: actor.observe.remote(references)):
+            for name, values in part.items():
+                merged.setdefault(name, []).extend(values)
+        return merged
 
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
         """See `LearnerGroup.measure_drift`."""

@@ -2,19 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
-from acpo_dist.core.types import ScoreTable
+from acpo_dist.config.section import Section
+from acpo_dist.core.types import ScoredGroups, Selection
 
 
 class Network(Protocol):
-    """The policy with its anchor switch; a model family satisfies it."""
+    """The policy with its anchor switch, as the learner hands it over."""
 
-    prediction_type: str
-    alpha_bars: Tensor
+    @property
+    def prediction_type(self) -> str:
+        """`epsilon`, `v_prediction` or `sample`."""
+        ...
+
+    @property
+    def alpha_bars(self) -> Tensor:
+        """Cumulative signal fraction by timestep, float64 (T,), on the CPU."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Any:
         """Conditioning of prompts."""
@@ -28,6 +37,24 @@ class Network(Protocol):
         """While active, `predict` answers with the base model."""
         ...
 
+    def features(self, latents: Tensor, timesteps_B: Tensor, condition: Any) -> Sequence[Tensor]:
+        """Features of the frozen base's encoder, float32; only where the algorithm's configuration asks for them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateStates:
+    """One state per sample at which a rollout passed."""
+
+    latents: Tensor
+    """x_t (B, C, H, W)."""
+    timesteps_B: Tensor
+    alpha_bars_B: Tensor
+    """float64."""
+    following: Tensor | None = None
+    """State after the stochastic step from x_t, exactly as the rollout had it."""
+    following_alpha_bars_B: Tensor | None = None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
@@ -36,16 +63,32 @@ class MicroBatch:
     sample_ids: tuple[str, ...]
     prompts: tuple[str, ...]
     noise_keys: tuple[int, ...]
-    """One seed per sample for all noise drawn in this optimiser step, independent of ranks and micro-batches."""
-    late_latents: Tensor
-    """x_t at one late step per sample, from the policy's own rollouts."""
-    late_timesteps_B: Tensor
-    late_alpha_bars_B: Tensor
+    """One seed per sample for all noise drawn in this optimiser step, independent of ranks and micro-batches. The two
+    samples of a pair share theirs."""
+    states: LateStates | None
+    """Where the policy's own rollouts passed; None for samples that no rollout made."""
     clean: Tensor
-    """x_0 that the anchor's uniform timesteps are noised from: the sample's own, or a real picture."""
+    """x_0 that states are noised from: the sample's own, or a real picture."""
     clean_is_real: bool
     """Whether `clean` holds real pictures, so that an ordinary denoising loss on them makes sense."""
     weights_B: Tensor
+    guidance_scale: float = 1.0
+    """Of the rollouts, 1 where only the conditional branch ran."""
+    eta: float = 0.0
+    """Of the rollouts' steps."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """What `Algorithm.calibrate` made of the base samples."""
+
+    @property
+    def late(self) -> LateStates:
+        """The rollouts' states.
+
+        Raises:
+            RuntimeError: the samples were not made by a rollout; configurations that mix the two are refused earlier.
+        """
+        if self.states is None:
+            raise RuntimeError("this batch holds pictures of a data set, which passed no rollout state")
+        return self.states
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +118,113 @@ class Loss:
     figures: Mapping[str, Tensor]
 
 
+class AnchorConfig(Section):
+    """How the policy is held near the base model."""
+
+    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Anchor weight; `auto` starts from the budget (and the measured reward gradient, where there is one); 0 is off."""
+    budget: float | None = Field(default=0.15, gt=0)
+    """Wanted rms drift, in the units of `space`; None holds the weight fixed."""
+    rate: float = Field(default=0.15, ge=0)
+    """Rate of the drift controller; 0 holds the weight fixed."""
+    headroom: float = Field(default=0.8, gt=0, le=1)
+    """Share of the budget that the controller aims at; drift is noisy, so small batches need more room."""
+    null_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the forward-noised batch that is anchored without its prompt: guidance uses that branch."""
+    space: Literal["eps", "v", "x0"] = "eps"
+    """Units of the anchor; `v` suits v-prediction with zero terminal SNR, where an eps-anchor vanishes."""
+
+
+class OptionalAnchorConfig(AnchorConfig):
+    """The anchor under a recipe that has none of its own: setting a budget, or a weight, switches it on."""
+
+    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Anchor weight; `auto` is 0 without a budget, and with one a weight of the objective's own size, steered."""
+    budget: float | None = Field(default=None, gt=0)
+    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
+
+
+class EncoderConfig(Section):
+    """The frozen base U-Net's features in which NCP measures errors."""
+
+    stride: int = Field(default=1, ge=1)
+    """Timesteps of the reverse step: 1 is the published method, 20 moves the state ten times as far."""
+    output: Literal["down", "middle", "stages"] = "down"
+    """Features after the down blocks, after the middle block, or of every stage."""
+    deterministic: bool = False
+    """Step by DDIM instead of the posterior with shared noise."""
+    checkpointing: bool = False
+    """Recompute the encoder in the backward pass: less memory, one more encoder forward."""
+
+
+class AlgorithmConfig(Section):
+    """What the rest of the system asks of any algorithm's configuration."""
+
+    pathwise: ClassVar[bool] = False
+    """Whether it needs the gradient of the reward; if not, scores are enough and black boxes will do."""
+    paired: ClassVar[bool] = False
+    """Whether its micro-batches are made of pairs, winner beside loser."""
+    needs_groups: ClassVar[bool] = False
+    """Whether it compares samples of the same prompt, and so needs several."""
+    needs_noise: ClassVar[bool] = False
+    """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
+    reward_weight: float = Field(default=1.0, ge=0)
+    """Weight of the objective against the anchor."""
+
+    @property
+    def encoder(self) -> EncoderConfig | None:
+        """The encoder it needs, or None."""
+        return None
+
+    @property
+    def anchor_unit(self) -> float:
+        """Where an `auto` anchor weight starts when there is no reward gradient to work it out from."""
+        return 1.0
+
+
 class Algorithm(Protocol):
     """One recipe made of objectives."""
 
-    def select(self, sample_ids: Sequence[str], scores: ScoreTable) -> dict[str, float]:
-        """Per-sample weights from scores; samples that are left out are not trained on."""
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Which samples are trained on, and how much, from their scores."""
         ...
 
-    def loss(self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float) -> Loss:
+    def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
+        """Per-sample constants (B,) under the weights that made the rollouts, before the first optimiser step."""
+        ...
+
+    def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
+        """Per-sample figures of base samples that `calibrate` works on; empty where nothing is to be found out."""
+        ...
+
+    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Constants of the run, from what all ranks observed."""
+        ...
+
+    def loss(
+        self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
+        prepared_B: Tensor | None = None,
+    ) -> Loss:  # fmt: skip
         """Forward passes and per-sample loss of one micro-batch."""
         ...
+
+
+class BaseAlgorithm:
+    """What most algorithms have in common: nothing to select, nothing to prepare, nothing to find out."""
+
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Every sample counts the same."""
+        ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
+        return Selection(sample_ids=ids, weights=dict.fromkeys(ids, 1.0), figures={})
+
+    def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
+        """Nothing."""
+        return None
+
+    def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Nothing."""
+        return {}

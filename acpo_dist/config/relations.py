@@ -5,7 +5,7 @@ from typing import Any
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RewardConfigError
-from acpo_dist.core.registry import MODELS, REWARDS, resolve
+from acpo_dist.core.registry import MODELS, REWARDS, nearest, resolve
 
 
 def check_relations(config: Config) -> None:
@@ -18,6 +18,7 @@ def check_relations(config: Config) -> None:
     _check_backend(config)
     _check_batches(config)
     _check_data(config)
+    _check_algorithm(config)
     _check_anchor(config)
     _check_rewards(config)
 
@@ -71,17 +72,67 @@ def _check_data(config: Config) -> None:
         )
 
 
+def _check_algorithm(config: Config) -> None:
+    """Nothing that was asked for may be left out silently, and nothing that is needed may be missing."""
+    algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
+    kind = algorithm.type
+    if algorithm.needs_noise and config.sampler.eta == 0:
+        raise ConfigError(
+            f"algorithm `{kind}` needs the probability of its rollouts' steps, and sampler.eta is 0: deterministic "
+            "steps have none. Set sampler.eta=1."
+        )
+    if config.sampler.eta > 0 and config.sampler.solver != "ddim":
+        raise ConfigError(
+            f"sampler.eta is {config.sampler.eta:g}, which only sampler.solver=ddim knows; found "
+            f"{config.sampler.solver}. Set sampler.eta=0 or sampler.solver=ddim."
+        )
+    if config.sampler.eta > 0 and config.vrg.enabled:
+        raise ConfigError(
+            f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: a trajectory is proved by walking the "
+            "same noise along two of them, which needs deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
+        )
+    if config.data.pairs is not None:
+        _check_pairs(config)
+    elif algorithm.needs_groups and rollout.samples_per_prompt < 2:
+        raise ConfigError(
+            f"algorithm `{kind}` compares samples of one prompt, and rollout.samples_per_prompt is "
+            f"{rollout.samples_per_prompt}: set it to 2 or more (4 is usual)."
+        )
+    if algorithm.paired:
+        for key, value in (
+            ("rollout.samples_per_prompt", 2 if config.data.pairs is not None else rollout.samples_per_prompt),
+            ("learner.micro_batch", learner.micro_batch),
+        ):
+            if value % 2:
+                raise ConfigError(f"algorithm `{kind}` works on pairs, and {key} is {value}: make it even.")
+
+
+def _check_pairs(config: Config) -> None:
+    if not config.algorithm.paired:
+        raise ConfigError(
+            f"data.pairs is set, but algorithm `{config.algorithm.type}` does not train on pairs: use dpo, cpo or sft, "
+            "or unset data.pairs."
+        )
+    if not resolve("model", MODELS, config.model.type).conditional:
+        raise ConfigError(
+            "data.pairs holds captioned pictures, and the model draws without prompts: unset data.pairs to pair up "
+            "the rollouts."
+        )
+
+
 def _check_anchor(config: Config) -> None:
     """Nothing that was asked for may be left out silently."""
     anchor = getattr(config.algorithm, "anchor", None)
     if anchor is None:
         return
-    if anchor.weight == "auto" and anchor.budget is None:
+    optional = type(anchor).model_fields["budget"].default is None
+    if anchor.weight == "auto" and anchor.budget is None and not optional:
         raise ConfigError(
             "algorithm.anchor.weight is `auto`, which is worked out from algorithm.anchor.budget, and that is null. "
             "Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
         )
-    if anchor.source == "data" and not resolve("model", MODELS, config.model.type).pixel_space:
+    from_data = getattr(anchor, "source", "rollout") == "data"
+    if from_data and not resolve("model", MODELS, config.model.type).pixel_space:
         raise ConfigError(
             f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
             "pictures: set algorithm.anchor.source=rollout."
@@ -90,7 +141,7 @@ def _check_anchor(config: Config) -> None:
         missing = [
             text
             for text, holds in (
-                ("algorithm.anchor.source=data", anchor.source == "data"),
+                ("algorithm.anchor.source=data", from_data),
                 ("algorithm.anchor.uniform=true", anchor.uniform),
                 ("algorithm.anchor.weight above 0", anchor.weight != 0),
             )
@@ -108,6 +159,12 @@ def _check_rewards(config: Config) -> None:
     for name in names:
         if names.count(name) > 1:
             raise RewardConfigError(f"two rewards or judges are called `{name}`: give each its own `name`.")
+    for name in config.rewards.pool:
+        if name not in names:
+            raise RewardConfigError(
+                f"rewards.pool.{name}: no reward or judge has this name.{nearest(name, names)} "
+                f"Known: {', '.join(names)}."
+            )
     conditional = resolve("model", MODELS, config.model.type).conditional
     pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):

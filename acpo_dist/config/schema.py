@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from acpo_dist.config.guard import GuardConfig
+from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.section import Section, plugin
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
@@ -36,6 +37,10 @@ class DataConfig(Section):
     """Column with the picture: encoded bytes, or a struct with the field `bytes`."""
     max_images: int | None = Field(default=None, ge=1)
     """Use only the first so many pictures."""
+    pairs: Path | None = None
+    """Parquet file, or a folder of them, with preference pairs in Pick-a-Pic's columns; None pairs up the rollouts."""
+    absolute_pairs: bool = False
+    """Use only pairs whose winner never lost and never drew in the whole file (needs image_0_uid, image_1_uid)."""
 
 
 class SamplerConfig(Section):
@@ -49,12 +54,18 @@ class SamplerConfig(Section):
     """Rule of a step, on any trajectory; `heun` asks twice per step, `ltsp` and `stsp` split guidance off."""
     trajectory: Path | None = None
     """File of a trajectory that replaces the spacing: what `acpo vrg optimize` wrote, or the published text format."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """Noise of `ddim` steps: 0 deterministic, 1 as much as DDPM's posterior. Policy gradients need it above 0."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Classifier-free guidance; 1 or less runs the conditional branch alone."""
     t_max: float = Field(default=0.3, gt=0, le=1)
     """Largest training timestep as a share of the noise schedule: late steps only, so that composition stays."""
     late_per_sample: int = Field(default=4, ge=1)
     """States kept per sample among the steps at or below t_max, spread evenly."""
+
+    def guidance_for(self, *, conditional: bool) -> float:
+        """The scale that rollouts use: 1, the conditional branch alone, where there is nothing to guide."""
+        return self.guidance_scale if conditional and self.guidance_scale > 1 else 1.0
 
 
 class VrgConfig(Section):
@@ -121,10 +132,27 @@ class RewardsConfig(Section):
     """Replicas per metric."""
     cpus_per_replica: float = Field(default=1.0, ge=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
-    deadline_s: float = Field(default=120.0, gt=0)
+    deadline_s: float = Field(default=300.0, gt=0)
     """A request is retried on other replicas until so many seconds have passed, then the run stops."""
+    attempt_timeout_s: float = Field(default=60.0, gt=0)
+    """A replica that computes longer than this on one batch hangs: it is replaced, its requests go elsewhere."""
+    pool: dict[str, MetricPoolConfig] = Field(default={})
+    """Replicas, batches, resources and environment by metric name, where they differ from the above."""
+    http: HttpConfig = HttpConfig()
     calibration_samples: int = Field(default=256, ge=8)
     """Base-model samples on which every metric is normalised before training."""
+
+    def pool_of(self, name: str) -> MetricPoolConfig:
+        """How one metric is served, with nothing left open."""
+        found = self.pool.get(name, MetricPoolConfig())
+        fixed = self.replicas if found.replicas is None and found.min_replicas is None else found.replicas
+        return found.model_copy(
+            update={
+                "replicas": fixed,
+                "cpus": self.cpus_per_replica if found.cpus is None else found.cpus,
+                "gpus": self.gpus_per_replica if found.gpus is None else found.gpus,
+            }
+        )
 
 
 class LearnerConfig(Section):
@@ -138,6 +166,8 @@ class LearnerConfig(Section):
     """Samples per forward and backward on one rank."""
     global_batch: int = Field(default=32, ge=1)
     """Samples per optimiser step over all ranks; accumulation follows."""
+    inner_epochs: int = Field(default=1, ge=1)
+    """How often an iteration's samples are gone over, each time with other states and noise."""
     learning_rate: float = Field(default=3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -102,6 +102,10 @@ class LearnerGroup(Protocol):
         """Strength of the reward gradient with respect to the predicted noise, at late states of the given samples."""
         ...
 
+    def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
+        """Figures of base samples that the algorithm calibrates itself on: `Algorithm.observe`, all ranks together."""
+        ...
+
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
         """Mean squared noise-space drift at each timestep, on forward-noised x_0 of the given samples."""
         ...

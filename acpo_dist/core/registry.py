@@ -24,10 +24,19 @@ REWARDS: dict[str, str] = {
 }
 MODELS: dict[str, str] = {
     "sdxl": "acpo_dist.models.sdxl:SdxlFamily",
+    "sd15": "acpo_dist.models.sd15:Sd15Family",
     "ddpm": "acpo_dist.models.ddpm:DdpmFamily",
 }
 ALGORITHMS: dict[str, str] = {
     "acpo": "acpo_dist.algorithms.acpo:Acpo",
+    "draft": "acpo_dist.algorithms.acpo:Draft",
+    "refl": "acpo_dist.algorithms.acpo:Refl",
+    "nft": "acpo_dist.algorithms.denoising:Nft",
+    "rwr": "acpo_dist.algorithms.denoising:Rwr",
+    "ddpo": "acpo_dist.algorithms.ddpo:Ddpo",
+    "dpo": "acpo_dist.algorithms.preference:Dpo",
+    "cpo": "acpo_dist.algorithms.preference:Cpo",
+    "sft": "acpo_dist.algorithms.preference:Sft",
 }
 
 

@@ -1,6 +1,6 @@
 """What travels between the parts: frozen records, paired by sample id and never by position."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,9 @@ class LateLatents:
     timestep: float
     alpha_bar: float
     latents_BCHW: Tensor
+    following_BCHW: Tensor | None = None
+    """State after the step, kept where steps are stochastic (`sampler.eta` above 0)."""
+    following_alpha_bar: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,32 @@ class RolloutHandle:
 
 ScoreTable = Mapping[str, Mapping[str, float]]
 """metric name -> sample id -> raw score, in the metric's own unit and direction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroups:
+    """The samples of an iteration as an algorithm may judge them: by the rewards that train, never by judges."""
+
+    groups: tuple[PromptGroup, ...]
+    qualities: Mapping[str, Mapping[str, float]]
+    """Reward name -> sample id -> quality: normalised, signed so that higher is better, not yet weighted."""
+    weights: Mapping[str, float]
+    """Reward name -> its weight in the sum."""
+    pictures: Callable[[], Mapping[str, Tensor]]
+    """Pictures by sample id, uint8 (3, H, W); fetched when asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which samples are trained on, in which order, with what weight, and what became of the others."""
+
+    sample_ids: tuple[str, ...]
+    """Order that micro-batches are cut from; pairs lie side by side, the winner first."""
+    weights: Mapping[str, float]
+    """Weight of each in the objective, signed where it is an advantage. 0 leaves a sample out of the objective alone: it
+    stays in its batch, so that batch arithmetic holds, and under the anchor."""
+    figures: Mapping[str, float]
+    """Counters for tracking."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +131,11 @@ class TrainTask:
     sample_ids: tuple[str, ...]
     """Samples to train on, in the global order that micro-batches are cut from."""
     weights: Mapping[str, float]
-    """Per-sample weight of the algorithm (1 where it has no opinion)."""
+    """See `Selection.weights`."""
     anchor_weight: float
     rewards: tuple[RewardTerm, ...]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """What the algorithm worked out on base samples before the first iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)

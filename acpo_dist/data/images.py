@@ -110,6 +110,19 @@ def read_images(paths: Sequence[Path], *, column: str = "image") -> Iterator[tup
     return itertools.chain.from_iterable(_read_one(file, column) for file in files.values())
 
 
+def decode_square(encoded: bytes | None, size: int) -> Tensor:
+    """One encoded picture, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        picture = _fit(_decode(encoded), size)
+    except _UNDECODABLE as error:
+        raise DataError(f"not a readable picture: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(picture)).float() / 255
+
+
 def _expand(path: Path, column: str) -> list[Path]:
     if path.is_dir():
         return _pictures_below(path)

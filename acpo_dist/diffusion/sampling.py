@@ -83,6 +83,24 @@ class DDIM:
         return advance
 
 
+@dataclass(frozen=True)
+class StochasticDDIM:
+    """DDIM with eta > 0: every step but one that ends clean adds noise, and so has a density."""
+
+    eta: float
+    noise: Callable[[int], Tensor]
+    """Denoise step -> noise of the state's shape."""
+
+    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
+        """See `Sampler.start`."""
+
+        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+            level, following = trajectory.alpha_bars[step : step + 2]
+            return ddim_step(head, state, level, following, prediction_type, eta=self.eta, noise=self.noise(step))
+
+        return advance
+
+
 DEFAULT_SAMPLER = DDIM()
 
 
@@ -90,7 +108,7 @@ def walk(
     denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER,
 ) -> Tensor:  # fmt: skip
-    """Walk the whole trajectory deterministically from `start` (unit Gaussian noise) and return x at its end.
+    """Walk the whole trajectory from `start` (unit Gaussian noise) and return x at its end.
 
     The network is called once per denoise step, at the state that `visit` sees. Only samplers that say so call it more.
     """

@@ -1,22 +1,13 @@
 """Rollouts by sample id."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from acpo_dist.algorithms.base import LateStates
 from acpo_dist.core.errors import WeightSyncError
-from acpo_dist.core.types import RolloutBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class LateStates:
-    """One late state per sample."""
-
-    latents_BCHW: Tensor
-    timesteps_B: Tensor
-    alpha_bars_B: Tensor
+from acpo_dist.core.types import LateLatents, RolloutBatch
 
 
 class SampleStore:
@@ -54,16 +45,24 @@ class SampleStore:
         """x_0 of each sample, (B, C, H, W)."""
         return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
 
-    def late(self, ids: Sequence[str], keys: Sequence[int]) -> LateStates:
-        """One of each sample's kept late states, chosen by the sample's key."""
-        chosen = []
+    def late(self, ids: Sequence[str], keys: Sequence[int], *, stochastic: bool = False) -> LateStates:
+        """One of each sample's kept late states, chosen by the sample's key.
+
+        Args:
+            stochastic: choose among the steps that have a density, and give the states after them too.
+        """
+        chosen: list[tuple[LateLatents, int]] = []
         for sample_id, key in zip(ids, keys, strict=True):
             batch, row = self._at[sample_id]
+            kept = [late for late in batch.late if not stochastic or late.following_alpha_bar < 1]
             # The low bits choose the picture of the data batch; these choose the state.
-            late = batch.late[(key >> 32) % len(batch.late)]
-            chosen.append((late.latents_BCHW[row], late.timestep, late.alpha_bar))
+            chosen.append((kept[(key >> 32) % len(kept)], row))
+        following = [late.following_BCHW[row] for late, row in chosen if late.following_BCHW is not None]
+        levels = torch.tensor([late.following_alpha_bar for late, _ in chosen], dtype=torch.float64)
         return LateStates(
-            latents_BCHW=torch.stack([latents for latents, _, _ in chosen]),
-            timesteps_B=torch.tensor([timestep for _, timestep, _ in chosen]),
-            alpha_bars_B=torch.tensor([alpha_bar for _, _, alpha_bar in chosen], dtype=torch.float64),
+            latents=torch.stack([late.latents_BCHW[row] for late, row in chosen]),
+            timesteps_B=torch.tensor([late.timestep for late, _ in chosen]),
+            alpha_bars_B=torch.tensor([late.alpha_bar for late, _ in chosen], dtype=torch.float64),
+            following=torch.stack(following) if stochastic else None,
+            following_alpha_bars_B=levels if stochastic else None,
         )

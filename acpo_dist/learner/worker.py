@@ -1,49 +1,33 @@
 """One learner rank: cuts its share of micro-batches, asks the algorithm for the loss, moves the weights."""
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acpo_dist.algorithms.base import Algorithm, MicroBatch
-from acpo_dist.config.schema import DataConfig, LearnerConfig, RewardsConfig
+from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
-from acpo_dist.data.images import PictureSet, load_pictures
 from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.learner.batches import BatchMaker, LearnerSpec
 from acpo_dist.learner.engine import Engine, TorchEngine
 from acpo_dist.learner.figures import FigureSums
+from acpo_dist.learner.network import PolicyNetwork
 from acpo_dist.learner.samples import SampleStore
 from acpo_dist.learner.signal import GradientSource, PooledReward
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.loading import held_dtype
 from acpo_dist.objective.anchor import anchor_error, head_drift
 
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerSpec:
-    """The sections that a learner rank needs."""
-
-    model: Any
-    algorithm: Any
-    learner: LearnerConfig
-    rewards: RewardsConfig
-    data: DataConfig
-    seed: int
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per rank and optimiser step."""
-        return self.learner.global_batch // (self.learner.micro_batch * self.learner.num_ranks)
+logger = logging.getLogger(__name__)
 
 
 class LearnerWorker:
@@ -54,7 +38,8 @@ class LearnerWorker:
         self._spec, self._source, self._device = spec, source, device
         self._family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
         self._algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
-        self._pictures = self._load_pictures()
+        self._network = PolicyNetwork(self._family, spec.algorithm.encoder)
+        self._batches = BatchMaker(spec, self._family, device=device)
         self._engine: Engine | None = None
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
@@ -99,14 +84,15 @@ class LearnerWorker:
         store = SampleStore(batches, policy_version=task.policy_version)
         reward = self._reward(task.rewards)
         sums = FigureSums()
-        micro = self._spec.learner.micro_batch
-        steps = cut(task.sample_ids, self._spec.learner.global_batch)
+        steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
+        prepared = self._prepare(store, task, steps)
         for step, ids in enumerate(steps):
             started = time.monotonic()
-            for part in cut(ids, micro)[engine.rank :: engine.world_size]:
+            for index, part in enumerate(self._own(ids)):
+                batch = self._batches.make(store, part, task, step)
                 with engine.autocast():
                     loss = self._algorithm.loss(
-                        self._micro_batch(store, part, task, step), self._family, reward, task.anchor_weight
+                        batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
                     )
                 if not torch.isfinite(loss.per_sample).all():
                     raise NonFiniteError(
@@ -117,9 +103,48 @@ class LearnerWorker:
                 sums.add(loss.figures)
             sums.add({"learner/grad_norm": torch.tensor([engine.step()])})
             sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
+        if self._spec.data.pairs is not None:
+            broken = self._batches.take_broken()
+            if broken:
+                logger.warning("pairs left out, since a picture cannot be decoded: %s", ", ".join(broken[:5]))
+            own = len(steps) * self._spec.learner.global_batch // engine.world_size
+            share = torch.zeros(own)
+            share[: len(broken)] = 1
+            sums.add({"pairs/broken_share": share})
         self._weights = engine.weights()
         self._update_average(len(steps))
         return sums, len(steps)
+
+    @torch.no_grad()
+    def _prepare(
+        self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
+    ) -> list[list[Tensor]] | None:
+        """What the algorithm wants to know of every micro-batch before the weights move; None for most algorithms."""
+        prepared: list[list[Tensor]] = []
+        for step, ids in enumerate(steps):
+            row: list[Tensor] = []
+            for part in self._own(ids):
+                with self._ready().autocast():
+                    value = self._algorithm.prepare(self._batches.make(store, part, task, step), self._network)
+                if value is None:
+                    return None
+                row.append(value)
+            prepared.append(row)
+        return prepared
+
+    @torch.no_grad()
+    def observe(self, batches: Sequence[RolloutBatch]) -> dict[str, list[float]]:
+        """Figures of base samples that the algorithm calibrates itself on, for this rank's share."""
+        store = SampleStore(batches, policy_version=None)
+        found: dict[str, list[float]] = {}
+        for part, counts in self._share(store.sample_ids):
+            figures = self._algorithm.observe(self._batches.make(store, part, None, 0), self._network)
+            if not figures:
+                return {}
+            if counts:
+                for name, values in figures.items():
+                    found.setdefault(name, []).extend(values.tolist())
+        return found
 
     @torch.no_grad()
     def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
@@ -128,13 +153,13 @@ class LearnerWorker:
         reward = self._reward(terms)
         norms: list[float] = []
         for part, counts in self._share(store.sample_ids):
-            batch = self._micro_batch(store, part, None, 0)
-            condition = self._family.encode(batch.prompts)
-            head = self._family.predict(batch.late_latents, batch.late_timesteps_B, condition)
-            clean = to_clean(head, batch.late_latents, batch.late_alpha_bars_B, self._family.prediction_type)
+            batch = self._batches.make(store, part, None, 0)
+            late, condition = batch.late, self._family.encode(batch.prompts)
+            head = self._family.predict(late.latents, late.timesteps_B, condition)
+            clean = to_clean(head, late.latents, late.alpha_bars_B, self._family.prediction_type)
             gradient = reward(clean, batch.prompts).gradient.flatten(1).norm(dim=1)
             # d x0-hat / d eps-hat = -s / a
-            kappa = ((1 - batch.late_alpha_bars_B) / batch.late_alpha_bars_B).sqrt()
+            kappa = ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt()
             if counts:
                 norms += (gradient * kappa.to(gradient)).tolist()
         return norms
@@ -197,25 +222,10 @@ class LearnerWorker:
         rewards = self._spec.rewards
         return PooledReward(self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype)
 
-    def _micro_batch(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
-        iteration = task.iteration if task else -1
-        keys = [derive_seed("learner", self._spec.seed, iteration, step, sample_id) for sample_id in ids]
-        late = store.late(ids, keys)
-        clean, real = store.clean(ids), False
-        if self._pictures is not None:
-            clean, real = 2 * self._pictures.batch([key % len(self._pictures) for key in keys]) - 1, True
-        weights = torch.tensor([task.weights[sample_id] if task else 1.0 for sample_id in ids])
-        return MicroBatch(
-            sample_ids=ids,
-            prompts=store.prompts(ids),
-            noise_keys=tuple(keys),
-            late_latents=late.latents_BCHW.to(self._device),
-            late_timesteps_B=late.timesteps_B.to(self._device),
-            late_alpha_bars_B=late.alpha_bars_B.to(self._device),
-            clean=clean.to(self._device),
-            clean_is_real=real,
-            weights_B=weights.to(self._device),
-        )
+    def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """This rank's micro-batches of one optimiser step."""
+        engine = self._ready()
+        return cut(ids, self._spec.learner.micro_batch)[engine.rank :: engine.world_size]
 
     def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
         """This rank's micro-batches, and whether each counts.
@@ -243,12 +253,6 @@ class LearnerWorker:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
-
-    def _load_pictures(self) -> PictureSet | None:
-        data = self._spec.data
-        if data.path is None or self._spec.algorithm.anchor.source != "data":
-            return None
-        return load_pictures(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])
 
 
 def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:

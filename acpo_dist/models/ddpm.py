@@ -76,6 +76,7 @@ class DdpmFamily:
         size = unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (unet.config["in_channels"], height, width)
+        self.pixels = height
         self._decoder = PixelDecoder()
 
     @classmethod
@@ -113,6 +114,10 @@ class DdpmFamily:
     def decode(self, clean: Tensor) -> Tensor:
         """See `Decoder.decode`."""
         return self._decoder.decode(clean)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """See `ModelFamily.encode_pictures`."""
+        return 2 * pixels.float() - 1
 
     def save_pipeline(self, folder: Path) -> None:
         """Write a `DDPMPipeline` with the tuned U-Net."""

@@ -51,6 +51,8 @@ class ModelFamily(Protocol):
     device: str
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""
+    pixels: int
+    """Height and width of its pictures."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -89,6 +91,10 @@ class ModelFamily(Protocol):
 
     def decode(self, clean: Tensor) -> Tensor:
         """As `Decoder.decode`."""
+        ...
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """RGB in [0, 1], (B, 3, pixels, pixels) -> x_0 (B, C, H, W), float32, without gradient."""
         ...
 
     def save_pipeline(self, folder: Path) -> None:

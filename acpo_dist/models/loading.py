@@ -1,12 +1,22 @@
 """Where a model comes from: an embedded toy, a folder, or a hub id; and errors that say what to do."""
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 
 from acpo_dist.core.errors import ModelError
@@ -28,24 +38,108 @@ def resolve_path(path: str) -> str:
     if path.startswith("toy-"):
         folder = _EMBEDDED / path
         if not folder.is_dir():
-            known = ", ".join(sorted(entry.name for entry in _EMBEDDED.glob("toy-*"))) or "none"
+            known = ", ".join(embedded_models()) or "none"
             raise ModelError(f"model.path: no embedded model `{path}`; embedded: {known}. `acpo toy build` makes them.")
         return str(folder)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
     folder = Path(path).expanduser()
-    if looks_local and not (folder / "model_index.json").is_file():
+    if looks_local(path) and not (folder / "model_index.json").is_file():
         found = "a folder without model_index.json" if folder.is_dir() else "nothing"
         raise ModelError(
             f"model.path: expected a diffusers pipeline folder at `{path}`, found {found}. Give a folder written by "
-            "`save_pretrained`, a hub id (`owner/name`), or an embedded toy (`toy-sdxl`, `toy-ddpm`)."
+            f"`save_pretrained`, a hub id (`owner/name`), or an embedded toy ({', '.join(embedded_models())})."
         )
-    return str(folder) if looks_local else path
+    return str(folder) if looks_local(path) else path
 
 
-def load_part(loader: Callable[..., Any], path: str, part: str | None, **options: Any) -> Any:
+def embedded_models() -> list[str]:
+    """Names of the toys that the package brings."""
+    return sorted(entry.name for entry in _EMBEDDED.glob("toy-*"))
+
+
+def looks_local(path: str) -> bool:
+    """Whether a name means a folder rather than a hub id (`owner/name`)."""
+    return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
+def pipeline_folder(
+    pipeline: Any, path: str, *, revision: str | None, variant: str | None, offline: bool, without: Sequence[str] = ()
+) -> str:
+    """The folder of a resolved path: itself, or the hub's cached snapshot, downloaded where that is allowed.
+
+    Args:
+        pipeline: the diffusers class whose files are wanted.
+        offline: never ask the hub.
+        without: parts that are not needed.
+
+    Raises:
+        ModelError: the model is not to be had, or the folder lacks files.
+    """
+    if not Path(path).is_dir():
+        options = {"revision": revision, "variant": variant, "local_files_only": offline, "use_safetensors": True}
+        path = str(load_part(pipeline.download, path, None, **options, **dict.fromkeys(without)))
+    require_whole(path, variant=variant, without=without)
+    return path
+
+
+def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = ()) -> None:
+    """Check that every part that a pipeline folder promises has its configuration and all of its weight files.
+
+    Raises:
+        ModelError: names what is missing; a half-finished download is told from a wrong variant.
+    """
+    root = Path(folder)
+    index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+    missing: list[str] = []
+    for part, kind in index.items():
+        if part in without or not (isinstance(kind, list) and len(kind) == 2 and kind[1]):
+            continue
+        needed, weights = _needed_files(kind[1])
+        missing += [f"{part}/{name}" for name in needed if not (root / part / name).is_file()]
+        if weights:
+            missing += [f"{part}/{name}" for name in _missing_weights(root / part, weights, variant)]
+    if missing:
+        unfinished = " Unfinished downloads lie beside it." if any(root.rglob("*.incomplete")) else ""
+        raise ModelError(
+            f"model.path: `{folder}` is not whole: {', '.join(missing[:5])} missing.{unfinished} Download it again "
+            f"(`hf download OWNER/NAME --local-dir {folder}`), or set model.variant to what is there "
+            f"(found {_variants(root) or 'no weights'})."
+        )
+
+
+def _needed_files(kind: str) -> tuple[tuple[str, ...], str | None]:
+    if kind.endswith("Scheduler"):
+        return ("scheduler_config.json",), None
+    if "Tokenizer" in kind or "Processor" in kind or "Extractor" in kind:
+        return (), None
+    return ("config.json",), "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
+
+
+def _missing_weights(folder: Path, stem: str, variant: str | None) -> list[str]:
+    marked = f".{variant}" if variant else ""
+    name, index = f"{stem}{marked}.safetensors", folder / f"{stem}.safetensors.index{marked}.json"
+    if (folder / name).is_file() or any(folder.glob(f"*{marked}.bin")):
+        return []
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(shard for shard in shards if not (folder / shard).is_file())
+    return [name]
+
+
+def _variants(root: Path) -> str:
+    names = {path.name for path in root.rglob("*.safetensors")}
+    kinds = {name.split(".")[1] if name.count(".") > 1 else "files without a variant" for name in names}
+    return ", ".join(sorted(kinds))
+
+
+def load_part(
+    loader: Callable[..., Any], path: str, part: str | None, *, key: str = "model.path", **options: Any
+) -> Any:
     """Load one component of a pipeline, turning the library's errors into one that says what to do.
 
     The result is untyped: diffusers declares unions that never occur, and hides the methods of its models.
+
+    Args:
+        key: where the path is set, for messages.
 
     Raises:
         ModelError: the component is missing, unreadable or cannot be downloaded.
@@ -57,10 +151,41 @@ def load_part(loader: Callable[..., Any], path: str, part: str | None, **options
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.path: `{part or 'model'}` of `{path}` cannot be loaded: {reason} If it is a hub id, download it "
-            f"first (`hf download {path}`) or check that you may read it; if it is a folder, check that the download "
-            "is whole."
+            f"{key}: `{part or 'model'}` of `{path}` cannot be loaded: {reason.rstrip('.')}. {_advice(error, path)}"
         ) from error
+
+
+def _advice(error: BaseException, path: str) -> str:
+    """What to do, from what the hub's client says underneath."""
+    if Path(path).exists():
+        return "Check that the download is whole, and that the folder is of this kind of model."
+    causes = list(_chain(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return (
+            f"The model is gated: accept its terms at https://huggingface.co/{path}, then `hf auth login` and "
+            f"`hf download {path}`."
+        )
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return "There is no such revision: check model.revision."
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            "The hub has no such model, or you may not read it: check the name, or `hf auth login`; then "
+            f"`hf download {path}`."
+        )
+    offline = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError)
+    if os.environ.get("HF_HUB_OFFLINE") or any(isinstance(cause, offline) for cause in causes):
+        return (
+            "It is not in the local cache and the hub is not asked or not reached: download it first "
+            f"(`hf download {path}` where there is a network), or copy the cache or the folder here."
+        )
+    return f"If it is a hub id, download it first (`hf download {path}`) or check that you may read it."
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
 
 
 def held_dtype(name: str, *, method: str, trainable: bool) -> torch.dtype:

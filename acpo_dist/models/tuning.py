@@ -33,12 +33,16 @@ class TuningConfig(Section):
 class TunedNetwork:
     """A network prepared for training, and the switch to its frozen base."""
 
-    def __init__(self, network: nn.Module, config: TuningConfig, *, seed: int, keep_anchor: bool) -> None:
+    def __init__(
+        self, network: nn.Module, config: TuningConfig, *, seed: int, keep_anchor: bool,
+        anchor_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         """Prepare `network` in place.
 
         Args:
             seed: of the adapters' initial values; every worker must use the same.
             keep_anchor: whether the base model will be asked for (learner), or not (rollout).
+            anchor_dtype: of the frozen copy beside full fine-tuning.
 
         Raises:
             ModelError: no module has a name in `config.targets`.
@@ -52,7 +56,7 @@ class TunedNetwork:
         network.requires_grad_(False)
         if config.method == "full":
             if keep_anchor:
-                self._copy = copy.deepcopy(network)
+                self._copy = copy.deepcopy(network).to(anchor_dtype)
             network.requires_grad_(True)
             return
         lora = LoraConfig(

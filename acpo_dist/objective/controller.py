@@ -1,4 +1,4 @@
-"""The drift controller: dual ascent on `anchor error <= budget squared`."""
+"""The drift controller: dual ascent on `anchor error <= budget squared`, damped."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,30 +26,40 @@ def initial_anchor_weight(*, reward_weight: float, num_elements: int, gradient_n
 
 @dataclass(frozen=True, kw_only=True)
 class DriftController:
-    """State of the anchor weight. `rate` 0 keeps it fixed, which is the faithful mode."""
+    """State of the anchor weight. `rate` 0 keeps it fixed, which is the faithful mode.
+
+    Proportional and integral in log drift. The integral alone, which is plain dual ascent, oscillates: the policy
+    answers an anchor weight several iterations late, and what a run ends with then depends on the phase.
+    """
 
     weight: float
     budget: float | None
-    """Wanted rms drift in noise units; None switches steering off."""
+    """Wanted rms drift, in the anchor's units; None switches steering off."""
     rate: float
-    brake: float = 10.0
+    """Share of a log excess that the log weight moves by in one iteration."""
+    brake: float = 3.0
     """How many times faster the weight rises over its set point than it falls under it."""
+    damping: float = 12.0
+    """Response to a change of the excess since the last iteration, in units of `rate`."""
     headroom: float = 0.8
     """Set point as a share of the budget: drift is noisy, and aiming at the limit itself oversteps it half the time."""
+    last_excess: float | None = None
+    """log(drift / set point) of the last iteration; None before the first."""
     min_weight: float = 1e-4
     max_weight: float = 1e6
 
     def update(self, anchor_error: float) -> "DriftController":
-        """lambda <- clip(lambda exp(rate (L_a / (h r)^2 - 1))), h the headroom.
+        """lambda <- clip(lambda exp(rate (b e + d (e - e_last)))), e = log(rms drift / (h r)), h the headroom.
 
-        An excess counts `brake` times, and the factor is at most e.
+        b is the brake where e > 0, else 1; d the damping. e is taken as -1 at least, and the factor within [1/e, e].
 
         Args:
             anchor_error: mean squared drift of the last iteration.
         """
         if self.budget is None or self.rate == 0:
             return self
-        excess = anchor_error / (self.headroom * self.budget) ** 2 - 1
-        exponent = min(1.0, self.rate * (excess * self.brake if excess > 0 else excess))
-        weight = min(self.max_weight, max(self.min_weight, self.weight * math.exp(exponent)))
-        return replace(self, weight=weight)
+        excess = max(-1.0, math.log(max(anchor_error, 1e-30)) / 2 - math.log(self.headroom * self.budget))
+        change = 0.0 if self.last_excess is None else excess - self.last_excess
+        exponent = self.rate * (excess * (self.brake if excess > 0 else 1.0) + self.damping * change)
+        weight = self.weight * math.exp(min(1.0, max(-1.0, exponent)))
+        return replace(self, weight=min(self.max_weight, max(self.min_weight, weight)), last_excess=excess)

@@ -9,9 +9,10 @@ from torch import Tensor
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightBundle, WeightEcho
 from acpo_dist.core.weights import checksum
-from acpo_dist.diffusion.sampling import Denoise, Visit, guide, keep_states, walk
+from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, walk
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, walk_split
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.family import trainable_tensors
@@ -66,7 +67,9 @@ class RolloutWorker:
         """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone."""
         prompts = tuple(plan.prompt for plan in plans)
         kept: dict[int, Tensor] = {}
-        clean = self._walk(plans, self.trajectory, keep_states(self._late, kept))
+        after = {step + 1 for step in self._late} if self._sampler.eta > 0 else set[int]()
+        clean = self._walk(plans, self.trajectory, keep_states({*self._late, *after}, kept))
+        kept[self.trajectory.num_steps] = clean
         pixels = self._family.decode(clean).clamp(0, 1)
         return RolloutBatch(
             sample_ids=tuple(plan.sample_id for plan in plans),
@@ -74,7 +77,7 @@ class RolloutWorker:
             policy_version=self._version,
             schedule_id=self.trajectory.schedule_id,
             latents_BCHW=clean.float().cpu(),
-            late=tuple(self._late_state(step, kept[step]) for step in self._late),
+            late=tuple(self._late_state(step, kept) for step in self._late),
             images_BCHW=(pixels * 255).round().to(torch.uint8).cpu(),
         )
 
@@ -120,24 +123,36 @@ class RolloutWorker:
             return walk_split(
                 self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit
             )
-        sampler = make_sampler(solver, self._family.alpha_bars)
-        return walk(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=sampler)
+        return walk(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
 
     def _start(self, seed: int) -> Tensor:
         return torch.randn(self._family.sample_shape, generator=torch.Generator().manual_seed(seed))
 
-    def _late_state(self, step: int, latents: Tensor) -> LateLatents:
+    def _late_state(self, step: int, kept: dict[int, Tensor]) -> LateLatents:
+        stochastic = self._sampler.eta > 0
         return LateLatents(
             denoise_step=step,
             timestep=self.trajectory.timesteps[step],
             alpha_bar=self.trajectory.alpha_bars[step],
-            latents_BCHW=latents.float().cpu(),
+            latents_BCHW=kept[step].float().cpu(),
+            following_BCHW=kept[step + 1].float().cpu() if stochastic else None,
+            following_alpha_bar=self.trajectory.alpha_bars[step + 1],
         )
+
+    def _sampling_rule(self, plans: Sequence[SamplePlan]) -> Sampler:
+        if self._sampler.eta == 0:
+            return make_sampler(self._sampler.solver, self._family.alpha_bars)
+        shape = self._family.sample_shape
+
+        def noise(step: int) -> Tensor:
+            draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
+            return torch.stack(draws).to(self._device)
+
+        return StochasticDDIM(self._sampler.eta, noise)
 
     def _guidance_scale(self) -> float:
         """1, the conditional branch alone, where there is nothing to guide."""
-        scale = self._sampler.guidance_scale
-        return scale if self._family.conditional and scale > 1 else 1.0
+        return self._sampler.guidance_for(conditional=self._family.conditional)
 
     def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
         branches, scale = self._branches(prompts), self._guidance_scale()

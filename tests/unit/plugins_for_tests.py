@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from acpo_dist.algorithms.base import AlgorithmConfig
 from acpo_dist.config.section import Section
 
 
@@ -71,7 +72,7 @@ class Unprompted:
 class NeedsGradients:
     """An algorithm that needs the reward's gradient."""
 
-    class Config(Section):
+    class Config(AlgorithmConfig):
         pathwise: ClassVar[bool] = True
         type: str
         anchor_weight: float = 0.1
@@ -80,6 +81,5 @@ class NeedsGradients:
 class NeedsScores:
     """An algorithm that needs scores only."""
 
-    class Config(Section):
-        pathwise: ClassVar[bool] = False
+    class Config(AlgorithmConfig):
         type: str

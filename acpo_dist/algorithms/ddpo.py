@@ -1,0 +1,116 @@
+"""DDPO: policy gradient on the rollouts' own stochastic steps, with PPO's clipped surrogate. Scores only."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from acpo_dist.algorithms.base import (
+    AlgorithmConfig,
+    BaseAlgorithm,
+    Loss,
+    MicroBatch,
+    Network,
+    OptionalAnchorConfig,
+    RewardGradient,
+)
+from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
+from acpo_dist.core.types import ScoredGroups, Selection
+from acpo_dist.diffusion.sampling import guide
+from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.policy_gradient import Transition, clipped_surrogate, transition
+
+
+class Ddpo(BaseAlgorithm):
+    """One random transition per sample and optimiser step; `learner.inner_epochs` goes over more of them.
+
+    Log-probabilities are means over the elements of a latent, in nats (see `objective.policy_gradient`).
+    """
+
+    class Config(AlgorithmConfig):
+        """Advantages and the trust region."""
+
+        type: Literal["ddpo"] = "ddpo"
+        clip_range: float = Field(default=1e-4, gt=0)
+        """Furthest the per-element probability ratio may move before a sample stops pulling."""
+        advantage: AdvantageConfig = AdvantageConfig()
+        anchor: OptionalAnchorConfig = OptionalAnchorConfig()
+        needs_groups: ClassVar[bool] = True
+        needs_noise: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        """Take the recipe."""
+        self.config = config
+
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Weights are advantages in standard deviations."""
+        advantages = advantages_of(scored, self.config.advantage)
+        return grouped_selection(scored, advantages.values, advantages.counts)
+
+    def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
+        """Log-probability of the transitions under the weights that made them.
+
+        Worked out here and not in the rollout: other batch shapes and lower precision move it by more than the clip
+        range is wide.
+        """
+        conditional, unconditional = _branches(batch, network)
+        _, step = _taken(batch, network, conditional, unconditional)
+        return step
+
+    def loss(
+        self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
+        prepared_B: Tensor | None = None,
+    ) -> Loss:  # fmt: skip
+        """Clipped surrogate, and the anchor on both branches at the same states.
+
+        Raises:
+            RuntimeError: called without what `prepare` gave.
+        """
+        if prepared_B is None:
+            raise RuntimeError("DDPO needs the log-probabilities that `prepare` worked out before the first step")
+        late, kind = batch.late, network.prediction_type
+        conditional, unconditional = _branches(batch, network)
+        with torch.no_grad(), network.anchored():
+            base_conditional, base_unconditional = _branches(batch, network)
+        space = self.config.anchor.space
+        drift = anchor_error(head_drift(conditional, base_conditional, late.alpha_bars_B, kind, space))
+        figures = {"anchor/conditional": drift.detach()}
+        if unconditional is not None and base_unconditional is not None:
+            # Each branch by itself: in their guided sum the drift of one can hide that of the other.
+            null = anchor_error(head_drift(unconditional, base_unconditional, late.alpha_bars_B, kind, space))
+            figures["anchor/null"] = null.detach()
+            drift = (drift + null) / 2
+        figures["anchor/late"] = drift.detach()
+        _, log_prob = _taken(batch, network, conditional, unconditional)
+        term = clipped_surrogate(log_prob, prepared_B, batch.weights_B, self.config.clip_range)
+        figures |= {
+            "ddpo/ratio": term.ratio_B, "ddpo/clipped": term.is_clipped_B.float(),
+            "ddpo/log_prob": log_prob.detach(), "ddpo/log_ratio_abs": term.ratio_B.log().abs(),
+        }  # fmt: skip
+        return Loss(per_sample=self.config.reward_weight * term.loss_B + anchor_weight * drift, figures=figures)
+
+
+def _branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | None]:
+    """(conditional head, unconditional head or None where rollouts were not guided), both from one forward."""
+    late, condition = batch.late, network.encode(batch.prompts)
+    if batch.guidance_scale == 1:
+        return network.predict(late.latents, late.timesteps_B, condition), None
+    joined = network.encode([""] * len(batch.prompts)).join(condition)
+    both = network.predict(torch.cat([late.latents] * 2), torch.cat([late.timesteps_B] * 2), joined)
+    unconditional, conditional = both.chunk(2)
+    return conditional, unconditional
+
+
+def _taken(
+    batch: MicroBatch, network: Network, conditional: Tensor, unconditional: Tensor | None
+) -> tuple[Transition, Tensor]:
+    """The Gaussian of the step, and the log-density (B,) of where it went."""
+    late = batch.late
+    if late.following is None or late.following_alpha_bars_B is None:
+        raise RuntimeError("the rollouts kept no transitions: they must step stochastically (sampler.eta above 0)")
+    head = conditional if unconditional is None else guide(conditional, unconditional, batch.guidance_scale)
+    step = transition(
+        head, late.latents, late.alpha_bars_B, late.following_alpha_bars_B, network.prediction_type, eta=batch.eta
+    )
+    return step, step.log_prob(late.following)

@@ -1,0 +1,146 @@
+"""Recipes whose whole loss lies in the noise prediction of forward-noised samples: one policy and one base forward.
+
+The anchor rides on the same two forwards, so it costs nothing here.
+"""
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from acpo_dist.algorithms.base import (
+    AlgorithmConfig,
+    BaseAlgorithm,
+    Loss,
+    MicroBatch,
+    Network,
+    OptionalAnchorConfig,
+    RewardGradient,
+)
+from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
+from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
+from acpo_dist.core.types import ScoredGroups, Selection
+from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.noise_space import ErrorStatistics, head_target, noise_statistics
+from acpo_dist.objective.policy_gradient import nft_loss, reward_weights
+
+
+class NoiseSpaceConfig(AlgorithmConfig):
+    """Where the loss looks, and the anchor."""
+
+    t_max: float = Field(default=1.0, gt=0, le=1)
+    """Largest timestep that samples are noised to, as a share of the noise schedule."""
+    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
+
+
+class NoiseSpaceAlgorithm(BaseAlgorithm):
+    """Everything but the objective."""
+
+    config: Any
+
+    def loss(
+        self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
+        prepared_B: Tensor | None = None,
+    ) -> Loss:  # fmt: skip
+        """Objective on the conditional samples; under the anchor a share of them is seen without prompt."""
+        anchor = self.config.anchor
+        # A state at t = 0 is x_0 itself: it says nothing, and NCP has nowhere to step from there.
+        states = noise_forward(
+            batch, network, lowest=1, t_max=self.config.t_max,
+            null_share=anchor.null_share if anchor_weight > 0 else 0.0,
+        )  # fmt: skip
+        head, base = both_heads(network, states)
+        drift = anchor_error(head_drift(head, base, states.alpha_bars_B, network.prediction_type, anchor.space))
+        objective, figures = self.objective(batch, network, states, head, base)
+        objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
+        figures["anchor/uniform"] = drift.detach()
+        figures |= split_branches(drift.detach(), states.is_null_B)
+        return Loss(per_sample=self.config.reward_weight * objective + anchor_weight * drift, figures=figures)
+
+    @abstractmethod
+    def objective(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Per-sample loss (B,), weighted, and figures (B,)."""
+
+
+def both_heads(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor]:
+    """(policy with the graph, frozen base) on the same inputs."""
+    head = network.predict(states.latents, states.timesteps_B, states.condition)
+    with torch.no_grad(), network.anchored():
+        base = network.predict(states.latents, states.timesteps_B, states.condition)
+    return head, base
+
+
+def statistics_of(
+    batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+) -> ErrorStatistics:
+    """Errors of both against the noise that was drawn, in noise units."""
+    kind = network.prediction_type
+    target = head_target(batch.clean, states.noise, states.alpha_bars_B, kind)
+    return noise_statistics(head, base, target, states.alpha_bars_B, kind)
+
+
+class Nft(NoiseSpaceAlgorithm):
+    """Advantage-weighted denoising (DiffusionNFT): towards the noise of good samples, away from that of bad ones."""
+
+    class Config(NoiseSpaceConfig):
+        """Advantages, and how far one of them may pull."""
+
+        type: Literal["nft"] = "nft"
+        beta: float = Field(default=0.1, gt=0)
+        """Strength of the pull back to the base: an advantage A moves the prediction by -(A / beta) of its error."""
+        advantage: AdvantageConfig = AdvantageConfig()
+        needs_groups: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        """Take the recipe."""
+        self.config = config
+
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Weights are A / limit, in [-1, 1]."""
+        advantages = advantages_of(scored, self.config.advantage)
+        return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
+
+    def objective(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """2 A c + beta a."""
+        statistics = statistics_of(batch, network, states, head, base)
+        loss = nft_loss(statistics, batch.weights_B, self.config.beta)
+        return loss, {"nft/loss": loss.detach(), "nft/cross": (batch.weights_B * statistics.cross_B).detach()}
+
+
+class Rwr(NoiseSpaceAlgorithm):
+    """Reward-weighted regression: the denoising loss on the policy's own samples, the better ones heavier."""
+
+    class Config(NoiseSpaceConfig):
+        """Advantages, and how sharply they select."""
+
+        type: Literal["rwr"] = "rwr"
+        temperature: float = Field(default=0.5, gt=0)
+        """Of the softmax over a group's advantages: small keeps the best sample alone, large weights all the same."""
+        advantage: AdvantageConfig = AdvantageConfig()
+        needs_groups: ClassVar[bool] = True
+
+    def __init__(self, config: Config) -> None:
+        """Take the recipe."""
+        self.config = config
+
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Weights are G softmax(A / temperature) within each group; their mean is 1."""
+        advantages = advantages_of(scored, self.config.advantage)
+        weights: dict[str, float] = {}
+        for group in advantages.groups:
+            values = torch.tensor([advantages.values[name] for name in group], dtype=torch.float64)
+            weights |= dict(zip(group, reward_weights(values, self.config.temperature).tolist(), strict=True))
+        return grouped_selection(scored, weights, advantages.counts)
+
+    def objective(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted denoising error."""
+        error = statistics_of(batch, network, states, head, base).policy_error
+        return batch.weights_B * error, {"denoising/error": error.detach()}

@@ -1,0 +1,67 @@
+"""States noised forward from x_0, each from its sample's own seed: the same on any rank, in any micro-batch."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_dist.algorithms.base import MicroBatch, Network
+from acpo_dist.diffusion.prediction import add_noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisedStates:
+    """x_t of B samples, with everything that was drawn for them."""
+
+    latents: Tensor
+    """x_t = a x_0 + s eps, (B, C, H, W)."""
+    noise: Tensor
+    """eps."""
+    timesteps_B: Tensor
+    alpha_bars_B: Tensor
+    """float64."""
+    is_null_B: Tensor
+    """bool: the sample is seen without its prompt."""
+    condition: Any
+    """Of these samples, the null prompt's where `is_null_B`."""
+
+
+def noise_forward(
+    batch: MicroBatch, network: Network, *, lowest: int = 0, t_max: float = 1.0, null_share: float = 0.0,
+    condition: Any = None,
+) -> NoisedStates:  # fmt: skip
+    """Noise `batch.clean` at timesteps drawn evenly from [lowest, t_max T).
+
+    Args:
+        null_share: probability that a sample is seen without its prompt.
+        condition: of the prompts, if it is at hand; encoded otherwise.
+    """
+    device, levels = batch.clean.device, network.alpha_bars
+    highest = max(lowest + 1, round(t_max * len(levels)))
+    draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share) for key in batch.noise_keys]
+    timesteps = torch.tensor([timestep for timestep, _, _ in draws], device=device)
+    is_null = torch.tensor([null for _, null, _ in draws], device=device)
+    noise = torch.stack([noise for _, _, noise in draws]).to(device)
+    alpha_bars = levels[timesteps.cpu()].to(device)
+    if condition is None:
+        condition = network.encode(batch.prompts)
+    if null_share > 0:
+        condition = condition.where_null(is_null, network.encode([""] * len(draws)))
+    return NoisedStates(
+        latents=add_noise(batch.clean, noise, alpha_bars), noise=noise, timesteps_B=timesteps,
+        alpha_bars_B=alpha_bars, is_null_B=is_null, condition=condition,
+    )  # fmt: skip
+
+
+def split_branches(error_B: Tensor, is_null_B: Tensor) -> dict[str, Tensor]:
+    """The two branches apart, each as the entries that belong to it (means are taken over those alone)."""
+    parts = {"anchor/conditional": error_B[~is_null_B], "anchor/null": error_B[is_null_B]}
+    return {name: values for name, values in parts.items() if len(values)}
+
+
+def _draw(key: int, shape: torch.Size, lowest: int, highest: int, null_share: float) -> tuple[int, bool, Tensor]:
+    generator = torch.Generator().manual_seed(key)
+    timestep = int(torch.randint(lowest, highest, (), generator=generator))
+    null = bool(torch.rand((), generator=generator) < null_share)
+    return timestep, null, torch.randn(shape, generator=generator)

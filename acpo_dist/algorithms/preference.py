@@ -1,0 +1,237 @@
+"""Preference learning on pairs: DPO (sigmoid, IPO, hinge), CPO and SFT, on noise or on the frozen U-Net's features.
+
+Winner and loser lie side by side in a batch and share timestep, noise and the noise of NCP's reverse step.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from acpo_dist.algorithms.base import EncoderConfig, MicroBatch, Network
+from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, both_heads, statistics_of
+from acpo_dist.algorithms.grouping import flat_pictures
+from acpo_dist.algorithms.noising import NoisedStates, noise_forward
+from acpo_dist.config.section import Section
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import ScoredGroups, Selection
+from acpo_dist.diffusion.prediction import to_noise
+from acpo_dist.objective.ncp import ncp_statistics, ncp_step
+from acpo_dist.objective.noise_space import ErrorStatistics
+from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
+from acpo_dist.objective.preference import PreferenceTerm, preference_term
+
+BETA = "beta"
+
+
+class PairingConfig(Section):
+    """Which pairs of a prompt's samples are trained on."""
+
+    margin: float = Field(default=0.1, ge=0)
+    """Smallest difference of rewards, in standard deviations of base samples."""
+    absolute: bool = True
+    """Leave out pairs whose loser some reward prefers."""
+    duplicates: float = Field(default=0.02, ge=0)
+    """Leave out pairs whose pictures differ by less than this (rms on an 8 x 8 grid, full range 1); 0 keeps them."""
+    drop_constant: bool = True
+    """Leave out pairs with a picture of one flat colour."""
+
+
+class PreferenceConfig(NoiseSpaceConfig):
+    """Where errors are measured, and the pairs."""
+
+    space: Literal["eps", "ncp"] = "eps"
+    """Errors of the predicted noise, or distances between features of the frozen base U-Net (NCP)."""
+    beta: float = Field(default=5000.0, gt=0)
+    """Strength of the preference in noise units, with Diffusion-DPO's factor 1/2. For `ncp` it is calibrated on base
+    samples to the same scale of logits."""
+    ncp: EncoderConfig = EncoderConfig()
+    pairs: PairingConfig = PairingConfig()
+    paired: ClassVar[bool] = True
+    needs_groups: ClassVar[bool] = True
+
+    @property
+    def encoder(self) -> EncoderConfig | None:
+        """See `AlgorithmConfig.encoder`."""
+        return self.ncp if self.space == "ncp" else None
+
+
+class Preference(NoiseSpaceAlgorithm):
+    """Everything but the kind of loss."""
+
+    config: PreferenceConfig
+
+    def __init__(self, config: PreferenceConfig) -> None:
+        """Take the recipe."""
+        self.config = config
+
+    @abstractmethod
+    def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
+        """Loss per pair.
+
+        Args:
+            winner: errors of the P winners.
+            loser: errors of the P losers, in the same order.
+            beta: as configured, or for NCP as calibrated.
+        """
+
+    def select(self, scored: ScoredGroups) -> Selection:
+        """Best against worst within each prompt; pairs that are left out keep their place with weight 0."""
+        settings = self.config.pairs
+        flat = flat_pictures(scored) if settings.drop_constant else ()
+        pictures = scored.pictures() if settings.duplicates > 0 else {}
+        counts = dict.fromkeys(Verdict, 0)
+        ids: list[str] = []
+        weights: dict[str, float] = {}
+        margins: list[float] = []
+        for group in scored.groups:
+            for pair in pair_group(
+                [plan.sample_id for plan in group.samples], scored.qualities, scored.weights,
+                margin=settings.margin, absolute=settings.absolute, constant=flat,
+                duplicate=(lambda a, b: nearly_same(pictures[a], pictures[b], settings.duplicates))
+                if settings.duplicates > 0 else None,
+            ):  # fmt: skip
+                counts[pair.verdict] += 1
+                kept = pair.verdict is Verdict.KEPT
+                if kept:
+                    margins.append(pair.margin)
+                ids += [pair.winner, pair.loser]
+                weights |= {pair.winner: float(kept), pair.loser: float(kept)}
+        figures = {f"pairs/{verdict.value}": float(count) for verdict, count in counts.items()}
+        if margins:
+            figures["pairs/mean_margin"] = sum(margins) / len(margins)
+        return Selection(sample_ids=tuple(ids), weights=weights, figures=figures)
+
+    def objective(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One loss per pair, half of it on each of its samples."""
+        errors = self._errors(batch, network, states, head, base)
+        winner, loser = errors.rows(slice(0, None, 2)), errors.rows(slice(1, None, 2))
+        beta = batch.constants.get(BETA, self.config.beta)
+        term = self.term(winner, loser, beta)
+        seen = (batch.weights_B[::2] > 0) & ~states.is_null_B[::2]
+        figures = {
+            "preference/loss": term.loss_P.detach()[seen],
+            "preference/logit": term.logit_P[seen],
+            "preference/accuracy": (term.logit_P > 0).float()[seen],
+            "preference/winner_error": winner.policy_error.detach()[seen],
+            "preference/loser_error": loser.policy_error.detach()[seen],
+        }
+        # The batch's mean is over samples, so each of the two carries the whole pair's loss: a mean over pairs.
+        return batch.weights_B * term.loss_P.repeat_interleave(2), figures
+
+    def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
+        """For NCP: how far the errors of two samples lie apart, on noise and on features, one figure per pair."""
+        if self.config.space != "ncp":
+            return {}
+        states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
+        head, base = both_heads(network, states)
+        found = {
+            "noise": statistics_of(batch, network, states, head, base),
+            "feature": self._errors(batch, network, states, head, base),
+        }
+        return {
+            name: (errors.reference_error_B[::2] - errors.reference_error_B[1::2]).abs()
+            for name, errors in found.items()
+        }
+
+    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """The beta that gives distances the logits' scale which `beta` gives noise errors, on the base model.
+
+        Raises:
+            ValueError: a median that is not positive and finite.
+        """
+        if self.config.space != "ncp":
+            return {}
+        noise, feature = median(figures["noise"]), median(figures["feature"])
+        if not (0 < noise < float("inf") and 0 < feature < float("inf")):
+            raise ValueError(f"beta cannot be calibrated on medians {noise:g} (noise) and {feature:g} (features)")
+        return {BETA: self.config.beta * noise / feature}
+
+    def _errors(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    ) -> ErrorStatistics:
+        if self.config.space == "eps":
+            return statistics_of(batch, network, states, head, base)
+        kind, levels = network.prediction_type, states.alpha_bars_B
+        posterior = None if self.config.ncp.deterministic else _posterior_noise(batch)
+        return ncp_statistics(
+            lambda latents, timesteps: network.features(latents, timesteps, states.condition),
+            noisy=states.latents, policy_noise=to_noise(head, states.latents, levels, kind),
+            reference_noise=to_noise(base, states.latents, levels, kind), noise=states.noise,
+            step=ncp_step(states.timesteps_B, network.alpha_bars, self.config.ncp.stride), posterior_noise=posterior,
+        )  # fmt: skip
+
+
+def _posterior_noise(batch: MicroBatch) -> Tensor:
+    draws = [
+        torch.randn(batch.clean.shape[1:], generator=torch.Generator().manual_seed(derive_seed("posterior", key)))
+        for key in batch.noise_keys
+    ]
+    return torch.stack(draws).to(batch.clean)
+
+
+class Dpo(Preference):
+    """Diffusion-DPO, or NCP-DPO with `space: ncp`."""
+
+    class Config(PreferenceConfig):
+        """The loss on the logit."""
+
+        type: Literal["dpo"] = "dpo"
+        loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+        """-log sigmoid, squared distance to 1/2 (IPO), or hinge at 1 (SLiC)."""
+
+        @property
+        def anchor_unit(self) -> float:
+            """The slope of the loss at the base, in the same unit as the anchor's."""
+            return self.beta / 4
+
+    config: Config
+
+    def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
+        """See `Preference.term`."""
+        return preference_term("dpo" if self.config.loss == "sigmoid" else self.config.loss, winner, loser, beta=beta)
+
+
+class Cpo(Preference):
+    """CPO: no reference in the preference, and the winner's own error beside it; NCP-CPO with `space: ncp`."""
+
+    class Config(PreferenceConfig):
+        """Weight of the winner's term."""
+
+        type: Literal["cpo"] = "cpo"
+        sft_weight: float = Field(default=1.0, ge=0)
+        """Of the winner's own error, in units of beta / 4; at 0 the loss can fall by making losers worse alone."""
+
+        @property
+        def anchor_unit(self) -> float:
+            """The slope of the loss at the base, in the same unit as the anchor's."""
+            return self.beta / 4
+
+    config: Config
+
+    def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
+        """See `Preference.term`."""
+        return preference_term("cpo", winner, loser, beta=beta, sft_weight=self.config.sft_weight * beta / 4)
+
+
+class Sft(Preference):
+    """Denoising on winners alone: no loser, no reference; NCP-SFT with `space: ncp`."""
+
+    class Config(PreferenceConfig):
+        """Nothing of its own."""
+
+        type: Literal["sft"] = "sft"
+
+    config: Config
+
+    def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
+        """See `Preference.term`; distances count in noise units, so that an anchor keeps its meaning."""
+        term = preference_term("sft", winner, loser, beta=beta)
+        return replace(term, loss_P=term.loss_P * (beta / self.config.beta))

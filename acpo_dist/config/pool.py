@@ -1,0 +1,81 @@
+"""How the reward pool serves one metric, and whether others may ask it."""
+
+from pydantic import Field, model_validator
+
+from acpo_dist.config.section import Section
+
+
+class RuntimeEnvConfig(Section):
+    """What Ray prepares for the replicas of one metric alone."""
+
+    pip: tuple[str, ...] = ()
+    """Packages in pip's words, installed for these replicas only; the rest of the run does not see them."""
+    env_vars: dict[str, str] = Field(default={})
+    """Environment variables of these replicas; no secrets, since the configuration is written into the run's folder."""
+
+
+class MetricPoolConfig(Section):
+    """Replicas, batches and resources of one metric. What is null is taken from `rewards`."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """Fixed number of replicas; null takes rewards.replicas."""
+    min_replicas: int | None = Field(default=None, ge=1)
+    """Fewest replicas; set together with max_replicas, in place of a fixed number."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Most replicas; between the two the number follows the requests under way."""
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    """Requests under way per replica that the number of replicas is steered to."""
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    """How long there must be more requests than that before a replica is added."""
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    """How long there must be fewer before one is taken away."""
+    max_ongoing_requests: int = Field(default=4, ge=1)
+    """Requests that a replica holds at once: one batch is computed while the next gathers."""
+    max_queued_requests: int = Field(default=128, ge=1)
+    """Requests that wait per caller; further ones are turned away and come again later."""
+    max_batch: int = Field(default=16, ge=1)
+    """Most pictures per forward, from however many requests; halved where the memory does not last."""
+    batch_wait_s: float = Field(default=0.0, ge=0)
+    """How long a batch that is not full waits for more; 0 takes what is there."""
+    cpus: float | None = Field(default=None, ge=0)
+    """CPUs per replica; null takes rewards.cpus_per_replica."""
+    gpus: float | None = Field(default=None, ge=0)
+    """GPUs per replica, also a share of one; null takes rewards.gpus_per_replica."""
+    runtime_env: RuntimeEnvConfig = RuntimeEnvConfig()
+
+    @model_validator(mode="after")
+    def _number_of_replicas(self) -> "MetricPoolConfig":
+        if (self.min_replicas is None) != (self.max_replicas is None):
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) and max_replicas ({self.max_replicas}) are set together or not"
+            )
+        if self.min_replicas is not None and self.max_replicas is not None:
+            if self.replicas is not None:
+                raise ValueError(
+                    f"replicas ({self.replicas}) is a fixed number, min_replicas ({self.min_replicas}) and "
+                    f"max_replicas ({self.max_replicas}) are bounds: set one or the other"
+                )
+            if self.min_replicas > self.max_replicas:
+                raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most replicas; the same number where it is fixed."""
+        fixed = self.replicas or 1
+        return self.min_replicas or fixed, self.max_replicas or fixed
+
+
+class HttpConfig(Section):
+    """A door for other runs and programs on the same pool."""
+
+    enabled: bool = False
+    """Open it."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is reached from this machine alone."""
+    port: int = Field(default=8765, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    token_env: str = Field(default="ACPO_REWARDS_TOKEN", min_length=1)
+    """Environment variable with the tokens that are let in, separated by commas; never written anywhere."""
+    max_mib: float = Field(default=64.0, gt=0)
+    """Largest request body in MiB."""

@@ -1,0 +1,225 @@
+"""Offline preference pairs in Pick-a-Pic's layout: parquet rows with jpg_0, jpg_1, label_0 and caption.
+
+A row's name in a run is `pair:<row>:w` for its winner and `pair:<row>:l` for its loser. Which rows an iteration takes
+follows from seed and iteration alone, so a resumed run goes on where it was, and no rank keeps a position.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.seeding import generator
+from acpo_dist.data.images import decode_square
+
+PICTURES = ("jpg_0", "jpg_1")
+LABEL, CAPTION = "label_0", "caption"
+UIDS = ("image_0_uid", "image_1_uid")
+_PREFIX = "pair"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairIndex:
+    """Which rows can be trained on, and what became of the others."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Usable rows by row group, counted over all files."""
+    counts: Mapping[str, int]
+    """`rows`, `usable`, and by reason: `tie`, `unlabelled`, `no_caption`, `not_absolute`."""
+
+    def deal(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+        """Ids of `count` pairs, winner and loser side by side.
+
+        Row groups are shuffled, and rows within them: a pass over the data reads each row group once.
+        """
+        total = sum(map(len, self.rows))
+        start = iteration * count
+        ids: list[str] = []
+        for position in range(start, start + count):
+            epoch, place = divmod(position, total)
+            row = _order(self.rows, epoch, run_seed)[place]
+            ids += [f"{_PREFIX}:{row}:w", f"{_PREFIX}:{row}:l"]
+        return ids
+
+
+@lru_cache(maxsize=2)
+def _order(rows: tuple[tuple[int, ...], ...], epoch: int, run_seed: int) -> list[int]:
+    draw = generator("pairs", run_seed, epoch)
+    order: list[int] = []
+    for group in torch.randperm(len(rows), generator=draw).tolist():
+        order += [rows[group][place] for place in torch.randperm(len(rows[group]), generator=draw).tolist()]
+    return order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Pictures of some pairs."""
+
+    pixels: Tensor = field(repr=False)
+    """Float32 RGB in [0, 1], (B, 3, H, W); zeros where a picture is broken."""
+    prompts: tuple[str, ...]
+    whole_B: Tensor
+    """1, or 0 for both samples of a pair of which one picture cannot be decoded."""
+    broken: list[str]
+    """Ids whose picture cannot be decoded."""
+
+
+class PairSet:
+    """Reads rows as they are asked for; the last row groups stay in memory."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        """Open the files.
+
+        Args:
+            path: a parquet file, or a folder of them (read in sorted order).
+            size: side in pixels that pictures are cropped to (central square) and resized.
+
+        Raises:
+            DataError: missing, unreadable, or a column is absent.
+        """
+        self._files = _open_files(path)
+        self._size = size
+        self._groups = [
+            (file, group, file.file.metadata.row_group(group).num_rows)
+            for file in self._files
+            for group in range(file.file.metadata.num_row_groups)
+        ]
+        self._starts = [0]
+        for _, _, count in self._groups:
+            self._starts.append(self._starts[-1] + count)
+        self._held: dict[int, dict[str, list[Any]]] = {}
+
+    def index(self, *, absolute: bool = False) -> PairIndex:
+        """Look at labels and captions of every row, not at pictures.
+
+        Args:
+            absolute: keep only pairs whose winner never lost and never drew in the whole set.
+
+        Raises:
+            DataError: a label that is none of 0, 0.5 and 1; the row is named. Or no row is left.
+        """
+        columns = [LABEL, CAPTION, *(UIDS if absolute else ())]
+        for file in self._files:
+            file.require(columns)
+        labelled = [
+            (group, self._starts[group] + place, row)
+            for group, (file, number, _) in enumerate(self._groups)
+            for place, row in enumerate(file.file.read_row_group(number, columns=columns).to_pylist())
+        ]
+        beaten = {uid for _, _, row in labelled for uid in _not_winning(row)} if absolute else set[str]()
+        counts: Counter[str] = Counter(rows=len(labelled))
+        kept: dict[int, list[int]] = {}
+        for group, number, row in labelled:
+            reason = _reason(row, beaten, f"{self._groups[group][0].path}, row {number}")
+            counts[reason or "usable"] += 1
+            if reason is None:
+                kept.setdefault(group, []).append(number)
+        if not kept:
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise DataError(f"data.pairs: no pair can be used ({found}). A pair needs a caption and a label 0 or 1.")
+        return PairIndex(rows=tuple(map(tuple, kept.values())), counts=dict(counts))
+
+    def read(self, ids: Sequence[str]) -> PairBatch:
+        """Decode pictures of winners and losers."""
+        pixels, prompts, broken_rows, broken = [], [], set[int](), []
+        rows = [parse_pair_id(sample_id) for sample_id in ids]
+        for sample_id, (row, is_winner) in zip(ids, rows, strict=True):
+            cells = self._row(row)
+            first_wins = float(cells[LABEL]) == 1.0
+            encoded = cells[PICTURES[0 if first_wins == is_winner else 1]]
+            try:
+                picture = decode_square(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
+            except DataError:
+                picture = torch.zeros(3, self._size, self._size)
+                broken_rows.add(row)
+                broken.append(sample_id)
+            pixels.append(picture)
+            prompts.append(str(cells[CAPTION]))
+        whole = torch.tensor([0.0 if row in broken_rows else 1.0 for row, _ in rows])
+        return PairBatch(pixels=torch.stack(pixels), prompts=tuple(prompts), whole_B=whole, broken=broken)
+
+    def _row(self, row: int) -> dict[str, Any]:
+        group = next(index for index, start in enumerate(self._starts[1:]) if row < start)
+        if group not in self._held:
+            # Two are enough: an iteration crosses one border at most, unless row groups are tiny.
+            while len(self._held) >= 2:
+                self._held.pop(next(iter(self._held)))
+            file, number, _ = self._groups[group]
+            table = file.file.read_row_group(number, columns=[*PICTURES, LABEL, CAPTION])
+            self._held[group] = {name: table.column(name).to_pylist() for name in table.column_names}
+        place = row - self._starts[group]
+        return {name: values[place] for name, values in self._held[group].items()}
+
+
+def is_pair_id(sample_id: str) -> bool:
+    """Whether a sample is a picture of a pair rather than a rollout."""
+    return sample_id.startswith(f"{_PREFIX}:")
+
+
+def parse_pair_id(sample_id: str) -> tuple[int, bool]:
+    """(row, whether it is the winner)."""
+    _, row, side = sample_id.split(":")
+    return int(row), side == "w"
+
+
+def _reason(row: Mapping[str, Any], beaten: set[str], where: str) -> str | None:
+    """Why a row is left out, or None."""
+    label = row[LABEL]
+    if label is None or label != label:
+        return "unlabelled"
+    if label not in (0, 0.5, 1):
+        raise DataError(f"{where}: {LABEL} is {label!r}; expected 1 (jpg_0 wins), 0 (jpg_1 wins) or 0.5 (tie).")
+    if label == 0.5:
+        return "tie"
+    if not row[CAPTION] or not str(row[CAPTION]).strip():
+        return "no_caption"
+    if beaten and row[UIDS[0 if label == 1 else 1]] in beaten:
+        return "not_absolute"
+    return None
+
+
+def _not_winning(row: Mapping[str, Any]) -> list[str]:
+    """Uids that lost or drew in this row."""
+    first, second = (row[name] for name in UIDS)
+    label = row[LABEL]
+    if label is None or label != label:
+        return []
+    return [first, second] if label == 0.5 else [second if label == 1 else first]
+
+
+@dataclass(frozen=True)
+class _PairFile:
+    path: Path
+    file: pq.ParquetFile
+
+    def require(self, columns: Sequence[str]) -> None:
+        found = self.file.schema_arrow.names
+        missing = [name for name in columns if name not in found]
+        if missing:
+            raise DataError(
+                f"{self.path}: no column {', '.join(f'`{name}`' for name in missing)}. Columns found: "
+                f"{', '.join(found)}. `acpo pairs` makes such a file from scored pictures."
+            )
+
+
+def _open_files(path: Path) -> list[_PairFile]:
+    paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not paths or not all(entry.is_file() for entry in paths):
+        raise DataError(f"data.pairs: expected a parquet file, or a folder of them, at {path}; found none.")
+    files = []
+    for entry in paths:
+        try:
+            file = _PairFile(entry, pq.ParquetFile(entry))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{entry} is not a readable parquet file: {error}") from error
+        file.require([*PICTURES, LABEL, CAPTION])
+        files.append(file)
+    return files

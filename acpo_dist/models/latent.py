@@ -1,0 +1,304 @@
+"""What Stable Diffusion's families share: a U-Net on VAE latents, CLIP conditioning, and how they load and save."""
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from acpo_dist.config.section import Section
+from acpo_dist.core.errors import ModelError
+from acpo_dist.models.family import Condition
+from acpo_dist.models.loading import (
+    DTYPES,
+    DtypeName,
+    held_dtype,
+    load_part,
+    pipeline_folder,
+    require_whole,
+    resolve_path,
+)
+from acpo_dist.models.text import Encoders, PromptEmbeddings, fingerprint, load_encoders
+from acpo_dist.models.tuning import TunedNetwork, TuningConfig
+from acpo_dist.models.vae import VaeDecoder, VaeDtypeName, load_vae
+
+NEAR_ZERO = 2.0**-24
+"""What stands for a cumulative signal of zero, as in diffusers' Euler scheduler: the first noise level stays finite."""
+
+
+class MemoryConfig(Section):
+    """Memory saved at the price of time."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the U-Net's blocks in the backward pass: one more forward per gradient step."""
+    vae_checkpointing: bool = False
+    """The same for the VAE's decoder."""
+    vae_slicing: bool = False
+    """Decode finished samples one by one."""
+    vae_tiling: bool = False
+    """Decode finished samples in tiles; large pictures differ a little. Never where the score's gradient passes."""
+    anchor_dtype: DtypeName = "float32"
+    """Type of the frozen copy beside full fine-tuning; LoRA needs no copy."""
+    embedding_cache: Path | None = None
+    """Folder that keeps the embeddings of prompts; `acpo embed` fills it, a run adds what is missing."""
+    free_text_encoders: bool = False
+    """Load the text encoders only for prompts whose embeddings are not known yet."""
+
+
+class LatentConfig(Section):
+    """Which model of a family on latents, and what trains."""
+
+    type: str
+    path: str
+    """Embedded toy, pipeline folder, or hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    variant: str | None = None
+    """File variant, such as fp16."""
+    offline: bool = False
+    """Never ask the hub: the model must be a folder or in the local cache."""
+    vae: str | None = None
+    """Folder or hub id of a VAE that replaces the pipeline's own."""
+    image_size: int | None = None
+    """Height and width in pixels; None takes the U-Net's own."""
+    dtype: DtypeName = "float32"
+    """Type of the frozen weights and of rollouts."""
+    vae_dtype: VaeDtypeName = "float32"
+    """Type of the VAE; SDXL's own overflows in float16, which is refused or noticed."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None is the family's null condition."""
+    tuning: TuningConfig = TuningConfig()
+    memory: MemoryConfig = MemoryConfig()
+    seed: int = 0
+    """Seed of the adapters' initial values."""
+
+
+class LatentFamily:
+    """A U-Net with what conditions and decodes it; a subclass says which pipeline, and how prompts condition it."""
+
+    conditional: ClassVar[bool] = True
+    pixel_space: ClassVar[bool] = False
+    pipeline: ClassVar[Any]
+    """diffusers' class of the whole pipeline."""
+    text_parts: ClassVar[tuple[tuple[str, str, Any], ...]]
+    """(tokenizer, encoder, encoder's class) of each text encoder."""
+    unused_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts of such pipelines that are never loaded."""
+
+    def __init__(self, config: Any, *, path: str, device: str, trainable: bool) -> None:
+        """Load all parts; use `load`."""
+        self.config, self.path, self.device = config, path, device
+        self._options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
+        dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
+        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=dtype, **self._options)
+        self._check_unet(unet)
+        unet.to(device).eval()
+        if config.memory.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        self._tuned = TunedNetwork(
+            unet, config.tuning, seed=config.seed, keep_anchor=trainable,
+            anchor_dtype=DTYPES[config.memory.anchor_dtype],
+        )  # fmt: skip
+        self.network: nn.Module = unet
+        self.prediction_type, self.alpha_bars = read_schedule(path, config.revision)
+        self._embeddings = PromptEmbeddings(
+            self._load_encoders, self._embed, device=device, folder=self._cache_folder(config, path),
+            free=config.memory.free_text_encoders,
+        )  # fmt: skip
+        self._decoder = self.load_decoder(config, device=device)
+        factor = 2 ** (len(self._decoder.vae.config["block_out_channels"]) - 1)
+        self.pixels = config.image_size or unet.config["sample_size"] * factor
+        if self.pixels % factor:
+            raise ModelError(f"model.image_size ({self.pixels}) must be a multiple of {factor}, the VAE's reduction.")
+        self.sample_shape = (unet.config["in_channels"], self.pixels // factor, self.pixels // factor)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """See `ModelFamily.check`."""
+        path = resolve_path(config.path)
+        if Path(path).is_dir():
+            cls._check_folder(path, config)
+
+    @classmethod
+    def load(cls, config: Any, *, device: str, trainable: bool) -> Any:
+        """See `ModelFamily.load`."""
+        return cls(config, path=cls.locate(config), device=device, trainable=trainable)
+
+    @classmethod
+    def load_decoder(cls, config: Any, *, device: str) -> VaeDecoder:
+        """The VAE alone."""
+        memory = config.memory
+        vae = load_vae(
+            cls.locate(config), config.vae, dtype=config.vae_dtype, device=device, offline=config.offline,
+            revision=config.revision, variant=config.variant,
+        )  # fmt: skip
+        return VaeDecoder(
+            vae, checkpointing=memory.vae_checkpointing, slicing=memory.vae_slicing, tiling=memory.vae_tiling
+        )
+
+    @classmethod
+    def locate(cls, config: Any) -> str:
+        """The pipeline's folder; a hub id is downloaded first, or found in the local cache.
+
+        Raises:
+            ModelError: not to be had, not whole, or another kind of pipeline.
+        """
+        path = pipeline_folder(
+            cls.pipeline, resolve_path(config.path), revision=config.revision, variant=config.variant,
+            offline=config.offline, without=cls.unused_parts,
+        )  # fmt: skip
+        cls._check_folder(path, config)
+        return path
+
+    @classmethod
+    def embeddings(cls, config: Any, *, device: str) -> PromptEmbeddings:
+        """The prompts' side alone, with its folder on disk: what `acpo embed` fills before a run.
+
+        Raises:
+            ModelError: `memory.embedding_cache` is unset, or the text encoders cannot be loaded.
+        """
+        if config.memory.embedding_cache is None:
+            raise ModelError("model.memory.embedding_cache is unset: name the folder that is to keep the embeddings.")
+        path = cls.locate(config)
+        return PromptEmbeddings(
+            lambda: cls._encoders(config, path, device), cls._embedder(config, path), device=device,
+            folder=cls._cache_folder(config, path), free=True,
+        )  # fmt: skip
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditioning of prompts, each encoded once; the empty prompt is the null condition or `negative_prompt`."""
+        return Condition(self._embeddings(prompts) | self._extra(len(prompts)))
+
+    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
+        """One U-Net pass; in and out float32 whatever the weights are."""
+        # What the network holds now: DeepSpeed may have cast it.
+        dtype = self._tuned.dtype
+        states = condition.tensors["prompt_embeds"].to(dtype)
+        output = self._tuned.active(
+            noisy.to(dtype), timesteps_B, states, added_cond_kwargs=self._added(condition), return_dict=False
+        )
+        return output[0].float()
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """See `ModelFamily.anchored`."""
+        return self._tuned.anchored()
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """See `Decoder.decode`."""
+        return self._decoder.decode(clean)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """See `ModelFamily.encode_pictures`."""
+        return self._decoder.encode(pixels)
+
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """See `ModelFamily.encode_pictures`."""
+        return self._decoder.encode(pixels.to(self.device))
+
+    def save_pipeline(self, folder: Path) -> None:
+        """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
+        parts: dict[str, Any] = {"unet": self._tuned.merged(), **dict.fromkeys(self.unused_parts)}
+        if self.config.vae is not None:
+            parts["vae"] = self._decoder.vae
+        pipeline = load_part(
+            self.pipeline.from_pretrained, self.path, None, torch_dtype=torch.float32, **parts, **self._options
+        )
+        # One type throughout: transformers opens an encoder in the type it was saved in, diffusers the rest in float32.
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        layers = self._tuned.adapter_state()
+        if layers:
+            self.pipeline.save_lora_weights(folder / "lora", unet_lora_layers=dict(layers), safe_serialization=True)
+
+    # What a family says of itself
+
+    @classmethod
+    def _embedder(cls, config: Any, path: str) -> Any:
+        """(encoders, prompt) -> embeddings; the empty prompt is the null condition."""
+        raise NotImplementedError
+
+    def _extra(self, count: int) -> dict[str, Tensor]:
+        """Conditioning that is the same for every prompt."""
+        return {}
+
+    def _added(self, condition: Condition) -> dict[str, Tensor] | None:
+        """The U-Net's `added_cond_kwargs`."""
+        return None
+
+    def _check_unet(self, unet: Any) -> None:
+        """Refuse a U-Net that wants what nobody here gives it."""
+        if unet.config["in_channels"] != 4:
+            raise ModelError(
+                f"model.path: the U-Net of `{self.path}` takes {unet.config['in_channels']} channels, expected 4, "
+                "those of text-to-image latents: inpainting and image-editing models cannot be tuned here."
+            )
+        if unet.config.get("time_cond_proj_dim") is not None:
+            raise ModelError(
+                f"model.path: the U-Net of `{self.path}` takes the guidance scale as an input (a distilled model), "
+                "which no sampler here gives it. Tune the model that it was distilled from."
+            )
+
+    # Shared steps
+
+    @classmethod
+    def _check_folder(cls, path: str, config: Any) -> None:
+        found = str(json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
+        wanted = cls.pipeline.__name__
+        # Image-to-image pipelines are made of the same parts.
+        if found not in (wanted, wanted.replace("Pipeline", "Img2ImgPipeline")):
+            raise ModelError(f"model.path: `{path}` holds a {found}, and model.type `{config.type}` needs a {wanted}.")
+        require_whole(path, variant=config.variant, without=cls.unused_parts)
+
+    @classmethod
+    def _encoders(cls, config: Any, path: str, device: str) -> Encoders:
+        return load_encoders(
+            path, cls.text_parts, dtype=DTYPES[config.dtype], device=device, revision=config.revision,
+            variant=config.variant, tokenizer=AutoTokenizer,
+        )  # fmt: skip
+
+    def _load_encoders(self) -> Encoders:
+        return self._encoders(self.config, self.path, self.device)
+
+    def _embed(self, encoders: Encoders, prompt: str) -> dict[str, Tensor]:
+        return self._embedder(self.config, self.path)(encoders, prompt)
+
+    @classmethod
+    def _cache_folder(cls, config: Any, path: str) -> Path | None:
+        root = config.memory.embedding_cache
+        if root is None:
+            return None
+        parts = [name for part in cls.text_parts for name in part[:2]]
+        facts = {"dtype": config.dtype, "variant": config.variant, "negative_prompt": config.negative_prompt}
+        return root / fingerprint(path, parts, **facts)
+
+
+def read_schedule(path: str, revision: str | None = None) -> tuple[str, Tensor]:
+    """Prediction type, and cumulative signal fraction by timestep (T,) in float64, of a pipeline folder.
+
+    A schedule with zero terminal SNR ends at 2^-24 instead of 0.
+
+    Raises:
+        ModelError: unreadable, no discrete noise schedule, or one that its prediction type cannot serve.
+    """
+    config = load_part(DDPMScheduler.load_config, path, "scheduler", revision=revision)
+    kind = str(config.get("_class_name"))
+    if kind.startswith(("EDM", "Flow")):
+        raise ModelError(
+            f"model.path: `{path}` is trained for {kind}, whose noise levels are not those of a discrete "
+            "Stable Diffusion schedule; such models cannot be tuned here."
+        )
+    scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler", revision=revision)
+    prediction_type = str(scheduler.config["prediction_type"])
+    alpha_bars = scheduler.alphas_cumprod.double()
+    if float(alpha_bars[-1]) < NEAR_ZERO:
+        if prediction_type == "epsilon":
+            raise ModelError(
+                f"model.path: the schedule of `{path}` ends without signal (rescale_betas_zero_snr), where a noise "
+                "prediction says nothing of the picture: such a model must predict v. Check its scheduler_config.json."
+            )
+        alpha_bars[-1] = NEAR_ZERO
+    return prediction_type, alpha_bars

@@ -1,0 +1,43 @@
+"""Stable Diffusion 1.4, 1.5 and 2.x: one text encoder, latent VAE, noise or velocity prediction."""
+
+from typing import Any, ClassVar, Literal
+
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from acpo_dist.core.errors import ModelError
+from acpo_dist.models.latent import LatentConfig, LatentFamily
+from acpo_dist.models.text import Encoders
+
+
+class Sd15Family(LatentFamily):
+    """The U-Net of Stable Diffusion 1.x and 2.x with what conditions and decodes it."""
+
+    pipeline: ClassVar[Any] = StableDiffusionPipeline
+    text_parts: ClassVar[tuple[tuple[str, str, Any], ...]] = (("tokenizer", "text_encoder", CLIPTextModel),)
+    # The checker would black out what it dislikes: scores and gradients must see what the model draws.
+    unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+
+    class Config(LatentConfig):
+        """Which Stable Diffusion, and what trains."""
+
+        type: Literal["sd15"] = "sd15"
+        path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        """Embedded toy (`toy-sd15`), pipeline folder, or hub id."""
+
+    @classmethod
+    def _embedder(cls, config: Config, path: str) -> Any:
+        def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
+            # The last layer after its norm; the null condition is the encoded empty prompt, never zeros.
+            return {"prompt_embeds": encoders[0](prompt or config.negative_prompt or "")[0]}
+
+        return embed
+
+    def _check_unet(self, unet: Any) -> None:
+        super()._check_unet(unet)
+        if unet.config.get("addition_embed_type") is not None or unet.config.get("class_embed_type") is not None:
+            raise ModelError(
+                f"model.path: the U-Net of `{self.path}` takes more than timesteps and text: it is no Stable Diffusion "
+                "1.x or 2.x text-to-image model."
+            )

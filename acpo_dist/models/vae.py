@@ -1,0 +1,133 @@
+"""The VAE of latent models: from scaled latents to pixels, with the switches that save memory."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from acpo_dist.core.errors import ModelError, NonFiniteError
+from acpo_dist.models.loading import load_part, looks_local
+
+VaeDtypeName = Literal["float32", "bfloat16", "float16"]
+VAE_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class VaeDecoder:
+    """Scaled latents to pixels, and back."""
+
+    def __init__(
+        self, vae: AutoencoderKL, *, checkpointing: bool = False, slicing: bool = False, tiling: bool = False
+    ) -> None:
+        """Take a loaded VAE; its encoder may be absent.
+
+        Args:
+            checkpointing: recompute the decoder's blocks in the backward pass.
+            slicing: decode one sample after the other where no gradient is wanted.
+            tiling: decode in overlapping tiles where no gradient is wanted; the picture differs a little from one that
+                is decoded whole, since normalisation sees a tile at a time.
+        """
+        self.vae: Any = vae
+        self._slicing, self._tiling = slicing, tiling
+        self._scale: float = vae.config["scaling_factor"]
+        self._moments = _moments(vae)
+        self._half = next(vae.decoder.parameters()).dtype == torch.float16
+        if checkpointing:
+            self.vae.enable_gradient_checkpointing()
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """Scaled latents (B, 4, h, w) -> RGB around [0, 1], float32, not clipped.
+
+        Raises:
+            NonFiniteError: the VAE runs in float16 and its activations left the range of that type.
+        """
+        dtype = next(self.vae.decoder.parameters()).dtype
+        latents = clean / self._scale
+        if self._moments is not None:
+            mean, std = (value.to(latents) for value in self._moments)
+            latents = latents * std + mean
+        differentiated = torch.is_grad_enabled() and clean.requires_grad
+        self.vae.use_slicing = self._slicing and not differentiated
+        self.vae.use_tiling = self._tiling and not differentiated
+        pixels = self.vae.decode(latents.to(dtype), return_dict=False)[0].float() / 2 + 0.5
+        if self._half and bool(torch.isfinite(clean).all()) and not bool(torch.isfinite(pixels).all()):
+            raise NonFiniteError(
+                "the VAE's activations overflow in float16 (finite latents gave pixels that are not): set "
+                "model.vae_dtype=float32 or bfloat16, or a VAE made for float16 (model.vae, such as "
+                "madebyollin/sdxl-vae-fp16-fix)."
+            )
+        return pixels
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """RGB in [0, 1], (B, 3, H, W) -> scaled latents, float32: the mean of the posterior, not a draw from it.
+
+        Raises:
+            NonFiniteError: the VAE runs in float16 and its activations left the range of that type.
+        """
+        dtype = next(self.vae.encoder.parameters()).dtype
+        latents = self.vae.encode((2 * pixels - 1).to(dtype)).latent_dist.mode().float()
+        if not bool(torch.isfinite(latents).all()):
+            raise NonFiniteError("the VAE's encoder gave latents that are not finite: set model.vae_dtype=float32.")
+        if self._moments is not None:
+            mean, std = (value.to(latents) for value in self._moments)
+            latents = (latents - mean) / std
+        return latents * self._scale
+
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """RGB in [0, 1] (B, 3, H, W) -> scaled latents (B, 4, h, w), float32: the mean of the posterior.
+
+        Raises:
+            ModelError: the VAE has no encoder.
+        """
+        if getattr(self.vae, "encoder", None) is None:
+            raise ModelError("the VAE has no encoder, which real pictures need: take the whole VAE (model.vae).")
+        dtype = next(self.vae.encoder.parameters()).dtype
+        latents = self.vae.encode((2 * pixels - 1).to(dtype)).latent_dist.mean.float()
+        if self._moments is not None:
+            mean, std = (value.to(latents) for value in self._moments)
+            latents = (latents - mean) / std
+        return self._scale * latents
+
+
+def load_vae(path: str, override: str | None, *, dtype: str, device: str, offline: bool, **options: Any) -> Any:
+    """The pipeline's VAE, or the one that replaces it.
+
+    Args:
+        override: `model.vae`: a folder of one VAE, a pipeline folder, or a hub id of either; None takes the pipeline's.
+        options: revision and variant of the pipeline's files; the override has its own.
+
+    Raises:
+        ModelError: it cannot be loaded, or it is known to overflow in the type it is asked for.
+    """
+    if override is None:
+        source, part, key = path, "vae", "model.path"
+    else:
+        source, part, options, key = str(Path(override).expanduser()), None, {}, "model.vae"
+        if looks_local(override) and not Path(source).is_dir():
+            raise ModelError(f"model.vae: expected the folder of a VAE or a hub id, found nothing at `{override}`.")
+        if (Path(source) / "vae").is_dir():
+            part = "vae"
+    vae = load_part(
+        AutoencoderKL.from_pretrained, source, part, key=key, torch_dtype=VAE_DTYPES[dtype], local_files_only=offline,
+        **options,
+    )  # fmt: skip
+    if dtype == "float16" and vae.config.get("force_upcast", True):
+        raise ModelError(
+            f"model.vae_dtype is float16, but the VAE of `{source}` says that it overflows there (force_upcast). Set "
+            "model.vae_dtype=float32 or bfloat16, or model.vae to one made for float16 (madebyollin/sdxl-vae-fp16-fix)."
+        )
+    return vae.requires_grad_(False).to(device).eval()
+
+
+def _moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor] | None:
+    """Per-channel mean and deviation of the latents, which a few VAEs state."""
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return None
+    return torch.tensor(mean).reshape(1, -1, 1, 1), torch.tensor(std).reshape(1, -1, 1, 1)
