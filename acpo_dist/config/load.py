@@ -68,8 +68,11 @@ def validate(mapping: dict[str, Any], origin: str) -> Config:
 
 
 def merge_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Plain data with `key=value` overrides applied in order; the last one wins."""
-    for override in overrides:
+    """Plain data with `key=value` overrides applied in order; the last one wins.
+
+    A `type` empties its mapping, so those go first: what is set beside one must not depend on which was typed first.
+    """
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
         mapping = _merge(mapping, parse_override(override))
     return mapping
 

@@ -287,3 +287,13 @@ def test_what_is_dumped_loads_as_the_same_configuration(tmp_path, smallest, over
     assert again == config
     assert dump(again) == dump(config)
     assert config != load_config(smallest, [*overrides, "run.seed=99"])
+
+
+def test_a_type_and_what_is_set_beside_it_may_be_given_in_either_order():
+    beside = ["algorithm.anchor.budget=0.3", "algorithm.beta=0.02"]
+    first, last = (load_config("toy_sdxl", arguments) for arguments in (
+        ["algorithm.type=nft", "rollout.samples_per_prompt=4", *beside],
+        [*beside, "rollout.samples_per_prompt=4", "algorithm.type=nft"],
+    ))  # fmt: skip
+    assert first == last
+    assert (first.algorithm.anchor.budget, first.algorithm.beta) == (0.3, 0.02)
