@@ -1,0 +1,225 @@
+"""Every registered algorithm on every model family, and what each promises of its first step."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from acpo_dist.algorithms.denoising import both_heads, statistics_of
+from acpo_dist.algorithms.noising import noise_forward
+from acpo_dist.core.registry import ALGORITHMS
+from acpo_dist.core.types import TrainTask
+from acpo_dist.data.prompts import deal
+from acpo_dist.diffusion.prediction import to_noise
+from acpo_dist.diffusion.sampling import ddim_step, guide
+from acpo_dist.driver import drive
+from acpo_dist.learner.samples import SampleStore
+from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, open_ports
+from acpo_dist.loop import Ports
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+FAMILIES = {
+    "sdxl": (),
+    "sd15": ("model={type: sd15, path: toy-sd15}",),
+    "ddpm": ("model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image"),
+}  # fmt: skip
+NEEDS = {"ddpo": ("sampler.eta=1",)}
+GROUPS = ("rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4")
+
+
+def settings(algorithm: str, family: str = "sdxl", *more: str) -> tuple[str, ...]:
+    return (*FAMILIES[family], f"algorithm={{type: {algorithm}}}", *GROUPS, *NEEDS.get(algorithm, ()), *more)
+
+
+class Parts:
+    """Rollouts of one iteration, scored, with a learner at the weights that made them."""
+
+    def __init__(self, config, prompts: Sequence[str]) -> None:
+        self.config = config
+        self.rollouts = LocalRollouts(config, device="cpu")
+        self.rewards = LocalRewards(config, device="cpu")
+        with open_ports(config, None) as ports:  # type: ignore[arg-type]
+            self.ports: Ports = ports
+        learner = self.ports.learner
+        assert isinstance(learner, LocalLearner)
+        self.learner = learner.worker
+        self.learner.start(None)
+        self.groups = deal(prompts, iteration=0, run_seed=0, num_prompts=2, samples_per_prompt=4)
+        self.handles = self.rollouts.generate(self.groups)
+        self.batches = [handle.payload for handle in self.handles]
+        self.ids = tuple(plan.sample_id for group in self.groups for plan in group.samples)
+
+    def task(self, weights: dict[str, float] | None = None, **more) -> TrainTask:
+        return TrainTask(
+            iteration=0, policy_version=0, sample_ids=self.ids, weights=weights or dict.fromkeys(self.ids, 1.0),
+            anchor_weight=0.0, rewards=(), **more,
+        )  # fmt: skip
+
+    def moments(self) -> dict[str, Tensor]:
+        """First moments after one step: a tenth of the gradient."""
+        state = self.learner._ready().optimiser_state()
+        return {name: value for name, value in state.items() if name.startswith("exp_avg.")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_trains_every_family_and_says_how_far_it_drifted(tiny, tmp_path, algorithm, family):
+    root = tmp_path / "run"
+    drive(tiny(*settings(algorithm, family), "run.iterations=2", f"run.dir={root}"), open_ports, Console(quiet=True))
+    first, second, gain = read_metrics(root / "metrics.jsonl")
+    # Policy and base are one network at first; the first update moves them apart.
+    assert first["drift/rms"] == 0.0 < second["drift/rms"]
+    assert all(math.isfinite(value) for row in (first, second, gain) for value in row.values())
+
+
+@pytest.mark.parametrize("algorithm", ["nft", "dpo", "cpo"])
+def test_the_anchor_and_its_budget_can_be_switched_on_under_any_algorithm(tiny, tmp_path, algorithm):
+    root = tmp_path / "run"
+    config = tiny(
+        *settings(algorithm), "algorithm.anchor.budget=0.001", "algorithm.anchor.headroom=0.5",
+        "run.iterations=3", f"run.dir={root}",
+    )  # fmt: skip
+    drive(config, open_ports, Console(quiet=True))
+    weights = [row["anchor/weight"] for row in read_metrics(root / "metrics.jsonl")[:-1]]
+    # Nothing drifts in the first iteration, so the weight falls; then the tiny budget is overspent and it rises.
+    assert weights[1] < weights[0] and weights[2] > weights[1]
+
+
+@pytest.mark.parametrize("space", ["eps", "ncp"])
+def test_a_preference_starts_at_log_two_in_either_space(tiny, tmp_path, space):
+    root = tmp_path / "run"
+    drive(
+        tiny(*settings("dpo"), f"algorithm.space={space}", "run.iterations=1", f"run.dir={root}"),
+        open_ports, Console(quiet=True),
+    )  # fmt: skip
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert row["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert row["preference/logit"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_pair_shares_noise_and_timestep_and_other_pairs_do_not(tiny):
+    parts = Parts(tiny(*settings("dpo")), ["a", "b"])
+    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
+    states = noise_forward(batch, parts.learner._network, lowest=1)
+    assert torch.equal(states.noise[::2], states.noise[1::2])
+    assert torch.equal(states.timesteps_B[::2], states.timesteps_B[1::2])
+    assert not torch.equal(states.noise[0], states.noise[2])
+
+
+def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
+    config = tiny(*settings("nft"), "learner.global_batch=8", "learner.micro_batch=8", "learner.max_grad_norm=1e9")
+    parts = Parts(config, ["a", "b"])
+    advantages = dict(zip(parts.ids, torch.linspace(-1, 1, len(parts.ids)).tolist(), strict=True))
+    task = parts.task(advantages)
+    network, beta = parts.learner._network, parts.config.algorithm.beta
+    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, task, 0)
+    states = noise_forward(batch, network, lowest=1)
+    with torch.enable_grad():
+        head, base = both_heads(network, states)
+        policy_noise, base_noise = (
+            to_noise(each, states.latents, states.alpha_bars_B, network.prediction_type) for each in (head, base)
+        )
+        share = (1 + batch.weights_B) / 2
+        plus = base_noise + beta * (policy_noise - base_noise) - states.noise
+        minus = base_noise - beta * (policy_noise - base_noise) - states.noise
+        branches = share * plus.square().mean((1, 2, 3)) + (1 - share) * minus.square().mean((1, 2, 3))
+        wanted = torch.autograd.grad(
+            branches.mean() / beta, [p for p in parts.learner._family.network.parameters() if p.requires_grad],
+            allow_unused=True,
+        )  # fmt: skip
+    names = [n for n, p in parts.learner._family.network.named_parameters() if p.requires_grad]
+    parts.learner.train(parts.batches, task)
+    moments = parts.moments()
+    largest = max(float(g.abs().max()) for g in wanted if g is not None)
+    assert largest > 0
+    for name, gradient in zip(names, wanted, strict=True):
+        if gradient is not None:
+            found = moments[f"exp_avg.{name}"] * 10
+            assert (found - gradient).abs().max() <= 2e-4 * largest
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_ddpo_begins_at_ratio_one_whatever_the_batch_size(tiny, tmp_path, micro_batch):
+    root = tmp_path / "run"
+    config = tiny(
+        *settings("ddpo"), "learner.global_batch=8", f"learner.micro_batch={micro_batch}", "run.iterations=1",
+        f"run.dir={root}", "sampler.guidance_scale=2",
+    )  # fmt: skip
+    drive(config, open_ports, Console(quiet=True))
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert row["ddpo/ratio"] == 1.0 and row["ddpo/clipped"] == 0.0
+
+
+def test_a_second_pass_of_ddpo_is_held_against_the_weights_that_made_the_rollouts(tiny, tmp_path):
+    root = tmp_path / "run"
+    config = tiny(
+        *settings("ddpo"), "learner.global_batch=8", "learner.inner_epochs=3", "run.iterations=1", f"run.dir={root}",
+        "algorithm.clip_range=1e-9", "learner.learning_rate=0.01",
+    )  # fmt: skip
+    drive(config, open_ports, Console(quiet=True))
+    row = read_metrics(root / "metrics.jsonl")[0]
+    # The first of three passes is at ratio 1; in the others most samples have left so narrow a range.
+    assert 0 < row["ddpo/clipped"] < 2 / 3 + 1e-9
+    assert row["ddpo/log_ratio_abs"] > 1e-6
+
+
+def test_a_rollout_keeps_the_state_that_its_own_stochastic_step_led_to(tiny):
+    parts = Parts(tiny(*settings("ddpo"), "sampler.guidance_scale=2", "sampler.late_per_sample=8"), ["a", "b"])
+    store = SampleStore(parts.batches, policy_version=0)
+    batch = parts.learner._batches.make(store, parts.ids, parts.task(), 0)
+    late, network = batch.late, parts.learner._network
+    assert late.following is not None and late.following_alpha_bars_B is not None
+    joined = network.encode([""] * len(batch.prompts)).join(network.encode(batch.prompts))
+    with torch.no_grad():
+        both = network.predict(torch.cat([late.latents] * 2), torch.cat([late.timesteps_B] * 2), joined)
+    unconditional, conditional = both.chunk(2)
+    head = guide(conditional, unconditional, 2.0)
+    for row in range(len(parts.ids)):
+        level, following = float(late.alpha_bars_B[row]), float(late.following_alpha_bars_B[row])
+        assert following < 1
+        variance = (1 - following) / (1 - level) * (1 - level / following)
+        mean = ddim_step(
+            head[[row]], late.latents[[row]], level, following, network.prediction_type, eta=1.0,
+            noise=torch.zeros_like(late.latents[[row]]),
+        )  # fmt: skip
+        standard = ((late.following[[row]] - mean) / variance**0.5).flatten()
+        # What is left of the step is unit noise: 64 or more numbers, five standard errors.
+        assert abs(float(standard.mean())) < 5 / len(standard) ** 0.5
+        assert abs(float(standard.square().mean()) - 1) < 5 * (2 / len(standard)) ** 0.5
+
+
+def test_a_sample_of_weight_zero_pulls_at_nothing(tiny):
+    kept = {}
+    for label, weight in (("out", 0.0), ("in", 1.0)):
+        parts = Parts(tiny(*settings("rwr"), "learner.global_batch=8", "learner.micro_batch=4"), ["a", "b"])
+        weights = {name: weight for name in parts.ids}
+        parts.learner.train(parts.batches, parts.task(weights))
+        kept[label] = max(float(value.abs().max()) for value in parts.moments().values())
+    assert kept["out"] == 0.0 < kept["in"]
+
+
+def test_ncp_calibrates_beta_on_the_base_and_a_resumed_run_keeps_it(tiny, tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    common = (*settings("cpo"), "algorithm.space=ncp", "checkpoint.every=1")
+    drive(tiny(*common, "run.iterations=2", f"run.dir={whole}"), open_ports, Console(quiet=True))
+    drive(tiny(*common, "run.iterations=1", f"run.dir={halves}"), open_ports, Console(quiet=True))
+    drive(tiny(*common, "run.iterations=2", f"run.dir={halves}"), open_ports, Console(quiet=True), resume="auto")
+    one, other = (load_file(root / "checkpoints/000002/learner/policy.safetensors") for root in (whole, halves))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_noise_statistics_of_the_learner_are_the_plain_errors(tiny):
+    parts = Parts(tiny(*settings("sft")), ["a", "b"])
+    network = parts.learner._network
+    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
+    states = noise_forward(batch, network, lowest=1)
+    with torch.no_grad():
+        head, base = both_heads(network, states)
+        errors = statistics_of(batch, network, states, head, base)
+        predicted = to_noise(head, states.latents, states.alpha_bars_B, network.prediction_type)
+        plain = (predicted - states.noise).square().mean((1, 2, 3))
+    assert torch.allclose(errors.policy_error, plain, rtol=1e-4)
