@@ -1,0 +1,173 @@
+"""Preference pairs: from a group's scores, from a file in Pick-a-Pic's layout, and from scored pictures on disk."""
+
+import csv
+import io
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
+from acpo_dist.data.pairs import PairSet
+from acpo_dist.driver import drive
+from acpo_dist.local import open_ports
+from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+
+def png(seed: int, size: int = 40) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def pair_file(path, rows: list[dict], *, group: int = 4):
+    """A parquet file of pairs, in small row groups."""
+    filled = [{"jpg_0": png(2 * i), "jpg_1": png(2 * i + 1), "label_0": 1.0, "caption": f"p{i}"} | row
+              for i, row in enumerate(rows)]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(filled), path, row_group_size=group)
+    return path
+
+
+# From scores
+
+
+def verdicts(**scores: list[float]) -> list[tuple[str, str, Verdict]]:
+    names = "abcd"[: len(next(iter(scores.values())))]
+    qualities = {metric: dict(zip(names, values, strict=True)) for metric, values in scores.items()}
+    pairs = pair_group(names, qualities, dict.fromkeys(scores, 1.0), margin=0.5)
+    return [(pair.winner, pair.loser, pair.verdict) for pair in pairs]
+
+
+def test_best_goes_with_worst_and_every_sample_is_in_one_pair():
+    assert verdicts(q=[1.0, 4.0, 3.0, 2.0]) == [("b", "a", Verdict.KEPT), ("c", "d", Verdict.KEPT)]
+
+
+def test_a_winner_that_one_evaluator_puts_below_its_loser_is_not_absolute():
+    assert verdicts(q=[5.0, 0.0], r=[0.0, 1.0]) == [("a", "b", Verdict.BEATEN)]
+
+
+def test_ties_small_margins_and_scores_that_are_not_finite_are_left_out_by_name():
+    assert verdicts(q=[1.0, 1.0]) == [("a", "b", Verdict.MARGIN)]
+    assert verdicts(q=[1.0, 1.4]) == [("b", "a", Verdict.MARGIN)]
+    assert verdicts(q=[1.0, math.nan]) == [("a", "b", Verdict.NON_FINITE)]
+
+
+def test_pictures_that_differ_by_noise_alone_are_nearly_the_same():
+    noise = torch.Generator().manual_seed(0)
+    picture = torch.randint(60, 180, (3, 1, 1), generator=noise).expand(3, 64, 64)
+    grainy = (picture + torch.randint(-40, 41, (3, 64, 64), generator=noise)).to(torch.uint8)
+    assert nearly_same(picture.to(torch.uint8), grainy, 0.02)
+    assert not nearly_same(picture.to(torch.uint8), (picture + 30).to(torch.uint8), 0.02)
+
+
+# From a file
+
+
+def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
+    rows = [{}, {"label_0": 0.5}, {"label_0": None}, {"caption": ""}, {"caption": None}, {"label_0": 0.0}]
+    index = PairSet(pair_file(tmp_path / "pairs.parquet", rows), 32).index()
+    assert index.counts == {"rows": 6, "usable": 2, "tie": 1, "unlabelled": 1, "no_caption": 2}
+
+
+def test_a_label_that_says_nothing_is_refused_with_its_row(tmp_path):
+    path = pair_file(tmp_path / "pairs.parquet", [{}, {"label_0": 0.7}])
+    with pytest.raises(DataError, match=r"row 1: label_0 is 0\.7"):
+        PairSet(path, 32).index()
+
+
+@pytest.mark.parametrize("missing", ["jpg_0", "label_0", "caption"])
+def test_an_absent_column_is_refused_by_name(tmp_path, missing):
+    path = pair_file(tmp_path / "pairs.parquet", [{}, {}])
+    pq.write_table(pq.read_table(path).drop_columns([missing]), path)
+    with pytest.raises(DataError, match=f"no column `{missing}`"):
+        PairSet(path, 32)
+
+
+def test_the_winner_is_the_picture_that_the_label_names(tmp_path):
+    pairs = PairSet(pair_file(tmp_path / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}]), 40)
+    read = pairs.read(["pair:0:w", "pair:0:l", "pair:1:w", "pair:1:l"])
+    for row, seed in enumerate((0, 1, 3, 2)):
+        wanted = np.asarray(Image.open(io.BytesIO(png(seed)))).transpose(2, 0, 1) / 255
+        assert np.abs(read.pixels[row].numpy() - wanted).max() < 1e-6
+    assert read.prompts == ("p0", "p0", "p1", "p1")
+
+
+def test_one_pass_takes_every_usable_pair_once_and_the_next_in_another_order(tmp_path):
+    path = pair_file(tmp_path / "pairs.parquet", [{"label_0": 0.5} if i == 3 else {} for i in range(11)])
+    index = PairSet(path, 32).index()
+    dealt = [index.deal(iteration=i, count=5, run_seed=0) for i in range(4)]
+    first, second = dealt[0] + dealt[1], dealt[2] + dealt[3]
+    assert sorted(first) == sorted(second) == sorted(f"pair:{i}:{s}" for i in range(11) if i != 3 for s in "wl")
+    assert first != second
+    # No state: iteration 2 is the same for a run that was resumed there.
+    assert PairSet(path, 32).index().deal(iteration=2, count=5, run_seed=0) == dealt[2]
+
+
+def test_only_absolute_winners_are_kept_where_asked(tmp_path):
+    uids = [("a", "b", 1.0), ("b", "c", 1.0), ("d", "a", 0.5)]
+    rows = [{"image_0_uid": x, "image_1_uid": y, "label_0": label} for x, y, label in uids]
+    index = PairSet(pair_file(tmp_path / "pairs.parquet", rows), 32).index(absolute=False)
+    assert index.counts["usable"] == 2
+    # b lost to a, and a drew with d: neither wins absolutely.
+    rows.append({"image_0_uid": "e", "image_1_uid": "a", "label_0": 1.0})
+    index = PairSet(pair_file(tmp_path / "pairs.parquet", rows), 32).index(absolute=True)
+    assert index.rows == ((3,),) and index.counts["not_absolute"] == 2
+
+
+def test_a_run_on_pairs_skips_a_broken_picture_and_counts_it(tiny, tmp_path):
+    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no picture"} if i == 2 else {} for i in range(4)])
+    root = tmp_path / "run"
+    config = tiny(
+        "algorithm={type: dpo}", f"data.pairs={path}", "run.iterations=2", f"run.dir={root}",
+        "rollout.prompts_per_iteration=8",
+    )  # fmt: skip
+    drive(config, open_ports, Console(quiet=True))
+    first, second, _ = read_metrics(root / "metrics.jsonl")
+    # Four pairs an iteration are all there are, and one of their eight pictures is broken.
+    assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 8
+    assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert second["drift/rms"] > 0
+
+
+# From pictures on disk
+
+
+def scored_folder(tmp_path, rows: list[tuple[str, str, str]]):
+    for number, (name, _, _) in enumerate(rows):
+        (tmp_path / name).write_bytes(png(number))
+    with (tmp_path / "scores.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "prompt", "niqe"), *rows])
+    return tmp_path / "scores.csv"
+
+
+def test_scored_pictures_become_a_file_that_a_run_can_read(tmp_path):
+    table = scored_folder(
+        tmp_path, [("a.png", "cat", "3"), ("b.png", "cat", "9"), ("c.png", "dog", "1"), ("d.png", "", "2")]
+    )
+    pictures = read_scores(table, tmp_path, [], "prompt")
+    kept, counts = pair_up(pictures, lower_is_better=["niqe"])
+    assert [(pair.winner[-5:], pair.loser[-5:]) for pair in kept] == [("a.png", "b.png")]
+    assert counts == {"pictures": 4, "no_prompt": 1, "odd": 1, "kept": 1}
+    write_pairs(tmp_path / "out.parquet", kept, {str(picture.path): picture.prompt for picture in pictures})
+    pairs = PairSet(tmp_path / "out.parquet", 40)
+    assert pairs.index(absolute=True).counts["usable"] == 1
+    read = pairs.read(["pair:0:w"])
+    assert read.prompts == ("cat",)
+    assert (
+        np.abs(read.pixels[0].numpy() * 255 - np.asarray(Image.open(tmp_path / "a.png")).transpose(2, 0, 1)).max()
+        < 1e-3
+    )
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_line(tmp_path):
+    table = scored_folder(tmp_path, [("a.png", "cat", "3"), ("b.png", "cat", "good")])
+    with pytest.raises(DataError, match=r"line 3: `niqe` is 'good'"):
+        read_scores(table, tmp_path, ["niqe"], "prompt")
