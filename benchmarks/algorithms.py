@@ -1,0 +1,181 @@
+"""What each algorithm gains on the toy SDXL, and at what price, over several seeds.
+
+    .venv/bin/python benchmarks/algorithms.py [--seeds 0 1 2] [--only acpo nft ...] [--every 10] [KEY=VALUE ...]
+
+Each arm is `acpo train configs/toy_<name>.yaml`. Every `--every` iterations the same evaluation samples are drawn,
+scored by reward and judge, and judged exactly by the oracle, which nothing trains on. Cost is counted until the
+oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
+network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation; the
+table is in Markdown, mean and range over seeds. Seeds can be spread over processes: `--table FILE...` reads their lines.
+"""
+
+import os
+
+# Before torch is imported: two torch threads on contended cores are tens of times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from acpo_dist.config.load import load_config
+from acpo_dist.driver import drive
+from acpo_dist.evaluation.arm import evaluate_toy_arm
+from acpo_dist.local import open_ports
+from acpo_dist.loop import fixed_groups
+from acpo_dist.tracking.console import Console
+
+ARMS = ("acpo", "draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
+FIGURES = ("judge", "oracle_mse", "drift", "template_entropy", "caption_accuracy")
+
+
+def main() -> None:
+    """Run the arms, or read what runs have written, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--samples", type=int, default=240)
+    parser.add_argument("--every", type=int, default=10)
+    parser.add_argument("--goal", type=float, default=0.7, help="oracle error, as a share of the base's")
+    parser.add_argument("--table", type=Path, nargs="+", default=None, help="only read these files of JSON lines")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    if options.table:
+        lines = [
+            json.loads(line) for path in options.table for line in path.read_text().splitlines() if line[:1] == "{"
+        ]
+    else:
+        lines = [row for seed in options.seeds for name in options.only for row in run_arm(name, seed, options)]
+    sys.stdout.write(make_table(lines, options.goal))
+
+
+class Meter:
+    """CPU seconds and network calls of training, with evaluation left out."""
+
+    def __init__(self, networks) -> None:
+        """Count the calls of these networks."""
+        self.calls, self.seconds, self._since = 0, 0.0, time.process_time()
+        self.running = True
+        for network in networks:
+            network.register_forward_hook(self._count)
+
+    def _count(self, _module, inputs, _output) -> None:
+        if self.running:
+            self.calls += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+
+    @contextmanager
+    def paused(self):
+        """Count nothing inside."""
+        self.seconds += time.process_time() - self._since
+        self.running = False
+        yield
+        self.running, self._since = True, time.process_time()
+
+
+class Watched:
+    """A weight channel that evaluates every so many versions."""
+
+    def __init__(self, inner, evaluate, every: int) -> None:
+        """Wrap the channel."""
+        self._inner, self._evaluate, self._every = inner, evaluate, every
+
+    def publish(self, version: int) -> str:
+        """See `WeightChannel.publish`."""
+        checksum = self._inner.publish(version)
+        if version % self._every == 0:
+            self._evaluate(version)
+        return checksum
+
+
+def run_arm(name: str, seed: int, options) -> list[dict]:
+    """One run; its evaluations, the base's first."""
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(
+            "toy_sdxl" if name == "acpo" else f"toy_{name}",
+            [f"run.seed={seed}", f"run.dir={folder}/run", "tracking.mlflow=false", *options.overrides],
+        )
+        prompts: list[str] = []
+
+        @contextmanager
+        def opened(config, tracker):
+            with open_ports(config, tracker) as ports:
+                meter = Meter([ports.rollout._worker._family.network, ports.learner.worker._family.network])
+
+                def evaluate(version: int) -> None:
+                    with meter.paused():
+                        groups = fixed_groups(config, prompts, options.samples, stream="evaluation")
+                        names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
+                        report = evaluate_toy_arm(ports.rollout, ports.reward, ports.learner, groups, names)
+                        row = {
+                            "arm": name, "seed": seed, "iteration": version, "cpu_seconds": round(meter.seconds, 2),
+                            "calls": meter.calls, "reward": report.scores[names[0]],
+                            "judge": report.scores["strided_judge"],
+                            **report.oracle, "drift": report.drift,
+                        }  # fmt: skip
+                    rows.append(row)
+                    sys.stdout.write(json.dumps(row) + "\n")
+                    sys.stdout.flush()
+
+                yield replace(ports, weights=Watched(ports.weights, evaluate, options.every))
+
+        from acpo_dist.data.prompts import load_prompts
+
+        prompts.extend(load_prompts(config.data.prompts, config.data.prompt_column))
+        drive(config, opened, Console(quiet=True))
+    return rows
+
+
+def make_table(lines: list[dict], goal: float) -> str:
+    """Markdown: the last evaluation of every arm against the base of the same seed, and the cost to the goal."""
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for line in lines:
+        runs.setdefault(line["arm"], {}).setdefault(line["seed"], []).append(line)
+    rows = [
+        f"| algorithm | seeds | judge / base | oracle error / base | entropy / base | caption / base | drift | CPU s | "
+        f"CPU s to {goal:g} | calls to {goal:g} |",
+        "|---" * 10 + "|",
+    ]
+    for name, seeds in runs.items():
+        ends, costs = [], []
+        for evaluations in seeds.values():
+            evaluations.sort(key=lambda row: row["iteration"])
+            base, end = evaluations[0], evaluations[-1]
+            ends.append(
+                {key: end[key] / base[key] if base[key] else end[key] for key in FIGURES} | {"cpu": end["cpu_seconds"]}
+            )
+            costs.append(next((row for row in evaluations if row["oracle_mse"] <= goal * base["oracle_mse"]), None))
+        cells = [
+            spread([end[key] for end in ends])
+            for key in ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "drift", "cpu")
+        ]
+        reached = [cost for cost in costs if cost is not None]
+        if len(reached) == len(costs):
+            cells += [
+                f"{statistics.fmean(c['cpu_seconds'] for c in reached):.0f}",
+                f"{statistics.fmean(c['calls'] for c in reached) / 1000:.0f} k",
+            ]
+        else:
+            cells += [f"reached by {len(reached)} of {len(costs)}", "-"]
+        rows.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean, with the range where there is one."""
+    mean = statistics.fmean(values)
+    digits = 0 if mean >= 20 else 3 if mean < 1 else 2
+    text = f"{mean:.{digits}f}"
+    return text if len(values) == 1 or digits == 0 else f"{text} [{min(values):.{digits}f}..{max(values):.{digits}f}]"
+
+
+if __name__ == "__main__":
+    main()
