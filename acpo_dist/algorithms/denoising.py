@@ -95,6 +95,11 @@ class Nft(NoiseSpaceAlgorithm):
         advantage: AdvantageConfig = AdvantageConfig()
         needs_groups: ClassVar[bool] = True
 
+        @property
+        def anchor_unit(self) -> float:
+            """Its own pull back to the base."""
+            return self.beta
+
     def __init__(self, config: Config) -> None:
         """Take the recipe."""
         self.config = config
