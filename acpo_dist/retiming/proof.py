@@ -30,10 +30,17 @@ class GateResult:
     trust: float
     ratio: float
     """Distance of the candidate's samples from the long reference, over that of the trajectory in use."""
+    median_ratio: float
+    """Median of the same ratio over single samples: the mean alone is led by few that change what they show."""
     old_error: float
     """Mean squared distance of the trajectory in use, in x_0 units."""
     new_error: float
     reference_steps: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate is not further away, on average and for most samples."""
+        return self.ratio <= 1 and self.median_ratio <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +71,10 @@ class Update:
         if known is not None:
             figures["vrg/standard_error"] = float((known / self.table.v).max())
         if self.gates:
-            figures |= {"vrg/gate_ratio": self.gates[-1].ratio, "vrg/trust": self.gates[-1].trust}
+            last = self.gates[-1]
+            figures |= {
+                "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio, "vrg/trust": last.trust,
+            }  # fmt: skip
         return figures
 
 
@@ -107,7 +117,7 @@ def consider(
             break
         proof = proof or Proof(pool, config, prompts, current, alpha_bars)
         gates.append(proof.judge(candidate, trust))
-        if gates[-1].ratio <= 1:
+        if gates[-1].passed:
             follow(pool, candidate)
             current, adopted = candidate, True
             break
@@ -133,20 +143,24 @@ class Proof:
         self._reference_steps = min(steps, len(alpha_bars))
         long = spaced_trajectory(torch.from_numpy(alpha_bars), self._reference_steps, "trailing")
         self._reference = pool.ends(self._groups, long)
-        self._old = self._error(current)
+        self._old = self._errors(current)
 
     def judge(self, candidate: Trajectory, trust: float) -> GateResult:
         """Distance of the candidate's ends from the reference's, against that of the trajectory in use."""
-        new = self._error(candidate)
-        ratio = new / self._old if self._old > 0 else float("inf")
-        logger.info("gate: trust %.3g, distance %.4g against %.4g, ratio %.3f", trust, new, self._old, ratio)
+        old, new = self._old, self._errors(candidate)
+        # A trajectory that already ends where the reference does cannot be improved on.
+        ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
+        median_ratio = float((new / old).nan_to_num(nan=1.0).median())
+        logger.info("gate: trust %.3g, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
         return GateResult(
-            trust=trust, ratio=ratio, old_error=self._old, new_error=new, reference_steps=self._reference_steps
-        )
+            trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
+            new_error=float(new.mean()), reference_steps=self._reference_steps,
+        )  # fmt: skip
 
-    def _error(self, trajectory: Trajectory) -> float:
+    def _errors(self, trajectory: Trajectory) -> torch.Tensor:
+        """Mean squared distance by sample, float64 (B,)."""
         ends = self._pool.ends(self._groups, trajectory)
-        return float((ends - self._reference).double().square().mean())
+        return (ends - self._reference).double().square().flatten(1).mean(1)
 
 
 def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
@@ -174,6 +188,7 @@ def retimed(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: 
 def describe(update: Update) -> str:
     """One line for people."""
     gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
-    tried = ", ".join(f"{gate.ratio:.3f} at trust {gate.trust:g}" for gate in update.gates) or "no candidate worth one"
+    gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}) at trust {gate.trust:g}" for gate in update.gates]
+    tried = ", ".join(gates) or "no candidate worth one"
     verdict = f"adopted {update.trajectory.schedule_id}" if update.adopted else "kept the trajectory in use"
     return f"vrg: {gain}; distance to the long reference, new over old: {tried}; {verdict}"

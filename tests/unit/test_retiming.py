@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.data.prompts import load_prompts
@@ -92,7 +93,8 @@ def test_refused_candidates_halve_the_trust_region_and_then_the_old_trajectory_s
     config, pool, sums = measured
     base = pool.trajectory()
     # A proof that nothing passes: the old trajectory is its own reference.
-    monkeypatch.setattr(Proof, "_error", lambda self, trajectory: 1.0 if trajectory == base else 2.0)
+    far = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: far / 2 if trajectory == base else far)
     update = consider(pool, config, PROMPTS, sums, base, pool.alpha_bars().numpy(), provenance={})
     assert not update.adopted and pool.trajectory() == base
     tried = [gate.trust for gate in update.gates]
@@ -156,3 +158,15 @@ def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny,
             tiny(f"run.dir={tmp_path / 'other'}", f"sampler.trajectory={source}", "sampler.num_steps=8"),
             open_ports, QUIET,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("new", "passes"),
+    [([0.9, 0.9, 0.9], True), ([1.1, 1.1, 0.1], False), ([0.9, 0.9, 9.0], False), ([1.0, 1.0, 1.0], True)],
+)
+def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, monkeypatch, new, passes):
+    config, pool, _ = measured
+    proof = Proof(pool, config, PROMPTS, pool.trajectory(), pool.alpha_bars().numpy())
+    proof._old = torch.ones(3, dtype=torch.float64)
+    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: torch.tensor(new, dtype=torch.float64))
+    assert proof.judge(pool.trajectory(), 0.25).passed == passes
