@@ -15,7 +15,7 @@ from acpo_dist import loop
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
-from acpo_dist.core.ports import Tracker
+from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
@@ -33,8 +33,8 @@ from acpo_dist.tracking.pictures import save_curves
 
 logger = logging.getLogger(__name__)
 
-OpenPorts = Callable[[Config, Tracker], AbstractContextManager[loop.Ports]]
-Hook = Callable[[Config, loop.Ports, tuple[str, ...]], None]
+OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
+Hook = Callable[[Config, Ports, tuple[str, ...]], None]
 """(configuration, ports, prompts) -> None, at a moment of the run."""
 
 
@@ -143,7 +143,7 @@ def _open_tracker(config: Config, folder: RunFolder):
     return tracker, mlflow
 
 
-def _final_weights(ports: loop.Ports, folder: RunFolder, result: loop.LoopResult) -> WeightBundle:
+def _final_weights(ports: Ports, folder: RunFolder, result: loop.LoopResult) -> WeightBundle:
     """The last weights, or after a roll-back those of the checkpoint that the judges liked best."""
     if result.guard is None or result.guard.action != "roll_back":
         return ports.learner.export(result.version)
@@ -151,7 +151,7 @@ def _final_weights(ports: loop.Ports, folder: RunFolder, result: loop.LoopResult
     return make_bundle(int(best.state["version"]), load_file(best.learner_folder / "policy.safetensors"))
 
 
-def _finish(config: Config, ports: loop.Ports, folder: RunFolder, tracker: Tracker, bundle: WeightBundle) -> None:
+def _finish(config: Config, ports: Ports, folder: RunFolder, tracker: Tracker, bundle: WeightBundle) -> None:
     rows = read_metrics(folder.metrics)
     if rows:
         curves = folder.root / "curves.png"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.schema import Config
-from acpo_dist.core.ports import Advance, Tracker
+from acpo_dist.core.ports import Advance, Ports, Tracker
 from acpo_dist.core.types import (
     GradientScale,
     PromptGroup,
@@ -25,7 +25,6 @@ from acpo_dist.core.weights import require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.learner.batches import LearnerSpec
 from acpo_dist.learner.worker import LearnerWorker
-from acpo_dist.loop import Ports
 from acpo_dist.rewards.wire import WireTensor
 from acpo_dist.rewards.worker import RewardWorker, ScoredGradient
 from acpo_dist.rollout.chunks import chunks_of

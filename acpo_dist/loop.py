@@ -6,29 +6,17 @@ deal prompts -> draw samples -> score them -> update on gradients from the pool 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from acpo_dist.algorithms.base import Algorithm
+from acpo_dist.calibration import LoopState, calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
-from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool, Tracker, WeightChannel
-from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
-from acpo_dist.core.types import (
-    Normaliser,
-    PromptGroup,
-    RewardTerm,
-    RolloutHandle,
-    ScoredGroups,
-    ScoreTable,
-    Selection,
-    TrainTask,
-)
-from acpo_dist.data.pairs import PairIndex
+from acpo_dist.core.ports import Ports
+from acpo_dist.core.registry import ALGORITHMS, resolve
+from acpo_dist.core.types import PromptGroup, RolloutHandle, ScoredGroups, ScoreTable, Selection, TrainTask
 from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
-from acpo_dist.objective.controller import DriftController, initial_anchor_weight
-from acpo_dist.objective.normalise import fit_normaliser
 from acpo_dist.retiming.keeper import TrajectoryKeeper
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
@@ -36,41 +24,6 @@ from acpo_dist.tracking.pictures import save_grid
 from acpo_dist.watch import Watch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ports:
-    """The five ports, and the pairs of a data set."""
-
-    rollout: RolloutPool
-    reward: RewardPool
-    learner: LearnerGroup
-    weights: WeightChannel
-    tracker: Tracker
-    pairs: PairIndex | None = None
-    """Usable rows of `data.pairs`, where the learner trains on those instead of rollouts."""
-
-
-@dataclass
-class LoopState:
-    """What a checkpoint keeps besides the learner's tensors."""
-
-    iteration: int
-    version: int
-    controller: DriftController
-    normalisers: dict[str, Normaliser]
-    constants: dict[str, float]
-    """What the algorithm worked out on base samples."""
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
-        return {
-            "version": self.version,
-            "anchor_weight": self.controller.weight,
-            "anchor_excess": self.controller.last_excess,
-            "constants": self.constants,
-            "normalisers": {name: vars(value) for name, value in self.normalisers.items()},
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +57,12 @@ def run(
     algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
     watch = Watch(config, ports.rollout, folder, ports.tracker, console)
     if checkpoint:
-        state = _resumed(config, checkpoint)
+        state = resume(config, checkpoint)
         watch.restore(checkpoint.state)
     else:
-        state = _calibrate(config, ports, algorithm, prompts, console, watch)
+        state = calibrate(config, ports, algorithm, prompts, console, watch)
         if config.guard.action == "roll_back":
-            _save(ports, folder, state, keeper, watch)
+            _save(config, ports, folder, state, keeper, watch, prompts, console)
     ports.weights.publish(state.version)
     if on_start is not None:
         on_start()
@@ -126,11 +79,11 @@ def run(
         if done % config.tracking.images_every == 0 or last:
             _picture(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
-            _save(ports, folder, state, keeper, watch)
+            _save(config, ports, folder, state, keeper, watch, prompts, console)
         if stopped:
             break
     # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
-    gain = _gain(config, ports, state, prompts, console)
+    gain = measure_gain(config, ports, state, prompts, console)
     ports.tracker.log_metrics(state.iteration, gain)
     console.message("gain in base standard deviations: " + ", ".join(f"{n[5:]} {v:+.2f}" for n, v in gain.items()))
     return LoopResult(
@@ -152,7 +105,7 @@ def _iterate(
     total = sum(len(group.samples) for group in groups)
     with clock.phase("rollout"), console.phase("rollout", total) as advance:
         handles = ports.rollout.generate(groups, advance)
-    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
+    names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
     with clock.phase("reward"), console.phase("reward", total * len(names)) as advance:
         scores = ports.reward.score(handles, names, advance)
     chosen = _select(config, ports, algorithm, state, groups, handles, scores)
@@ -161,7 +114,7 @@ def _iterate(
         iteration=state.iteration, policy_version=state.version, sample_ids=chosen.sample_ids,
         # A pathwise objective is scaled by its reward terms; one that sees scores only, by its samples' weights.
         weights=chosen.weights if config.algorithm.pathwise else {n: scale * w for n, w in chosen.weights.items()},
-        anchor_weight=state.controller.weight, rewards=_terms(config, state.normalisers, scale),
+        anchor_weight=state.controller.weight, rewards=reward_terms(config, state.normalisers, scale),
         constants=state.constants,
     )  # fmt: skip
     with clock.phase("learn"), console.phase("learn", len(task.sample_ids)) as advance:
@@ -215,101 +168,17 @@ def _select(
     )
 
 
-def _calibrate(
-    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, watch: Watch
-) -> LoopState:
-    """Normalise every metric on base-model samples and find the first anchor weight."""
-    handles, scores = _score_calibration(config, ports, prompts, console, "calibration")
-    watch.calibrate(handles)
-    quantile = getattr(config.algorithm, "target_quantile", None)
-    normalisers = {
-        entry.name: fit_normaliser(
-            entry.name, list(scores[entry.name].values()), higher_is_better=_higher(entry), target_quantile=quantile
-        )
-        for entry in (*config.rewards.train, *config.rewards.judges)
-    }
-    controller = _controller(config, _first_weight(config, ports, handles, _terms(config, normalisers)))
-    console.message(
-        "calibrated on {} base samples: {}; anchor weight {:.4g}".format(
-            len(next(iter(scores.values()))),
-            ", ".join(f"{name} {value.mean:.4g} ± {value.std:.4g}" for name, value in normalisers.items()),
-            controller.weight,
-        )
-    )
-    constants = algorithm.calibrate(ports.learner.observe(handles))
-    if constants:
-        console.message("calibrated: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
-    return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers, constants=constants)
-
-
-def _score_calibration(
-    config: Config, ports: Ports, prompts: Sequence[str], console: Console, label: str
-) -> tuple[list[RolloutHandle], ScoreTable]:
-    """Draw the calibration samples, always from the same prompts and seeds, with the weights of now, and score them."""
-    per_prompt = config.rollout.samples_per_prompt
-    groups = deal(
-        prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
-        num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
-    )  # fmt: skip
-    total = sum(len(group.samples) for group in groups)
-    names = [*_names(config.rewards.train), *_names(config.rewards.judges)]
-    with console.phase(f"{label}: rollout", total) as advance:
-        handles = ports.rollout.generate(groups, advance)
-    with console.phase(f"{label}: reward", total * len(names)) as advance:
-        return handles, ports.reward.score(handles, names, advance)
-
-
-def _gain(config: Config, ports: Ports, state: LoopState, prompts: Sequence[str], console: Console) -> dict[str, float]:
-    """Mean normalised score of the final weights on the calibration prompts and seeds: the base model's is 0 there."""
-    _, scores = _score_calibration(config, ports, prompts, console, "gain")
-    return {
-        f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
-        for name, normaliser in state.normalisers.items()
-    }
-
-
-def _first_weight(
-    config: Config, ports: Ports, handles: Sequence[RolloutHandle], terms: tuple[RewardTerm, ...]
-) -> float:
-    anchor = config.algorithm.anchor
-    if anchor.weight != "auto":
-        return float(anchor.weight)
-    if anchor.budget is None:
-        return 0.0
-    if not config.algorithm.pathwise:
-        return config.algorithm.reward_weight * config.algorithm.anchor_unit
-    scale = ports.learner.gradient_scale(handles, terms)
-    return initial_anchor_weight(
-        reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
-        gradient_norm=scale.median_norm, budget=anchor.budget,
-    )  # fmt: skip
-
-
-def _controller(config: Config, weight: float, last_excess: float | None = None) -> DriftController:
-    anchor = config.algorithm.anchor
-    # A weight of 0 means that the anchor is off, not that it should be steered.
-    steered = anchor.budget is not None and weight > 0
-    return DriftController(
-        weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom,
-        last_excess=last_excess,
-    )  # fmt: skip
-
-
-def _resumed(config: Config, checkpoint: Checkpoint) -> LoopState:
-    state = checkpoint.state
-    return LoopState(
-        iteration=checkpoint.iteration,
-        version=int(state["version"]),
-        controller=_controller(config, float(state["anchor_weight"]), last_excess=state["anchor_excess"]),
-        constants=dict(state["constants"]),
-        normalisers={name: Normaliser(**value) for name, value in state["normalisers"].items()},
-    )
-
-
-def _save(ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper, watch: Watch) -> None:
+def _save(
+    config: Config, ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper, watch: Watch,
+    prompts: Sequence[str], console: Console,
+) -> None:  # fmt: skip
     partial = folder.checkpoints.prepare(state.iteration)
     ports.learner.save(partial / "learner")
-    watch.saved(state.iteration)
+    # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
+    exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0
+    gains = measure_gain(config, ports, state, prompts, console) if exact else {}
+    judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
+    watch.saved(state.iteration, judges)
     mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
     path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
     ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
@@ -333,27 +202,12 @@ def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: 
     return deal(prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream)
 
 
-def _terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
-    return tuple(
-        RewardTerm(name=entry.name, weight=scale * entry.weight, normaliser=normalisers[entry.name])
-        for entry in config.rewards.train
-    )
-
-
 def _score_metrics(config: Config, scores: ScoreTable) -> dict[str, float]:
     metrics = {}
     for kind, entries in (("reward", config.rewards.train), ("judge", config.rewards.judges)):
-        for name in _names(entries):
+        for name in names_of(entries):
             values = list(scores[name].values())
             metrics[f"{kind}/{name}/mean"] = sum(values) / len(values)
             metrics[f"{kind}/{name}/min"] = min(values)
             metrics[f"{kind}/{name}/max"] = max(values)
     return metrics
-
-
-def _names(entries: Sequence[Any]) -> list[str]:
-    return [entry.name for entry in entries]
-
-
-def _higher(entry: Any) -> bool:
-    return resolve("reward", REWARDS, entry.type).direction(entry) > 0

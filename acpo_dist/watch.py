@@ -75,9 +75,9 @@ class Watch:
             self._record(decision)
         return decision
 
-    def saved(self, iteration: int) -> None:
-        """A checkpoint of this iteration is there to roll back to."""
-        self._guard.saved(iteration)
+    def saved(self, iteration: int, judge_gains: Mapping[str, float] | None = None) -> None:
+        """A checkpoint of this iteration is there to roll back to; see `Guard.saved`."""
+        self._guard.saved(iteration, judge_gains)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""

@@ -13,12 +13,13 @@ from ray.util.placement_group import remove_placement_group
 import acpo_dist
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
-from acpo_dist.core.ports import Tracker
-from acpo_dist.loop import Ports
+from acpo_dist.core.ports import Ports, Tracker
+from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
+from actors.gateway import open_gateway, read_tokens
 from actors.learner import RayLearner
 from actors.placement import await_resources, place, plan_placement
-from actors.reward import ServeRewards, deploy
+from actors.reward import deploy
 from actors.rollout import RayRollouts
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         WorkerError: a worker cannot start.
     """
     plan = plan_placement(config)
+    http = config.rewards.http
+    if http.enabled:
+        read_tokens(http)
     with ExitStack() as stack:
         stack.enter_context(connected(config))
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
@@ -45,10 +49,14 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         stack.callback(rollout.close)
         learner = RayLearner(config, plan.role("learner"), groups["learner"])
         stack.callback(learner.close)
-        applications = deploy(config, plan.role("reward"), f"acpo-{uuid.uuid4().hex[:8]}")
-        reward = ServeRewards(applications, deadline_s=config.rewards.deadline_s)
+        reward = deploy(config, f"acpo-{uuid.uuid4().hex[:8]}")
         stack.callback(reward.close)
         learner.build(reward)
+        if http.enabled:
+            gateway, address = open_gateway(reward.link, _gradients(config), config.rewards.cut, http)
+            stack.callback(ray.kill, gateway)
+            tracker.set_tags({"reward_pool": address})
+            logger.warning("the reward pool listens on %s (rewards.http)", address)
         rollout.await_ready()
         yield Ports(
             rollout=rollout, reward=reward, learner=learner, weights=RayChannel(learner, rollout), tracker=tracker
@@ -72,6 +80,15 @@ def connected(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _gradients(config: Config) -> dict[str, bool]:
+    """Which metrics the pool gives gradients of: those that were started for it."""
+    training = {entry.name for entry in config.rewards.train}
+    return {
+        entry.name: entry.name in training and resolve("reward", REWARDS, entry.type).differentiable(entry)
+        for entry in (*config.rewards.train, *config.rewards.judges)
+    }
 
 
 def _require_own_packages() -> None:

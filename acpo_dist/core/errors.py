@@ -57,5 +57,9 @@ class WorkerError(AcpoError):
     """A worker process died or did not answer in time."""
 
 
+class WorkerLostError(WorkerError):
+    """Processes or machines are gone that the run cannot do without; it can go on from its newest checkpoint."""
+
+
 class CheckpointError(AcpoError):
     """A checkpoint is incomplete or damaged."""

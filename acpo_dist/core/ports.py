@@ -1,6 +1,7 @@
 """The five ports that `loop.py` is written on. In process they call, on Ray they send; the loop does not know."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -161,3 +162,27 @@ class Tracker(Protocol):
     def close(self, status: str) -> None:
         """Flush and end with `status`: FINISHED, FAILED or KILLED."""
         ...
+
+
+class PairSource(Protocol):
+    """Pairs of a data set, where the learner trains on those instead of rollouts."""
+
+    counts: Mapping[str, int]
+    """How many can be used, and what became of the others."""
+
+    def deal(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+        """Sample ids of `count` pairs, winner and loser side by side; the same for the same arguments."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """The five ports, and the pairs of a data set."""
+
+    rollout: RolloutPool
+    reward: RewardPool
+    learner: LearnerGroup
+    weights: WeightChannel
+    tracker: Tracker
+    pairs: PairSource | None = None
+    """Usable rows of `data.pairs`, where the learner trains on those instead of rollouts."""

@@ -90,8 +90,8 @@ class Selection:
     sample_ids: tuple[str, ...]
     """Order that micro-batches are cut from; pairs lie side by side, the winner first."""
     weights: Mapping[str, float]
-    """Weight of each in the objective, signed where it is an advantage. 0 leaves a sample out of the objective alone: it
-    stays in its batch, so that batch arithmetic holds, and under the anchor."""
+    """Weight of each in the objective, signed where it is an advantage. 0 leaves a sample out of the objective alone:
+    it stays in its batch, so that batch arithmetic holds, and under the anchor."""
     figures: Mapping[str, float]
     """Counters for tracking."""
 
@@ -134,7 +134,7 @@ class TrainTask:
     """See `Selection.weights`."""
     anchor_weight: float
     rewards: tuple[RewardTerm, ...]
-    constants: Mapping[str, float] = field(default_factory=dict)
+    constants: Mapping[str, float] = field(default_factory=dict[str, float])
     """What the algorithm worked out on base samples before the first iteration."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acpo_dist.algorithms.denoising import both_heads, statistics_of
 from acpo_dist.algorithms.noising import noise_forward
+from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS
 from acpo_dist.core.types import TrainTask
 from acpo_dist.data.prompts import deal
@@ -18,7 +19,6 @@ from acpo_dist.diffusion.sampling import ddim_step, guide
 from acpo_dist.driver import drive
 from acpo_dist.learner.samples import SampleStore
 from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, open_ports
-from acpo_dist.loop import Ports
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 
