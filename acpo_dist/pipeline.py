@@ -11,18 +11,39 @@ from torch import Tensor
 from acpo_dist.core.errors import UsageError
 from acpo_dist.models.loading import load_part, resolve_path
 from acpo_dist.models.schedulers import pipeline_arguments
+from acpo_dist.models.vae import load_vae
 from acpo_dist.retiming.artefact import read_schedule
-from acpo_dist.session import RESOLVED
+from acpo_dist.session import RESOLVED, read_run_config
 
 _SCHEDULERS = {"euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 
 
-def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
+def base_and_lora(model: str) -> tuple[str, Path, str | None]:
+    """What a run tuned and what it made of it: (base model, folder of its LoRA, VAE that replaces the base's or None).
+
+    Raises:
+        UsageError: no run, or one that has exported no LoRA.
+    """
+    path = Path(model)
+    if not (path / RESOLVED).is_file():
+        raise UsageError(f"{model} is no run, so which LoRA is meant must be said: --lora FILE.")
+    lora = path / "export" / "lora"
+    if not lora.is_dir():
+        raise UsageError(
+            f"{model} has exported no LoRA: it has not ended, or it tuned every weight, and then there is nothing "
+            "between base and tuned."
+        )
+    config = read_run_config(path)
+    return config.model.path, lora, config.model.vae
+
+
+def open_pipeline(model: str, solver: str, *, vae: str | None = None) -> tuple[Any, bool]:
     """The pipeline, with a scheduler that can follow a trajectory.
 
     Args:
         model: a run (its `export` is meant), a pipeline folder, a hub id, or an embedded toy.
         solver: `euler` or `dpmpp_2m`.
+        vae: folder or hub id of a VAE that replaces the pipeline's.
 
     Returns:
         (pipeline, whether it draws from prompts).
@@ -39,8 +60,11 @@ def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
             raise UsageError(f"{model} is a run that has exported nothing yet: it does so when it ends.")
         model = str(path / "export")
     pipeline = load_part(DiffusionPipeline.from_pretrained, resolve_path(model), None, torch_dtype=torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if vae is not None:
+        pipeline.vae = load_vae(model, vae, dtype="float32", device=device, offline=False)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(device)
     conditional = not isinstance(pipeline, DDPMPipeline)
     if conditional:
         pipeline.scheduler = _SCHEDULERS[solver].from_config(pipeline.scheduler.config, timestep_spacing="trailing")

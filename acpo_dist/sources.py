@@ -14,7 +14,7 @@ from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.local import LocalRollouts, default_device
 from acpo_dist.session import RESOLVED, read_run_config
 
-_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "DDPMPipeline": "ddpm"}
+_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm"}
 
 
 def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:
@@ -70,7 +70,7 @@ def _bare_config(source: str, overrides: Sequence[str]) -> Config:
     mapping = {
         "model": {"type": family, "path": source},
         # A real model must not be measured on the toy's captions unasked: `none` is refused until prompts are named.
-        "data": {"prompts": "toy" if source.startswith("toy-") and family == "sdxl" else "none"},
+        "data": {"prompts": "toy" if source.startswith("toy-") and family != "ddpm" else "none"},
         "rewards": {"train": [{"type": "two_stream"}]},
         "algorithm": {"type": "acpo"},
     }

@@ -10,7 +10,7 @@ from acpo_dist.cli.app import answer, app
 
 @app.command("generate")
 def generate(
-    model: Annotated[str, typer.Argument(help="Run, pipeline folder, hub id, or toy-sdxl.")],
+    model: Annotated[str, typer.Argument(help="Run, pipeline folder, hub id, or an embedded toy.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Pictures per prompt; their seeds follow from --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoise steps, where no schedule says it.")] = 20,
@@ -19,41 +19,75 @@ def generate(
         str, typer.Option(help="euler (follows levels exactly) or dpmpp_2m (integer timesteps).")
     ] = "euler",
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 5.0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
+    anchor_strength: Annotated[
+        float | None, typer.Option(help="0 the base model, 1 the tuned one; needs --lora, or a run that tuned one.")
+    ] = None,
+    strength_range: Annotated[
+        list[str] | None, typer.Option(help="t0:t1:a, another strength for these timesteps; repeat for several.")
+    ] = None,
+    grid: Annotated[str | None, typer.Option(help="Strengths side by side, such as 0,0.25,0.5,0.75,1.")] = None,
     seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures and their grid.")] = Path("pictures"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Draw pictures from prompts and seeds, one PNG each, and a grid with a row per prompt."""
+    """Draw pictures from prompts and seeds, one PNG each, and a grid with a row per prompt and seed."""
     import torch
 
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.seeding import derive_seed
-    from acpo_dist.pipeline import arguments_for, open_pipeline, pictures_of
+    from acpo_dist.pipeline import arguments_for, base_and_lora, open_pipeline, pictures_of
+    from acpo_dist.strength import AnchorKnob, check_strength, parse_grid, parse_range
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.pictures import save_grid
 
-    pipeline, conditional = open_pipeline(model, solver)
+    wanted = anchor_strength is not None or bool(strength_range) or grid is not None
+    vae = None
+    if wanted and lora is None:
+        model, lora, vae = base_and_lora(model)
+    if grid is not None and anchor_strength is not None:
+        raise UsageError("--grid draws several strengths, --anchor-strength one: give one of the two")
+    strengths = parse_grid(grid) if grid is not None else (1.0 if anchor_strength is None else anchor_strength,)
+    for value in strengths:
+        check_strength(value, "--anchor-strength")
+    ranges = [parse_range(text) for text in strength_range or ()]
+    pipeline, conditional = open_pipeline(model, solver, vae=vae)
     if conditional and not prompt:
         raise UsageError("the model draws from prompts: give --prompt, once or more often")
+    knob = AnchorKnob(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
     walk = arguments_for(pipeline, schedule, steps)
-    console, rows, pictures = Console(), [], []
+    console, rows, pictures, labels = Console(), [], [], []
     out.mkdir(parents=True, exist_ok=True)
-    with console.phase("generate", len(prompts) * num) as advance:
+    with console.phase("generate", len(prompts) * num * len(strengths)) as advance:
         for index, text in enumerate(prompts):
             for sample in range(num):
                 own = derive_seed("generate", seed, text, sample)
                 asked: dict[str, Any] = {"prompt": text, "guidance_scale": guidance_scale} if conditional else {}
-                generator = torch.Generator().manual_seed(own)
-                picture = pictures_of(pipeline(**asked, **walk, generator=generator, output_type="np"))
-                path = out / f"{index:03d}-{sample:03d}.png"
-                save_grid(picture, path, columns=1, scale=1)
-                rows.append({"path": str(path), "prompt": text, "seed": own})
-                pictures.append(picture)
-                advance(1)
-    grid = out / "grid.png"
-    save_grid(torch.cat(pictures), grid, columns=num, labels=[text or "-" for text in prompts])
+                if conditional and negative_prompt is not None:
+                    asked["negative_prompt"] = negative_prompt
+                for place, strength in enumerate(strengths):
+                    if knob is not None:
+                        knob.set(strength, ranges)
+                    generator = torch.Generator().manual_seed(own)
+                    picture = pictures_of(pipeline(**asked, **walk, generator=generator, output_type="np"))
+                    suffix = f"-{place:02d}" if len(strengths) > 1 else ""
+                    path = out / f"{index:03d}-{sample:03d}{suffix}.png"
+                    save_grid(picture, path, columns=1, scale=1)
+                    row = {"path": str(path), "prompt": text, "seed": own}
+                    rows.append(row | ({"anchor_strength": strength} if knob is not None else {}))
+                    pictures.append(picture)
+                    advance(1)
+                labels.append(text or "-")
+    sheet = out / "grid.png"
+    several = len(strengths) > 1
+    save_grid(
+        torch.cat(pictures), sheet, columns=len(strengths) if several else num,
+        labels=labels if several else labels[::num],
+        title="anchor strength " + ", ".join(f"{value:g}" for value in strengths) if several else None,
+    )  # fmt: skip
     if as_json:
-        answer({"pictures": rows, "grid": str(grid)})
+        answer({"pictures": rows, "grid": str(sheet)})
         return
-    console.message(f"{len(rows)} pictures in {out}; {grid}")
+    console.message(f"{len(rows)} pictures in {out}; {sheet}")

@@ -89,6 +89,8 @@ class LatentFamily:
     """(tokenizer, encoder, encoder's class) of each text encoder."""
     unused_parts: ClassVar[tuple[str, ...]] = ()
     """Parts of such pipelines that are never loaded."""
+    saved_with: ClassVar[dict[str, Any]] = {}
+    """What the saved pipeline says of itself besides its parts."""
 
     def __init__(self, config: Any, *, path: str, device: str, trainable: bool) -> None:
         """Load all parts; use `load`."""
@@ -194,17 +196,16 @@ class LatentFamily:
 
     def encode_pictures(self, pixels: Tensor) -> Tensor:
         """See `ModelFamily.encode_pictures`."""
-        return self._decoder.encode(pixels)
-
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """See `ModelFamily.encode_pictures`."""
         return self._decoder.encode(pixels.to(self.device))
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
-        parts: dict[str, Any] = {"unet": self._tuned.merged(), **dict.fromkeys(self.unused_parts)}
+        parts: dict[str, Any] = {"unet": self._tuned.merged(), **dict.fromkeys(self.unused_parts), **self.saved_with}
         if self.config.vae is not None:
-            parts["vae"] = self._decoder.vae
+            # Read again: ours may be narrower, and on another device.
+            parts["vae"] = load_vae(
+                self.path, self.config.vae, dtype="float32", device="cpu", offline=self.config.offline
+            )
         pipeline = load_part(
             self.pipeline.from_pretrained, self.path, None, torch_dtype=torch.float32, **parts, **self._options
         )

@@ -18,6 +18,7 @@ class Sd15Family(LatentFamily):
     text_parts: ClassVar[tuple[tuple[str, str, Any], ...]] = (("tokenizer", "text_encoder", CLIPTextModel),)
     # The checker would black out what it dislikes: scores and gradients must see what the model draws.
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    saved_with: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
 
     class Config(LatentConfig):
         """Which Stable Diffusion, and what trains."""

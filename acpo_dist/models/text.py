@@ -85,7 +85,7 @@ class PromptEmbeddings:
             free: load the encoders only for prompts that are not known yet, and free them afterwards.
         """
         self._load, self._embed, self._device = load, embed, device
-        self._folder, self._free = folder, free
+        self.folder, self._free = folder, free
         self._encoders: Encoders | None = None if free else load()
         self._known: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
 
@@ -109,7 +109,7 @@ class PromptEmbeddings:
         Raises:
             ValueError: there is no folder.
         """
-        if self._folder is None:
+        if self.folder is None:
             raise ValueError("no folder for embeddings")
         made = 0
         for prompt in dict.fromkeys(prompts):
@@ -137,7 +137,7 @@ class PromptEmbeddings:
         if self._encoders is None:
             self._encoders = self._load()
         made = self._embed(self._encoders, prompt)
-        if self._folder is not None:
+        if self.folder is not None:
             _write(self._path(prompt), made, prompt)
         return made
 
@@ -148,7 +148,7 @@ class PromptEmbeddings:
                 torch.cuda.empty_cache()
 
     def _read(self, prompt: str) -> Mapping[str, Tensor] | None:
-        if self._folder is None or not self._path(prompt).is_file():
+        if self.folder is None or not self._path(prompt).is_file():
             return None
         try:
             return load_file(self._path(prompt), device=self._device)
@@ -157,8 +157,8 @@ class PromptEmbeddings:
             return None
 
     def _path(self, prompt: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+        assert self.folder is not None
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], prompt: str) -> None:

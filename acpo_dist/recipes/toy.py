@@ -1,8 +1,9 @@
-"""Rebuild every asset of the toy world from seeds: reward, judge, VAE, toy-sdxl, toy-ddpm."""
+"""Rebuild every asset of the toy world from seeds: reward, judge, VAE, toy-sdxl, toy-ddpm, toy-sd15."""
 
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from acpo_dist.recipes.denoiser import Progress, train_denoiser
+from acpo_dist.recipes.denoiser import ExampleBatch, Progress, train_denoiser
 from acpo_dist.recipes.iqa import train_iqa
-from acpo_dist.recipes.toy_models import ToySdxl, new_ddpm, new_vae, save_ddpm, save_toy_sdxl, sdxl_scheduler
+from acpo_dist.recipes.toy_models import (
+    ToySd15,
+    ToySdxl,
+    new_ddpm,
+    new_vae,
+    save_ddpm,
+    save_toy_sd15,
+    save_toy_sdxl,
+    sd15_scheduler,
+    sdxl_scheduler,
+)
 from acpo_dist.recipes.vae import train_vae
 from acpo_dist.rewards.strided_judge import StridedJudge
 from acpo_dist.rewards.two_stream import TOY, TwoStream
@@ -25,7 +36,7 @@ from acpo_dist.toy.world import IMAGE_SIZE, caption_index, captions, templates
 
 logger = logging.getLogger(__name__)
 
-SEEDS = {"reward": 11, "judge": 23, "vae": 37, "sdxl": 41, "ddpm": 53}
+SEEDS = {"reward": 11, "judge": 23, "vae": 37, "sdxl": 41, "ddpm": 53, "sd15": 67}
 PARTS = tuple(SEEDS)
 NULL_SHARE = 0.10
 _LATENT_BANK = 34_560
@@ -37,21 +48,19 @@ def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | 
     """Train one part and write it below `folder`.
 
     Args:
-        part: one of `PARTS`; `sdxl` needs `vae` to be there.
+        part: one of `PARTS`; `sdxl` and `sd15` need `vae` to be there.
         effort: scales the number of training steps; 1 gives the shipped assets.
 
     Raises:
         ValueError: unknown part.
-        FileNotFoundError: `sdxl` before `vae`.
+        FileNotFoundError: `sdxl` or `sd15` before `vae`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     builders = {"reward": _build_reward, "judge": _build_judge, "vae": _build_vae}
     if part in builders:
         builders[part](folder, effort)
-    elif part == "sdxl":
-        _build_sdxl(folder, effort, progress)
-    elif part == "ddpm":
-        _build_ddpm(folder, effort, progress)
+    elif part in _DENOISERS:
+        _DENOISERS[part](folder, effort, progress)
     else:
         raise ValueError(f"unknown part {part!r}; known: {', '.join(PARTS)}")
 
@@ -114,25 +123,40 @@ def _latent_bank(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor
     return latents, caption_ids
 
 
-def _build_sdxl(folder: Path, effort: float, progress: Progress | None) -> None:
+def _load_vae(folder: Path, part: str) -> AutoencoderKL:
+    """The VAE that the toy models share; it lies in toy-sdxl."""
     vae_folder = folder / "toy-sdxl" / "vae"
     if not vae_folder.is_dir():
-        raise FileNotFoundError(f"toy-sdxl needs its VAE in {vae_folder}; build the part `vae` first")
-    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
-    torch.manual_seed(SEEDS["sdxl"])
-    model = ToySdxl()
-    latents, caption_ids = _latent_bank(vae, torch.Generator().manual_seed(SEEDS["sdxl"]))
+        raise FileNotFoundError(f"toy-{part} needs its VAE in {vae_folder}; build the part `vae` first")
+    return AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+
+
+def _token_ids(folder: Path, texts: Sequence[str]) -> Tensor:
     scratch = folder / "_tokenizer"
     write_tokenizer(scratch)
     tokenizer = CLIPTokenizer.from_pretrained(scratch)
-    tokens = tokenizer(list(captions()), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
     shutil.rmtree(scratch)
-    time_ids = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]).float()
+    return tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+def _captioned_latents(vae: AutoencoderKL, seed: int) -> ExampleBatch:
+    """Random latents with (caption id, 1 to keep the caption or 0 to drop it)."""
+    latents, caption_ids = _latent_bank(vae, torch.Generator().manual_seed(seed))
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:
         rows = torch.randint(len(latents), (count,), generator=generator)
         keep = (torch.rand(count, generator=generator) >= NULL_SHARE).float()
         return latents[rows], (caption_ids[rows], keep)
+
+    return draw
+
+
+def _build_sdxl(folder: Path, effort: float, progress: Progress | None) -> None:
+    vae = _load_vae(folder, "sdxl")
+    torch.manual_seed(SEEDS["sdxl"])
+    model = ToySdxl()
+    tokens = _token_ids(folder, captions())
+    time_ids = torch.tensor([IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE]).float()
 
     def predict(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: object) -> Tensor:
         assert isinstance(network, ToySdxl) and isinstance(condition, tuple)
@@ -142,11 +166,32 @@ def _build_sdxl(folder: Path, effort: float, progress: Progress | None) -> None:
         return network.unet(noisy, timesteps, states[ids] * keep[:, None, None], added_cond_kwargs=added).sample
 
     loss = train_denoiser(
-        model, draw, predict, sdxl_scheduler().alphas_cumprod, steps=int(9_000 * effort), batch_size=64,
-        seed=SEEDS["sdxl"], progress=progress,
+        model, _captioned_latents(vae, SEEDS["sdxl"]), predict, sdxl_scheduler().alphas_cumprod,
+        steps=int(9_000 * effort), batch_size=64, seed=SEEDS["sdxl"], progress=progress,
     )  # fmt: skip
     logger.info("toy-sdxl: noise-prediction error %.4f", loss)
     save_toy_sdxl(folder / "toy-sdxl", model, vae)
+
+
+def _build_sd15(folder: Path, effort: float, progress: Progress | None) -> None:
+    vae = _load_vae(folder, "sd15")
+    torch.manual_seed(SEEDS["sd15"])
+    model = ToySd15()
+    # SD 1.5's null condition is the encoded empty prompt, not zeros.
+    tokens, null = _token_ids(folder, [*captions(), ""]), len(captions())
+
+    def predict(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        assert isinstance(network, ToySd15) and isinstance(condition, tuple)
+        ids, keep = condition
+        states = network.encode(tokens)[torch.where(keep > 0, ids, null)]
+        return network.unet(noisy, timesteps, states).sample
+
+    loss = train_denoiser(
+        model, _captioned_latents(vae, SEEDS["sd15"]), predict, sd15_scheduler().alphas_cumprod,
+        steps=int(3_500 * effort), batch_size=64, seed=SEEDS["sd15"], progress=progress,
+    )  # fmt: skip
+    logger.info("toy-sd15: noise-prediction error %.4f", loss)
+    save_toy_sd15(folder / "toy-sd15", model, vae)
 
 
 def _build_ddpm(folder: Path, effort: float, progress: Progress | None) -> None:
@@ -165,3 +210,6 @@ def _build_ddpm(folder: Path, effort: float, progress: Progress | None) -> None:
     )  # fmt: skip
     logger.info("toy-ddpm: noise-prediction error %.4f", loss)
     save_ddpm(folder / "toy-ddpm", unet, half=True)
+
+
+_DENOISERS = {"sdxl": _build_sdxl, "ddpm": _build_ddpm, "sd15": _build_sd15}

@@ -1,4 +1,4 @@
-"""Architectures of the embedded toy models: SDXL's and DDPM's own classes at a thousandth of their size."""
+"""Architectures of the embedded toy models: SDXL's, SD 1.5's and DDPM's own classes at a thousandth of their size."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -89,6 +91,31 @@ class ToySdxl(nn.Module):
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
 
+class ToySd15(nn.Module):
+    """The parts of toy-sd15 that train together: U-Net and its one text encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        self.unet = UNet2DConditionModel(
+            sample_size=IMAGE_SIZE // 4,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            # SD 1.5's order: attention in every block but the deepest.
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    def encode(self, token_ids: Tensor) -> Tensor:
+        """Last states of the encoder, after its final norm (B, L, 32)."""
+        return self.text_encoder(token_ids).last_hidden_state
+
+
 def new_ddpm() -> UNet2DModel:
     """Pixel-space noise predictor of 0.7 M parameters for 32 x 32 RGB, untrained."""
     return UNet2DModel(
@@ -116,6 +143,19 @@ def sdxl_scheduler() -> EulerDiscreteScheduler:
     )
 
 
+def sd15_scheduler() -> PNDMScheduler:
+    """SD 1.5's own noise schedule and default sampler."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
     """Write a `StableDiffusionXLPipeline` folder, weights in half precision."""
     write_tokenizer(folder / "tokenizer")
@@ -132,6 +172,24 @@ def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
         add_watermarker=False,
     )
     # Half the bytes for the large parts only: diffusers widens them on loading, transformers keeps an encoder's dtype.
+    pipeline.unet.to(torch.float16)
+    pipeline.vae.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
+    """Write a `StableDiffusionPipeline` folder without a safety checker, weights in half precision."""
+    write_tokenizer(folder / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=model.unet,
+        scheduler=sd15_scheduler(),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,5 +1,6 @@
 """The families are diffusers' own pipelines step for step, their anchor holds still, what they save opens anywhere."""
 
+import itertools
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import constants as hub_constants
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from acpo_dist.core.types import RolloutBatch, SamplePlan, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import Condition, trainable_tensors
+from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.rollout.worker import RolloutWorker
@@ -27,9 +29,11 @@ from acpo_dist.toy.world import captions
 ASSETS = Path(acpo_dist.toy.__file__).parent / "assets"
 PROMPTS = (captions()[3], captions()[40], captions()[17])
 LORA, FULL = TuningConfig(method="lora", rank=4), TuningConfig(method="full")
-FAMILIES = {"sdxl": SdxlFamily, "ddpm": DdpmFamily}
+FAMILIES = {"sdxl": SdxlFamily, "sd15": Sd15Family, "ddpm": DdpmFamily}
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline", "ddpm": "DDPMPipeline"}
 every_tuning = pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
-every_family = pytest.mark.parametrize("kind", ["sdxl", "ddpm"])
+every_family = pytest.mark.parametrize("kind", list(FAMILIES))
+on_latents = pytest.mark.parametrize("kind", ["sdxl", "sd15"])
 
 
 def rng(seed: int) -> torch.Generator:
@@ -64,6 +68,9 @@ def answer_of(pipeline, family) -> Tensor:
     noisy, timesteps = torch.randn(3, *family.sample_shape, generator=rng(1)), torch.tensor([20, 300, 900])
     if isinstance(pipeline, DDPMPipeline):
         return pipeline.unet(noisy, timesteps).sample
+    if isinstance(pipeline, StableDiffusionPipeline):
+        states, _ = pipeline.encode_prompt(list(PROMPTS), "cpu", 1, False)
+        return pipeline.unet(noisy, timesteps, encoder_hidden_states=states).sample
     states, _, pooled, _ = pipeline.encode_prompt(list(PROMPTS), do_classifier_free_guidance=False)
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[size, size, 0, 0, size, size]] * 3)}
@@ -113,6 +120,27 @@ def test_prompts_and_the_empty_prompt_are_encoded_as_the_pipeline_does(zeros: bo
         # The same float32 modules, for one prompt instead of three.
         torch.testing.assert_close(condition["prompt_embeds"], wanted[0], rtol=0, atol=1e-6)
         torch.testing.assert_close(condition["pooled_prompt_embeds"], wanted[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("negative", [None, PROMPTS[2]])
+def test_sd15_encodes_prompts_and_what_guidance_leads_away_from_as_the_pipeline_does(negative: str | None):
+    ours, theirs = load("sd15", negative_prompt=negative), open_base(ASSETS / "toy-sd15")
+    with torch.no_grad():
+        asked = [negative] * 3 if negative else None
+        states, null_states = theirs.encode_prompt(list(PROMPTS), "cpu", 1, True, negative_prompt=asked)
+    for prompts, wanted in ((PROMPTS, states), ([""] * 3, null_states)):
+        condition = ours.encode(prompts).tensors
+        assert set(condition) == {"prompt_embeds"}
+        torch.testing.assert_close(condition["prompt_embeds"], wanted, rtol=0, atol=1e-6)
+
+
+def test_a_negative_prompt_replaces_sdxls_zeros_as_in_the_pipeline():
+    ours, theirs = load("sdxl", negative_prompt=PROMPTS[2]), open_base(ASSETS / "toy-sdxl")
+    with torch.no_grad():
+        _, states, _, pooled = theirs.encode_prompt(PROMPTS[0], negative_prompt=PROMPTS[2])
+    condition = ours.encode([""]).tensors
+    torch.testing.assert_close(condition["prompt_embeds"], states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition["pooled_prompt_embeds"], pooled, rtol=0, atol=1e-6)
 
 
 def test_a_prompt_longer_than_the_encoder_reads_is_cut_as_the_pipeline_does(sdxl: SdxlFamily, pipeline):
@@ -245,14 +273,21 @@ def start_noise(entries: Sequence[SamplePlan], shape: tuple[int, ...]) -> Tensor
     return torch.stack([torch.randn(shape, generator=rng(entry.seed)) for entry in entries])
 
 
+def ddim(pipeline, spacing: str, **options) -> DDIMScheduler:
+    """diffusers' deterministic sampler on the pipeline's own levels, ending clean."""
+    return DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing=spacing, **options
+    )
+
+
+@on_latents
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_rollout_is_the_pipelines_guided_ddim_run(prediction_type: str, tmp_path: Path):
-    folder = toy_copy("sdxl", tmp_path)
+@pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "conditional"])
+def test_a_rollout_is_the_pipelines_ddim_run(kind: str, prediction_type: str, guidance: float, tmp_path: Path):
+    folder = toy_copy(kind, tmp_path)
     change_json(folder / "scheduler" / "scheduler_config.json", prediction_type=prediction_type)
     theirs = open_base(folder)
-    theirs.scheduler = DDIMScheduler.from_config(
-        theirs.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
+    theirs.scheduler = ddim(theirs, "trailing")
     entries, seen = plans(0, 1, 2), {}
 
     def keep(_, step: int, timestep: Tensor, state: dict) -> dict:
@@ -263,16 +298,17 @@ def test_a_rollout_is_the_pipelines_guided_ddim_run(prediction_type: str, tmp_pa
         [entry.prompt for entry in entries],
         latents=start_noise(entries, (4, 8, 8)),
         num_inference_steps=SAMPLER.num_steps,
-        guidance_scale=SAMPLER.guidance_scale,
+        guidance_scale=guidance,
         output_type="pt",
         callback_on_step_end=keep,
     )
-    batch = rollout_worker(path=folder).generate(entries)
+    sampler = SAMPLER.model_copy(update={"guidance_scale": guidance})
+    batch = rollout_worker(kind, sampler, path=folder).generate(entries)
 
     # float32 on both sides. The first steps divide by a = 0.07 and guidance multiplies by 9; later steps damp it again.
     torch.testing.assert_close(batch.latents_BCHW, seen[SAMPLER.num_steps - 1], rtol=0, atol=1e-4)
     with torch.no_grad():
-        pixels = load("sdxl", path=str(folder)).decode(batch.latents_BCHW).clamp(0, 1)
+        pixels = load(kind, path=str(folder)).decode(batch.latents_BCHW).clamp(0, 1)
     torch.testing.assert_close(pixels, run.images, rtol=0, atol=1e-4)
     # Rounding to whole grey levels on top.
     assert batch.images_BCHW.dtype == torch.uint8
@@ -281,11 +317,10 @@ def test_a_rollout_is_the_pipelines_guided_ddim_run(prediction_type: str, tmp_pa
         torch.testing.assert_close(late.latents_BCHW, seen[late.denoise_step - 1], rtol=0, atol=1e-4)
 
 
-def test_a_rollout_without_guidance_is_the_pipelines_conditional_run():
-    theirs = open_base(ASSETS / "toy-sdxl")
-    theirs.scheduler = DDIMScheduler.from_config(
-        theirs.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading", steps_offset=1
-    )
+@on_latents
+def test_a_rollout_with_leading_timesteps_is_the_pipelines(kind: str):
+    theirs = open_base(ASSETS / f"toy-{kind}")
+    theirs.scheduler = ddim(theirs, "leading", steps_offset=1)
     sampler = SamplerConfig(num_steps=10, spacing="leading", guidance_scale=1.0)
     entries = plans(4, 5)
     run = theirs(
@@ -295,7 +330,7 @@ def test_a_rollout_without_guidance_is_the_pipelines_conditional_run():
         guidance_scale=1.0,
         output_type="latent",
     )
-    batch = rollout_worker(sampler=sampler).generate(entries)
+    batch = rollout_worker(kind, sampler).generate(entries)
     torch.testing.assert_close(batch.latents_BCHW, run.images, rtol=0, atol=1e-4)
 
 
@@ -413,7 +448,7 @@ def test_a_saved_pipeline_opens_anywhere_and_holds_the_tuned_unet(kind: str, tun
     tuned = answer(family)
     family.save_pipeline(tmp_path / "out")
     opened = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert type(opened).__name__ == {"sdxl": "StableDiffusionXLPipeline", "ddpm": "DDPMPipeline"}[kind]
+    assert type(opened).__name__ == PIPELINES[kind]
     assert float((tuned - base).abs().max()) > 1e-3
     # Merged weights are rounded once more in float32.
     torch.testing.assert_close(answer_of(opened, family), tuned, rtol=0, atol=1e-5)
@@ -458,12 +493,13 @@ def test_a_saved_pipeline_is_a_base_model_again(tmp_path: Path):
     torch.testing.assert_close(answer(again), answer(family), rtol=0, atol=1e-5)
 
 
+@on_latents
 @pytest.mark.parametrize("alpha", [None, 10.0])
-def test_the_exported_adapter_gives_the_tuned_answer_on_the_plain_base(alpha: float | None, tmp_path: Path):
-    family = load("sdxl", TuningConfig(rank=4, alpha=alpha))
+def test_the_exported_adapter_gives_the_tuned_answer_on_the_plain_base(kind: str, alpha: float | None, tmp_path: Path):
+    family = load(kind, TuningConfig(rank=4, alpha=alpha))
     tune(family)
     family.save_pipeline(tmp_path)
-    plain = open_base(ASSETS / "toy-sdxl")
+    plain = open_base(ASSETS / f"toy-{kind}")
     plain.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(answer_of(plain, family), answer(family), rtol=0, atol=1e-5)
 
@@ -483,7 +519,7 @@ def test_a_folder_without_a_pipeline_is_named(kind: str, tmp_path: Path):
 
 
 def test_an_unknown_toy_is_refused_with_those_there_are():
-    with pytest.raises(ModelError, match="`toy-flux`; embedded: toy-ddpm, toy-sdxl"):
+    with pytest.raises(ModelError, match="`toy-flux`; embedded: toy-ddpm, toy-sd15, toy-sdxl"):
         load("sdxl", path="toy-flux")
 
 
@@ -495,6 +531,8 @@ def test_an_unknown_toy_is_refused_with_those_there_are():
         ("sdxl", "text_encoder", "model.safetensors"),
         ("sdxl", "text_encoder_2", "model.safetensors"),
         ("sdxl", "unet", "config.json"),
+        ("sd15", "unet", "diffusion_pytorch_model.safetensors"),
+        ("sd15", "text_encoder", "model.safetensors"),
         ("ddpm", "unet", "diffusion_pytorch_model.safetensors"),
     ],
 )
@@ -509,9 +547,8 @@ def test_a_truncated_file_is_an_error_that_names_part_and_folder(
         load(kind, path=str(folder))
 
 
-@every_family
-def test_a_ddpm_pipeline_is_no_sdxl_pipeline_and_the_other_way_round(kind: str):
-    other = {"sdxl": "ddpm", "ddpm": "sdxl"}[kind]
+@pytest.mark.parametrize(("kind", "other"), [*itertools.permutations(FAMILIES, 2)])
+def test_one_familys_pipeline_is_not_anothers(kind: str, other: str):
     with pytest.raises(ModelError, match=f"toy-{other}"):
         load(kind, path=f"toy-{other}")
 

@@ -1,0 +1,33 @@
+"""`acpo export`: a checkpoint for other programs."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+
+@app.command("export")
+def export_command(
+    source: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layout: Annotated[str, typer.Option("--format", help="diffusers-lora, kohya or merged.")] = "diffusers-lora",
+    weights: Annotated[str, typer.Option(help="raw (the last step's) or ema (averaged).")] = "raw",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Write the tuned weights as a LoRA file or a merged pipeline, with a model card."""
+    from acpo_dist.exports import export
+    from acpo_dist.tracking.console import Console
+
+    asked: Any = layout
+    done = export(source, out, layout=asked, weights=weights)
+    if as_json:
+        answer(
+            {
+                "folder": str(done.folder), "file": str(done.file), "card": str(done.card),
+                "iteration": done.iteration, "sha256": done.checksum, "format": layout, "weights": weights,
+            }
+        )  # fmt: skip
+        return
+    Console().message(f"{done.file} ({layout}, {weights} weights of iteration {done.iteration}); {done.card}")

@@ -1,0 +1,108 @@
+"""Published architectures of Stable Diffusion: what a model weighs is known without its weights.
+
+Read from the configuration files of stabilityai/stable-diffusion-xl-base-1.0 and of Stable Diffusion 1.5. Used where
+nothing of a model is on the disk: to plan a run, and to build a model of its size with random weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from acpo_dist.core.errors import ModelError
+from acpo_dist.models.loading import resolve_path
+
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "projection_dim": 768, "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77,
+}  # fmt: skip
+_BIG_G: dict[str, Any] = _CLIP_L | {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "projection_dim": 1280, "hidden_act": "gelu",
+}  # fmt: skip
+_VAE: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2, "norm_num_groups": 32,
+}  # fmt: skip
+_UNET: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_num_groups": 32}
+_SDXL_UNET: dict[str, Any] = _UNET | {
+    "sample_size": 128, "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+_SD15_UNET: dict[str, Any] = _UNET | {
+    "sample_size": 64, "block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "attention_head_dim": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Configurations of a pipeline's networks, as their `config.json` files hold them."""
+
+    family: str
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any] | None = None
+    text_encoders: tuple[Mapping[str, Any], ...] = ()
+    published: bool = False
+    """Whether this is the published architecture of the family, because the model itself is not here."""
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt."""
+        return int(self.text_encoders[0]["max_position_embeddings"]) if self.text_encoders else 0
+
+
+PUBLISHED: dict[str, Architecture] = {
+    "sdxl": Architecture(
+        family="sdxl", unet=_SDXL_UNET, vae=_VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+        text_encoders=(_CLIP_L, _BIG_G), published=True,
+    ),
+    "sd15": Architecture(
+        family="sd15", unet=_SD15_UNET, vae=_VAE | {"sample_size": 512, "scaling_factor": 0.18215},
+        text_encoders=(_CLIP_L,), published=True,
+    ),
+}  # fmt: skip
+_PARTS = {"sdxl": ("text_encoder", "text_encoder_2"), "sd15": ("text_encoder",), "ddpm": ()}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Architecture of a configured model, from its folder or the hub's local cache; nothing is downloaded.
+
+    Raises:
+        ModelError: not here, and of no family whose published architecture could stand for it.
+    """
+    family = config.type
+    if family not in _PARTS:
+        raise ModelError(f"model.type `{family}`: only {', '.join(_PARTS)} can be planned.")
+    unet = _read(config, "unet") or (_read(config, None) if family == "ddpm" else None)
+    if unet is None:
+        if family not in PUBLISHED:
+            raise ModelError(f"model.path: nothing of `{config.path}` is on this disk, so its size is not known.")
+        return PUBLISHED[family]
+    encoders = [_read(config, part) for part in _PARTS[family]]
+    vae = None if family == "ddpm" else _read(config, "vae")
+    if any(part is None for part in encoders) or (vae is None and family != "ddpm"):
+        raise ModelError(f"model.path: `{config.path}` is not whole: a text encoder or the VAE has no config.json.")
+    return Architecture(family=family, unet=unet, vae=vae, text_encoders=tuple(part for part in encoders if part))
+
+
+def _read(config: Any, part: str | None) -> Mapping[str, Any] | None:
+    name = f"{part}/config.json" if part else "config.json"
+    path = config.path
+    if path == "train":
+        raise ModelError("model.path is `train`: the model is made by the run, and small; there is nothing to plan.")
+    resolved = resolve_path(path)
+    file: Any = Path(resolved) / name
+    if not Path(resolved).is_dir():
+        file = try_to_load_from_cache(path, name, revision=config.revision)
+    if not isinstance(file, str | Path) or not Path(file).is_file():
+        return None
+    return json.loads(Path(file).read_text(encoding="utf-8"))

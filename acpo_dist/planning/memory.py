@@ -1,0 +1,71 @@
+"""Bytes that one worker of each role holds: weights and optimiser by arithmetic, the rest from the traced phases."""
+
+from dataclasses import asdict, dataclass
+
+GIB = 2**30
+BUCKET = 500_000_000
+"""Elements that DeepSpeed gathers before it reduces them (its default)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """GiB of one worker."""
+
+    weights: float
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    anchor: float = 0.0
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it at the worst moment."""
+        return self.weights + self.gradients + self.optimizer + self.anchor + self.activations
+
+    def to_mapping(self) -> dict[str, float]:
+        """Plain data."""
+        return {name: round(value, 4) for name, value in (asdict(self) | {"total": self.total}).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerState:
+    """What decides over the learner's static bytes."""
+
+    frozen: int
+    """Parameters of the network that do not train."""
+    trainable: int
+    frozen_bytes: int
+    """Bytes of one frozen parameter."""
+    trainable_bytes: int
+    zero_stage: int | None
+    ranks: int
+    narrow: bool
+    """Whether DeepSpeed holds the network in bfloat16, with float32 masters beside it."""
+
+
+def learner_state(state: LearnerState) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer) in bytes of one rank.
+
+    Plain torch: gradients as the parameters, two float32 moments. DeepSpeed: stage 1 shards moments and float32
+    masters, stage 2 gradients too, stage 3 weights too; gradients pass through a bucket.
+    """
+    wide = 4 * state.trainable
+    if state.zero_stage is None:
+        weights = state.frozen * state.frozen_bytes + state.trainable * state.trainable_bytes
+        return weights, state.trainable * state.trainable_bytes, 2 * wide
+    stage, ranks = state.zero_stage, state.ranks
+    element = 2 if state.narrow else state.trainable_bytes
+    weights = state.frozen * (2 if state.narrow else state.frozen_bytes) + state.trainable * element
+    gradients = float(state.trainable * element)
+    masters = wide if state.narrow or stage > 0 else 0
+    optimizer = float(2 * wide + masters)
+    if stage >= 1:
+        optimizer /= ranks
+    if stage >= 2:
+        gradients /= ranks
+    if stage >= 3:
+        weights /= ranks
+    if stage >= 1:
+        # The bucket, and this rank's share in float32 at the step.
+        gradients += min(BUCKET, state.trainable) * element + wide / ranks
+    return float(weights), gradients, optimizer

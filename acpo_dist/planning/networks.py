@@ -1,0 +1,132 @@
+"""A configured model's networks on fake tensors: every shape and type, no value and no memory."""
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from acpo_dist.models.architectures import Architecture
+from acpo_dist.models.family import Condition
+from acpo_dist.models.tuning import TunedNetwork, TuningConfig
+
+
+def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
+    """The denoiser, frozen, on the meta device."""
+    kind = UNet2DModel if architecture.family == "ddpm" else UNet2DConditionModel
+    with unset_fake_temporarily(), torch.device("meta"):
+        unet = kind.from_config(dict(architecture.unet))
+    return _frozen(unet, dtype)
+
+
+def new_vae(architecture: Architecture, dtype: torch.dtype) -> Any:
+    """The VAE, frozen, on the meta device."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(architecture.vae or {}))
+    return _frozen(vae, dtype)
+
+
+def new_text_encoders(architecture: Architecture) -> list[Any]:
+    """The text encoders on the meta device; SDXL's second has a projection."""
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    with unset_fake_temporarily(), torch.device("meta"):
+        return [
+            kind(CLIPTextConfig(**_text_keys(config)))
+            for kind, config in zip(kinds, architecture.text_encoders, strict=False)
+        ]
+
+
+def _frozen(module: Any, dtype: torch.dtype) -> Any:
+    # Not `module.to`: diffusers warns there of what matters for values alone.
+    with unset_fake_temporarily():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return module.requires_grad_(False).eval()
+
+
+def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Turn meta parameters into fake ones on the processor, whose kernels keep as much for the way back as a GPU's.
+
+    Meta tensors would take the attention that writes its whole matrix down. And modules are built on the meta device
+    first, because many ways of changing a module refuse fake tensors.
+    """
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            with unset_fake_temporarily():
+                fake = FakeTensor(mode, parameter.detach(), torch.device("cpu"))
+            setattr(owner, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+
+
+def _text_keys(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in ("architectures", "model_type")}
+
+
+def reduction(architecture: Architecture) -> int:
+    """Pixels per latent, along each side."""
+    return 2 ** (len(architecture.vae["block_out_channels"]) - 1) if architecture.vae else 1
+
+
+def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
+    """(C, H, W) of x_0."""
+    factor, size = reduction(architecture), architecture.unet["sample_size"]
+    side = size if isinstance(size, int) else size[0]
+    pixels = getattr(config, "image_size", None) or side * factor
+    return architecture.unet["in_channels"], pixels // factor, pixels // factor
+
+
+def new_condition(architecture: Architecture, count: int, dtype: torch.dtype) -> Condition:
+    """Conditioning of `count` prompts."""
+    if architecture.family == "ddpm":
+        return Condition({})
+    states = torch.zeros(count, architecture.text_length, architecture.unet["cross_attention_dim"], dtype=dtype)
+    if architecture.family != "sdxl":
+        return Condition({"prompt_embeds": states})
+    pooled = torch.zeros(count, architecture.text_encoders[-1]["projection_dim"], dtype=dtype)
+    return Condition({"prompt_embeds": states, "text_embeds": pooled, "time_ids": torch.zeros(count, 6, dtype=dtype)})
+
+
+class FakePolicy:
+    """The policy's forward as the families do it."""
+
+    def __init__(self, unet: Any, tuning: TuningConfig, *, checkpointing: bool, narrow: bool) -> None:
+        """Put adapters in, or make all weights trainable.
+
+        Args:
+            narrow: hold the adapters in the type of the rest, as DeepSpeed does.
+        """
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.network: nn.Module = unet
+        self._tuned = TunedNetwork(unet, tuning, seed=0, keep_anchor=False)
+        self._full = tuning.method == "full"
+        if narrow:
+            dtype = self._tuned.dtype
+            for parameter in self.network.parameters():
+                parameter.data = parameter.data.to(dtype)
+
+    def pretend(self, mode: FakeTensorMode) -> "FakePolicy":
+        """See `pretend`."""
+        pretend(self.network, mode)
+        return self
+
+    def predict(self, noisy: Tensor, condition: Condition) -> Tensor:
+        """One pass, float32 in and out."""
+        dtype = self._tuned.dtype
+        timesteps = torch.zeros(len(noisy), dtype=torch.long)
+        tensors = dict(condition.tensors)
+        if not tensors:
+            return self.network(noisy.to(dtype), timesteps, return_dict=False)[0].float()
+        states = tensors.pop("prompt_embeds").to(dtype)
+        return self.network(
+            noisy.to(dtype), timesteps, states, added_cond_kwargs=tensors or None, return_dict=False
+        )[0].float()  # fmt: skip
+
+    def anchor(self, noisy: Tensor, condition: Condition) -> Tensor:
+        """The base model's pass: a copy of the same shape beside full fine-tuning, adapters off for LoRA."""
+        with torch.no_grad():
+            if self._full:
+                return self.predict(noisy, condition)
+            with self._tuned.anchored():
+                return self.predict(noisy, condition)

@@ -1,0 +1,240 @@
+"""From a configuration to what it needs: parameters, memory by role, batches, time, and warnings in time."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from acpo_dist.config.schema import Config
+from acpo_dist.models.architectures import Architecture, architecture_of
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.loading import DTYPES, held_dtype
+from acpo_dist.models.schedulers import SAMPLERS
+from acpo_dist.models.vae import VAE_DTYPES
+from acpo_dist.planning import phases
+from acpo_dist.planning.memory import GIB, LearnerState, Memory, learner_state
+from acpo_dist.planning.networks import FakePolicy, new_text_encoders, new_unet, new_vae, sample_shape
+from acpo_dist.planning.rates import CONTEXT_GIB, Device, device_for
+from acpo_dist.planning.tracer import Trace
+from acpo_dist.planning.warnings import warnings_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs."""
+
+    parameters: dict[str, int]
+    roles: dict[str, Memory]
+    workers: dict[str, int]
+    batch: dict[str, int]
+    seconds: dict[str, float]
+    """By phase of one iteration."""
+    teraflops: dict[str, float]
+    """Per sample, by computation."""
+    device: Device
+    needed_gib: dict[str, float]
+    """Per device: of each role, or of the one process that holds all of them."""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """One after the other, as the on-policy loop runs them."""
+        return sum(self.seconds.values())
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "parameters": self.parameters,
+            "roles": {
+                name: {"workers": self.workers[name], "memory_gib": memory.to_mapping()}
+                for name, memory in self.roles.items()
+            },
+            "batch": self.batch,
+            "seconds_per_iteration": self.seconds_per_iteration,
+            "seconds": self.seconds,
+            "teraflops_per_sample": self.teraflops,
+            "device": {"name": self.device.name, "memory_gib": self.device.memory_gib, "needed_gib": self.needed_gib},
+            "warnings": self.warnings,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Traced:
+    """The phases, each with the number of samples that it was traced for."""
+
+    step: Trace
+    decode: Trace
+    reward: Trace | None
+    learn: Trace
+
+
+def make_plan(config: Config, *, device: str = "auto") -> Plan:
+    """Work out a run.
+
+    Args:
+        device: a key of `rates.DEVICES`, `cpu`, or `auto`.
+
+    Raises:
+        ModelError: the model's architecture is not known here.
+        KeyError: unknown device.
+    """
+    architecture = architecture_of(config.model)
+    learner = config.learner
+    wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, config.rewards.gpus_per_replica) > 0
+    target = device_for(device, wants_gpu=wants_gpu)
+    setting = _setting(config, architecture)
+    parameters = count_parameters(config, architecture)
+    with FakeTensorMode() as mode:
+        step, decode = phases.rollout(setting, mode, config.rollout.batch_size)
+        traced = _Traced(
+            step=step, decode=decode, reward=phases.reward(setting, mode, learner.micro_batch),
+            learn=phases.learner(setting, mode, learner.micro_batch),
+        )  # fmt: skip
+    roles = _roles(config, parameters, setting, traced)
+    batch = _batch(config)
+    flops = _flops(config, traced)
+    seconds = _seconds(config, flops, batch, target)
+    needed = _needed(config, roles, target)
+    return Plan(
+        parameters=parameters, roles=roles, batch=batch, seconds=seconds, device=target, needed_gib=needed,
+        workers={
+            "rollout": config.rollout.num_workers, "learner": learner.num_ranks,
+            "reward": config.rewards.replicas * len((*config.rewards.train, *config.rewards.judges)),
+        },
+        teraflops={name: value / 1e12 for name, value in flops.items()},
+        warnings=warnings_for(config, architecture, roles, needed, target),
+    )  # fmt: skip
+
+
+def count_parameters(config: Config, architecture: Architecture) -> dict[str, int]:
+    """Parameters by network; `trainable` are the adapters, or all of the network. No weight is read."""
+    policy = FakePolicy(
+        new_unet(architecture, torch.float32), config.model.tuning, checkpointing=False, narrow=False
+    )  # fmt: skip
+    trainable = sum(value.numel() for value in trainable_tensors(policy.network).values())
+    whole = sum(value.numel() for value in policy.network.parameters())
+    frozen = whole if config.model.tuning.method == "full" else whole - trainable
+    return {
+        "network": frozen,
+        "trainable": trainable,
+        "text_encoders": sum(
+            value.numel() for module in new_text_encoders(architecture) for value in module.parameters()
+        ),
+        "vae": sum(value.numel() for value in new_vae(architecture, torch.float32).parameters())
+        if architecture.vae
+        else 0,
+    }
+
+
+def _setting(config: Config, architecture: Architecture) -> phases.Setting:
+    learner, anchor = config.learner, getattr(config.algorithm, "anchor", None)
+    narrow = learner.precision == "bfloat16"
+    return phases.Setting(
+        model=config.model, architecture=architecture,
+        guided=config.sampler.guidance_for(conditional=architecture.family != "ddpm") > 1,
+        image_cut=config.rewards.cut == "image", pathwise=bool(config.algorithm.pathwise),
+        uniform=anchor is not None and anchor.uniform and anchor.weight != 0,
+        autocast=narrow and learner.zero_stage is None, cast=narrow and learner.zero_stage is not None,
+        accumulated=_accumulation(config) > 1,
+    )  # fmt: skip
+
+
+def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, traced: _Traced) -> dict[str, Memory]:
+    model, learner = config.model, config.learner
+    full = model.tuning.method == "full"
+    width = DTYPES[model.dtype].itemsize
+    adapters = 0 if full else parameters["trainable"]
+    memory = getattr(model, "memory", None)
+    text = 0 if memory is None or memory.free_text_encoders else parameters["text_encoders"] * width
+    vae = parameters["vae"] * VAE_DTYPES[model.vae_dtype].itemsize if parameters["vae"] else 0
+    frozen = 0 if full else parameters["network"]
+    held = held_dtype(model.dtype, method=model.tuning.method, trainable=True).itemsize
+    state = LearnerState(
+        frozen=frozen, trainable=parameters["trainable"], frozen_bytes=held, trainable_bytes=4,
+        zero_stage=learner.zero_stage, ranks=learner.num_ranks, narrow=learner.precision == "bfloat16",
+    )  # fmt: skip
+    weights, gradients, optimizer = learner_state(state)
+    anchor = parameters["network"] * DTYPES[memory.anchor_dtype].itemsize if full and memory is not None else 0
+    anchor = 4 * parameters["network"] if full and memory is None else anchor
+    # Without an earlier micro-batch the trace makes the gradients itself.
+    extra = traced.learn.peak_bytes if setting.accumulated else max(0.0, traced.learn.peak_bytes - gradients)
+    sampling = max(traced.step.peak_bytes, traced.decode.peak_bytes)
+    rollout = parameters["network"] * width + 4 * adapters + text + vae
+    reward = vae if traced.reward is not None else 0
+    return {
+        "rollout": Memory(weights=rollout / GIB, activations=sampling / GIB),
+        "learner": Memory(
+            weights=(weights + text + vae) / GIB, gradients=gradients / GIB, optimizer=optimizer / GIB,
+            anchor=anchor / GIB, activations=extra / GIB,
+        ),
+        "reward": Memory(
+            weights=reward / GIB, activations=(traced.reward.peak_bytes if traced.reward else 0) / GIB
+        ),
+    }  # fmt: skip
+
+
+def _accumulation(config: Config) -> int:
+    learner = config.learner
+    return learner.global_batch // (learner.micro_batch * learner.num_ranks)
+
+
+def _batch(config: Config) -> dict[str, int]:
+    rollout, learner = config.rollout, config.learner
+    samples = rollout.prompts_per_iteration * rollout.samples_per_prompt
+    return {
+        "samples_per_iteration": samples,
+        "prompts_per_iteration": rollout.prompts_per_iteration,
+        "samples_per_prompt": rollout.samples_per_prompt,
+        "rollout_batch": rollout.batch_size,
+        "global_batch": learner.global_batch,
+        "micro_batch": learner.micro_batch,
+        "ranks": learner.num_ranks,
+        "accumulation": _accumulation(config),
+        "optimizer_steps": learner.inner_epochs * samples // learner.global_batch,
+    }
+
+
+def _flops(config: Config, traced: _Traced) -> dict[str, float]:
+    """Per sample."""
+    steps = config.sampler.num_steps
+    solver = SAMPLERS.get(config.sampler.solver)
+    calls = steps * (solver.calls_per_step if solver else 1)
+    batch, micro = config.rollout.batch_size, config.learner.micro_batch
+    return {
+        "rollout_step": traced.step.flops / batch,
+        "rollout": calls * traced.step.flops / batch + traced.decode.flops / batch,
+        "decode": traced.decode.flops / batch,
+        "reward_gradient": traced.reward.flops / micro if traced.reward else 0.0,
+        "learner": traced.learn.flops / micro,
+    }
+
+
+def _seconds(config: Config, flops: dict[str, float], batch: dict[str, int], device: Device) -> dict[str, float]:
+    samples, model = batch["samples_per_iteration"], config.model
+    local = config.cluster.backend == "local"
+    workers = 1 if local else config.rollout.num_workers
+    replicas = 1 if local else config.rewards.replicas
+    trained = samples * config.learner.inner_epochs
+    decoded = trained * flops["reward_gradient"] * len(config.rewards.train)
+    vae = getattr(model, "vae_dtype", "float32")
+    sampling = samples * (flops["rollout"] - flops["decode"]) / device.rate(model.dtype)
+    return {
+        "rollout": (sampling + samples * flops["decode"] / device.rate(vae)) / workers,
+        "reward": decoded / device.rate(vae) / replicas,
+        "learner": trained * flops["learner"] / device.rate(config.learner.precision) / config.learner.num_ranks,
+    }
+
+
+def _needed(config: Config, roles: dict[str, Memory], device: Device) -> dict[str, float]:
+    """GiB per device. One process holds the tensors of all roles, and works in one of them at a time."""
+    context = CONTEXT_GIB if device.memory_gib is not None else 0.0
+    if config.cluster.backend == "local" or (config.learner.zero_stage is None and config.rollout.num_workers == 1):
+        held = sum(memory.total - memory.activations for memory in roles.values())
+        return {"all": held + max(memory.activations for memory in roles.values()) + context}
+    return {name: memory.total + context for name, memory in roles.items()}
+
+
+def latent_shape(config: Config) -> tuple[int, int, int]:
+    """(C, H, W) of x_0, from the architecture alone."""
+    return sample_shape(config.model, architecture_of(config.model))

@@ -1,0 +1,137 @@
+"""The anchor's strength at inference: between the base model's weights (0) and the tuned ones (1), also by timestep."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.models.lora_files import check_lora_file
+
+_NAME = "tuned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """A strength for timesteps from `low` to `high`, both included."""
+
+    low: float
+    high: float
+    strength: float
+
+
+def parse_range(text: str) -> Range:
+    """`t0:t1:a`, in any order of the timesteps.
+
+    Raises:
+        UsageError: not of this form, or the strength is outside 0..1.
+    """
+    try:
+        first, second, strength = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UsageError(f"--strength-range must read t0:t1:a, such as 0:300:0.5, found `{text}`") from error
+    check_strength(strength, "--strength-range")
+    return Range(low=min(first, second), high=max(first, second), strength=strength)
+
+
+def parse_grid(text: str) -> tuple[float, ...]:
+    """Strengths with commas between them.
+
+    Raises:
+        UsageError: no numbers, or one outside 0..1.
+    """
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--grid must read as numbers with commas, such as 0,0.5,1, found `{text}`") from error
+    for value in values:
+        check_strength(value, "--grid")
+    return values
+
+
+def check_strength(value: float, option: str) -> None:
+    """Refuse what is no place between base and tuned.
+
+    Raises:
+        UsageError: outside 0..1.
+    """
+    if not 0 <= value <= 1:
+        raise UsageError(f"{option}: a strength lies between 0 (base model) and 1 (tuned), found {value:g}")
+
+
+class AnchorKnob:
+    """LoRA in a pipeline with a strength that may depend on the timestep; at 0 the base model itself answers."""
+
+    def __init__(self, pipeline: Any, path: Path) -> None:
+        """Load the file into the pipeline's U-Net.
+
+        Raises:
+            ModelError: the file cannot be read, or is made for another architecture.
+        """
+        if not hasattr(pipeline, "load_lora_weights"):
+            raise ModelError(f"--lora: a {type(pipeline).__name__} takes no LoRA.")
+        file = _lora_file(path)
+        expected = check_lora_file(file, pipeline.unet)
+        try:
+            with _quiet():
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_NAME)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"--lora: {file} does not fit the U-Net, it belongs to another one: {reason}") from error
+        self._layers = [
+            module
+            for module in pipeline.unet.modules()
+            if isinstance(module, BaseTunerLayer) and _NAME in getattr(module, "scaling", {})
+        ]
+        if len(self._layers) != expected:
+            raise ModelError(
+                f"--lora: {file} holds {expected} layers, but {len(self._layers)} of them have a place in this U-Net: "
+                "it belongs to another architecture."
+            )
+        self._scales = [float(layer.scaling[_NAME]) for layer in self._layers]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        self._strength, self._ranges = 1.0, tuple[Range, ...]()
+        pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def set(self, strength: float, ranges: Sequence[Range] = ()) -> None:
+        """Use this strength; of several ranges that hold a timestep the last one counts."""
+        self._strength, self._ranges = strength, tuple(ranges)
+
+    def at(self, timestep: float) -> float:
+        """The strength for a timestep."""
+        found = [entry.strength for entry in self._ranges if entry.low <= timestep <= entry.high]
+        return found[-1] if found else self._strength
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        # One number per call in every pipeline; batches share it.
+        strength = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))
+        for layer, scale in zip(self._layers, self._scales, strict=True):
+            # Off, not a weight of 0: the base model's picture to the bit.
+            layer._disable_adapters = strength == 0
+            layer.scaling[_NAME] = strength * scale  # pyright: ignore[reportIndexIssue]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers warns at length of text encoders that a U-Net's LoRA says nothing about."""
+    logger = logging.getLogger("diffusers.loaders.lora_base")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _lora_file(path: Path) -> Path:
+    """A file as it is; of a folder the one file in it that diffusers would take."""
+    if path.is_file():
+        return path
+    inside = path / "pytorch_lora_weights.safetensors"
+    if inside.is_file():
+        return inside
+    raise ModelError(f"--lora: expected a safetensors file or a folder with {inside.name}, found nothing at {path}")

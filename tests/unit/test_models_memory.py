@@ -1,0 +1,349 @@
+"""What saves memory does not change what a model answers; what cannot work is refused with what to do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
+from huggingface_hub import constants as hub_constants
+
+import acpo_dist.toy
+from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.errors import ModelError, NonFiniteError
+from acpo_dist.core.types import SamplePlan
+from acpo_dist.models import text
+from acpo_dist.models.family import Condition, trainable_tensors
+from acpo_dist.models.latent import NEAR_ZERO, MemoryConfig, read_schedule
+from acpo_dist.models.loading import load_part
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.models.tuning import TuningConfig
+from acpo_dist.models.vae import VaeDecoder
+from acpo_dist.rollout.worker import RolloutWorker
+from acpo_dist.toy.world import captions
+
+TOY = Path(acpo_dist.toy.__file__).parent / "assets" / "toy-sdxl"
+PROMPTS = captions()[:3]
+
+
+def load(memory: MemoryConfig | None = None, **options) -> SdxlFamily:
+    options = {"path": "toy-sdxl", "tuning": TuningConfig(rank=4), **options}
+    return SdxlFamily.load(
+        SdxlFamily.Config(memory=memory or MemoryConfig(), **options), device="cpu", trainable=True
+    )  # fmt: skip
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def copy_of_toy(folder: Path) -> Path:
+    return Path(shutil.copytree(TOY, folder / "copy"))
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# Memory
+
+
+def gradients(family: SdxlFamily) -> dict[str, torch.Tensor]:
+    for parameter in trainable_tensors(family.network).values():
+        with torch.no_grad():
+            parameter.add_(0.05)
+    head = family.predict(noise(2, 4, 8, 8), torch.tensor([100, 700]), family.encode(PROMPTS[:2]))
+    clean = family.decode(0.1 * head)
+    (clean.square().mean() + head.square().mean()).backward()
+    return {name: value.grad.clone() for name, value in trainable_tensors(family.network).items()}
+
+
+def test_recomputed_gradients_of_unet_and_vae_are_the_kept_ones():
+    kept = gradients(load())
+    again = gradients(load(MemoryConfig(gradient_checkpointing=True, vae_checkpointing=True)))
+    # The same float32 operations in the same order.
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=1e-6)
+
+
+def test_slicing_decodes_the_same_pictures_and_tiling_nearly_the_same():
+    latents = noise(2, 4, 32, 32)
+    with torch.no_grad():
+        whole = load().decode(latents)
+        sliced = load(MemoryConfig(vae_slicing=True)).decode(latents)
+        tiled_family = load(MemoryConfig(vae_tiling=True))
+        tiled_family._decoder.vae.tile_latent_min_size, tiled_family._decoder.vae.tile_sample_min_size = 16, 64
+        tiled = tiled_family.decode(latents)
+    torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
+    assert not torch.equal(tiled, whole)
+    assert float((tiled - whole).square().mean().sqrt()) < 0.5 * float(whole.std())
+
+
+def test_tiles_are_never_used_where_a_gradient_passes():
+    family = load(MemoryConfig(vae_tiling=True, vae_slicing=True))
+    family._decoder.vae.tile_latent_min_size = 4
+    latents = noise(2, 4, 8, 8).requires_grad_(True)
+    whole = load().decode(latents)
+    torch.testing.assert_close(family.decode(latents), whole, rtol=0, atol=1e-5)
+
+
+def test_a_bfloat16_anchor_beside_full_tuning_stays_near_the_base():
+    family = load(MemoryConfig(anchor_dtype="bfloat16"), tuning=TuningConfig(method="full"))
+    arguments = noise(2, 4, 8, 8), torch.tensor([100, 700]), family.encode(PROMPTS[:2])
+    with torch.no_grad():
+        policy = family.predict(*arguments)
+        with family.anchored():
+            anchor = family.predict(*arguments)
+    assert 0 < float((policy - anchor).norm() / policy.norm()) < 0.05
+    assert {value.dtype for value in family.network.parameters()} == {torch.float32}
+
+
+# Embeddings on disk
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often an encoder was asked."""
+    asked = []
+    original = text.Encoder.__call__
+
+    def count(self, prompt, **options):
+        asked.append(prompt)
+        return original(self, prompt, **options)
+
+    monkeypatch.setattr(text.Encoder, "__call__", count)
+    return asked
+
+
+def cached(folder: Path, **options) -> SdxlFamily:
+    return load(MemoryConfig(embedding_cache=folder, free_text_encoders=True), **options)
+
+
+def test_cached_embeddings_are_the_encoded_ones_and_need_no_encoder_the_second_time(tmp_path, counted):
+    wanted = load().encode([*PROMPTS, ""]).tensors
+    counted.clear()
+    first = cached(tmp_path)
+    for family in (first, cached(tmp_path)):
+        found = family.encode([*PROMPTS, ""]).tensors
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert not family._embeddings.resident
+    # Two encoders, four prompts, once.
+    assert len(counted) == 8
+
+
+def test_a_run_that_was_interrupted_goes_on_with_what_the_folder_lacks(tmp_path, counted):
+    embeddings = SdxlFamily.embeddings(
+        SdxlFamily.Config(path="toy-sdxl", memory=MemoryConfig(embedding_cache=tmp_path)), device="cpu"
+    )
+    assert embeddings.fill(PROMPTS[:2]) == 2
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    # As a full disk would leave it.
+    files[0].write_bytes(files[0].read_bytes()[:40])
+    counted.clear()
+    assert embeddings.fill(PROMPTS) == 2
+    assert len(counted) == 4 and embeddings.fill(PROMPTS) == 0
+
+
+def test_another_model_or_negative_prompt_has_embeddings_of_its_own(tmp_path, counted):
+    cached(tmp_path).encode([""])
+    folder = copy_of_toy(tmp_path)
+    weights = folder / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    for family in (cached(tmp_path, path=str(folder)), cached(tmp_path, negative_prompt=PROMPTS[0])):
+        counted.clear()
+        family.encode([""])
+        assert counted
+
+
+def test_the_command_fills_the_folder_that_a_run_reads(tmp_path, monkeypatch, capsys):
+    import sys
+
+    from acpo_dist.cli import main
+
+    for encoded in (49, 0):
+        arguments = ["embed", "toy_sdxl", f"model.memory.embedding_cache={tmp_path}", "--json"]
+        monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (answer["prompts"], answer["encoded"]) == (49, encoded)
+
+
+# The VAE
+
+
+def test_another_vae_takes_the_pipelines_place_here_and_in_what_is_saved(tmp_path):
+    vae = AutoencoderKL.from_pretrained(TOY / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(scaling_factor=0.5)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(0.25)
+    vae.save_pretrained(tmp_path / "vae")
+    latents = noise(1, 4, 8, 8)
+    family = load(vae=str(tmp_path / "vae"))
+    with torch.no_grad():
+        wanted = vae.decode(latents / 0.5).sample / 2 + 0.5
+        torch.testing.assert_close(family.decode(latents), wanted, rtol=0, atol=1e-6)
+    family.save_pipeline(tmp_path / "out")
+    saved = DiffusionPipeline.from_pretrained(tmp_path / "out").vae
+    assert saved.config.scaling_factor == 0.5
+    assert torch.equal(saved.decoder.conv_out.bias, vae.decoder.conv_out.bias)
+
+
+def test_a_vae_that_is_not_there_is_named():
+    with pytest.raises(ModelError, match=r"model\.vae: expected the folder of a VAE"):
+        load(vae="./nowhere/vae")
+
+
+def test_pictures_come_back_from_latents_and_latents_from_pictures():
+    family = load()
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    vae = family._decoder.vae
+    with torch.no_grad():
+        wanted = vae.config.scaling_factor * vae.encode(2 * pictures - 1).latent_dist.mean
+    torch.testing.assert_close(family.encode_pictures(pictures), wanted, rtol=0, atol=1e-6)
+    assert family.pixels == 32
+
+
+def test_a_vae_known_to_overflow_is_refused_in_float16(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    change_json(folder / "vae" / "config.json", force_upcast=True)
+    with pytest.raises(ModelError, match=r"float16.*sdxl-vae-fp16-fix"):
+        load(path=str(folder), vae_dtype="float16")
+
+
+def test_an_overflow_of_the_vae_in_float16_is_noticed_and_explained():
+    vae = AutoencoderKL.from_pretrained(TOY / "vae", torch_dtype=torch.float16).eval()
+    latents = noise(1, 4, 8, 8)
+    with torch.no_grad():
+        assert torch.isfinite(VaeDecoder(vae).decode(latents)).all()
+        vae.decoder.conv_in.weight.mul_(6e4)
+        with pytest.raises(NonFiniteError, match=r"overflow in float16.*model\.vae_dtype"):
+            VaeDecoder(vae).decode(latents)
+
+
+# Schedules
+
+
+def test_a_schedule_with_zero_terminal_signal_walks_as_diffusers_euler_does(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    change_json(
+        folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction"
+    )
+    kind, levels = read_schedule(str(folder))
+    assert kind == "v_prediction" and float(levels[-1]) == NEAR_ZERO
+    theirs = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
+    assert torch.allclose(theirs.scheduler.alphas_cumprod.double(), levels)
+    start = noise(4, 8, 8, seed=7)
+    wanted = theirs(
+        PROMPTS[0], latents=start[None], num_inference_steps=10, guidance_scale=3.0, output_type="latent"
+    ).images  # fmt: skip
+    sampler = SamplerConfig(num_steps=10, guidance_scale=3.0, solver="euler", t_max=0.5)
+    worker = RolloutWorker(SdxlFamily.Config(path=str(folder)), sampler)
+    found = worker.generate([SamplePlan(sample_id="a", prompt_id=0, prompt=PROMPTS[0], seed=7)]).latents_BCHW
+    # diffusers carries the state divided by sqrt(alpha_bar) = 2^-12 in float32 through the first step.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-2)
+
+
+def test_noise_prediction_without_terminal_signal_is_refused(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    change_json(folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True)
+    with pytest.raises(ModelError, match="must predict v"):
+        load(path=str(folder))
+
+
+def test_a_schedule_of_another_kind_is_refused(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    change_json(folder / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
+    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler"):
+        load(path=str(folder))
+
+
+# Architectures that do not fit
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 9}, "takes 9 channels"),
+        ({"time_cond_proj_dim": 8}, "distilled model"),
+        ({"projection_class_embeddings_input_dim": 5 * 8 + 32}, "takes 5 time ids.*refiner"),
+        ({"addition_embed_type": None}, "it is no SDXL"),
+    ],
+)
+def test_a_unet_that_wants_something_else_is_refused_with_the_reason(tmp_path, changes, message):
+    from diffusers import UNet2DConditionModel
+
+    folder = copy_of_toy(tmp_path)
+    config = {**UNet2DConditionModel.load_config(folder / "unet"), **changes}
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    with pytest.raises(ModelError, match=message):
+        load(path=str(folder))
+
+
+def test_wrong_time_ids_are_refused_with_what_was_expected():
+    family = load()
+    tensors = dict(family.encode(PROMPTS[:1]).tensors)
+    condition = Condition(tensors | {"time_ids": torch.zeros(1, 5)})
+    with pytest.raises(ModelError, match=r"time ids of shape \(1, 5\): expected \(1, 6\)"):
+        family.predict(noise(1, 4, 8, 8), torch.tensor([1]), condition)
+
+
+def test_a_picture_size_that_the_vae_cannot_make_is_refused():
+    with pytest.raises(ModelError, match=r"image_size \(30\) must be a multiple of 4"):
+        load(image_size=30)
+
+
+# Folders and hub ids
+
+
+def test_a_half_downloaded_folder_names_what_is_missing_before_anything_loads(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    (folder / "text_encoder_2" / "model.safetensors").rename(folder / "text_encoder_2" / "model.safetensors.incomplete")
+    with pytest.raises(ModelError, match=r"not whole: text_encoder_2/model\.safetensors missing\. Unfinished"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    stem = folder / "unet" / "diffusion_pytorch_model"
+    Path(f"{stem}.safetensors").rename(f"{stem}-00001-of-00002.safetensors")
+    names = {"a": f"{stem.name}-00001-of-00002.safetensors", "b": f"{stem.name}-00002-of-00002.safetensors"}
+    Path(f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model-00002-of-00002\.safetensors missing"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+
+
+def test_a_variant_that_is_not_there_is_refused_with_what_is(tmp_path):
+    with pytest.raises(ModelError, match=r"fp16\.safetensors missing.*found files without a variant"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(copy_of_toy(tmp_path)), variant="fp16"))
+
+
+def test_offline_never_asks_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=r"not in the local cache.*`hf download someone/absent`"):
+        load(path="someone/absent", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("GatedRepoError", "gated: accept its terms at https://huggingface.co/someone/model"),
+        ("RevisionNotFoundError", "check model.revision"),
+        ("RepositoryNotFoundError", "no such model, or you may not read it"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_run(kind, message):
+    import httpx
+    from huggingface_hub import errors
+
+    def refuse(path, **options):
+        response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/someone/model"))
+        raise OSError("cannot load") from getattr(errors, kind)("no", response=response)
+
+    with pytest.raises(ModelError, match=message):
+        load_part(refuse, "someone/model", None)

@@ -1,0 +1,221 @@
+"""`acpo plan` counts what torch allocates: parameters to the unit, memory against the allocator's own records."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from acpo_dist.config.load import load_config
+from acpo_dist.core.errors import ModelError
+from acpo_dist.models.architectures import PUBLISHED, architecture_of
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.models.tuning import TuningConfig
+from acpo_dist.planning.memory import LearnerState, learner_state
+from acpo_dist.planning.networks import new_text_encoders, new_unet, new_vae
+from acpo_dist.planning.plan import make_plan
+from acpo_dist.planning.rates import DEVICES, Device
+from acpo_dist.planning.tracer import trace
+
+GIB = 2**30
+SMALL = ["model.image_size=64", "rollout.batch_size=4", "learner.micro_batch=4", "learner.global_batch=4"]
+
+
+def allocated_peak(run) -> int:
+    """Most bytes that torch's CPU allocator had handed out beyond the start, by its own records."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    live = peak = 0
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def family_of(config, **changes):
+    section = config.model.model_copy(update=changes)
+    return SdxlFamily.load(section, device="cpu", trainable=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "unet", "vae", "encoders"),
+    [
+        ("sdxl", 2_567_463_684, 83_653_863, [123_060_480, 694_659_840]),
+        ("sd15", 859_520_964, 83_653_863, [123_060_480]),
+    ],
+)
+def test_published_architectures_have_the_published_number_of_parameters(kind, unet, vae, encoders):
+    def count(module):
+        return sum(value.numel() for value in module.parameters())
+
+    architecture = PUBLISHED[kind]
+    assert count(new_unet(architecture, torch.float32)) == unet
+    assert count(new_vae(architecture, torch.float32)) == vae
+    assert [count(encoder) for encoder in new_text_encoders(architecture)] == encoders
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_parameters_are_those_of_the_loaded_model(tuning):
+    config = load_config("toy_sdxl", [f"model.tuning.method={tuning}"])
+    family = family_of(config)
+    planned = make_plan(config).parameters
+    whole = sum(value.numel() for value in family.network.parameters())
+    trainable = sum(value.numel() for value in trainable_tensors(family.network).values())
+    assert planned["trainable"] == trainable
+    assert planned["network"] == (whole if tuning == "full" else whole - trainable)
+    assert planned["vae"] == sum(value.numel() for value in family._decoder.vae.parameters())
+
+
+def learner_step(family, config):
+    """A micro-batch's forward and backward as the algorithm runs it, on real tensors."""
+    count = config.learner.micro_batch
+    noisy = torch.randn(count, *family.sample_shape)
+    timesteps = torch.full((count,), 300)
+    condition = family.encode(["a red circle on a white background"] * count)
+
+    def anchored():
+        with torch.no_grad(), family.anchored():
+            return family.predict(noisy, timesteps, condition)
+
+    def run():
+        loss = (noisy - family.predict(noisy, timesteps, condition)).square().mean()
+        anchored()
+        loss = loss + (family.predict(noisy, timesteps, condition) - anchored()).square().mean()
+        loss.backward()
+        family.network.zero_grad(set_to_none=True)
+
+    return run
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_a_learner_step_takes_what_the_plan_says_within_15_percent(tuning, checkpointing):
+    memory = f"model.memory.gradient_checkpointing={checkpointing}".lower()
+    config = load_config("toy_sdxl", [*SMALL, f"model.tuning.method={tuning}", memory])
+    planned = make_plan(config).roles["learner"]
+    measured = allocated_peak(learner_step(family_of(config), config)) / GIB
+    assert planned.activations + planned.gradients == pytest.approx(measured, rel=0.15)
+
+
+def test_recomputation_saves_what_the_plan_says_it_saves():
+    plans = [
+        make_plan(load_config("toy_sdxl", [*SMALL, f"model.memory.gradient_checkpointing={value}"])).roles["learner"]
+        for value in ("false", "true")
+    ]
+    assert plans[1].activations < 0.7 * plans[0].activations
+    assert plans[1].weights == plans[0].weights and plans[1].optimizer == plans[0].optimizer
+
+
+def test_decoding_and_the_rewards_way_back_take_what_the_plan_says_within_15_percent():
+    config = load_config("toy_sdxl", SMALL)
+    plan, family = make_plan(config), family_of(config)
+    clean = torch.randn(4, *family.sample_shape)
+
+    def sample():
+        with torch.no_grad():
+            (family.decode(clean).clamp(0, 1) * 255).round()
+
+    def back():
+        wanted = clean.clone().requires_grad_(True)
+        torch.autograd.grad(family.decode(wanted).sum(), wanted)
+
+    assert plan.roles["rollout"].activations == pytest.approx(allocated_peak(sample) / GIB, rel=0.15)
+    assert plan.roles["reward"].activations == pytest.approx(allocated_peak(back) / GIB, rel=0.15)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_optimiser_and_gradients_are_those_of_the_engine(tuning):
+    from acpo_dist.learner.engine import TorchEngine
+
+    config = load_config("toy_sdxl", [f"model.tuning.method={tuning}"])
+    family = family_of(config)
+    engine = TorchEngine(family.network, config.learner, accumulation=1)
+    for parameter in trainable_tensors(family.network).values():
+        parameter.grad = torch.ones_like(parameter)
+    held = sum(value.grad.nbytes for value in trainable_tensors(family.network).values())
+    engine._optimiser.step()
+    moments = sum(
+        value.nbytes for entry in engine._optimiser.state.values() for value in entry.values() if value.numel() > 1
+    )
+    planned = make_plan(config).roles["learner"]
+    assert planned.gradients * GIB == held
+    assert planned.optimizer * GIB == pytest.approx(moments, rel=0.01)
+
+
+def test_sharding_divides_what_each_stage_shards():
+    def state(stage, ranks, narrow=True):
+        return learner_state(
+            LearnerState(
+                frozen=0, trainable=10**9, frozen_bytes=4, trainable_bytes=4, zero_stage=stage, ranks=ranks,
+                narrow=narrow,
+            )
+        )  # fmt: skip
+
+    # Rajbhandari et al. 2020: 2 + 2 + 12 bytes per parameter, sharded over the ranks stage by stage.
+    assert state(1, 4)[2] == 12e9 / 4
+    assert state(2, 4)[1] < state(1, 4)[1] and state(2, 4)[2] == state(1, 4)[2]
+    assert state(3, 4)[0] == 2e9 / 4
+    assert state(None, 1)[:1] == (4e9,) and state(None, 1)[2] == 8e9
+
+
+def test_sdxls_arithmetic_is_the_known_one():
+    one = ["rollout.batch_size=1", "learner.micro_batch=1", "learner.global_batch=1"]
+    plan = make_plan(load_config("sdxl_lora", one))
+    # Two branches of 6.76 T each at 128 x 128 latents, and 10.47 T for the decoder.
+    assert plan.teraflops["rollout_step"] == pytest.approx(2 * 6.76, rel=0.03)
+    assert plan.teraflops["decode"] == pytest.approx(10.47, rel=0.03)
+    assert plan.seconds_per_iteration > 0
+    assert set(plan.to_mapping()["roles"]["learner"]["memory_gib"]) == {
+        "weights", "gradients", "optimizer", "anchor", "activations", "total",
+    }  # fmt: skip
+
+
+def test_a_run_that_will_not_fit_is_warned_of_with_what_would_help(monkeypatch):
+    small = Device(name="small", memory_gib=1.02, peak_tflops={"float32": 1.0})
+    monkeypatch.setitem(DEVICES, "h100", small)
+    plan = make_plan(load_config("toy_sdxl", ["model.image_size=128"]), device="h100")
+    assert plan.warnings[0].startswith("out of memory ahead") and "Try " in plan.warnings[0]
+    fits = make_plan(load_config("toy_sdxl"), device="h200")
+    assert not any("out of memory" in text for text in fits.warnings)
+
+
+def test_a_hub_model_that_is_not_here_is_planned_on_its_published_architecture_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = load_config("sdxl_lora")
+    assert architecture_of(config.model).published
+    with pytest.raises(ModelError, match="its size is not known"):
+        architecture_of(load_config("cifar10_ddpm", ["model.path=someone/a-ddpm"]).model)
+
+
+def test_the_trace_counts_a_matrix_product_and_its_memory():
+    left, right = torch.ones(64, 32), torch.ones(32, 16)
+    found = trace(lambda: left @ right, [left, right])
+    assert (found.flops, found.peak_bytes) == (2 * 64 * 32 * 16, 64 * 16 * 4)
+
+
+def test_the_command_answers_with_the_documented_keys(monkeypatch, capsys):
+    import sys
+
+    from acpo_dist.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["acpo", "plan", "toy_sdxl", "--price", "2.5", "--json"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"parameters", "roles", "batch", "seconds_per_iteration", "warnings", "cost"} <= set(found)
+    assert set(found["roles"]) == {"rollout", "learner", "reward"}
+    total = found["roles"]["learner"]["memory_gib"]
+    assert total["total"] == pytest.approx(sum(value for name, value in total.items() if name != "total"), abs=1e-3)
+    assert found["batch"]["accumulation"] * found["batch"]["micro_batch"] == found["batch"]["global_batch"]
+
+
+def test_lora_tuning_config_is_planned_by_rank():
+    ranks = [
+        make_plan(load_config("toy_sdxl", [f"model.tuning.rank={rank}"])).parameters["trainable"] for rank in (4, 8)
+    ]
+    assert ranks[1] == 2 * ranks[0]
+    assert TuningConfig().rank == 16
