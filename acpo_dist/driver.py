@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from acpo_dist import loop
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, WorkerLostError
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
@@ -59,6 +59,9 @@ def drive(
 ) -> RunResult:  # fmt: skip
     """Run to the end: folder, recipe, prompts, ports, loop, curves, export.
 
+    When processes or machines are lost that the run cannot do without, all ports are opened again and it goes on from
+    its newest checkpoint, at most `cluster.max_restarts` times.
+
     Args:
         at_start: called with base weights in place, before the first iteration.
         at_end: called with the final weights in place, before the ports close.
@@ -66,6 +69,26 @@ def drive(
     Raises:
         AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
     """
+    started, restarts = time.monotonic(), 0
+    while True:
+        try:
+            result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts)
+            return replace(result, seconds=time.monotonic() - started)
+        except WorkerLostError as error:
+            if restarts >= config.cluster.max_restarts:
+                raise
+            restarts, resume = restarts + 1, "auto"
+            logger.warning("%s", error)
+            console.message(
+                f"{str(error).splitlines()[0]}; going on from the newest checkpoint (restart {restarts} of "
+                f"{config.cluster.max_restarts}, cluster.max_restarts)"
+            )
+
+
+def _attempt(
+    config: Config, open_ports: OpenPorts, console: Console, resume: str | None, at_start: Hook | None,
+    at_end: Hook | None, restarts: int,
+) -> RunResult:  # fmt: skip
     started = time.monotonic()
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     _require_pictures(config)
@@ -82,6 +105,7 @@ def drive(
     effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:
         tracker, mlflow = _open_tracker(config, folder)
+        tracker.set_tags({"restarts": restarts})
         status = "FAILED"
         try:
             ports = replace(stack.enter_context(open_ports(effective, tracker)), pairs=pairs)

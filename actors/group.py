@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from acpo_dist.core.errors import AcpoError, WorkerError
+from acpo_dist.core.errors import AcpoError, WorkerError, WorkerLostError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str
 
     Raises:
         AcpoError: what a worker itself raised for the user.
-        WorkerError: a worker died, or did not answer in time; names it.
+        WorkerLostError: a worker died, or what it needed was on a machine that is gone; names it.
+        WorkerError: a worker failed, or did not answer in time; names it.
     """
     waiting = {reference: name for name, reference in calls.items()}
     results: dict[str, Any] = {}
@@ -42,13 +43,15 @@ def fetch(reference: Any, *, name: str, what: str, timeout_s: float | None = Non
         cause = error.cause if isinstance(error.cause, AcpoError) else None
         if cause is not None:
             raise cause from None
+        if isinstance(error.cause, RayError):
+            raise WorkerLostError(f"{name}: `{what}` needs what is gone: {error.cause}") from error.cause
         raise WorkerError(f"{name} failed in `{what}`:\n{error}") from error
     except GetTimeoutError as error:
         raise WorkerError(f"{name}: no answer to `{what}` within {timeout_s:g} s") from error
     except RayActorError as error:
-        raise WorkerError(f"{name} died in `{what}`: {error}") from error
+        raise WorkerLostError(f"{name} died in `{what}`: {error}") from error
     except RayError as error:
-        raise WorkerError(f"{name}: `{what}` did not come back: {error}") from error
+        raise WorkerLostError(f"{name}: `{what}` did not come back: {error}") from error
 
 
 def kill(handles: Mapping[str, Any]) -> None:

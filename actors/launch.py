@@ -18,7 +18,7 @@ from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
 from actors.gateway import open_gateway, read_tokens
 from actors.learner import RayLearner
-from actors.placement import await_resources, place, plan_placement
+from actors.placement import await_resources, node_offers, place, plan_placement
 from actors.reward import deploy
 from actors.rollout import RayRollouts
 
@@ -40,16 +40,15 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
     with ExitStack() as stack:
         stack.enter_context(connected(config))
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
-        groups = {}
-        for name in ("learner", "rollout"):
-            groups[name] = place(plan.role(name), timeout_s=config.cluster.place_timeout_s)
-            stack.callback(remove_placement_group, groups[name])
-        # Actors load their models while the reward pool comes up.
-        rollout = RayRollouts(config, plan.role("rollout"), groups["rollout"])
+        gang = place(plan.role("learner"), timeout_s=config.cluster.place_timeout_s)
+        stack.callback(remove_placement_group, gang)
+        # Actors load their models while the reward pool comes up. Rollout workers hold no reservation: each may move.
+        rollout = RayRollouts(config, plan.role("rollout"))
         stack.callback(rollout.close)
-        learner = RayLearner(config, plan.role("learner"), groups["learner"])
+        learner = RayLearner(config, plan.role("learner"), gang)
         stack.callback(learner.close)
-        reward = deploy(config, f"acpo-{uuid.uuid4().hex[:8]}")
+        near = rollout.nodes() if config.cluster.roles.reward.near_rollout and len(node_offers()) > 1 else []
+        reward = deploy(config, f"acpo-{uuid.uuid4().hex[:8]}", near=near)
         stack.callback(reward.close)
         learner.build(reward)
         if http.enabled:

@@ -2,25 +2,32 @@
 
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import UsageError, WorkerError, WorkerLostError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import GradientScale, RewardTerm, RolloutHandle, TrainReport, TrainTask, WeightBundle
 from acpo_dist.learner.figures import FigureSums
 from acpo_dist.local import learner_spec
+from acpo_dist.session import RESOLVED
 from actors.group import fetch, gather, kill
 from actors.placement import Role
 from actors.process import set_up
 from actors.reward import ServeRewards
 from actors.reward_client import PoolLink
+
+_DEATH_S = 75.0
+"""Longest time that Ray takes to see that a machine is gone whose network was cut."""
 
 
 class LearnerActor:
@@ -80,6 +87,16 @@ class LearnerActor:
         """See `LearnerWorker.save`."""
         self._worker.save(folder)
 
+    def ping(self) -> None:
+        """Answer."""
+
+    def holds(self, file: Path, content: bytes) -> str:
+        """Empty if the file is the same here, else the address of this machine."""
+        try:
+            return "" if file.read_bytes() == content else ray.util.get_node_ip_address()
+        except OSError:
+            return ray.util.get_node_ip_address()
+
     def close(self) -> None:
         """Leave the process group."""
         self._worker.close()
@@ -112,6 +129,7 @@ class RayLearner:
         master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
         spec = ray.put(learner_spec(self._config))
         self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link))
+        self._require_shared_folder()
 
     def start(self, folder: Path | None) -> None:
         """See `LearnerGroup.start`."""
@@ -171,9 +189,50 @@ class RayLearner:
         kill(self._actors)
 
     def _all(self, what: str, call: Any) -> list[Any]:
-        return list(
-            gather({n: call(a) for n, a in self._actors.items()}, timeout_s=self._timeout_s, what=what).values()
-        )
+        calls = {name: call(actor) for name, actor in self._actors.items()}
+        try:
+            return list(gather(calls, timeout_s=self._timeout_s, what=what).values())
+        except WorkerLostError:
+            raise
+        except WorkerError as error:
+            # A rank that loses its peer often says so before Ray sees that the peer is gone.
+            dead = self._first_dead()
+            if dead is None:
+                raise
+            raise WorkerLostError(
+                f"{dead} is gone; another rank failed in `{what}` for that reason: {error}"
+            ) from error
+
+    def _first_dead(self) -> str | None:
+        signs = {actor.ping.remote(): name for name, actor in self._actors.items()} if len(self._actors) > 1 else {}
+        deadline = time.monotonic() + _DEATH_S
+        while signs and time.monotonic() < deadline:
+            for sign in ray.wait(list(signs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))[0]:
+                name = signs.pop(sign)
+                try:
+                    ray.get(sign)
+                except RayError:
+                    return name
+        return None
+
+    def _require_shared_folder(self) -> None:
+        """Refuse a run folder that not every rank sees: the first checkpoint would be lost, hours later.
+
+        Raises:
+            UsageError: names the machines.
+        """
+        file = self._config.run_dir.resolve() / RESOLVED
+        if not file.is_file():
+            return
+        content = file.read_bytes()
+        strangers = {
+            where for where in self._all("see the run", lambda actor: actor.holds.remote(file, content)) if where
+        }
+        if strangers:
+            raise UsageError(
+                f"{file.parent} is not the same folder on {', '.join(sorted(strangers))} as here, so checkpoints would "
+                "be lost. Put runs on storage that all machines share: set ACPO_RUNS on every machine, or run.dir."
+            )
 
 
 def _latents(handles: Sequence[RolloutHandle]) -> list[Any]:

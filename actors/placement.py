@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import ray
 from ray.exceptions import GetTimeoutError
@@ -29,10 +29,22 @@ class Role:
     """PACK keeps a gang together, SPREAD survives the loss of a node."""
     count_key: str
     """Configuration key that sets the count."""
+    least: int | None = None
+    """The run starts with so many; None wants all."""
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of one worker."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that its machine must have."""
+
+    @property
+    def needed(self) -> int:
+        """Workers that there must be at the start."""
+        return self.count if self.least is None else min(self.count, self.least)
 
     def bundle(self) -> dict[str, float]:
         """Resources of one worker."""
-        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount > 0}
+        own = {"CPU": self.cpus, "GPU": self.gpus} | dict(self.resources)
+        return {name: amount for name, amount in own.items() if amount > 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +54,19 @@ class PlacementPlan:
     roles: tuple[Role, ...]
 
     def total(self) -> dict[str, float]:
-        """Resources that the whole run needs."""
-        return {
-            "CPU": sum(role.count * role.cpus for role in self.roles),
-            "GPU": sum(role.count * role.gpus for role in self.roles),
-        }
+        """Resources of the whole run."""
+        return self._sum({role.name: role.count for role in self.roles})
+
+    def needed(self) -> dict[str, float]:
+        """Resources that the run needs to start."""
+        return self._sum({role.name: role.needed for role in self.roles})
+
+    def _sum(self, counts: Mapping[str, int]) -> dict[str, float]:
+        total = {"CPU": 0.0, "GPU": 0.0}
+        for role in self.roles:
+            for name, amount in role.bundle().items():
+                total[name] = total.get(name, 0.0) + counts[role.name] * amount
+        return total
 
     def role(self, name: str) -> Role:
         """A role by name."""
@@ -56,46 +76,51 @@ class PlacementPlan:
 def plan_placement(config: Config) -> PlacementPlan:
     """The plan of a configuration; nothing is asked of a cluster."""
     learner, rollout, rewards = config.learner, config.rollout, config.rewards
-    metrics = len(rewards.train) + len(rewards.judges)
+    roles = config.cluster.roles
+    pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
     return PlacementPlan(
         roles=(
             Role(name="learner", count=learner.num_ranks, cpus=learner.cpus_per_rank, gpus=learner.gpus_per_rank,
-                 strategy="PACK", count_key="learner.num_ranks"),
+                 strategy=roles.learner.strategy, count_key="learner.num_ranks",
+                 resources=roles.learner.resources, labels=roles.learner.labels),
             Role(name="rollout", count=rollout.num_workers, cpus=rollout.cpus_per_worker, gpus=rollout.gpus_per_worker,
-                 strategy="SPREAD", count_key="rollout.num_workers"),
-            Role(name="reward", count=metrics * rewards.replicas, cpus=rewards.cpus_per_replica,
-                 gpus=rewards.gpus_per_replica, strategy="SPREAD", count_key="rewards.replicas"),
+                 strategy="SPREAD", count_key="rollout.num_workers", least=roles.rollout.min_workers,
+                 resources=roles.rollout.resources, labels=roles.rollout.labels),
+            *(Role(name=f"reward/{name}", count=pool.bounds[0], cpus=pool.cpus or 0.0, gpus=pool.gpus or 0.0,
+                   strategy="SPREAD", count_key=f"rewards.pool.{name}" if name in rewards.pool else "rewards.replicas",
+                   resources=roles.reward.resources, labels=roles.reward.labels)
+              for name, pool in pools.items()),
         )
     )  # fmt: skip
 
 
 def shortfall(plan: PlacementPlan, available: Mapping[str, float]) -> dict[str, float]:
-    """What is missing: resource -> amount."""
-    missing = {name: need - available.get(name, 0.0) for name, need in plan.total().items()}
+    """What is missing to start: resource -> amount."""
+    missing = {name: need - available.get(name, 0.0) for name, need in plan.needed().items()}
     return {name: amount for name, amount in missing.items() if amount > 1e-9}
 
 
 def await_resources(plan: PlacementPlan, *, timeout_s: float) -> None:
-    """Wait until the cluster has registered what the plan needs.
+    """Wait until the cluster has room for what the plan needs to start; its autoscaler is told what is wanted.
 
     Raises:
-        PlacementError: after `timeout_s`, with what is needed, registered and missing, and which key to lower.
+        PlacementError: after `timeout_s`, with what is needed, there and missing, and which key to lower.
     """
-    deadline = time.monotonic() + timeout_s
-    next_log = time.monotonic()
-    while True:
-        registered = ray.cluster_resources()
-        missing = shortfall(plan, registered)
-        if not missing:
-            return
-        now = time.monotonic()
-        if now >= deadline:
-            raise PlacementError(_explain(plan, registered, timeout_s))
-        if now >= next_log:
-            logger.warning("waiting for %s; the cluster has %s", missing, _amounts(registered))
-            next_log = now + _LOG_EVERY_S
-        # Nodes register with the cluster's control service; there is nothing to block on but time.
-        time.sleep(min(0.5, max(0.0, deadline - now)))
+    bundles = [role.bundle() or {"CPU": 0.001} for role in plan.roles for _ in range(role.needed)]
+    labels = [dict(role.labels) for role in plan.roles for _ in range(role.needed)]
+    # Reserved together for a moment, so that runs which start at once do not each hold half of what both need.
+    wish = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
+    started = logged = time.monotonic()
+    try:
+        while not wish.wait(min(1.0, timeout_s)):
+            now = time.monotonic()
+            if now - started >= timeout_s:
+                raise PlacementError(explain(plan, node_offers(), waited_s=timeout_s))
+            if now - logged >= _LOG_EVERY_S:
+                logger.warning("waiting for room: %s", explain(plan, node_offers(), waited_s=now - started))
+                logged = now
+    finally:
+        remove_placement_group(wish)
 
 
 def place(role: Role, *, timeout_s: float) -> PlacementGroup:
@@ -105,7 +130,9 @@ def place(role: Role, *, timeout_s: float) -> PlacementGroup:
         PlacementError: not placed in time, though registered: other runs hold the resources, or no node is big enough.
     """
     bundle = role.bundle() or {"CPU": 0.001}
-    group = placement_group([bundle] * role.count, strategy=role.strategy)
+    group = placement_group(
+        [bundle] * role.count, strategy=role.strategy, bundle_label_selector=[dict(role.labels)] * role.count
+    )
     try:
         ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError as error:
@@ -117,15 +144,76 @@ def place(role: Role, *, timeout_s: float) -> PlacementGroup:
     return group
 
 
-def _explain(plan: PlacementPlan, registered: Mapping[str, float], timeout_s: float) -> str:
-    needs = "; ".join(f"{role.name} {role.count} x {role.bundle()} ({role.count_key})" for role in plan.roles)
+@dataclass(frozen=True, kw_only=True)
+class NodeOffer:
+    """What one machine has."""
+
+    address: str
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+
+def node_offers() -> list[NodeOffer]:
+    """The live machines of the cluster that this process is connected to."""
+    return [
+        NodeOffer(address=node["NodeManagerAddress"], resources=node["Resources"], labels=node.get("Labels", {}))
+        for node in ray.nodes() if node["Alive"]
+    ]  # fmt: skip
+
+
+def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
+    """Whether a machine with `labels` is one of those that a selector in Ray's words takes."""
+    return all(_accepts(labels.get(name), condition) for name, condition in wanted.items())
+
+
+def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float) -> str:
+    """What the run needs, what is there and what is missing, role by role where roles choose their machines."""
+    there: dict[str, float] = {}
+    for node in nodes:
+        for name, amount in node.resources.items():
+            there[name] = there.get(name, 0.0) + amount
+    missing = shortfall(plan, there)
+    needs = "; ".join(
+        f"{role.name} {role.needed} x {role.bundle()}{f' on {dict(role.labels)}' if role.labels else ''} "
+        f"({role.count_key})" for role in plan.roles
+    )  # fmt: skip
+    short = [text for role in plan.roles if (text := lacking(role, nodes))]
+    if missing:
+        reason = f"missing {_amounts(missing)}"
+    elif short:
+        reason = "missing " + "; ".join(short)
+    else:
+        free = _amounts(ray.available_resources())
+        reason = f"other runs hold what is missing, or no machine is big enough; free now: {free}"
     return (
-        f"the run needs {_amounts(plan.total())}, but after {timeout_s:g} s the cluster has registered "
-        f"{_amounts(registered)} (missing {_amounts(shortfall(plan, registered))}). Needed: {needs}. Lower a count, "
-        "give workers smaller shares (…cpus_per_…, …gpus_per_…), or add nodes."
+        f"the run needs {_amounts(plan.needed())}, but after {waited_s:.0f} s the {len(nodes)} machines of the cluster "
+        f"have {_amounts(there)} ({reason}). Needed: {needs}. Lower a count, give workers smaller shares (…cpus_per_…, "
+        "…gpus_per_…), add machines, or wait longer (cluster.place_timeout_s)."
     )
 
 
+def lacking(role: Role, nodes: Sequence[NodeOffer]) -> str:
+    """What the machines that a role may use are short of; empty if nothing."""
+    allowed = [node for node in nodes if matches(node.labels, role.labels)]
+    if not allowed:
+        return f"a machine with the labels {dict(role.labels)} for {role.name} (cluster.roles)"
+    fit = sum(
+        min((int(node.resources.get(name, 0.0) / amount + 1e-9) for name, amount in role.bundle().items()),
+            default=role.needed)
+        for node in allowed
+    )  # fmt: skip
+    return "" if fit >= role.needed else f"room for {role.needed - fit} of {role.name} on {len(allowed)} machines"
+
+
+def _accepts(value: str | None, condition: str) -> bool:
+    negated, text = condition.startswith("!"), condition.removeprefix("!")
+    found = value in (
+        [one.strip() for one in text[3:-1].split(",")] if text.startswith("in(") and text.endswith(")") else [text]
+    )
+    return found != negated
+
+
 def _amounts(resources: Mapping[str, float]) -> str:
-    shown = {name: resources[name] for name in ("CPU", "GPU") if resources.get(name)}
+    hidden = ("node:", "memory", "object_store_memory", "accelerator_type:")
+    shown = {name: amount for name, amount in resources.items() if amount and not name.startswith(hidden)}
     return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"

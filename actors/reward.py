@@ -1,192 +1,223 @@
 """The reward pool on Ray Serve: one deployment per metric; requests are stateless, so a dead replica means a retry."""
 
 import logging
-import os
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from typing import Any
 
-import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from ray.exceptions import RayError
+from ray.experimental import internal_kv
+from ray.serve.config import AutoscalingConfig
+from ray.serve.exceptions import RayServeException
 
+from acpo_dist.config.pool import MetricPoolConfig
+from acpo_dist.config.roles import RewardRoleConfig
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import RewardError, WorkerError
+from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import RolloutHandle, ScoreTable
-from acpo_dist.rewards.wire import WireTensor
-from acpo_dist.rewards.worker import ScoredGradient
-from actors.placement import Role
-from actors.process import set_up
+from actors.replica import ReplicaPlan, RewardReplica, reference_key
+from actors.reward_client import REPLICA, PoolLink, RewardClient
+from actors.reward_counts import ReplicaClock, mean_batch, utilisation
 
 logger = logging.getLogger(__name__)
 
-_REPLICA = "metric"
-_MAX_REFUSALS = 3
-"""A replica that answers with an error (a score that is not finite, say) is not asked for ever."""
-_LOST = (
-    RayError,
-    BackPressureError,
-    DeploymentUnavailableError,
-    RequestCancelledError,
-    RayServeException,
-    TimeoutError,
-)
+_VITALS_TIMEOUT_S = 2.0
+_MOST_THREADS = 64
 
 
-class RewardReplica:
-    """Shell round `RewardWorker`."""
+def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRewards":
+    """Start one Serve application per metric, called `<run_id>-<metric>`.
 
-    def __init__(self, metric: Any, model: Any, cut: str, wire_dtype: str, cpus: float, gpus: float) -> None:
-        """Set the process up, then load metric and decoder."""
-        device = set_up(cpus=cpus, gpus=gpus)
-        from acpo_dist.rewards.worker import RewardWorker
-
-        self._worker = RewardWorker(metric, model=model, cut=cut, wire_dtype=wire_dtype, device=device)
-
-    def score(self, pictures: list[Any], prompts: tuple[str, ...]) -> list[float]:
-        """Score pictures that lie in the object store (a list of one reference, which Serve leaves alone)."""
-        return self._worker.score(ray.get(pictures[0]), prompts)
-
-    def value_and_grad(self, sent: WireTensor, prompts: tuple[str, ...]) -> ScoredGradient:
-        """See `RewardWorker.value_and_grad`."""
-        return self._worker.value_and_grad(sent, prompts)
-
-    def pid(self) -> int:
-        """Process id of this replica."""
-        return os.getpid()
-
-
-def deploy(config: Config, role: Role, run_id: str) -> dict[str, str]:
-    """Start one Serve application per metric; returns application name by metric.
+    Args:
+        near: Ray's ids of machines that replicas rather take than others.
 
     Raises:
-        WorkerError: a replica cannot start.
+        WorkerError: a replica cannot start, or not in time.
     """
     serve.start(proxy_location="Disabled")
     rewards = config.rewards
     training = {entry.name for entry in rewards.train}
-    applications = {}
+    pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
+    where = _machines(config.cluster.roles.reward, near)
     targets = []
     for entry in (*rewards.train, *rewards.judges):
-        deployment = serve.deployment(
-            RewardReplica, name=_REPLICA, num_replicas=rewards.replicas, max_ongoing_requests=2,
-            health_check_period_s=5, health_check_timeout_s=30, graceful_shutdown_timeout_s=2,
-            graceful_shutdown_wait_loop_s=0.1, ray_actor_options={"num_cpus": role.cpus, "num_gpus": role.gpus},
+        pool = pools[entry.name]
+        plan = ReplicaPlan(
+            metric=entry,
+            model=config.model if entry.name in training and rewards.cut == "latent" else None,
+            cut=rewards.cut, wire_dtype=rewards.wire_dtype, cpus=pool.cpus or 0.0, gpus=pool.gpus or 0.0,
+            max_batch=pool.max_batch, batch_wait_s=pool.batch_wait_s, attempt_timeout_s=rewards.attempt_timeout_s,
         )  # fmt: skip
-        decoder = config.model if entry.name in training and rewards.cut == "latent" else None
-        name = f"{run_id}-{entry.name}"
-        target = deployment.bind(entry, decoder, rewards.cut, rewards.wire_dtype, role.cpus, role.gpus)
-        targets.append(serve.RunTarget(target=target, name=name, route_prefix=None))
-        applications[entry.name] = name
+        targets.append(
+            serve.RunTarget(
+                target=_deployment(pool, where).bind(plan), name=f"{run_id}-{entry.name}", route_prefix=None
+            )
+        )
     try:
         # Together: every replica loads its model while the others do.
-        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=True)
-    except RuntimeError as error:
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _await_running([target.name for target in targets], timeout_s=config.cluster.worker_timeout_s)
+    except (RuntimeError, WorkerError) as error:
+        delete([target.name for target in targets])
         raise WorkerError(f"the reward pool could not be started: {error}") from error
-    return applications
+    link = PoolLink(
+        applications={name: f"{run_id}-{name}" for name in pools},
+        deadline_s=rewards.deadline_s, attempt_timeout_s=rewards.attempt_timeout_s,
+    )  # fmt: skip
+    return ServeRewards(link, pools)
 
 
-class RewardClient:
-    """Asks the pool, and asks again: within the deadline no request is lost and none is answered by a made-up score."""
-
-    def __init__(self, applications: Mapping[str, str], *, deadline_s: float) -> None:
-        """Connect to the applications."""
-        self._handles = {metric: serve.get_deployment_handle(_REPLICA, name) for metric, name in applications.items()}
-        self._deadline_s = deadline_s
-        self.requests = 0
-        self.retries = 0
-
-    def submit(self, metric: str, method: str, *arguments: Any) -> "PendingReward":
-        """Send a request; its `result` waits and retries."""
-        self.requests += 1
-        return PendingReward(self, metric, method, arguments, time.monotonic() + self._deadline_s)
-
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """See `GradientSource.value_and_grad`."""
-        return self.submit(metric, "value_and_grad", sent, tuple(prompts)).result()
-
-    def send(self, metric: str, method: str, arguments: tuple[Any, ...]) -> Any:
-        """One attempt."""
-        return getattr(self._handles[metric], method).remote(*arguments)
+def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
+    """Options that say where a replica may run, and where it rather would."""
+    options: dict[str, Any] = {"resources": dict(role.resources)} if role.resources else {}
+    labels = dict(role.labels)
+    if near:
+        nearest = labels | {"ray.io/node-id": f"in({','.join(near)})"}
+        return options | {"label_selector": nearest, "fallback_strategy": [{"label_selector": labels}]}
+    return options | ({"label_selector": labels} if labels else {})
 
 
-class PendingReward:
-    """A request under way."""
+def _await_running(applications: Sequence[str], *, timeout_s: float) -> None:
+    """Serve itself would wait for ever for a replica that finds no room.
 
-    def __init__(
-        self, client: RewardClient, metric: str, method: str, arguments: tuple[Any, ...], deadline: float
-    ) -> None:
-        """Send the first attempt."""
-        self._client, self._metric, self._method, self._arguments = client, metric, method, arguments
-        self._deadline = deadline
-        self._response = client.send(metric, method, arguments)
+    Raises:
+        WorkerError: an application failed, or does not run in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = serve.status().applications
+        states = {name: found[name] for name in applications if name in found}
+        failed = [f"{name}: {one.message}" for name, one in states.items() if one.status == "DEPLOY_FAILED"]
+        if failed:
+            raise WorkerError("; ".join(failed))
+        waiting = [name for name in applications if name not in states or states[name].status != "RUNNING"]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            raise WorkerError(f"{', '.join(waiting)} not ready within {timeout_s:g} s; see the machines' Serve logs")
+        # Serve tells nobody when an application is ready; there is nothing to block on but time.
+        time.sleep(0.2)
 
-    def result(self) -> Any:
-        """The answer.
 
-        Raises:
-            RewardError: none came within the deadline, or replicas refuse again and again.
-        """
-        refusals = 0
-        while True:
-            remaining = self._deadline - time.monotonic()
-            if remaining <= 0:
-                raise RewardError(
-                    f"reward `{self._metric}`: no answer within the deadline (rewards.deadline_s); raise it, or add "
-                    "replicas (rewards.replicas)"
-                )
-            try:
-                return self._response.result(timeout_s=remaining)
-            except RayTaskError as error:
-                refusals += 1
-                logger.warning("reward %s: a replica failed (%s)", self._metric, str(error).strip().splitlines()[-1])
-                if refusals >= _MAX_REFUSALS:
-                    cause = error.cause if isinstance(error.cause, RewardError) else None
-                    raise cause or RewardError(f"reward `{self._metric}` failed {refusals} times: {error}") from error
-            except _LOST as error:
-                logger.warning("reward %s: request lost (%s), asked again", self._metric, type(error).__name__)
-            self._client.retries += 1
-            self._response = self._client.send(self._metric, self._method, self._arguments)
+def _deployment(pool: MetricPoolConfig, where: Mapping[str, Any]) -> Any:
+    fewest, most = pool.bounds
+    options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, **where}
+    if pool.runtime_env.pip or pool.runtime_env.env_vars:
+        pip = {"pip": list(pool.runtime_env.pip)} if pool.runtime_env.pip else {}
+        options["runtime_env"] = {"env_vars": dict(pool.runtime_env.env_vars), **pip}
+    scaling: dict[str, Any] = {"num_replicas": fewest}
+    if fewest != most:
+        scaling = {"autoscaling_config": autoscaling(fewest, most, pool)}
+    return serve.deployment(
+        RewardReplica, name=REPLICA, max_ongoing_requests=pool.max_ongoing_requests,
+        max_queued_requests=pool.max_queued_requests, health_check_period_s=5, health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.1, ray_actor_options=options, **scaling,
+    )  # fmt: skip
+
+
+def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingConfig:
+    """Serve's settings for a number of replicas that follows the requests under way."""
+    return AutoscalingConfig(
+        min_replicas=fewest, max_replicas=most, initial_replicas=fewest,
+        target_ongoing_requests=pool.target_ongoing_requests, upscale_delay_s=pool.upscale_delay_s,
+        downscale_delay_s=pool.downscale_delay_s, look_back_period_s=min(30.0, max(2.0, pool.upscale_delay_s)),
+    )  # fmt: skip
+
+
+def delete(applications: Sequence[str]) -> None:
+    """End applications and forget what they shared."""
+    for name in applications:
+        serve.delete(name, _blocking=False)
+        internal_kv._internal_kv_del(reference_key(name))
 
 
 class ServeRewards:
     """The pool as the driver sees it."""
 
-    def __init__(self, applications: Mapping[str, str], *, deadline_s: float) -> None:
+    def __init__(self, link: PoolLink, pools: Mapping[str, MetricPoolConfig]) -> None:
         """Connect to running applications."""
-        self.applications = dict(applications)
-        self.client = RewardClient(applications, deadline_s=deadline_s)
+        self.link = link
+        self.client = RewardClient(link)
         self.learner_retries = 0
+        self._pools = dict(pools)
+        self._clocks: dict[str, dict[str, ReplicaClock]] = {}
 
     def score(
         self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
     ) -> ScoreTable:
-        """See `RewardPool.score`: everything is sent at once, Serve spreads it by load."""
-        pending = deque(
-            (metric, handle, self.client.submit(metric, "score", [handle.payload[1]], handle.prompts))
-            for handle in handles
-            for metric in metrics
-        )
+        """See `RewardPool.score`: as many requests under way as the replicas can hold, Serve spreads them by load."""
+        with ExitStack() as stack:
+            waiting = {}
+            for metric in metrics:
+                threads = ThreadPoolExecutor(self._window(metric), thread_name_prefix=f"reward-{metric}")
+                stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+                for handle in handles:
+                    request = threads.submit(self.client.score, metric, handle.payload[1], handle.prompts)
+                    waiting[request] = (metric, handle)
+            for request in as_completed(waiting):
+                scores = request.result()
+                if advance:
+                    advance(len(scores))
+        # In the order of the samples, whoever answered first: sums over the table must not depend on it.
         table: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
-        while pending:
-            metric, handle, request = pending.popleft()
-            scores = request.result()
-            table[metric].update(zip(handle.sample_ids, scores, strict=True))
-            if advance:
-                advance(len(scores))
+        for request, (metric, handle) in waiting.items():
+            table[metric].update(zip(handle.sample_ids, request.result(), strict=True))
         return table
 
+    def vitals(self) -> dict[str, list[dict[str, Any]]]:
+        """What every replica says of itself, by metric; one that does not answer at once is left out."""
+        return {name: replica_vitals(self.client.handle(name)) for name in self.link.applications}
+
     def counters(self) -> dict[str, float]:
-        """See `RewardPool.counters`; the learner ranks' own retries are counted in."""
-        return {
-            "reward_pool/requests": float(self.client.requests),
-            "reward_pool/retries": float(self.client.retries + self.learner_retries),
+        """See `RewardPool.counters`; the learner ranks' own retries are counted in.
+
+        Per metric, over the time since the last call: replicas, requests that wait at them, pictures per batch, share
+        of their time that they computed, and latency of this process's requests in seconds.
+        """
+        counts = self.client.counts
+        figures = {
+            "reward_pool/retries": float(counts.retries + self.learner_retries),
+            **counts.to_metrics(),
         }
+        latencies = counts.take_latencies()
+        for metric, found in self.vitals().items():
+            now = {
+                one["replica"]: ReplicaClock(
+                    busy_s=one["busy_s"], up_s=one["up_s"], batches=one["batches"], pictures=one["pictures"]
+                )
+                for one in found
+            }
+            before = self._clocks.get(metric, {})
+            figures |= {
+                f"reward_pool/{metric}/replicas": float(len(now)),
+                f"reward_pool/{metric}/queue": float(sum(one["queue"] for one in found)),
+                f"reward_pool/{metric}/batch": mean_batch(before, now),
+                f"reward_pool/{metric}/utilisation": utilisation(before, now),
+                **{f"reward_pool/{metric}/latency_{name}": s for name, s in latencies.get(metric, {}).items()},
+            }
+            self._clocks[metric] = now
+        return figures
 
     def close(self) -> None:
         """Delete the applications."""
-        for name in self.applications.values():
-            serve.delete(name, _blocking=False)
+        delete(list(self.link.applications.values()))
+
+    def _window(self, metric: str) -> int:
+        """Requests under way at once: enough to fill the replicas, and to show Serve that more are wanted."""
+        pool = self._pools[metric]
+        replicas = max(pool.bounds[1], self.client.replicas(metric))
+        return min((pool.max_ongoing_requests + 1) * replicas, pool.max_queued_requests, _MOST_THREADS)
+
+
+def replica_vitals(handle: Any) -> list[dict[str, Any]]:
+    """What every replica of a deployment says of itself; one that does not answer at once is left out."""
+    try:
+        answers = handle.broadcast("vitals").results(timeout_s=_VITALS_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError) as error:
+        logger.info("replicas do not answer: %s", error)
+        return []
+    return [answer for answer in answers if isinstance(answer, dict)]

@@ -16,8 +16,13 @@ def choose_backend(config: Config) -> str:
     """
     wanted = config.cluster.backend
     if wanted == "auto":
-        several = config.learner.zero_stage is not None or config.rollout.num_workers > 1 or config.rewards.replicas > 1
+        rewards = config.rewards
+        replicas = max(rewards.replicas, *(rewards.pool_of(name).bounds[1] for name in rewards.pool), 1)
+        several = config.learner.zero_stage is not None or config.rollout.num_workers > 1 or replicas > 1
+        several = several or rewards.http.enabled
         wanted = "ray" if several or config.cluster.address or os.environ.get("RAY_ADDRESS") else "local"
+    if wanted == "local" and config.rewards.http.enabled:
+        raise ConfigError("rewards.http.enabled needs Ray: set cluster.backend=ray, or rewards.http.enabled=false.")
     if wanted == "ray" and not module_available("ray"):
         raise ConfigError("the run needs Ray, which is not installed: pip install 'acpo-dist[ray,zero]'")
     if wanted == "ray" and config.learner.zero_stage is not None and not module_available("deepspeed"):

@@ -24,7 +24,7 @@ def train(
     extra = [f"cluster.backend={backend}"] if backend else []
     config = load_config(source, [*(overrides or []), *extra])
     chosen = choose_backend(config)
-    console = Console()
+    console = Console(live=not as_json)
     console.message(f"{config.run.name}: {config.run.iterations} iterations, backend {chosen}, folder {config.run_dir}")
     if chosen == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
         console.message(

@@ -1,5 +1,6 @@
 """Every key of a run: its type, its only default and what it means. Relations live in `relations.py`."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ from pydantic import Field
 
 from acpo_dist.config.guard import GuardConfig
 from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
+from acpo_dist.config.roles import RolesConfig
 from acpo_dist.config.section import Section, plugin
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
@@ -17,7 +19,7 @@ class RunConfig(Section):
     name: str = "run"
     """Name in tracking and of the default folder."""
     dir: Path | None = None
-    """Folder of the run; None makes `runs/<name>-<seed>`."""
+    """Folder of the run; None makes `runs/<name>-<seed>`, or `<name>-<seed>` in the folder that ACPO_RUNS names."""
     iterations: int = Field(default=100, ge=1)
     """Rollout, reward, update and sync cycles."""
     seed: int = 0
@@ -216,6 +218,9 @@ class ClusterConfig(Section):
     """Longest wait for resources before the run gives up with a list of what is missing."""
     worker_timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for one rollout or reward call."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often the run goes on from its newest checkpoint after losing a learner rank, its machine or all rollouts."""
+    roles: RolesConfig = RolesConfig()
 
 
 class Config(Section):
@@ -238,7 +243,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return self.run.dir or Path("runs") / f"{self.run.name}-{self.run.seed}"
+        return self.run.dir or Path(os.environ.get("ACPO_RUNS", "runs")) / f"{self.run.name}-{self.run.seed}"
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain nested data, as written to `resolved.yaml`."""

@@ -1,5 +1,6 @@
 """Tensors between learner and reward pool: lossless layout, half precision with a power-of-two scale per picture."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,10 @@ class WireTensor:
     def nbytes(self) -> int:
         """Bytes that travel."""
         return self.data.nbytes + self.exponent.nbytes
+
+    def rows(self, start: int, stop: int) -> "WireTensor":
+        """The samples from `start` to before `stop`."""
+        return WireTensor(self.data[start:stop], self.exponent[start:stop])
 
 
 def pack(tensor: Tensor, dtype: str) -> WireTensor:
@@ -45,3 +50,10 @@ def unpack(wire: WireTensor) -> Tensor:
     values = torch.from_numpy(np.array(wire.data, copy=True)).float()
     exponent = torch.from_numpy(wire.exponent.astype(np.int32)).reshape(-1, *[1] * (values.ndim - 1))
     return torch.ldexp(values, exponent)
+
+
+def join(parts: Sequence[WireTensor]) -> WireTensor:
+    """Several of one shape and type as one; each sample keeps its own scale."""
+    if len(parts) == 1:
+        return parts[0]
+    return WireTensor(np.concatenate([part.data for part in parts]), np.concatenate([part.exponent for part in parts]))

@@ -1,8 +1,8 @@
 """The reward worker: scores pictures, and returns the gradient of a score at x0-hat or at a picture. Stateless."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +10,17 @@ from torch import Tensor
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.registry import MODELS, REWARDS, resolve
 from acpo_dist.objective.perceptual import clip_pixels
+from acpo_dist.rewards.memory import in_halves
 from acpo_dist.rewards.wire import WireTensor, pack, unpack
 
+Part = TypeVar("Part")
+
 CHUNK = 16
-"""Pictures per forward: fixed, so that a score does not depend on who was asked together."""
+"""Most pictures per forward unless told otherwise, however many are asked together."""
+
+
+class NonFiniteScoreError(RewardError):
+    """The metric answered finite pictures with a score or a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +30,24 @@ class ScoredGradient:
     scores: list[float]
     gradient: WireTensor
 
+    def rows(self, start: int, stop: int) -> "ScoredGradient":
+        """The answer for the pictures from `start` to before `stop`."""
+        return ScoredGradient(self.scores[start:stop], self.gradient.rows(start, stop))
+
 
 class RewardWorker:
     """One metric with, for the latent cut, its own copy of the decoder."""
 
-    def __init__(self, metric: Any, *, model: Any | None, cut: str, wire_dtype: str, device: str = "cpu") -> None:
+    def __init__(
+        self, metric: Any, *, model: Any | None, cut: str, wire_dtype: str, device: str = "cpu", max_batch: int = CHUNK
+    ) -> None:
         """Load the metric and, for the latent cut, the decoder.
 
         Args:
             metric: the metric's configuration section.
             model: the model's section; needed for the latent cut of a metric that gives gradients.
             cut: `latent` or `image`.
+            max_batch: most pictures per forward; fewer where the memory does not last.
         """
         self.name = metric.name
         kind = resolve("reward", REWARDS, metric.type)
@@ -43,6 +57,7 @@ class RewardWorker:
             resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
         )
         self._cut, self._wire_dtype, self._device = cut, wire_dtype, device
+        self._max_batch = max_batch
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
@@ -53,12 +68,16 @@ class RewardWorker:
 
         Raises:
             RewardError: a score is not finite; it is never replaced by a number.
+            NonFiniteScoreError: and that is not the fault of the pictures.
+            OutOfMemoryError: not even one picture fits.
         """
-        scores: list[float] = []
-        for start in range(0, len(images), CHUNK):
-            chunk = images[start : start + CHUNK].to(self._device).float() / 255
-            scores += self._finite(self._metric(chunk, prompts[start : start + CHUNK]))
-        return scores
+
+        def run(start: int, stop: int) -> list[float]:
+            chunk = images[start:stop].to(self._device).float() / 255
+            return self._finite(self._metric(chunk, prompts[start:stop]), chunk)
+
+        self._require_prompts(len(images), prompts)
+        return [number for part in self._chunks(run, len(images)) for number in part]
 
     @torch.enable_grad()
     def value_and_grad(self, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
@@ -72,25 +91,51 @@ class RewardWorker:
 
         Raises:
             RewardError: a score or gradient is not finite.
+            NonFiniteScoreError: and that is not the fault of what was sent.
+            OutOfMemoryError: not even one picture fits.
         """
-        values = unpack(sent).to(self._device).requires_grad_(True)
-        if self._cut == "latent":
-            if self._decoder is None:
-                raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot take latents")
-            pixels = self._decoder.decode(values)
-        else:
-            pixels = values
-        # The score will be raised (lowered where lower is better): at the gamut's border only inward moves may pass.
-        scores = self._metric(clip_pixels(pixels, ascend=self._ascend), prompts)
-        (gradient,) = torch.autograd.grad(scores.sum(), values)
-        numbers = self._finite(scores)
-        if not torch.isfinite(gradient).all():
-            raise RewardError(f"reward `{self.name}`: the gradient is not finite")
-        return ScoredGradient(numbers, pack(gradient, self._wire_dtype))
+        decoder = self._decoder if self._cut == "latent" else None
+        if self._cut == "latent" and decoder is None:
+            raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot take latents")
 
-    def _finite(self, scores: Tensor) -> list[float]:
+        def run(start: int, stop: int) -> tuple[list[float], Tensor]:
+            values = unpack(sent.rows(start, stop)).to(self._device).requires_grad_(True)
+            pixels = decoder.decode(values) if decoder is not None else values
+            # The score will be raised (lowered where lower is better): at the gamut's border only inward moves pass.
+            scores = self._metric(clip_pixels(pixels, ascend=self._ascend), prompts[start:stop])
+            (gradient,) = torch.autograd.grad(scores.sum(), values)
+            numbers = self._finite(scores, values)
+            if not torch.isfinite(gradient).all():
+                raise NonFiniteScoreError(f"reward `{self.name}`: the gradient is not finite")
+            return numbers, gradient
+
+        self._require_prompts(len(sent.data), prompts)
+        parts = self._chunks(run, len(sent.data))
+        return ScoredGradient(
+            [number for numbers, _ in parts for number in numbers],
+            pack(torch.cat([gradient for _, gradient in parts]), self._wire_dtype),
+        )
+
+    def _require_prompts(self, count: int, prompts: Sequence[str]) -> None:
+        if count == 0 or count != len(prompts):
+            raise RewardError(
+                f"reward `{self.name}` needs at least one picture and one prompt per picture (an empty one where it "
+                f"reads none), found {count} pictures and {len(prompts)} prompts"
+            )
+
+    def _chunks(self, run: Callable[[int, int], Part], count: int) -> list[Part]:
+        starts = range(0, count, self._max_batch)
+        return [
+            part
+            for start in starts
+            for part in in_halves(run, start, min(start + self._max_batch, count), name=self.name)
+        ]
+
+    def _finite(self, scores: Tensor, asked: Tensor) -> list[float]:
         numbers = scores.detach().float().cpu()
         bad = int((~torch.isfinite(numbers)).sum())
         if bad:
-            raise RewardError(f"reward `{self.name}`: {bad} of {len(numbers)} scores are not finite")
+            # A picture that is not finite itself says nothing about the metric.
+            kind = NonFiniteScoreError if bool(torch.isfinite(asked).all()) else RewardError
+            raise kind(f"reward `{self.name}`: {bad} of {len(numbers)} scores are not finite")
         return numbers.tolist()

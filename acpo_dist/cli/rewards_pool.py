@@ -1,0 +1,133 @@
+"""`acpo rewards status` and `acpo rewards scale`: the pool of a live run."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from acpo_dist.cli.app import answer
+from acpo_dist.cli.rewards import rewards_app
+
+Address = Annotated[str | None, typer.Option(help="Ray cluster; by default RAY_ADDRESS, else the one on this machine.")]
+Run = Annotated[str | None, typer.Option(help="Run id, where several are live; `acpo rewards status` lists them.")]
+
+
+@rewards_app.command("status")
+def status(
+    address: Address = None,
+    run: Run = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: applications and replicas.")] = False,
+) -> None:
+    """Reward pools of live runs: replicas, queues, batches, utilisation."""
+    import rich.console
+
+    from acpo_dist.tracking.console import Console
+
+    with _cluster(address):
+        from actors.reward_scale import live_pools, pool_status
+
+        pools = [pool_status(pool) for pool in live_pools(run)]
+    if as_json:
+        answer({"pools": pools})
+        return
+    console = Console(rich_console=rich.console.Console(file=sys.stdout))
+    if not pools:
+        console.message("no run has a reward pool on this cluster")
+        return
+    console.table(
+        "reward pools",
+        ["run", "metric", "status", "replicas", "asked for", "queue"],
+        [
+            [pool["run"], pool["metric"], pool["status"], pool["states"].get("RUNNING", 0), _bounds(pool),
+             pool["queue"]]
+            for pool in pools
+        ],
+    )  # fmt: skip
+    console.table(
+        "replicas",
+        ["metric", "replica", "pid", "up s", "requests", "pictures", "batch", "busy", "queue"],
+        [
+            [pool["metric"], one["replica"], one["pid"], f"{one['up_s']:.0f}", one["requests"], one["pictures"],
+             _figure(one["batch"], "{:.1f}"), _figure(one["utilisation"], "{:.0%}"), one["queue"]]
+            for pool in pools for one in pool["replicas"]
+        ],
+    )  # fmt: skip
+
+
+@rewards_app.command("scale")
+def scale(
+    metric: Annotated[str, typer.Argument(help="Name of the reward or judge.")],
+    replicas: Annotated[str, typer.Argument(metavar="N|MIN:MAX", help="Replicas, or bounds that follow the load.")],
+    address: Address = None,
+    run: Run = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait until the number holds.")] = 120.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Change the number of replicas of a live run; no request is lost, replicas that stay are not restarted."""
+    from acpo_dist.tracking.console import Console
+
+    fewest, most = _parse(replicas)
+    with _cluster(address):
+        from actors.reward_scale import find_pool
+        from actors.reward_scale import scale as set_replicas
+
+        pool = find_pool(metric, run)
+        running = set_replicas(pool, fewest, most, timeout_s=timeout)
+    if as_json:
+        answer({"run": pool.run, "metric": metric, "min_replicas": fewest, "max_replicas": most, "running": running})
+        return
+    wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}, by load"
+    Console().message(f"{metric} of {pool.run}: {running} replicas run ({wanted})")
+
+
+def _parse(text: str) -> tuple[int, int]:
+    from acpo_dist.core.errors import UsageError
+
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"expected a number of replicas such as 3, or bounds such as 1:4, found `{text}`")
+    fewest, most = int(parts[0]), int(parts[-1])
+    if fewest > most:
+        raise UsageError(f"the lower bound {fewest} is above the upper bound {most}")
+    return fewest, most
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Join a running cluster; never start one.
+
+    Raises:
+        UsageError: Ray is not installed, or there is no cluster to join.
+    """
+    import logging
+
+    from acpo_dist.config.relations import module_available
+    from acpo_dist.core.errors import UsageError
+
+    if not module_available("ray"):
+        raise UsageError("reward pools live on Ray, which is not installed: pip install 'acpo-dist[ray]'")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address or "auto", namespace="acpo", logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UsageError(f"no Ray cluster at {address or 'RAY_ADDRESS or on this machine'}: {error}") from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _bounds(pool: dict[str, Any]) -> str:
+    fewest, most = pool["min_replicas"], pool["max_replicas"]
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -1,0 +1,49 @@
+"""A batch that does not fit is halved until it does; one picture that does not fit is an error of its own."""
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from acpo_dist.core.errors import RewardError
+
+Part = TypeVar("Part")
+
+
+class OutOfMemoryError(RewardError):
+    """Not even a single picture fits into the memory that is left."""
+
+
+def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: str) -> list[Part]:
+    """Answers of `run` for consecutive ranges that cover `start` to `stop`, halved where the memory does not last.
+
+    Args:
+        run: answers for the pictures from its first to before its second argument.
+        name: the metric, for the message.
+
+    Raises:
+        OutOfMemoryError: one picture alone does not fit.
+    """
+    try:
+        return [run(start, stop)]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # Outside the handler: its traceback would keep the tensors of the failed attempt alive.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if stop - start == 1:
+        raise OutOfMemoryError(f"reward `{name}`: out of memory with a single picture ({reason})")
+    middle = (start + stop) // 2
+    return in_halves(run, start, middle, name=name) + in_halves(run, middle, stop, name=name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or an accelerator ran out of memory."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

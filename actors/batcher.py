@@ -1,0 +1,136 @@
+"""One thread that computes, and a queue before it: requests that wait together are computed together."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Job:
+    """A request that waits."""
+
+    kind: Hashable
+    """Only requests of one kind share a batch: method, size and type of the pictures."""
+    pictures: int
+    payload: Any
+    future: Future[Any] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Vitals:
+    """What a replica has done so far; durations in seconds since it was ready."""
+
+    requests: int = 0
+    batches: int = 0
+    pictures: int = 0
+    busy_s: float = 0.0
+
+
+class Batcher:
+    """Computes in its own thread, so that the event loop stays free to answer health checks."""
+
+    def __init__(
+        self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], *, max_pictures: int, wait_s: float,
+        between: Callable[[], None] = lambda: None, pause_s: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Start the thread.
+
+        Args:
+            run: answers per request for requests of one kind.
+            max_pictures: a batch takes no further request beyond so many; a larger request is a batch of its own.
+            wait_s: how long a batch that is not full waits for more.
+            between: called between batches, and every `pause_s` when there are none.
+        """
+        self._run, self._max_pictures, self._wait_s = run, max_pictures, wait_s
+        self._between, self._pause_s = between, pause_s
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._started: float | None = None
+        self._vitals = Vitals()
+        threading.Thread(target=self._work, daemon=True, name="compute").start()
+
+    def submit(self, kind: Hashable, pictures: int, payload: Any) -> Future[Any]:
+        """Queue a request; its answer comes in the future. A cancelled future is not computed."""
+        job = Job(kind, pictures, payload)
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.future
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._jobs)
+
+    def running_s(self) -> float:
+        """How long the present batch has been computed; 0 between batches."""
+        started = self._started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def vitals(self) -> Vitals:
+        """What was done so far; a batch under way counts as far as it has come."""
+        done = self._vitals
+        return Vitals(done.requests, done.batches, done.pictures, done.busy_s + self.running_s())
+
+    def _work(self) -> None:
+        while True:
+            batch = self._gather()
+            if batch:
+                self._compute(batch)
+            self._started = time.monotonic()
+            self._between()
+            self._started = None
+
+    def _gather(self) -> list[Job]:
+        """The next batch: what waits and fits together, in order of arrival; empty when nothing came for a while."""
+        with self._changed:
+            if not self._jobs and not self._changed.wait(self._pause_s):
+                return []
+            if not self._jobs:
+                return []
+            first = self._jobs.popleft()
+            batch, pictures = [first], first.pictures
+            until = first.arrived + self._wait_s
+            while True:
+                for job in [job for job in self._jobs if job.kind == first.kind]:
+                    if pictures + job.pictures > self._max_pictures:
+                        break
+                    self._jobs.remove(job)
+                    batch.append(job)
+                    pictures += job.pictures
+                remaining = until - time.monotonic()
+                if pictures >= self._max_pictures or remaining <= 0 or not self._changed.wait(remaining):
+                    break
+        return [job for job in batch if job.future.set_running_or_notify_cancel()]
+
+    def _compute(self, batch: list[Job]) -> None:
+        self._started = time.monotonic()
+        try:
+            answers = self._run(batch[0].kind, [job.payload for job in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                self._count(batch)
+                batch[0].future.set_exception(error)
+                return
+            answers = None
+        if answers is None:
+            # Whose fault is it? The others must not pay for it.
+            for job in batch:
+                self._compute([job])
+            return
+        self._count(batch)
+        for job, answer in zip(batch, answers, strict=True):
+            job.future.set_result(answer)
+
+    def _count(self, batch: list[Job]) -> None:
+        """Before the answer leaves, so that who has it also finds it counted."""
+        self._vitals.requests += len(batch)
+        self._vitals.batches += 1
+        self._vitals.pictures += sum(job.pictures for job in batch)
+        self._vitals.busy_s += self.running_s()
+        self._started = None

@@ -1,0 +1,121 @@
+"""An evaluation on Ray: rollout actors and one Serve deployment per judge, without a learner."""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import remove_placement_group
+from torch import Tensor
+
+from acpo_dist.config.pool import MetricPoolConfig
+from acpo_dist.config.schema import Config, RewardsConfig
+from acpo_dist.core.errors import RewardError, WorkerError
+from acpo_dist.core.ports import RolloutPool
+from acpo_dist.suites.judges import CHUNK, JudgePool
+from actors.launch import connected
+from actors.placement import PlacementPlan, Role, await_resources, place
+from actors.reward import deploy
+from actors.reward_client import RewardClient
+from actors.rollout import RayRollouts
+
+
+class RayBackend:
+    """A cluster: the configured one, or a local one of its own for as long as it is entered."""
+
+    name = "ray"
+
+    def __init__(self, config: Config, *, workers: int) -> None:
+        """Take resources and time limits from `config`; enter it before use."""
+        self._config, self._workers = config, workers
+        # One chunk in work and one that waits per worker: none is idle while pictures are fetched.
+        self.chunks_at_once = 2 * workers
+        self._own = False
+
+    @contextmanager
+    def open(self) -> Iterator["RayBackend"]:
+        """Join or start the cluster."""
+        self._own = not (self._config.cluster.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+        with connected(self._config):
+            yield self
+
+    @contextmanager
+    def rollouts(self, config: Config) -> Iterator[RolloutPool]:
+        """See `Backend.rollouts`.
+
+        Raises:
+            PlacementError: the cluster cannot place the workers.
+        """
+        rollout, cluster = config.rollout, config.cluster
+        role = Role(
+            name="rollout", count=self._workers, cpus=self._share(rollout.cpus_per_worker, self._workers),
+            gpus=rollout.gpus_per_worker, strategy="SPREAD", count_key="--workers",
+        )  # fmt: skip
+        await_resources(PlacementPlan(roles=(role,)), timeout_s=cluster.place_timeout_s)
+        group = place(role, timeout_s=cluster.place_timeout_s)
+        try:
+            pool = RayRollouts(config, role, group)
+            try:
+                pool.await_ready()
+                yield pool
+            finally:
+                pool.close()
+        finally:
+            remove_placement_group(group)
+
+    @contextmanager
+    def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:
+        """See `Backend.judges`.
+
+        Raises:
+            WorkerError: a judge cannot start.
+        """
+        rewards = self._config.rewards
+        cpus = self._share(rewards.cpus_per_replica, len(sections) * rewards.replicas)
+        # One request at a time in a replica: a score must not depend on who was asked together.
+        alone = MetricPoolConfig(
+            replicas=rewards.replicas, max_ongoing_requests=1, max_batch=CHUNK, cpus=cpus, gpus=rewards.gpus_per_replica
+        )
+        served = RewardsConfig(
+            train=tuple(sections[:1]), judges=tuple(sections[1:]), cut="image", wire_dtype="float32",
+            deadline_s=rewards.deadline_s, attempt_timeout_s=rewards.attempt_timeout_s,
+            pool={section.name: alone for section in sections},
+        )  # fmt: skip
+        pool = deploy(self._config.model_copy(update={"rewards": served}), f"acpo-eval-{uuid.uuid4().hex[:8]}")
+        try:
+            yield ServeJudges(pool.client)
+        finally:
+            pool.close()
+
+    def _share(self, cpus: float, count: int) -> float:
+        """CPUs of one worker; on a cluster of our own, workers and judges take at most half of it each."""
+        if not self._own:
+            return cpus
+        return min(cpus, max(0.01, int(50 * ray.cluster_resources().get("CPU", 1.0) / count) / 100))
+
+
+class ServeJudges:
+    """The judges of an evaluation as the driver sees them."""
+
+    def __init__(self, client: RewardClient) -> None:
+        """Ask through this client."""
+        self._client = client
+
+    def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
+        """See `JudgePool.submit`."""
+        started, deadline_s = time.monotonic(), self._client.link.deadline_s
+        answer = self._client.submit(judge, "score", [ray.put(images)], tuple(prompts))
+
+        def wait() -> list[float]:
+            try:
+                return answer.result()
+            except RewardError as error:
+                if time.monotonic() - started < deadline_s:
+                    raise
+                # Nobody answered at all: that is the pool's failure and says nothing about the pictures.
+                raise WorkerError(f"{error} What was judged so far is kept: go on with --resume.") from error
+
+        return wait

@@ -1,0 +1,59 @@
+"""A real metric that goes wrong in one replica when a file asks for it."""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.statistics import Sharpness
+
+FAULTS = ("hang", "nan", "nan_on_requests", "memory", "memory_of_batches")
+KNOWN_PICTURE = 64
+"""Side of the picture that a replica watches itself with; requests of the tests have another size."""
+
+
+class Misbehaving(Sharpness):
+    """Sharpness, until a file named after a fault lies in the folder: the first replica asked then keeps the fault."""
+
+    class Config(MetricConfig):
+        type: str = "tests.ray.misbehaving:Misbehaving"
+        folder: Path
+        seconds: float = 0.0
+        """How long a batch takes at least, as it would with a larger network."""
+        prefer: str = "more"
+
+    def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
+        super().__init__(config, device=device)
+        assert isinstance(config, Misbehaving.Config)
+        self._folder, self._seconds, self._fault = config.folder, config.seconds, ""
+
+    @classmethod
+    def direction(cls, config: MetricConfig) -> int:
+        return 1
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        if images.shape[-1] != KNOWN_PICTURE:
+            self._take_a_fault()
+        if self._fault == "hang":
+            threading.Event().wait()
+        if self._fault == "nan" or (self._fault == "nan_on_requests" and images.shape[-1] != KNOWN_PICTURE):
+            return torch.full((len(images),), torch.nan)
+        if self._fault == "memory" or (self._fault == "memory_of_batches" and len(images) > 1):
+            raise MemoryError("no memory left")
+        time.sleep(self._seconds)
+        return super().__call__(images, prompts)
+
+    def _take_a_fault(self) -> None:
+        for fault in FAULTS if not self._fault else ():
+            try:
+                # One process alone can rename a file.
+                os.rename(self._folder / fault, self._folder / f"{fault}.{os.getpid()}")
+            except FileNotFoundError:
+                continue
+            self._fault = fault
+            return

@@ -1,0 +1,215 @@
+"""The pool over HTTP: the same numbers as in one process, and a clear refusal for everything else."""
+
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+import torch
+import uvicorn
+
+from acpo_dist.config.pool import HttpConfig
+from acpo_dist.core.errors import RewardError, UsageError
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.rewards.http_wire import MEDIA_TYPE, encode_pictures
+from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
+from acpo_dist.rewards.remote import RemotePool
+from acpo_dist.rewards.wire import WireTensor, pack
+from acpo_dist.rewards.worker import RewardWorker
+
+pytestmark = pytest.mark.ray
+TOKEN, OTHER = "a-token-of-some-length", "another-token-of-some-length"
+MAX_BYTES = 200_000
+
+
+@pytest.fixture(scope="module")
+def workers() -> dict[str, RewardWorker]:
+    model = SdxlFamily.Config(path="toy-sdxl")
+    return {
+        "two_stream": RewardWorker(TwoStreamMetric.Config(), model=model, cut="latent", wire_dtype="float16"),
+        "strided_judge": RewardWorker(StridedJudgeMetric.Config(), model=None, cut="latent", wire_dtype="float16"),
+    }
+
+
+@pytest.fixture(scope="module")
+def port(workers):
+    """The door on a real server; behind it the workers of this process in place of the pool."""
+    from actors.gateway import Door
+    from actors.reward_client import NoAnswerError
+
+    def ask(metric, what, sent, prompts):
+        if prompts[0] == "nobody is there":
+            raise NoAnswerError("no replica answers")
+        return (
+            workers[metric].score(sent, prompts) if what == "score" else workers[metric].value_and_grad(sent, prompts)
+        )
+
+    metrics = {"two_stream": True, "strided_judge": False}
+    door = Door(ask, metrics, cut="latent", tokens=(OTHER, TOKEN), max_bytes=MAX_BYTES)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(door, log_level="warning", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def pool(port) -> RemotePool:
+    return RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
+
+
+def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
+    return (torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+
+
+def ask(port: int, path: str, body: bytes = b"", method: str = "POST", **headers: str) -> tuple[int, dict, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    sent = {"Authorization": f"Bearer {TOKEN}", "Content-Type": MEDIA_TYPE}
+    sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body=body, headers={name: value for name, value in sent.items() if value})
+    answer = connection.getresponse()
+    return answer.status, json.loads(answer.read()), dict(answer.getheaders())
+
+
+def test_scores_over_http_are_those_of_the_worker_to_the_last_bit(pool, workers):
+    assert pool.score("two_stream", pictures(), ["", "", ""]) == workers["two_stream"].score(pictures(), ["", "", ""])
+
+
+@pytest.mark.parametrize("wire_dtype", ["float16", "float32"])
+def test_gradients_over_http_are_those_of_the_worker_to_the_last_bit(wire_dtype: str, pool, workers):
+    sent = pack(1e-6 * torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), wire_dtype)
+    found = pool.value_and_grad("two_stream", sent, ["", ""])
+    wanted = workers["two_stream"].value_and_grad(sent, ["", ""])
+    assert found.scores == wanted.scores
+    assert (
+        found.gradient.data == wanted.gradient.data
+    ).all() and found.gradient.data.dtype == wanted.gradient.data.dtype
+    assert (found.gradient.exponent == wanted.gradient.exponent).all()
+
+
+def test_the_listing_says_what_gives_gradients_and_at_what(pool):
+    assert pool.metrics() == [
+        {"name": "two_stream", "gradient_at": "latent"},
+        {"name": "strided_judge", "gradient_at": None},
+    ]
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
+@pytest.mark.parametrize("path", ["/v1/metrics", "/v1/score/two_stream", "/anything"])
+def test_without_a_token_nothing_is_told(header: str, path: str, port):
+    status, answer, headers = ask(port, path, b"body", Authorization=header)
+    assert status == 401 and headers["www-authenticate"] == "Bearer"
+    assert answer == {"error": "a valid token is needed: Authorization: Bearer TOKEN"}
+
+
+def test_each_of_several_tokens_opens(port):
+    assert ask(port, "/v1/metrics", method="GET", Authorization=f"Bearer {OTHER}")[0] == 200
+
+
+def body(images: torch.Tensor, prompts: list[str]) -> bytes:
+    return encode_pictures(images, prompts)
+
+
+def gradient_body(**changes) -> bytes:
+    from safetensors.torch import save
+
+    tensors = {"data": torch.zeros(2, 4, 8, 8), "exponent": torch.zeros(2, dtype=torch.int16)} | changes
+    return save({name: value for name, value in tensors.items() if value is not None}, {"prompts": '["", ""]'})
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status", "text"),
+    [
+        ("/v1/score/twostream", b"", 404, "no reward or judge is called `twostream`; known: two_stream, strided_judge"),
+        ("/v2/score/two_stream", b"", 404, "known paths"),
+        ("/v1/score/two_stream", b"", 422, "not in the safetensors format"),
+        ("/v1/score/two_stream", b"\x80\x04\x95pickle", 422, "not in the safetensors format"),
+        ("/v1/score/two_stream", b"\xff" * 64, 422, "not in the safetensors format"),
+        ("/v1/score/two_stream", body(pictures(), [""]), 422, r"one text per picture \(3\), found 1"),
+        ("/v1/score/two_stream", body(pictures().float(), [""] * 3), 422, "must be uint8 RGB .*, found float32"),
+        ("/v1/score/two_stream", body(pictures()[:, :1], [""] * 3), 422, r"found uint8 of shape \(3, 1, 32, 32\)"),
+        ("/v1/score/two_stream", body(pictures()[:0], []), 422, r"found uint8 of shape \(0, 3, 32, 32\)"),
+        ("/v1/score/two_stream", body(pictures(1), ["x" * 5000]), 422, "a prompt has 5000 characters"),
+        ("/v1/gradient/strided_judge", gradient_body(), 404, "gives scores only"),
+        (
+            "/v1/gradient/two_stream",
+            gradient_body(exponent=None),
+            422,
+            "must hold the tensors data, exponent, found data",
+        ),
+        ("/v1/gradient/two_stream", gradient_body(exponent=torch.zeros(2)), 422, "`exponent` must be int16"),
+        ("/v1/gradient/two_stream", gradient_body(data=torch.zeros(2, 4, 8, 8).double()), 422, "float16 or float32"),
+        ("/v1/gradient/two_stream", gradient_body(data=torch.full((2, 4, 8, 8), torch.nan)), 422, "not finite"),
+        ("/v1/score/two_stream", body(pictures(1), ["nobody is there"]), 503, "no replica answers"),
+        ("/v1/score/two_stream", b"0" * (MAX_BYTES + 1), 413, "rewards.http.max_mib"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_the_reason(path: str, content: bytes, status: int, text: str, port):
+    import re
+
+    found, answer, headers = ask(port, path, content)
+    assert found == status and re.search(text, answer["error"]), answer
+    assert ("retry-after" in headers) == (status == 503)
+
+
+def test_wrong_methods_and_types_are_refused(port):
+    assert ask(port, "/v1/metrics")[0] == 405
+    assert ask(port, "/v1/score/two_stream", method="GET")[0] == 405
+    status, answer, _ = ask(port, "/v1/score/two_stream", b"{}", Content_Type="application/json")
+    assert status == 415 and MEDIA_TYPE in answer["error"]
+
+
+def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest("POST", "/v1/score/two_stream")
+    for name, value in (("Authorization", f"Bearer {TOKEN}"), ("Content-Type", MEDIA_TYPE)):
+        connection.putheader(name, value)
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    try:
+        for _ in range(50):
+            connection.send(b"2710\r\n" + b"0" * 10_000 + b"\r\n")
+        connection.send(b"0\r\n\r\n")
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    assert connection.getresponse().status == 413
+
+
+def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadline(port):
+    impatient = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=1.2)
+    with pytest.raises(RewardError, match=r"no answer within 1\.2 s: no replica answers"):
+        impatient.score("two_stream", pictures(1), ["nobody is there"])
+    assert impatient.retries >= 1
+
+
+def test_the_clients_errors_say_what_the_server_said(pool):
+    with pytest.raises(RewardError, match="404: no reward or judge is called `absent`"):
+        pool.score("absent", pictures(), [""] * 3)
+    with pytest.raises(RewardError, match=r"422: .*one text per picture"):
+        pool.value_and_grad("two_stream", WireTensor(*_zeros()), [""])
+
+
+def _zeros():
+    import numpy as np
+
+    return np.zeros((2, 4, 8, 8), np.float16), np.zeros(2, np.int16)
+
+
+@pytest.mark.parametrize(("value", "text"), [("", "no token"), ("short", "fewer than 16"), (f"{TOKEN},x", "fewer")])
+def test_the_door_does_not_open_without_tokens_that_are_long_enough(value: str, text: str, monkeypatch):
+    from actors.gateway import read_tokens
+
+    monkeypatch.setenv("ACPO_REWARDS_TOKEN", value)
+    with pytest.raises(UsageError, match=text):
+        read_tokens(HttpConfig(enabled=True))
+
+
+def test_tokens_are_read_from_the_environment(monkeypatch):
+    from actors.gateway import read_tokens
+
+    monkeypatch.setenv("POOL_TOKENS", f" {TOKEN}, {OTHER} ,")
+    assert read_tokens(HttpConfig(enabled=True, token_env="POOL_TOKENS")) == (TOKEN, OTHER)

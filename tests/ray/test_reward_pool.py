@@ -1,0 +1,321 @@
+"""Whatever happens to replicas, no request is lost, none is scored 0, and every score is the undisturbed one."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from acpo_dist.core.errors import RewardError
+from acpo_dist.core.types import RolloutHandle
+
+pytestmark = pytest.mark.ray
+
+REQUESTS, PICTURES = 200, 3
+REAL = Path(__file__).resolve().parents[2].parent / "shared/data/drawbench_sd14_512px.parquet"
+FAULTY = "faulty"
+
+
+def pictures(seed: int, count: int = PICTURES, size: int = 48) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(count, 3, size, size, generator=generator) * 255).to(torch.uint8)
+
+
+def until(condition: Callable[[], bool], *, within_s: float = 60.0) -> None:
+    """Wait for a condition of the cluster; nothing there can be waited on but time."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.1)
+
+
+def handle_of(cluster, index: int, images: torch.Tensor) -> RolloutHandle:
+    # A copy: a part of a larger tensor would travel with all of it.
+    return RolloutHandle(
+        sample_ids=tuple(f"{index}/{row}" for row in range(len(images))), prompts=("",) * len(images),
+        policy_version=0, schedule_id="", payload=(None, cluster.put(images.clone())),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool_of(cluster) -> Iterator[Callable]:
+    """Deploy the rewards of a configuration; ended after the module."""
+    from acpo_dist.config.load import load_config
+    from actors.reward import deploy
+    from tests.conftest import TINY
+
+    with contextlib.ExitStack() as stack:
+
+        def deployed(run_id: str, rewards: dict):
+            config = load_config("toy_sdxl", [*TINY, *(f"rewards.{key}={json.dumps(v)}" for key, v in rewards.items())])
+            pool = deploy(config, run_id)
+            stack.callback(pool.close)
+            return pool
+
+        yield deployed
+
+
+@pytest.fixture(scope="module")
+def load(cluster) -> list[RolloutHandle]:
+    return [handle_of(cluster, index, pictures(index)) for index in range(REQUESTS)]
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def faulty(pool_of, faults):
+    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": FAULTY, "folder": str(faults), "seconds": 0.01}
+    return pool_of(
+        "acpo-00000001",
+        {
+            "train": [metric], "judges": [], "cut": "image", "replicas": 2, "cpus_per_replica": 0.1,
+            "attempt_timeout_s": 3, "deadline_s": 100, "pool": {FAULTY: {"max_batch": 2 * PICTURES}},
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faulty, load) -> dict[str, float]:
+    """What the pool answers while nothing happens; equal to one process."""
+    from acpo_dist.rewards.statistics import sharpness
+
+    scores = faulty.score(load, [FAULTY])[FAULTY]
+    wanted = torch.cat([sharpness(pictures(index).float() / 255) for index in range(REQUESTS)])
+    torch.testing.assert_close(torch.tensor(list(scores.values())), wanted, rtol=1e-5, atol=0)
+    assert len(scores) == REQUESTS * PICTURES and min(scores.values()) > 0
+    return dict(scores)
+
+
+def assert_same(found: dict[str, float], wanted: dict[str, float]) -> None:
+    assert list(found) == list(wanted)
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def whole(pool) -> bool:
+    vitals = pool.vitals()[FAULTY]
+    return len(vitals) == 2 and not any(one["sick"] for one in vitals)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [("hang", "lost"), ("nan", "nonfinite"), ("nan_on_requests", "nonfinite"), ("memory", "memory")],
+)
+def test_a_replica_that_goes_wrong_under_load_costs_no_request_and_is_replaced(
+    fault: str, cause: str, faulty, load, undisturbed, faults
+):
+    until(lambda: whole(faulty))
+    before, started = faulty.counters(), {one["pid"] for one in faulty.vitals()[FAULTY]}
+    asked = []
+
+    def begin(count: int) -> None:
+        asked.append(count)
+        if len(asked) == REQUESTS // 10:
+            (faults / fault).touch()
+
+    scores = faulty.score(load, [FAULTY], begin)[FAULTY]
+    assert_same(scores, undisturbed)
+    (bad,) = [int(path.suffix[1:]) for path in faults.glob(f"{fault}.*")]
+    assert bad in started
+    after = faulty.counters()
+    assert after[f"reward_pool/retries/{cause}"] > before[f"reward_pool/retries/{cause}"]
+    assert after["reward_pool/requests"] - before["reward_pool/requests"] == REQUESTS
+    assert after["reward_pool/unanswered"] == 0
+    # Nobody trusts it again: Serve has put another in its place.
+    until(lambda: whole(faulty) and bad not in {one["pid"] for one in faulty.vitals()[FAULTY]})
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_without_a_retry(faulty, load, undisturbed, faults):
+    until(lambda: whole(faulty))
+    before = faulty.counters()["reward_pool/retries"]
+    (faults / "memory_of_batches").touch()
+    assert_same(faulty.score(load, [FAULTY])[FAULTY], undisturbed)
+    assert list(faults.glob("memory_of_batches.*"))
+    assert faulty.counters()["reward_pool/retries"] == before
+
+
+def test_sigkill_of_any_replica_again_and_again_under_load_loses_nothing(faulty, load, undisturbed):
+    until(lambda: whole(faulty))
+    before, killed, answers = faulty.counters(), [], []
+
+    def kill(count: int) -> None:
+        answers.append(count)
+        if len(answers) in (20, 60, 110):
+            victim = next((one["pid"] for one in faulty.vitals()[FAULTY] if one["pid"] not in killed), None)
+            if victim is not None:
+                os.kill(victim, signal.SIGKILL)
+                killed.append(victim)
+
+    assert_same(faulty.score(load, [FAULTY], kill)[FAULTY], undisturbed)
+    assert len(killed) >= 2
+    after = faulty.counters()
+    assert after["reward_pool/retries/lost"] > before["reward_pool/retries/lost"]
+    assert after["reward_pool/retries"] >= before["reward_pool/retries"] + len(killed)
+    assert after["reward_pool/unanswered"] == 0
+
+
+def test_a_frozen_process_costs_its_requests_one_attempt_each(faulty, load, undisturbed):
+    until(lambda: whole(faulty))
+    victim = faulty.vitals()[FAULTY][0]["pid"]
+    before = faulty.counters()
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        assert_same(faulty.score(load, [FAULTY])[FAULTY], undisturbed)
+    finally:
+        os.kill(victim, signal.SIGKILL)
+    after = faulty.counters()
+    assert after["reward_pool/retries/timeout"] > before["reward_pool/retries/timeout"]
+
+
+def test_a_picture_that_no_replica_can_score_is_an_error_and_ends_no_replica(cluster, faulty):
+    until(lambda: whole(faulty))
+    before = {one["pid"] for one in faulty.vitals()[FAULTY]}
+    with pytest.raises(RewardError, match="needs pictures of at least 3 x 3, found 2 x 2"):
+        faulty.score([handle_of(cluster, 0, pictures(0, size=2))], [FAULTY])
+    assert {one["pid"] for one in faulty.vitals()[FAULTY]} == before
+
+
+# Any number of replicas gives the same
+
+
+@pytest.fixture(scope="module")
+def plain(pool_of):
+    return pool_of(
+        "acpo-00000002",
+        {
+            "train": [{"type": "two_stream"}], "judges": [{"type": "sharpness"}], "replicas": 1,
+            "cpus_per_replica": 0.1, "wire_dtype": "float16", "pool": {"sharpness": {"max_batch": 4}},
+        },
+    )  # fmt: skip
+
+
+def acpo(*arguments: str) -> dict:
+    """The answer of a command with --json, in this process, which is connected to the cluster already."""
+    from typer.testing import CliRunner
+
+    from acpo_dist.cli import commands  # noqa: F401
+    from acpo_dist.cli.app import app
+
+    result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_scaling_from_one_to_four_and_back_during_load_loses_nothing_and_restarts_nobody(plain, load):
+    first = plain.vitals()["sharpness"][0]["pid"]
+    wanted = dict(plain.score(load, ["sharpness"])["sharpness"])
+    before, sizes = plain.counters(), []
+    with contextlib.closing(EndlessLoad(plain, load, "sharpness")) as under_way:
+        for replicas in (4, 1):
+            answer = acpo("rewards", "scale", "sharpness", str(replicas), "--run", "acpo-00000002")
+            assert answer["running"] == replicas
+            (status,) = [
+                pool
+                for pool in acpo("rewards", "status", "--run", "acpo-00000002")["pools"]
+                if pool["metric"] == "sharpness"
+            ]
+            sizes.append(len(status["replicas"]))
+            assert (status["min_replicas"], status["max_replicas"]) == (replicas, replicas)
+            under_way.another_round()
+    assert sizes == [4, 1]
+    assert len(under_way.tables) >= 2
+    for table in under_way.tables:
+        assert_same(table, wanted)
+    assert plain.counters()["reward_pool/unanswered"] == before["reward_pool/unanswered"]
+    pids = {one["pid"] for one in plain.vitals()["sharpness"]}
+    assert len(pids) == 1 and first in pids
+
+
+class EndlessLoad:
+    """Scores the same requests again and again in a thread until it is closed."""
+
+    def __init__(self, pool, load: list[RolloutHandle], metric: str) -> None:
+        self.tables: list[dict[str, float]] = []
+        self._ended = threading.Event()
+        self._threads = ThreadPoolExecutor(1)
+        self._done = self._threads.submit(self._work, pool, load, metric)
+
+    def _work(self, pool, load: list[RolloutHandle], metric: str) -> None:
+        while not self._ended.is_set():
+            self.tables.append(dict(pool.score(load, [metric])[metric]))
+
+    def another_round(self) -> None:
+        """Wait until one more load was begun and answered."""
+        now = len(self.tables)
+        until(lambda: len(self.tables) >= now + 2 or self._done.done())
+
+    def close(self) -> None:
+        self._ended.set()
+        self._done.result()
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL.name} in ../shared/data")
+def test_real_pictures_score_the_same_in_one_process_and_on_one_replica_and_three(cluster, plain):
+    from acpo_dist.data.images import read_images
+    from acpo_dist.rewards.statistics import sharpness
+
+    images = torch.stack([picture for _, picture in read_images([REAL])])
+    assert len(images) == 200
+    wanted = torch.cat([sharpness(part.float() / 255) for part in images.split(1)])
+    for replicas in (1, 3):
+        acpo("rewards", "scale", "sharpness", str(replicas), "--run", "acpo-00000002")
+        for size in (1, 7):
+            handles = [handle_of(cluster, index, part) for index, part in enumerate(images.split(size))]
+            found = torch.tensor(list(plain.score(handles, ["sharpness"])["sharpness"].values()))
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+    acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
+
+
+def test_gradients_from_the_pool_are_those_of_autograd_in_one_graph_whoever_shares_the_batch(plain):
+    from acpo_dist.models.sdxl import SdxlFamily
+    from acpo_dist.objective.perceptual import clip_pixels
+    from acpo_dist.rewards.metrics import TwoStreamMetric
+    from acpo_dist.rewards.wire import pack, unpack
+
+    generator = torch.Generator().manual_seed(0)
+    sent = [pack(torch.randn(2, 4, 8, 8, generator=generator), "float16") for _ in range(6)]
+    # All at once, so that the replica joins them.
+    answers = [plain.client.submit("two_stream", "value_and_grad", part, ("", "")) for part in sent]
+    decoder, metric = (
+        SdxlFamily.load_decoder(SdxlFamily.Config(path="toy-sdxl"), device="cpu"),
+        TwoStreamMetric(TwoStreamMetric.Config()),
+    )
+    for part, answer in zip(sent, answers, strict=True):
+        latents = unpack(part).requires_grad_(True)
+        scores = metric(clip_pixels(decoder.decode(latents), ascend=True), ["", ""])
+        (gradient,) = torch.autograd.grad(scores.sum(), latents)
+        torch.testing.assert_close(torch.tensor(answer.result().scores), scores.detach(), rtol=1e-5, atol=0)
+        # What was computed is right to 1e-5; half precision then rounds each number by at most 2^-11 of the largest.
+        found, wanted = unpack(answer.result().gradient), unpack(pack(gradient, "float16"))
+        error = (found - gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
+        assert float(error.max()) < 5e-4
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+def test_a_metric_with_bounds_gets_replicas_while_requests_wait(plain, load):
+    acpo("rewards", "scale", "sharpness", "1:2", "--run", "acpo-00000002")
+    (status,) = [p for p in acpo("rewards", "status", "--run", "acpo-00000002")["pools"] if p["metric"] == "sharpness"]
+    assert (status["min_replicas"], status["max_replicas"]) == (1, 2)
+    with contextlib.closing(EndlessLoad(plain, load, "sharpness")):
+        until(lambda: len(plain.vitals()["sharpness"]) == 2, within_s=150)
+    acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
+
+
+def test_counters_say_how_long_answers_took_and_how_busy_the_replicas_were(plain, load):
+    plain.counters()
+    plain.score(load, ["sharpness"])
+    figures = plain.counters()
+    assert 0 < figures["reward_pool/sharpness/latency_p50"] <= figures["reward_pool/sharpness/latency_p95"] < 60
+    assert figures["reward_pool/sharpness/replicas"] == 1
+    assert PICTURES <= figures["reward_pool/sharpness/batch"] <= 4
+    assert 0 < figures["reward_pool/sharpness/utilisation"] < 1
+    assert "reward_pool/two_stream/latency_p50" not in figures
