@@ -1,4 +1,4 @@
-"""What the user sees while it runs: progress of each phase, one line per iteration, tables. All on stderr."""
+"""What the user sees while it runs: progress of each phase, a line or live panel per iteration, tables. On stderr."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import rich.console
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from acpo_dist.core.ports import Advance
+from acpo_dist.tracking.panel import LivePanel
 
 SHOWN = ("reward/*/mean", "judge/*/mean", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
 """Metrics of the line per iteration, in this order; `metrics.jsonl` has all of them."""
@@ -21,12 +23,16 @@ class Console:
 
     Args:
         quiet: say nothing at all.
+        live: on a terminal, a panel with the key figures takes the place of the line per iteration.
         rich_console: where to write; None is stderr. Its terminal decides whether progress is shown live.
     """
 
-    def __init__(self, *, quiet: bool = False, rich_console: rich.console.Console | None = None) -> None:
+    def __init__(
+        self, *, quiet: bool = False, live: bool = False, rich_console: rich.console.Console | None = None
+    ) -> None:
         self.rich = rich_console or rich.console.Console(stderr=True)
         self._quiet = quiet
+        self._panel = LivePanel() if live and self.rich.is_terminal else None
         self._progress: Progress | None = None
 
     @contextmanager
@@ -44,7 +50,7 @@ class Console:
             yield _ignore
             return
         outermost = self._progress is None
-        progress = self._progress or _new_progress(self.rich)
+        progress = self._progress or _new_progress(self.rich, self._panel)
         if outermost:
             self._progress = progress
             progress.start()
@@ -59,7 +65,16 @@ class Console:
                 progress.stop()
 
     def iteration(self, iteration: int, total: int, metrics: Mapping[str, float]) -> None:
-        """One plain line with the figures named in `SHOWN`."""
+        """One plain line with the figures named in `SHOWN`; or the panel, which stays on the screen at the end.
+
+        Args:
+            iteration: iterations that are done.
+        """
+        if self._panel is not None and not self._quiet:
+            self._panel.add(iteration, total, metrics)
+            if iteration == total:
+                self.rich.print(self._panel)
+            return
         names = dict.fromkeys(name for pattern in SHOWN for name in metrics if fnmatchcase(name, pattern))
         figures = [f"{name} {_figure(name, metrics[name])}" for name in names]
         self.message("  ".join([f"iteration {iteration:>{len(str(total))}}/{total}", *figures]))
@@ -93,9 +108,22 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
-def _new_progress(console: rich.console.Console) -> Progress:
+class _PanelProgress(Progress):
+    """Progress bars below the key figures. The panel lives as long as a phase does, so nothing is left to close."""
+
+    def __init__(self, *columns: ProgressColumn, panel: LivePanel | None, console: rich.console.Console) -> None:
+        self._key_figures = panel
+        super().__init__(*columns, console=console, transient=True)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self._key_figures:
+            yield self._key_figures
+        yield self.make_tasks_table(self.tasks)
+
+
+def _new_progress(console: rich.console.Console, panel: LivePanel | None) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    return _PanelProgress(*columns, TimeRemainingColumn(), panel=panel, console=console)
 
 
 def _ignore(count: int) -> None:

@@ -1,0 +1,104 @@
+"""`acpo eval`: a model or pictures before judges, with intervals, on a suite of prompts."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acpo_dist.cli.app import answer, app, say
+
+
+@app.command("eval")
+def evaluate_command(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder, toy, or pictures.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="drawbench, parti, toy, none, or a .txt, .csv, .tsv or .parquet file.")
+    ] = None,
+    judges: Annotated[
+        list[str] | None,
+        typer.Option("--judges", "--judge", help="Names as for `acpo score`, joined by commas or repeated."),
+    ] = None,
+    compare: Annotated[str | None, typer.Option(help="base (of a run), or another model, run or set.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="Of a run: newest, best (by its judges), or an iteration.")
+    ] = "newest",
+    samples_per_prompt: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts or pictures, spread evenly over all.")] = None,
+    seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; evaluations/SOURCE-SUITE if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Rollout workers; more than one means Ray.")] = 1,
+    backend: Annotated[str, typer.Option(help="local, ray or auto.")] = "auto",
+    features: Annotated[
+        str, typer.Option(help="low-pass[:SIZE], inception:FILE or network:MODULE:CLASS:FILE.")
+    ] = "low-pass",
+    drift: Annotated[int, typer.Option(min=0, help="Samples for drift of a run from its base; 0 for none.")] = 32,
+    prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
+    category_column: Annotated[str, typer.Option(help="Column of categories.")] = "category",
+    image_column: Annotated[str, typer.Option(help="Column of pictures in a parquet file.")] = "image",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
+) -> None:
+    """Draw a suite with a model, or take pictures that are there, and have judges score them.
+
+    Every judge gets a mean with its 95 % interval over prompts; with --compare the paired difference on the same seeds
+    and the win rate. A judge that fails is named with its sample, counted as missing, and makes the exit code 1.
+    """
+    from acpo_dist.cli.eval_request import Options, request_of
+    from acpo_dist.cli.eval_table import show
+    from acpo_dist.suites.backend import LocalBackend
+    from acpo_dist.suites.evaluate import evaluate
+    from acpo_dist.tracking.console import Console
+
+    console = Console()
+    request, config = request_of(
+        Options(
+            source=source, overrides=tuple(overrides or ()), suite=suite, judges=tuple(judges or ()), compare=compare,
+            checkpoint=checkpoint, samples_per_prompt=samples_per_prompt, limit=limit, seed=seed, features=features,
+            drift=drift, prompt_column=prompt_column, category_column=category_column, image_column=image_column,
+        )
+    )  # fmt: skip
+    folder = out or Path("evaluations") / "-".join(
+        [Path(source).stem or "pictures", *([request.suite.name] if request.suite else [])]
+    )
+    chosen = LocalBackend() if not _on_ray(backend, workers, config) else _ray(config, workers)
+    try:
+        with chosen.open():
+            report = evaluate(request, chosen, folder, console, resume=resume)
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command with --resume goes on in {folder}")
+        raise typer.Exit(130) from None
+    for failure in report["failures"][:20]:
+        say(f"no score: {failure['arm']} {failure['picture']}, judge {failure['judge']}: {failure['error']}")
+    if as_json:
+        answer({"folder": str(folder), **report})
+    else:
+        show(report, folder)
+    if report["num_missing"]:
+        say(f"{report['num_missing']} scores are missing; they count as nothing, not as bad")
+        raise typer.Exit(1)
+
+
+def _on_ray(backend: str, workers: int, config: Any) -> bool:
+    import os
+
+    from acpo_dist.config.relations import module_available
+    from acpo_dist.core.errors import UsageError
+
+    if backend not in ("auto", "local", "ray"):
+        raise UsageError(f"--backend takes local, ray or auto, found `{backend}`.")
+    if backend == "local" and workers > 1:
+        raise UsageError(f"--backend local is one process, but --workers is {workers}: use --backend ray.")
+    known = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    wanted = backend == "ray" or (backend == "auto" and bool(workers > 1 or known))
+    if wanted and not module_available("ray"):
+        raise UsageError("this evaluation needs Ray, which is not installed: pip install 'acpo-dist[ray]'")
+    return wanted
+
+
+def _ray(config: Any, workers: int) -> Any:
+    from actors.evaluation import RayBackend
+
+    return RayBackend(config, workers=workers)

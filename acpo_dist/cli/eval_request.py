@@ -1,0 +1,133 @@
+"""From the options of `acpo eval` to a request."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.config.load import load_config
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import UsageError
+from acpo_dist.models.loading import resolve_path
+from acpo_dist.session import RESOLVED
+from acpo_dist.suites.evaluate import Request
+from acpo_dist.suites.figures import open_extractor
+from acpo_dist.suites.judges import check_names, judge_sections
+from acpo_dist.suites.pictures import holds_pictures
+from acpo_dist.suites.subject import BASE, ModelSubject, open_comparison, open_model, open_pictures
+from acpo_dist.suites.suite import UNCONDITIONAL, load_suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user asked for."""
+
+    source: str
+    overrides: tuple[str, ...]
+    suite: str | None
+    judges: tuple[str, ...]
+    compare: str | None
+    checkpoint: str
+    samples_per_prompt: int
+    limit: int | None
+    seed: int
+    features: str
+    drift: int
+    prompt_column: str
+    category_column: str
+    image_column: str
+
+
+def request_of(options: Options) -> tuple[Request, Config]:
+    """The request, and the configuration that says where it runs.
+
+    Raises:
+        UsageError: something that was named is not there, or does not fit the rest.
+    """
+    extractor = open_extractor(options.features)
+    common: dict[str, Any] = {
+        "extractor": extractor, "features": options.features, "limit": options.limit,
+        "prompt_column": options.prompt_column, "image_column": options.image_column,
+    }  # fmt: skip
+    if _is_pictures(options.source):
+        return _pictures(options, common)
+    path = Path(options.source)
+    if path.is_dir() and not _is_model(path):
+        raise UsageError(
+            f"{options.source} holds no picture, and is neither a run (no {RESOLVED}) nor a "
+            "pipeline (no model_index.json)."
+        )
+    if options.suite is None:
+        raise UsageError(
+            "a model needs --suite: drawbench, parti, toy, none (unconditional), or a .txt, .csv, .tsv or .parquet "
+            "file."
+        )
+    suite = load_suite(
+        options.suite, limit=options.limit, prompt_column=options.prompt_column, category_column=options.category_column
+    )
+    subject = open_model(
+        options.source, options.overrides, checkpoint=options.checkpoint, prompted=suite.name != UNCONDITIONAL
+    )
+    sections, trained_on = _judges(options, subject)
+    if options.compare is not None and _is_pictures(options.compare):
+        raise UsageError(
+            f"--compare {options.compare}: pictures compare with pictures, and {options.source} is a model."
+        )
+    comparison = (
+        open_comparison(options.compare, subject, checkpoint=options.checkpoint)
+        if options.compare is not None
+        else None
+    )
+    request = Request(
+        subject=subject, comparison=comparison, suite=suite, sections=sections, trained_on=trained_on,
+        samples_per_prompt=options.samples_per_prompt, seed=options.seed,
+        drift=options.drift if subject.bundle is not None and options.compare == BASE else 0, **common,
+    )  # fmt: skip
+    return request, subject.config
+
+
+def _pictures(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
+    """Pictures that are there already: no model draws, so no model option may be given."""
+    if options.samples_per_prompt != 1:
+        raise UsageError(
+            f"{options.source} holds pictures, which are judged as they are: leave --samples-per-prompt out."
+        )
+    if options.compare is not None and not _is_pictures(options.compare):
+        raise UsageError(f"--compare {options.compare}: {options.source} holds pictures, so it must hold pictures too.")
+    if not options.judges:
+        raise UsageError("pictures need --judges; `acpo rewards list` has them all.")
+    suite = None
+    if options.suite is not None:
+        suite = load_suite(options.suite, prompt_column=options.prompt_column, category_column=options.category_column)
+    request = Request(
+        subject=open_pictures(options.source), suite=suite, sections=judge_sections(options.judges),
+        comparison=open_pictures(options.compare) if options.compare is not None else None, **common,
+    )  # fmt: skip
+    # Only its placement is read, and only on Ray: no model is loaded.
+    return request, load_config("toy_sdxl", options.overrides)
+
+
+def _judges(options: Options, subject: ModelSubject) -> tuple[tuple[Any, ...], frozenset[str]]:
+    """Judges that were named, or else those of the run; and which of them drove its update."""
+    rewards = subject.config.rewards
+    trained_on = frozenset(entry.name for entry in rewards.train) if subject.run else frozenset[str]()
+    if options.judges:
+        return judge_sections(options.judges), trained_on
+    if subject.run is None:
+        raise UsageError(f"{options.source} is no run with judges of its own: give --judges (`acpo rewards list`).")
+    sections = (*rewards.judges, *rewards.train)
+    check_names(sections)
+    return sections, trained_on
+
+
+def _is_model(path: Path) -> bool:
+    return (path / RESOLVED).is_file() or (path / "model_index.json").is_file()
+
+
+def _is_pictures(source: str) -> bool:
+    path = Path(source)
+    if _is_model(path):
+        return False
+    if source.startswith("toy-") and not path.exists():
+        resolve_path(source)
+        return False
+    return holds_pictures(path)

@@ -1,0 +1,114 @@
+"""The figures of an evaluation for people."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import rich.console
+
+from acpo_dist.tracking.console import Console
+
+
+def show(report: Mapping[str, Any], folder: Path) -> None:
+    """Tables on standard output: they are the answer."""
+    console = Console(rich_console=rich.console.Console(file=sys.stdout))
+    judges, sets = report["judges"], report["sets"]
+    compared = any("comparison" in figures for figures in judges)
+    console.table(*_means(judges, compared))
+    for figures in judges:
+        if figures["categories"]:
+            console.table(*_categories(figures, compared))
+    console.table(*_sets(sets))
+    if "drift" in report:
+        console.table(*_drift(report["drift"]))
+    console.message(f"{report['how']['samples']} samples in {folder}; evaluation.json has every figure")
+
+
+def _means(judges: list[dict[str, Any]], compared: bool) -> tuple[str, list[str], list[list[str]]]:
+    rows = [_cells(_name(figures), figures, compared) for figures in judges]
+    better = "; a positive difference speaks for the model" if compared else ""
+    return f"mean and 95 % interval over prompts{better}", _head("judge", compared), rows
+
+
+def _categories(figures: dict[str, Any], compared: bool) -> tuple[str, list[str], list[list[str]]]:
+    rows = [_cells(name, part, compared) for name, part in figures["categories"].items()]
+    return f"{_name(figures)} by category", _head("category", compared), rows
+
+
+def _head(first: str, compared: bool) -> list[str]:
+    return [first, "model", *(["comparison", "difference", "win rate"] if compared else []), "n"]
+
+
+def _cells(name: str, figures: Mapping[str, Any], compared: bool) -> list[str]:
+    missing = sum(figures[arm]["num_missing"] for arm in ("model", "comparison") if arm in figures)
+    count = str(figures["model"]["num_samples"]) + (f"\n{missing} missing" if missing else "")
+    cells = [name, _mean(figures["model"])]
+    if compared:
+        cells.append(_mean(figures["comparison"]) if "comparison" in figures else "-")
+        paired = figures.get("paired", {})
+        cells += [_interval(paired[key]) if key in paired else "-" for key in ("difference", "win_rate")]
+    return [*cells, count]
+
+
+def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    rows: list[list[str]] = []
+    for arm in ("model", "comparison"):
+        one = sets.get(arm)
+        if not one:
+            continue
+        count = f"{one['num_pictures']} pictures"
+        if "not_given" in one:
+            rows.append([f"{arm}: features", *_given(one, "", count)])
+            continue
+        rows.append([f"{arm}: within-prompt distance", *_given(one["within_prompt_diversity"], "mean_distance", count)])
+        rows.append([f"{arm}: mean distance", *_given(one["mean_distance"], "value", count)])
+        if "vendi" in one:
+            rows.append([f"{arm}: Vendi score", *_given(one["vendi"], "value", count)])
+    between = sets.get("between")
+    if between:
+        counts = f"{between['num_model']} against {between['num_comparison']}"
+        few = " (few samples: compare only at equal counts)" if between["frechet"].get("few_samples") else ""
+        rows.append(["Frechet distance", *_given(between["frechet"], "value", counts + few)])
+        subsets = between["kid"].get("subset_size")
+        rows.append(["KID", *_given(between["kid"], "mean", f"{counts}, subsets of {subsets}")])
+        for name in ("precision", "recall", "density", "coverage"):
+            rows.append([name, *_given(between["manifold"], name, counts)])
+    source = next((one["features"] for one in sets.values() if "features" in one), "none")
+    return f"sets, on {source} features", ["figure", "value", "on"], rows
+
+
+def _drift(drift: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    rows = [
+        [timestep, f"{drift['anchor'][timestep]:.4g}", f"{drift['base_denoising'][timestep]:.4g}",
+         f"{drift['denoising'][timestep]:.4g}"]
+        for timestep in drift["anchor"]
+    ]  # fmt: skip
+    title = (
+        f"drift from the base on {drift['num_samples']} samples: rms {drift['rms']:.4g}, path KL "
+        f"{drift['path_kl_nats']:.4g} nats"
+    )
+    return title, ["timestep", "anchor error", "denoising error, base", "denoising error, model"], rows
+
+
+def _name(figures: Mapping[str, Any]) -> str:
+    remarks = [
+        *([] if figures["higher_is_better"] else ["lower is better"]),
+        *([] if figures["role"] == "judge" else [figures["role"]]),
+    ]
+    return figures["judge"] + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def _mean(one: Mapping[str, Any]) -> str:
+    """Value over interval: side by side, five such columns do not fit a terminal."""
+    if one["mean"] is None:
+        return "-"
+    return f"{one['mean']:.4g}" + (f"\n{one['low']:.3g}..{one['high']:.3g}" if one["low"] is not None else "")
+
+
+def _interval(one: Mapping[str, Any]) -> str:
+    return f"{one['value']:.4g}\n{one['low']:.3g}..{one['high']:.3g}"
+
+
+def _given(figure: Mapping[str, Any], key: str, on: str) -> list[str]:
+    return ["-", figure["not_given"]] if "not_given" in figure else [f"{figure[key]:.4g}", on]

@@ -1,0 +1,105 @@
+"""May a run be promoted? What the guard wrote and where its rules stood when the run ended."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import UsageError
+from acpo_dist.guard.decision import Reason
+from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore
+from acpo_dist.tracking.jsonl import read_metrics
+
+_ENDING = ("stop", "roll_back")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What speaks against a run."""
+
+    objections: tuple[str, ...]
+    """Empty if the guard is clean."""
+    remarks: tuple[str, ...]
+    """What was reported during the run, whether it passed or not."""
+    exported: int
+    """Iteration whose weights the run's export holds."""
+    best: int
+    """Iteration of the checkpoint that the judges liked best; 0 is the base model."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing speaks against it."""
+        return not self.objections
+
+
+def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
+    """The verdict on a finished run, and its newest checkpoint.
+
+    Raises:
+        UsageError: the run has not ended, or has no checkpoint.
+    """
+    newest = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
+    if newest is None or not (run / "export" / "model_index.json").is_file():
+        raise UsageError(f"{run} has exported nothing yet, so there is nothing to promote: a run does so when it ends.")
+    records = read_metrics(run / "guard.jsonl") if (run / "guard.jsonl").is_file() else []
+    state = newest.state["guard"]["state"]
+    objections = [
+        f"the guard ended the run after iteration {record['iteration'] + 1} ({record['action']}): {_why(record)}"
+        for record in records
+        if record["action"] in _ENDING
+    ]
+    # An ending says the same in more words.
+    if not objections:
+        objections += [
+            f"the guard's rule `{name}` stood at `{rule['level']}` when the run ended"
+            for name, rule in sorted(state["rules"].items())
+            if rule["level"] != "ok"
+        ]
+    if not config.rewards.judges:
+        objections.append("no held-out judge watched the run (rewards.judges is empty)")
+    best = int(state["best"][0])
+    rolled_back = bool(records) and records[-1]["action"] == "roll_back"
+    return Verdict(
+        objections=tuple(objections), remarks=tuple(_remark(record) for record in records),
+        exported=int(records[-1]["best_iteration"]) if rolled_back else newest.iteration, best=best,
+    ), newest  # fmt: skip
+
+
+def metrics_at(run: Path, iteration: int) -> dict[str, float]:
+    """Figures of the last iteration that the weights of a checkpoint have seen, by name."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["iteration"] < iteration]
+    found = rows[-1] if rows else {}
+    return {name: float(value) for name, value in found.items() if name != "iteration" and value is not None}
+
+
+def gains_of(run: Path) -> dict[str, float]:
+    """Gain of the last weights on the calibration prompts and seeds, in base standard deviations, by metric."""
+    found: dict[str, float] = {}
+    for row in read_metrics(run / "metrics.jsonl"):
+        found |= {
+            name[5:]: float(value) for name, value in row.items() if name.startswith("gain/") and value is not None
+        }
+    return found
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What `acpo eval` found.
+
+    Raises:
+        UsageError: the folder holds no finished evaluation.
+    """
+    path = folder / "evaluation.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{folder} holds no finished evaluation: {path.name} cannot be read ({error})") from error
+
+
+def _why(record: Mapping[str, Any]) -> str:
+    return "; ".join(Reason(**reason).text for reason in record["reasons"]) or "no reason recorded"
+
+
+def _remark(record: Mapping[str, Any]) -> str:
+    return f"iteration {record['iteration'] + 1}, {record['action']}: {_why(record)}"

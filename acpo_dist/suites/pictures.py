@@ -1,0 +1,161 @@
+"""Pictures that are there already, as encoded bytes with their names, prompts and categories.
+
+H x W pixels, RGB.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.data.images import PARQUET_SUFFIXES, PICTURE_SUFFIXES
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPicture:
+    """One picture file, or one row of a parquet file, not decoded yet."""
+
+    name: str
+    """Path relative to the folder that was named; for a row `FILE#ROW`."""
+    key: str
+    """What pairs it with a picture of another set: the path without its ending, or the row."""
+    prompt: str
+    """Empty where none is known."""
+    data: bytes | None = field(repr=False)
+    """None for an empty row."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the encoded bytes."""
+        return digest(self.data or b"")
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 as text."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a path is a picture, a parquet file or a folder with a picture at any depth."""
+    if path.is_file():
+        return path.suffix.lower() in PICTURE_SUFFIXES | PARQUET_SUFFIXES
+    return path.is_dir() and any(_is_picture(file) for file in path.rglob("*"))
+
+
+def count_pictures(path: Path) -> int:
+    """Pictures, or rows of a parquet file."""
+    return _open(path).metadata.num_rows if path.suffix.lower() in PARQUET_SUFFIXES else len(_files(path))
+
+
+def read_pictures(
+    path: Path, *, indices: Sequence[int], image_column: str = "image", prompt_column: str = "prompt"
+) -> Iterator[EncodedPicture]:
+    """The pictures at `indices` (ascending) of all that `path` holds, in sorted or row order.
+
+    Raises:
+        DataError: the path is missing, holds no picture or has no such column.
+    """
+    if path.suffix.lower() in PARQUET_SUFFIXES:
+        yield from _rows(path, frozenset(indices), image_column, prompt_column)
+        return
+    files = _files(path)
+    root = path if path.is_dir() else path.parent
+    names = [file.relative_to(root) for file in files]
+    stems = Counter(name.with_suffix("") for name in names)
+    for index in indices:
+        name = names[index]
+        # The ending does not count, so that PNGs pair with JPEGs; unless it is all that tells two files apart.
+        key = name if stems[name.with_suffix("")] > 1 else name.with_suffix("")
+        yield EncodedPicture(name=name.as_posix(), key=key.as_posix(), prompt="", data=files[index].read_bytes())
+
+
+def decode(data: bytes | None, name: str) -> Tensor:
+    """uint8 RGB of shape (3, H, W); transparency is dropped.
+
+    Raises:
+        DataError: the bytes are no readable 8-bit picture; names it.
+    """
+    try:
+        if not data:
+            raise ValueError("it is empty")
+        with Image.open(BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"only 8-bit pictures are supported, found mode {image.mode}")
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be read as a picture: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def encode(picture: Tensor) -> bytes:
+    """PNG bytes of a uint8 RGB picture (3, H, W); the same picture gives the same bytes."""
+    buffer = BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _is_picture(path: Path) -> bool:
+    # Hidden files are never pictures of the user's: macOS archives put `._name.png` beside every picture.
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}")
+    found = sorted(file for file in path.rglob("*") if _is_picture(file))
+    if not found:
+        raise DataError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+    return found
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _rows(path: Path, wanted: frozenset[int], image_column: str, prompt_column: str) -> Iterator[EncodedPicture]:
+    with _open(path) as file:
+        names = file.schema_arrow.names
+        if image_column not in names:
+            raise DataError(
+                f"{path} has no column `{image_column}` (--image-column). Columns found: {', '.join(names)}."
+            )
+        columns = [image_column, *([prompt_column] if prompt_column in names else [])]
+        index = 0
+        try:
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    if index in wanted:
+                        yield _row(path, index, row, image_column, prompt_column)
+                    index += 1
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path} is damaged: {error}") from error
+
+
+def _row(path: Path, index: int, row: dict, image_column: str, prompt_column: str) -> EncodedPicture:
+    value = row[image_column]
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is not None and not isinstance(data, bytes):
+        raise DataError(
+            f"{path}: column `{image_column}` holds {type(data).__name__}; expected encoded pictures as binary, or a "
+            "struct with a binary field `bytes`."
+        )
+    prompt = str(row.get(prompt_column) or "")
+    return EncodedPicture(name=f"{path.name}#{index}", key=f"row {index:06d}", prompt=prompt, data=data)

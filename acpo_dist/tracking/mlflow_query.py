@@ -1,0 +1,147 @@
+"""Runs as MLflow knows them, and files that are added to one afterwards. It says at once when MLflow is not there."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from acpo_dist.core.errors import UsageError
+from acpo_dist.tracking.mlflow_records import METRICS_PER_BATCH, batches, legal_name
+from acpo_dist.tracking.mlflow_run import shown_uri, sqlite_file
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+CONNECT_TIMEOUT_S = 5.0
+"""Longest wait for a tracking server to take a connection; MLflow's own client would try for minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """One run of an experiment."""
+
+    run_id: str
+    name: str
+    status: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Last value of each figure."""
+    rows: Sequence[Mapping[str, Any]]
+    """One mapping per step with the figures that were asked for, and `iteration`."""
+    seconds: float | None
+
+
+def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> list[TrackedRun]:
+    """Runs of an experiment, oldest first.
+
+    Args:
+        histories: beginnings of the figures whose whole history is fetched, one request each.
+
+    Raises:
+        UsageError: MLflow is not installed, cannot be reached, or has no such experiment.
+    """
+    client = connect(uri)
+    try:
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            known = ", ".join(sorted(each.name for each in client.search_experiments())) or "none"
+            raise UsageError(
+                f"no experiment `{experiment}` at {shown_uri(uri)}; found: {known}. See tracking.experiment."
+            )
+        runs: list[Any] = []
+        token = None
+        while True:
+            page = client.search_runs([found.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+            runs.extend(page)
+            token = page.token
+            if not token:
+                return [_tracked(client, run, histories) for run in runs]
+    except UsageError:
+        raise
+    except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+        raise _unusable(uri, error) from error
+
+
+def attach(
+    uri: str, run_id: str, file: Path, *, folder: str, figures: Mapping[str, float], step: int, tags: Mapping[str, str]
+) -> None:
+    """Add a file, figures and tags to a run that may have ended; doing it again replaces the file.
+
+    Raises:
+        UsageError: MLflow is not installed, cannot be reached, or does not know the run.
+    """
+    client = connect(uri)
+    import time
+
+    from mlflow.entities import Metric, RunTag
+
+    now = time.time_ns() // 1_000_000
+    try:
+        client.log_artifact(run_id, str(file), folder)
+        metrics = [Metric(legal_name(name), float(value), now, step) for name, value in figures.items()]
+        for batch in batches(metrics, METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=batch)
+        client.log_batch(run_id, tags=[RunTag(legal_name(name), value) for name, value in tags.items()])
+    except Exception as error:  # as above
+        raise _unusable(uri, error) from error
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of a store that is there.
+
+    Raises:
+        UsageError: MLflow is not installed, or the store cannot be reached.
+    """
+    try:
+        import mlflow.tracking
+    except ImportError as error:
+        raise UsageError(
+            f"this needs MLflow, which cannot be imported ({error}): pip install 'acpo-dist[mlflow]'"
+        ) from error
+    _require_there(uri)
+    try:
+        return mlflow.tracking.MlflowClient(tracking_uri=uri)
+    except Exception as error:  # as above
+        raise _unusable(uri, error) from error
+
+
+def _require_there(uri: str) -> None:
+    """Refuse what MLflow would create, or wait minutes for."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        try:
+            socket.create_connection(address, CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise _unusable(uri, error) from error
+        return
+    file = sqlite_file(uri)
+    if file is None and parts.scheme in ("", "file"):
+        file = Path(parts.path)
+    if file is not None and not file.exists():
+        raise _unusable(uri, FileNotFoundError(f"{file} does not exist"))
+
+
+def _tracked(client: "MlflowClient", run: Any, histories: Sequence[str]) -> TrackedRun:
+    rows: dict[int, dict[str, Any]] = {}
+    for name in run.data.metrics:
+        if name.startswith(tuple(histories)):
+            for point in client.get_metric_history(run.info.run_id, name):
+                rows.setdefault(point.step, {"iteration": point.step})[name] = point.value
+    start, end = run.info.start_time, run.info.end_time
+    return TrackedRun(
+        run_id=run.info.run_id, name=run.info.run_name, status=run.info.status, params=dict(run.data.params),
+        tags=dict(run.data.tags), metrics=dict(run.data.metrics), rows=[rows[step] for step in sorted(rows)],
+        seconds=(end - start) / 1000 if start and end else None,
+    )  # fmt: skip
+
+
+def _unusable(uri: str, error: Exception) -> UsageError:
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return UsageError(
+        f"MLflow at {shown_uri(uri)} cannot be used ({shown_uri(said)}). Start its server, correct --uri (or "
+        "MLFLOW_TRACKING_URI, tracking.mlflow_uri), or name run folders instead."
+    )

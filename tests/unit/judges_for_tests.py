@@ -1,0 +1,39 @@
+"""Judges of a user's own, as `module:Class`: one that cannot score some pictures."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from acpo_dist.rewards.base import MetricConfig, SmoothQuality
+
+
+class FailsOnGreen(SmoothQuality):
+    """Mean brightness; raises where green is the strongest channel, as anybody's code may."""
+
+    Config: ClassVar[type[MetricConfig]] = MetricConfig
+    needs_prompts: ClassVar[bool] = False
+
+    def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
+        self._name = config.name
+
+    @classmethod
+    def unusable(cls, config: MetricConfig) -> str | None:
+        return None
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        means = images.mean((2, 3))
+        green = means.argmax(1) == 1
+        if green.any():
+            raise ValueError(f"{int(green.sum())} pictures are green")
+        return means.mean(1)
+
+
+class PromptLength(FailsOnGreen):
+    """Length of the prompt."""
+
+    needs_prompts: ClassVar[bool] = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([float(len(prompt)) for prompt in prompts])

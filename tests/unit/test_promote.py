@@ -1,0 +1,202 @@
+"""`acpo promote`: only a clean run is registered, with a card that says what there is to know."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from acpo_dist.cli.app import main
+from acpo_dist.driver import drive
+from acpo_dist.learner.checkpoint import CheckpointStore
+from acpo_dist.local import open_ports
+from acpo_dist.session import read_run_config
+from acpo_dist.tracking.console import Console
+
+pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
+
+
+@pytest.fixture
+def acpo(monkeypatch, capsys):
+    """Run `acpo ARGUMENTS`: exit code, standard output, standard error."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three iterations with a checkpoint of each, of which the judges like the second best."""
+    from acpo_dist.config.load import load_config
+    from tests.conftest import TINY
+
+    root = tmp_path_factory.mktemp("promote") / "run"
+    overrides = [*TINY, "run.iterations=3", "run.name=promoted-toy", f"run.dir={root}", "checkpoint.every=1"]
+    drive(load_config("toy_sdxl", overrides), open_ports, Console(quiet=True))
+    return root
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The finished run, its guard at peace and the second checkpoint its best."""
+    import shutil
+
+    root = tmp_path / "run"
+    shutil.copytree(finished, root)
+    change_guard(root, best=[2, 0.1], rules={})
+    return root
+
+
+def change_guard(root: Path, **values) -> None:
+    """Write another state of the guard into the newest checkpoint, with a manifest that holds."""
+    store = CheckpointStore(root / "checkpoints", keep=9)
+    newest = store.newest()
+    assert newest is not None
+    state = {key: value for key, value in newest.state.items() if key != "iteration"}
+    state["guard"]["state"].update(values)
+    partial = store.prepare(newest.iteration)
+    for path in newest.learner_folder.iterdir():
+        (partial / "learner" / path.name).write_bytes(path.read_bytes())
+    store.commit(partial, newest.iteration, state)
+
+
+def card_of(folder: Path) -> tuple[dict, str]:
+    text = (folder / "README.md").read_text()
+    return yaml.safe_load(text.split("---")[1]), text
+
+
+def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, tmp_path, acpo):
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'registry.db'}"
+    code, out, err = acpo("promote", str(run), "--name", "toy", "--uri", uri, "--json")
+    assert code == 0, err
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["clean"] and not answer["forced"] and answer["iteration"] == 2 and answer["version"] == "1"
+    client = MlflowClient(tracking_uri=uri)
+    version = client.get_model_version_by_alias("toy", "promoted")
+    assert str(version.version) == "1" and version.tags["acpo.guard"] == "clean" and "acpo.forced" not in version.tags
+    files = {item.path for item in client.list_artifacts(answer["mlflow_run_id"], "promoted/export-000002")}
+    assert {"promoted/export-000002/README.md", "promoted/export-000002/unet"} <= files
+    # What lies there is the second checkpoint and not the last one.
+    store = CheckpointStore(run / "checkpoints", keep=9)
+    adapters = load_file(run / "export-000002" / "lora" / "pytorch_lora_weights.safetensors")
+    policies = [load_file(store.open(n).learner_folder / "policy.safetensors") for n in (2, 3)]
+    norms = sorted(float(value.norm()) for name, value in policies[0].items() if "lora_B" in name)
+    found = sorted(float(value.norm()) for name, value in adapters.items() if "lora_B" in name or "lora.up" in name)
+    assert found == pytest.approx(norms, rel=1e-6)
+    assert norms != pytest.approx(sorted(float(v.norm()) for n, v in policies[1].items() if "lora_B" in n), rel=1e-6)
+    # Promoted again, it is the next version, and the alias moves on.
+    assert acpo("promote", str(run), "--name", "toy", "--uri", uri)[0] == 0
+    assert str(client.get_model_version_by_alias("toy", "promoted").version) == "2"
+
+
+def test_the_card_loads_the_model_as_it_says_and_names_what_matters(run, tmp_path, acpo, monkeypatch):
+    code, _, err = acpo("promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}", "--checkpoint", "newest")
+    assert code == 0, err
+    head, text = card_of(run / "export")
+    assert head["library_name"] == "diffusers" and head["base_model"] == "toy-sdxl"
+    config = read_run_config(run)
+    assert config.run.name in text and "strided_judge" in text and "drove the update" in text
+    gains = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{gains['gain/strided_judge']:+.2f}" in text and "not stated by the base model" in text
+    assert "By force" not in text and "Clean" in text and str(tmp_path) not in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(run / "export")
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (run / "export" / "picture.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize("case", ["standing warning", "ended", "no judge"])
+def test_a_run_that_is_not_clean_is_refused_unless_forced_and_then_says_so(run, tmp_path, acpo, case):
+    from mlflow.tracking import MlflowClient
+
+    if case == "standing warning":
+        change_guard(run, rules={"hacking_gap": {"level": "warn", "over_warn": 4, "over_stop": 0}})
+        words = "rule `hacking_gap` stood at `warn`"
+    elif case == "ended":
+        reason = {"rule": "drift", "level": "stop", "value": 3.0, "warn": 1.0, "stop": 1.2}
+        record = {"iteration": 2, "action": "stop", "reasons": [reason], "best_iteration": 2}
+        (run / "guard.jsonl").write_text(json.dumps(record) + "\n")
+        words = "drift is 3.00 times its budget"
+    else:
+        resolved = yaml.safe_load((run / "resolved.yaml").read_text())
+        resolved["rewards"]["judges"] = []
+        (run / "resolved.yaml").write_text(yaml.safe_dump(resolved))
+        words = "no held-out judge watched"
+    uri = f"sqlite:///{tmp_path / 'registry.db'}"
+    code, _, err = acpo("promote", str(run), "--name", "toy", "--uri", uri)
+    assert code == 2 and words in err and "--force" in err
+    assert not (tmp_path / "registry.db").exists() and not (run / "export" / "README.md").exists()
+    code, _, err = acpo("promote", str(run), "--name", "toy", "--uri", uri, "--force")
+    assert code == 0 and "BY FORCE" in err
+    client = MlflowClient(tracking_uri=uri)
+    version = client.get_model_version("toy", "1")
+    assert version.tags["acpo.forced"] == "true" and words in version.tags["acpo.objections"]
+    assert "promoted" not in client.get_registered_model("toy").aliases
+    assert "Promoted by force" in card_of(run / "export-000002")[1] and words in card_of(run / "export-000002")[1]
+
+
+def test_a_warning_that_has_passed_does_not_stand_in_the_way_and_is_on_the_card(run, tmp_path, acpo):
+    reason = {"rule": "judge_fall/strided_judge", "level": "warn", "value": 0.7, "warn": 0.6, "stop": 0.8}
+    record = {"iteration": 0, "action": "warn", "reasons": [reason], "best_iteration": 0}
+    (run / "guard.jsonl").write_text(json.dumps(record) + "\n")
+    code, _, err = acpo("promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}")
+    assert code == 0, err
+    assert "iteration 1, warn: judge `strided_judge` has fallen 0.70" in card_of(run / "export-000002")[1]
+
+
+def test_figures_of_an_evaluation_go_on_the_card(run, tmp_path, acpo):
+    found = acpo(
+        "eval", str(run), "--checkpoint", "best", "--suite", "toy", "--limit", "4", "--compare", "base", "--drift", "0",
+        "--out", str(tmp_path / "e"), "--json",
+    )  # fmt: skip
+    assert found[0] == 0, found[2]
+    mean = json.loads((tmp_path / "e" / "evaluation.json").read_text())["judges"][0]["model"]["mean"]
+    code, _, err = acpo(
+        "promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}", "--evaluation", str(tmp_path / "e")
+    )
+    assert code == 0, err
+    text = card_of(run / "export-000002")[1]
+    assert "suite `toy`, 4 of 48 prompts, against base" in text and f"{mean:.4g}" in text
+    assert str(tmp_path) not in text
+    # Figures of other weights have no place there.
+    code, _, err = acpo("promote", str(run), "--checkpoint", "newest", "--evaluation", str(tmp_path / "e"))
+    assert code == 2 and "is of other weights than iteration 3" in err
+
+
+def test_what_cannot_be_promoted_is_refused(run, tmp_path, acpo):
+    uri = f"sqlite:///{tmp_path / 'registry.db'}"
+    code, _, err = acpo("promote", str(tmp_path), "--uri", uri)
+    assert code == 2 and "is not a run" in err
+    code, _, err = acpo("promote", str(run), "--uri", uri, "--checkpoint", "7")
+    assert code == 2 and "no checkpoint of iteration 7; kept are 1, 2, 3" in err
+    code, _, err = acpo("promote", str(run), "--uri", uri, "--evaluation", str(tmp_path))
+    assert code == 2 and "holds no finished evaluation" in err
+    change_guard(run, best=[0, 0.0])
+    code, _, err = acpo("promote", str(run), "--uri", uri)
+    assert code == 2 and "liked no checkpoint as much as the base model" in err
+    (run / "export" / "model_index.json").unlink()
+    code, _, err = acpo("promote", str(run), "--uri", uri)
+    assert code == 2 and "has exported nothing yet" in err
+
+
+def test_a_registry_that_cannot_be_reached_is_an_error_without_its_password(run, acpo, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    code, _, err = acpo("promote", str(run), "--uri", "http://user:hidden@127.0.0.1:9")
+    assert code == 1 and "Nothing was promoted" in err and "hidden" not in err
