@@ -1,0 +1,54 @@
+"""`acpo report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+
+@app.command("report")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the run, or beside the first of several.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts in the gallery.")] = 12,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Seeds of each prompt; diversity needs two.")] = 2,
+    at: Annotated[
+        str, typer.Option(help="Weights to draw with: export, last, best (by the judges), or an iteration.")
+    ] = "export",
+    samples: Annotated[bool, typer.Option(help="Draw pictures and measure drift by timestep.")] = True,
+    mlflow: Annotated[bool, typer.Option(help="Add the page to the runs in MLflow.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the figures.")] = False,
+) -> None:
+    """One HTML file about runs: quality against drift, judges, guard, time, base | tuned pictures. Works offline."""
+    from acpo_dist.reporting.build import Drawing, build_report
+    from acpo_dist.reporting.figures import verdict
+    from acpo_dist.tracking.console import Console
+
+    console = Console()
+    drawing = Drawing(prompts=prompts, per_prompt=per_prompt, at=at) if samples else None
+    made = build_report(runs, out, drawing, track=mlflow, console=console)
+    if as_json:
+        rows = [
+            {
+                "label": view.label, **view.figures.to_mapping(), "notes": list(view.notes),
+                "pictures": [
+                    {"prompt": pair.base.prompt, "seed": pair.base.seed, "gain": pair.gain, "base": str(pair.base.file),
+                     "tuned": str(pair.tuned.file), "base_scores": pair.base.scores, "tuned_scores": pair.tuned.scores}
+                    for pair in (view.gallery.pairs if view.gallery else ())
+                ],
+                "in_mlflow": made.tracked.get(view.label),
+            }
+            for view in made.views
+        ]  # fmt: skip
+        answer({"report": str(made.path), "runs": rows})
+        return
+    for view in made.views:
+        for note in view.notes:
+            console.message(f"{view.label}: {note}")
+        console.message(f"{view.label}: {verdict(view.figures)[1]}")
+    added = [label for label, done in made.tracked.items() if done]
+    console.message(f"{made.path}" + (f"; added to MLflow: {', '.join(added)}" if added else ""))

@@ -1,0 +1,45 @@
+"""Run folders as `acpo train` leaves them, without the training."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from acpo_dist.config.load import load_config
+
+NORMALISERS = {
+    "two_stream": {"mean": 0.5, "std": 0.2, "sign": 1, "target": None},
+    "strided_judge": {"mean": 0.4, "std": 0.1, "sign": 1, "target": None},
+}
+
+
+def row(iteration: int, *, reward: float, judge: float, drift: float, **more: float | None) -> dict[str, Any]:
+    """One line of `metrics.jsonl`."""
+    return {
+        "iteration": iteration, "reward/two_stream/mean": reward, "judge/strided_judge/mean": judge, "drift/rms": drift,
+        "anchor/weight": 2.0, "time/iteration": 2.0, "time/rollout": 1.0, "time/learn": 0.75,
+        "guard/drift": drift / 0.36, "guard/hacking_gap": 0.1, "guard/reward_scale": 1.0,
+        "guard/best_iteration": 0.0, **more,
+    }  # fmt: skip
+
+
+def make_run(
+    root: Path, rows: list[dict[str, Any]], *overrides: str, gains: Mapping[str, float] | None = None,
+    checkpoint: int | None = None, guard: list[dict[str, Any]] | None = None,
+) -> Path:  # fmt: skip
+    """Write the folder; a checkpoint holds state and manifest, but no weights."""
+    root.mkdir(parents=True)
+    config = load_config("toy_sdxl", [f"run.dir={root}", f"run.iterations={len(rows)}", *overrides])
+    (root / "resolved.yaml").write_text(yaml.safe_dump(config.to_mapping()))
+    lines = [*rows, *([{"iteration": len(rows), **{f"gain/{k}": v for k, v in gains.items()}}] if gains else [])]
+    (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if checkpoint is not None:
+        folder = root / "checkpoints" / f"{checkpoint:06d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"iteration": checkpoint, "normalisers": NORMALISERS}))
+        (folder / "manifest.json").write_text(json.dumps({"files": {}}))
+    if guard:
+        (root / "guard.jsonl").write_text("".join(json.dumps(event) + "\n" for event in guard))
+    return root

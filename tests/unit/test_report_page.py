@@ -1,0 +1,238 @@
+"""The report of a real run, opened in a real browser."""
+
+import base64
+import json
+import re
+import sys
+from html import unescape
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from acpo_dist.cli.app import main
+from acpo_dist.driver import drive
+from acpo_dist.learner.checkpoint import CheckpointStore
+from acpo_dist.local import LocalRewards, LocalRollouts, open_ports
+from acpo_dist.reporting.build import Drawing, build_report
+from acpo_dist.reporting.heat import luminance
+from acpo_dist.reporting.record import read_run
+from acpo_dist.session import read_run_config
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+from tests.conftest import TINY
+from tests.unit.browser_for_tests import Browser
+from tests.unit.runs_for_tests import make_run, row
+
+QUIET = Console(quiet=True)
+DRAWING = Drawing(prompts=2, per_prompt=2, at="export")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two short runs, the second without an anchor, and the report of both."""
+    from acpo_dist.config.load import load_config
+
+    folder = tmp_path_factory.mktemp("runs")
+    arms = {"acpo": [], "reward_only": ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null"]}
+    for name, overrides in arms.items():
+        common = ["run.iterations=3", "checkpoint.every=2", f"run.dir={folder / name}", f"run.name={name}"]
+        drive(load_config("toy_sdxl", [*TINY, *common, *overrides]), open_ports, QUIET)
+    roots = [folder / name for name in arms]
+    return build_report(roots, folder / "both.html", DRAWING, track=True, console=QUIET), roots
+
+
+@pytest.fixture(scope="module")
+def browser():
+    browser = Browser()
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_the_page_loads_without_complaint_or_network_and_fits_its_width(runs, browser, width, dark):
+    browser.open(runs[0].path, width=width, dark=dark)
+    for tab in range(2):
+        browser.run(f"document.querySelectorAll('[role=tab]')[{tab}].click()")
+        browser.run("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        wide = "[...document.querySelectorAll('.card,.figure,.pair,.verdict')].filter(e => e.getClientRects().length)"
+        assert browser.run(
+            f"{wide}.every(e => e.getBoundingClientRect().right <= {width} && e.scrollWidth <= e.clientWidth + 1)"
+        )
+    assert browser.complaints == []
+    assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_figures_on_the_page_are_those_of_the_run(runs, browser):
+    report, roots = runs
+    browser.open(report.path, width=1280)
+    for index, root in enumerate(roots):
+        *rows, gain = read_metrics(root / "metrics.jsonl")
+        cards = f"[...document.querySelectorAll('#run-{index} [data-figure]')]"
+        found = browser.run(f"{cards}.map(e => [e.dataset.figure, e.dataset.value, e.textContent])")
+        shown = {name: (value, text) for name, value, text in found}
+        for name in ("two_stream", "strided_judge"):
+            assert float(shown[f"gain/{name}"][0]) == gain[f"gain/{name}"]
+            assert shown[f"gain/{name}"][1].split()[0] == f"{gain[f'gain/{name}']:+.2f}"
+        assert float(shown["drift"][0]) == pytest.approx(sum(r["drift/rms"] for r in rows) / len(rows))
+        charts = [json.loads(text) for text in browser.run(
+            f"[...document.querySelectorAll('#run-{index} [data-chart]')].map(e => e.dataset.chart)"
+        )]  # fmt: skip
+        by_name = {series["name"]: series["values"] for chart in charts for series in chart["series"]}
+        assert by_name["rms drift"] == [r["drift/rms"] for r in rows]
+        assert by_name["rollout"] == [r["time/rollout"] for r in rows]
+        normaliser = read_run(root).normalisers["strided_judge"]
+        wanted = [(r["judge/strided_judge/mean"] - normaliser.mean) / normaliser.std for r in rows]
+        assert by_name["judge strided_judge"] == pytest.approx(wanted)
+
+
+def test_a_slider_moves_the_edge_between_base_and_tuned_by_mouse_and_keyboard(runs, browser):
+    browser.open(runs[0].path, width=1280)
+    clip = "getComputedStyle(document.querySelector('.wipe .over')).clipPath"
+    assert browser.run(clip) == "inset(0px 0px 0px 50%)"
+    browser.run("document.querySelector('.wipe input').focus()")
+    browser.press("ArrowRight")
+    assert browser.run(clip) == "inset(0px 0px 0px 51%)"
+    browser.press("Home")
+    assert browser.run(clip) == "inset(0px 0px 0px 0%)"
+    browser.run("document.querySelector('.wipe').scrollIntoView({block: 'center', behavior: 'instant'})")
+    box = browser.run(
+        "(b => [b.left, b.top, b.width, b.height])(document.querySelector('.wipe').getBoundingClientRect())"
+    )
+    browser.click(box[0] + 0.8 * box[2], box[1] + 0.5 * box[3])
+    cut = float(re.search(r"([\d.]+)%", browser.run(clip)).group(1))
+    assert cut == pytest.approx(80, abs=6), "the thumb has a width, so the edge is not quite under the pointer"
+    assert browser.run("document.querySelector('.wipe input').labels[0].textContent").startswith("How much of the base")
+
+
+def test_tabs_follow_the_arrow_keys_and_charts_read_out_their_figures(runs, browser):
+    browser.open(runs[0].path, width=1280)
+    browser.run("document.getElementById('tab-0').focus()")
+    browser.press("ArrowRight")
+    assert browser.run("[document.getElementById('run-0').hidden, document.getElementById('run-1').hidden]") == [
+        True,
+        False,
+    ]
+    assert browser.run("document.activeElement.id") == "tab-1"
+    browser.run("document.querySelector('#run-1 [data-chart]').focus()")
+    browser.press("Home")
+    said = browser.run("document.querySelector('#run-1 .read').textContent")
+    assert said.startswith("iteration 1: reward two_stream ")
+
+
+def test_pictures_are_sorted_worst_first_and_can_be_turned_round(runs, browser):
+    browser.open(runs[0].path, width=1280)
+    texts = "[...document.querySelectorAll('#run-0 .pair .gain')].map(e => e.textContent)"
+    gains = f"{texts}.map(text => parseFloat(text.match(/[-+][\\d.]+/)[0]))"
+    worst = browser.run(gains)
+    wanted = sorted(round(pair.gain, 2) for pair in runs[0].views[0].gallery.pairs)
+    assert worst == pytest.approx(wanted) and worst == sorted(worst)
+    browser.run("document.querySelector('#run-0 [data-order=best]').click()")
+    assert browser.run(gains) == worst[::-1]
+
+
+def test_pictures_in_the_page_are_the_runs_own_and_scored_as_training_scores_them(runs):
+    report, roots = runs
+    view = report.views[1]
+    config = read_run_config(roots[1])
+    pool, rewards = LocalRollouts(config, device="cpu"), LocalRewards(config, device="cpu")
+    checkpoint = CheckpointStore(roots[1] / "checkpoints", keep=3).newest()
+    assert checkpoint is not None and view.gallery.iteration == checkpoint.iteration == 3
+    from safetensors.torch import load_file
+
+    from acpo_dist.core.weights import make_bundle
+    from acpo_dist.data.prompts import deal, load_prompts
+
+    groups = deal(
+        load_prompts("toy", "prompt"), iteration=0, run_seed=0, stream="report", num_prompts=2, samples_per_prompt=2
+    )
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    for which in ("base", "tuned"):
+        if which == "tuned":
+            pool.load(make_bundle(3, load_file(checkpoint.learner_folder / "policy.safetensors")))
+        handles = pool.generate(groups)
+        images, scores = pool.images(handles, ids), rewards.score(handles, ["two_stream", "strided_judge"])
+        for index, sample in enumerate(ids):
+            shot = getattr(view.gallery.pairs[index], which)
+            kept = torch.from_numpy(np.asarray(Image.open(shot.file)).copy()).permute(2, 0, 1)
+            assert torch.equal(kept, images[index])
+            # Convolutions round differently for other memory layouts of the same pixels: some 1e-6 of a score near 1.
+            assert shot.scores == {name: pytest.approx(scores[name][sample], abs=1e-5) for name in scores}
+    # The page holds the same bytes, losslessly.
+    page = report.path.read_text()
+    inside = [base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)]
+    assert len(inside) == 16
+
+
+def test_drift_by_timestep_is_zero_for_the_base_and_that_of_the_learner_otherwise(runs):
+    drift = runs[0].views[1].drift
+    assert list(drift.iterations) == [2, 3] and drift.space == "v"
+    flat = [value for values in drift.values for value in values]
+    assert len(flat) == 24 and all(value is not None and value > 0 for value in flat)
+
+
+def test_a_second_report_draws_nothing_again(runs, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("acpo_dist.reporting.studio.open_rollouts", refuse)
+    report, roots = runs
+    again = build_report(roots, report.path.with_name("again.html"), DRAWING, track=False, console=QUIET)
+    assert [v.gallery for v in again.views] == [v.gallery for v in report.views]
+    assert [v.drift for v in again.views] == [v.drift for v in report.views]
+
+
+def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    root = make_run(tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1)])
+    with (root / "metrics.jsonl").open("a") as file:
+        file.write("torn")
+    monkeypatch.setattr(sys, "argv", ["acpo", "report", str(root), "--json"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["report"] == str(root / "report.html") and answer["runs"][0]["pictures"] == []
+    page = unescape((root / "report.html").read_text())
+    for words in ("1 unreadable line", "No whole checkpoint", "Gains by iteration are not known"):
+        assert words in page and any(words in note for note in answer["runs"][0]["notes"])
+
+
+def test_an_unreachable_mlflow_leaves_the_report_and_says_so(tmp_path, capsys):
+    root = make_run(
+        tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1)], "tracking.mlflow_uri=http://127.0.0.1:9"
+    )
+    (root / "mlflow").mkdir()
+    (root / "mlflow" / "run_id").write_text("abc")
+    report = build_report([root], None, None, track=True, console=Console())
+    assert report.tracked == {"toy-sdxl": False} and report.path.is_file()
+    assert "not added to MLflow: MLflow at http://127.0.0.1:9 cannot be used" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize("at", ["7", "newest"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(runs, at):
+    from acpo_dist.core.errors import UsageError
+
+    with pytest.raises(UsageError, match="found 2, 3" if at == "7" else "export, last, best"):
+        build_report(runs[1][:1], None, Drawing(prompts=1, per_prompt=1, at=at), track=False, console=QUIET)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_curves_have_enough_contrast_on_page_and_card(scheme):
+    style = (files("acpo_dist.reporting") / "templates" / "report.css").read_text()
+    blocks = re.findall(r":root \{([^}]*)\}", style)
+    colours = {
+        name: tuple(int(value[i : i + 2], 16) for i in (1, 3, 5))
+        for name, value in re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[["light", "dark"].index(scheme)])
+    }
+    texts = [name for name in colours if name.startswith("tone-") or name in ("ink", "soft", "good", "caution", "bad")]
+    assert len(texts) == 11
+    for name in texts:
+        for ground in ("page", "card"):
+            low, high = sorted((luminance(colours[name]), luminance(colours[ground])))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (name, ground)
