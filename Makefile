@@ -14,10 +14,10 @@ export OMP_NUM_THREADS ?= 1
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test lint format bench toy clean
+.PHONY: help install venv demo test cluster-test lint format bench toy clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## make .venv with the pinned requirements and this project in it
 
@@ -42,6 +42,9 @@ demo: $(STAMP) ## the whole system at work on a toy, without GPU or network
 test: $(STAMP) ## every test; those that start Ray run last, one by one
 	$(BIN)/python -m pytest tests -m "not ray" -n 2 --dist loadgroup
 	$(BIN)/python -m pytest tests -m ray || [ $$? -eq 5 ]
+
+cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root
+	ACPO_CLUSTER_TEST=1 $(BIN)/python -m pytest tests/cluster -m cluster -rs
 
 lint: $(STAMP) ## style, formatting, types and import rules
 	$(BIN)/ruff check .

@@ -1,5 +1,29 @@
 """All commands. Heavy modules are imported inside them, so that `acpo --help` is quick."""
 
-from acpo_dist.cli import config, demo, generate, rewards, score, toy, train, vrg
+from acpo_dist.cli import (
+    compare,
+    config,
+    demo,
+    embed,
+    eval,
+    export,
+    generate,
+    pairs,
+    plan,
+    promote,
+    report,
+    rewards,
+    rewards_pool,
+    runs,
+    score,
+    submit,
+    toy,
+    train,
+    vrg,
+    watch,
+)  # fmt: skip
 
-__all__ = ["config", "demo", "generate", "rewards", "score", "toy", "train", "vrg"]
+__all__ = [
+    "compare", "config", "demo", "embed", "eval", "export", "generate", "pairs", "plan", "promote", "report",
+    "rewards", "rewards_pool", "runs", "score", "submit", "toy", "train", "vrg", "watch",
+]  # fmt: skip

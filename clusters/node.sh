@@ -1,0 +1,81 @@
+# Sourced by bash on every machine of a cluster that `ray up` made: the environment of Ray's processes, and what to run.
+. ~/acpo/env.sh
+# A machine of one's own may differ from the others, for example ACPO_RAY_OPTIONS='--labels=acpo-role=learner'.
+[ ! -f ~/acpo/host.sh ] || . ~/acpo/host.sh
+
+export PATH=$HOME/acpo/venv/bin:$PATH
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
+export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
+export ACPO_RUNS=$ACPO_SHARED/runs HF_HOME=${HF_HOME:-$ACPO_SHARED/huggingface}
+# Jobs run on the head, where MLflow listens on loopback.
+export MLFLOW_TRACKING_URI=http://127.0.0.1:$ACPO_MLFLOW_PORT
+# A stopped job frees its workers before it is killed.
+export RAY_JOB_STOP_WAIT_TIME_S=60
+
+# The wheel and the pinned requirements that were copied here; nothing is done where they are installed already.
+acpo_install() {
+    local wanted python
+    wanted=$(cat ~/acpo/requirements.txt ~/acpo/dist/*.whl | sha256sum)
+    [ "$(cat ~/acpo/venv/.acpo-installed 2>/dev/null)" != "$wanted" ] || return 0
+    if [ ! -x ~/acpo/venv/bin/python ]; then
+        python=$(command -v python3.11 || command -v python3.12 || true)
+        if [ -n "$python" ]; then
+            "$python" -m venv ~/acpo/venv || return 1
+        else
+            # Ubuntu 22.04 has Python 3.10 only; uv brings another one.
+            python3 -m pip install --user -q uv && ~/.local/bin/uv venv -q --seed --python 3.11 ~/acpo/venv || return 1
+        fi
+    fi
+    ~/acpo/venv/bin/pip install -q -r ~/acpo/requirements.txt &&
+        ~/acpo/venv/bin/pip install -q --no-deps --force-reinstall ~/acpo/dist/*.whl &&
+        echo "$wanted" > ~/acpo/venv/.acpo-installed
+}
+
+acpo_as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+acpo_firewall() {
+    [ -n "$ACPO_NETWORK" ] || return 0
+    command -v nft >/dev/null || acpo_as_root apt-get install -y -qq nftables || return 1
+    acpo_as_root nft -f - <<RULES
+table inet acpo
+delete table inet acpo
+table inet acpo {
+    chain input {
+        type filter hook input priority 0; policy accept;
+        iif lo accept
+        ct state established,related accept
+        ip saddr { $ACPO_NETWORK } accept
+        tcp dport 1024-65535 reject with tcp reset
+        udp dport 1024-65535 drop
+    }
+}
+RULES
+}
+
+acpo_mount() {
+    [ -d "$ACPO_SHARED" ] || acpo_as_root install -d -o "$USER" "$ACPO_SHARED" || return 1
+    if [ -n "$ACPO_NFS" ] && ! mountpoint -q "$ACPO_SHARED"; then
+        command -v mount.nfs4 >/dev/null || acpo_as_root apt-get install -y -qq nfs-common || return 1
+        acpo_as_root mount -t nfs4 -o nfsvers=4.1,hard,timeo=600,retrans=2 "$ACPO_NFS" "$ACPO_SHARED" || return 1
+        acpo_as_root chown "$USER" "$ACPO_SHARED"
+    fi
+    mkdir -p "$ACPO_RUNS" "$HF_HOME"
+}
+
+# Only on the head, on loopback: `ray attach cluster.yaml -p 5000` forwards it. It ends when Ray does.
+acpo_mlflow() {
+    curl -fs -o /dev/null "$MLFLOW_TRACKING_URI/health" && return 0
+    nohup setsid bash -c '
+        mlflow server --host 127.0.0.1 --port "$ACPO_MLFLOW_PORT" --workers 1 \
+            --backend-store-uri "$ACPO_MLFLOW_DB" --artifacts-destination "$ACPO_MLFLOW_ARTIFACTS" &
+        server=$!
+        while pgrep -u "$(id -u)" -x gcs_server >/dev/null; do sleep 2; done
+        kill $server; wait' > ~/acpo/mlflow.log 2>&1 < /dev/null &
+}
+
+# What an earlier `ray up` left running here.
+acpo_stop() {
+    ray stop --force >/dev/null 2>&1 || true
+}

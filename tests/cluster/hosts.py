@@ -1,0 +1,325 @@
+"""Machines made of Linux namespaces: own addresses, own processes, own /tmp and /dev/shm, and an ssh server.
+
+Needs root. Everything hangs on one process per machine (its PID 1): when that ends, so does all that ran there.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+USER = "acpo"
+"""Name that machines are entered by: root under another name, so that its home is not that of the real root."""
+_TOOLS = {"ip": "iproute2", "ss": "iproute2", "ssh": "openssh-client", "rsync": "rsync", "nsenter": "util-linux",
+          "unshare": "util-linux", "pgrep": "procps", "curl": "curl", "nft": "nftables"}  # fmt: skip
+_SSHD = "/usr/sbin/sshd"
+
+
+def why_not() -> str:
+    """Why machines cannot be made here; empty if they can."""
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    missing = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
+    if not Path(_SSHD).exists():
+        missing.append("openssh-server")
+    if missing:
+        return f"needs the packages {', '.join(missing)}"
+    done = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"namespaces are not allowed here: {done.stderr.strip()}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine."""
+
+    name: str
+    address: str
+    """On the network that joins the machines."""
+    folder: Path
+    """Holds its home and its files."""
+    prefix: str
+    """Of the names of its namespace and links."""
+
+    @property
+    def home(self) -> Path:
+        """Home of the user."""
+        return self.folder / "home"
+
+    @property
+    def namespace(self) -> str:
+        """Name of its network namespace."""
+        return f"{self.prefix}-{self.name}"
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "init.pid"
+
+    @property
+    def init(self) -> int | None:
+        """PID 1 of the machine, as it is called outside; None while it is off."""
+        if not self._pid_file.exists():
+            return None
+        pid = int(self._pid_file.read_text())
+        return pid if Path(f"/proc/{pid}").exists() else None
+
+    def start(self, shared: Path, addresses: Mapping[str, str]) -> None:
+        """Switch it on, and wait until ssh answers.
+
+        Args:
+            shared: folder that all machines see as /mnt/acpo.
+            addresses: of all machines, by name.
+        """
+        self.home.mkdir(parents=True, exist_ok=True)
+        for name in ("hosts", "passwd", "sshd_config", "init.sh"):
+            (self.folder / name).write_text(self._file(name, shared, addresses))
+        key = self.folder / "host_key"
+        if not key.exists():
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+        with (self.folder / "init.log").open("ab") as log:
+            # `ip netns exec` and `unshare` exec on, so the child of the last one is PID 1 of the machine.
+            outer = subprocess.Popen(
+                ["ip", "netns", "exec", self.namespace, "unshare", "--pid", "--mount", "--uts", "--ipc", "--fork",
+                 "--kill-child", "--mount-proc", "bash", str(self.folder / "init.sh")],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        inner = until(lambda: _children(outer.pid), 20, f"{self.name} does not start; see {log.name}")
+        self._pid_file.write_text(str(inner[0]))
+        until(lambda: self.listens(22), 20, f"ssh on {self.name} does not answer; see {log.name}")
+
+    def _file(self, name: str, shared: Path, addresses: Mapping[str, str]) -> str:
+        if name == "hosts":
+            return "127.0.0.1 localhost\n" + "".join(f"{where} {who}\n" for who, where in addresses.items())
+        if name == "passwd":
+            return (
+                f"root:x:0:0:root:/root:/bin/bash\n{USER}:x:0:0::{self.home}:/bin/bash\n"
+                "sshd:x:105:65534::/run/sshd:/bin/false\n"
+            )
+        if name == "sshd_config":
+            return (
+                f"HostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder.parent}/key.pub\nPidFile none\n"
+                "UsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
+                "PrintMotd no\nMaxStartups 100\n"
+            )
+        return (
+            f"set -e\nhostname {self.name}\nip link set lo up\n"
+            # Bound before /tmp is covered: the shared folder may lie there.
+            f"mount -t tmpfs none /mnt && mkdir /mnt/acpo && mount --bind {shared} /mnt/acpo\n"
+            f"mount --bind {self.folder}/hosts /etc/hosts\nmount --bind {self.folder}/passwd /etc/passwd\n"
+            "mount -t tmpfs none /tmp && chmod 1777 /tmp\nmount -t tmpfs -o size=2g none /dev/shm\n"
+            "mount -t tmpfs none /run && mkdir /run/sshd\n"
+            # bash, as PID 1, takes in the processes whose parents ended.
+            f"{_SSHD} -D -f {self.folder}/sshd_config &\nwhile :; do wait -n || sleep 1; done\n"
+        )
+
+    def run(self, command: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
+        """Output of a command there, run as a login would.
+
+        Raises:
+            AssertionError: it fails; with its output.
+        """
+        done = self.call(command, timeout=timeout, env=env)
+        assert done.returncode == 0, f"{self.name}$ {command}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def call(
+        self, command: str, *, timeout: float = 120, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, whether it fails or not."""
+        return subprocess.run(
+            self.inside("bash", "-c", command), env=self._environment(env), timeout=timeout, capture_output=True,
+            text=True,
+        )  # fmt: skip
+
+    def spawn(self, command: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start a command there."""
+        with log.open("wb") as file:
+            return subprocess.Popen(
+                self.inside("bash", "-c", command), env=self._environment(env), stdin=subprocess.DEVNULL, stdout=file,
+                stderr=file, start_new_session=True,
+            )  # fmt: skip
+
+    def inside(self, *command: str) -> list[str]:
+        """The command line that runs a command there."""
+        assert self.init is not None, f"{self.name} is off"
+        return [
+            "nsenter",
+            "--target",
+            str(self.init),
+            "--net",
+            "--pid",
+            "--mount",
+            "--uts",
+            "--ipc",
+            f"--wd={self.home}",
+            *command,
+        ]
+
+    def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
+        base = {"HOME": str(self.home), "USER": USER, "LOGNAME": USER, "TERM": "dumb", "LANG": "C.UTF-8"}
+        return base | {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"} | dict(env or {})
+
+    def listens(self, port: int) -> bool:
+        """Whether something listens on a TCP port."""
+        return any(where.rsplit(":", 1)[1] == str(port) for where, _ in self.listeners())
+
+    def listeners(self) -> list[tuple[str, str]]:
+        """Every listening TCP socket: (address:port, who)."""
+        done = _run("ip", "netns", "exec", self.namespace, "ss", "-H", "-l", "-t", "-n", "-p")
+        rows = [line.split() for line in done.splitlines() if line.strip()]
+        return [(row[3], row[5] if len(row) > 5 else "") for row in rows]
+
+    def processes(self) -> list[str]:
+        """Command lines of what runs there, but for PID 1 and the ssh server."""
+        if self.init is None:
+            return []
+        space = os.readlink(f"/proc/{self.init}/ns/pid")
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.readlink(entry / "ns/pid") == space:
+                    found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip())
+            except OSError:
+                continue
+        own = ("bash " + str(self.folder), "sshd:", _SSHD)
+        return [line for line in found if line and not line.startswith(own) and line != "sleep 1"]
+
+    def cut(self) -> None:
+        """Pull the network cable."""
+        _run("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "down")
+
+    def join(self) -> None:
+        """Put it back."""
+        _run("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "up")
+
+    def power_off(self) -> None:
+        """End everything there at once. Nobody is told: the cable goes first, so no connection is closed."""
+        self.cut()
+        pid = self.init
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            until(lambda: self.init is None, 20, f"{self.name} does not end")
+        self.join()
+
+
+class Network:
+    """Machines on one wire, and one outside that reaches the first of them over another."""
+
+    def __init__(self, folder: Path, names: Sequence[str], *, outside: str, prefix: str = "acpo") -> None:
+        """Describe it; `up` makes it.
+
+        Args:
+            folder: holds the machines' files; seen by all of them under the same path.
+            outside: name of the machine that is not on the wire.
+        """
+        self.folder, self._prefix = folder, prefix
+        self.shared = folder / "shared"
+        self.addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
+        self.hosts = {name: Host(name, where, folder / name, prefix) for name, where in self.addresses.items()}
+        self.desk = Host(outside, "10.78.0.9", folder / outside, prefix)
+        self.door = "10.78.0.1"
+        """Address of the first machine as the one outside sees it."""
+
+    @property
+    def _switch(self) -> str:
+        return f"{self._prefix}-switch"
+
+    def up(self) -> None:
+        """Make links and start all machines."""
+        self.shared.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "key").exists():
+            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key"))
+        _run("ip", "netns", "add", self._switch)
+        _run("ip", "-n", self._switch, "link", "add", "wire", "type", "bridge")
+        _run("ip", "-n", self._switch, "link", "set", "wire", "up")
+        everyone = [*self.hosts.values(), self.desk]
+        for host in everyone:
+            _run("ip", "netns", "add", host.namespace)
+            _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
+        for host in self.hosts.values():
+            port = f"port-{host.name}"
+            _run(
+                "ip",
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                host.namespace,
+                "type",
+                "veth",
+                "peer",
+                port,
+                "netns",
+                self._switch,
+            )
+            _run("ip", "-n", self._switch, "link", "set", port, "master", "wire", "up")
+            _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
+        first = next(iter(self.hosts.values()))
+        _run(
+            "ip",
+            "link",
+            "add",
+            "eth1",
+            "netns",
+            first.namespace,
+            "type",
+            "veth",
+            "peer",
+            "eth0",
+            "netns",
+            self.desk.namespace,
+        )
+        for host, device, address in ((first, "eth1", self.door), (self.desk, "eth0", self.desk.address)):
+            _run("ip", "-n", host.namespace, "addr", "add", f"{address}/24", "dev", device)
+            _run("ip", "-n", host.namespace, "link", "set", device, "up")
+        for host in everyone:
+            host.start(self.shared, {**self.addresses, self.desk.name: self.desk.address})
+
+    def down(self) -> None:
+        """End all machines and remove the links; also what an earlier attempt has left half made."""
+        for host in [*self.hosts.values(), self.desk]:
+            if host.init is not None:
+                os.kill(host.init, signal.SIGKILL)
+                until(lambda host=host: host.init is None, 20, f"{host.name} does not end")
+        for name in (*(host.namespace for host in [*self.hosts.values(), self.desk]), self._switch):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def leftovers(self) -> list[str]:
+        """Namespaces that are still there."""
+        return [line for line in _run("ip", "netns", "list").splitlines() if line.startswith(f"{self._prefix}-")]
+
+
+def until(found, timeout_s: float, otherwise: str):
+    """What `found` returns once it is true.
+
+    Raises:
+        AssertionError: it is not in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = found()
+        if value:
+            return value
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.2)
+
+
+def _cable(one: str, device: str, other: str, port: str) -> None:
+    _run("ip", "link", "add", device, "netns", one, "type", "veth", "peer", port, "netns", other)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
+    return done.stdout

@@ -1,0 +1,131 @@
+"""Runs on three Ray nodes of this machine of which one is lost; in a process of its own, for the tests beside it.
+
+`python -m tests.ray.lost_nodes rollout|learner FOLDER` prints one JSON object as its last line.
+"""
+
+import json
+import logging
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from acpo_dist.config.load import load_config
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+from tests.conftest import TINY
+
+PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
+SMALL = [
+    "rollout.cpus_per_worker=0.5", "rollout.num_workers=2", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.5",
+    "cluster.roles.learner.labels={acpo-role: worker}", "cluster.roles.rollout.labels={acpo-role: worker}",
+    "cluster.roles.reward.labels={acpo-role: head}", "cluster.roles.rollout.late_s=5", "cluster.place_timeout_s=120",
+]  # fmt: skip
+
+
+class Machines:
+    """A head, and two nodes for workers, either of which has room for all of them."""
+
+    def __init__(self) -> None:
+        args = {"include_dashboard": False, "object_store_memory": 150_000_000}
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"acpo-role": "head"}, **args}
+        )
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="acpo")
+        nodes = [
+            self._cluster.add_node(num_cpus=2, labels={"acpo-role": "worker"}, object_store_memory=150_000_000)
+            for _ in range(2)
+        ]
+        self._cluster.wait_for_nodes()
+        self._nodes = {node.node_id: node for node in nodes}
+
+    def of(self, actor_class: str) -> list[str]:
+        """Nodes with live actors of a class."""
+        alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
+        return sorted({one["Address"]["NodeID"] for one in alive if one["ActorClassName"] == actor_class})
+
+    def lose(self, node: str) -> None:
+        """End a node's raylet and all that hangs on it."""
+        self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)
+
+    def close(self) -> None:
+        """End the rest."""
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+def lose_rollout(machines: Machines, folder: Path) -> dict:
+    """Samples are drawn, then a node with rollout workers and finished samples goes away."""
+    from acpo_dist.loop import fixed_groups
+    from acpo_dist.tracking.composite import CompositeTracker
+    from actors.launch import open_ports
+
+    config = load_config("toy_sdxl", [*TINY, *SMALL])
+    groups = fixed_groups(config, PROMPTS, 16, stream="test")
+    ids = [plan.sample_id for group in groups for plan in group.samples]
+    with open_ports(config, CompositeTracker([])) as ports:
+        ports.learner.start(None)
+        ports.weights.publish(1)
+        handles = ports.rollout.generate(groups)
+        before = ports.rollout.images(handles, ids)
+        scores = ports.reward.score(handles, ["two_stream", "strided_judge"])
+        nodes = machines.of("RolloutActor")
+        (learner,) = machines.of("LearnerActor")
+        machines.lose(next(node for node in nodes if node != learner))
+        started = time.monotonic()
+        # Half of these samples were on the node that is gone.
+        again = ports.reward.score(handles, ["two_stream", "strided_judge"])
+        after = ports.rollout.images(handles, ids)
+        recovered_s = time.monotonic() - started
+        ports.weights.publish(2)
+        drawn = ports.rollout.images(ports.rollout.generate(groups), ids)
+        return {
+            "nodes": len(nodes), "same_pictures": bool(torch.equal(before, after)), "score_error": _error(scores, again),
+            "same_again": bool(torch.equal(before, drawn)), "redone": ports.rollout.redone,
+            "recovered_s": round(recovered_s, 1), "seconds": round(time.monotonic() - started, 1),
+        }  # fmt: skip
+
+
+def _error(first: dict, second: dict) -> float:
+    assert {name: set(row) for name, row in first.items()} == {name: set(row) for name, row in second.items()}
+    return max(abs(value - second[name][sample]) for name, row in first.items() for sample, value in row.items())
+
+
+def lose_learner(machines: Machines, folder: Path) -> dict:
+    """A run whose learner's node goes away after its first checkpoint."""
+    from acpo_dist.driver import drive
+    from actors.launch import open_ports
+
+    config = load_config(
+        "toy_sdxl", [*TINY, *SMALL, "run.iterations=6", "checkpoint.every=2", f"run.dir={folder / 'run'}"]
+    )
+    rows = folder / "run" / "metrics.jsonl"
+    lost: list[int] = []
+
+    def watch() -> None:
+        while not (rows.exists() and len(read_metrics(rows)) >= 3):
+            time.sleep(0.1)
+        machines.lose(machines.of("LearnerActor")[0])
+        lost.append(len(read_metrics(rows)))
+
+    threading.Thread(target=watch, daemon=True).start()
+    started = time.monotonic()
+    result = drive(config, open_ports, Console(), resume=None)
+    return {
+        "lost_after": lost, "iterations": result.iterations, "rows": read_metrics(rows),
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    own = Machines()
+    try:
+        outcome = {"rollout": lose_rollout, "learner": lose_learner}[sys.argv[1]](own, Path(sys.argv[2]))
+    finally:
+        own.close()
+    sys.stdout.write(json.dumps(outcome) + "\n")
