@@ -13,7 +13,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS, resolve
-from acpo_dist.core.types import PromptGroup, RolloutHandle, ScoredGroups, ScoreTable, Selection, TrainTask
+from acpo_dist.core.types import Normaliser, PromptGroup, RolloutHandle, ScoredGroups, ScoreTable, Selection, TrainTask
 from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ def _iterate(
         ports.weights.publish(state.version + 1)
     drift = max(report.metrics[name] for name in ("anchor/late", "anchor/uniform") if name in report.metrics)
     metrics = {
-        **_score_metrics(config, scores),
+        **_score_metrics(config, scores, state.normalisers),
         **report.metrics,
         **chosen.figures,
         "anchor/weight": state.controller.weight,
@@ -202,7 +202,7 @@ def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: 
     return deal(prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream)
 
 
-def _score_metrics(config: Config, scores: ScoreTable) -> dict[str, float]:
+def _score_metrics(config: Config, scores: ScoreTable, normalisers: dict[str, Normaliser]) -> dict[str, float]:
     metrics = {}
     for kind, entries in (("reward", config.rewards.train), ("judge", config.rewards.judges)):
         for name in names_of(entries):
@@ -210,4 +210,6 @@ def _score_metrics(config: Config, scores: ScoreTable) -> dict[str, float]:
             metrics[f"{kind}/{name}/mean"] = sum(values) / len(values)
             metrics[f"{kind}/{name}/min"] = min(values)
             metrics[f"{kind}/{name}/max"] = max(values)
+            # In standard deviations of base samples, higher is better whatever the metric's own direction.
+            metrics[f"{kind}/{name}/gain"] = sum(map(normalisers[name].normalise, values)) / len(values)
     return metrics

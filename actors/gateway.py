@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acpo_dist.config.pool import HttpConfig
@@ -221,7 +222,7 @@ def open_gateway(link: PoolLink, metrics: Mapping[str, bool], cut: str, http: Ht
     )
     try:
         host, port = ray.get(actor.address.remote(), timeout=_START_TIMEOUT_S)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise WorkerError(
             f"rewards.http cannot listen on {http.host}:{http.port} (rewards.http.host, rewards.http.port): "
             f"{str(error).strip().splitlines()[-1]}"

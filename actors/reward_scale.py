@@ -122,7 +122,7 @@ def _redeploy(application: str, fewest: int, most: int) -> None:
     driver's objects, and start every replica afresh.
     """
     from ray.serve._private.config import DeploymentConfig
-    from ray.serve.generated.serve_pb2 import ApplicationArgs, DeploymentArgs
+    from ray.serve.generated import serve_pb2
 
     info, controller = _deployed(application)
     config = DeploymentConfig.from_proto(info.deployment_config)
@@ -138,24 +138,31 @@ def _redeploy(application: str, fewest: int, most: int) -> None:
         )
     proto = config.to_proto()
     proto.version = info.version
-    arguments = DeploymentArgs(
+    arguments = _message(serve_pb2, "DeploymentArgs")(
         deployment_name=REPLICA, deployment_config=proto.SerializeToString(), ingress=True,
         replica_config=info.replica_config.SerializeToString(), deployer_job_id=ray.get_runtime_context().get_job_id(),
     )  # fmt: skip
     ray.get(
         controller.deploy_application.remote(
-            application, [arguments.SerializeToString()], ApplicationArgs().SerializeToString()
+            application, [arguments.SerializeToString()], _message(serve_pb2, "ApplicationArgs")().SerializeToString()
         )
     )
 
 
 def _deployed(application: str) -> tuple[Any, Any]:
     """Serve's own record of an application's deployment, and its controller."""
-    from ray.serve.generated.serve_pb2 import DeploymentRoute
+    from ray.serve.generated import serve_pb2
 
-    controller = _get_global_client()._controller
+    client = _get_global_client()
+    assert client is not None, "asked only while Serve runs"
+    controller = client._controller
     record = ray.get(controller.get_deployment_info.remote(REPLICA, application))
-    return DeploymentRoute.FromString(record).deployment_info, controller
+    return _message(serve_pb2, "DeploymentRoute").FromString(record).deployment_info, controller
+
+
+def _message(module: Any, name: str) -> Any:
+    """A class of a generated protobuf module, which no type checker can see into."""
+    return getattr(module, name)
 
 
 def _bounds(proto: Any) -> tuple[int, int]:

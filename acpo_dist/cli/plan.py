@@ -13,6 +13,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
     device: Annotated[str, typer.Option(help="h200, h100, a100-80, a100-40, l40s, rtx4090, cpu or auto.")] = "auto",
     price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour, in any currency.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to hold the plan against, such as auto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Work out parameters, memory by role, batches and time of a run, and warn before it runs out of memory."""
@@ -31,6 +32,10 @@ def plan(
     if price is not None:
         hours = config.run.iterations * found["seconds_per_iteration"] / 3600
         found["cost"] = {"gpu_hours": hours * need["GPU"], "price": hours * need["GPU"] * price}
+    if address is not None:
+        from actors.survey import survey
+
+        found["cluster"] = survey(config, address)
     if as_json:
         answer(found)
     else:
@@ -61,6 +66,14 @@ def _text(found: dict[str, Any], iterations: int) -> str:
         f"{iterations * found['seconds_per_iteration'] / 3600:.3g} h for {iterations} iterations",
         "placement: {cpus:g} CPUs, {gpus:g} GPUs, backend {backend}".format(**found["placement"]),
     ]
+    if "cluster" in found:
+        cluster = found["cluster"]
+        missing = "; ".join([*(f"{n:g} {name}" for name, n in cluster["missing"].items()), *cluster["missing_by_role"]])
+        held = ", ".join(f"{amount:g} {name}" for name, amount in cluster["missing_now"].items())
+        lines.append(
+            f"cluster: {len(cluster['machines'])} machines; missing: {missing or 'nothing'}"
+            + (f"; held by others or not there now: {held}" if held else "")
+        )
     if "cost" in found:
         lines.append("cost: {gpu_hours:.3g} GPU hours, {price:.4g}".format(**found["cost"]))
     return "\n".join([*lines, *(f"warning: {text}" for text in found["warnings"])])

@@ -28,9 +28,7 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's output until it ends.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="List jobs.")] = False,
     stop: Annotated[str | None, typer.Option(metavar="JOB", help="Stop a job; its checkpoints stay.")] = None,
-    logs: Annotated[
-        str | None, typer.Option(metavar="JOB", help="Output of a job until it ends.")
-    ] = None,
+    logs: Annotated[str | None, typer.Option(metavar="JOB", help="Output of a job until it ends.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Train on a cluster: check the configuration here, upload what it needs, start `acpo train` there."""

@@ -352,7 +352,7 @@ class Bench:
 
     def _reached(self, host: Host, address: str, ports: list[int]) -> list[int]:
         script = (
-            f"for port in {' '.join(map(str, ports))}; do timeout 1 bash -c \"echo > /dev/tcp/{address}/$port\" "
+            f'for port in {" ".join(map(str, ports))}; do timeout 1 bash -c "echo > /dev/tcp/{address}/$port" '
             "2>/dev/null && echo $port; done; true"
         )
         return [int(port) for port in host.run(script, timeout=len(ports) * 2 + 30).split()]

@@ -66,3 +66,15 @@ def test_a_role_finds_its_machines_by_label_and_a_missing_one_is_named():
     assert "a machine with the labels {'acpo-role': 'learner'} for learner" in said
     small = NodeOffer(address="192.0.2.2", resources={"CPU": 8, "GPU": 1}, labels={"acpo-role": "learner"})
     assert "room for 1 of learner on 1 machines" in explain(PlacementPlan(roles=(learner,)), [plain, small], waited_s=3)
+
+
+def test_a_live_cluster_is_held_against_the_plan_by_sum_by_role_and_by_what_is_free():
+    from actors.placement import NodeOffer, PlacementPlan, Role
+    from actors.survey import compare
+
+    rollout = Role(name="rollout", count=3, cpus=2, gpus=1, strategy="SPREAD", count_key="rollout.num_workers", least=2)
+    node = NodeOffer(address="192.0.2.1", resources={"CPU": 8, "GPU": 1}, labels={"zone": "a", "ray.io/node-id": "x"})
+    found = compare(PlacementPlan(roles=(rollout,)), [node], {"CPU": 1.0, "GPU": 1.0})
+    assert found["needed"] == {"CPU": 4, "GPU": 2} and found["missing"] == {"GPU": 1}
+    assert found["missing_by_role"] == ["room for 1 of rollout on 1 machines"]
+    assert found["missing_now"] == {"CPU": 3, "GPU": 1} and found["machines"][0]["labels"] == {"zone": "a"}
