@@ -82,7 +82,8 @@ class AnchorKnob:
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"--lora: {file} does not fit the U-Net, it belongs to another one: {reason}") from error
-        self._layers = [
+        # LoRA's own attributes are unknown to the type that all tuners share.
+        self._layers: list[Any] = [
             module
             for module in pipeline.unet.modules()
             if isinstance(module, BaseTunerLayer) and _NAME in getattr(module, "scaling", {})
@@ -92,7 +93,7 @@ class AnchorKnob:
                 f"--lora: {file} holds {expected} layers, but {len(self._layers)} of them have a place in this U-Net: "
                 "it belongs to another architecture."
             )
-        self._scales = [float(layer.scaling[_NAME]) for layer in self._layers]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        self._scales = [float(layer.scaling[_NAME]) for layer in self._layers]
         self._strength, self._ranges = 1.0, tuple[Range, ...]()
         pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
 
@@ -112,7 +113,7 @@ class AnchorKnob:
         for layer, scale in zip(self._layers, self._scales, strict=True):
             # Off, not a weight of 0: the base model's picture to the bit.
             layer._disable_adapters = strength == 0
-            layer.scaling[_NAME] = strength * scale  # pyright: ignore[reportIndexIssue]
+            layer.scaling[_NAME] = strength * scale
 
 
 @contextmanager

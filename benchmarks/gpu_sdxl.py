@@ -79,7 +79,7 @@ class Bench:
                 f"model.image_size={32 if self.options.tiny else 1024}", "model.memory.embedding_cache=null",
                 "model.memory.free_text_encoders=true", f"learner.precision={name}", f"sampler.num_steps={steps}",
                 f"rollout.batch_size={batch}", f"rollout.prompts_per_iteration={batch}", "data.prompts=toy",
-                "rewards={train: [{type: two_stream}], calibration_samples: 8}", "sampler.t_max=0.5",
+                "rewards.train=[{type: two_stream}]", "rewards.judges=[]", "sampler.t_max=0.5",
                 f"learner.micro_batch={self.options.micro}", f"learner.global_batch={batch}", *overrides,
             ],
         )  # fmt: skip

@@ -9,6 +9,8 @@ export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
 export ACPO_RUNS=$ACPO_SHARED/runs HF_HOME=${HF_HOME:-$ACPO_SHARED/huggingface}
 # Jobs run on the head, where MLflow listens on loopback.
 export MLFLOW_TRACKING_URI=http://127.0.0.1:$ACPO_MLFLOW_PORT
+# Ray keeps many connections open; take what this machine allows.
+ulimit -n "$(ulimit -Hn)"
 # A stopped job frees its workers before it is killed.
 export RAY_JOB_STOP_WAIT_TIME_S=60
 

@@ -75,7 +75,12 @@ def pipeline_folder(
         ModelError: the model is not to be had, or the folder lacks files.
     """
     if not Path(path).is_dir():
-        options = {"revision": revision, "variant": variant, "local_files_only": offline, "use_safetensors": True}
+        options: dict[str, Any] = {
+            "revision": revision,
+            "variant": variant,
+            "local_files_only": offline,
+            "use_safetensors": True,
+        }
         path = str(load_part(pipeline.download, path, None, **options, **dict.fromkeys(without)))
     require_whole(path, variant=variant, without=without)
     return path

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.family import Condition
@@ -76,7 +76,7 @@ class SdxlFamily(LatentFamily):
         if unet.config.get("addition_embed_type") != "text_time":
             raise ModelError(f"model.path: the U-Net of `{self.path}` takes no sizes or pooled text: it is no SDXL.")
         width = unet.config["addition_time_embed_dim"]
-        pooled = load_part(CLIPTextModelWithProjection.config_class.from_pretrained, self.path, "text_encoder_2")
+        pooled = load_part(CLIPTextConfig.from_pretrained, self.path, "text_encoder_2")
         ids, rest = divmod(unet.config["projection_class_embeddings_input_dim"] - pooled.projection_dim, width)
         if rest or ids != TIME_IDS:
             raise ModelError(

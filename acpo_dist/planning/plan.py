@@ -14,7 +14,7 @@ from acpo_dist.models.schedulers import SAMPLERS
 from acpo_dist.models.vae import VAE_DTYPES
 from acpo_dist.planning import phases
 from acpo_dist.planning.memory import GIB, LearnerState, Memory, learner_state
-from acpo_dist.planning.networks import FakePolicy, new_text_encoders, new_unet, new_vae, sample_shape
+from acpo_dist.planning.networks import FakePolicy, new_text_encoders, new_unet, new_vae
 from acpo_dist.planning.rates import CONTEXT_GIB, Device, device_for
 from acpo_dist.planning.tracer import Trace
 from acpo_dist.planning.warnings import warnings_for
@@ -83,7 +83,7 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     learner = config.learner
     wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, config.rewards.gpus_per_replica) > 0
     target = device_for(device, wants_gpu=wants_gpu)
-    setting = _setting(config, architecture)
+    setting = setting_of(config, architecture)
     parameters = count_parameters(config, architecture)
     with FakeTensorMode() as mode:
         step, decode = phases.rollout(setting, mode, config.rollout.batch_size)
@@ -127,7 +127,8 @@ def count_parameters(config: Config, architecture: Architecture) -> dict[str, in
     }
 
 
-def _setting(config: Config, architecture: Architecture) -> phases.Setting:
+def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
+    """What the phases need to know of a run."""
     learner, anchor = config.learner, getattr(config.algorithm, "anchor", None)
     narrow = learner.precision == "bfloat16"
     return phases.Setting(
@@ -233,8 +234,3 @@ def _needed(config: Config, roles: dict[str, Memory], device: Device) -> dict[st
         held = sum(memory.total - memory.activations for memory in roles.values())
         return {"all": held + max(memory.activations for memory in roles.values()) + context}
     return {name: memory.total + context for name, memory in roles.items()}
-
-
-def latent_shape(config: Config) -> tuple[int, int, int]:
-    """(C, H, W) of x_0, from the architecture alone."""
-    return sample_shape(config.model, architecture_of(config.model))

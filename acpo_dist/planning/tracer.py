@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +30,19 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         """Leave the storages of `known` (weights, inputs) out."""
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self._seen: set[int] = set()
         self._kept = [value.untyped_storage() for value in known]
         self._seen.update(id(storage) for storage in self._kept)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, then look at what it made."""
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        # Not torch's own counting mode: it follows modules with hooks that keep recomputed tensors alive.
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=made)
         for value in tree_iter(made):
             if isinstance(value, torch.Tensor):
                 self._add(value)
@@ -60,8 +65,7 @@ class LiveMemory(TorchDispatchMode):
 
 def trace(run: Callable[[], Any], known: Iterable[torch.Tensor] = ()) -> Trace:
     """Run something once and count."""
-    counter = FlopCounterMode(display=False)
-    with LiveMemory(known) as memory, counter:
+    with LiveMemory(known) as memory:
         kept = run()
     del kept
-    return Trace(peak_bytes=memory.peak, flops=counter.get_total_flops())
+    return Trace(peak_bytes=memory.peak, flops=memory.flops)

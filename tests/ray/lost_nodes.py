@@ -84,8 +84,9 @@ def lose_rollout(machines: Machines, folder: Path) -> dict:
         ports.weights.publish(2)
         drawn = ports.rollout.images(ports.rollout.generate(groups), ids)
         return {
-            "nodes": len(nodes), "same_pictures": bool(torch.equal(before, after)), "score_error": _error(scores, again),
-            "same_again": bool(torch.equal(before, drawn)), "redone": ports.rollout.redone,
+            "nodes": len(nodes), "same_pictures": bool(torch.equal(before, after)),
+            "score_error": _error(scores, again), "same_again": bool(torch.equal(before, drawn)),
+            "redone": ports.rollout.redone,
             "recovered_s": round(recovered_s, 1), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
 

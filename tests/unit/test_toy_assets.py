@@ -85,6 +85,14 @@ def test_toy_sdxl_draws_what_the_prompt_says_in_many_ways():
     assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
 
 
+def test_toy_sd15_draws_what_the_prompt_says_in_many_ways():
+    pictures, prompts = _draw("toy_sd15", 144, guidance=1.5)
+    report = judge_exactly(pictures, prompts)
+    assert report.caption_accuracy >= 0.80
+    assert report.oracle_mse <= 0.008
+    assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
+
+
 def test_toy_ddpm_draws_recognisable_scenes(tiny):
     config = tiny(
         "model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image", "sampler.num_steps=25"
