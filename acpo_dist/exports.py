@@ -1,5 +1,6 @@
 """A checkpoint as files that others open: LoRA in two layouts, or the merged pipeline, each with a model card."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from acpo_dist.tracking.jsonl import read_metrics
 Format = Literal["diffusers-lora", "kohya", "merged"]
 FORMATS: tuple[Format, ...] = ("diffusers-lora", "kohya", "merged")
 WEIGHTS = {"raw": "policy", "ema": "ema"}
-_SHOWN = ("reward/", "judge/", "drift/", "gain/")
+_SHOWN = re.compile(r"(reward|judge)/[^/]+/mean|drift/.*|gain/.*")
 _BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
 
 
@@ -124,11 +125,7 @@ def _figures(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
         # The row after the last iteration holds the gain alone; any other is of newer weights.
         if row["iteration"] < checkpoint.iteration or all(n.startswith(("gain/", "iteration")) for n in row):
             merged |= row
-    return {
-        name: value
-        for name, value in merged.items()
-        if name.startswith(_SHOWN) and not name.endswith(("/min", "/max")) and isinstance(value, float)
-    }
+    return {name: value for name, value in merged.items() if _SHOWN.fullmatch(name) and isinstance(value, float)}
 
 
 def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weights: str) -> dict[str, str]:
@@ -149,7 +146,11 @@ def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weigh
 
 def _card(config: Config, layout: Format, file: str, facts: Mapping[str, str], figures: Mapping[str, float]) -> str:
     licence = base_licence(config)
-    head = {"library_name": "diffusers", "base_model": _base(config), "tags": ["acpo", config.algorithm.type]}
+    head = {
+        "library_name": "diffusers",
+        "base_model": _base(config),
+        "tags": [*dict.fromkeys(["acpo", config.algorithm.type])],
+    }
     if licence:
         head["license"] = licence
     stated = licence or "not stated by the base model's files; look it up there before you pass the model on"

@@ -87,19 +87,12 @@ def _batches(
     paths: list[Path], column: str, limit: int | None, size: int, skipped: list[str]
 ) -> Iterator[list[tuple[str, Any]]]:
     """Consecutive pictures of one size, at most `size` of them; what cannot be decoded is noted and passed over."""
-    from acpo_dist.core.errors import DataError
+    from itertools import islice
+
     from acpo_dist.data.images import read_images
 
-    pictures, batch, count = read_images(paths, column=column), [], 0
-    while limit is None or count < limit:
-        try:
-            name, picture = next(pictures)
-        except StopIteration:
-            break
-        except DataError as error:
-            skipped.append(str(error))
-            continue
-        count += 1
+    batch: list[tuple[str, Any]] = []
+    for name, picture in islice(read_images(paths, column=column, skip=skipped.append), limit):
         if batch and (len(batch) == size or batch[0][1].shape != picture.shape):
             yield batch
             batch = []

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -87,7 +87,9 @@ def load_pictures(path: Path, column: str, max_images: int | None = None, size: 
     return PictureSet(tensor=torch.from_numpy(pixels))
 
 
-def read_images(paths: Sequence[Path], *, column: str = "image") -> Iterator[tuple[str, Tensor]]:
+def read_images(
+    paths: Sequence[Path], *, column: str = "image", skip: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Pictures as they are, decoded one at a time; nothing is resized or cropped.
 
     All paths are checked before the first picture is decoded. A file that is reached twice is read once.
@@ -95,6 +97,7 @@ def read_images(paths: Sequence[Path], *, column: str = "image") -> Iterator[tup
     Args:
         paths: picture files, folders (searched for picture files at every depth, in sorted order) and parquet files.
         column: picture column of parquet files.
+        skip: called with the reason for every picture that cannot be decoded, which is then passed over; None raises.
 
     Returns:
         Iterator over (name, uint8 RGB of shape (3, H, W)). The name is the file's path; for a row of a parquet file,
@@ -107,7 +110,7 @@ def read_images(paths: Sequence[Path], *, column: str = "image") -> Iterator[tup
     for path in paths:
         for file in _expand(Path(path), column):
             files.setdefault(os.path.abspath(file), file)
-    return itertools.chain.from_iterable(_read_one(file, column) for file in files.values())
+    return itertools.chain.from_iterable(_read_one(file, column, skip) for file in files.values())
 
 
 def decode_square(encoded: bytes | None, size: int) -> Tensor:
@@ -146,13 +149,27 @@ def _pictures_below(folder: Path) -> list[Path]:
     return pictures
 
 
-def _read_one(path: Path, column: str) -> Iterator[tuple[str, Tensor]]:
+def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:
     if not _is_parquet(path):
-        yield str(path), _decode_named(path, str(path))
+        yield from _decode_or_skip(path, str(path), str(path), skip)
         return
     with _open_parquet(path, column) as file:
         for row, encoded in enumerate(_encoded_rows(file, path, column)):
-            yield f"{path}#{row}", _decode_named(encoded, f"{path}, row {row} of column `{column}`")
+            yield from _decode_or_skip(encoded, f"{path}#{row}", f"{path}, row {row} of column `{column}`", skip)
+
+
+def _decode_or_skip(
+    source: Path | bytes | None, name: str, where: str, skip: Callable[[str], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    # A generator that raises is over: whoever went on after the error would miss the rows behind it.
+    try:
+        picture = _decode_named(source, where)
+    except DataError as error:
+        if skip is None:
+            raise
+        skip(str(error))
+        return
+    yield name, picture
 
 
 def _decode_named(source: Path | bytes | None, name: str) -> Tensor:

@@ -7,75 +7,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from acpo_dist.config.section import Section
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import (
     DTYPES,
-    DtypeName,
     held_dtype,
     load_part,
     pipeline_folder,
     require_whole,
     resolve_path,
 )
+from acpo_dist.models.noise_levels import read_schedule
 from acpo_dist.models.text import Encoders, PromptEmbeddings, fingerprint, load_encoders
-from acpo_dist.models.tuning import TunedNetwork, TuningConfig
-from acpo_dist.models.vae import VaeDecoder, VaeDtypeName, load_vae
-
-NEAR_ZERO = 2.0**-24
-"""What stands for a cumulative signal of zero, as in diffusers' Euler scheduler: the first noise level stays finite."""
-
-
-class MemoryConfig(Section):
-    """Memory saved at the price of time."""
-
-    gradient_checkpointing: bool = False
-    """Recompute the U-Net's blocks in the backward pass: one more forward per gradient step."""
-    vae_checkpointing: bool = False
-    """The same for the VAE's decoder."""
-    vae_slicing: bool = False
-    """Decode finished samples one by one."""
-    vae_tiling: bool = False
-    """Decode finished samples in tiles; large pictures differ a little. Never where the score's gradient passes."""
-    anchor_dtype: DtypeName = "float32"
-    """Type of the frozen copy beside full fine-tuning; LoRA needs no copy."""
-    embedding_cache: Path | None = None
-    """Folder that keeps the embeddings of prompts; `acpo embed` fills it, a run adds what is missing."""
-    free_text_encoders: bool = False
-    """Load the text encoders only for prompts whose embeddings are not known yet."""
-
-
-class LatentConfig(Section):
-    """Which model of a family on latents, and what trains."""
-
-    type: str
-    path: str
-    """Embedded toy, pipeline folder, or hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
-    variant: str | None = None
-    """File variant, such as fp16."""
-    offline: bool = False
-    """Never ask the hub: the model must be a folder or in the local cache."""
-    vae: str | None = None
-    """Folder or hub id of a VAE that replaces the pipeline's own."""
-    image_size: int | None = None
-    """Height and width in pixels; None takes the U-Net's own."""
-    dtype: DtypeName = "float32"
-    """Type of the frozen weights and of rollouts."""
-    vae_dtype: VaeDtypeName = "float32"
-    """Type of the VAE; SDXL's own overflows in float16, which is refused or noticed."""
-    negative_prompt: str | None = None
-    """What guidance leads away from; None is the family's null condition."""
-    tuning: TuningConfig = TuningConfig()
-    memory: MemoryConfig = MemoryConfig()
-    seed: int = 0
-    """Seed of the adapters' initial values."""
+from acpo_dist.models.tuning import TunedNetwork
+from acpo_dist.models.vae import VaeDecoder, load_vae
 
 
 class LatentFamily:
@@ -275,31 +224,3 @@ class LatentFamily:
         parts = [name for part in cls.text_parts for name in part[:2]]
         facts = {"dtype": config.dtype, "variant": config.variant, "negative_prompt": config.negative_prompt}
         return root / fingerprint(path, parts, **facts)
-
-
-def read_schedule(path: str, revision: str | None = None) -> tuple[str, Tensor]:
-    """Prediction type, and cumulative signal fraction by timestep (T,) in float64, of a pipeline folder.
-
-    A schedule with zero terminal SNR ends at 2^-24 instead of 0.
-
-    Raises:
-        ModelError: unreadable, no discrete noise schedule, or one that its prediction type cannot serve.
-    """
-    config = load_part(DDPMScheduler.load_config, path, "scheduler", revision=revision)
-    kind = str(config.get("_class_name"))
-    if kind.startswith(("EDM", "Flow")):
-        raise ModelError(
-            f"model.path: `{path}` is trained for {kind}, whose noise levels are not those of a discrete "
-            "Stable Diffusion schedule; such models cannot be tuned here."
-        )
-    scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler", revision=revision)
-    prediction_type = str(scheduler.config["prediction_type"])
-    alpha_bars = scheduler.alphas_cumprod.double()
-    if float(alpha_bars[-1]) < NEAR_ZERO:
-        if prediction_type == "epsilon":
-            raise ModelError(
-                f"model.path: the schedule of `{path}` ends without signal (rescale_betas_zero_snr), where a noise "
-                "prediction says nothing of the picture: such a model must predict v. Check its scheduler_config.json."
-            )
-        alpha_bars[-1] = NEAR_ZERO
-    return prediction_type, alpha_bars

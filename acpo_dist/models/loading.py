@@ -75,13 +75,10 @@ def pipeline_folder(
         ModelError: the model is not to be had, or the folder lacks files.
     """
     if not Path(path).is_dir():
-        options: dict[str, Any] = {
-            "revision": revision,
-            "variant": variant,
-            "local_files_only": offline,
-            "use_safetensors": True,
-        }
-        path = str(load_part(pipeline.download, path, None, **options, **dict.fromkeys(without)))
+        # Parts that are given, even as None, are not downloaded.
+        options: dict[str, Any] = dict.fromkeys(without)
+        options |= {"revision": revision, "variant": variant, "local_files_only": offline, "use_safetensors": True}
+        path = str(load_part(pipeline.download, path, None, **options))
     require_whole(path, variant=variant, without=without)
     return path
 

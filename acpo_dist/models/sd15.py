@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from acpo_dist.core.errors import ModelError
-from acpo_dist.models.latent import LatentConfig, LatentFamily
+from acpo_dist.models.latent import LatentFamily
+from acpo_dist.models.latent_config import LatentConfig
 from acpo_dist.models.text import Encoders
 
 

@@ -9,7 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.family import Condition
-from acpo_dist.models.latent import LatentConfig, LatentFamily
+from acpo_dist.models.latent import LatentFamily
+from acpo_dist.models.latent_config import LatentConfig
 from acpo_dist.models.loading import DTYPES, load_part
 from acpo_dist.models.text import Encoders
 

@@ -77,9 +77,9 @@ class Bench:
         )
         assert len(token) >= 32
         started = time.monotonic()
-        self.desk.run(f"{self._activate} && cd {self.checkout} && ray up -y --no-config-cache {CONFIG}", timeout=600)
+        self.desk.run(f"{self._activate} && cd {self.checkout} && RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache {CONFIG}", timeout=600)
         self.results["ray_up_s"] = round(time.monotonic() - started, 1)
-        until(lambda: len(self._nodes()) == 3, 300, f"only {self._nodes()} joined; see {self.folder}/h1/home/acpo")
+        until(lambda: len(self._nodes()) == 3, 300, "not all machines joined; see monitor.out of the head's Ray")
         self.results["three_nodes_s"] = round(time.monotonic() - started, 1)
         until(lambda: self.head.call(f"{self._node} && curl -fs $MLFLOW_TRACKING_URI/health").returncode == 0, 180,
               f"MLflow does not answer; see {self.head.home}/acpo/mlflow.log")  # fmt: skip
@@ -315,7 +315,7 @@ class Bench:
     def _all_back(self) -> None:
         """A machine that comes back is taken in again by Ray's autoscaler, which runs on the head."""
         started = time.monotonic()
-        until(lambda: len(self._nodes()) == 3, 400, f"only {self._nodes()} are there again")
+        until(lambda: len(self._nodes()) == 3, 400, "not all machines are there again")
         self.results["taken_in_again_s"] = round(time.monotonic() - started, 1)
 
     def token(self) -> None:

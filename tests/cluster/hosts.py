@@ -95,7 +95,8 @@ class Host:
             return "127.0.0.1 localhost\n" + "".join(f"{where} {who}\n" for who, where in addresses.items())
         if name == "passwd":
             return (
-                f"root:x:0:0:root:/root:/bin/bash\n{USER}:x:0:0::{self.home}:/bin/bash\n"
+                # First, because ssh asks for the home of the number, not of the name.
+                f"{USER}:x:0:0::{self.home}:/bin/bash\nroot:x:0:0:root:/root:/bin/bash\n"
                 "sshd:x:105:65534::/run/sshd:/bin/false\n"
             )
         if name == "sshd_config":

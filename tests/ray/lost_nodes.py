@@ -19,6 +19,7 @@ from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from tests.conftest import TINY
 
+METRICS = ["two_stream", "strided_judge"]
 PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
 SMALL = [
     "rollout.cpus_per_worker=0.5", "rollout.num_workers=2", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.5",
@@ -71,22 +72,20 @@ def lose_rollout(machines: Machines, folder: Path) -> dict:
         ports.learner.start(None)
         ports.weights.publish(1)
         handles = ports.rollout.generate(groups)
-        before = ports.rollout.images(handles, ids)
-        scores = ports.reward.score(handles, ["two_stream", "strided_judge"])
+        # Nobody has fetched them yet, so half of them are on the node that goes away and nowhere else.
         nodes = machines.of("RolloutActor")
         (learner,) = machines.of("LearnerActor")
         machines.lose(next(node for node in nodes if node != learner))
         started = time.monotonic()
-        # Half of these samples were on the node that is gone.
-        again = ports.reward.score(handles, ["two_stream", "strided_judge"])
-        after = ports.rollout.images(handles, ids)
+        scores = ports.reward.score(handles, METRICS)
+        pictures = ports.rollout.images(handles, ids)
         recovered_s = time.monotonic() - started
-        ports.weights.publish(2)
-        drawn = ports.rollout.images(ports.rollout.generate(groups), ids)
+        echoes = ports.weights.publish(2)
+        drawn = ports.rollout.generate(groups)
         return {
-            "nodes": len(nodes), "same_pictures": bool(torch.equal(before, after)),
-            "score_error": _error(scores, again), "same_again": bool(torch.equal(before, drawn)),
-            "redone": ports.rollout.redone,
+            "nodes": len(nodes), "published": echoes, "versions": sorted({one.policy_version for one in drawn}),
+            "same_pictures": bool(torch.equal(pictures, ports.rollout.images(drawn, ids))),
+            "score_error": _error(scores, ports.reward.score(drawn, METRICS)),
             "recovered_s": round(recovered_s, 1), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip
 

@@ -101,7 +101,7 @@ def test_killing_a_reward_replica_loses_no_sample_and_changes_no_score(ports_of,
     handles = ports.rollout.generate(groups)
     names = ["two_stream", "strided_judge"]
     undisturbed = ports.reward.score(handles, names)
-    pid = ports.reward.client.submit("two_stream", "pid").result()
+    pid = ports.reward.vitals()["two_stream"][0]["pid"]
     killed = []
 
     def kill_once(count):

@@ -393,3 +393,12 @@ def test_real_pictures_are_read_at_their_own_size():
     name, tensor = next(read_images([shared("drawbench_sd14_512px.parquet")]))
     assert name.endswith("drawbench_sd14_512px.parquet#0")
     assert tensor.shape == (3, 512, 512) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
+
+
+def test_rows_behind_a_damaged_one_are_still_read_when_it_is_skipped(tmp_path):
+    rows = [encode(picture(0)), b"damaged", encode(picture(1)), None, encode(picture(2))]
+    path = write_parquet(tmp_path / "set.parquet", rows)
+    skipped: list[str] = []
+    names = [name.rpartition("#")[2] for name, _ in read_images([path], skip=skipped.append)]
+    assert names == ["0", "2", "4"]
+    assert ["row 1" in skipped[0], "row 3" in skipped[1], len(skipped)] == [True, True, 2]

@@ -15,8 +15,9 @@ from acpo_dist.core.errors import ModelError, NonFiniteError
 from acpo_dist.core.types import SamplePlan
 from acpo_dist.models import text
 from acpo_dist.models.family import Condition, trainable_tensors
-from acpo_dist.models.latent import NEAR_ZERO, MemoryConfig, read_schedule
+from acpo_dist.models.latent_config import MemoryConfig
 from acpo_dist.models.loading import load_part
+from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.models.vae import VaeDecoder
