@@ -77,7 +77,8 @@ class Bench:
         )
         assert len(token) >= 32
         started = time.monotonic()
-        self.desk.run(f"{self._activate} && cd {self.checkout} && RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache {CONFIG}", timeout=600)
+        launch = f"RAY_UP_enable_autoscaler_v2=0 ray up -y --no-config-cache {CONFIG}"
+        self.desk.run(f"{self._activate} && cd {self.checkout} && {launch}", timeout=600)
         self.results["ray_up_s"] = round(time.monotonic() - started, 1)
         until(lambda: len(self._nodes()) == 3, 300, "not all machines joined; see monitor.out of the head's Ray")
         self.results["three_nodes_s"] = round(time.monotonic() - started, 1)

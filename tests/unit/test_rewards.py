@@ -1,6 +1,7 @@
 """Rewards travel without loss that matters, come with the exact gradient, and are never made up."""
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -258,7 +259,7 @@ def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae.decoder.conv_out.weight.data.mul_(4)
     vae.register_to_config(scaling_factor=0.8)
     vae.save_pretrained(folder / "vae")
-    (folder / "model_index.json").write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
     return folder
 
 
