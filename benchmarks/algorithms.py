@@ -5,8 +5,8 @@
 Each arm is `acpo train configs/toy_<name>.yaml`. Every `--every` iterations the same evaluation samples are drawn,
 scored by reward and judge, and judged exactly by the oracle, which nothing trains on. Cost is counted until the
 oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
-network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation; the
-table is in Markdown, mean and range over seeds. Seeds can be spread over processes: `--table FILE...` reads their lines.
+network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation;
+the table is in Markdown, mean and range over seeds. Seeds can be spread over processes: `--table FILE...` reads lines.
 """
 
 import os
