@@ -28,7 +28,7 @@ CONFIG = "clusters/local.yaml"
 NETWORK = "10.77.0.0/24"
 JOBS = "http://127.0.0.1:8265"
 SMALL = [
-    "run.iterations=14", "checkpoint.every=3", "sampler.num_steps=4", "sampler.t_max=0.5", "sampler.late_per_sample=2",
+    "run.iterations=60", "checkpoint.every=10", "sampler.num_steps=4", "sampler.t_max=0.5", "sampler.late_per_sample=2",
     "rollout.prompts_per_iteration=16", "rollout.batch_size=4", "rollout.num_workers=2", "learner.micro_batch=4",
     "learner.global_batch=16", "rewards.calibration_samples=16", "tracking.num_images=4", "tracking.images_every=100",
     "learner.cpus_per_rank=0.5", "rollout.cpus_per_worker=0.5", "rewards.cpus_per_replica=0.25",
@@ -219,7 +219,7 @@ class Bench:
     def job(self) -> None:
         """Ray's own `ray job submit`, workers of each role on a machine of its own, the pool from 1 to 3 and back."""
         started = time.monotonic()
-        job = self._submit("first", 0, ["run.iterations=20", *ONE_HOST_EACH], ours=False)
+        job = self._submit("first", 0, ["run.iterations=200", *ONE_HOST_EACH], ours=False)
         self._await_rows(job, 0, 1)
         found = self._workers()
         expected = {role: {self.net.addresses[name]} for name, role in
@@ -228,7 +228,7 @@ class Bench:
         self.results["workers"] = {role: sorted(where) for role, where in found.items()}
         counts = [self._scale(3), self._scale(1)]
         assert counts == [3, 1], counts
-        assert len(self._rows("first", 0)) < 20, "the run was over before the pool was scaled"
+        assert len(self._rows("first", 0)) < 200, "the run was over before the pool was scaled"
         self._finish(job)
         replicas = [row.get("reward_pool/two_stream/replicas") for row in self._rows("first", 0)]
         self.results |= {"first_s": round(time.monotonic() - started, 1), "replicas_by_iteration": replicas}
@@ -277,7 +277,7 @@ class Bench:
         job = self._submit(name, 0, MOVABLE, ours=True)
         self._await_rows(job, 0, 1)
         host = victim()
-        self._await_rows(job, 0, 4)
+        self._await_rows(job, 0, 12)
         before = len(self._rows(name, 0))
         host.power_off()
         gone = time.monotonic()
@@ -310,7 +310,7 @@ class Bench:
         assert len(calm) == len(found), (len(calm), len(found))
         for mine, theirs in zip(calm, found, strict=True):
             odd = {key: (value, theirs.get(key)) for key, value in mine.items()
-                   if abs(value - theirs.get(key, float("inf"))) > 1e-5 * max(1, abs(value))}  # fmt: skip
+                   if abs(value - theirs.get(key, float("inf"))) > 1e-3 * max(1, abs(value))}  # fmt: skip
             assert not odd, f"{name}, iteration {mine['iteration']}: {odd}"
 
     def _all_back(self) -> None:

@@ -112,8 +112,10 @@ def test_killing_a_reward_replica_loses_no_sample_and_changes_no_score(ports_of,
 
     disturbed = ports.reward.score([handle for _ in range(6) for handle in handles], names, kill_once)
     assert killed
-    assert disturbed == undisturbed
-    assert all(len(disturbed[name]) == 64 for name in names)
+    # Requests of other samples may share a batch, which moves float32 sums by a unit in the last place.
+    for name in names:
+        assert disturbed[name] == pytest.approx(undisturbed[name], abs=1e-6), name
+        assert len(disturbed[name]) == 64
 
 
 @pytest.fixture(scope="module")
