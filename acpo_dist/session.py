@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 # What may change when a run goes on: where it runs and how long, but not what it computes.
 _FREE = {
     "run": {"name", "dir", "iterations"},
+    "model": {"memory", "offline"},
     "rollout": {"num_workers", "cpus_per_worker", "gpus_per_worker"},
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
     "learner": {"num_ranks", "zero_stage", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s"},

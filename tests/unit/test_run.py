@@ -200,3 +200,10 @@ def test_metrics_lines_are_json_objects_with_their_iteration(tiny, tmp_path):
     rows = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert "gain/two_stream" in rows[-1]
+
+
+def test_a_run_that_ran_out_of_memory_may_go_on_with_checkpointing(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, QUIET)
+    thrifty = tiny("run.iterations=2", f"run.dir={root}", "model.memory.gradient_checkpointing=true")
+    assert drive(thrifty, open_ports, QUIET, resume="auto").iterations == 2
