@@ -1,5 +1,6 @@
 """A checkpoint as files that others open: LoRA in two layouts, or the merged pipeline, each with a model card."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from acpo_dist.driver import export_pipeline
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers
+from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
 from acpo_dist.promotion.card import base_licence
+from acpo_dist.retiming.artefact import trajectory_from_mapping
 from acpo_dist.session import METRICS, git_commit, read_run_config
-from acpo_dist.suites.subject import prepared
+from acpo_dist.sources import prepared
 from acpo_dist.tracking.jsonl import read_metrics
 
 Format = Literal["diffusers-lora", "kohya", "merged"]
@@ -37,6 +40,8 @@ class Exported:
     file: Path
     """The LoRA file, or the pipeline's index."""
     card: Path
+    schedule: Path | None
+    """Trajectory that the weights were tuned along, for plain schedulers; None for a pipeline that takes none."""
     iteration: int
     checksum: str
     """SHA-256 of the tuned weights, as the run published them."""
@@ -71,11 +76,13 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
         layers = adapter_layers(tensors, config.model.tuning)
         out.mkdir(parents=True, exist_ok=True)
         file = _write_lora(config, layers, out, layout, weights, checkpoint)
+    schedule = _write_schedule(config, checkpoint, out)
     card = out / "README.md"
     facts = _facts(run, config, checkpoint, checksum(tensors), weights)
-    card.write_text(_card(config, layout, file.name, facts, _figures(run, checkpoint)), encoding="utf-8")
+    card.write_text(_card(config, layout, file.name, schedule, facts, _figures(run, checkpoint)), encoding="utf-8")
     return Exported(
-        folder=out, file=file, card=card, iteration=checkpoint.iteration, checksum=facts["weights sha256"]
+        folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
+        checksum=facts["weights sha256"],
     )  # fmt: skip
 
 
@@ -115,6 +122,21 @@ def _write_lora(
     return file
 
 
+def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path | None:
+    """The rollouts' trajectory: as `acpo generate --schedule` reads it, and as diffusers' two schedulers take it."""
+    found = checkpoint.state.get("trajectory")
+    if found is None or not hasattr(resolve("model", MODELS, config.model.type), "pipeline"):
+        return None
+    trajectory = trajectory_from_mapping(found)
+    plain = {
+        "EulerDiscreteScheduler": {"sigmas": euler_sigmas(trajectory)},
+        "DPMSolverMultistepScheduler": {"timesteps": dpmpp_timesteps(trajectory)},
+    }
+    path = out / "schedule.json"
+    path.write_text(json.dumps({"trajectory": found, "diffusers": plain}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
 def _figures(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
     """Of the last iteration before the checkpoint, and the run's gain where the checkpoint is its end."""
     path = run / METRICS
@@ -144,7 +166,10 @@ def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weigh
     }
 
 
-def _card(config: Config, layout: Format, file: str, facts: Mapping[str, str], figures: Mapping[str, float]) -> str:
+def _card(
+    config: Config, layout: Format, file: str, schedule: Path | None, facts: Mapping[str, str],
+    figures: Mapping[str, float],
+) -> str:  # fmt: skip
     licence = base_licence(config)
     head = {
         "library_name": "diffusers",
@@ -160,7 +185,7 @@ def _card(config: Config, layout: Format, file: str, facts: Mapping[str, str], f
             f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
             f"# {config.run.name}\n",
             f"`{_base(config)}`, tuned on no-reference image quality with acpo_dist and held near the base model.\n",
-            f"## Use\n\n```python\n{_code(config, layout, file)}```\n",
+            f"## Use\n\n```python\n{_code(config, layout, file, schedule)}```\n",
             "## Provenance\n\n| what | value |\n| --- | --- |",
             *(f"| {name} | {value} |" for name, value in facts.items()),
             "\n## Measured before these weights\n\n| figure | value |\n| --- | --- |",
@@ -170,7 +195,7 @@ def _card(config: Config, layout: Format, file: str, facts: Mapping[str, str], f
     )
 
 
-def _code(config: Config, layout: Format, file: str) -> str:
+def _code(config: Config, layout: Format, file: str, schedule: Path | None) -> str:
     if layout == "merged":
         lines = ["from diffusers import DiffusionPipeline", "", 'pipeline = DiffusionPipeline.from_pretrained(".")']
     else:
@@ -179,6 +204,20 @@ def _code(config: Config, layout: Format, file: str) -> str:
             "",
             f'pipeline = DiffusionPipeline.from_pretrained("{_base(config)}")',
             f'pipeline.load_lora_weights(".", weight_name="{file}")',
+        ]
+    if schedule is not None:
+        # Euler is equal to DDIM on the same levels; with this spacing diffusers starts it from unit noise.
+        lines = [
+            "import json",
+            "",
+            lines[0].replace("import DiffusionPipeline", "import DiffusionPipeline, EulerDiscreteScheduler"),
+            *lines[1:],
+            "pipeline.scheduler = EulerDiscreteScheduler.from_config(",
+            '    pipeline.scheduler.config, timestep_spacing="leading"',
+            ")",
+            f'with open("{schedule.name}") as schedule:',
+            '    levels = json.load(schedule)["diffusers"]["EulerDiscreteScheduler"]',
+            'picture = pipeline("a prompt", **levels).images[0]',
         ]
     return "\n".join([*lines, ""])
 

@@ -17,6 +17,7 @@ from acpo_dist.core.types import Normaliser, PromptGroup, RolloutHandle, ScoredG
 from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
+from acpo_dist.learner.rates import learning_rate
 from acpo_dist.retiming.keeper import TrajectoryKeeper
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
@@ -114,7 +115,8 @@ def _iterate(
         iteration=state.iteration, policy_version=state.version, sample_ids=chosen.sample_ids,
         # A pathwise objective is scaled by its reward terms; one that sees scores only, by its samples' weights.
         weights=chosen.weights if config.algorithm.pathwise else {n: scale * w for n, w in chosen.weights.items()},
-        anchor_weight=state.controller.weight, rewards=reward_terms(config, state.normalisers, scale),
+        anchor_weight=state.controller.weight, learning_rate=learning_rate(config, state.iteration),
+        rewards=reward_terms(config, state.normalisers, scale),
         constants=state.constants,
     )  # fmt: skip
     with clock.phase("learn"), console.phase("learn", len(task.sample_ids)) as advance:
@@ -127,6 +129,7 @@ def _iterate(
         **report.metrics,
         **chosen.figures,
         "anchor/weight": state.controller.weight,
+        "learner/learning_rate": task.learning_rate,
         "drift/rms": drift**0.5,
         "sync/version": float(state.version + 1),
         **ports.reward.counters(),

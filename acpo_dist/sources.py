@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -12,6 +13,8 @@ from acpo_dist.core.errors import ModelError, UsageError
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.local import LocalRollouts, default_device
+from acpo_dist.recipes.prepare import TRAIN
+from acpo_dist.retiming.artefact import trajectory_from_mapping
 from acpo_dist.session import RESOLVED, read_run_config
 
 _FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm"}
@@ -41,20 +44,48 @@ def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path |
     return load_config(source, overrides), None
 
 
-def open_rollouts(config: Config, run: Path | None) -> LocalRollouts:
-    """A rollout pool in this process, with the weights of the run's newest checkpoint where there is one.
+def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True) -> LocalRollouts:
+    """A rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
+
+    Args:
+        own_sampler: follow the trajectory that the checkpoint was trained along; False follows the configuration's.
 
     Raises:
         ModelError: the run has no whole checkpoint.
     """
-    pool = LocalRollouts(config, device=default_device())
+    pool = LocalRollouts(prepared(config, run) if run is not None else config, device=default_device())
     if run is not None:
         checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
         if checkpoint is None:
             raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
         weights = load_file(checkpoint.learner_folder / "policy.safetensors")
         pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+        if own_sampler:
+            pool.follow(trajectory_from_mapping(checkpoint.state["trajectory"]))
     return pool
+
+
+def prepared(config: Config, run: Path) -> Config:
+    """The run's configuration with what it trained first (`train`) replaced by where that lies.
+
+    Raises:
+        ModelError: the run has not got so far.
+    """
+    if getattr(config.model, "path", None) == TRAIN:
+        folder = run / "base" / "ddpm"
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"{run} was to train its base model first, and has not done so: {folder} is not there.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    rewards = {
+        role: tuple(_trained(entry, run) for entry in getattr(config.rewards, role)) for role in ("train", "judges")
+    }
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update=rewards)})
+
+
+def _trained(entry: Any, run: Path) -> Any:
+    if getattr(entry, "weights", None) != TRAIN:
+        return entry
+    return entry.model_copy(update={"weights": str(run / "base" / f"{entry.name}.safetensors")})
 
 
 def _bare_config(source: str, overrides: Sequence[str]) -> Config:

@@ -165,7 +165,7 @@ class Bench:
             lap("reward")
             task = TrainTask(
                 iteration=version, policy_version=version, sample_ids=ids, weights=dict.fromkeys(ids, 1.0),
-                anchor_weight=1.0, rewards=(term,),
+                anchor_weight=1.0, learning_rate=config.learner.learning_rate, rewards=(term,),
             )  # fmt: skip
             learner.train(handles, task)
             lap("learn")

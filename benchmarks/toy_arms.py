@@ -46,8 +46,6 @@ def main() -> None:
     for seed in options.seeds:
         rows = run_seed(seed, arms, options)
         for name, row in rows.items():
-            sys.stdout.write(json.dumps({"seed": seed, "arm": name, **row}) + "\n")
-            sys.stdout.flush()
             for key, value in row.items():
                 if rows["base"].get(key):
                     ratios.setdefault(name, {}).setdefault(key, []).append(value / rows["base"][key])
@@ -88,7 +86,11 @@ def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> di
                 at_start=None if rows else lambda c, p, t: measure("base", c, p, t),
                 at_end=lambda c, p, t, label=name: measure(label, c, p, t),
             )  # fmt: skip
+            fresh = ["base", name] if len(rows) == 2 else [name]
             rows[name]["seconds"] = time.monotonic() - started
+            for label in fresh:
+                sys.stdout.write(json.dumps({"seed": seed, "arm": label, **rows[label]}) + "\n")
+            sys.stdout.flush()
     if options.pictures:
         save_grid(torch.cat(shown), options.pictures / f"seed{seed}.png", columns=12, labels=["base", *arms], scale=2)
     return rows

@@ -26,6 +26,7 @@ def export_command(
         answer(
             {
                 "folder": str(done.folder), "file": str(done.file), "card": str(done.card),
+                "schedule": str(done.schedule) if done.schedule else None,
                 "iteration": done.iteration, "sha256": done.checksum, "format": layout, "weights": weights,
             }
         )  # fmt: skip

@@ -30,7 +30,7 @@ def measure_command(
     config, run = source_config(source, overrides or [])
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     console = Console()
-    pool = open_rollouts(config, run)
+    pool = open_rollouts(config, run, own_sampler=not any(text.startswith("sampler.") for text in overrides or []))
     alpha_bars = pool.alpha_bars().numpy()
     with console.phase("measure", None):
         sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="measure")

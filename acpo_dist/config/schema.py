@@ -171,6 +171,12 @@ class LearnerConfig(Section):
     inner_epochs: int = Field(default=1, ge=1)
     """How often an iteration's samples are gone over, each time with other states and noise."""
     learning_rate: float = Field(default=3e-4, gt=0)
+    lr_warmup: int = Field(default=0, ge=0)
+    """Iterations over which the learning rate rises to its height."""
+    lr_decay_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of `run.iterations`, at the end, over which it falls to 0; a run resumed to go on longer falls later."""
+    lr_decay_type: Literal["linear", "cosine"] = "linear"
+    """How it falls."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

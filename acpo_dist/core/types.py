@@ -33,6 +33,8 @@ class LateLatents:
     denoise_step: int
     timestep: float
     alpha_bar: float
+    width: float
+    """Timesteps that the denoise step covers: how likely the learner takes this state among those that are kept."""
     latents_BCHW: Tensor
     following_BCHW: Tensor | None = None
     """State after the step, kept where steps are stochastic (`sampler.eta` above 0)."""
@@ -133,6 +135,7 @@ class TrainTask:
     weights: Mapping[str, float]
     """See `Selection.weights`."""
     anchor_weight: float
+    learning_rate: float
     rewards: tuple[RewardTerm, ...]
     constants: Mapping[str, float] = field(default_factory=dict[str, float])
     """What the algorithm worked out on base samples before the first iteration."""

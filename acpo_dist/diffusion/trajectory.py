@@ -45,6 +45,11 @@ class Trajectory:
         text = ",".join(f"{value:.12g}" for value in (*self.timesteps, *self.alpha_bars))
         return f"{self.num_steps}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
+    def width(self, step: int) -> float:
+        """Timesteps that a denoise step covers, from its own to the next one's, the last down to a clean sample."""
+        timesteps = (*self.timesteps, -1.0)
+        return timesteps[step] - timesteps[step + 1]
+
     def late_steps(self, t_max: float, num_train_timesteps: int, count: int) -> tuple[int, ...]:
         """Up to `count` denoise steps, spread evenly, among those whose timestep is at most t_max times T.
 

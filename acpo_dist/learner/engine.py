@@ -29,6 +29,10 @@ class Engine(Protocol):
         """Accumulate the gradient of one micro-batch's mean loss."""
         ...
 
+    def set_learning_rate(self, value: float) -> None:
+        """For the steps from now on."""
+        ...
+
     def step(self) -> float:
         """Average over micro-batches and ranks, clip, update, clear; return the gradient norm before clipping.
 
@@ -61,6 +65,12 @@ def make_optimiser(parameters: list[nn.Parameter], config: LearnerConfig) -> tor
     )
 
 
+def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
+    """One rate for all groups."""
+    for group in optimiser.param_groups:
+        group["lr"] = value
+
+
 class TorchEngine:
     """One process, no sharding."""
 
@@ -82,6 +92,10 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
         (loss / self._accumulation).backward()
+
+    def set_learning_rate(self, value: float) -> None:
+        """See `Engine.set_learning_rate`."""
+        set_learning_rate(self._optimiser, value)
 
     def step(self) -> float:
         """See `Engine.step`; the weights are untouched when it raises."""

@@ -1,6 +1,8 @@
 """Rollouts by sample id."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,7 +48,9 @@ class SampleStore:
         return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
 
     def late(self, ids: Sequence[str], keys: Sequence[int], *, stochastic: bool = False) -> LateStates:
-        """One of each sample's kept late states, chosen by the sample's key.
+        """One of each sample's kept late states, chosen by the sample's key, in proportion to the timesteps it covers.
+
+        So what is trained, and the drift that is measured, is a mean over timesteps whatever the trajectory's spacing.
 
         Args:
             stochastic: choose among the steps that have a density, and give the states after them too.
@@ -56,7 +60,7 @@ class SampleStore:
             batch, row = self._at[sample_id]
             kept = [late for late in batch.late if not stochastic or late.following_alpha_bar < 1]
             # The low bits choose the picture of the data batch; these choose the state.
-            chosen.append((kept[(key >> 32) % len(kept)], row))
+            chosen.append((_take(kept, (key >> 32) % 2**24 / 2**24), row))
         following = [late.following_BCHW[row] for late, row in chosen if late.following_BCHW is not None]
         levels = torch.tensor([late.following_alpha_bar for late, _ in chosen], dtype=torch.float64)
         return LateStates(
@@ -66,3 +70,9 @@ class SampleStore:
             following=torch.stack(following) if stochastic else None,
             following_alpha_bars_B=levels if stochastic else None,
         )
+
+
+def _take(kept: Sequence[LateLatents], share: float) -> LateLatents:
+    """The state in which this share (0 to below 1) of all the widths ends."""
+    ends = list(accumulate(late.width for late in kept))
+    return kept[bisect_right(ends, share * ends[-1])]

@@ -81,6 +81,7 @@ class LearnerWorker:
             NonFiniteError: a loss or gradient is not finite.
         """
         engine = self._ready()
+        engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
         reward = self._reward(task.rewards)
         sums = FigureSums()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import NonFiniteError
-from acpo_dist.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments
+from acpo_dist.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments, set_learning_rate
 from acpo_dist.models.family import trainable_tensors
 
 
@@ -81,6 +81,10 @@ class ZeroEngine:
             clear()
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
+
+    def set_learning_rate(self, value: float) -> None:
+        """See `Engine.set_learning_rate`. DeepSpeed's wrappers share the groups of the optimiser within."""
+        set_learning_rate(self._engine.optimizer, value)
 
     def step(self) -> float:
         """See `Engine.step`. The norm is known after the update: when it raises, nothing may be exported."""

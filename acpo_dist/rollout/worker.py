@@ -134,6 +134,7 @@ class RolloutWorker:
             denoise_step=step,
             timestep=self.trajectory.timesteps[step],
             alpha_bar=self.trajectory.alpha_bars[step],
+            width=self.trajectory.width(step),
             latents_BCHW=kept[step].float().cpu(),
             following_BCHW=kept[step + 1].float().cpu() if stochastic else None,
             following_alpha_bar=self.trajectory.alpha_bars[step + 1],

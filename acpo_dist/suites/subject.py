@@ -16,9 +16,8 @@ from acpo_dist.core.weights import make_bundle, require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from acpo_dist.models.loading import resolve_path
-from acpo_dist.recipes.prepare import TRAIN
 from acpo_dist.retiming.artefact import read_schedule, trajectory_from_mapping
-from acpo_dist.sources import source_config
+from acpo_dist.sources import prepared, source_config
 from acpo_dist.suites.judges import weights_digest
 from acpo_dist.suites.pictures import count_pictures
 
@@ -161,29 +160,6 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         )
         raise ModelError(f"{run}: {said}; kept are {there} (checkpoint.keep, checkpoint.every).")
     return store.open(iteration)
-
-
-def prepared(config: Config, run: Path) -> Config:
-    """The run's configuration with what it trained first (`train`) replaced by where that lies.
-
-    Raises:
-        ModelError: the run has not got so far.
-    """
-    if getattr(config.model, "path", None) == TRAIN:
-        folder = run / "base" / "ddpm"
-        if not (folder / "model_index.json").is_file():
-            raise ModelError(f"{run} was to train its base model first, and has not done so: {folder} is not there.")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
-    rewards = {
-        role: tuple(_trained(entry, run) for entry in getattr(config.rewards, role)) for role in ("train", "judges")
-    }
-    return config.model_copy(update={"rewards": config.rewards.model_copy(update=rewards)})
-
-
-def _trained(entry: Any, run: Path) -> Any:
-    if getattr(entry, "weights", None) != TRAIN:
-        return entry
-    return entry.model_copy(update={"weights": str(run / "base" / f"{entry.name}.safetensors")})
 
 
 def _config(source: str, overrides: Sequence[str], *, prompted: bool) -> tuple[Config, Path | None]:

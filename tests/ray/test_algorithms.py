@@ -28,6 +28,8 @@ def _task(handles, constants) -> TrainTask:
     signs = {name: 1.0 if index % 4 < 2 else -0.5 for index, name in enumerate(ids)}
     return TrainTask(
         iteration=0, policy_version=0, sample_ids=ids, weights=signs, anchor_weight=2.0, constants=constants,
+        # Not the configured rate: it is the driver that says.
+        learning_rate=5e-4,
         rewards=(RewardTerm(name="two_stream", weight=1.0, normaliser=Normaliser(mean=0.4, std=0.2, sign=1)),),
     )  # fmt: skip
 

@@ -150,7 +150,8 @@ def _task(handles):
     normaliser = Normaliser(mean=0.4, std=0.2, sign=1)
     return TrainTask(
         iteration=0, policy_version=0, sample_ids=ids, weights=dict.fromkeys(ids, 1.0), anchor_weight=2.0,
-        rewards=(RewardTerm(name="two_stream", weight=1.0, normaliser=normaliser),),
+        # Not the configured rate: it is the driver that says.
+        learning_rate=5e-4, rewards=(RewardTerm(name="two_stream", weight=1.0, normaliser=normaliser),),
     )  # fmt: skip
 
 

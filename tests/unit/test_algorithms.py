@@ -56,7 +56,7 @@ class Parts:
     def task(self, weights: dict[str, float] | None = None, **more) -> TrainTask:
         return TrainTask(
             iteration=0, policy_version=0, sample_ids=self.ids, weights=weights or dict.fromkeys(self.ids, 1.0),
-            anchor_weight=0.0, rewards=(), **more,
+            anchor_weight=0.0, learning_rate=4e-3, rewards=(), **more,
         )  # fmt: skip
 
     def moments(self) -> dict[str, Tensor]:

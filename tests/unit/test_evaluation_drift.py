@@ -95,7 +95,7 @@ def test_drift_on_rollout_states_uses_their_own_latents_and_levels():
     family = KnownFamily("v_prediction", offset=0.2)
     states = [
         LateLatents(
-            denoise_step=step, timestep=float(timestep), alpha_bar=float(ALPHA_BARS[timestep]),
+            denoise_step=step, timestep=float(timestep), alpha_bar=float(ALPHA_BARS[timestep]), width=1.0,
             latents_BCHW=torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(step)),
         )
         for step, timestep in enumerate((40, 10))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,12 +15,16 @@ import acpo_dist.toy
 from acpo_dist.cli import main
 from acpo_dist.config.load import dump, load_config
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.diffusion.trajectory import explicit_trajectory
 from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.learner.engine import TorchEngine
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers, original_name
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.retiming.artefact import trajectory_to_mapping
+from acpo_dist.sources import open_rollouts
 from acpo_dist.strength import AnchorKnob, Range, parse_grid, parse_range
 
 ASSETS = Path(acpo_dist.toy.__file__).parent / "assets"
@@ -48,7 +52,10 @@ def finished_run(kind: str, root: Path, *overrides: str) -> Path:
     weights = TorchEngine(family.network, config.learner, accumulation=1).weights()
     save_file(weights, partial / "learner" / "policy.safetensors")
     save_file({name: value / 2 for name, value in weights.items()}, partial / "learner" / "ema.safetensors")
-    store.commit(partial, 3, {"version": 3})
+    # Nothing like an even spacing.
+    steep = explicit_trajectory(family.alpha_bars, [999, 700, 300, 60])
+    state = {"version": 3, "trajectory": trajectory_to_mapping(steep, family.alpha_bars.numpy())}
+    store.commit(partial, 3, state)
     (root / "resolved.yaml").write_text(dump(config))
     rows = [{"iteration": i, "judge/strided_judge/mean": 0.1 * i, "drift/rms": 0.01 * i} for i in range(4)]
     (root / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -100,6 +107,32 @@ def test_an_exported_lora_gives_plain_diffusers_the_merged_pipelines_picture(
     assert float((wanted - untouched).abs().max()) > 0.05
     # Two float32 sums in another order, through four guided steps and the decoder.
     torch.testing.assert_close(picture(plain), wanted, rtol=0, atol=2e-4)
+
+
+@on_latents
+def test_the_exported_schedule_makes_plain_diffusers_draw_the_rollouts_picture(
+    runs, kind, tmp_path, monkeypatch, capsys
+):
+    asked = ["export", runs[kind], "--out", tmp_path / "merged", "--format", "merged"]
+    _, report, _ = command(monkeypatch, capsys, *asked)
+    levels = json.loads(Path(report["schedule"]).read_text())["diffusers"]["EulerDiscreteScheduler"]
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    plain.scheduler = EulerDiscreteScheduler.from_config(plain.scheduler.config, timestep_spacing="leading")
+    config = load_config(runs[kind] / "resolved.yaml")
+    pool = open_rollouts(config, runs[kind])
+    assert pool.trajectory().timesteps == (999.0, 700.0, 300.0, 60.0)
+    plan = SamplePlan(sample_id="a", prompt_id=0, prompt=PROMPT, seed=3)
+    [handle] = pool.generate([PromptGroup(prompt_id=0, prompt=PROMPT, samples=(plan,))])
+    noise = torch.randn(handle.payload.latents_BCHW.shape, generator=torch.Generator().manual_seed(3))
+    guidance = config.sampler.guidance_scale
+    with torch.no_grad():
+        drawn = plain(PROMPT, latents=noise, guidance_scale=guidance, output_type="pt", **levels).images
+    wanted = handle.payload.images_BCHW.float() / 255
+    # Ours is rounded to 8 bits.
+    torch.testing.assert_close(drawn, wanted, rtol=0, atol=1.01 / 255)
+    card = Path(report["card"]).read_text()
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+    assert "EulerDiscreteScheduler" in card and "schedule.json" in card
 
 
 def test_averaged_weights_are_exported_when_asked_for(runs, tmp_path, monkeypatch, capsys):

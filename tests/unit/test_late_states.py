@@ -1,0 +1,48 @@
+"""Which of a sample's states the learner trains on."""
+
+import pytest
+import torch
+
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import LateLatents, RolloutBatch
+from acpo_dist.diffusion.trajectory import explicit_trajectory, spaced_trajectory
+from acpo_dist.learner.samples import SampleStore
+
+ALPHA_BARS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64)
+
+
+def make_store(trajectory) -> SampleStore:
+    late = tuple(
+        LateLatents(
+            denoise_step=step, timestep=trajectory.timesteps[step], alpha_bar=trajectory.alpha_bars[step],
+            width=trajectory.width(step), latents_BCHW=torch.zeros(1, 1, 1, 1),
+        )
+        for step in range(trajectory.num_steps)
+    )  # fmt: skip
+    batch = RolloutBatch(
+        sample_ids=("a",), prompts=("",), policy_version=0, schedule_id="", latents_BCHW=torch.zeros(1, 1, 1, 1),
+        late=late, images_BCHW=torch.zeros(1, 3, 1, 1, dtype=torch.uint8),
+    )  # fmt: skip
+    return SampleStore([batch], policy_version=0)
+
+
+@pytest.mark.parametrize("timesteps", [[999, 949, 899, 500, 100, 20], [999, 300, 299, 4]])
+def test_a_state_is_taken_as_often_as_its_step_covers_timesteps(timesteps):
+    keys = [derive_seed("test", index) for index in range(20_000)]
+    taken = make_store(explicit_trajectory(ALPHA_BARS, timesteps)).late(["a"] * len(keys), keys).timesteps_B
+    for timestep, after in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        expected = (timestep - after) / 1000
+        error = (expected * (1 - expected) / len(keys)) ** 0.5
+        assert abs(float((taken == timestep).double().mean()) - expected) < 4 * error
+
+
+def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():
+    keys = [derive_seed("test", index) for index in range(20_000)]
+    even = spaced_trajectory(ALPHA_BARS, 100, "trailing")
+    dense_at_the_noisy_end = explicit_trajectory(ALPHA_BARS, [*range(999, 500, -10), *range(499, 0, -50)])
+    means = [
+        float(make_store(trajectory).late(["a"] * len(keys), keys).timesteps_B.double().mean())
+        for trajectory in (even, dense_at_the_noisy_end)
+    ]
+    # Up to half a step's width.
+    assert means[0] == pytest.approx(means[1], abs=20)

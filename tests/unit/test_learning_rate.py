@@ -1,0 +1,62 @@
+"""The learning rate's way from the configuration to the step."""
+
+import pytest
+import torch
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from acpo_dist.driver import drive
+from acpo_dist.learner.engine import TorchEngine
+from acpo_dist.learner.rates import learning_rate
+from acpo_dist.local import open_ports
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)],
+)
+def test_the_rate_falls_as_transformers_schedule_does(schedule, reference, tiny):
+    config = tiny(
+        f"learner.lr_decay_type={schedule}",
+        "learner.lr_decay_ratio=1",
+        "run.iterations=20",
+        "learner.learning_rate=0.5",
+    )
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    scheduler = reference(optimiser, num_warmup_steps=0, num_training_steps=20)
+    for iteration in range(20):
+        assert learning_rate(config, iteration) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        optimiser.step()
+        scheduler.step()
+
+
+def test_a_fall_over_the_last_quarter_leaves_the_rest_at_its_height(tiny):
+    config = tiny("learner.lr_decay_ratio=0.25", "run.iterations=20", "learner.learning_rate=0.5")
+    rates = [learning_rate(config, iteration) for iteration in range(20)]
+    assert rates[:16] == [0.5] * 16
+    assert rates[16:] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+
+
+def test_warm_up_reaches_the_height_and_multiplies_the_fall(tiny):
+    config = tiny("learner.lr_warmup=3", "run.iterations=20", "learner.learning_rate=0.4")
+    assert [learning_rate(config, i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+
+
+def test_a_step_is_as_long_as_the_rate_that_the_driver_gave(tiny):
+    layer = torch.nn.Linear(3, 3)
+    engine = TorchEngine(layer, tiny("learner.learning_rate=1e-3").learner, accumulation=1)
+    before = engine.weights()
+    engine.set_learning_rate(0.25)
+    engine.backward(layer(torch.ones(1, 3)).square().sum() * 1e3)
+    engine.step()
+    # Adam's first step is the rate itself, whatever the gradient.
+    moved = max(float((value - before[name]).abs().max()) for name, value in engine.weights().items())
+    assert moved == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_run_records_the_rate_of_every_iteration(tiny, tmp_path):
+    config = tiny("learner.lr_decay_ratio=1", "run.iterations=2", f"run.dir={tmp_path / 'run'}")
+    drive(config, open_ports, Console(quiet=True))
+    rates = [row.get("learner/learning_rate") for row in read_metrics(tmp_path / "run/metrics.jsonl")][:2]
+    assert rates == [config.learner.learning_rate, config.learner.learning_rate / 2]
