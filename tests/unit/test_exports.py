@@ -149,7 +149,7 @@ def test_a_checkpoint_is_exported_with_a_card_of_where_it_comes_from(runs, tmp_p
     assert report["iteration"] == 3 and report["sha256"] in card
     # Figures of the iteration that made these weights, not of a later one.
     assert "| judge/strided_judge/mean | 0.2 |" in card and "| drift/rms | 0.02 |" in card
-    for words in ("toy-sdxl", "two_stream", "strided_judge", "Licence", "load_lora_weights", "3 of 140"):
+    for words in ("toy-sdxl", "two_stream", "strided_judge", "Licence", "load_lora_weights", "3 of 60"):
         assert words in card
     assert str(runs["sdxl"]) not in card
 
