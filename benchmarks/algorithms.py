@@ -6,7 +6,8 @@ Each arm is `acpo train configs/toy_<name>.yaml`. Every `--every` iterations the
 scored by reward and judge, and judged exactly by the oracle, which nothing trains on. Cost is counted until the
 oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
 network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation;
-the table is in Markdown, mean and range over seeds. Seeds can be spread over processes: `--table FILE...` reads lines.
+the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of oracle error as
+a multiple of its standard deviation over seeds. Seeds can be spread over processes: `--table FILE...` reads lines.
 """
 
 import os
@@ -140,9 +141,9 @@ def make_table(lines: list[dict], goal: float) -> str:
     for line in lines:
         runs.setdefault(line["arm"], {}).setdefault(line["seed"], []).append(line)
     rows = [
-        f"| algorithm | seeds | judge / base | oracle error / base | entropy / base | caption / base | drift | CPU s | "
-        f"CPU s to {goal:g} | calls to {goal:g} |",
-        "|---" * 10 + "|",
+        f"| algorithm | seeds | judge / base | oracle error / base | gain in spreads | entropy / base | "
+        f"caption / base | drift | CPU s | CPU s to {goal:g} | calls to {goal:g} |",
+        "|---" * 11 + "|",
     ]
     for name, seeds in runs.items():
         ends, costs = [], []
@@ -161,6 +162,7 @@ def make_table(lines: list[dict], goal: float) -> str:
             spread([end[key] for end in ends])
             for key in ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "drift", "cpu")
         ]
+        cells.insert(2, f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}")
         reached = [cost for cost in costs if cost is not None]
         if len(reached) == len(costs):
             cells += [
@@ -171,6 +173,15 @@ def make_table(lines: list[dict], goal: float) -> str:
             cells += [f"reached by {len(reached)} of {len(costs)}", "-"]
         rows.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def in_spreads(ends: list[dict[str, float]], key: str) -> str:
+    """The mean change of a ratio as a multiple of its standard deviation over seeds; - for one seed."""
+    ratios = [end[key] for end in ends]
+    if len(ratios) < 2:
+        return "-"
+    gain = statistics.fmean(ratios) - 1 if key == "judge" else 1 - statistics.fmean(ratios)
+    return f"{gain / statistics.stdev(ratios):.1f}"
 
 
 def spread(values: list[float]) -> str:
