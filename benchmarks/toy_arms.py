@@ -51,7 +51,7 @@ def main() -> None:
                     ratios.setdefault(name, {}).setdefault(key, []).append(value / rows["base"][key])
     for name, figures in ratios.items():
         cells = [
-            f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k, v in figures.items() if k != "seconds"
+            f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k, v in figures.items() if k != "cpu_seconds"
         ]
         sys.stdout.write(f"{name} / base over {len(options.seeds)} seeds: {'  '.join(cells)}\n")
 
@@ -80,14 +80,14 @@ def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> di
                 [f"run.seed={seed}", f"run.dir={folder}/run", "tracking.mlflow=false", *options.overrides,
                  *filter(None, overrides.split(","))],
             )  # fmt: skip
-            started = time.monotonic()
+            started = time.process_time()
             drive(
                 config, open_ports, Console(quiet=True),
                 at_start=None if rows else lambda c, p, t: measure("base", c, p, t),
                 at_end=lambda c, p, t, label=name: measure(label, c, p, t),
             )  # fmt: skip
             fresh = ["base", name] if len(rows) == 2 else [name]
-            rows[name]["seconds"] = time.monotonic() - started
+            rows[name]["cpu_seconds"] = time.process_time() - started
             for label in fresh:
                 sys.stdout.write(json.dumps({"seed": seed, "arm": label, **rows[label]}) + "\n")
             sys.stdout.flush()
