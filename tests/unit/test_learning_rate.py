@@ -39,7 +39,7 @@ def test_a_fall_over_the_last_quarter_leaves_the_rest_at_its_height(tiny):
 
 
 def test_warm_up_reaches_the_height_and_multiplies_the_fall(tiny):
-    config = tiny("learner.lr_warmup=3", "run.iterations=20", "learner.learning_rate=0.4")
+    config = tiny("learner.lr_warmup=3", "learner.lr_decay_ratio=0", "run.iterations=20", "learner.learning_rate=0.4")
     assert [learning_rate(config, i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
 
 
