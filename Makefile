@@ -43,8 +43,8 @@ test: $(STAMP) ## every test; those that start Ray run last, one by one
 	$(BIN)/python -m pytest tests -m "not ray" -n 2 --dist loadgroup
 	$(BIN)/python -m pytest tests -m ray || [ $$? -eq 5 ]
 
-cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root
-	ACPO_CLUSTER_TEST=1 $(BIN)/python -m pytest tests/cluster -m cluster -rs
+cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root and half an hour
+	$(BIN)/python -m tests.cluster.bench $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import rules
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@
 export PATH=$HOME/acpo/venv/bin:$PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
+# Queues for what MLflow offers besides tracking: eight processes, and files in /dev/shm that outlive it.
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 export ACPO_RUNS=$ACPO_SHARED/runs HF_HOME=${HF_HOME:-$ACPO_SHARED/huggingface}
 # Jobs run on the head, where MLflow listens on loopback.
 export MLFLOW_TRACKING_URI=http://127.0.0.1:$ACPO_MLFLOW_PORT
@@ -17,6 +19,8 @@ export RAY_JOB_STOP_WAIT_TIME_S=60
 # The wheel and the pinned requirements that were copied here; nothing is done where they are installed already.
 acpo_install() {
     local wanted python
+    # `ray down` calls a plain `ray stop` on the head, and goes on without a word when there is no `ray`.
+    grep -qs acpo/venv/bin ~/.bashrc || echo 'export PATH=$PATH:$HOME/acpo/venv/bin' >> ~/.bashrc
     wanted=$(cat ~/acpo/requirements.txt ~/acpo/dist/*.whl | sha256sum)
     [ "$(cat ~/acpo/venv/.acpo-installed 2>/dev/null)" != "$wanted" ] || return 0
     if [ ! -x ~/acpo/venv/bin/python ]; then
@@ -77,7 +81,25 @@ acpo_mlflow() {
         kill $server; wait' > ~/acpo/mlflow.log 2>&1 < /dev/null &
 }
 
+# On a machine of one's own that is not the head: `ray down` ends Ray on the head alone. The raylets of the others end by
+# themselves when they have not heard of the head for a minute, but not the process that reads the logs.
+acpo_end_with_head() {
+    nohup setsid bash -c '
+        raylet=$(pgrep -n -u "$(id -u)" -x raylet)
+        reader=$(pgrep -n -u "$(id -u)" -f "[r]ay/_private/log_monitor.py")  # [r]: not this line itself
+        while kill -0 $raylet; do sleep 2; done
+        kill $reader' > /dev/null 2>&1 < /dev/null &
+}
+
 # What an earlier `ray up` left running here.
 acpo_stop() {
     ray stop --force >/dev/null 2>&1 || true
+}
+
+# What `ray up` brought to this machine, after `ray down`. What lies in ACPO_SHARED stays.
+acpo_remove() {
+    acpo_stop
+    [ -z "$ACPO_NETWORK" ] || acpo_as_root nft delete table inet acpo 2>/dev/null
+    sed -i '\|acpo/venv/bin|d' ~/.bashrc
+    rm -rf ~/acpo ~/.ray/auth_token ~/ray_bootstrap_config.yaml ~/ray_bootstrap_key.pem /tmp/ray
 }

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +73,13 @@ class Host:
             shared: folder that all machines see as /mnt/acpo.
             addresses: of all machines, by name.
         """
+        self.join()
         self.home.mkdir(parents=True, exist_ok=True)
         for name in ("hosts", "passwd", "sshd_config", "init.sh"):
             (self.folder / name).write_text(self._file(name, shared, addresses))
         key = self.folder / "host_key"
         if not key.exists():
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
+            run_here("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key))
         with (self.folder / "init.log").open("ab") as log:
             # `ip netns exec` and `unshare` exec on, so the child of the last one is PID 1 of the machine.
             outer = subprocess.Popen(
@@ -146,18 +147,8 @@ class Host:
     def inside(self, *command: str) -> list[str]:
         """The command line that runs a command there."""
         assert self.init is not None, f"{self.name} is off"
-        return [
-            "nsenter",
-            "--target",
-            str(self.init),
-            "--net",
-            "--pid",
-            "--mount",
-            "--uts",
-            "--ipc",
-            f"--wd={self.home}",
-            *command,
-        ]
+        spaces = "--net --pid --mount --uts --ipc".split()
+        return ["nsenter", "--target", str(self.init), *spaces, f"--wd={self.home}", *command]
 
     def _environment(self, env: Mapping[str, str] | None) -> dict[str, str]:
         base = {"HOME": str(self.home), "USER": USER, "LOGNAME": USER, "TERM": "dumb", "LANG": "C.UTF-8"}
@@ -169,7 +160,7 @@ class Host:
 
     def listeners(self) -> list[tuple[str, str]]:
         """Every listening TCP socket: (address:port, who)."""
-        done = _run("ip", "netns", "exec", self.namespace, "ss", "-H", "-l", "-t", "-n", "-p")
+        done = run_here("ip", "netns", "exec", self.namespace, "ss", "-H", "-l", "-t", "-n", "-p")
         rows = [line.split() for line in done.splitlines() if line.strip()]
         return [(row[3], row[5] if len(row) > 5 else "") for row in rows]
 
@@ -186,116 +177,30 @@ class Host:
             except OSError:
                 continue
         own = ("bash " + str(self.folder), "sshd:", _SSHD)
-        return [line for line in found if line and not line.startswith(own) and line != "sleep 1"]
+        return [line[:100] for line in found if line and not line.startswith(own) and line != "sleep 1"]
 
     def cut(self) -> None:
         """Pull the network cable."""
-        _run("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "down")
+        run_here("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "down")
 
     def join(self) -> None:
         """Put it back."""
-        _run("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "up")
+        run_here("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "up")
 
     def power_off(self) -> None:
-        """End everything there at once. Nobody is told: the cable goes first, so no connection is closed."""
+        """End everything there at once. Nobody is told: the cable goes first, and stays out until `start`."""
         self.cut()
         pid = self.init
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
             until(lambda: self.init is None, 20, f"{self.name} does not end")
-        self.join()
 
 
-class Network:
-    """Machines on one wire, and one outside that reaches the first of them over another."""
-
-    def __init__(self, folder: Path, names: Sequence[str], *, outside: str, prefix: str = "acpo") -> None:
-        """Describe it; `up` makes it.
-
-        Args:
-            folder: holds the machines' files; seen by all of them under the same path.
-            outside: name of the machine that is not on the wire.
-        """
-        self.folder, self._prefix = folder, prefix
-        self.shared = folder / "shared"
-        self.addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
-        self.hosts = {name: Host(name, where, folder / name, prefix) for name, where in self.addresses.items()}
-        self.desk = Host(outside, "10.78.0.9", folder / outside, prefix)
-        self.door = "10.78.0.1"
-        """Address of the first machine as the one outside sees it."""
-
-    @property
-    def _switch(self) -> str:
-        return f"{self._prefix}-switch"
-
-    def up(self) -> None:
-        """Make links and start all machines."""
-        self.shared.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "key").exists():
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key"))
-        _run("ip", "netns", "add", self._switch)
-        _run("ip", "-n", self._switch, "link", "add", "wire", "type", "bridge")
-        _run("ip", "-n", self._switch, "link", "set", "wire", "up")
-        everyone = [*self.hosts.values(), self.desk]
-        for host in everyone:
-            _run("ip", "netns", "add", host.namespace)
-            _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
-        for host in self.hosts.values():
-            port = f"port-{host.name}"
-            _run(
-                "ip",
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                host.namespace,
-                "type",
-                "veth",
-                "peer",
-                port,
-                "netns",
-                self._switch,
-            )
-            _run("ip", "-n", self._switch, "link", "set", port, "master", "wire", "up")
-            _run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
-            _run("ip", "-n", host.namespace, "link", "set", "eth0", "up")
-        first = next(iter(self.hosts.values()))
-        _run(
-            "ip",
-            "link",
-            "add",
-            "eth1",
-            "netns",
-            first.namespace,
-            "type",
-            "veth",
-            "peer",
-            "eth0",
-            "netns",
-            self.desk.namespace,
-        )
-        for host, device, address in ((first, "eth1", self.door), (self.desk, "eth0", self.desk.address)):
-            _run("ip", "-n", host.namespace, "addr", "add", f"{address}/24", "dev", device)
-            _run("ip", "-n", host.namespace, "link", "set", device, "up")
-        for host in everyone:
-            host.start(self.shared, {**self.addresses, self.desk.name: self.desk.address})
-
-    def down(self) -> None:
-        """End all machines and remove the links; also what an earlier attempt has left half made."""
-        for host in [*self.hosts.values(), self.desk]:
-            if host.init is not None:
-                os.kill(host.init, signal.SIGKILL)
-                until(lambda host=host: host.init is None, 20, f"{host.name} does not end")
-        for name in (*(host.namespace for host in [*self.hosts.values(), self.desk]), self._switch):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-    def leftovers(self) -> list[str]:
-        """Namespaces that are still there."""
-        return [line for line in _run("ip", "netns", "list").splitlines() if line.startswith(f"{self._prefix}-")]
-
-
-def until(found, timeout_s: float, otherwise: str):
+def until(found, timeout_s: float, otherwise: str | Callable[[], str]):
     """What `found` returns once it is true.
+
+    Args:
+        otherwise: what to say when it is not; called then, if it has to look.
 
     Raises:
         AssertionError: it is not in time.
@@ -305,12 +210,8 @@ def until(found, timeout_s: float, otherwise: str):
         value = found()
         if value:
             return value
-        assert time.monotonic() < deadline, otherwise
+        assert time.monotonic() < deadline, otherwise if isinstance(otherwise, str) else otherwise()
         time.sleep(0.2)
-
-
-def _cable(one: str, device: str, other: str, port: str) -> None:
-    _run("ip", "link", "add", device, "netns", one, "type", "veth", "peer", port, "netns", other)
 
 
 def _children(pid: int) -> list[int]:
@@ -320,7 +221,12 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _run(*command: str) -> str:
+def run_here(*command: str) -> str:
+    """Output of a command outside all machines.
+
+    Raises:
+        AssertionError: it fails; with what it says.
+    """
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.strip()}"
     return done.stdout

@@ -1,4 +1,4 @@
-"""The bench as a test: `make cluster-test` runs it; elsewhere it says what is missing."""
+"""The bench as a test, for those who run all tests by pytest; `make cluster-test` shows how it goes on."""
 
 import os
 
@@ -10,9 +10,9 @@ from tests.cluster.hosts import why_not
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 
-def test_a_cluster_of_three_machines_does_what_its_documentation_promises(tmp_path, capfd):
+def test_a_cluster_of_three_machines_does_what_its_documentation_promises(capfd):
     if not os.environ.get("ACPO_CLUSTER_TEST"):
-        pytest.skip("takes a quarter of an hour: run `make cluster-test`")
+        pytest.skip("takes half an hour: run `make cluster-test`, or set ACPO_CLUSTER_TEST=1")
     reason = why_not()
     if reason:
         pytest.skip(reason)

@@ -72,6 +72,27 @@ def test_the_shell_parts_are_valid_bash(script):
     subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
 
 
+def test_a_login_shell_finds_ray_after_the_setup_so_that_ray_down_can_stop_it(tmp_path):
+    """`ray down` calls a plain `ray stop` over ssh, and is silent when there is no `ray`."""
+    home = tmp_path / "acpo"
+    (home / "dist").mkdir(parents=True)
+    (home / "venv/bin").mkdir(parents=True)
+    for name in ("env.sh", "requirements.txt", "dist/one.whl", "venv/bin/ray"):
+        (home / name).touch(mode=0o755)
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    # Nothing is to be installed: what is there is what is wanted.
+    wanted = "cat ~/acpo/requirements.txt ~/acpo/dist/*.whl | sha256sum > ~/acpo/venv/.acpo-installed"
+    twice = f"{wanted}; . {ROOT}/clusters/node.sh; acpo_install; acpo_install"
+    subprocess.run(["bash", "-c", twice], env=environment, check=True)
+    found = subprocess.run(["bash", "-c", ". ~/.bashrc; command -v ray; wc -l < ~/.bashrc"], env=environment,
+                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    assert found == [str(home / "venv/bin/ray"), "1"]
+
+
+def test_machines_of_ones_own_end_what_ray_down_does_not_reach():
+    assert _read("clusters/local.yaml")["worker_start_ray_commands"][-1].endswith("acpo_end_with_head")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_holds_a_secret_or_the_path_of_a_machine(name):
     text = (ROOT / name).read_text()
