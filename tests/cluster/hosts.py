@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ def why_not() -> str:
         missing.append("openssh-server")
     if missing:
         return f"needs the packages {', '.join(missing)}"
+    if Path(sys.prefix).resolve().is_relative_to("/tmp"):
+        return f"{sys.prefix} lies in /tmp, of which each machine has its own: put the checkout elsewhere"
     done = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, text=True)
     return "" if done.returncode == 0 else f"namespaces are not allowed here: {done.stderr.strip()}"
 
