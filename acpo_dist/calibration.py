@@ -1,14 +1,18 @@
 """What a run finds out about the base model before its first iteration, and what it keeps of it until its last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
+from acpo_dist.data.images import real_pictures
 from acpo_dist.data.prompts import deal
 from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
@@ -52,7 +56,10 @@ def calibrate(
         )
         for entry in (*config.rewards.train, *config.rewards.judges)
     }
+    # Without ceilings: where most base samples reach one, there is no gradient left to measure, and the anchor would
+    # start at 0, which means off.
     controller = _controller(config, _first_weight(config, ports, handles, reward_terms(config, normalisers)))
+    normalisers = _with_ceilings(config, ports, handles, normalisers, console)
     console.message(
         "calibrated on {} base samples: {}; anchor weight {:.4g}".format(
             len(next(iter(scores.values()))),
@@ -64,6 +71,37 @@ def calibrate(
     if constants:
         console.message("calibrated: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
     return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers, constants=constants)
+
+
+def _with_ceilings(
+    config: Config, ports: Ports, handles: Sequence[RolloutHandle], normalisers: dict[str, Normaliser],
+    console: Console,
+) -> dict[str, Normaliser]:  # fmt: skip
+    """Rewards with a `hinge` get its normalised score as ceiling, and as target of an algorithm that shapes by one."""
+    found = dict(normalisers)
+    for entry in config.rewards.train:
+        hinge = getattr(entry, "hinge", None)
+        if hinge is None:
+            continue
+        ceiling, source = hinge, "as configured"
+        if isinstance(hinge, Path):
+            # At the size of the model's own pictures: a metric may see size, and then nothing else would be compared.
+            side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
+            pictures = torch.stack(
+                real_pictures(
+                    hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples
+                )
+            )
+            scores = ports.reward.score_pictures(entry.name, pictures)
+            ceiling = sum(map(normalisers[entry.name].normalise, scores)) / len(scores)
+            source = f"the mean of {len(scores)} real pictures of {hinge}"
+        console.message(f"hinge of {entry.name}: {ceiling:+.3f} base standard deviations, {source}")
+        if ceiling <= 0:
+            console.message(
+                f"warning: that is no better than the average base sample, so {entry.name} has little left to gain"
+            )
+        found[entry.name] = replace(normalisers[entry.name], target=ceiling, ceiling=ceiling)
+    return found
 
 
 def score_calibration(
@@ -136,8 +174,8 @@ def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
 def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
     """What trains, with the weights of now: as configured, times what the guard has left of them."""
     return tuple(
-        RewardTerm(name=entry.name, weight=scale * entry.weight, normaliser=normalisers[entry.name])
-        for entry in config.rewards.train
+        RewardTerm(name=name, weight=scale * weight, normaliser=normalisers[name])
+        for name, weight in config.rewards.term_weights().items()
     )
 
 

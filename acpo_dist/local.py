@@ -147,6 +147,11 @@ class LocalRewards:
                     advance(len(scores))
         return table
 
+    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
+        """See `RewardPool.score_pictures`."""
+        self._requests += 1
+        return self._workers[metric].score(pictures, ("",) * len(pictures))
+
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """See `GradientSource.value_and_grad`."""
         self._requests += 1

@@ -18,6 +18,7 @@ from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.learner.rates import learning_rate
+from acpo_dist.objective.composition import compose
 from acpo_dist.retiming.keeper import TrajectoryKeeper
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
@@ -74,10 +75,12 @@ def run(
         # After the update and before the next rollouts: a trajectory never changes within an iteration.
         metrics, retimed = metrics | keeper.after(done), {}
         ports.tracker.log_metrics(done - 1, metrics)
-        console.iteration(done, config.run.iterations, metrics)
         stopped = watch.decision is not None and watch.decision.ends
+        console.iteration(done, config.run.iterations, metrics, last=stopped)
         last = done == config.run.iterations or stopped
-        if done % config.tracking.images_every == 0 or last:
+        # Workers hold no weights of an iteration that was taken back.
+        taken_back = stopped and watch.decision is not None and watch.decision.action == "roll_back"
+        if (done % config.tracking.images_every == 0 or last) and not taken_back:
             _picture(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
             _save(config, ports, folder, state, keeper, watch, prompts, console)
@@ -121,8 +124,8 @@ def _iterate(
     )  # fmt: skip
     with clock.phase("learn"), console.phase("learn", len(task.sample_ids)) as advance:
         report = ports.learner.train(handles, task, advance)
-    with clock.phase("sync"):
-        ports.weights.publish(state.version + 1)
+    with clock.phase("probe"):
+        probe = watch.probe(ports.learner, handles)
     drift = max(report.metrics[name] for name in ("anchor/late", "anchor/uniform") if name in report.metrics)
     metrics = {
         **_score_metrics(config, scores, state.normalisers),
@@ -131,19 +134,23 @@ def _iterate(
         "anchor/weight": state.controller.weight,
         "learner/learning_rate": task.learning_rate,
         "drift/rms": drift**0.5,
-        "sync/version": float(state.version + 1),
+        **{f"drift/at/{timestep}": value for timestep, value in probe.items()},
         **ports.reward.counters(),
-        **clock.metrics(),
     }
     if state.controller.budget is not None:
         metrics["drift/budget"] = state.controller.budget
-    metrics |= watch.check(
-        state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5
-    ).to_metrics()  # fmt: skip
+    with clock.phase("guard"):
+        decision = watch.check(
+            state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5, probe=probe
+        )  # fmt: skip
+    # Weights that are taken back are never drawn with: workers keep those of the iteration before.
+    if decision.action != "roll_back":
+        with clock.phase("sync"):
+            ports.weights.publish(state.version + 1)
+        state.version += 1
     state.controller = state.controller.update(drift)
     state.iteration += 1
-    state.version += 1
-    return metrics
+    return metrics | decision.to_metrics() | {"sync/version": float(state.version)} | clock.metrics()
 
 
 def _select(
@@ -162,10 +169,11 @@ def _select(
         ScoredGroups(
             groups=tuple(groups),
             qualities={
-                entry.name: {name: state.normalisers[entry.name].normalise(scores[entry.name][name]) for name in ids}
+                entry.name: {name: state.normalisers[entry.name].reward(scores[entry.name][name]) for name in ids}
                 for entry in train
             },
-            weights={entry.name: entry.weight for entry in train},
+            weights=config.rewards.term_weights(),
+            spread=config.rewards.spread,
             pictures=lambda: dict(zip(ids, ports.rollout.images(handles, ids), strict=True)),
         )
     )
@@ -178,7 +186,8 @@ def _save(
     partial = folder.checkpoints.prepare(state.iteration)
     ports.learner.save(partial / "learner")
     # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
-    exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0
+    ended = watch.decision is not None and watch.decision.ends
+    exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0 and not ended
     gains = measure_gain(config, ports, state, prompts, console) if exact else {}
     judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
     watch.saved(state.iteration, judges)
@@ -215,4 +224,14 @@ def _score_metrics(config: Config, scores: ScoreTable, normalisers: dict[str, No
             metrics[f"{kind}/{name}/max"] = max(values)
             # In standard deviations of base samples, higher is better whatever the metric's own direction.
             metrics[f"{kind}/{name}/gain"] = sum(map(normalisers[name].normalise, values)) / len(values)
+            ceiling = normalisers[name].ceiling
+            if kind == "reward" and ceiling is not None:
+                reached = [normalisers[name].normalise(value) >= ceiling for value in values]
+                metrics[f"reward/{name}/at_hinge"] = sum(reached) / len(values)
+    weights = config.rewards.term_weights()
+    if len(weights) > 1:
+        # What the algorithm sees.
+        rows = zip(*(map(normalisers[name].reward, scores[name].values()) for name in weights), strict=True)
+        combined = [compose(row, list(weights.values()), config.rewards.spread) for row in rows]
+        metrics["reward/combined/mean"] = sum(combined) / len(combined)
     return metrics

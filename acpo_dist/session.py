@@ -18,15 +18,18 @@ METRICS = "metrics.jsonl"
 # What may change when a run goes on: where it runs and how long, but not what it computes.
 _FREE = {
     "run": {"name", "dir", "iterations"},
-    "model": {"memory", "offline"},
-    "rollout": {"num_workers", "cpus_per_worker", "gpus_per_worker"},
+    "model": {"memory", "speed", "offline"},
+    # Chunks hold independent samples: another size changes rounding alone, and a run that ran out of memory needs it.
+    "rollout": {"num_workers", "batch_size", "cpus_per_worker", "gpus_per_worker"},
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
-    "learner": {"num_ranks", "zero_stage", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s"},
+    "learner": {
+        "num_ranks", "zero_stage", "offload_optimizer", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s",
+    },
     "guard": None,
     "checkpoint": None,
     "tracking": None,
     "cluster": None,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

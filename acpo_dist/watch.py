@@ -3,14 +3,20 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from acpo_dist.config.schema import Config
-from acpo_dist.core.ports import RolloutPool, Tracker
+from acpo_dist.core.ports import LearnerGroup, RolloutPool, Tracker
 from acpo_dist.core.types import Normaliser, RolloutHandle, ScoreTable
 from acpo_dist.evaluation.content import content_statistics
+from acpo_dist.evaluation.spread import SpreadGauge, fit_gauge
 from acpo_dist.guard.guard import Decision, Guard
 from acpo_dist.guard.signals import Reference, fit_reference, measure_signals
+from acpo_dist.objective.anchor import drift_unit
 from acpo_dist.session import RunFolder
 from acpo_dist.tracking.console import Console
 
@@ -28,6 +34,8 @@ class Watch:
         self._tracker, self._console = tracker, console
         self._guard = Guard(config.guard)
         self._reference: Reference | None = None
+        self._gauge: SpreadGauge | None = None
+        self._levels: Tensor | None = None
         self.decision: Decision | None = None
         """The last one."""
 
@@ -43,27 +51,52 @@ class Watch:
 
     def calibrate(self, handles: Sequence[RolloutHandle]) -> None:
         """Take the statistics of the base model's pictures as what is normal."""
+        images, prompts = self._pictures(handles)
+        rollout = self._config.rollout
+        self._gauge = fit_gauge(
+            images, prompts, samples_per_prompt=rollout.samples_per_prompt,
+            per_iteration=min(self._config.guard.pictures, rollout.prompts_per_iteration * rollout.samples_per_prompt),
+        )  # fmt: skip
         self._reference = fit_reference(
-            self._content(handles), diversity=None, recall=None, min_std=self._config.guard.min_content_std
-        )
+            _content(images), diversity=self._gauge.measure(images, prompts) if self._gauge else None, recall=None,
+            min_std=self._config.guard.min_content_std,
+        )  # fmt: skip
+
+    def probe(self, learner: LearnerGroup, handles: Sequence[RolloutHandle]) -> dict[int, float]:
+        """Drift of the learner's weights of now, which no worker has drawn with yet, on the pictures of one chunk.
+
+        Returns:
+            timestep -> mean squared drift in the anchor's own units, noised forward; empty if it is switched off.
+        """
+        count = self._config.guard.drift_timesteps
+        if not count:
+            return {}
+        if self._levels is None:
+            self._levels = self._pool.alpha_bars()
+        total = len(self._levels)
+        found = learner.measure_drift(handles[:1], [total * (2 * index + 1) // (2 * count) for index in range(count)])
+        space = getattr(self._anchor, "space", "eps")
+        return {at: value * drift_unit(float(self._levels[at]), space) for at, value in found.items()}
 
     def check(
         self, iteration: int, handles: Sequence[RolloutHandle], scores: ScoreTable,
-        normalisers: Mapping[str, Normaliser], *, drift_rms: float,
+        normalisers: Mapping[str, Normaliser], *, drift_rms: float, probe: Mapping[int, float],
     ) -> Decision:  # fmt: skip
         """Decide on one iteration, and say and record what has risen.
 
         Args:
             iteration: the one just done, counted from 0.
-            drift_rms: in the anchor's own units, which are the budget's too.
+            drift_rms: as the update measured it, in the anchor's own units, which are the budget's too.
+            probe: of the updated weights, from `probe`; the larger of the two counts.
         """
         assert self._reference is not None, "calibrate or restore first"
-        rewards, anchor = self._config.rewards, getattr(self._config.algorithm, "anchor", None)
-        budget = self._config.guard.drift_budget or (anchor.budget if anchor is not None else None)
+        rewards, (images, prompts) = self._config.rewards, self._pictures(handles)
+        budget = self._config.guard.drift_budget or getattr(self._anchor, "budget", None)
         signals = measure_signals(
             train=[entry.name for entry in rewards.train], judges=[entry.name for entry in rewards.judges],
-            scores=scores, normalisers=normalisers, content=self._content(handles), reference=self._reference,
-            drift_rms=drift_rms, drift_budget=budget,
+            scores=scores, normalisers=normalisers, content=_content(images), reference=self._reference,
+            diversity=self._gauge.measure(images, prompts) if self._gauge else None,
+            drift_rms=max(drift_rms, probe_rms(probe)), drift_budget=budget,
         )  # fmt: skip
         decision = self.decision = self._guard.update(iteration, signals)
         for name in decision.raised:
@@ -82,19 +115,36 @@ class Watch:
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for the checkpoint."""
         reference = self._reference.to_mapping() if self._reference else None
-        return {"guard": {"state": self._guard.state(), "reference": reference}}
+        gauge = asdict(self._gauge) if self._gauge else None
+        return {"guard": {"state": self._guard.state(), "reference": reference, "gauge": gauge}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._guard = Guard.restore(self._config.guard, state["guard"]["state"])
         self._reference = Reference(**state["guard"]["reference"])
+        gauge = state["guard"].get("gauge")
+        self._gauge = SpreadGauge(**gauge) if gauge else None
 
     def _record(self, decision: Decision) -> None:
         with self._folder.guard.open("a", encoding="utf-8") as file:
             file.write(json.dumps(decision.to_mapping()) + "\n")
         self._tracker.set_tags({"guard": decision.action, "guard_reason": decision.text[:400]})
 
-    def _content(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        """Statistics of the first pictures of each chunk, `guard.pictures` in all."""
-        ids = [sample_id for handle in handles for sample_id in handle.sample_ids][: self._config.guard.pictures]
-        return {name: values.tolist() for name, values in content_statistics(self._pool.images(handles, ids)).items()}
+    @property
+    def _anchor(self) -> Any:
+        return getattr(self._config.algorithm, "anchor", None)
+
+    def _pictures(self, handles: Sequence[RolloutHandle]) -> tuple[Tensor, list[str]]:
+        """The first `guard.pictures` pictures, with their prompts."""
+        found = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
+        found = found[: self._config.guard.pictures]
+        return self._pool.images(handles, [sample_id for sample_id, _ in found]), [prompt for _, prompt in found]
+
+
+def probe_rms(probe: Mapping[int, float]) -> float:
+    """Root mean square over timesteps; 0 of none."""
+    return fmean(probe.values()) ** 0.5 if probe else 0.0
+
+
+def _content(images: Tensor) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in content_statistics(images).items()}

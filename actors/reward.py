@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.serve.config import AutoscalingConfig
 from ray.serve.exceptions import RayServeException
+from torch import Tensor
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.roles import RewardRoleConfig
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _VITALS_TIMEOUT_S = 2.0
 _MOST_THREADS = 64
+_PICTURES_AT_ONCE = 16
 
 
 def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRewards":
@@ -167,6 +170,14 @@ class ServeRewards:
         for request, (metric, handle) in waiting.items():
             table[metric].update(zip(handle.sample_ids, request.result(), strict=True))
         return table
+
+    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
+        """See `RewardPool.score_pictures`."""
+        return [
+            score
+            for part in pictures.split(_PICTURES_AT_ONCE)
+            for score in self.client.score(metric, ray.put(part.clone()), ("",) * len(part))
+        ]
 
     def vitals(self) -> dict[str, list[dict[str, Any]]]:
         """What every replica says of itself, by metric; one that does not answer at once is left out."""

@@ -17,8 +17,10 @@ from acpo_dist.algorithms.base import (
     OptionalAnchorConfig,
     RewardGradient,
 )
+from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.noising import noise_forward, split_branches
 from acpo_dist.diffusion.prediction import to_clean, to_noise
+from acpo_dist.diffusion.sampling import guide
 from acpo_dist.objective.anchor import anchor_error, head_drift
 from acpo_dist.objective.perceptual import shape_reward, surrogate
 
@@ -53,6 +55,9 @@ class Acpo(BaseAlgorithm):
         target_quantile: float = Field(default=0.9, gt=0, lt=1)
         """m as a quantile of base-model samples, for `hinge` and `softplus`."""
         anchor: WideAnchorConfig = WideAnchorConfig()
+        guidance: Literal["conditional", "full"] = "conditional"
+        """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
+        anchored by itself; a forward and a way back more."""
         data_weight: float = Field(default=0.0, ge=0)
         """Weight of the ordinary denoising loss on real pictures (`data.path`), on the anchor's uniform batch."""
         pathwise: ClassVar[bool] = True
@@ -68,19 +73,25 @@ class Acpo(BaseAlgorithm):
         """One policy and one base forward on the late states; the same again at uniform timesteps."""
         condition = network.encode(batch.prompts)
         late = self._late(batch, network)
-        head = network.predict(late.latents, late.timesteps_B, condition)
+        scale = batch.guidance_scale if self.config.guidance == "full" else 1.0
+        head, null = both_branches(network, late, batch.prompts, scale)
         figures: dict[str, Tensor] = {}
         total = torch.zeros(len(batch.sample_ids), device=head.device)
         if self.config.reward_weight > 0:
-            term, seen = self._perceptual(batch, late, head, network.prediction_type, reward)
+            guided = head if null is None else guide(head, null, scale)
+            term, seen = self._perceptual(batch, late, guided, network.prediction_type, reward)
             total = total + self.config.reward_weight * batch.weights_B * term
             figures |= seen
         # Without an anchor the drift is still measured on the rollouts: it is the price of what is gained.
         with torch.no_grad(), network.anchored():
-            anchor = network.predict(late.latents, late.timesteps_B, condition)
-        drift = anchor_error(
-            head_drift(head, anchor, late.alpha_bars_B, network.prediction_type, self.config.anchor.space)
-        )
+            anchor, null_anchor = both_branches(network, late, batch.prompts, scale)
+        space, levels = self.config.anchor.space, late.alpha_bars_B
+        drift = anchor_error(head_drift(head, anchor, levels, network.prediction_type, space))
+        if null is not None and null_anchor is not None:
+            # Each branch by itself: in their guided sum the drift of one can hide that of the other.
+            null_drift = anchor_error(head_drift(null, null_anchor, levels, network.prediction_type, space))
+            figures["anchor/late_null"] = null_drift.detach()
+            drift = (drift + null_drift) / 2
         figures["anchor/late"] = drift.detach()
         if anchor_weight > 0:
             total = total + anchor_weight * drift

@@ -15,6 +15,7 @@ from acpo_dist.algorithms.base import (
     OptionalAnchorConfig,
     RewardGradient,
 )
+from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.sampling import guide
@@ -92,14 +93,7 @@ class Ddpo(BaseAlgorithm):
 
 
 def _branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | None]:
-    """(conditional head, unconditional head or None where rollouts were not guided), both from one forward."""
-    late, condition = batch.late, network.encode(batch.prompts)
-    if batch.guidance_scale == 1:
-        return network.predict(late.latents, late.timesteps_B, condition), None
-    joined = network.encode([""] * len(batch.prompts)).join(condition)
-    both = network.predict(torch.cat([late.latents] * 2), torch.cat([late.timesteps_B] * 2), joined)
-    unconditional, conditional = both.chunk(2)
-    return conditional, unconditional
+    return both_branches(network, batch.late, batch.prompts, batch.guidance_scale)
 
 
 def _taken(

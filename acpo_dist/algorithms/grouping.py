@@ -35,8 +35,8 @@ def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
     """Advantages relative to each prompt's group."""
     return group_advantages(
         [[plan.sample_id for plan in group.samples] for group in scored.groups],
-        scored.qualities, scored.weights, limit=config.limit, min_std=config.min_std, min_vote=config.min_vote,
-        veto=config.veto, constant=flat_pictures(scored) if config.drop_constant else (),
+        scored.qualities, scored.weights, spread=scored.spread, limit=config.limit, min_std=config.min_std,
+        min_vote=config.min_vote, veto=config.veto, constant=flat_pictures(scored) if config.drop_constant else (),
     )  # fmt: skip
 
 

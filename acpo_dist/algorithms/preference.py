@@ -92,7 +92,7 @@ class Preference(NoiseSpaceAlgorithm):
         for group in scored.groups:
             for pair in pair_group(
                 [plan.sample_id for plan in group.samples], scored.qualities, scored.weights,
-                margin=settings.margin, absolute=settings.absolute, constant=flat,
+                spread=scored.spread, margin=settings.margin, absolute=settings.absolute, constant=flat,
                 duplicate=(lambda a, b: nearly_same(pictures[a], pictures[b], settings.duplicates))
                 if settings.duplicates > 0 else None,
             ):  # fmt: skip

@@ -14,6 +14,7 @@ from acpo_dist.cli import (
     report,
     rewards,
     rewards_pool,
+    rewards_train,
     runs,
     score,
     submit,
@@ -25,5 +26,5 @@ from acpo_dist.cli import (
 
 __all__ = [
     "compare", "config", "demo", "embed", "eval", "export", "generate", "pairs", "plan", "promote", "report",
-    "rewards", "rewards_pool", "runs", "score", "submit", "toy", "train", "vrg", "watch",
+    "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "toy", "train", "vrg", "watch",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ def demo(
     from acpo_dist.tracking.console import Console
 
     started = time.monotonic()
-    console = Console()
+    console = Console(live=not as_json)
     root = _new_folder(folder)
     report = run_demo(root, seed=seed, iterations=iterations, samples=samples, arms=ARMS, console=console)
     seconds = round(time.monotonic() - started, 1)

@@ -7,11 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from acpo_dist.cli.app import answer, app, say
+from acpo_dist.core.errors import UsageError
+
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 @app.command("score")
 def score(
-    images: Annotated[list[Path], typer.Argument(help="Pictures, folders of pictures, or parquet files.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Pictures, folders of pictures, parquet files, or patterns of these in quotes.")
+    ],
     reward: Annotated[
         list[str] | None,
         typer.Option("--reward", "--metric", help="Name from `acpo rewards list`, pyiqa:NAME or module:Class; repeat."),
@@ -22,6 +27,8 @@ def score(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures of one size scored at once.")] = 8,
     csv: Annotated[Path | None, typer.Option(help="Write the scores to a CSV file too.")] = None,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Show how the scores are distributed.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw that into a picture file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every score.")] = False,
 ) -> None:
     """Score real pictures, losslessly, each on its own; raw scores in the reward's own unit.
@@ -30,10 +37,16 @@ def score(
     """
     from statistics import fmean
 
+    from acpo_dist.data.images import count_images, expand_globs
     from acpo_dist.rewards.worker import RewardWorker
     from acpo_dist.tracking.console import Console
+    from acpo_dist.tracking.histogram import save_histogram, text_histogram
 
+    if plot is not None and plot.suffix.lower() not in _PLOTS:
+        raise UsageError(f"--plot {plot}: expected a file ending in {', '.join(_PLOTS)}.")
     console = Console()
+    images = expand_globs(images)
+    total = count_images(images, column=column)
     workers = [
         RewardWorker(_section(name, weights), model=None, cut="image", wire_dtype="float32")
         for name in reward or ["two_stream", "strided_judge"]
@@ -41,7 +54,7 @@ def score(
     names = [worker.name for worker in workers]
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
-    with console.phase("score", limit) as advance:
+    with console.phase("score", min(total, limit or total)) as advance:
         for batch in _batches(images, column, limit, batch_size, skipped):
             columns = [_scores(worker, batch, prompt, skipped) for worker in workers]
             for row, (name, _) in enumerate(batch):
@@ -53,12 +66,18 @@ def score(
         _write_csv(csv, ["path", *names], rows)
     found = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     means = {name: fmean(values) for name, values in found.items() if values}
+    found = {name: values for name, values in found.items() if values}
+    if plot is not None and found:
+        save_histogram(found, plot)
     if as_json:
         answer({"images": len(rows), "mean": means, "scores": rows, "skipped": skipped})
     elif rows:
         table = [[row["path"], *(_figure(row[name]) for name in names)] for row in rows]
         mean = ["mean", *(_figure(means.get(name)) for name in names)]
         console.table(f"{len(rows)} pictures", ["path", *names], [*table, mean])
+    if histogram and not as_json:
+        for name, values in found.items():
+            console.message("\n".join([f"{name}, {len(values)} pictures", *text_histogram(values)]))
     if skipped:
         raise typer.Exit(1)
 

@@ -31,13 +31,20 @@ class GuardConfig(Section):
     action: Literal["none", "warn", "lower_reward", "stop", "roll_back"] = "warn"
     """What a rule over its `stop` limit does; `roll_back` stops and keeps the best checkpoint by the judges."""
     pictures: int = Field(default=64, ge=1)
-    """Most pictures per iteration whose content is measured; they travel to the driver."""
+    """Most pictures per iteration whose content and diversity are measured; they travel to the driver."""
+    drift_timesteps: int = Field(default=4, ge=0)
+    """Timesteps at which the drift of freshly updated weights is measured before they are published, on the pictures of
+    one rollout chunk; 0 leaves drift to what the update itself measured, which is half an iteration behind."""
     smoothing: float = Field(default=0.3, gt=0, le=1)
-    """Weight of the newest iteration in the running means that rules look at; 1 takes each iteration alone."""
+    """Weight of the newest iteration in the running means that rules look at; 1 takes each iteration alone. Drift is
+    always taken alone."""
     warmup: int = Field(default=5, ge=0)
-    """First checks, during which running means settle and no rule but drift counts."""
+    """First checks, during which running means settle and no rule but drift counts, unless grossly broken."""
     patience: int = Field(default=3, ge=1)
-    """Consecutive checks over a limit before a rule rises."""
+    """Consecutive checks over a limit before a rule rises; at most 2 for drift."""
+    gross: float | None = Field(default=2.0, ge=1)
+    """At so many times its `stop` limit in an iteration taken alone, a rule stops without patience or warm-up: drift,
+    which hardly scatters, at the first such check, any other rule at the second in a row. None waits as ever."""
     release: float = Field(default=0.8, gt=0, le=1)
     """A rule falls back once its figure is under this share of its `warn` limit."""
     lower_factor: float = Field(default=0.5, gt=0, lt=1)

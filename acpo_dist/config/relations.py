@@ -1,6 +1,7 @@
 """Relations between sections, checked before anything starts. Each message names both keys and both values."""
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from acpo_dist.config.schema import Config
@@ -17,6 +18,7 @@ def check_relations(config: Config) -> None:
     """
     _check_backend(config)
     _check_batches(config)
+    _check_optimizer(config)
     _check_data(config)
     _check_algorithm(config)
     _check_anchor(config)
@@ -57,6 +59,27 @@ def _check_backend(config: Config) -> None:
         raise ConfigError(
             f"cluster.backend is `local` but learner.zero_stage is {config.learner.zero_stage}: DeepSpeed ranks are "
             "Ray actors. Use --backend ray, or unset learner.zero_stage."
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    learner = config.learner
+    if learner.offload_optimizer == "cpu" and learner.zero_stage not in (1, 2):
+        raise ConfigError(
+            f"learner.offload_optimizer is cpu and learner.zero_stage is {learner.zero_stage}: DeepSpeed offloads the "
+            "optimiser of stages 1 and 2 here. Set learner.zero_stage=2, or learner.offload_optimizer=none."
+        )
+    if learner.optimizer != "adamw_8bit":
+        return
+    if learner.zero_stage is not None:
+        raise ConfigError(
+            f"learner.optimizer is adamw_8bit and learner.zero_stage is {learner.zero_stage}: DeepSpeed shards the "
+            "moments instead of narrowing them. Set learner.optimizer=adamw, or unset learner.zero_stage."
+        )
+    if not module_available("bitsandbytes"):
+        raise ConfigError(
+            "learner.optimizer is adamw_8bit, which needs bitsandbytes: `pip install bitsandbytes`, or set "
+            "learner.optimizer=adamw."
         )
 
 
@@ -175,10 +198,17 @@ def _check_rewards(config: Config) -> None:
                 f"has no usable gradient, and `{config.algorithm.type}` needs one. "
                 "Move it to rewards.judges, or choose an algorithm that needs scores only"
             )
-        if reason:
+        if reason := reason or _bad_hinge(metric, entry):
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
+    if config.rewards.combine == "pessimistic" and len(config.rewards.train) < 2:
+        raise RewardConfigError(
+            f"rewards.combine is `pessimistic` and rewards.train holds {names[0]} alone: one reward has no spread. Add "
+            "another, or set rewards.combine=sum."
+        )
     for index, entry in enumerate(config.rewards.judges):
         reason = _unusable(resolve("reward", REWARDS, entry.type), entry, conditional=conditional)
+        if reason is None and getattr(entry, "hinge", None) is not None:
+            reason = "has a `hinge`, and a judge is never optimised. Move the hinge to an entry of rewards.train"
         if reason:
             raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")
 
@@ -190,6 +220,23 @@ def _unusable(metric: Any, entry: Any, *, conditional: bool) -> str | None:
             "alone, or a model that draws from prompts"
         )
     return metric.unusable(entry)
+
+
+def _bad_hinge(metric: Any, entry: Any) -> str | None:
+    hinge = getattr(entry, "hinge", None)
+    if not isinstance(hinge, Path):
+        return None
+    if not hinge.exists():
+        return (
+            f"`hinge` is `{hinge}`, and there is no such file or folder. Give real pictures (file, folder, parquet "
+            "file), or a normalised score as a number"
+        )
+    if getattr(metric, "needs_prompts", False):
+        return (
+            f"`hinge` is `{hinge}`, but `{entry.type}` compares pictures with prompts, which real pictures come "
+            "without. Give a normalised score as a number"
+        )
+    return None
 
 
 def module_available(name: str) -> bool:

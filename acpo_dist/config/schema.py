@@ -126,6 +126,10 @@ class RewardsConfig(Section):
     """Metrics that drive the update."""
     judges: tuple[RewardPlugin, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """Held-out metrics: measured, never optimised."""
+    combine: Literal["sum", "mean", "pessimistic"] = "sum"
+    """Of the normalised rewards: weighted sum, weighted mean, or that mean less `spread_weight` times their spread."""
+    spread_weight: float = Field(default=1.0, ge=0)
+    """c of `pessimistic`: standard deviations (weighted, over the rewards) that disagreement costs."""
     cut: Literal["latent", "image"] = "latent"
     """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded pictures."""
     wire_dtype: Literal["float16", "float32"] = "float16"
@@ -143,6 +147,16 @@ class RewardsConfig(Section):
     http: HttpConfig = HttpConfig()
     calibration_samples: int = Field(default=256, ge=8)
     """Base-model samples on which every metric is normalised before training."""
+
+    @property
+    def spread(self) -> float:
+        """c of the composition: 0 unless it is pessimistic."""
+        return self.spread_weight if self.combine == "pessimistic" else 0.0
+
+    def term_weights(self) -> dict[str, float]:
+        """Weight of every reward in the composition: as configured in a sum, shares of 1 in a mean."""
+        whole = 1.0 if self.combine == "sum" else sum(entry.weight for entry in self.train)
+        return {entry.name: entry.weight / whole for entry in self.train}
 
     def pool_of(self, name: str) -> MetricPoolConfig:
         """How one metric is served, with nothing left open."""
@@ -177,6 +191,10 @@ class LearnerConfig(Section):
     """Share of `run.iterations`, at the end, over which it falls to 0; a run resumed to go on longer falls later."""
     lr_decay_type: Literal["linear", "cosine"] = "linear"
     """How it falls."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` holds the moments in 8 bits per element (bitsandbytes), a quarter; one process only."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps moments and float32 masters in the host's memory and steps there (DeepSpeed, ZeRO stage 1 or 2)."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -53,6 +53,10 @@ class NonFiniteError(AcpoError):
     """A loss or gradient is not finite; no weight has left the learner."""
 
 
+class DeviceMemoryError(AcpoError):
+    """A rollout, a learner or a decoder ran out of memory; what was saved before is whole."""
+
+
 class WorkerError(AcpoError):
     """A worker process died or did not answer in time."""
 

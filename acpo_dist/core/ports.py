@@ -79,6 +79,14 @@ class RewardPool(Protocol):
         """
         ...
 
+    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
+        """Raw scores of pictures that no rollout made, uint8 (B, 3, H, W), by a metric that reads no prompts.
+
+        Raises:
+            RewardError: as `score`.
+        """
+        ...
+
     def counters(self) -> dict[str, float]:
         """Requests, retries and failures so far."""
         ...

@@ -81,6 +81,8 @@ class ScoredGroups:
     """Reward name -> sample id -> quality: normalised, signed so that higher is better, not yet weighted."""
     weights: Mapping[str, float]
     """Reward name -> its weight in the sum."""
+    spread: float = 0.0
+    """c of the composition: how much the rewards' disagreement costs."""
     pictures: Callable[[], Mapping[str, Tensor]]
     """Pictures by sample id, uint8 (3, H, W); fetched when asked for."""
 
@@ -108,10 +110,22 @@ class Normaliser:
     """+1 if higher is better, -1 if lower is better."""
     target: float | None = None
     """Hinge target m in normalised units; None outside `hinge` and `softplus`."""
+    ceiling: float | None = None
+    """Normalised score of real pictures, beyond which nothing more is gained; None without a `hinge`."""
 
     def normalise(self, score: float) -> float:
         """Signed z-score: base samples have mean 0 and standard deviation 1, higher is better."""
         return self.sign * (score - self.mean) / self.std
+
+    def reward(self, score: float) -> float:
+        """What a score is worth: normalised, and no more than the ceiling."""
+        value = self.normalise(score)
+        return value if self.ceiling is None else min(value, self.ceiling)
+
+    def slope(self, score: float) -> float:
+        """Derivative of `reward`; 0 from the ceiling on."""
+        reached = self.ceiling is not None and self.normalise(score) >= self.ceiling
+        return 0.0 if reached else self.sign / self.std
 
 
 @dataclass(frozen=True, kw_only=True)

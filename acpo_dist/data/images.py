@@ -3,6 +3,7 @@
 N pictures of H x W pixels, RGB.
 """
 
+import glob
 import itertools
 import logging
 import os
@@ -111,6 +112,66 @@ def read_images(
         for file in _expand(Path(path), column):
             files.setdefault(os.path.abspath(file), file)
     return itertools.chain.from_iterable(_read_one(file, column, skip) for file in files.values())
+
+
+def expand_globs(paths: Sequence[Path]) -> list[Path]:
+    """The paths, with patterns (`*`, `?`, `[...]`, `**`) that name no file of their own replaced by what they match.
+
+    Raises:
+        DataError: a pattern matches nothing.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.exists() or not glob.has_magic(str(path)):
+            found.append(path)
+            continue
+        matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
+        # A pattern such as `*` also meets files that are no pictures; a file that is named is always tried.
+        matches = [each for each in matches if each.suffix.lower() in PICTURE_SUFFIXES | PARQUET_SUFFIXES]
+        if not matches:
+            raise DataError(f"the pattern {path} matches no picture and no parquet file.")
+        found += matches
+    return found
+
+
+def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
+    """How many pictures `read_images` will try to decode.
+
+    Raises:
+        DataError: as `read_images`.
+    """
+    files = {os.path.abspath(file): file for path in paths for file in _expand(Path(path), column)}.values()
+    return sum(pq.read_metadata(file).num_rows if _is_parquet(file) else 1 for file in files)
+
+
+def real_pictures(
+    path: Path, *, column: str = "image", size: int | None = None, most: int | None = None
+) -> list[Tensor]:
+    """Pictures of a file, a folder or a parquet file, in memory.
+
+    Args:
+        column: picture column of a parquet file.
+        size: side in pixels, as in `load_pictures`; None leaves every picture as it is.
+        most: use so many: evenly spread over a folder's files in their order, the first rows of a parquet file.
+
+    Returns:
+        uint8 RGB, each (3, H, W).
+
+    Raises:
+        DataError: the path is missing, it holds no picture, or one cannot be decoded.
+    """
+    paths = _expand(path, column)
+    if most is not None and len(paths) > most:
+        paths = [paths[index * len(paths) // most] for index in range(most)]
+    found = [picture for _, picture in itertools.islice(read_images(paths, column=column), most)]
+    if not found:
+        raise DataError(f"{path} holds no picture.")
+    if size is None:
+        return found
+    return [
+        torch.from_numpy(np.ascontiguousarray(_fit(Image.fromarray(picture.permute(1, 2, 0).numpy()), size)))
+        for picture in found
+    ]
 
 
 def decode_square(encoded: bytes | None, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from acpo_dist.config.guard import GuardConfig, Limits
 from acpo_dist.guard.decision import WORDING, Action, Decision, Reason
-from acpo_dist.guard.rules import RuleState, RunningMean, step
+from acpo_dist.guard.rules import RuleState, RunningMean, step, step_gross
 from acpo_dist.guard.signals import Signals
 
 
@@ -52,13 +52,16 @@ class Guard:
         self._checks += 1
         for name, value in now.items():
             self._means[name] = self._means.get(name, RunningMean()).add(value, self._config.smoothing)
-        smoothed = {name: self._means[name].value for name in now}
+        # Drift hardly scatters and may run away within two iterations: it is taken as it is.
+        smoothed = {name: self._means[name].value if name != "drift" else value for name, value in now.items()}
         if self._checks > self._config.warmup:
             for name, value in smoothed.items():
                 if name.startswith("judge/"):
                     self._best_judges[name] = max(value, self._best_judges.get(name, value))
-        figures = self._figures(smoothed)
-        raised = self._hold({name: figure for name, figure in figures.items() if self._counts(name)})
+        figures, alone = self._figures(smoothed), self._figures(now)
+        raised = self._hold(figures, alone)
+        # What stopped a rule at once is said, not the mean that lags behind it.
+        figures |= {name: alone[name] for name in alone if self._is_gross(name)}
         # Reasons first: a lowering makes the rules begin anew.
         reasons = self._reasons(figures)
         action = self._act()
@@ -119,7 +122,11 @@ class Guard:
 
     def _counts(self, rule: str) -> bool:
         """Drift counts from the first check on: it is measured on every trained state and hardly scatters."""
-        return self._checks > self._quiet_until and (rule == "drift" or self._checks > self._config.warmup)
+        return rule == "drift" or self._checks > self._config.warmup
+
+    def _is_gross(self, rule: str) -> bool:
+        state = self._rules.get(rule)
+        return state is not None and state.over_gross >= _gross_patience(rule)
 
     def _figures(self, smoothed: Mapping[str, float]) -> dict[str, float]:
         """Figures of the rules that are switched on, higher is worse."""
@@ -141,14 +148,19 @@ class Guard:
             figures["drift"] = smoothed["drift"]
         return {name: value for name, value in figures.items() if self._limits[_kind(name)] is not None}
 
-    def _hold(self, figures: Mapping[str, float]) -> tuple[str, ...]:
-        """Check every rule; return those that rose."""
-        raised = []
+    def _hold(self, figures: Mapping[str, float], alone: Mapping[str, float]) -> tuple[str, ...]:
+        """Check every rule, on its running mean and on this iteration alone; return those that rose."""
+        if self._checks <= self._quiet_until:
+            return ()
+        config, raised = self._config, []
         for name, figure in figures.items():
-            before = self._rules.get(name, RuleState())
-            after = step(
-                before, figure, self._limit(name), patience=self._config.patience, release=self._config.release
-            )
+            before = after = self._rules.get(name, RuleState())
+            limits = self._limit(name)
+            if self._counts(name):
+                patience = min(config.patience, _DRIFT_PATIENCE) if name == "drift" else config.patience
+                after = step(after, figure, limits, patience=patience, release=config.release)
+            if limits.stop is not None and config.gross is not None:
+                after = step_gross(after, alone[name], config.gross * limits.stop, patience=_gross_patience(name))
             self._rules[name] = after
             if _RANK[after.level] > _RANK[before.level]:
                 raised.append(name)
@@ -178,6 +190,15 @@ class Guard:
                 warn, stop = self._limit(name).warn, self._limit(name).stop
                 found.append(Reason(rule=name, level=state.level, value=figures[name], warn=warn, stop=stop))
         return tuple(sorted(found, key=lambda reason: -_RANK[reason.level]))
+
+
+_DRIFT_PATIENCE = 2
+"""Checks over a limit in a row: a controller that steers drift may overshoot once."""
+
+
+def _gross_patience(rule: str) -> int:
+    """Means of one iteration's samples scatter, so that one of them alone proves nothing."""
+    return 1 if rule == "drift" else 2
 
 
 _RANK: dict[str, int] = {"ok": 0, "warn": 1, "stop": 2}

@@ -1,6 +1,6 @@
 """Running means, and rules with hysteresis on them. Pure: states go in and come out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from acpo_dist.config.guard import Limits
@@ -39,6 +39,8 @@ class RuleState:
     over_warn: int = 0
     """Consecutive checks at or over the limit."""
     over_stop: int = 0
+    over_gross: int = 0
+    """Consecutive checks far beyond the stop limit, each taken alone."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for `state.json`; `RuleState(**mapping)` restores it."""
@@ -63,4 +65,15 @@ def step(state: RuleState, figure: float, limits: Limits, *, patience: int, rele
         level = "stop"
     elif over_warn >= patience and level == "ok":
         level = "warn"
-    return RuleState(level=level, over_warn=over_warn, over_stop=over_stop)
+    return replace(state, level=level, over_warn=over_warn, over_stop=over_stop)
+
+
+def step_gross(state: RuleState, figure: float, line: float, *, patience: int) -> RuleState:
+    """The same check once more, after `step`, on the figure of this iteration alone.
+
+    Args:
+        figure: not smoothed.
+        line: far beyond the stop limit; the rule goes to `stop` after `patience` consecutive checks at or over it.
+    """
+    over = state.over_gross + 1 if figure >= line else 0
+    return replace(state, level="stop" if over >= patience else state.level, over_gross=over)

@@ -35,6 +35,31 @@ class LearnerSpec:
         return self.learner.global_batch // (self.learner.micro_batch * self.learner.num_ranks)
 
 
+def memory_remedy(spec: LearnerSpec) -> str:
+    """What to change when a learner's memory does not last, the cheapest first."""
+    learner, memory = spec.learner, getattr(spec.model, "memory", None)
+    ways = [
+        text
+        for text, helps in (
+            (
+                f"lower learner.micro_batch ({learner.micro_batch}), which leaves the update as it is",
+                learner.micro_batch > 1,
+            ),
+            ("set model.memory.gradient_checkpointing=true", memory is not None and not memory.gradient_checkpointing),
+            (
+                "set learner.offload_optimizer=cpu",
+                learner.offload_optimizer == "none" and learner.zero_stage in (1, 2),
+            ),
+            (
+                "tune with LoRA in a new run, or on more ranks with learner.zero_stage=2",
+                spec.model.tuning.method == "full",
+            ),
+        )
+        if helps
+    ] or ["take a larger device"]
+    return f"{ways[0][0].upper()}{'; '.join(ways)[1:]}."
+
+
 class BatchMaker:
     """Finds and draws what belongs to a sample id."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import NonFiniteError
+from acpo_dist.learner.eight_bit import eight_bit_state, make_eight_bit, put_eight_bit
 from acpo_dist.models.family import trainable_tensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -80,7 +81,9 @@ class TorchEngine:
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
         """Optimise the parameters of `network` that require gradients."""
         self._parameters = trainable_tensors(network)
-        self._optimiser = make_optimiser(list(self._parameters.values()), config)
+        narrow = config.optimizer == "adamw_8bit"
+        self._optimiser = (make_eight_bit if narrow else make_optimiser)(list(self._parameters.values()), config)
+        self._narrow = narrow
         self._accumulation, self._config, self._device = accumulation, config, device
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -109,16 +112,18 @@ class TorchEngine:
 
     def weights(self) -> StateTensors:
         """See `Engine.weights`."""
-        return {name: value.detach().float().cpu().clone() for name, value in self._parameters.items()}
+        return {name: _copied(value) for name, value in self._parameters.items()}
 
     def optimiser_state(self) -> StateTensors:
-        """See `Engine.optimiser_state`."""
+        """See `Engine.optimiser_state`; 8-bit moments have names and scales of their own."""
+        if self._narrow:
+            return eight_bit_state(self._optimiser, self._parameters)
         state: StateTensors = {"step": torch.zeros(())}
         for name, parameter in self._parameters.items():
             entry = self._optimiser.state.get(parameter, {})
             for moment in MOMENTS:
                 value = entry.get(moment, torch.zeros_like(parameter))
-                state[f"{moment}.{name}"] = value.detach().float().cpu().clone()
+                state[f"{moment}.{name}"] = _copied(value)
             state["step"] = torch.as_tensor(entry.get("step", 0.0)).float().cpu().clone()
         return state
 
@@ -127,7 +132,7 @@ class TorchEngine:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
-        put_moments(self._optimiser, self._parameters, optimiser_state)
+        (put_eight_bit if self._narrow else put_moments)(self._optimiser, self._parameters, optimiser_state)
 
     def close(self) -> None:
         """Nothing to leave."""
@@ -142,3 +147,8 @@ def put_moments(
         entry["step"] = state["step"].clone()
         for moment in MOMENTS:
             entry[moment] = state[f"{moment}.{name}"].to(parameter).clone()
+
+
+def _copied(value: Tensor) -> Tensor:
+    # Whatever the layout here (model.speed.channels_last): files hold plain ones.
+    return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)

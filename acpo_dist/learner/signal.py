@@ -9,6 +9,7 @@ from torch import Tensor
 from acpo_dist.algorithms.base import RewardSignal
 from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.types import RewardTerm
+from acpo_dist.objective.composition import compose, composition_slopes
 from acpo_dist.rewards.wire import WireTensor, pack, unpack
 from acpo_dist.rewards.worker import ScoredGradient
 
@@ -26,7 +27,7 @@ class GradientSource(Protocol):
 
 
 class PooledReward:
-    """Sums several metrics: q = sum_k w_k sign_k (score_k - mean_k) / std_k, and dq / d x0-hat."""
+    """Composes several metrics, each normalised and hinged, into one quality q and its gradient dq / d x0-hat."""
 
     def __init__(
         self,
@@ -36,10 +37,11 @@ class PooledReward:
         *,
         cut: str,
         wire_dtype: str,
+        spread: float = 0.0,
     ) -> None:
-        """Take the pool, the terms and, for the image cut, the decoder."""
+        """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`)."""
         self._source, self._terms, self._decode = source, terms, decode
-        self._cut, self._wire_dtype = cut, wire_dtype
+        self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
 
     def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> RewardSignal:
         """See `RewardGradient`."""
@@ -56,18 +58,29 @@ class PooledReward:
                 "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
             )
         wire = pack(sent, self._wire_dtype)
-        quality = torch.zeros(len(prompts))
+        weights = [term.weight for term in self._terms]
+        # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
+        answers = [self._source.value_and_grad(term.name, wire, prompts) for term in self._terms]
+        rewards = [
+            [term.normaliser.reward(score) for score in answer.scores]
+            for term, answer in zip(self._terms, answers, strict=True)
+        ]
+        slopes = composition_slopes(torch.tensor(rewards), weights, self._spread)
         gradient = torch.zeros(sent.shape)
-        per_metric = {}
-        for term in self._terms:
-            answer = self._source.value_and_grad(term.name, wire, prompts)
-            normaliser = term.normaliser
-            scores = torch.tensor(answer.scores)
-            quality += term.weight * torch.tensor([normaliser.normalise(score) for score in answer.scores])
-            gradient += term.weight * normaliser.sign / normaliser.std * unpack(answer.gradient)
-            per_metric[f"reward/{term.name}/x0_hat"] = scores
+        for term, answer, slope_B in zip(self._terms, answers, slopes, strict=True):
+            slope_B = slope_B * torch.tensor([term.normaliser.slope(score) for score in answer.scores])
+            gradient += slope_B.reshape(-1, *[1] * (sent.ndim - 1)) * unpack(answer.gradient)
         gradient = gradient.to(clean.device)
         if self._cut == "image":
             (gradient,) = torch.autograd.grad(sent, clean, gradient)
-        target = sum(term.weight * (term.normaliser.target or 0.0) for term in self._terms)
-        return RewardSignal(quality_B=quality.to(clean.device), gradient=gradient, target=target, per_metric=per_metric)
+        return RewardSignal(
+            quality_B=torch.tensor([compose(row, weights, self._spread) for row in zip(*rewards, strict=True)]).to(
+                clean.device
+            ),
+            gradient=gradient,
+            target=compose([term.normaliser.target or 0.0 for term in self._terms], weights, self._spread),
+            per_metric={
+                f"reward/{term.name}/x0_hat": torch.tensor(answer.scores)
+                for term, answer in zip(self._terms, answers, strict=True)
+            },
+        )

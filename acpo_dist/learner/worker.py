@@ -12,12 +12,13 @@ from torch import Tensor
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.core.errors import CheckpointError, NonFiniteError
+from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
-from acpo_dist.learner.batches import BatchMaker, LearnerSpec
+from acpo_dist.learner.batches import BatchMaker, LearnerSpec, memory_remedy
 from acpo_dist.learner.engine import Engine, TorchEngine
 from acpo_dist.learner.figures import FigureSums
 from acpo_dist.learner.network import PolicyNetwork
@@ -79,7 +80,14 @@ class LearnerWorker:
 
         Raises:
             NonFiniteError: a loss or gradient is not finite.
+            DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
         """
+        with within_memory(
+            f"the learner, micro-batches of {self._spec.learner.micro_batch}", memory_remedy(self._spec)
+        ):
+            return self._train(batches, task)
+
+    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int]:
         engine = self._ready()
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
@@ -221,7 +229,10 @@ class LearnerWorker:
 
     def _reward(self, terms: Sequence[RewardTerm]) -> PooledReward:
         rewards = self._spec.rewards
-        return PooledReward(self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype)
+        return PooledReward(
+            self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
+            spread=rewards.spread,
+        )  # fmt: skip
 
     def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:
         """This rank's micro-batches of one optimiser step."""

@@ -23,7 +23,7 @@ from acpo_dist.learner.engine import MOMENTS, StateTensors, make_optimiser, put_
 from acpo_dist.models.family import trainable_tensors
 
 
-def zero_settings(config: LearnerConfig, *, accumulation: int) -> dict[str, Any]:
+def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> dict[str, Any]:
     """DeepSpeed's settings for a learner section; batch identities are computed here and nowhere else."""
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
@@ -36,6 +36,7 @@ def zero_settings(config: LearnerConfig, *, accumulation: int) -> dict[str, Any]
             "contiguous_gradients": True,
             "overlap_comm": False,
             "round_robin_gradients": False,
+            "offload_optimizer": {"device": config.offload_optimizer, "pin_memory": device != "cpu"},
         },
         # Our optimiser is torch's, so that every engine computes the same update.
         "zero_allow_untested_optimizer": True,
@@ -57,7 +58,7 @@ class ZeroEngine:
         deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         parameters = trainable_tensors(network)
-        settings = zero_settings(config, accumulation=accumulation)
+        settings = zero_settings(config, accumulation=accumulation, device=device)
         # Which of its many optimisers DeepSpeed makes depends on the settings, so no type of it says what is there.
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(

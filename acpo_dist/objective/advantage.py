@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acpo_dist.objective.composition import compose
+
 # Keeps the division finite in groups that barely pass `min_std`.
 _DELTA = 1e-8
 
@@ -54,13 +56,14 @@ def group_advantages(
     qualities: Mapping[str, Mapping[str, float]],
     weights: Mapping[str, float],
     *,
+    spread: float = 0.0,
     limit: float = 5.0,
     min_std: float = 1e-3,
     min_vote: float = 0.0,
     veto: bool = True,
     constant: Collection[str] = (),
 ) -> Advantages:
-    """A = (R - mean of the group) / (std of the group + delta), clipped, with R = sum_k weight_k quality_k.
+    """A = (R - mean of the group) / (std of the group + delta), clipped, with R as in `compose`.
 
     The mean and the (population) standard deviation are over the group's usable samples, vetoed ones included: their
     scores still say where the group lies.
@@ -69,6 +72,7 @@ def group_advantages(
         groups: sample ids of each prompt's group.
         qualities: evaluator -> sample id -> quality, normalised and signed (higher is better).
         weights: evaluator -> weight in R; evaluators that `weights` lacks vote, but do not count in R.
+        spread: c of the composition; 0 makes R the weighted sum.
         limit: A is clipped to +-limit.
         min_std: groups whose R spreads less are dropped; in the unit of R.
         min_vote: an evaluator has a say on a sample when it puts it at least this many of its own group standard
@@ -90,7 +94,9 @@ def group_advantages(
         usable = [name for name in seen if all(math.isfinite(scores[name]) for scores in qualities.values())]
         num_constant += len(group) - len(seen)
         num_broken += len(seen) - len(usable)
-        rewards = [sum(weight * qualities[metric][name] for metric, weight in weights.items()) for name in usable]
+        rewards = [
+            compose([qualities[metric][name] for metric in weights], list(weights.values()), spread) for name in usable
+        ]
         if len(usable) < 2:
             num_small, num_dropped = num_small + 1, num_dropped + len(usable)
             continue

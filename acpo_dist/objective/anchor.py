@@ -41,6 +41,17 @@ def head_drift(
     return difference * to_eps[prediction_type] * from_eps[space]
 
 
+def drift_unit(alpha_bar: float, space: str) -> float:
+    """What turns a mean squared drift in noise units into one in units of `space`; see `head_drift`.
+
+    Raises:
+        ValueError: unknown space.
+    """
+    if space not in SPACES:
+        raise ValueError(f"unknown anchor space {space!r}; known: {', '.join(SPACES)}")
+    return {"eps": 1.0, "v": 1 / alpha_bar, "x0": (1 - alpha_bar) / alpha_bar}[space]
+
+
 def anchor_error(drift: Tensor) -> Tensor:
     """Mean square over the elements of each sample: (B, ...) -> (B,)."""
     return drift.square().flatten(1).mean(1)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from acpo_dist.objective.composition import compose
+
 
 class Verdict(StrEnum):
     """What became of a pair; the first that applies, in this order."""
@@ -39,7 +41,7 @@ class Pair:
 
 def pair_group(
     names: Sequence[str], qualities: Mapping[str, Mapping[str, float]], weights: Mapping[str, float],
-    *, margin: float = 0.0, absolute: bool = True, constant: Collection[str] = (),
+    *, spread: float = 0.0, margin: float = 0.0, absolute: bool = True, constant: Collection[str] = (),
     duplicate: Callable[[str, str], bool] | None = None,
 ) -> list[Pair]:  # fmt: skip
     """Best with worst, second best with second worst, and so on: every sample of an even group is in one pair.
@@ -47,7 +49,8 @@ def pair_group(
     Args:
         names: sample ids of one group, an even number.
         qualities: evaluator -> sample id -> quality, normalised, higher is better.
-        weights: evaluator -> weight in R = sum_k weight_k quality_k, by which samples are ranked.
+        weights: evaluator -> weight in R, by which samples are ranked, see `compose`.
+        spread: c of the composition; 0 makes R the weighted sum.
         margin: smallest R_w - R_l of a pair that is kept.
         absolute: keep a pair only if no evaluator prefers its loser (NCP's absolute winners).
         constant: ids of pictures without content.
@@ -62,7 +65,9 @@ def pair_group(
         raise ValueError(f"pairs need an even number of samples per prompt, found {len(names)}")
     broken = {name for name in names if not all(math.isfinite(scores[name]) for scores in qualities.values())}
     rewards = {
-        name: -math.inf if name in broken else sum(w * qualities[metric][name] for metric, w in weights.items())
+        name: -math.inf
+        if name in broken
+        else compose([qualities[metric][name] for metric in weights], list(weights.values()), spread)
         for name in names
     }
     # Python's sort keeps the order of equals, so a tie does not depend on anything but the samples' order.

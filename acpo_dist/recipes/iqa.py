@@ -3,11 +3,12 @@
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ class IqaReport:
     """How well the network ranks damage that it did not see in training."""
 
     srcc: float
+    plcc: float
     mean_absolute_error: float
     seconds: float
 
@@ -37,11 +39,25 @@ def train_iqa(
 
     Source: TwoStream-IQA's training (L1 on the label, Adam 1e-3), with a hinge on pairs for the order.
     """
+    started = time.monotonic()
+    fit_iqa(network, draw, steps=steps, batch_size=batch_size, seed=seed, learning_rate=learning_rate)
+    report = measure_iqa(network, held_out or draw, seed=seed + 1_000_003)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def fit_iqa(
+    network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3,
+    progress: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """The training of `train_iqa` alone.
+
+    Args:
+        progress: called with 1 after every step.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps, pct_start=0.1)
-    started = time.monotonic()
     network.train()
     for step in range(steps):
         images, severity = draw(batch_size, generator)
@@ -52,12 +68,11 @@ def train_iqa(
         loss.backward()
         optimiser.step()
         decay.step()
+        if progress:
+            progress(1)
         if step % 200 == 0:
             logger.info("iqa step %d of %d: loss %.4f", step, steps, loss.item())
-    report = measure_iqa(network, held_out or draw, seed=seed + 1_000_003)
-    return IqaReport(
-        srcc=report.srcc, mean_absolute_error=report.mean_absolute_error, seconds=time.monotonic() - started
-    )
+    network.eval()
 
 
 @torch.no_grad()
@@ -66,8 +81,17 @@ def measure_iqa(network: nn.Module, draw: LabelledBatch, *, seed: int, count: in
     network.eval()
     images, severity = draw(count, torch.Generator().manual_seed(seed))
     score = torch.cat([network(chunk) for chunk in images.split(100)])
-    srcc = float(spearmanr(score.numpy(), (1 - severity).numpy()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-    return IqaReport(srcc=srcc, mean_absolute_error=float((score - (1 - severity)).abs().mean()), seconds=0.0)
+    return agreement(score, 1 - severity)
+
+
+def agreement(score: Tensor, label: Tensor) -> IqaReport:
+    """Rank and linear correlation and error of scores (N,) against labels (N,); no time."""
+    srcc: Any = spearmanr(score.numpy(), label.numpy())
+    plcc: Any = pearsonr(score.numpy(), label.numpy())
+    return IqaReport(
+        srcc=float(srcc.statistic), plcc=float(plcc.statistic),
+        mean_absolute_error=float((score - label).abs().mean()), seconds=0.0,
+    )  # fmt: skip
 
 
 def _ranking_loss(score: Tensor, target: Tensor) -> Tensor:

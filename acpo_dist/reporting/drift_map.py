@@ -16,6 +16,7 @@ from acpo_dist.evaluation.drift import head_errors
 from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.local import default_device
 from acpo_dist.models.family import ModelFamily, trainable_tensors
+from acpo_dist.objective.anchor import drift_unit
 from acpo_dist.reporting.record import RunRecord
 from acpo_dist.reporting.studio import REPORT, Studio
 from acpo_dist.tracking.console import Console
@@ -111,12 +112,9 @@ def _measure(
     total = len(family.alpha_bars)
     timesteps = [min(total - 1, round(share * total)) for share in SHARES]
     found = head_errors(family, clean, prompts, timesteps).anchor
-    return {timestep: value * _unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()}
-
-
-def _unit(alpha_bar: float, space: str) -> float:
-    """Square of the factor from noise units, as in `objective.anchor.head_drift`."""
-    return {"eps": 1.0, "v": 1 / alpha_bar, "x0": (1 - alpha_bar) / alpha_bar}[space]
+    return {
+        timestep: value * drift_unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()
+    }
 
 
 def _stamp(checkpoint: Checkpoint, prompts: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a metric must offer to reward or to judge."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from pydantic import Field
@@ -17,6 +18,9 @@ class MetricConfig(Section):
     """Name in tracking and of the deployment; empty takes the type."""
     weight: float = Field(default=1.0, gt=0)
     """Weight among the rewards of a run; scores are normalised first, so 1 means the same for every metric."""
+    hinge: float | Path | None = None
+    """No reward, and no gradient, beyond this: a normalised score, or real pictures (file, folder or parquet file with
+    the column `data.image_column`) whose mean it is, found once before training. For `rewards.train` alone."""
 
     def model_post_init(self, context: Any, /) -> None:
         """Fill the name, so that it can be relied on."""

@@ -92,6 +92,19 @@ class ClipBackbone:
         )
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
+    @property
+    def model(self) -> Any:
+        """The transformers model, for whoever trains it."""
+        return self._model
+
+    def save(self, folder: Path) -> None:
+        """Write model, tokenizer and preparation: a folder that this class opens."""
+        self._model.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+        settings = {"image_mean": self._mean.flatten().tolist(), "image_std": self._std.flatten().tolist()}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
     def single_view(self, images: Tensor) -> Tensor:
         """CLIP's own preparation, (B, 3, H, W) -> (B, 3, S, S): shorter side to S by bicubic weights, middle square."""
         height, width = images.shape[2:]
@@ -113,7 +126,7 @@ class ClipBackbone:
         new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         for start in range(0, len(new), _TEXT_CHUNK):
             chunk = new[start : start + _TEXT_CHUNK]
-            self._cache.update(zip(chunk, self._encode(chunk), strict=True))
+            self._cache.update(zip(chunk, self.encode_texts(chunk), strict=True))
         for text in texts:
             self._cache.move_to_end(text)
         vectors = torch.stack([self._cache[text] for text in texts])
@@ -121,7 +134,8 @@ class ClipBackbone:
             self._cache.popitem(last=False)
         return vectors
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """Unit vectors (N, D) of texts, with the graph where the model is trained; nothing is kept."""
         if self._tokenizer is None:
             raise RewardConfigError(f"`{self._name}` was loaded without a tokenizer, so it cannot read texts")
         # Padded to the full context: a vector must not depend on which texts were encoded together.

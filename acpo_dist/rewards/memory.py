@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from acpo_dist.core.errors import RewardError
+from acpo_dist.core.memory import is_out_of_memory
 
 Part = TypeVar("Part")
 
@@ -39,11 +40,3 @@ def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: s
         raise OutOfMemoryError(f"reward `{name}`: out of memory with a single picture ({reason})")
     middle = (start + stop) // 2
     return in_halves(run, start, middle, name=name) + in_halves(run, middle, stop, name=name)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch's CPU allocator or an accelerator ran out of memory."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # The CPU allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

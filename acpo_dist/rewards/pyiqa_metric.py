@@ -25,6 +25,8 @@ from acpo_dist.rewards.inputs import check_pictures
 from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
 _NETWORK_TIMEOUT_S = 30.0
+_CPU_PIXELS = 2 * 224 * 224
+"""Most pixels in one forward on a CPU: CNNIQA is 1.6 times as fast on two pictures of this size as on sixteen."""
 _BUILD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, AssertionError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _ANNOUNCED = re.compile(r'Downloading: "(\S+)" to (\S+)')
@@ -60,6 +62,8 @@ class PyiqaMetric:
         self._name, self._metric, self._facts = config.name, config.metric, PYIQA[config.metric]
         # The network alone: pyiqa's wrapper around it toggles cuDNN and checks the range in every call.
         self._network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
+        self._order = torch.channels_last if self._facts.channels_last else torch.contiguous_format
+        self._network.to(memory_format=self._order)
 
     @classmethod
     def unusable(cls, config: MetricConfig) -> str | None:
@@ -97,8 +101,7 @@ class PyiqaMetric:
             RewardError: the pictures are no pictures or too small, or pyiqa cannot score them.
         """
         check_pictures(images, name=self._name, minimum=self._facts.minimum)
-        # Copies one by one where a metric takes single pictures only; some of those write into their input.
-        parts = [images] if self._facts.batched else [part.clone() for part in images.split(1)]
+        parts = self._parts(images)
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._facts.differentiable):
                 answers = [self._network(part) for part in parts]
@@ -108,6 +111,17 @@ class PyiqaMetric:
             raise RewardError(
                 f"`{self._name}`: pyiqa's `{self._metric}` cannot score shape {tuple(images.shape)}: {error}"
             ) from error
+
+    def _parts(self, images: Tensor) -> list[Tensor]:
+        """What the network is given at once."""
+        if not self._facts.batched:
+            # Copies: some metrics write into their input.
+            return [part.clone() for part in images.split(1)]
+        if images.device.type != "cpu":
+            return [images]
+        # Beyond the processor's cache the pictures of a batch only get into each other's way.
+        parts = images.split(max(1, _CPU_PIXELS // (images.shape[2] * images.shape[3])))
+        return [part.contiguous(memory_format=self._order) for part in parts]
 
 
 def facts_of(name: str) -> dict[str, Any]:

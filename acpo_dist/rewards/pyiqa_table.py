@@ -27,6 +27,8 @@ class PyiqaFacts:
     """Whether it fetches weights (or parameters, or a backbone) on first use."""
     minimum: int = 32
     """Smallest height and width."""
+    channels_last: bool = False
+    """Whether its network takes pictures in that order of memory, which is faster on a CPU."""
     batched: bool = True
     """Whether it takes several pictures at once; else they are given one by one."""
     local: Literal["params", "bare", "file"] | None = None
@@ -83,7 +85,7 @@ PYIQA: dict[str, PyiqaFacts] = {
     "brisque_matlab": replace(_NATURAL, minimum=32, trained_on="LIVE"),
     "nrqm": replace(_NATURAL, score_range="~0, ~10", lower_better=False, minimum=64, trained_on="Ma et al. 2017"),
     "pi": replace(_NATURAL, score_range="~0, ~", local=None, trained_on="Ma et al. 2017 and natural pictures"),
-    "cnniqa": replace(_ABOUT_UNIT, minimum=7, local="params", trained_on="KonIQ-10k"),
+    "cnniqa": replace(_ABOUT_UNIT, minimum=7, local="params", trained_on="KonIQ-10k", channels_last=True),
     "wadiqam_nr": PyiqaFacts(score_range="~-1, ~0.1", minimum=33, local="params", trained_on="KonIQ-10k"),
     "uranker": PyiqaFacts(score_range="~-1, ~2", minimum=1, local="params", trained_on="URankerSet (underwater)"),
     "metaiqa": replace(_UNIT, minimum=1, local="bare", trained_on="TID2013 and KADID-10k"),

@@ -2,7 +2,7 @@
 
 Our own differentiable definition of the published design (Yan, Gong and Zhang, IEEE TIP 28(5), 2019): luminance
 gradients by Sobel filters with a smooth magnitude, three pooling stages per stream, R-FCN-like position-sensitive
-pooling over 3 x 3 bins, and an unbiased mean over 32 x 32 tiles for larger pictures.
+pooling over 3 x 3 bins, and the mean over 32 x 32 tiles for larger pictures, or over so many of them, drawn once.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PATCH = 32
+PATCHES = 256
+"""Most tiles of a picture that are looked at: all up to 512 x 512, a fixed quarter of those of 1024 x 1024."""
 _BINS = 3
+_TILES_AT_ONCE = 256
+"""Tiles per forward: what bounds the memory, however large the batch and its pictures are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +83,14 @@ class TwoStream(nn.Module):
             nn.Linear(size.hidden, 1),
         )  # fmt: skip
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *, patches: int = PATCHES, seed: int = 0) -> Tensor:
         """Score pictures.
 
         Args:
             images: (B, 3, H, W) in [0, 1], H and W at least 32; larger pictures are tiled, a remainder at the right
                 and lower edge is covered by a last overlapping tile.
+            patches: most tiles per picture. A picture with more is judged by so many, drawn without bias from `seed`
+                and its size alone: the same ones in every call, whoever shares the batch.
 
         Returns:
             Scores of shape (B,), the mean over tiles.
@@ -95,16 +102,33 @@ class TwoStream(nn.Module):
             raise ValueError(
                 f"TwoStream needs RGB pictures of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}"
             )
-        gradient = gradient_magnitude(images)
-        tiles = [
-            (images[..., y : y + PATCH, x : x + PATCH], gradient[..., y : y + PATCH, x : x + PATCH])
-            for y in _tile_starts(images.shape[2])
-            for x in _tile_starts(images.shape[3])
-        ]
-        pictures = torch.cat([tile for tile, _ in tiles])
-        slopes = torch.cat([tile for _, tile in tiles])
-        features = torch.cat([self.image_stream(pictures - 0.5), self.gradient_stream(slopes)], 1)
-        return self.head(features).reshape(len(tiles), images.shape[0]).mean(0)
+        corners = tile_corners(*images.shape[2:], patches=patches, seed=seed)
+        planes = torch.cat([images, gradient_magnitude(images)], 1)
+        # Chunks of tiles, each tile of all pictures: tensors never grow with the size of the pictures.
+        step = max(1, _TILES_AT_ONCE // len(images))
+        chunks = [corners[start : start + step] for start in range(0, len(corners), step)]
+        if len(chunks) == 1 or self.training or not torch.is_grad_enabled():
+            scores = [self._tiles(planes, chunk) for chunk in chunks]
+        else:
+            # The backward pass computes a chunk's maps again rather than keep those of all.
+            scores = [checkpoint(self._tiles, planes, chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(scores).mean(0)
+
+    def _tiles(self, planes: Tensor, corners: list[tuple[int, int]]) -> Tensor:
+        """Scores (T, B) of the tiles at these corners; planes are RGB and gradient magnitude (B, 4, H, W)."""
+        tiles = torch.cat([planes[..., y : y + PATCH, x : x + PATCH] for y, x in corners])
+        features = torch.cat([self.image_stream(tiles[:, :3] - 0.5), self.gradient_stream(tiles[:, 3:])], 1)
+        return self.head(features).reshape(len(corners), planes.shape[0])
+
+
+def tile_corners(height: int, width: int, *, patches: int, seed: int) -> list[tuple[int, int]]:
+    """Upper left corners (y, x) of the tiles of a picture, or of `patches` of them, drawn from the seed."""
+    corners = [(y, x) for y in _tile_starts(height) for x in _tile_starts(width)]
+    if len(corners) <= patches:
+        return corners
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(corners), generator=generator)[:patches]
+    return [corners[index] for index in sorted(drawn.tolist())]
 
 
 def _tile_starts(length: int) -> list[int]:

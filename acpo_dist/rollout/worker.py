@@ -8,6 +8,7 @@ from torch import Tensor
 
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import WeightSyncError
+from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightBundle, WeightEcho
@@ -64,13 +65,22 @@ class RolloutWorker:
 
     @torch.no_grad()
     def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
-        """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone."""
+        """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone.
+
+        Raises:
+            DeviceMemoryError: the chunk does not fit.
+        """
         prompts = tuple(plan.prompt for plan in plans)
         kept: dict[int, Tensor] = {}
         after = {step + 1 for step in self._late} if self._sampler.eta > 0 else set[int]()
-        clean = self._walk(plans, self.trajectory, keep_states({*self._late, *after}, kept))
+        with within_memory(f"{self._name}, sampling {len(plans)} at once", f"Lower rollout.batch_size ({len(plans)})."):
+            clean = self._walk(plans, self.trajectory, keep_states({*self._late, *after}, kept))
         kept[self.trajectory.num_steps] = clean
-        pixels = self._family.decode(clean).clamp(0, 1)
+        with within_memory(
+            f"{self._name}, decoding {len(plans)} at once",
+            f"Set model.memory.vae_slicing=true (or vae_tiling), or lower rollout.batch_size ({len(plans)}).",
+        ):
+            pixels = self._family.decode(clean).clamp(0, 1)
         return RolloutBatch(
             sample_ids=tuple(plan.sample_id for plan in plans),
             prompts=prompts,

@@ -64,15 +64,16 @@ class Console:
                 self._progress = None
                 progress.stop()
 
-    def iteration(self, iteration: int, total: int, metrics: Mapping[str, float]) -> None:
+    def iteration(self, iteration: int, total: int, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """One plain line with the figures named in `SHOWN`; or the panel, which stays on the screen at the end.
 
         Args:
             iteration: iterations that are done.
+            last: the run ends here, though more were asked for.
         """
         if self._panel is not None and not self._quiet:
             self._panel.add(iteration, total, metrics)
-            if iteration == total:
+            if last or iteration == total:
                 self.rich.print(self._panel)
             return
         names = dict.fromkeys(name for pattern in SHOWN for name in metrics if fnmatchcase(name, pattern))

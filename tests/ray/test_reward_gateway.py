@@ -15,7 +15,7 @@ from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.rewards.http_wire import MEDIA_TYPE, encode_pictures
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 from acpo_dist.rewards.remote import RemotePool
-from acpo_dist.rewards.wire import WireTensor, pack
+from acpo_dist.rewards.wire import WireTensor, pack, unpack
 from acpo_dist.rewards.worker import RewardWorker
 
 pytestmark = pytest.mark.ray
@@ -213,3 +213,41 @@ def test_tokens_are_read_from_the_environment(monkeypatch):
 
     monkeypatch.setenv("POOL_TOKENS", f" {TOKEN}, {OTHER} ,")
     assert read_tokens(HttpConfig(enabled=True, token_env="POOL_TOKENS")) == (TOKEN, OTHER)
+
+
+# In front of a real pool
+
+
+def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here(cluster, workers, monkeypatch):
+    from contextlib import ExitStack
+
+    from acpo_dist.config.load import load_config
+    from actors.gateway import open_gateway
+    from actors.reward import deploy
+    from tests.conftest import TINY
+
+    monkeypatch.setenv("ACPO_REWARDS_TOKEN", TOKEN)
+    http_config = HttpConfig(enabled=True, port=0)
+    config = load_config("toy_sdxl", [*TINY, "rewards.cpus_per_replica=0.25"])
+    with ExitStack() as stack:
+        served = deploy(config, "gateway-test")
+        stack.callback(served.close)
+        gateway, address = open_gateway(
+            served.link, {"two_stream": True, "strided_judge": False}, config.rewards.cut, http_config
+        )
+        stack.callback(cluster.kill, gateway)
+        remote = RemotePool(address, TOKEN, deadline_s=60)
+        images, prompts = pictures(5), [""] * 5
+        for name in ("two_stream", "strided_judge"):
+            wanted = workers[name].score(images, prompts)
+            assert remote.score(name, images, prompts) == pytest.approx(wanted, abs=1e-4)
+            # The same pool by the loop's own door for pictures that no rollout made.
+            assert served.score_pictures(name, images) == pytest.approx(wanted, abs=1e-4)
+        sent = pack(torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)), "float16")
+        found = remote.value_and_grad("two_stream", sent, ["", "", ""])
+        wanted = workers["two_stream"].value_and_grad(sent, ["", "", ""])
+        assert found.scores == pytest.approx(wanted.scores, abs=1e-4)
+        error = (unpack(found.gradient) - unpack(wanted.gradient)).norm() / unpack(wanted.gradient).norm()
+        assert float(error) < 2e-3  # one step of float16 at either end
+        with pytest.raises(RewardError, match="401"):
+            RemotePool(address, OTHER, deadline_s=10).score("two_stream", images, prompts)

@@ -1,0 +1,74 @@
+"""Pictures with opinions in CSV files, brought to one scale, and split so that no reference is on both sides."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from acpo_dist.core.errors import DataError
+
+_LEAST_REFERENCES = 10
+
+
+def csv_rows(path: Path, wanted: Sequence[str], most: int | None = None) -> list[dict[str, str]]:
+    """Rows of a CSV file by column, the first `most` of them.
+
+    Raises:
+        DataError: the file cannot be read, holds no row, or lacks one of the wanted columns.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if not set(wanted) <= set(columns):
+                raise DataError(
+                    f"{path} needs the columns {' and '.join(f'`{name}`' for name in wanted)} in its first line, found "
+                    f"{', '.join(columns) or 'nothing'}."
+                )
+            rows = list(reader)[:most]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} is not a readable CSV file: {error}") from error
+    if not rows:
+        raise DataError(f"{path} holds no row below its first line.")
+    return rows
+
+
+def opinions(rows: Sequence[dict[str, str]], path: Path, *, lower_is_better: bool = False) -> list[float]:
+    """The column `mos`, lowest to highest brought to 0 to 1, higher is better.
+
+    Raises:
+        DataError: a score is no number, or all are the same.
+    """
+    scores = [_number(row["mos"], f"{path}, line {line}") for line, row in enumerate(rows, 2)]
+    low, high = min(scores), max(scores)
+    if low == high:
+        raise DataError(f"{path}: all {len(rows)} scores are {low:g}, so nothing can be ranked.")
+    labels = [(score - low) / (high - low) for score in scores]
+    return [1 - label for label in labels] if lower_is_better else labels
+
+
+def split_by_reference(references: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on, and rows of the references that are held out, at least two.
+
+    Raises:
+        DataError: fewer than ten references.
+    """
+    names = sorted(set(references))
+    if len(names) < _LEAST_REFERENCES:
+        raise DataError(f"found {len(names)} references; a split by reference needs at least {_LEAST_REFERENCES}.")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    apart = {names[index] for index in order[: min(len(names) - 2, max(2, round(share * len(names))))]}
+    rows = range(len(references))
+    return [row for row in rows if references[row] not in apart], [row for row in rows if references[row] in apart]
+
+
+def _number(text: str | None, where: str) -> float:
+    try:
+        number = float(text or "")
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"{where}: expected a number in the column `mos`, found {text!r}.")
+    return number

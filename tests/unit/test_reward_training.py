@@ -1,0 +1,152 @@
+"""Rewards that are trained on one's own pictures rank held-out ones, and load as rewards."""
+
+import csv
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from acpo_dist.cli.app import main
+from acpo_dist.core.errors import DataError
+from acpo_dist.recipes.labels import csv_rows, opinions, split_by_reference
+from acpo_dist.recipes.quality import QualitySettings, train_two_stream
+from acpo_dist.recipes.tiny_clip import new_tiny_clip, save_tiny_clip
+from acpo_dist.rewards.ipce import Ipce
+from acpo_dist.rewards.metrics import TwoStreamMetric
+from acpo_dist.toy.damage import grain
+from acpo_dist.toy.world import caption_index, captions, templates
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["acpo", "rewards", "train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def save(picture: Tensor, path: Path | BytesIO) -> None:
+    Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path, "PNG")
+
+
+def scenes(count: int) -> list[int]:
+    return torch.randperm(864, generator=torch.Generator().manual_seed(0))[:count].tolist()
+
+
+def test_no_reference_is_on_both_sides_of_the_split():
+    references = [f"r{row % 12}" for row in range(60)]
+    train, held_out = split_by_reference(references, 0.25, seed=0)
+    assert sorted([*train, *held_out]) == list(range(60))
+    assert len({references[row] for row in held_out}) == 3
+    assert not {references[row] for row in held_out} & {references[row] for row in train}
+    assert (
+        split_by_reference(references, 0.25, seed=0)[1] == held_out != split_by_reference(references, 0.25, seed=1)[1]
+    )
+    with pytest.raises(DataError, match="at least 10"):
+        split_by_reference(references[:9], 0.25, seed=0)
+
+
+def test_opinions_are_brought_to_one_scale_whichever_end_is_good(tmp_path):
+    file = tmp_path / "mos.csv"
+    file.write_text("path,mos\na.png,20\nb.png,60\nc.png,40\n")
+    rows = csv_rows(file, ("path", "mos"))
+    assert opinions(rows, file) == [0.0, 1.0, 0.5] and opinions(rows, file, lower_is_better=True) == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,score\na.png,3\n", "needs the columns `path` and `mos`"),
+        ("path,mos\na.png,3\nb.png,bad\n", "line 3: expected a number"),
+        ("path,mos\na.png,3\nb.png,3\n", "nothing can be ranked"),
+        ("path,mos\n", "no row"),
+        ("path,mos\na.png,3\nb.png,4\n", "no such file"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_learnt_from_is_refused(text, words, monkeypatch, capsys, tmp_path):
+    (tmp_path / "mos.csv").write_text(text)
+    code, _, err = run(monkeypatch, capsys, "two_stream", str(tmp_path / "mos.csv"))
+    assert code == 2 and words in err
+
+
+def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for number, row in enumerate(scenes(40)):
+        for version in range(3):
+            severity = torch.rand(1, generator=generator)
+            spoiled = grain(templates()[row : row + 1], severity, generator)[0].clamp(0, 1)
+            save(spoiled, tmp_path / f"{number}-{version}.png")
+            rows.append((f"{number}-{version}.png", float(100 * severity), number))
+    with (tmp_path / "dmos.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "mos", "reference"), *rows])
+    weights = tmp_path / "out" / "iqa.safetensors"
+    code, out, _ = run(
+        monkeypatch, capsys, "two_stream", str(tmp_path / "dmos.csv"), "--lower-is-better", "--steps", "60",
+        "--batch-size", "32", "--learning-rate", "0.003", "--out", str(weights), "--json",
+    )  # fmt: skip
+    report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
+    assert code == 0 and (report["labels"], report["references"], report["held_out_references"]) == ("opinions", 32, 8)
+    assert report["held_out_pictures"] == 24 and report["srcc"] > 0.7
+    metric = TwoStreamMetric(TwoStreamMetric.Config(weights=str(weights)))
+    fresh = templates()[scenes(90)[60:]]
+    severity = torch.linspace(0, 1, len(fresh))
+    scores = metric(grain(fresh, severity, generator).clamp(0, 1), [""] * len(fresh))
+    assert spearmanr(scores.numpy(), -severity.numpy()).statistic > 0.6
+
+
+def test_two_stream_training_repeats_itself_from_its_seed_on_pictures_of_several_sizes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pictures = [
+        torch.randint(256, (3, 32 + 8 * (row % 3), 41), dtype=torch.uint8, generator=generator) for row in range(12)
+    ]
+    for name in ("one", "two"):
+        train_two_stream(pictures, tmp_path / f"{name}.safetensors", QualitySettings(steps=2, batch_size=4))
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    with pytest.raises(DataError, match="below 32 x 32"):
+        train_two_stream([picture[:, :30] for picture in pictures], tmp_path / "no.safetensors", QualitySettings())
+
+
+def captioned_parquet(path: Path, count: int) -> Path:
+    encoded = []
+    for row in scenes(count):
+        buffer = BytesIO()
+        save(templates()[row], buffer)
+        encoded.append(buffer.getvalue())
+    texts = [captions()[int(caption_index()[row])] for row in scenes(count)]
+    pq.write_table(pa.table({"image": pa.array(encoded, pa.binary()), "prompt": texts}), path)
+    return path
+
+
+def test_ipce_trains_on_captioned_pictures_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
+    torch.manual_seed(0)
+    save_tiny_clip(tmp_path / "clip", new_tiny_clip())
+    data = captioned_parquet(tmp_path / "set.parquet", 40)
+    code, out, _ = run(
+        monkeypatch, capsys, "ipce", str(data), "--clip", str(tmp_path / "clip"), "--out", str(tmp_path / "ipce"),
+        "--steps", "3", "--learning-rate", "0.001", "--json",
+    )  # fmt: skip
+    report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
+    assert code == 0 and report["pictures"] + report["held_out_pictures"] == 40 and 0 <= report["pairs"] <= 1
+    image, prompt = templates()[:1], [captions()[0]]
+    before, after = (
+        float(Ipce(Ipce.Config(weights=str(tmp_path / name)))(image, prompt)[0]) for name in ("clip", "ipce")
+    )
+    assert 0 <= after <= 5 and after != before
+
+
+def test_ipce_without_a_model_or_captions_says_what_is_missing(monkeypatch, capsys, tmp_path):
+    data = str(captioned_parquet(tmp_path / "set.parquet", 12))
+    code, _, err = run(monkeypatch, capsys, "ipce", data)
+    assert code == 2 and "--clip" in err
+    save_tiny_clip(tmp_path / "clip", new_tiny_clip())
+    code, _, err = run(monkeypatch, capsys, "ipce", data, "--clip", str(tmp_path / "clip"), "--prompt-column", "text")
+    assert code == 2 and "no column `text`" in err

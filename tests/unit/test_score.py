@@ -1,0 +1,79 @@
+"""`acpo score` takes whatever holds pictures, and shows how the scores are distributed."""
+
+import json
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from acpo_dist.cli.app import main
+from acpo_dist.tracking.histogram import text_histogram
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["acpo", "score", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(picture.numpy()).save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def paths(out: str) -> list[str]:
+    return [row["path"] for row in json.loads(out)["scores"]]
+
+
+def test_patterns_in_quotes_are_looked_up(folder, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, f"{folder}/**/*", "--reward", "sharpness", "--json")
+    assert code == 0 and [Path(name).name for name in paths(out)] == ["1.png", "2.png", "3.png"]
+    code, _, err = run(monkeypatch, capsys, f"{folder}/*.jpg", "--reward", "sharpness")
+    assert code == 2 and "matches no picture" in err
+
+
+def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passed_over(folder, monkeypatch, capsys):
+    def encoded(name: str) -> bytes:
+        buffer = BytesIO()
+        Image.open(folder / name).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    file = folder / "set.parquet"
+    pq.write_table(pa.table({"image": pa.array([encoded("a/1.png"), None, encoded("b/3.png")], pa.binary())}), file)
+    code, out, err = run(monkeypatch, capsys, str(file), "--reward", "sharpness", "--json")
+    assert code == 1 and paths(out) == [f"{file}#0", f"{file}#2"] and "row 1" in err
+
+
+def test_the_distribution_is_shown_as_text_and_drawn(folder, monkeypatch, capsys):
+    drawing = folder / "out" / "scores.png"
+    code, _, err = run(
+        monkeypatch, capsys, str(folder / "a"), str(folder / "b"), "--reward", "sharpness", "--reward", "saturation",
+        "--histogram", "--plot", str(drawing),
+    )  # fmt: skip
+    assert code == 0 and "sharpness, 3 pictures" in err and "█" in err
+    with Image.open(drawing) as picture:
+        assert picture.format == "PNG" and len(picture.convert("L").getcolors() or []) > 3
+    code, _, err = run(monkeypatch, capsys, str(folder), "--plot", "scores.doc")
+    assert code == 2 and ".png" in err
+
+
+def test_a_histogram_counts_every_value_once_and_tells_its_edges_apart():
+    lines = text_histogram([0.001, 0.0011, 0.0012, 0.0012, 0.002], bins=4)
+    assert [int(line.split()[-1]) for line in lines] == [4, 0, 0, 1]
+    edges = [line.split()[0] for line in lines]
+    assert len(set(edges)) == 4
+    assert lines[0].count("█") == 40 and lines[3].count("█") == 10 and "█" not in lines[1]
+    assert [int(line.split()[-1]) for line in text_histogram([5.0, 5.0], bins=3)] == [0, 2, 0]
