@@ -129,6 +129,43 @@ def test_drift_counts_from_the_first_check_on():
     assert Guard(with_(FAST, warmup=3)).update(0, Signals(drift=5.0)).action == "stop"
 
 
+def test_gross_drift_stops_at_its_first_check_and_is_said_as_it_is():
+    guard = Guard(GuardConfig(action="roll_back"))
+    assert guard.update(0, Signals(drift=0.5)).action == "none"
+    decision = guard.update(1, Signals(drift=2.7))
+    assert decision.action == "roll_back" and decision.raised == ("drift",)
+    assert decision.text.startswith("drift is 2.70 times its budget") and decision.figures["drift"] == 2.7
+
+
+def test_a_noisy_figure_must_be_gross_twice_in_a_row():
+    guard = Guard(GuardConfig(action="stop"))
+    judges = [-1.3, 0.0, -1.3, 0.0, -1.3, -1.3]
+    actions = [guard.update(i, judged(j, reward=j)).action for i, j in enumerate(judges)]
+    assert actions == ["none"] * 5 + ["stop"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"gross": None}, {"drift": {"warn": 1.0, "stop": None}}],
+    ids=["switched off", "a rule that only warns"],
+)
+def test_without_a_gross_line_patience_is_kept(changes: dict):
+    guard = Guard(with_(GuardConfig(action="stop"), **changes))
+    assert guard.update(0, Signals(drift=9.0)).action == "none"
+
+
+def test_drift_is_not_smoothed_and_stops_at_the_second_check_over_its_limit():
+    guard = Guard(GuardConfig(action="stop"))
+    actions = [guard.update(i, Signals(drift=d)).action for i, d in enumerate([0.1, 0.1, 1.3, 0.9, 1.3, 1.3])]
+    assert actions == ["none"] * 5 + ["stop"]
+
+
+def test_nothing_is_gross_in_the_cooldown_after_a_lowering():
+    guard = Guard(GuardConfig(action="lower_reward", cooldown=4))
+    actions = [guard.update(i, Signals(drift=5.0)).action for i in range(6)]
+    assert actions == ["lower_reward", *["none"] * 4, "lower_reward"]
+
+
 def test_the_reason_names_the_figure_and_both_limits():
     decision = Guard(FAST).update(0, judged(-0.7, reward=-0.7))
     assert decision.text == (

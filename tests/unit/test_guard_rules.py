@@ -5,7 +5,7 @@ import pytest
 
 from acpo_dist.config.guard import GuardConfig, Limits
 from acpo_dist.guard.guard import Guard
-from acpo_dist.guard.rules import RuleState, RunningMean, step
+from acpo_dist.guard.rules import RuleState, RunningMean, step, step_gross
 from acpo_dist.guard.signals import Signals
 
 SAMPLES, CALIBRATION = 32, 64
@@ -63,7 +63,7 @@ def test_fewer_than_one_in_a_hundred_runs_without_drift_is_stopped_in_500_iterat
 
 @pytest.mark.parametrize(
     ("fault", "within"),
-    [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 8)],
+    [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 2)],
     ids=["judge falls by one sigma", "the gap opens", "pictures change", "drift doubles"],
 )
 def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
@@ -76,6 +76,40 @@ def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
                 break
     assert len(delays) == 100
     assert min(delays) > 0 and np.quantile(delays, 0.95) <= within
+
+
+@pytest.mark.parametrize(
+    ("fault", "within"),
+    [({"judge": -2.5}, 2), ({"reward": 3.0}, 2), ({"content": 5.0}, 2), ({"drift": 3.5}, 1)],
+    ids=["judge falls by 2.5 sigmas", "the gap opens wide", "other pictures", "drift 2.8 times its budget"],
+)
+@pytest.mark.parametrize("begin", [0, 50], ids=["in the warm-up", "later"])
+def test_a_gross_fault_is_met_at_once(fault: dict[str, float], within: int, begin: int):
+    for seed in range(100):
+        guard, noise = Guard(STOPPING), NoisyRun(seed, length=begin + within)
+        ends = [
+            guard.update(iteration, noise.at(iteration, **fault if iteration >= begin else {})).ends
+            for iteration in range(begin + within)
+        ]
+        assert ends == [False] * (begin + within - 1) + [True]
+
+
+@pytest.mark.slow
+def test_single_iterations_of_few_samples_do_not_make_a_false_stop_either():
+    # Eight samples: a single mean lies over 3 of its standard deviations beyond the line once in a thousand checks.
+    rng = np.random.default_rng(0)
+    stopped = {2.0: 0, None: 0}
+    for _ in range(400):
+        # Correlated metrics, relative to the means of 64 calibration samples, as in NoisyRun.
+        z = rng.standard_normal((500, 2)) / 8**0.5 - rng.standard_normal(2) / CALIBRATION**0.5
+        judge = (CORRELATION * z[:, 0] + (1 - CORRELATION**2) ** 0.5 * z[:, 1]).tolist()
+        for gross in stopped:
+            guard = Guard(GuardConfig(action="stop", gross=gross))
+            stopped[gross] += any(
+                guard.update(i, Signals(reward_gains={"r": float(z[i, 0])}, judge_gains={"j": judge[i]})).ends
+                for i in range(500)
+            )
+    assert stopped[2.0] - stopped[None] <= 1, "gross limits add nothing to what running means report"
 
 
 def test_running_means_weigh_what_was_seen_to_one():
@@ -115,6 +149,14 @@ def test_a_rule_falls_back_only_under_its_release():
 
 def test_a_figure_that_jumps_over_both_limits_goes_straight_to_stop():
     assert levels([3.0, 3.0]) == ["ok", "stop"]
+
+
+def test_a_gross_figure_stops_after_its_own_patience_and_is_counted_apart():
+    state, seen = RuleState(), []
+    for figure in (5.0, 3.9, 4.0, 4.0, 1.0):
+        state = step_gross(state, figure, 4.0, patience=2)
+        seen.append((state.level, state.over_gross, state.over_stop))
+    assert seen == [("ok", 1, 0), ("ok", 0, 0), ("ok", 1, 0), ("stop", 2, 0), ("stop", 0, 0)]
 
 
 def test_a_rule_without_a_stop_limit_only_warns():

@@ -75,6 +75,15 @@ def test_on_a_terminal_the_panel_is_seen_within_phases_and_stays_at_the_end():
     assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h"), "the cursor is back"
 
 
+def test_the_panel_of_a_run_that_the_guard_stops_stays_on_the_screen():
+    stream, console = terminal()
+    live = Console(live=True, rich_console=console)
+    live.iteration(1, 9, ROWS[0])
+    assert stream.getvalue() == ""
+    live.iteration(2, 9, ROWS[1], last=True)
+    assert "iteration 2/9" in stream.getvalue()
+
+
 def test_another_run_on_the_same_console_starts_afresh():
     panel = LivePanel()
     for iteration in (1, 2, 1):

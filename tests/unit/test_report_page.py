@@ -36,7 +36,9 @@ def runs(tmp_path_factory):
     from acpo_dist.config.load import load_config
 
     folder = tmp_path_factory.mktemp("runs")
-    arms = {"acpo": [], "reward_only": ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null"]}
+    # The second measures no drift by timestep while it trains, as runs without a guard's probe.
+    off = ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null", "guard.drift_timesteps=0"]
+    arms = {"acpo": [], "reward_only": off}
     for name, overrides in arms.items():
         common = ["run.iterations=3", "checkpoint.every=2", f"run.dir={folder / name}", f"run.name={name}"]
         drive(load_config("toy_sdxl", [*TINY, *common, *overrides]), open_ports, QUIET)
@@ -168,7 +170,14 @@ def test_pictures_in_the_page_are_the_runs_own_and_scored_as_training_scores_the
     assert len(inside) == 16
 
 
-def test_drift_by_timestep_is_zero_for_the_base_and_that_of_the_learner_otherwise(runs):
+def test_drift_by_timestep_is_the_runs_own_where_it_was_recorded_at_every_iteration(runs):
+    drift, rows = runs[0].views[0].drift, read_metrics(runs[1][0] / "metrics.jsonl")[:3]
+    assert list(drift.iterations) == [1, 2, 3] and list(drift.timesteps) == [125, 375, 625, 875]
+    assert drift.space == "v" and "while the run trained" in drift.source
+    assert [list(values) for values in drift.values] == [[r[f"drift/at/{t}"] for r in rows] for t in drift.timesteps]
+
+
+def test_drift_by_timestep_is_measured_from_checkpoints_otherwise(runs):
     drift = runs[0].views[1].drift
     assert list(drift.iterations) == [2, 3] and drift.space == "v"
     flat = [value for values in drift.values for value in values]

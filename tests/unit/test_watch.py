@@ -2,15 +2,21 @@
 
 import json
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
 
 from acpo_dist.cli.app import main
+from acpo_dist.core.types import Normaliser
+from acpo_dist.data.prompts import deal, load_prompts
 from acpo_dist.driver import drive
-from acpo_dist.local import open_ports
+from acpo_dist.local import LocalRollouts, open_ports
+from acpo_dist.session import open_run
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
+from acpo_dist.watch import Watch
 
 QUIET = Console(quiet=True)
 # A rule that any run breaks: eight samples never agree with the calibration's mean exactly.
@@ -40,7 +46,8 @@ def test_a_broken_rule_stops_the_run_with_exit_code_3_and_says_why(tiny, tmp_pat
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 3
-    answer = json.loads(capsys.readouterr().out)
+    # Libraries that are imported for the first time may write here too; the command itself keeps them apart.
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["iterations"] == 1 and "base standard deviations" in answer["stopped_by_guard"]
     # The folder is complete: checkpoint, pictures, pipeline, and the reason.
     assert (root / "checkpoints/000001/manifest.json").is_file() and (root / "export/model_index.json").is_file()
@@ -62,9 +69,101 @@ def test_a_roll_back_exports_the_checkpoint_that_the_judges_liked_best(tiny, tmp
     assert second and all(float(value.abs().max()) == 0 for value in second)
 
 
+def recording(published: list[int]):
+    """In-process ports that note which versions the workers were given."""
+
+    @contextmanager
+    def opened(config, tracker):
+        with open_ports(config, tracker) as ports:
+            inner = ports.weights
+
+            class Noting:
+                def publish(self, version: int) -> str:
+                    published.append(version)
+                    return inner.publish(version)
+
+            yield replace(ports, weights=Noting())
+
+    return opened
+
+
+@pytest.mark.parametrize(("action", "wanted"), [("roll_back", [0]), ("stop", [0, 1])])
+def test_weights_that_drift_grossly_are_taken_back_before_any_worker_draws_with_them(tiny, tmp_path, action, wanted):
+    published = []
+    result = drive(
+        tiny("guard.drift_budget=1e-6", f"guard.action={action}", "run.iterations=5", f"run.dir={tmp_path / 'run'}"),
+        recording(published), QUIET,
+    )  # fmt: skip
+    assert published == wanted and result.iterations == 1
+    assert result.guard is not None and [reason.rule for reason in result.guard.reasons] == ["drift"]
+
+
+def test_drift_of_the_new_weights_is_recorded_by_timestep_in_the_anchors_units(tiny, tmp_path):
+    rows = {}
+    for space in ("eps", "v"):
+        root = tmp_path / space
+        # Without its weight the anchor measures alone, so that both runs make the same step.
+        off = ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null", f"algorithm.anchor.space={space}"]
+        drive(tiny("run.iterations=1", f"run.dir={root}", *off), open_ports, QUIET)
+        row = read_metrics(root / "metrics.jsonl")[0]
+        rows[space] = {int(k.removeprefix("drift/at/")): v for k, v in row.items() if k.startswith("drift/at/")}
+    assert list(rows["eps"]) == [125, 375, 625, 875] and min(rows["eps"].values()) > 0
+    family = LocalRollouts(tiny("run.iterations=1"), device="cpu")
+    for timestep, value in rows["eps"].items():
+        # A velocity is the noise over the signal, sqrt(alpha_bar): objective/anchor.py.
+        assert rows["v"][timestep] == pytest.approx(value / float(family.alpha_bars()[timestep]), rel=1e-4)
+
+
+def test_without_timesteps_no_drift_is_probed(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=1", f"run.dir={root}", "guard.drift_timesteps=0"), open_ports, QUIET)
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert not [key for key in row if key.startswith("drift/at/")] and "guard/drift" in row
+
+
+@pytest.mark.parametrize("samples_per_prompt", [1, 4])
+def test_a_collapse_shows_as_lost_diversity(tiny, tmp_path, samples_per_prompt):
+    config = tiny(f"run.dir={tmp_path / 'run'}", f"rollout.samples_per_prompt={samples_per_prompt}",
+                  f"rollout.prompts_per_iteration={8 // samples_per_prompt}", "guard.pictures=8")  # fmt: skip
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    pool = LocalRollouts(config, device="cpu")
+    groups = deal(prompts, iteration=0, run_seed=0, num_prompts=config.rollout.prompts_per_iteration,
+                  samples_per_prompt=samples_per_prompt, stream="calibration")  # fmt: skip
+    handles = pool.generate(groups)
+
+    class Fallen(LocalRollouts):
+        """The same samples, but each picture is its prompt's first, or the first of all."""
+
+        def __init__(self) -> None:
+            """Draw nothing."""
+
+        def images(self, handles, sample_ids):
+            pairs = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
+            prompt_of = dict(pairs) if samples_per_prompt > 1 else dict.fromkeys(dict(pairs), "")
+            first = {}
+            for name in sample_ids:
+                first.setdefault(prompt_of[name], name)
+            return pool.images(handles, [first[prompt_of[name]] for name in sample_ids])
+
+    folder, _ = open_run(config, None)
+    watch = Watch(config, pool, folder, JsonlTracker(folder.metrics), QUIET)
+    watch.calibrate(handles)
+    restored = Watch(config, Fallen(), folder, JsonlTracker(folder.metrics), QUIET)
+    restored.restore(json.loads(json.dumps(watch.to_mapping())))
+    names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
+    scores = {name: {"a": 0.0} for name in names}
+    normalisers = dict.fromkeys(names, Normaliser(mean=0.0, std=1.0, sign=1))
+    lost = [
+        each.check(0, handles, scores, normalisers, drift_rms=0.0, probe={}).figures["diversity_lost"]
+        for each in (watch, restored)
+    ]
+    assert lost == pytest.approx([0, 1], abs=1e-6)
+
+
 def test_a_lowered_reward_halves_its_weight_and_a_restart_remembers_it(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*TRIPWIRE, "guard.action=lower_reward", "guard.cooldown=50"]
+    # A constant rate: a falling one goes by run.iterations, which differ here.
+    options = [*TRIPWIRE, "guard.action=lower_reward", "guard.cooldown=50", "learner.lr_decay_ratio=0"]
     drive(tiny("run.iterations=3", f"run.dir={whole}", *options), open_ports, QUIET)
     drive(tiny("run.iterations=2", f"run.dir={parts}", *options), open_ports, QUIET)
     # What a crash after the checkpoint left behind is about to be done again.
