@@ -51,7 +51,9 @@ def main() -> None:
                     ratios.setdefault(name, {}).setdefault(key, []).append(value / rows["base"][key])
     for name, figures in ratios.items():
         cells = [
-            f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k, v in figures.items() if k != "cpu_seconds"
+            f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]"
+            for k, v in figures.items()
+            if k != "cpu_seconds"
         ]
         sys.stdout.write(f"{name} / base over {len(options.seeds)} seeds: {'  '.join(cells)}\n")
 

@@ -49,6 +49,8 @@ class LatentFamily:
         unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=dtype, **self._options)
         self._check_unet(unet)
         unet.to(device).eval()
+        if config.speed.channels_last:
+            unet.to(memory_format=torch.channels_last)
         if config.memory.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self._tuned = TunedNetwork(
@@ -88,6 +90,8 @@ class LatentFamily:
             cls.locate(config), config.vae, dtype=config.vae_dtype, device=device, offline=config.offline,
             revision=config.revision, variant=config.variant,
         )  # fmt: skip
+        if config.speed.channels_last:
+            vae.to(memory_format=torch.channels_last)
         return VaeDecoder(
             vae, checkpointing=memory.vae_checkpointing, slicing=memory.vae_slicing, tiling=memory.vae_tiling
         )

@@ -27,6 +27,13 @@ class MemoryConfig(Section):
     """Load the text encoders only for prompts whose embeddings are not known yet."""
 
 
+class SpeedConfig(Section):
+    """Other layouts for the same arithmetic; results differ by rounding."""
+
+    channels_last: bool = False
+    """Convolution weights of U-Net and VAE with channels innermost, as tensor cores read them."""
+
+
 class LatentConfig(Section):
     """Which model of a family on latents, and what trains."""
 
@@ -51,5 +58,6 @@ class LatentConfig(Section):
     """What guidance leads away from; None is the family's null condition."""
     tuning: TuningConfig = TuningConfig()
     memory: MemoryConfig = MemoryConfig()
+    speed: SpeedConfig = SpeedConfig()
     seed: int = 0
     """Seed of the adapters' initial values."""

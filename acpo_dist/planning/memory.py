@@ -39,6 +39,10 @@ class LearnerState:
     trainable_bytes: int
     zero_stage: int | None
     ranks: int
+    eight_bit: bool = False
+    """Whether moments take 8 bits per element and a float32 scale per 256."""
+    offloaded: bool = False
+    """Whether moments and masters are in the host's memory."""
     narrow: bool
     """Whether DeepSpeed holds the network in bfloat16, with float32 masters beside it."""
 
@@ -52,7 +56,8 @@ def learner_state(state: LearnerState) -> tuple[float, float, float]:
     wide = 4 * state.trainable
     if state.zero_stage is None:
         weights = state.frozen * state.frozen_bytes + state.trainable * state.trainable_bytes
-        return weights, state.trainable * state.trainable_bytes, 2 * wide
+        moments = 2 * state.trainable * (1 + 4 / 256) if state.eight_bit else 2 * wide
+        return weights, state.trainable * state.trainable_bytes, moments
     stage, ranks = state.zero_stage, state.ranks
     element = 2 if state.narrow else state.trainable_bytes
     weights = state.frozen * (2 if state.narrow else state.frozen_bytes) + state.trainable * element
@@ -67,5 +72,5 @@ def learner_state(state: LearnerState) -> tuple[float, float, float]:
         weights /= ranks
     if stage >= 1:
         # The bucket, and this rank's share in float32 at the step.
-        gradients += min(BUCKET, state.trainable) * element + wide / ranks
-    return float(weights), gradients, optimizer
+        gradients += min(BUCKET, state.trainable) * element + (0 if state.offloaded else wide / ranks)
+    return float(weights), gradients, 0.0 if state.offloaded else optimizer

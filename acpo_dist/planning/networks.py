@@ -1,29 +1,30 @@
-"""A configured model's networks on fake tensors: every shape and type, no value and no memory."""
+"""A configured model's networks on the meta device: every shape and type, no value and no memory."""
 
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.models.family import Condition
 from acpo_dist.models.tuning import TunedNetwork, TuningConfig
 
+META = torch.device("meta")
+
 
 def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
     """The denoiser, frozen, on the meta device."""
     kind = UNet2DModel if architecture.family == "ddpm" else UNet2DConditionModel
-    with unset_fake_temporarily(), torch.device("meta"):
+    with META:
         unet = kind.from_config(dict(architecture.unet))
     return _frozen(unet, dtype)
 
 
 def new_vae(architecture: Architecture, dtype: torch.dtype) -> Any:
     """The VAE, frozen, on the meta device."""
-    with unset_fake_temporarily(), torch.device("meta"):
+    with META:
         vae = AutoencoderKL.from_config(dict(architecture.vae or {}))
     return _frozen(vae, dtype)
 
@@ -31,7 +32,7 @@ def new_vae(architecture: Architecture, dtype: torch.dtype) -> Any:
 def new_text_encoders(architecture: Architecture) -> list[Any]:
     """The text encoders on the meta device; SDXL's second has a projection."""
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    with unset_fake_temporarily(), torch.device("meta"):
+    with META:
         return [
             kind(CLIPTextConfig(**_text_keys(config)))
             for kind, config in zip(kinds, architecture.text_encoders, strict=False)
@@ -40,23 +41,9 @@ def new_text_encoders(architecture: Architecture) -> list[Any]:
 
 def _frozen(module: Any, dtype: torch.dtype) -> Any:
     # Not `module.to`: diffusers warns there of what matters for values alone.
-    with unset_fake_temporarily():
-        for parameter in module.parameters():
-            parameter.data = parameter.data.to(dtype)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
     return module.requires_grad_(False).eval()
-
-
-def pretend(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn meta parameters into fake ones on the processor, whose kernels keep as much for the way back as a GPU's.
-
-    Meta tensors would take the attention that writes its whole matrix down. And modules are built on the meta device
-    first, because many ways of changing a module refuse fake tensors.
-    """
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            with unset_fake_temporarily():
-                fake = FakeTensor(mode, parameter.detach(), torch.device("cpu"))
-            setattr(owner, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
 
 
 def _text_keys(config: Any) -> dict[str, Any]:
@@ -80,11 +67,13 @@ def new_condition(architecture: Architecture, count: int, dtype: torch.dtype) ->
     """Conditioning of `count` prompts."""
     if architecture.family == "ddpm":
         return Condition({})
-    states = torch.zeros(count, architecture.text_length, architecture.unet["cross_attention_dim"], dtype=dtype)
+    width = architecture.unet["cross_attention_dim"]
+    states = torch.zeros(count, architecture.text_length, width, dtype=dtype, device=META)
     if architecture.family != "sdxl":
         return Condition({"prompt_embeds": states})
-    pooled = torch.zeros(count, architecture.text_encoders[-1]["projection_dim"], dtype=dtype)
-    return Condition({"prompt_embeds": states, "text_embeds": pooled, "time_ids": torch.zeros(count, 6, dtype=dtype)})
+    pooled = torch.zeros(count, architecture.text_encoders[-1]["projection_dim"], dtype=dtype, device=META)
+    ids = torch.zeros(count, 6, dtype=dtype, device=META)
+    return Condition({"prompt_embeds": states, "text_embeds": pooled, "time_ids": ids})
 
 
 class FakePolicy:
@@ -106,15 +95,10 @@ class FakePolicy:
             for parameter in self.network.parameters():
                 parameter.data = parameter.data.to(dtype)
 
-    def pretend(self, mode: FakeTensorMode) -> "FakePolicy":
-        """See `pretend`."""
-        pretend(self.network, mode)
-        return self
-
     def predict(self, noisy: Tensor, condition: Condition) -> Tensor:
         """One pass, float32 in and out."""
         dtype = self._tuned.dtype
-        timesteps = torch.zeros(len(noisy), dtype=torch.long)
+        timesteps = torch.zeros(len(noisy), dtype=torch.long, device=noisy.device)
         tensors = dict(condition.tensors)
         if not tensors:
             return self.network(noisy.to(dtype), timesteps, return_dict=False)[0].float()

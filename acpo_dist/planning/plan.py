@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from acpo_dist.config.schema import Config
 from acpo_dist.models.architectures import Architecture, architecture_of
@@ -85,12 +84,13 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     target = device_for(device, wants_gpu=wants_gpu)
     setting = setting_of(config, architecture)
     parameters = count_parameters(config, architecture)
-    with FakeTensorMode() as mode:
-        step, decode = phases.rollout(setting, mode, config.rollout.batch_size)
-        traced = _Traced(
-            step=step, decode=decode, reward=phases.reward(setting, mode, learner.micro_batch),
-            learn=phases.learner(setting, mode, learner.micro_batch),
-        )  # fmt: skip
+    step, decode = phases.rollout(setting, config.rollout.batch_size)
+    traced = _Traced(
+        step=step,
+        decode=decode,
+        reward=phases.reward(setting, learner.micro_batch),
+        learn=phases.learner(setting, learner.micro_batch),
+    )
     roles = _roles(config, parameters, setting, traced)
     batch = _batch(config)
     flops = _flops(config, traced)
@@ -131,14 +131,21 @@ def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
     """What the phases need to know of a run."""
     learner, anchor = config.learner, getattr(config.algorithm, "anchor", None)
     narrow = learner.precision == "bfloat16"
+    guided = config.sampler.guidance_for(conditional=architecture.family != "ddpm") > 1
     return phases.Setting(
-        model=config.model, architecture=architecture,
-        guided=config.sampler.guidance_for(conditional=architecture.family != "ddpm") > 1,
+        model=config.model, architecture=architecture, guided=guided,
+        branches=guided and (config.algorithm.needs_noise or getattr(config.algorithm, "guidance", None) == "full"),
+        prepared=config.algorithm.needs_noise,
         image_cut=config.rewards.cut == "image", pathwise=bool(config.algorithm.pathwise),
-        uniform=anchor is not None and anchor.uniform and anchor.weight != 0,
+        uniform=getattr(anchor, "uniform", False) and _anchored(anchor),
         autocast=narrow and learner.zero_stage is None, cast=narrow and learner.zero_stage is not None,
         accumulated=_accumulation(config) > 1,
     )  # fmt: skip
+
+
+def _anchored(anchor: Any) -> bool:
+    """Whether the anchor weighs anything: `auto` without a budget is off."""
+    return anchor.weight != 0 and not (anchor.weight == "auto" and anchor.budget is None)
 
 
 def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, traced: _Traced) -> dict[str, Memory]:
@@ -154,6 +161,7 @@ def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, 
     state = LearnerState(
         frozen=frozen, trainable=parameters["trainable"], frozen_bytes=held, trainable_bytes=4,
         zero_stage=learner.zero_stage, ranks=learner.num_ranks, narrow=learner.precision == "bfloat16",
+        eight_bit=learner.optimizer == "adamw_8bit", offloaded=learner.offload_optimizer == "cpu",
     )  # fmt: skip
     weights, gradients, optimizer = learner_state(state)
     anchor = parameters["network"] * DTYPES[memory.anchor_dtype].itemsize if full and memory is not None else 0

@@ -1,4 +1,4 @@
-"""Live tensor memory of a computation, counted by its storages; on fake tensors nothing is computed or allocated."""
+"""Live tensor memory of a computation, counted by its storages; on the meta device nothing is computed or allocated."""
 
 import weakref
 from collections.abc import Callable, Iterable

@@ -34,8 +34,10 @@ def warnings_for(
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
     if config.algorithm.encoder is not None:
         found.append("the NCP encoder (a float32 copy of the U-Net's down blocks) and its activations are not counted.")
-    if config.algorithm.type != "acpo":
-        found.append(f"the learner's forwards are counted as those of `acpo`; `{config.algorithm.type}` may differ.")
+    if config.learner.offload_optimizer == "cpu":
+        found.append(
+            "the optimiser is in the host's memory (12 bytes per trainable weight over all ranks) and steps there."
+        )
     if config.learner.zero_stage == 3:
         found.append("ZeRO 3 gathers weights as it goes; what it holds at once depends on its prefetching.")
     return found
@@ -65,6 +67,10 @@ def _remedies(config: Config, name: str, roles: Mapping[str, Memory]) -> str:
             ways.append("model.memory.gradient_checkpointing=true")
         if config.learner.micro_batch > 1:
             ways.append(f"learner.micro_batch={max(1, config.learner.micro_batch // 2)}")
+        if config.learner.zero_stage is None and config.learner.optimizer == "adamw":
+            ways.append("learner.optimizer=adamw_8bit")
+        if config.learner.zero_stage in (1, 2) and config.learner.offload_optimizer == "none":
+            ways.append("learner.offload_optimizer=cpu")
         if config.model.tuning.method == "full":
             ways.append("model.tuning.method=lora, or more ranks with learner.zero_stage=2")
     if largest == "rollout":

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.core.errors import NonFiniteError
+from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.learner.engine import TorchEngine
+from tests.unit.config_for_tests import refusal
 
 CONFIG = LearnerConfig(learning_rate=0.02, weight_decay=0.01, max_grad_norm=0.5)
 
@@ -158,3 +159,58 @@ def test_the_asked_precision_is_that_of_the_forward_pass_and_weights_stay_float3
     with engine.autocast():
         assert layers(batch(0)[0]).dtype == dtype
     assert {value.dtype for value in engine.weights().values()} == {torch.float32}
+
+
+# Moments of 8 bits
+
+NARROW = CONFIG.model_copy(update={"optimizer": "adamw_8bit"})
+
+
+def wide_network() -> nn.Sequential:
+    """Large enough that its moments are narrowed: bitsandbytes leaves fewer than 4096 elements alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 512), nn.Tanh(), nn.Linear(512, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+def test_8_bit_moments_take_a_quarter_and_learn_as_well():
+    ends, sizes = [], []
+    for config in (CONFIG, NARROW):
+        layers = wide_network()
+        engine = TorchEngine(layers, config.model_copy(update={"learning_rate": 2e-3}), accumulation=1)
+        seen = []
+        for _ in range(60):
+            loss = losses(layers, *batch(0)).mean()
+            seen.append(loss.item())
+            engine.backward(loss)
+            engine.step()
+        ends.append(seen[-1] / seen[0])
+        state = engine.optimiser_state()
+        sizes.append(sum(value.nbytes for name, value in state.items() if name.endswith(".2.weight")))
+    assert max(ends) < 0.3 and ends[1] == pytest.approx(ends[0], abs=0.05)
+    # Two bytes and two scales of 4 bytes per 256 elements, instead of eight bytes.
+    assert sizes[1] / sizes[0] == pytest.approx((2 + 8 / 256) / 8, rel=1e-6)
+
+
+def test_8_bit_moments_survive_a_checkpoint_to_the_bit():
+    whole, stopped, resumed = wide_network(), wide_network(), wide_network()
+    first, second, third = (TorchEngine(layers, NARROW, accumulation=1) for layers in (whole, stopped, resumed))
+    run(first, whole, range(6))
+    run(second, stopped, range(3))
+    third.load(second.weights(), second.optimiser_state())
+    run(third, resumed, range(3, 6))
+    assert same(third.weights(), first.weights()) and same(third.optimiser_state(), first.optimiser_state())
+
+
+def test_8_bit_moments_are_not_put_back_from_a_checkpoint_that_has_none():
+    layers = wide_network()
+    wide = TorchEngine(layers, CONFIG, accumulation=1)
+    run(wide, layers, range(1))
+    with pytest.raises(CheckpointError, match=r"no 8-bit moments of `0\.weight`.*learner\.optimizer=adamw"):
+        TorchEngine(layers, NARROW, accumulation=1).load(wide.weights(), wide.optimiser_state())
+
+
+def test_8_bit_moments_under_deepspeed_are_refused():
+    assert "DeepSpeed shards the moments" in refusal(
+        "toy_sdxl", "learner.optimizer=adamw_8bit", "learner.zero_stage=2", "cluster.backend=ray"
+    )

@@ -1,0 +1,92 @@
+"""Running out of memory ends a run with words that help, and with its checkpoints whole."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from acpo_dist.config.load import load_config
+from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.errors import DeviceMemoryError
+from acpo_dist.core.memory import within_memory
+from acpo_dist.core.types import SamplePlan
+from acpo_dist.driver import drive
+from acpo_dist.learner.batches import memory_remedy
+from acpo_dist.learner.checkpoint import CheckpointStore
+from acpo_dist.local import learner_spec, open_ports
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.rollout.worker import RolloutWorker
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+
+QUIET = Console(quiet=True)
+
+
+def allocate_too_much(*_args, **_options):
+    """A real request that no machine can meet."""
+    return torch.empty(1 << 50)
+
+
+def refuse_on_the_device():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("fail", [allocate_too_much, refuse_on_the_device, lambda: bytearray(1 << 60)])
+def test_whoever_runs_out_of_memory_is_named_with_what_to_lower(fail):
+    with pytest.raises(
+        DeviceMemoryError, match=r"out of memory in the loft .*Lower the ladder\. Nothing that was saved"
+    ):
+        with within_memory("the loft", "Lower the ladder."):
+            fail()
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), within_memory("the loft", ""):
+        raise RuntimeError("shapes do not fit")
+
+
+@pytest.mark.parametrize(("part", "advice"), [("predict", "sampling 2 at once"), ("decode", "vae_slicing=true")])
+def test_a_rollout_says_whether_sampling_or_decoding_did_not_fit(part, advice, monkeypatch):
+    worker = RolloutWorker(SdxlFamily.Config(path="toy-sdxl"), SamplerConfig(num_steps=2, t_max=0.9), name="rollout/3")
+    monkeypatch.setattr(worker._family, part, allocate_too_much)
+    plans = [SamplePlan(sample_id=f"s{seed}", prompt_id=0, prompt="a red circle", seed=seed) for seed in (0, 1)]
+    with pytest.raises(
+        DeviceMemoryError, match=rf"rollout/3, .*{advice}.*rollout\.batch_size \(2\)|rollout/3, {advice}"
+    ):
+        worker.generate(plans)
+
+
+def test_the_learners_advice_names_what_is_not_done_yet():
+    config = load_config("toy_sdxl", ["model.memory.gradient_checkpointing=true", "learner.optimizer=adamw_8bit"])
+    text = memory_remedy(learner_spec(config))
+    assert f"learner.micro_batch ({config.learner.micro_batch})" in text
+    assert "gradient_checkpointing" not in text and "8bit" not in text and "LoRA" not in text
+    full = load_config("toy_sdxl", ["model.tuning.method=full", "learner.micro_batch=1"])
+    assert memory_remedy(learner_spec(full)).startswith("Set model.memory.gradient_checkpointing=true; ")
+    assert "tune with LoRA" in memory_remedy(learner_spec(full))
+
+
+def test_a_run_whose_learner_runs_out_of_memory_goes_on_from_its_checkpoint(tiny, tmp_path: Path, monkeypatch):
+    from acpo_dist.learner.engine import TorchEngine
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    drive(tiny("run.iterations=2", f"run.dir={whole}", "checkpoint.every=1"), open_ports, QUIET)
+    options = ("run.iterations=2", f"run.dir={cut}", "checkpoint.every=1")
+    backward, calls = TorchEngine.backward, []
+
+    def fail_in_the_second_iteration(self, loss):
+        calls.append(None)
+        if (cut / "checkpoints" / "000001").is_dir():
+            allocate_too_much()
+        backward(self, loss)
+
+    monkeypatch.setattr(TorchEngine, "backward", fail_in_the_second_iteration)
+    with pytest.raises(DeviceMemoryError, match=r"the learner, micro-batches of .*learner\.micro_batch"):
+        drive(tiny(*options), open_ports, QUIET)
+    monkeypatch.setattr(TorchEngine, "backward", backward)
+    newest = CheckpointStore(cut / "checkpoints", keep=3).newest()
+    assert calls and newest is not None and newest.iteration == 1
+    # With the smaller micro-batch that the message asks for.
+    drive(tiny(*options, "learner.micro_batch=1"), open_ports, QUIET, resume="auto")
+    last = [read_metrics(root / "metrics.jsonl")[1] for root in (whole, cut)]
+    assert last[1]["reward/loss"] == pytest.approx(last[0]["reward/loss"], abs=1e-5)

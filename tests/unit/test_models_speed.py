@@ -1,0 +1,102 @@
+"""What makes a model faster answers as it did without; the sampling loop never waits for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.types import SamplePlan
+from acpo_dist.driver import drive
+from acpo_dist.local import open_ports
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.latent_config import SpeedConfig
+from acpo_dist.models.sd15 import Sd15Family
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.models.tuning import TuningConfig
+from acpo_dist.rollout.worker import RolloutWorker
+from acpo_dist.toy.world import captions
+from acpo_dist.tracking.console import Console
+
+PROMPTS = captions()[:2]
+FAMILIES = {"sdxl": SdxlFamily, "sd15": Sd15Family}
+
+
+def load(kind: str = "sdxl", speed: SpeedConfig | None = None, **options):
+    config = FAMILIES[kind].Config(
+        path=f"toy-{kind}", speed=speed or SpeedConfig(), **{"tuning": TuningConfig(rank=4), **options}
+    )
+    return FAMILIES[kind].load(config, device="cpu", trainable=True)
+
+
+def answers(family) -> list[torch.Tensor]:
+    """Policy, anchor, picture, and the gradients of a loss on all three."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable_tensors(family.network).values():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    noisy, at = torch.randn(2, *family.sample_shape, generator=generator), torch.tensor([100, 700])
+    head = family.predict(noisy, at, family.encode(PROMPTS))
+    with torch.no_grad(), family.anchored():
+        anchor = family.predict(noisy, at, family.encode(PROMPTS))
+    pixels = family.decode(0.1 * head)
+    (pixels.square().mean() + (head - anchor).square().mean()).backward()
+    return [head.detach(), anchor, pixels.detach(), *(v.grad for v in trainable_tensors(family.network).values())]
+
+
+def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    for left, right in zip(found, wanted, strict=True):
+        # float32 sums in another order.
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5 * float(right.abs().max().clamp(min=1e-3)))
+
+
+@pytest.mark.parametrize("kind", list(FAMILIES))
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_channels_last_changes_nothing_but_the_layout(kind: str, method: str):
+    tuning = TuningConfig(method=method, rank=4)
+    family = load(kind, SpeedConfig(channels_last=True), tuning=tuning)
+    convolution = family.network.get_submodule("conv_in").weight
+    assert convolution.is_contiguous(memory_format=torch.channels_last) and not convolution.is_contiguous()
+    assert_same(answers(family), answers(load(kind, tuning=tuning)))
+
+
+def test_a_run_with_channels_last_trains_saves_resumes_and_exports_every_weight(tiny, tmp_path):
+    options = ("model.tuning.method=full", "model.speed.channels_last=true", f"run.dir={tmp_path / 'run'}")
+    drive(tiny("run.iterations=1", "checkpoint.every=1", *options), open_ports, Console(quiet=True))
+    result = drive(
+        tiny("run.iterations=2", "checkpoint.every=1", *options), open_ports, Console(quiet=True), resume="auto"
+    )
+    assert result.iterations == 2 and (tmp_path / "run" / "export" / "unet").is_dir()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a tensor's value, which on a GPU waits for everything before it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a value was read from the device within the sampling loop")
+        return func(*args, **(kwargs or {}))
+
+
+# diffusers' schedulers read their own levels, which lie on the processor whatever the device.
+@pytest.mark.parametrize("solver", ["ddim", "plms", "ltsp"])
+def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
+    sampler = SamplerConfig(num_steps=4, solver=solver, guidance_scale=3.0, t_max=0.5)
+    worker = RolloutWorker(SdxlFamily.Config(path="toy-sdxl"), sampler)
+    plans = [SamplePlan(sample_id=f"s{seed}", prompt_id=0, prompt=PROMPTS[0], seed=seed) for seed in (0, 1)]
+    steps = []
+    predict = worker._family.predict
+
+    def watched(noisy, timesteps, condition):
+        # From the first call on, so that what is worked out once per walk is left out.
+        if not steps:
+            mode.__enter__()
+        steps.append(None)
+        return predict(noisy, timesteps, condition)
+
+    mode = NoWaiting()
+    worker._family.predict = watched
+    try:
+        end = worker._walk(plans, worker.trajectory, None)
+    finally:
+        mode.__exit__(None, None, None)
+    assert len(steps) >= 4 and end.shape == (2, *worker._family.sample_shape)

@@ -1,0 +1,74 @@
+"""The optimiser in the host's memory takes the same steps, and its state survives a checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.unit.config_for_tests import refusal
+
+pytest.importorskip("deepspeed")
+
+# One rank in a process of its own: DeepSpeed keeps its process group and its hooks for the life of a process.
+PROGRAM = """
+import json, sys, torch
+from torch import nn
+from acpo_dist.config.schema import LearnerConfig
+from acpo_dist.learner.engine import TorchEngine
+from acpo_dist.learner.zero import ZeroEngine
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 3))
+
+def steps(engine, network, first, last):
+    for step in range(first, last):
+        for part in range(2):
+            inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + part))
+            engine.backward((network(inputs) - inputs[:, :3].sin()).square().mean())
+        engine.step()
+
+def config(**more):
+    return LearnerConfig(learning_rate=0.02, max_grad_norm=0.5, micro_batch=4, global_batch=8, **more)
+
+plain = layers()
+wanted = TorchEngine(plain, config(), accumulation=2)
+steps(wanted, plain, 0, 4)
+first, second = layers(), layers()
+engine = ZeroEngine(first, config(zero_stage=2, offload_optimizer="cpu"), accumulation=2)
+steps(engine, first, 0, 2)
+weights, moments = engine.weights(), engine.optimiser_state()
+with torch.no_grad():
+    for name, value in second.named_parameters():
+        value.copy_(weights[name])
+again = ZeroEngine(second, config(zero_stage=2, offload_optimizer="cpu"), accumulation=2)
+again.load(weights, moments)
+steps(engine, first, 2, 4)
+steps(again, second, 2, 4)
+far = lambda left, right: max(float((left[name] - right[name]).abs().max()) for name in right)
+print(json.dumps({
+    "plain": far(engine.weights(), wanted.weights()),
+    "moments": far(engine.optimiser_state(), wanted.optimiser_state()),
+    "resumed": far(again.weights(), engine.weights()), "offloaded": bool(engine._engine.optimizer.cpu_offload),
+}), file=sys.stderr)
+"""
+
+
+def test_an_offloaded_optimiser_takes_the_plain_ones_steps_and_resumes():
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29631"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stderr.strip().splitlines()[-1])
+    assert found["offloaded"]
+    # float32, with the gradient summed in a flat buffer.
+    assert found["plain"] < 1e-6 and found["moments"] < 1e-6 and found["resumed"] < 1e-7
+
+
+def test_offloading_without_sharding_is_refused():
+    assert "learner.offload_optimizer is cpu and learner.zero_stage is None" in refusal(
+        "toy_sdxl", "learner.offload_optimizer=cpu"
+    )
