@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.compiling import compile_blocks
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import (
     DTYPES,
@@ -57,6 +58,8 @@ class LatentFamily:
             unet, config.tuning, seed=config.seed, keep_anchor=trainable,
             anchor_dtype=DTYPES[config.memory.anchor_dtype],
         )  # fmt: skip
+        if config.speed.compile is not None:
+            compile_blocks(unet, config.speed.compile)
         self.network: nn.Module = unet
         self.prediction_type, self.alpha_bars = read_schedule(path, config.revision)
         self._embeddings = PromptEmbeddings(

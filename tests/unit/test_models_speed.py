@@ -16,6 +16,7 @@ from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.rollout.worker import RolloutWorker
 from acpo_dist.toy.world import captions
 from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
 
 PROMPTS = captions()[:2]
 FAMILIES = {"sdxl": SdxlFamily, "sd15": Sd15Family}
@@ -66,6 +67,30 @@ def test_a_run_with_channels_last_trains_saves_resumes_and_exports_every_weight(
         tiny("run.iterations=2", "checkpoint.every=1", *options), open_ports, Console(quiet=True), resume="auto"
     )
     assert result.iterations == 2 and (tmp_path / "run" / "export" / "unet").is_dir()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_compiled_blocks_answer_as_plain_ones_for_policy_and_anchor(method: str):
+    tuning = TuningConfig(method=method, rank=4)
+    family = load("sdxl", SpeedConfig(compile="aot_eager"), tuning=tuning)
+    compiled = [module for module in family.network.modules() if module._compiled_call_impl is not None]
+    assert {type(module).__name__ for module in compiled} == {"BasicTransformerBlock"}
+    torch._dynamo.utils.counters.clear()
+    assert_same(answers(family), answers(load(tuning=tuning)))
+    # Traced, and not fallen back.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["unimplemented"]
+
+
+def test_a_run_with_compiled_blocks_and_recomputation_learns_what_a_plain_one_does(tiny, tmp_path):
+    rows = []
+    for name in ("null", "aot_eager"):
+        options = (f"model.speed.compile={name}", "model.memory.gradient_checkpointing=true")
+        drive(tiny("run.iterations=2", *options, f"run.dir={tmp_path / name}"), open_ports, Console(quiet=True))
+        rows.append(read_metrics(tmp_path / name / "metrics.jsonl")[1])
+    plain, compiled = rows
+    for figure in ("reward/two_stream/mean", "anchor/uniform", "learner/grad_norm"):
+        assert compiled[figure] == pytest.approx(plain[figure], rel=1e-3), figure
 
 
 class NoWaiting(TorchDispatchMode):
