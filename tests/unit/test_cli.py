@@ -166,5 +166,8 @@ def test_a_picture_without_a_finite_score_is_named_and_has_none(monkeypatch, cap
 
 
 def test_score_of_an_unknown_metric_is_refused(monkeypatch, capsys, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
     code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:musik")
     assert code == 2 and "musiq" in err

@@ -200,8 +200,8 @@ def test_the_worker_gives_a_text_reward_the_gradient_of_the_whole_graph(cut: str
 def test_a_text_is_encoded_once_and_its_vector_does_not_depend_on_its_company(folder: Path, monkeypatch):
     backbone = ClipBackbone(str(folder), name="x", texts=True)
     encoded: list[str] = []
-    encode = backbone._encode
-    monkeypatch.setattr(backbone, "_encode", lambda texts: encoded.extend(texts) or encode(texts))
+    encode = backbone.encode_texts
+    monkeypatch.setattr(backbone, "encode_texts", lambda texts: encoded.extend(texts) or encode(texts))
     together = backbone.text_vectors([*captions()[:5], captions()[0]])
     again = backbone.text_vectors(captions()[:5])
     assert encoded == list(captions()[:5])
