@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.allocator import keep_freed_memory
 from acpo_dist.core.ports import Advance, Ports, Tracker
 from acpo_dist.core.types import (
     GradientScale,
@@ -41,6 +42,8 @@ def default_device() -> str:
 def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
     """All ports in this process; one torch thread unless OMP_NUM_THREADS says otherwise."""
     device = default_device()
+    if device == "cpu":
+        keep_freed_memory()
     rollout = LocalRollouts(config, device=device)
     reward = LocalRewards(config, device=device)
     learner = LocalLearner(learner_spec(config), reward, device=device)

@@ -4,7 +4,7 @@ import os
 
 
 def set_up(*, cpus: float, gpus: float) -> str:
-    """Thread counts and the accelerator choice of this process.
+    """Thread counts, allocator and accelerator choice of this process.
 
     Returns:
         The device to use: `cuda` where Ray gave this worker a GPU, else `cpu`.
@@ -15,6 +15,9 @@ def set_up(*, cpus: float, gpus: float) -> str:
     if gpus <= 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"
+        from acpo_dist.core.allocator import keep_freed_memory
+
+        keep_freed_memory()
     import torch
 
     torch.set_num_threads(int(threads))

@@ -1,5 +1,6 @@
 """From raw scores and gradients of the pool to one normalised quality and its gradient at x0-hat."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -42,6 +43,8 @@ class PooledReward:
         """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`)."""
         self._source, self._terms, self._decode = source, terms, decode
         self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
+        self.waited_s = 0.0
+        """Seconds in which the learner had nothing to do but wait for the pool."""
 
     def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> RewardSignal:
         """See `RewardGradient`."""
@@ -60,7 +63,9 @@ class PooledReward:
         wire = pack(sent, self._wire_dtype)
         weights = [term.weight for term in self._terms]
         # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
+        started = time.monotonic()
         answers = [self._source.value_and_grad(term.name, wire, prompts) for term in self._terms]
+        self.waited_s += time.monotonic() - started
         rewards = [
             [term.normaliser.reward(score) for score in answer.scores]
             for term, answer in zip(self._terms, answers, strict=True)

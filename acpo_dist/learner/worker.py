@@ -112,6 +112,8 @@ class LearnerWorker:
                 sums.add(loss.figures)
             sums.add({"learner/grad_norm": torch.tensor([engine.step()])})
             sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
+        if reward.waited_s:
+            sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
         if self._spec.data.pairs is not None:
             broken = self._batches.take_broken()
             if broken:

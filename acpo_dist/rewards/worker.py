@@ -73,7 +73,7 @@ class RewardWorker:
         """
 
         def run(start: int, stop: int) -> list[float]:
-            chunk = images[start:stop].to(self._device).float() / 255
+            chunk = images[start:stop].to(self._device, torch.float32).div_(255)
             return self._finite(self._metric(chunk, prompts[start:stop]), chunk)
 
         self._require_prompts(len(images), prompts)
