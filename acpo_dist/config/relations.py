@@ -200,6 +200,11 @@ def _check_rewards(config: Config) -> None:
             )
         if reason := reason or _bad_hinge(metric, entry):
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
+    if config.rewards.latent_crop is not None and not pathwise:
+        raise RewardConfigError(
+            f"rewards.latent_crop is {config.rewards.latent_crop}, and `{config.algorithm.type}` asks for no gradient "
+            "of a score: leave it out."
+        )
     if config.rewards.combine == "pessimistic" and len(config.rewards.train) < 2:
         raise RewardConfigError(
             f"rewards.combine is `pessimistic` and rewards.train holds {names[0]} alone: one reward has no spread. Add "

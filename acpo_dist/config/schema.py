@@ -132,6 +132,9 @@ class RewardsConfig(Section):
     """c of `pessimistic`: standard deviations (weighted, over the rewards) that disagreement costs."""
     cut: Literal["latent", "image"] = "latent"
     """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded pictures."""
+    latent_crop: int | None = Field(default=None, ge=1)
+    """Side, in elements of x0-hat, of a window that is decoded and scored for the gradient instead of the whole; drawn
+    anew for every micro-batch. For rewards that average over patches; memory and time of the decoder shrink with it."""
     wire_dtype: Literal["float16", "float32"] = "float16"
     """Precision of tensors and gradients between learner and pool; gradients carry a per-image power-of-two scale."""
     replicas: int = Field(default=1, ge=1)

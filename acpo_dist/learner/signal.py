@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.algorithms.base import RewardSignal
-from acpo_dist.core.errors import NonFiniteError
+from acpo_dist.core.errors import NonFiniteError, RewardConfigError
 from acpo_dist.core.types import RewardTerm
 from acpo_dist.objective.composition import compose, composition_slopes
 from acpo_dist.rewards.wire import WireTensor, pack, unpack
@@ -39,16 +39,26 @@ class PooledReward:
         cut: str,
         wire_dtype: str,
         spread: float = 0.0,
+        crop: int | None = None,
+        seed: int = 0,
     ) -> None:
-        """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`)."""
+        """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`).
+
+        Args:
+            crop: side in elements of the window of x0-hat that is scored instead of all of it; None scores all.
+            seed: where the windows lie, call by call.
+        """
         self._source, self._terms, self._decode = source, terms, decode
         self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
+        self._crop, self._generator = crop, torch.Generator().manual_seed(seed)
         self.waited_s = 0.0
         """Seconds in which the learner had nothing to do but wait for the pool."""
 
     def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> RewardSignal:
         """See `RewardGradient`."""
-        clean = clean_estimate.detach()
+        whole = clean_estimate.detach()
+        rows, columns = self._window(*whole.shape[2:])
+        clean = whole[..., rows, columns]
         if self._cut == "latent":
             sent = clean
         else:
@@ -78,14 +88,36 @@ class PooledReward:
         gradient = gradient.to(clean.device)
         if self._cut == "image":
             (gradient,) = torch.autograd.grad(sent, clean, gradient)
+        placed = torch.zeros_like(whole, dtype=gradient.dtype)
+        # Nothing outside the window was scored.
+        placed[..., rows, columns] = gradient
         return RewardSignal(
             quality_B=torch.tensor([compose(row, weights, self._spread) for row in zip(*rewards, strict=True)]).to(
                 clean.device
             ),
-            gradient=gradient,
+            gradient=placed,
             target=compose([term.normaliser.target or 0.0 for term in self._terms], weights, self._spread),
             per_metric={
                 f"reward/{term.name}/x0_hat": torch.tensor(answer.scores)
                 for term, answer in zip(self._terms, answers, strict=True)
             },
         )
+
+    def _window(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.
+
+        Raises:
+            RewardConfigError: the window is larger than x0-hat.
+        """
+
+        def along(length: int) -> slice:
+            side = self._crop or length
+            if side > length:
+                raise RewardConfigError(
+                    f"rewards.latent_crop is {side}, and x0-hat has {height} x {width} elements: make it smaller, or "
+                    "leave it out."
+                )
+            start = int(torch.randint(length - side + 1, (), generator=self._generator))
+            return slice(start, start + side)
+
+        return along(height), along(width)

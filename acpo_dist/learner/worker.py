@@ -91,7 +91,7 @@ class LearnerWorker:
         engine = self._ready()
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
-        reward = self._reward(task.rewards)
+        reward = self._reward(task.rewards, derive_seed("crop", task.iteration, engine.rank))
         sums = FigureSums()
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
@@ -161,7 +161,7 @@ class LearnerWorker:
     def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
         """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples."""
         store = SampleStore(batches, policy_version=None)
-        reward = self._reward(terms)
+        reward = self._reward(terms, derive_seed("crop", "calibration", self._ready().rank))
         norms: list[float] = []
         for part, counts in self._share(store.sample_ids):
             batch = self._batches.make(store, part, None, 0)
@@ -229,11 +229,11 @@ class LearnerWorker:
             raise RuntimeError("LearnerWorker.start() must be called first")
         return self._engine
 
-    def _reward(self, terms: Sequence[RewardTerm]) -> PooledReward:
+    def _reward(self, terms: Sequence[RewardTerm], seed: int) -> PooledReward:
         rewards = self._spec.rewards
         return PooledReward(
             self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
-            spread=rewards.spread,
+            spread=rewards.spread, crop=rewards.latent_crop, seed=seed,
         )  # fmt: skip
 
     def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:

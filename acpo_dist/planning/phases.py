@@ -40,6 +40,8 @@ class Setting:
     """The network itself is held in bfloat16 (DeepSpeed)."""
     accumulated: bool
     """Whether gradients are there from an earlier micro-batch."""
+    crop: int | None
+    """Side of the window of x0-hat that is decoded for the gradient; None for all of it."""
 
 
 def rollout(setting: Setting, batch: int) -> tuple[Trace, Trace]:
@@ -69,9 +71,8 @@ def reward(setting: Setting, batch: int) -> Trace | None:
     if setting.architecture.vae is None or setting.image_cut or not setting.pathwise:
         return None
     decoder = _decoder(setting)
-    clean = torch.zeros(
-        batch, *sample_shape(setting.model, setting.architecture), device=META, requires_grad=True
-    )  # fmt: skip
+    clean = torch.zeros(batch, *sample_shape(setting.model, setting.architecture), device=META)
+    clean = _cropped(clean, setting).requires_grad_(True)
     with Kernels(autocast=False).active():
         return trace(lambda: _through(decoder, clean), [clean, *decoder.vae.parameters()])
 
@@ -102,7 +103,7 @@ def learner(setting: Setting, batch: int) -> Trace:
         head = policy.predict(noisy, condition)
         loss = (noisy - head).square().mean()
         if setting.pathwise and decoder is not None:
-            _through(decoder, (noisy - head)[:batch].detach().requires_grad_(True))
+            _through(decoder, _cropped((noisy - head)[:batch].detach(), setting).requires_grad_(True))
         policy.anchor(noisy, condition)
         if setting.uniform:
             part, prompts = noisy[:batch], new_condition(setting.architecture, batch, DTYPES[setting.model.dtype])
@@ -117,6 +118,10 @@ def learner(setting: Setting, batch: int) -> Trace:
 def _through(decoder: Any, clean: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(decoder.decode(clean).sum(), clean)
     return gradient
+
+
+def _cropped(clean: Tensor, setting: Setting) -> Tensor:
+    return clean if setting.crop is None else clean[..., : setting.crop, : setting.crop]
 
 
 def _policy(setting: Setting, dtype: torch.dtype) -> FakePolicy:

@@ -140,6 +140,7 @@ def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
         uniform=getattr(anchor, "uniform", False) and _anchored(anchor),
         autocast=narrow and learner.zero_stage is None, cast=narrow and learner.zero_stage is not None,
         accumulated=_accumulation(config) > 1,
+        crop=config.rewards.latent_crop,
     )  # fmt: skip
 
 

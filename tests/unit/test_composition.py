@@ -93,6 +93,33 @@ def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: 
     assert any(NORMALISERS[1].normalise(score) > 0.3 for score in judged), "no picture reaches the hinge: a weak test"
 
 
+@pytest.mark.parametrize("cut", ["image", "latent"])
+def test_a_window_of_x0_hat_alone_is_scored_and_has_a_gradient(cut: str):
+    images = torch.rand(2, 3, 48, 40, generator=torch.Generator().manual_seed(3))
+    arguments = {"cut": cut, "wire_dtype": "float32", "crop": 32}
+    reward, again = (PooledReward(Workers(), terms(), lambda clean: clean, seed=5, **arguments) for _ in range(2))
+    corners = set()
+    for _ in range(24):
+        signal = reward(images, ["", ""])
+        rows, columns = (signal.gradient.abs().sum((0, 1)).sum(axis).nonzero().flatten() for axis in (1, 0))
+        top, left = int(rows[0]), int(columns[0])
+        assert (int(rows[-1]), int(columns[-1])) == (top + 31, left + 31)
+        quality, gradient = in_one_graph(images[..., top : top + 32, left : left + 32], 0.0)
+        torch.testing.assert_close(signal.quality_B, quality, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            signal.gradient[..., top : top + 32, left : left + 32], gradient, rtol=1e-4, atol=1e-6
+        )
+        corners.add((top, left))
+        assert torch.equal(again(images, ["", ""]).gradient, signal.gradient)
+    assert len({top for top, _ in corners}) > 8 and len({left for _, left in corners}) > 5
+
+
+def test_a_window_larger_than_x0_hat_is_refused():
+    reward = PooledReward(Workers(), terms(), lambda clean: clean, cut="image", wire_dtype="float32", crop=64)
+    with pytest.raises(RewardConfigError, match=r"latent_crop is 64, and x0-hat has 32 x 32"):
+        reward(pictures(1), [""])
+
+
 def test_at_the_ceiling_a_single_reward_has_no_gradient_and_its_quality_is_the_ceiling():
     capped = RewardTerm(
         name="two_stream", weight=2.0, normaliser=Normaliser(mean=0.5, std=0.2, sign=1, ceiling=-99.0, target=-99.0)
