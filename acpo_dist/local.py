@@ -120,6 +120,8 @@ class LocalRollouts:
 class LocalRewards:
     """One reward worker per metric, called. Also the learner's gradient source."""
 
+    elsewhere = False
+
     def __init__(self, config: Config, *, device: str) -> None:
         """Load every metric; only those that train get the decoder."""
         rewards = config.rewards

@@ -52,6 +52,8 @@ class PoolLink:
 class RewardClient:
     """A caller of the pool; may be used from several threads."""
 
+    elsewhere = True
+
     def __init__(self, link: PoolLink) -> None:
         """Connect to the applications."""
         self.link = link

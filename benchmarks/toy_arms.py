@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from acpo_dist.cli import demo
 from acpo_dist.config.load import load_config
 from acpo_dist.driver import drive
 from acpo_dist.evaluation.arm import evaluate_toy_arm
@@ -29,7 +30,7 @@ from acpo_dist.loop import fixed_groups
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.pictures import save_grid
 
-ARMS = {"acpo": "", "reward_only": "algorithm.anchor.weight=0,algorithm.anchor.budget=null"}
+ARMS = {name: ",".join(overrides) for name, overrides in demo.ARMS.items()}
 
 
 def main() -> None:

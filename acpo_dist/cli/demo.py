@@ -8,7 +8,11 @@ import typer
 
 from acpo_dist.cli.app import answer, app
 
-_REWARD_ONLY = ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null"]
+# What one does who looks at the reward alone: nothing holds the model, and the rate is the one that gives most reward.
+_REWARD_ONLY = [
+    "algorithm.anchor.weight=0", "algorithm.anchor.budget=null", "learner.learning_rate=8.0e-3",
+    "learner.lr_decay_ratio=0",
+]  # fmt: skip
 ARMS = {"reward_only": _REWARD_ONLY, "acpo": []}
 EVALUATION_SAMPLES = 480
 COLUMNS = ("reward", "judge", "oracle_mse", "oracle_psnr", "caption_accuracy", "template_entropy", "drift")

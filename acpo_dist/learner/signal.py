@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ from acpo_dist.rewards.worker import ScoredGradient
 
 class GradientSource(Protocol):
     """The reward pool as the learner sees it."""
+
+    elsewhere: bool
+    """Metrics are computed in other processes, so several may be asked at once."""
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """Scores and gradient at `sent`.
@@ -74,7 +78,7 @@ class PooledReward:
         weights = [term.weight for term in self._terms]
         # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
         started = time.monotonic()
-        answers = [self._source.value_and_grad(term.name, wire, prompts) for term in self._terms]
+        answers = self._ask(wire, prompts)
         self.waited_s += time.monotonic() - started
         rewards = [
             [term.normaliser.reward(score) for score in answer.scores]
@@ -102,6 +106,13 @@ class PooledReward:
                 for term, answer in zip(self._terms, answers, strict=True)
             },
         )
+
+    def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> list[ScoredGradient]:
+        """Answers in the order of the terms."""
+        if len(self._terms) == 1 or not self._source.elsewhere:
+            return [self._source.value_and_grad(term.name, wire, prompts) for term in self._terms]
+        with ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient") as threads:
+            return list(threads.map(lambda term: self._source.value_and_grad(term.name, wire, prompts), self._terms))
 
     def _window(self, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.

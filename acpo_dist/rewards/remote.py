@@ -20,6 +20,8 @@ _PAUSE_S = 0.5
 class RemotePool:
     """Asks a pool by address; what it is too busy for is asked again within the deadline."""
 
+    elsewhere = True
+
     def __init__(self, url: str, token: str, *, deadline_s: float = 300.0) -> None:
         """Connect to nothing yet.
 

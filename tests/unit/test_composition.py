@@ -1,6 +1,7 @@
 """Several rewards become one quality with its exact gradient, and nothing is gained beyond a hinge."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def pictures(count: int) -> Tensor:
 
 class Workers:
     """Every metric in this process, with the image cut."""
+
+    elsewhere = False
 
     def __init__(self) -> None:
         self.by_name = {
@@ -91,6 +94,32 @@ def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: 
     assert float(error.max()) < 1e-5
     judged = Workers().by_name["strided_judge"].score((images * 255).to(torch.uint8), [""] * len(images))
     assert any(NORMALISERS[1].normalise(score) > 0.3 for score in judged), "no picture reaches the hinge: a weak test"
+
+
+class Together(Workers):
+    """Answers only when all metrics have been asked."""
+
+    elsewhere = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all_asked = threading.Barrier(len(METRICS), timeout=30)
+
+    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
+        self.all_asked.wait()
+        return super().value_and_grad(metric, sent, prompts)
+
+
+def test_metrics_that_are_computed_elsewhere_are_asked_at_once_and_mean_the_same():
+    images = pictures(4)
+    signals = [
+        PooledReward(source, terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=0.7)(
+            images, [""] * 4
+        )
+        for source in (Workers(), Together())
+    ]
+    assert torch.equal(signals[0].quality_B, signals[1].quality_B)
+    assert torch.equal(signals[0].gradient, signals[1].gradient)
 
 
 @pytest.mark.parametrize("cut", ["image", "latent"])
