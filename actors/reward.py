@@ -210,7 +210,8 @@ class ServeRewards:
                 f"reward_pool/{metric}/utilisation": utilisation(before, now),
                 **{f"reward_pool/{metric}/latency_{name}": s for name, s in latencies.get(metric, {}).items()},
             }
-            self._clocks[metric] = now
+            # One that does not answer now is counted from here when it does.
+            self._clocks[metric] = before | now
         return figures
 
     def close(self) -> None:
