@@ -140,11 +140,13 @@ def _first_weight(
         return float(anchor.weight)
     if anchor.budget is None:
         return 0.0
+    # With the objective switched off the anchor trains alone, and any weight of its own will do.
+    reward_weight = config.algorithm.reward_weight or 1.0
     if not config.algorithm.pathwise:
-        return config.algorithm.reward_weight * config.algorithm.anchor_unit
+        return reward_weight * config.algorithm.anchor_unit
     scale = ports.learner.gradient_scale(handles, terms)
     return initial_anchor_weight(
-        reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
+        reward_weight=reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
     )  # fmt: skip
 

@@ -4,13 +4,14 @@ deal prompts -> draw samples -> score them -> update on gradients from the pool 
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.calibration import LoopState, calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
+from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import Normaliser, PromptGroup, RolloutHandle, ScoredGroups, ScoreTable, Selection, TrainTask
@@ -126,7 +127,7 @@ def _iterate(
         report = ports.learner.train(handles, task, advance)
     with clock.phase("probe"):
         probe = watch.probe(ports.learner, handles)
-    drift = max(report.metrics[name] for name in ("anchor/late", "anchor/uniform") if name in report.metrics)
+    drift = _drift_of(config, report.metrics)
     metrics = {
         **_score_metrics(config, scores, state.normalisers),
         **report.metrics,
@@ -151,6 +152,21 @@ def _iterate(
     state.controller = state.controller.update(drift)
     state.iteration += 1
     return metrics | decision.to_metrics() | {"sync/version": float(state.version)} | clock.metrics()
+
+
+def _drift_of(config: Config, figures: Mapping[str, float]) -> float:
+    """The larger of the mean squared drifts that were measured.
+
+    Raises:
+        NonFiniteError: none was, so nobody could say whether the policy is still near the base model.
+    """
+    found = [figures[name] for name in ("anchor/late", "anchor/uniform") if name in figures]
+    if not found:
+        raise NonFiniteError(
+            f"algorithm `{config.algorithm.type}` reported no drift: its figures lack anchor/late and anchor/uniform, "
+            "or no sample of this iteration could be read"
+        )
+    return max(found)
 
 
 def _select(

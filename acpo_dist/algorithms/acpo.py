@@ -54,7 +54,7 @@ class Acpo(BaseAlgorithm):
         """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
         target_quantile: float = Field(default=0.9, gt=0, lt=1)
         """m as a quantile of base-model samples, for `hinge` and `softplus`."""
-        anchor: WideAnchorConfig = WideAnchorConfig()
+        anchor: WideAnchorConfig = WideAnchorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
         guidance: Literal["conditional", "full"] = "conditional"
         """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
         anchored by itself; a forward and a way back more."""

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -78,6 +79,15 @@ class MicroBatch:
     """Of the rollouts' steps."""
     constants: Mapping[str, float] = field(default_factory=dict)
     """What `Algorithm.calibrate` made of the base samples."""
+    unreadable_B: Tensor | None = None
+    """bool: the picture of a data set could not be decoded, and `clean` is a stand-in; None where all could."""
+
+    @property
+    def readable_B(self) -> Tensor:
+        """bool: whose `clean` is a picture."""
+        if self.unreadable_B is None:
+            return torch.ones_like(self.weights_B, dtype=torch.bool)
+        return ~self.unreadable_B
 
     @property
     def late(self) -> LateStates:
@@ -170,6 +180,8 @@ class AlgorithmConfig(Section):
     """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
     reward_weight: float = Field(default=1.0, ge=0)
     """Weight of the objective against the anchor."""
+    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
+    """How the policy is held near the base model."""
 
     @property
     def encoder(self) -> EncoderConfig | None:
@@ -205,7 +217,10 @@ class Algorithm(Protocol):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """Forward passes and per-sample loss of one micro-batch."""
+        """Forward passes and per-sample loss of one micro-batch.
+
+        Its figures hold the drift, `anchor/late` or `anchor/uniform` or both: what is gained has its price beside it.
+        """
         ...
 
 

@@ -85,9 +85,11 @@ class Ddpo(BaseAlgorithm):
         figures["anchor/late"] = drift.detach()
         _, log_prob = _taken(batch, network, conditional, unconditional)
         term = clipped_surrogate(log_prob, prepared_B, batch.weights_B, self.config.clip_range)
+        # Samples that were left out have no advantage, and so nothing that could be clipped.
+        seen = batch.weights_B != 0
         figures |= {
-            "ddpo/ratio": term.ratio_B, "ddpo/clipped": term.is_clipped_B.float(),
-            "ddpo/log_prob": log_prob.detach(), "ddpo/log_ratio_abs": term.ratio_B.log().abs(),
+            "ddpo/ratio": term.ratio_B[seen], "ddpo/clipped": term.is_clipped_B.float()[seen],
+            "ddpo/log_prob": log_prob.detach()[seen], "ddpo/log_ratio_abs": term.ratio_B.log().abs()[seen],
         }  # fmt: skip
         return Loss(per_sample=self.config.reward_weight * term.loss_B + anchor_weight * drift, figures=figures)
 

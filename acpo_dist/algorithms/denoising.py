@@ -53,10 +53,13 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         )  # fmt: skip
         head, base = both_heads(network, states)
         drift = anchor_error(head_drift(head, base, states.alpha_bars_B, network.prediction_type, anchor.space))
+        # What stands where a picture could not be read is nothing that the policy is to be held on.
+        drift = torch.where(batch.readable_B, drift, torch.zeros_like(drift))
         objective, figures = self.objective(batch, network, states, head, base)
         objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
-        figures["anchor/uniform"] = drift.detach()
-        figures |= split_branches(drift.detach(), states.is_null_B)
+        seen = batch.readable_B
+        figures["anchor/uniform"] = drift.detach()[seen]
+        figures |= split_branches(drift.detach()[seen], states.is_null_B[seen])
         return Loss(per_sample=self.config.reward_weight * objective + anchor_weight * drift, figures=figures)
 
     @abstractmethod
@@ -115,7 +118,9 @@ class Nft(NoiseSpaceAlgorithm):
         """2 A c + beta a."""
         statistics = statistics_of(batch, network, states, head, base)
         loss = nft_loss(statistics, batch.weights_B, self.config.beta)
-        return loss, {"nft/loss": loss.detach(), "nft/cross": (batch.weights_B * statistics.cross_B).detach()}
+        seen = batch.weights_B != 0
+        cross = batch.weights_B * statistics.cross_B
+        return loss, {"nft/loss": loss.detach()[seen], "nft/cross": cross.detach()[seen]}
 
 
 class Rwr(NoiseSpaceAlgorithm):
@@ -148,4 +153,4 @@ class Rwr(NoiseSpaceAlgorithm):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted denoising error."""
         error = statistics_of(batch, network, states, head, base).policy_error
-        return batch.weights_B * error, {"denoising/error": error.detach()}
+        return batch.weights_B * error, {"denoising/error": error.detach()[batch.weights_B != 0]}

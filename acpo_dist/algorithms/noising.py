@@ -38,6 +38,9 @@ def noise_forward(
         condition: of the prompts, if it is at hand; encoded otherwise.
     """
     device, levels = batch.clean.device, network.alpha_bars
+    if not any(batch.prompts):
+        # There is no other branch than the one without prompts.
+        null_share = 0.0
     highest = max(lowest + 1, round(t_max * len(levels)))
     draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share) for key in batch.noise_keys]
     timesteps = torch.tensor([timestep for timestep, _, _ in draws], device=device)

@@ -136,8 +136,10 @@ class Preference(NoiseSpaceAlgorithm):
             "noise": statistics_of(batch, network, states, head, base),
             "feature": self._errors(batch, network, states, head, base),
         }
+        # Base samples need not come in pairs: a last one alone has nothing to be compared with.
+        paired = len(batch.sample_ids) // 2 * 2
         return {
-            name: (errors.reference_error_B[::2] - errors.reference_error_B[1::2]).abs()
+            name: (errors.reference_error_B[:paired:2] - errors.reference_error_B[1:paired:2]).abs()
             for name, errors in found.items()
         }
 

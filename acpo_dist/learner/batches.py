@@ -73,7 +73,7 @@ class BatchMaker:
         self._pictures = self._open_pictures()
         self._pairs = PairSet(spec.data.pairs, family.pixels) if spec.data.pairs is not None else None
         self.broken: list[str] = []
-        """Pairs left out since `take_broken` because a picture could not be decoded."""
+        """Samples of pairs left out since `take_broken` because a picture of the pair could not be decoded."""
 
     def make(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
         """One micro-batch.
@@ -88,6 +88,7 @@ class BatchMaker:
         keys = self._keys(ids, task, step)
         weights = torch.tensor([task.weights[sample_id] if task else 1.0 for sample_id in ids])
         states: LateStates | None = None
+        unreadable: Tensor | None = None
         real = False
         if is_pair_id(ids[0]):
             assert self._pairs is not None, "pair ids need data.pairs"
@@ -95,7 +96,8 @@ class BatchMaker:
             clean, prompts, real = self._encode(read.pixels), read.prompts, True
             # Both samples of a broken pair are left out, and counted by whoever asks.
             weights = weights * read.whole_B
-            self.broken += read.broken
+            unreadable = torch.tensor([sample_id in read.broken for sample_id in ids], device=self._device)
+            self.broken += [sample_id for sample_id, whole in zip(ids, read.whole_B.tolist(), strict=True) if not whole]
         else:
             states = self._to_device(store.late(ids, keys, stochastic=spec.algorithm.needs_noise))
             clean, prompts = store.clean(ids), store.prompts(ids)
@@ -112,10 +114,11 @@ class BatchMaker:
             guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),
             eta=spec.sampler.eta,
             constants=task.constants if task else {},
+            unreadable_B=unreadable,
         )
 
     def take_broken(self) -> list[str]:
-        """Pairs that were left out since the last call."""
+        """Samples that were left out since the last call, two of each pair."""
         broken, self.broken = self.broken, []
         return broken
 

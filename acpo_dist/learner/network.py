@@ -1,7 +1,8 @@
 """The policy as an algorithm sees it: a model family, and the frozen encoder where one is asked for."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor
 
@@ -20,6 +21,9 @@ class PolicyNetwork:
             ModelError: the family's network has no such encoder.
         """
         self._family = family
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Arithmetic of the network's own forwards, and of nothing else: embeddings, formulas, the decoder and metrics
+        in this process would be rounded too, and no longer be those of calibration or of a pool elsewhere."""
         self._encoder = (
             NcpEncoder(family.network, output=encoder.output, checkpointing=encoder.checkpointing) if encoder else None
         )
@@ -40,7 +44,8 @@ class PolicyNetwork:
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
         """See `Network.predict`."""
-        return self._family.predict(noisy, timesteps_B, condition)
+        with self.autocast():
+            return self._family.predict(noisy, timesteps_B, condition)
 
     def anchored(self) -> AbstractContextManager[None]:
         """See `Network.anchored`."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acpo_dist.algorithms.base import Algorithm
+from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
 from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
@@ -65,6 +65,7 @@ class LearnerWorker:
             kind = ZeroEngine
         engine: Engine = kind(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
         self._engine = engine
+        self._network.autocast = engine.autocast
         if folder and weights is not None:
             engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
@@ -91,7 +92,7 @@ class LearnerWorker:
         engine = self._ready()
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
-        reward = self._reward(task.rewards, derive_seed("crop", task.iteration, engine.rank))
+        reward = self._reward(task.rewards, derive_seed("crop", self._spec.seed, task.iteration, engine.rank))
         sums = FigureSums()
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
@@ -99,10 +100,9 @@ class LearnerWorker:
             started = time.monotonic()
             for index, part in enumerate(self._own(ids)):
                 batch = self._batches.make(store, part, task, step)
-                with engine.autocast():
-                    loss = self._algorithm.loss(
-                        batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
-                    )
+                loss = self._algorithm.loss(
+                    batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
+                )
                 if not torch.isfinite(loss.per_sample).all():
                     raise NonFiniteError(
                         f"iteration {task.iteration}, optimiser step {step}: the loss is not finite for samples "
@@ -131,12 +131,13 @@ class LearnerWorker:
         self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
     ) -> list[list[Tensor]] | None:
         """What the algorithm wants to know of every micro-batch before the weights move; None for most algorithms."""
+        if type(self._algorithm).prepare is BaseAlgorithm.prepare:
+            return None  # not even the batches need be made
         prepared: list[list[Tensor]] = []
         for step, ids in enumerate(steps):
             row: list[Tensor] = []
             for part in self._own(ids):
-                with self._ready().autocast():
-                    value = self._algorithm.prepare(self._batches.make(store, part, task, step), self._network)
+                value = self._algorithm.prepare(self._batches.make(store, part, task, step), self._network)
                 if value is None:
                     return None
                 row.append(value)
@@ -159,9 +160,12 @@ class LearnerWorker:
 
     @torch.no_grad()
     def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
-        """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples."""
+        """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples.
+
+        For an anchor in units of x0 it is that of dq / d x0-hat.
+        """
         store = SampleStore(batches, policy_version=None)
-        reward = self._reward(terms, derive_seed("crop", "calibration", self._ready().rank))
+        reward = self._reward(terms, derive_seed("crop", self._spec.seed, "calibration", self._ready().rank))
         norms: list[float] = []
         for part, counts in self._share(store.sample_ids):
             batch = self._batches.make(store, part, None, 0)
@@ -169,10 +173,11 @@ class LearnerWorker:
             head = self._family.predict(late.latents, late.timesteps_B, condition)
             clean = to_clean(head, late.latents, late.alpha_bars_B, self._family.prediction_type)
             gradient = reward(clean, batch.prompts).gradient.flatten(1).norm(dim=1)
-            # d x0-hat / d eps-hat = -s / a
-            kappa = ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt()
+            if self._spec.algorithm.anchor.space != "x0":
+                # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
+                gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)
             if counts:
-                norms += (gradient * kappa.to(gradient)).tolist()
+                norms += gradient.tolist()
         return norms
 
     @torch.no_grad()
