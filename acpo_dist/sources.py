@@ -14,7 +14,7 @@ from acpo_dist.core.weights import make_bundle
 from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.local import LocalRollouts, default_device
 from acpo_dist.recipes.prepare import TRAIN
-from acpo_dist.retiming.artefact import trajectory_from_mapping
+from acpo_dist.retiming.artefact import configured_trajectory, trajectory_from_mapping
 from acpo_dist.session import RESOLVED, read_run_config
 
 _FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm"}
@@ -44,6 +44,12 @@ def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path |
     return load_config(source, overrides), None
 
 
+def keeps_own_trajectory(overrides: Sequence[str]) -> bool:
+    """Whether a run's adopted trajectory is still what is asked for: no override names another one."""
+    keys = {text.partition("=")[0].strip() for text in overrides}
+    return not keys & {"sampler", "sampler.num_steps", "sampler.spacing", "sampler.trajectory"}
+
+
 def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True) -> LocalRollouts:
     """A rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
 
@@ -52,6 +58,7 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
 
     Raises:
         ModelError: the run has no whole checkpoint.
+        VrgError: `sampler.trajectory` is unreadable, or not this model's.
     """
     pool = LocalRollouts(prepared(config, run) if run is not None else config, device=default_device())
     if run is not None:
@@ -62,6 +69,11 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
         pool.load(make_bundle(int(checkpoint.state["version"]), weights))
         if own_sampler:
             pool.follow(trajectory_from_mapping(checkpoint.state["trajectory"]))
+            return pool
+    sampler = config.sampler
+    given = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
+    if given is not None:
+        pool.follow(given)
     return pool
 
 

@@ -24,13 +24,13 @@ def measure_command(
     from acpo_dist.retiming.artefact import artefact_of, write_artefact
     from acpo_dist.retiming.measure import measure
     from acpo_dist.retiming.proof import consider, describe
-    from acpo_dist.sources import open_rollouts, source_config
+    from acpo_dist.sources import keeps_own_trajectory, open_rollouts, source_config
     from acpo_dist.tracking.console import Console
 
     config, run = source_config(source, overrides or [])
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     console = Console()
-    pool = open_rollouts(config, run, own_sampler=not any(text.startswith("sampler.") for text in overrides or []))
+    pool = open_rollouts(config, run, own_sampler=keeps_own_trajectory(overrides or []))
     alpha_bars = pool.alpha_bars().numpy()
     with console.phase("measure", None):
         sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="measure")
@@ -95,6 +95,12 @@ def _print(report: dict[str, Any]) -> None:
 
     console = Console()
     now = report["trajectory"]
+    if "before" not in report:
+        # What `acpo export` writes beside a model: the trajectory alone.
+        steps = zip(now["timesteps"], now["alpha_bars"], strict=False)
+        cells = [[str(step), f"{t:.1f}", f"{level:.6g}"] for step, (t, level) in enumerate(steps)]
+        console.table("trajectory", ["step", "timestep", "alpha_bar"], cells)
+        return
     before = report["before"]
     rows = [
         [str(step), f"{old_t:.1f}", f"{old:.6g}", f"{new_t:.1f}", f"{new:.6g}"]

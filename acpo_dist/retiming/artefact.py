@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from acpo_dist.core.errors import VrgError
+from acpo_dist.core.errors import ConfigError, VrgError
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.retiming.proof import Update
+from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.plots import save_trajectory_plot
 from acpo_dist.vrg.formats import read_error_table, read_result, read_trajectory
 from acpo_dist.vrg.levels import to_sigmas
@@ -20,6 +21,9 @@ from acpo_dist.vrg.timesteps import to_integer_timesteps, to_timesteps
 
 LINEAR_DDPM = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 """The schedule of the published tables and trajectories."""
+TIMESTEP_TOLERANCE = 0.5
+"""Between a file's timesteps and those that the model's schedule has at the file's levels. An optimised noisy end is
+clipped to the schedule, and real timesteps are interpolated: both stay far below it."""
 
 
 def artefact_of(update: Update, before: Trajectory, alpha_bars: ArrayLike) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def write_artefact(
 ) -> Path:
     """Write the JSON and, beside it, the plot; returns the plot's path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(artefact, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    replace_file(path, (json.dumps(artefact, indent=2, allow_nan=False) + "\n").encode())
     plot = path.with_suffix(".png")
     save_trajectory_plot(plot, table, trajectories)
     return plot
@@ -81,17 +85,36 @@ def read_schedule(path: Path, alpha_bars: ArrayLike) -> Trajectory:
     """A trajectory from an artefact, from a run, or from the published text format.
 
     Raises:
-        VrgError: unreadable, or levels outside the model's noise schedule.
+        VrgError: unreadable, levels outside the model's noise schedule, or timesteps of another schedule.
     """
     path = newest_artefact(path)
     if path.suffix == ".json":
         found = trajectory_from_mapping(read_artefact(path)["trajectory"])
         # Refuses levels that this model's schedule does not have.
-        to_timesteps(to_sigmas(found.alpha_bars[:-1]), alpha_bars)
+        wanted = to_timesteps(to_sigmas(found.alpha_bars[:-1]), alpha_bars)
+        _require_timesteps(path, found, wanted)
         return found
     levels = _text_levels(path)
     timesteps = to_timesteps(to_sigmas(levels), alpha_bars)
     return Trajectory(timesteps=tuple(map(float, timesteps)), alpha_bars=(*map(float, levels), 1.0))
+
+
+def configured_trajectory(path: Path | None, num_steps: int, alpha_bars: ArrayLike) -> Trajectory | None:
+    """The trajectory of `sampler.trajectory`, or None where that is unset.
+
+    Raises:
+        VrgError: see `read_schedule`.
+        ConfigError: it has another number of steps than `sampler.num_steps`.
+    """
+    if path is None:
+        return None
+    found = read_schedule(path, alpha_bars)
+    if found.num_steps != num_steps:
+        raise ConfigError(
+            f"sampler.trajectory ({path}) has {found.num_steps} steps, but sampler.num_steps is {num_steps}: set "
+            f"sampler.num_steps={found.num_steps}."
+        )
+    return found
 
 
 def read_table(path: Path) -> ErrorTable:
@@ -102,7 +125,10 @@ def read_table(path: Path) -> ErrorTable:
     """
     path = newest_artefact(path)
     if path.suffix == ".json":
-        return table_from_mapping(read_artefact(path)["table"])
+        artefact = read_artefact(path)
+        if "table" not in artefact:
+            raise VrgError(f"{path} holds a trajectory, but no error table. `acpo vrg measure` writes one.")
+        return table_from_mapping(artefact["table"])
     return read_error_table(path)
 
 
@@ -115,10 +141,17 @@ def optimise_files(
 
     Returns:
         (report, what `write_artefact` needs besides it).
+
+    Raises:
+        VrgError: a file is unreadable, or table, trajectory and noise schedule do not belong together.
     """
     table = read_table(table_path)
-    schedule = _schedule_of(table)
+    schedule = _schedule_of(table, newest_artefact(table_path))
+    table.check_against(schedule)
     before = read_schedule(trajectory_path, schedule)
+    if options.get("mode") == "log_trust":
+        # The published mode has no such bound; its result is for comparison.
+        options = {"sigma_min": float(to_sigmas(schedule[0])), **options}
     found = optimize(to_sigmas(before.alpha_bars[:-1]), table, **options)
     inside = np.clip(found.sigmas, to_sigmas(schedule[0]), to_sigmas(schedule[-1]))
     timesteps = to_timesteps(inside, schedule)
@@ -198,10 +231,28 @@ def _text_levels(path: Path) -> tuple[float, ...]:
     return read_result(path) if optimised else read_trajectory(path).alpha_bars
 
 
-def _schedule_of(table: ErrorTable) -> np.ndarray:
+def _schedule_of(table: ErrorTable, path: Path) -> np.ndarray:
     """Levels by timestep that the table was measured on: an artefact says so, the published tables do not."""
     own = table.provenance.get("alpha_bars")
-    return LINEAR_DDPM if own is None else np.asarray(own, dtype=np.float64)
+    if own is not None:
+        return np.asarray(own, dtype=np.float64)
+    if path.suffix == ".json":
+        raise VrgError(
+            f"{path} does not say on which noise schedule its table was measured (table.provenance.alpha_bars), so "
+            "timesteps cannot be worked out. Measure it again with `acpo vrg measure`."
+        )
+    return LINEAR_DDPM
+
+
+def _require_timesteps(path: Path, found: Trajectory, wanted: np.ndarray) -> None:
+    distance = np.abs(np.asarray(found.timesteps) - wanted)
+    if distance.max() > TIMESTEP_TOLERANCE:
+        step = int(distance.argmax())
+        raise VrgError(
+            f"{path} is of another noise schedule: step {step} has timestep {found.timesteps[step]:g} at alpha_bar "
+            f"{found.alpha_bars[step]:.6g}, where this model has timestep {wanted[step]:.1f}. Measure a trajectory "
+            "for this model with `acpo vrg measure`."
+        )
 
 
 def _finite(values: list[float]) -> list[float | None]:

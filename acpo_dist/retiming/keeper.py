@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.ports import RolloutPool, Tracker
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.retiming.artefact import (
     artefact_of,
-    read_schedule,
+    configured_trajectory,
     table_from_mapping,
     table_to_mapping,
     trajectory_from_mapping,
@@ -36,16 +35,20 @@ class TrajectoryKeeper:
         self._config, self._pool, self._folder, self._tracker = config, pool, folder, tracker
         self._prompts, self._console = prompts, console
         self._alpha_bars = pool.alpha_bars().numpy()
-        self._base = self._read_base() or pool.trajectory()
+        self._base = pool.trajectory()
         self._table = None
 
     def start(self) -> dict[str, float]:
-        """Follow the base trajectory, then a better one if there is a proof; figures for the first iteration."""
+        """Follow the configured trajectory, then a better one if there is a proof; figures for the first iteration."""
+        self._base = self._configured()
         follow(self._pool, self._base)
         return self._update(0) if self._config.vrg.enabled else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Follow what the run followed when the checkpoint was written."""
+        """Follow what the run followed when the checkpoint was written; a file that it started from is not read."""
+        base = state.get("base_trajectory")
+        # Checkpoints of before that key: the file says it.
+        self._base = trajectory_from_mapping(base) if base else self._configured()
         self._table = table_from_mapping(state["table"]) if state["table"] else None
         follow(self._pool, trajectory_from_mapping(state["trajectory"]))
 
@@ -53,6 +56,7 @@ class TrajectoryKeeper:
         """Plain data for the checkpoint; floats survive JSON exactly."""
         return {
             "trajectory": trajectory_to_mapping(self._pool.trajectory(), self._alpha_bars),
+            "base_trajectory": trajectory_to_mapping(self._base, self._alpha_bars),
             "table": table_to_mapping(self._table) if self._table else None,
         }
 
@@ -91,7 +95,10 @@ class TrajectoryKeeper:
             before = self._pool.trajectory()
             update = consider(
                 self._pool, self._config, self._prompts, sums, self._base, self._alpha_bars,
-                provenance={"run": self._config.run.name, "seed": self._config.run.seed, "iteration": iteration},
+                provenance={
+                    "run": self._config.run.name, "seed": self._config.run.seed, "iteration": iteration,
+                    "alpha_bars": self._alpha_bars.tolist(),
+                },
             )  # fmt: skip
         self._table = update.table
         self._record(iteration, update, before)
@@ -107,14 +114,6 @@ class TrajectoryKeeper:
         self._tracker.log_image("vrg", iteration, plot)
         self._tracker.set_tags({"schedule_id": update.trajectory.schedule_id})
 
-    def _read_base(self) -> Trajectory | None:
-        path, steps = self._config.sampler.trajectory, self._config.sampler.num_steps
-        if path is None:
-            return None
-        base = read_schedule(path, self._alpha_bars)
-        if base.num_steps != steps:
-            raise ConfigError(
-                f"sampler.trajectory ({path}) has {base.num_steps} steps, but sampler.num_steps is {steps}: set "
-                f"sampler.num_steps={base.num_steps}."
-            )
-        return base
+    def _configured(self) -> Trajectory:
+        sampler = self._config.sampler
+        return configured_trajectory(sampler.trajectory, sampler.num_steps, self._alpha_bars) or self._base

@@ -84,7 +84,8 @@ def consider(
 ) -> Update:  # fmt: skip
     """Optimise within the trust region round the base trajectory, prove the candidate, and follow it if it is better.
 
-    A candidate that fails is tried again with half the trust region, `vrg.halvings` times; then the old one stays.
+    A candidate that fails, or has no step that is late enough to train on, is tried again with half the trust region,
+    `vrg.halvings` times; then the old one stays.
 
     Args:
         base: what the trust region is round, whatever is followed now.
@@ -100,7 +101,7 @@ def consider(
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
     trust, gates, adopted = config.vrg.trust, [], False
     proof: Proof | None = None
-    while True:
+    for _ in range(config.vrg.halvings + 1):
         found = optimize(
             to_sigmas(base.alpha_bars[:-1]), table, trust=trust, sigma_min=float(to_sigmas(alpha_bars)[0]),
             solver=solver,
@@ -111,6 +112,10 @@ def consider(
         candidate = retimed(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
             break
+        if candidate.timesteps[-1] > config.sampler.t_max * len(alpha_bars):
+            logger.info("trust %.3g: no step at or below sampler.t_max is left", trust)
+            trust /= 2
+            continue
         if not prove:
             follow(pool, candidate)
             current, adopted = candidate, True
@@ -120,8 +125,6 @@ def consider(
         if gates[-1].passed:
             follow(pool, candidate)
             current, adopted = candidate, True
-            break
-        if len(gates) > config.vrg.halvings:
             break
         trust /= 2
     return Update(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.schema import SamplerConfig
-from acpo_dist.core.errors import WeightSyncError
+from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
@@ -54,27 +54,43 @@ class RolloutWorker:
 
         Returns:
             Its schedule id, as every sample will carry it.
-
-        Raises:
-            ValueError: no denoise step is as late as the learner trains.
         """
-        sampler = self._sampler
-        self._late = trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
         self.trajectory = trajectory
         return trajectory.schedule_id
+
+    def _late_steps(self) -> tuple[int, ...]:
+        """Steps whose states are kept.
+
+        Raises:
+            ConfigError: no denoise step is as late as the learner trains.
+        """
+        sampler, trajectory = self._sampler, self.trajectory
+        try:
+            late = trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
+        except ValueError as error:
+            raise ConfigError(f"sampler.t_max: {error}") from error
+        if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
+            raise ConfigError(
+                f"sampler.t_max: with sampler.eta {sampler.eta:g} the learner needs a late step that does not end at "
+                f"the clean sample, and the only one, at timestep {trajectory.timesteps[late[0]]:g}, does. Raise "
+                "sampler.t_max or sampler.num_steps."
+            )
+        return late
 
     @torch.no_grad()
     def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
         """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone.
 
         Raises:
+            ConfigError: the trajectory has no step that is as late as the learner trains.
             DeviceMemoryError: the chunk does not fit.
         """
         prompts = tuple(plan.prompt for plan in plans)
+        steps = self._late_steps()
         kept: dict[int, Tensor] = {}
-        after = {step + 1 for step in self._late} if self._sampler.eta > 0 else set[int]()
+        after = {step + 1 for step in steps} if self._sampler.eta > 0 else set[int]()
         with within_memory(f"{self._name}, sampling {len(plans)} at once", f"Lower rollout.batch_size ({len(plans)})."):
-            clean = self._walk(plans, self.trajectory, keep_states({*self._late, *after}, kept))
+            clean = self._walk(plans, self.trajectory, keep_states({*steps, *after}, kept))
         kept[self.trajectory.num_steps] = clean
         with within_memory(
             f"{self._name}, decoding {len(plans)} at once",
@@ -87,7 +103,7 @@ class RolloutWorker:
             policy_version=self._version,
             schedule_id=self.trajectory.schedule_id,
             latents_BCHW=clean.float().cpu(),
-            late=tuple(self._late_state(step, kept) for step in self._late),
+            late=tuple(self._late_state(step, kept) for step in steps),
             images_BCHW=(pixels * 255).round().to(torch.uint8).cpu(),
         )
 

@@ -16,8 +16,8 @@ from acpo_dist.core.weights import make_bundle, require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from acpo_dist.models.loading import resolve_path
-from acpo_dist.retiming.artefact import read_schedule, trajectory_from_mapping
-from acpo_dist.sources import prepared, source_config
+from acpo_dist.retiming.artefact import configured_trajectory, trajectory_from_mapping
+from acpo_dist.sources import keeps_own_trajectory, prepared, source_config
 from acpo_dist.suites.judges import weights_digest
 from acpo_dist.suites.pictures import count_pictures
 
@@ -70,7 +70,7 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
     """A run, a configuration or a pipeline folder.
 
     Args:
-        overrides: `key=value`; `sampler.` keys also replace the trajectory of a run.
+        overrides: `key=value`; `sampler.num_steps`, `spacing` and `trajectory` also replace the trajectory of a run.
         checkpoint: of a run: `newest`, `best` (by its judges), or an iteration.
         prompted: whether the suite has prompts.
 
@@ -90,7 +90,7 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
         return subject
     found = find_checkpoint(run, config, checkpoint)
     bundle = make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
-    own_sampler = not any(override.startswith("sampler.") for override in overrides)
+    own_sampler = keeps_own_trajectory(overrides)
     return replace(
         subject, bundle=bundle, trajectory=trajectory_from_mapping(found.state["trajectory"]) if own_sampler else None,
         facts=subject.facts
@@ -125,9 +125,9 @@ def settle(pool: RolloutPool, subject: ModelSubject) -> None:
     """
     if subject.bundle is not None:
         require_echoes(subject.bundle.version, subject.bundle.checksum, pool.load(subject.bundle))
-    trajectory, file = subject.trajectory, subject.config.sampler.trajectory
-    if trajectory is None and file is not None:
-        trajectory = read_schedule(file, pool.alpha_bars().numpy())
+    trajectory, sampler = subject.trajectory, subject.config.sampler
+    if trajectory is None:
+        trajectory = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
     if trajectory is not None:
         pool.follow(trajectory)
 
@@ -147,7 +147,7 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         return newest
     if which != BEST and not which.isdigit():
         raise UsageError(f"--checkpoint takes {NEWEST}, {BEST} or an iteration, found `{which}`.")
-    iteration = int(newest.state["guard"]["state"]["best"][0]) if which == BEST else int(which)
+    iteration = best_iteration(newest) if which == BEST else int(which)
     if iteration == newest.iteration:
         return newest
     folder = run / "checkpoints" / f"{iteration:06d}"
@@ -160,6 +160,14 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         )
         raise ModelError(f"{run}: {said}; kept are {there} (checkpoint.keep, checkpoint.every).")
     return store.open(iteration)
+
+
+def best_iteration(newest: Checkpoint) -> int:
+    """Iteration of the checkpoint that the judges liked best, as the guard stood at a run's newest one; 0 is the base.
+
+    Not what `metrics.jsonl` says: an iteration's line is written before its checkpoint is, and judged.
+    """
+    return int(newest.state["guard"]["state"]["best"][0])
 
 
 def _config(source: str, overrides: Sequence[str], *, prompted: bool) -> tuple[Config, Path | None]:

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import LateLatents, RolloutBatch
 from acpo_dist.diffusion.trajectory import explicit_trajectory, spaced_trajectory
+from acpo_dist.driver import drive
 from acpo_dist.learner.samples import SampleStore
+from acpo_dist.local import open_ports
+from acpo_dist.tracking.console import Console
 
 ALPHA_BARS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64)
 
@@ -46,3 +50,16 @@ def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():
     ]
     # Up to half a step's width.
     assert means[0] == pytest.approx(means[1], abs=20)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampler.num_steps=2", "sampler.t_max=0.3"], "no denoise step lies at or below t_max"),
+        (["algorithm={type: ddpo}", "sampler.eta=1", "sampler.t_max=0.17"], "does not end at the clean sample"),
+    ],
+)
+def test_a_trajectory_that_leaves_the_learner_no_state_is_refused_in_words(tiny, tmp_path, overrides, message):
+    groups = ["rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4"]
+    with pytest.raises(ConfigError, match=message):
+        drive(tiny(*groups, *overrides, f"run.dir={tmp_path / 'run'}"), open_ports, Console(quiet=True))

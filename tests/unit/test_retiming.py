@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from acpo_dist.core.errors import ConfigError, WeightSyncError
+from acpo_dist.core.errors import ConfigError, VrgError, WeightSyncError
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.driver import drive
 from acpo_dist.local import LocalRollouts, open_ports
+from acpo_dist.retiming.artefact import LINEAR_DDPM, optimise_files, read_schedule, trajectory_to_mapping
 from acpo_dist.retiming.measure import measure, table_drift
 from acpo_dist.retiming.proof import Proof, consider, follow
 from acpo_dist.sources import open_rollouts, source_config
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.vrg.levels import to_sigmas
+from acpo_dist.vrg.timesteps import to_timesteps
 
 QUIET = Console(quiet=True)
 SMALL = ["vrg.enabled=true", "vrg.images=32", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=10"]
@@ -170,3 +172,71 @@ def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, mo
     proof._old = torch.ones(3, dtype=torch.float64)
     monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: torch.tensor(new, dtype=torch.float64))
     assert proof.judge(pool.trajectory(), 0.25).passed == passes
+
+
+def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=1", f"run.dir={root}", *SMALL), open_ports, QUIET)
+    report, _ = optimise_files(root, root, mode="log_trust")
+    levels = LocalRollouts(tiny(), device="cpu").alpha_bars().numpy()
+    wanted = to_timesteps(to_sigmas(report["alpha_bars"]), levels)
+    assert np.abs(np.asarray(report["timesteps"]) - wanted).max() < 1e-6
+    # One that names no schedule is not guessed at.
+    artefact = json.loads((root / "vrg/000000.json").read_text())
+    del artefact["table"]["provenance"]["alpha_bars"]
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(artefact))
+    with pytest.raises(VrgError, match="does not say on which noise schedule"):
+        optimise_files(bare, bare, mode="log_trust")
+
+
+def test_a_trajectory_of_another_noise_schedule_is_refused(measured, tmp_path):
+    _, pool, _ = measured
+    own = pool.alpha_bars().numpy()
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), own)}))
+    assert read_schedule(path, own) == pool.trajectory()
+    with pytest.raises(VrgError, match="is of another noise schedule"):
+        read_schedule(path, LINEAR_DDPM)
+
+
+def test_a_resumed_run_needs_no_trajectory_file_and_keeps_what_was_read_from_it(tiny, tmp_path, measured):
+    _, pool, _ = measured
+    source = tmp_path / "start.json"
+    source.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), pool.alpha_bars().numpy())}))
+    options = [f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
+    drive(tiny(*options, "run.iterations=1"), open_ports, QUIET)
+    source.unlink()
+    assert drive(tiny(*options, "run.iterations=2"), open_ports, QUIET, resume="auto").iterations == 2
+
+
+def test_measuring_follows_the_trajectory_that_is_configured(measured, tmp_path):
+    _, pool, _ = measured
+    levels = pool.alpha_bars().numpy()
+    path = tmp_path / "start.json"
+    wanted = Trajectory(timesteps=(999.0, 300.0), alpha_bars=(float(levels[999]), float(levels[300]), 1.0))
+    path.write_text(json.dumps({"trajectory": trajectory_to_mapping(wanted, levels)}))
+    config, run = source_config("toy-sdxl", ["sampler.num_steps=2", f"sampler.trajectory={path}", "sampler.t_max=0.4"])
+    assert open_rollouts(config, run).trajectory() == wanted
+    config, run = source_config("toy-sdxl", [f"sampler.trajectory={path}"])
+    with pytest.raises(ConfigError, match=r"sampler.num_steps=2"):
+        open_rollouts(config, run)
+
+
+def test_a_candidate_without_a_late_step_is_no_candidate(measured):
+    config, pool, sums = measured
+    base = pool.trajectory()
+    levels = pool.alpha_bars().numpy()
+    # The last step lies exactly at t_max, and the optimum moves it up.
+    free = consider(pool, config, PROMPTS, sums, base, levels, provenance={}, prove=False).trajectory
+    follow(pool, base)
+    assert free.timesteps[-1] > base.timesteps[-1]
+    sampler = config.sampler.model_copy(update={"t_max": base.timesteps[-1] / len(levels)})
+    for halvings, adopted in ((0, False), (1, True)):
+        vrg = config.vrg.model_copy(update={"halvings": halvings})
+        held = consider(
+            pool, config.model_copy(update={"sampler": sampler, "vrg": vrg}), PROMPTS, sums, base, levels,
+            provenance={}, prove=False,
+        )  # fmt: skip
+        assert held.adopted == adopted and pool.trajectory().timesteps[-1] <= base.timesteps[-1]
+        follow(pool, base)

@@ -149,3 +149,28 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
 def test_bad_input_ends_in_one_message_and_exit_code_2(monkeypatch, capsys, arguments, message):
     code, _, err = run(monkeypatch, capsys, *arguments)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+@needs_published
+def test_a_table_that_holds_alpha_instead_of_alpha_bar_is_refused(monkeypatch, capsys, tmp_path):
+    rows = [
+        line.split()
+        for line in (VRG / "cifar10_error_table.txt").read_text().splitlines()
+        if line.strip()[:1].isdigit()
+    ]
+    betas = np.append(np.linspace(1e-4, 0.02, 1000), 0.02)
+    wrong = tmp_path / "table.txt"
+    wrong.write_text("".join(f"{row[0]} {1 - betas[int(row[0]) - 1]:.6f} {' '.join(row[2:])}\n" for row in rows))
+    code, _, err = run(
+        monkeypatch, capsys, "vrg", "optimize", "--table", wrong, "--trajectory",
+        VRG / "trajectory_1-010-time_quadratic.txt",
+    )  # fmt: skip
+    assert code == 2 and "alpha_t = 1 - beta_t" in err
+
+
+def test_the_schedule_of_an_export_can_be_shown(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"trajectory": {"timesteps": [900.0, 100.0], "alpha_bars": [0.01, 0.8, 1.0]}}))
+    assert run(monkeypatch, capsys, "vrg", "show", path)[0] == 0
+    code, _, err = run(monkeypatch, capsys, "vrg", "optimize", "--table", path, "--trajectory", path)
+    assert code == 2 and "no error table" in err
