@@ -40,6 +40,13 @@ for _yaml in (_Loader, _Dumper):
         re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
         list("-+0123456789."),
     )
+# YAML 1.1 reads 010 as 8 and 1:30 as 90. Here a number is decimal, or hexadecimal with 0x.
+_INTEGER = "tag:yaml.org,2002:int"
+_DECIMAL = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+for _first, _resolvers in list(_Loader.yaml_implicit_resolvers.items()):
+    _Loader.yaml_implicit_resolvers[_first] = [
+        (tag, _DECIMAL if tag == _INTEGER else pattern) for tag, pattern in _resolvers
+    ]
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -70,11 +77,28 @@ def validate(mapping: dict[str, Any], origin: str) -> Config:
 def merge_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Plain data with `key=value` overrides applied in order; the last one wins.
 
-    A `type` empties its mapping, so those go first: what is set beside one must not depend on which was typed first.
+    A `type` empties its mapping, so it goes before what was set within that mapping: what is set beside a type must not
+    depend on which of the two was typed first. It stays behind whatever sets the mapping itself.
     """
-    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].strip().endswith(".type")):
+    for override in _types_first(overrides):
         mapping = _merge(mapping, parse_override(override))
     return mapping
+
+
+def _types_first(overrides: Sequence[str]) -> list[str]:
+    ordered: list[tuple[str, str]] = []
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        place = len(ordered)
+        if key.endswith(".type"):
+            within = key.removesuffix("type")
+            # What sets the mapping, one round it, or its type.
+            barriers = [at for at, (other, _) in enumerate(ordered) if other == key or within.startswith(f"{other}.")]
+            start = barriers[-1] + 1 if barriers else 0
+            inside = [at for at in range(start, place) if ordered[at][0].startswith(within)]
+            place = inside[0] if inside else place
+        ordered.insert(place, (key, text))
+    return [text for _, text in ordered]
 
 
 def find_config(source: str | Path) -> Path:

@@ -23,6 +23,7 @@ def check_relations(config: Config) -> None:
     _check_algorithm(config)
     _check_anchor(config)
     _check_rewards(config)
+    _check_vrg(config)
 
 
 def _check_batches(config: Config) -> None:
@@ -114,6 +115,15 @@ def _check_algorithm(config: Config) -> None:
             f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: a trajectory is proved by walking the "
             "same noise along two of them, which needs deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
         )
+    if config.data.absolute_pairs and config.data.pairs is None:
+        raise ConfigError(
+            "data.absolute_pairs is true, and data.pairs is unset: there is nothing that it chooses from."
+        )
+    if algorithm.reward_weight == 0 and getattr(algorithm, "anchor", None) is not None and _anchor_is_off(algorithm):
+        raise ConfigError(
+            "algorithm.reward_weight is 0 and the anchor is off: nothing would be trained. Set one of algorithm."
+            "reward_weight, algorithm.anchor.budget and algorithm.anchor.weight."
+        )
     if config.data.pairs is not None:
         _check_pairs(config)
     elif algorithm.needs_groups and rollout.samples_per_prompt < 2:
@@ -177,6 +187,20 @@ def _check_anchor(config: Config) -> None:
             )
 
 
+def _anchor_is_off(algorithm: Any) -> bool:
+    anchor = algorithm.anchor
+    return anchor.weight == 0 or (anchor.weight == "auto" and anchor.budget is None)
+
+
+def _check_vrg(config: Config) -> None:
+    vrg, steps = config.vrg, config.sampler.num_steps
+    if vrg.reference_steps is not None and vrg.reference_steps < 4 * steps:
+        raise ConfigError(
+            f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: a reference that is hardly "
+            f"finer than what it judges proves nothing. Set vrg.reference_steps={4 * steps} or more, or leave it out."
+        )
+
+
 def _check_rewards(config: Config) -> None:
     names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
     for name in names:
@@ -209,6 +233,12 @@ def _check_rewards(config: Config) -> None:
         raise RewardConfigError(
             f"rewards.combine is `pessimistic` and rewards.train holds {names[0]} alone: one reward has no spread. Add "
             "another, or set rewards.combine=sum."
+        )
+    default = type(config.rewards).model_fields["spread_weight"].default
+    if config.rewards.spread_weight != default and config.rewards.combine != "pessimistic":
+        raise RewardConfigError(
+            f"rewards.spread_weight is {config.rewards.spread_weight:g}, which only rewards.combine=pessimistic reads; "
+            f"found {config.rewards.combine}."
         )
     for index, entry in enumerate(config.rewards.judges):
         reason = _unusable(resolve("reward", REWARDS, entry.type), entry, conditional=conditional)

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,8 @@ from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.roles import RolesConfig
 from acpo_dist.config.section import Section, plugin
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
+
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class RunConfig(Section):
@@ -198,7 +200,7 @@ class LearnerConfig(Section):
     """`adamw_8bit` holds the moments in 8 bits per element (bitsandbytes), a quarter; one process only."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu` keeps moments and float32 masters in the host's memory and steps there (DeepSpeed, ZeRO stage 1 or 2)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -297,3 +297,29 @@ def test_a_type_and_what_is_set_beside_it_may_be_given_in_either_order():
     ))  # fmt: skip
     assert first == last
     assert (first.algorithm.anchor.budget, first.algorithm.beta) == (0.3, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "algorithm"),
+    [
+        (["algorithm={type: acpo, reward_weight: 2}", "algorithm.type=draft"], "draft"),
+        (["algorithm.reward_weight=2", "run.seed=1", "algorithm.type=draft"], "draft"),
+        (["algorithm.type=draft", "algorithm={type: acpo}"], "acpo"),
+        (["algorithm.type=refl", "algorithm.type=draft"], "draft"),
+    ],
+)
+def test_the_last_override_wins_also_over_a_type(overrides, algorithm):
+    assert load_config("toy_sdxl", overrides).algorithm.type == algorithm
+
+
+def test_a_list_may_be_set_and_then_one_of_its_types():
+    config = load_config(
+        "toy_sdxl", ["rewards.train=[{type: sharpness}, {type: two_stream}]", "rewards.train.0.type=saturation"]
+    )
+    assert [entry.type for entry in config.rewards.train] == ["saturation", "two_stream"]
+
+
+def test_whole_numbers_are_decimal():
+    assert load_config("toy_sdxl", ["run.seed=0x10"]).run.seed == 16
+    assert "rollout.batch_size" in refusal("toy_sdxl", "rollout.batch_size=1:30")
+    assert load_config("toy_sdxl", ["run.name=010"]).run.name == "010"

@@ -3,7 +3,7 @@
 import pytest
 
 from acpo_dist.config.load import load_config
-from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.core.errors import RewardConfigError, UsageError
 from tests.unit.config_for_tests import PLUGINS, refusal
 
 
@@ -89,10 +89,26 @@ def test_a_metric_that_cannot_work_here_is_refused_with_its_own_reason(smallest,
     ],
 )
 def test_an_anchor_that_could_not_do_what_was_asked_is_refused(overrides, message):
-    assert message in refusal("toy_sdxl", *overrides)
+    assert message in refusal("toy_sdxl", *overrides, kind=UsageError)
 
 
 @pytest.mark.parametrize("override", ["algorithm.anchor.uniform=false", "algorithm.anchor.weight=0"])
 def test_a_denoising_loss_without_the_batch_that_it_shares_is_refused(override):
     load_config("cifar10_ddpm", ["algorithm.data_weight=1"])
     assert "algorithm.data_weight is 1" in refusal("cifar10_ddpm", "algorithm.data_weight=1", override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["vrg.reference_steps=30", "sampler.num_steps=12"], "Set vrg.reference_steps=48"),
+        (["rewards.spread_weight=2"], "rewards.spread_weight is 2, which only rewards.combine=pessimistic reads"),
+        (["data.absolute_pairs=true"], "data.pairs is unset"),
+        (["algorithm.reward_weight=0", "algorithm.anchor.weight=0"], "nothing would be trained"),
+        (["algorithm={type: draft, reward_weight: 0}"], "nothing would be trained"),
+        (["learner.betas=[1.5, 2]"], "learner.betas"),
+        (["learner.betas=[true, 0.9]"], "learner.betas"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_work_is_refused(overrides, message):
+    assert message in refusal("toy_sdxl", *overrides, kind=UsageError)
