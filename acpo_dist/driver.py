@@ -1,5 +1,6 @@
 """From a configuration to a finished run folder, on whatever ports a backend opens."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -23,15 +25,19 @@ from acpo_dist.data.images import load_pictures
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.guard.guard import Decision
+from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.recipes.prepare import prepare
 from acpo_dist.session import RunFolder, git_commit, open_run
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, replace_file, truncate_after
 from acpo_dist.tracking.pictures import save_curves
+from acpo_dist.watch import ending_of
 
 logger = logging.getLogger(__name__)
+
+EXPORT_FACTS = "acpo.json"
 
 OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
 Hook = Callable[[Config, Ports, tuple[str, ...]], None]
@@ -80,8 +86,8 @@ def drive(
             restarts, resume = restarts + 1, "auto"
             logger.warning("%s", error)
             console.message(
-                f"{str(error).splitlines()[0]}; going on from the newest checkpoint (restart {restarts} of "
-                f"{config.cluster.max_restarts}, cluster.max_restarts)"
+                f"{str(error).splitlines()[0]}; going on from the newest checkpoint, or from the start without one "
+                f"(restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
             )
 
 
@@ -100,6 +106,9 @@ def _attempt(
     folder, checkpoint = open_run(config, resume)
     if checkpoint is not None:
         console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
+        ended = ending_of(config, checkpoint.state)
+        if ended is not None:
+            return _ended_before(config, folder, checkpoint, ended, console, started)
     for record in (folder.metrics, folder.guard):
         truncate_after(record, checkpoint.iteration if checkpoint else 0)
     effective = prepare(config, folder.root / "base", console)
@@ -115,7 +124,8 @@ def _attempt(
             )  # fmt: skip
             if at_end is not None:
                 at_end(effective, ports, prompts)
-            _finish(effective, ports, folder, tracker, _final_weights(ports, folder, result))
+            final = _final_weights(effective, folder, result.iterations, result.guard)
+            _finish(effective, folder, tracker, final)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -126,6 +136,27 @@ def _attempt(
         run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
         mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
         export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
+    )  # fmt: skip
+
+
+def _ended_before(
+    config: Config, folder: RunFolder, checkpoint: Checkpoint, ended: Decision, console: Console, started: float
+) -> RunResult:
+    """The result of a run that the guard has ended: nothing is trained, and nothing recorded is touched."""
+    console.message(
+        "the guard has ended this run, so there is nothing to go on with. Change guard.* to go on from its last "
+        f"weights, or name an earlier one of {folder.root / 'checkpoints'} with --resume"
+    )
+    if read_export_facts(folder.export) is None:
+        # Interrupted between the last checkpoint and the export.
+        effective = prepare(config, folder.root / "base", console)
+        export_run(effective, folder, _final_weights(effective, folder, checkpoint.iteration, ended))
+    metrics: dict[str, float] = {}
+    for row in read_metrics(folder.metrics)[-2:]:
+        metrics |= {name: value for name, value in row.items() if name != "iteration"}
+    return RunResult(
+        run_dir=folder.root, iterations=checkpoint.iteration, metrics=metrics, mlflow_uri=None, mlflow_run_id=None,
+        export=folder.export, seconds=time.monotonic() - started, guard=ended,
     )  # fmt: skip
 
 
@@ -167,22 +198,48 @@ def _open_tracker(config: Config, folder: RunFolder):
     return tracker, mlflow
 
 
-def _final_weights(ports: Ports, folder: RunFolder, result: loop.LoopResult) -> WeightBundle:
-    """The last weights, or after a roll-back those of the checkpoint that the judges liked best."""
-    if result.guard is None or result.guard.action != "roll_back":
-        return ports.learner.export(result.version)
-    best = folder.checkpoints.open(result.guard.best_iteration)
-    return make_bundle(int(best.state["version"]), load_file(best.learner_folder / "policy.safetensors"))
+def _final_weights(
+    config: Config, folder: RunFolder, iterations: int, guard: Decision | None
+) -> tuple[int, WeightBundle]:
+    """(iteration, float32 weights): the last, or after a roll-back those of the checkpoint that the judges liked best.
+
+    From the checkpoint and not from the learner, whose bundle is in the type that rollout workers hold.
+    """
+    best = guard.best_iteration if guard is not None and guard.action == "roll_back" else iterations
+    if best == 0 and not (folder.root / "checkpoints" / "000000").is_dir():
+        # Rolling back was switched on later; the base model is what the model's own files say.
+        family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
+        return 0, make_bundle(0, {name: value.detach() for name, value in trainable_tensors(family.network).items()})
+    found = folder.checkpoints.open(best)
+    return best, make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
 
 
-def _finish(config: Config, ports: Ports, folder: RunFolder, tracker: Tracker, bundle: WeightBundle) -> None:
+def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: tuple[int, WeightBundle]) -> None:
     rows = read_metrics(folder.metrics)
     if rows:
         curves = folder.root / "curves.png"
         save_curves(rows, _panels(config), curves)
         tracker.log_image("curves", config.run.iterations, curves)
-    export_pipeline(config, bundle, folder.export)
+    export_run(config, folder, final)
     tracker.set_tags({"export": str(folder.export)})
+
+
+def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle]) -> None:
+    """Write the run's own export, and which weights it holds."""
+    iteration, bundle = final
+    # Without these facts an export counts as unfinished.
+    (folder.export / EXPORT_FACTS).unlink(missing_ok=True)
+    export_pipeline(config, bundle, folder.export)
+    facts = {"iteration": iteration, "policy_version": bundle.version, "policy_sha256": bundle.checksum}
+    replace_file(folder.export / EXPORT_FACTS, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def read_export_facts(folder: Path) -> dict[str, Any] | None:
+    """Which weights a run's export holds (`iteration`, `policy_version`, `policy_sha256`); None if it is not whole."""
+    try:
+        return json.loads((folder / EXPORT_FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _panels(config: Config) -> dict[str, list[str]]:
@@ -198,8 +255,17 @@ def _panels(config: Config) -> dict[str, list[str]]:
 
 
 def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
-    """Write the tuned model as a pipeline folder that plain diffusers opens."""
-    family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=False)
+    """Write the tuned model as a pipeline folder that plain diffusers opens, in float32 whatever rollouts run in.
+
+    Held in bfloat16, the base model under a LoRA and weights that were tuned as a whole would be rounded to it.
+    """
+    changes: dict[str, Any] = {"dtype": "float32"}
+    if hasattr(config.model, "memory"):
+        # Nobody asks for embeddings here, and the pipeline that is written brings its own text encoders.
+        unused = {"free_text_encoders": True, "embedding_cache": None}
+        changes["memory"] = config.model.memory.model_copy(update=unused)
+    model = config.model.model_copy(update=changes)
+    family = resolve("model", MODELS, model.type).load(model, device="cpu", trainable=False)
     with torch.no_grad():
         for name, parameter in trainable_tensors(family.network).items():
             parameter.copy_(bundle.tensors[name])

@@ -1,5 +1,6 @@
 """A run's folder: its resolved configuration, where it left off, and whether a configuration may continue it."""
 
+import logging
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from acpo_dist.config.load import dump, load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ResumeError
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+
+logger = logging.getLogger(__name__)
 
 RESOLVED = "resolved.yaml"
 METRICS = "metrics.jsonl"
@@ -65,29 +68,32 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
 
     Args:
         resume: None starts afresh and refuses a folder that already holds a run; `auto` continues from the newest good
-            checkpoint, or starts afresh if there is none; a path is a run folder or one checkpoint of one.
+            checkpoint, or starts afresh if there is none; a path is a run folder or one checkpoint of one, which is
+            copied into the run's own folder where it lies elsewhere. Later checkpoints there are set aside: whatever
+            goes on from the newest one, goes on from the one that was named.
 
     Raises:
         ResumeError: the folder is taken, is no run, or its configuration differs in what matters.
     """
     root = config.run_dir
+    store = CheckpointStore(root / "checkpoints", keep=config.checkpoint.keep)
     checkpoint: Checkpoint | None = None
     if resume is None:
-        # A run that failed before its first iteration holds nothing to lose.
-        if any((root / name).exists() and (root / name).stat().st_size for name in (METRICS, "checkpoints")):
-            raise ResumeError(
-                f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or "
-                "run.seed."
-            )
+        _require_free(root)
     elif resume == "auto":
         if (root / RESOLVED).exists():
             _require_same(config, root)
-            checkpoint = CheckpointStore(root / "checkpoints", keep=config.checkpoint.keep).newest()
+            checkpoint = store.newest()
     else:
         checkpoint = _from_path(config, Path(resume))
+        if checkpoint.folder.parent.resolve() != (root / "checkpoints").resolve():
+            _require_free(root)
+            checkpoint = _bring_in(checkpoint, store)
+        for path in store.set_aside(after=checkpoint.iteration):
+            logger.warning("%s is of later iterations, which are done again: kept as %s", root, path.name)
     root.mkdir(parents=True, exist_ok=True)
     (root / RESOLVED).write_text(dump(config), encoding="utf-8")
-    return RunFolder(root, CheckpointStore(root / "checkpoints", keep=config.checkpoint.keep)), checkpoint
+    return RunFolder(root, store), checkpoint
 
 
 def read_run_config(root: Path) -> Config:
@@ -99,6 +105,23 @@ def read_run_config(root: Path) -> Config:
     if not (root / RESOLVED).is_file():
         raise ResumeError(f"{root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote.")
     return load_config(root / RESOLVED)
+
+
+def _require_free(root: Path) -> None:
+    # A run that failed before its first iteration holds nothing to lose.
+    if any((root / name).exists() and (root / name).stat().st_size for name in (METRICS, "checkpoints")):
+        raise ResumeError(
+            f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or "
+            "run.seed."
+        )
+
+
+def _bring_in(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
+    """Copy a checkpoint of another run, and the one that its guard would roll back to."""
+    best = int(checkpoint.state["guard"]["state"]["best"][0])
+    if best != checkpoint.iteration and (checkpoint.folder.parent / f"{best:06d}").is_dir():
+        store.adopt(open_checkpoint(checkpoint.folder.parent / f"{best:06d}"))
+    return store.adopt(checkpoint)
 
 
 def _from_path(config: Config, path: Path) -> Checkpoint:

@@ -116,7 +116,13 @@ class Watch:
         """Plain data for the checkpoint."""
         reference = self._reference.to_mapping() if self._reference else None
         gauge = asdict(self._gauge) if self._gauge else None
-        return {"guard": {"state": self._guard.state(), "reference": reference, "gauge": gauge}}
+        ended = self.decision.to_mapping() if self.decision and self.decision.ends else None
+        return {
+            "guard": {
+                "state": self._guard.state(), "reference": reference, "gauge": gauge, "ended": ended,
+                "config": self._config.guard.model_dump(mode="json"),
+            }
+        }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -139,6 +145,17 @@ class Watch:
         found = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
         found = found[: self._config.guard.pictures]
         return self._pool.images(handles, [sample_id for sample_id, _ in found]), [prompt for _, prompt in found]
+
+
+def ending_of(config: Config, state: Mapping[str, Any]) -> Decision | None:
+    """The decision that ended the run with this checkpoint, or None.
+
+    None too under another guard: with other limits, or another action, the run may go on.
+    """
+    ended = state["guard"].get("ended")
+    if not ended or state["guard"]["config"] != config.guard.model_dump(mode="json"):
+        return None
+    return Decision.from_mapping(ended)
 
 
 def probe_rms(probe: Mapping[int, float]) -> float:

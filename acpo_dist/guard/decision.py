@@ -76,3 +76,9 @@ class Decision:
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> "Decision":
+        """The inverse, JSON or not in between."""
+        reasons = tuple(Reason(**reason) for reason in data["reasons"])
+        return cls(**{**data, "reasons": reasons, "raised": tuple(data["raised"])})

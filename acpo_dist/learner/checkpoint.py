@@ -78,6 +78,31 @@ class CheckpointStore:
                 logger.warning("%s; trying the previous one", error)
         return None
 
+    def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Copy a checkpoint of another run in, whole or not at all."""
+        folder = self._root / f".{checkpoint.iteration:06d}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(checkpoint.folder, folder)
+        final = self._root / f"{checkpoint.iteration:06d}"
+        os.replace(folder, final)
+        _sync(self._root)
+        return open_checkpoint(final)
+
+    def set_aside(self, *, after: int) -> list[Path]:
+        """Rename checkpoints of later iterations, so that nothing takes them for this run's newest.
+
+        Returns:
+            Where they lie now; what an earlier call left there is replaced.
+        """
+        moved = []
+        for folder in self._folders():
+            if int(folder.name) > after:
+                aside = self._root / f"superseded.{folder.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+                moved.append(aside)
+        return moved
+
     def _folders(self) -> list[Path]:
         return sorted(path for path in self._root.glob("[0-9]*") if path.is_dir()) if self._root.is_dir() else []
 

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acpo_dist.core.errors import NonFiniteError, ResumeError
-from acpo_dist.driver import drive
+from acpo_dist.core.errors import NonFiniteError, ResumeError, WorkerLostError
+from acpo_dist.driver import drive, read_export_facts
 from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.local import LocalRollouts, open_ports
 from acpo_dist.session import open_run
@@ -211,3 +213,125 @@ def test_a_run_that_ran_out_of_memory_may_go_on_with_checkpointing(tiny, tmp_pat
     drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, QUIET)
     thrifty = tiny("run.iterations=2", f"run.dir={root}", "model.memory.gradient_checkpointing=true")
     assert drive(thrifty, open_ports, QUIET, resume="auto").iterations == 2
+
+
+def test_a_bfloat16_run_that_is_resumed_gives_the_same_weights_bit_for_bit(tiny, tmp_path):
+    """Embeddings must not depend on which call met a prompt first: in calibration, or within the update."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = ["run.iterations=2", "learner.precision=bfloat16", "checkpoint.every=1", "guard.drift_timesteps=0"]
+    drive(tiny(*options, f"run.dir={whole}"), open_ports, QUIET)
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints/000002")
+    drive(tiny(*options, f"run.dir={parts}"), open_ports, QUIET, resume="auto")
+    files = [load_file(root / "checkpoints/000002/learner/policy.safetensors") for root in (whole, parts)]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_bfloat16_arithmetic_is_the_networks_alone(tiny, tmp_path, monkeypatch):
+    from acpo_dist.models.text import PromptEmbeddings
+    from acpo_dist.rewards.worker import RewardWorker
+
+    seen: dict[str, set[bool]] = {}
+
+    def noting(name, wrapped):
+        def call(*arguments, **named):
+            seen.setdefault(name, set()).add(torch.is_autocast_enabled("cpu"))
+            return wrapped(*arguments, **named)
+
+        return call
+
+    for owner, name in ((RewardWorker, "value_and_grad"), (PromptEmbeddings, "_make")):
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noting("network", UNet2DConditionModel.forward))
+    config = tiny("run.iterations=1", "learner.precision=bfloat16", f"run.dir={tmp_path / 'run'}")
+    drive(config, open_ports, QUIET)
+    assert seen["value_and_grad"] == seen["_make"] == {False}
+    assert True in seen["network"]
+
+
+def losing(at: int):
+    """In-process ports whose learner is lost once, in its `at`-th update."""
+    state = {"lost": False}
+
+    @contextmanager
+    def opened(config, tracker):
+        with open_ports(config, tracker) as ports:
+            inner, count = ports.learner, [0]
+
+            class Losing:
+                def __getattr__(self, name):
+                    return getattr(inner, name)
+
+                def train(self, *arguments, **named):
+                    count[0] += 1
+                    if not state["lost"] and count[0] == at:
+                        state["lost"] = True
+                        raise WorkerLostError("learner/0 died")
+                    return inner.train(*arguments, **named)
+
+            yield replace(ports, learner=Losing())
+
+    return opened
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 3 iterations, saved after each."""
+    from acpo_dist.config.load import load_config
+    from tests.conftest import TINY
+
+    root = tmp_path_factory.mktemp("finished") / "run"
+    options = [*TINY, "run.iterations=3", "checkpoint.every=1", "checkpoint.keep=9", "tracking.images_every=9"]
+    drive(load_config("toy_sdxl", [*options, f"run.dir={root}"]), open_ports, QUIET)
+
+    def config(folder):
+        return load_config("toy_sdxl", [*options, f"run.dir={folder}"])
+
+    return root, config
+
+
+def weights_of(root):
+    return load_file(root / "checkpoints/000003/learner/policy.safetensors")
+
+
+@pytest.mark.parametrize("where", ["the same folder", "another folder"])
+def test_a_run_resumed_from_a_named_checkpoint_goes_on_from_it_after_a_loss_too(finished, tmp_path, where):
+    whole, config = finished
+    root = tmp_path / "run"
+    if where == "the same folder":
+        shutil.copytree(whole, root)
+    source = (root if where == "the same folder" else whole) / "checkpoints/000001"
+    # Lost before the first checkpoint of its own: neither the later ones of before nor the base model will do.
+    drive(config(root), losing(1), QUIET, resume=str(source))
+    iterations = [row["iteration"] for row in read_metrics(root / "metrics.jsonl")]
+    assert iterations == ([0, 1, 2, 3] if where == "the same folder" else [1, 2, 3])
+    assert all(torch.equal(value, weights_of(root)[name]) for name, value in weights_of(whole).items())
+    aside = {path.name for path in (root / "checkpoints").glob("superseded.*")}
+    assert aside == ({"superseded.000002", "superseded.000003"} if where == "the same folder" else set())
+
+
+def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(finished, tmp_path):
+    whole, config = finished
+    root = tmp_path / "run"
+    shutil.copytree(whole, root)
+    with pytest.raises(ResumeError, match="already holds a run"):
+        drive(config(root), open_ports, QUIET, resume=str(whole / "checkpoints/000001"))
+    assert {path.name for path in (root / "checkpoints").iterdir()} == {"000001", "000002", "000003"}
+
+
+def test_the_export_says_which_weights_it_holds(finished):
+    from acpo_dist.core.weights import checksum
+
+    root, _ = finished
+    assert read_export_facts(root / "export") == {
+        "iteration": 3, "policy_version": 3, "policy_sha256": checksum(weights_of(root)),
+    }  # fmt: skip
+
+
+def test_an_anchor_may_train_alone(tiny, tmp_path):
+    config = tiny("run.iterations=1", "algorithm.reward_weight=0", f"run.dir={tmp_path / 'run'}")
+    drive(config, open_ports, QUIET)
+    row, _ = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert row["anchor/weight"] > 0 and "reward/quality" not in row

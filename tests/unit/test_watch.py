@@ -1,6 +1,7 @@
 """The guard in a run: it warns, lowers the reward, stops or rolls back, says why, and survives a restart."""
 
 import json
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -176,3 +177,41 @@ def test_a_lowered_reward_halves_its_weight_and_a_restart_remembers_it(tiny, tmp
     assert {key: rows[0][2][key] for key in keep} == {key: rows[1][2][key] for key in keep}
     assert len((whole / "guard.jsonl").read_text().splitlines()) == 1
     assert (parts / "guard.jsonl").read_text() == (whole / "guard.jsonl").read_text()
+
+
+def _unet(root) -> bytes:
+    return next((root / "export/unet").glob("*.safetensors")).read_bytes()
+
+
+def test_resuming_a_run_that_the_guard_has_ended_trains_and_exports_nothing_new(tiny, tmp_path):
+    root = tmp_path / "run"
+    options = [f"run.dir={root}", "guard.drift_budget=1e-6", "guard.action=roll_back"]
+    ended = drive(tiny(*options, "run.iterations=1"), open_ports, QUIET)
+    before, rows = _unet(root), read_metrics(root / "metrics.jsonl")
+    for iterations in (1, 3):
+        again = drive(tiny(*options, f"run.iterations={iterations}"), open_ports, QUIET, resume="auto")
+        assert again.guard == ended.guard and again.iterations == 1
+        assert again.metrics == ended.metrics
+    # Interrupted between checkpoint and export: that is made up for, from the same checkpoint.
+    shutil.rmtree(root / "export")
+    drive(tiny(*options, "run.iterations=1"), open_ports, QUIET, resume="auto")
+    assert _unet(root) == before and read_metrics(root / "metrics.jsonl") == rows
+
+
+def test_under_another_guard_an_ended_run_goes_on(tiny, tmp_path):
+    root = tmp_path / "run"
+    options = [f"run.dir={root}", "guard.drift_budget=1e-6", "run.iterations=2"]
+    drive(tiny(*options, "guard.action=stop"), open_ports, QUIET)
+    result = drive(tiny(*options, "guard.action=warn"), open_ports, QUIET, resume="auto")
+    assert result.guard is None and result.iterations == 2
+
+
+def test_a_roll_back_that_was_switched_on_later_exports_the_base_model(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny(f"run.dir={root}", "run.iterations=1", "guard.action=warn"), open_ports, QUIET)
+    assert not (root / "checkpoints/000000").exists()
+    strict = tiny(f"run.dir={root}", "run.iterations=3", "guard.action=roll_back", "guard.drift_budget=1e-6")
+    result = drive(strict, open_ports, QUIET, resume="auto")
+    assert result.guard is not None and result.guard.best_iteration == 0
+    lora = load_file(next((root / "export/lora").glob("*.safetensors")))
+    assert all(float(value.abs().max()) == 0 for name, value in lora.items() if name.endswith("lora_B.weight"))
