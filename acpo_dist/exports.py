@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.config.schema import Config
@@ -16,10 +15,11 @@ from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.weights import checksum, make_bundle
 from acpo_dist.driver import export_pipeline
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
-from acpo_dist.models.architectures import architecture_of
-from acpo_dist.models.lora_files import adapter_layers, kohya_layers
+from acpo_dist.models.architectures import architecture_of, prediction_type_of
+from acpo_dist.models.lora_files import adapter_layers, kohya_layers, text_width
 from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
-from acpo_dist.promotion.card import base_licence
+from acpo_dist.promotion.export_card import base_name, export_card
+from acpo_dist.promotion.verdict import guard_ending
 from acpo_dist.retiming.artefact import trajectory_from_mapping
 from acpo_dist.session import METRICS, git_commit, read_run_config
 from acpo_dist.sources import prepared
@@ -29,7 +29,8 @@ Format = Literal["diffusers-lora", "kohya", "merged"]
 FORMATS: tuple[Format, ...] = ("diffusers-lora", "kohya", "merged")
 WEIGHTS = {"raw": "policy", "ema": "ema"}
 _SHOWN = re.compile(r"(reward|judge)/[^/]+/mean|drift/.*|gain/.*")
-_BASE_VERSION = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1"}
+_SD2_WIDTH = 1024
+"""Of the text that Stable Diffusion 2.x reads; 1.x reads 768."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +46,23 @@ class Exported:
     iteration: int
     checksum: str
     """SHA-256 of the tuned weights, as the run published them."""
+    guard: str | None
+    """How the guard ended the run, and what that means for these weights; None if it did not."""
 
 
 def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported:
     """Write a checkpoint's weights.
 
     Args:
-        source: a run (its newest checkpoint is meant), or one checkpoint of one.
+        source: a run, or one checkpoint of one. Of a run the newest is meant, or after a roll-back by the guard the one
+            that its judges liked best, as in the run's own export.
         out: folder to write; it must not hold another export.
         weights: `raw` (of the last step) or `ema` (averaged over steps).
 
     Raises:
         UsageError: unknown layout or weights, or the folder is taken.
         ResumeError: no run.
-        ModelError: no whole checkpoint, or no LoRA where one is asked for.
+        ModelError: no whole checkpoint, none of what the guard went back to, or no LoRA where one is asked for.
         CheckpointError: the checkpoint is damaged.
     """
     if layout not in FORMATS:
@@ -78,11 +82,14 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
         file = _write_lora(config, layers, out, layout, weights, checkpoint)
     schedule = _write_schedule(config, checkpoint, out)
     card = out / "README.md"
-    facts = _facts(run, config, checkpoint, checksum(tensors), weights)
-    card.write_text(_card(config, layout, file.name, schedule, facts, _figures(run, checkpoint)), encoding="utf-8")
+    guard = _guard(run, checkpoint)
+    facts = _facts(run, config, checkpoint, checksum(tensors), weights) | {"guard": guard or "did not end the run"}
+    loads = None if layout == "merged" else file.name
+    text = export_card(config, loads, schedule.name if schedule else None, facts, _figures(run, checkpoint))
+    card.write_text(text, encoding="utf-8")
     return Exported(
         folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
-        checksum=facts["weights sha256"],
+        checksum=facts["weights sha256"], guard=guard,
     )  # fmt: skip
 
 
@@ -91,10 +98,35 @@ def _find(source: Path) -> tuple[Path, Config, Checkpoint]:
         run = source.parent.parent
         return run, prepared(read_run_config(run), run), open_checkpoint(source)
     config = prepared(read_run_config(source), source)
-    found = CheckpointStore(source / "checkpoints", keep=config.checkpoint.keep).newest()
+    store = CheckpointStore(source / "checkpoints", keep=config.checkpoint.keep)
+    found = store.newest()
     if found is None:
         raise ModelError(f"{source} has no whole checkpoint yet: wait for one (checkpoint.every).")
-    return source, config, found
+    ending = guard_ending(source, _done(source))
+    if ending is None or ending.action != "roll_back":
+        return source, config, found
+    if not (source / "checkpoints" / f"{ending.best:06d}").is_dir():
+        liked = "the base model" if ending.best == 0 else f"iteration {ending.best}"
+        raise ModelError(
+            f"{source}: {ending.text}. The weights were taken back to {liked}, of which there is no checkpoint. Name a "
+            f"checkpoint to export it all the same, such as {found.folder}."
+        )
+    return source, config, store.open(ending.best)
+
+
+def _done(run: Path) -> int:
+    """Iterations up to the newest checkpoint, whole or not."""
+    return max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+
+
+def _guard(run: Path, checkpoint: Checkpoint) -> str | None:
+    ending = guard_ending(run, _done(run))
+    if ending is None:
+        return None
+    if ending.action != "roll_back":
+        return ending.text
+    held = "is what it went back to" if checkpoint.iteration == ending.best else f"is not: it went to {ending.best}"
+    return f"{ending.text}; iteration {checkpoint.iteration} {held}"
 
 
 def _write_lora(
@@ -114,12 +146,25 @@ def _write_lora(
     # What readers of this layout look up; the scale is in the weights, so alpha is the rank.
     metadata = {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
-        "ss_base_model_version": _BASE_VERSION[config.model.type], "ss_output_name": config.run.name,
-        "ss_steps": str(checkpoint.iteration), "acpo_weights": weights,
+        "ss_output_name": config.run.name, "ss_steps": str(checkpoint.iteration), "acpo_weights": weights,
+        **kohya_base(config, layers),
     }  # fmt: skip
     named = kohya_layers(layers, family=config.model.type, layers_per_block=depth)
     save_file(named, file, metadata=metadata)
     return file
+
+
+def kohya_base(config: Config, layers: Mapping[str, Any]) -> dict[str, str]:
+    """What the base model is, as a LoRA file's metadata in kohya's words; readers tell 1.x from 2.x by it."""
+    kind = prediction_type_of(config.model)
+    parameterised = {"v_prediction": "v", "epsilon": "epsilon"}.get(kind or "")
+    said = {"modelspec.prediction_type": parameterised} if parameterised else {}
+    if config.model.type == "sdxl":
+        return {"ss_base_model_version": "sdxl_base_v1-0", **said}
+    width = text_width(layers) or architecture_of(config.model).unet["cross_attention_dim"]
+    second = width == _SD2_WIDTH
+    version = ("sd_v2" if second else "sd_v1") + ("_v" if parameterised == "v" else "")
+    return {"ss_base_model_version": version, "ss_v2": str(second), **said}
 
 
 def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path | None:
@@ -153,7 +198,7 @@ def _figures(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
 def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weights: str) -> dict[str, str]:
     commit = git_commit()
     return {
-        "base model": _base(config),
+        "base model": base_name(config),
         "algorithm": config.algorithm.type,
         "rewards (drove the update)": ", ".join(entry.name for entry in config.rewards.train),
         "judges (held out)": ", ".join(entry.name for entry in config.rewards.judges) or "none",
@@ -161,68 +206,17 @@ def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weigh
         "weights": "averaged over optimiser steps" if weights == "ema" else "of the last optimiser step",
         "seed": str(config.run.seed),
         "run": config.run.name,
+        **_drawn_with(config),
         "weights sha256": digest,
         **({"code": commit} if commit else {}),
     }
 
 
-def _card(
-    config: Config, layout: Format, file: str, schedule: Path | None, facts: Mapping[str, str],
-    figures: Mapping[str, float],
-) -> str:  # fmt: skip
-    licence = base_licence(config)
-    head = {
-        "library_name": "diffusers",
-        "base_model": _base(config),
-        "tags": [*dict.fromkeys(["acpo", config.algorithm.type])],
+def _drawn_with(config: Config) -> dict[str, str]:
+    """Settings of the run's pictures that a pipeline would choose otherwise."""
+    said = {
+        "revision of the base model": getattr(config.model, "revision", None),
+        "picture size": getattr(config.model, "image_size", None),
+        "negative prompt": getattr(config.model, "negative_prompt", None),
     }
-    if licence:
-        head["license"] = licence
-    stated = licence or "not stated by the base model's files; look it up there before you pass the model on"
-    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items())
-    return "\n".join(
-        [
-            f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
-            f"# {config.run.name}\n",
-            f"`{_base(config)}`, tuned on no-reference image quality with acpo_dist and held near the base model.\n",
-            f"## Use\n\n```python\n{_code(config, layout, file, schedule)}```\n",
-            "## Provenance\n\n| what | value |\n| --- | --- |",
-            *(f"| {name} | {value} |" for name, value in facts.items()),
-            "\n## Measured before these weights\n\n| figure | value |\n| --- | --- |",
-            measured or "| nothing recorded | |",
-            f"\n## Licence\n\nThe base model's: {stated}. Tuning adds no right to it.\n",
-        ]
-    )
-
-
-def _code(config: Config, layout: Format, file: str, schedule: Path | None) -> str:
-    if layout == "merged":
-        lines = ["from diffusers import DiffusionPipeline", "", 'pipeline = DiffusionPipeline.from_pretrained(".")']
-    else:
-        lines = [
-            "from diffusers import DiffusionPipeline",
-            "",
-            f'pipeline = DiffusionPipeline.from_pretrained("{_base(config)}")',
-            f'pipeline.load_lora_weights(".", weight_name="{file}")',
-        ]
-    if schedule is not None:
-        # Euler is equal to DDIM on the same levels; with this spacing diffusers starts it from unit noise.
-        lines = [
-            "import json",
-            "",
-            lines[0].replace("import DiffusionPipeline", "import DiffusionPipeline, EulerDiscreteScheduler"),
-            *lines[1:],
-            "pipeline.scheduler = EulerDiscreteScheduler.from_config(",
-            '    pipeline.scheduler.config, timestep_spacing="leading"',
-            ")",
-            f'with open("{schedule.name}") as schedule:',
-            '    levels = json.load(schedule)["diffusers"]["EulerDiscreteScheduler"]',
-            'picture = pipeline("a prompt", **levels).images[0]',
-        ]
-    return "\n".join([*lines, ""])
-
-
-def _base(config: Config) -> str:
-    """A folder's own name: where it lies is nobody's business."""
-    path = config.model.path
-    return Path(path).name if Path(path).is_dir() else path
+    return {name: str(value) for name, value in said.items() if value is not None}

@@ -64,10 +64,13 @@ def check_strength(value: float, option: str) -> None:
 
 
 class AnchorKnob:
-    """LoRA in a pipeline with a strength that may depend on the timestep; at 0 the base model itself answers."""
+    """LoRA in a pipeline with a strength that may depend on the timestep; at 0 the base model itself answers.
+
+    Text encoders that the file adapts too have the same strength. They are asked once for all timesteps.
+    """
 
     def __init__(self, pipeline: Any, path: Path) -> None:
-        """Load the file into the pipeline's U-Net.
+        """Load the file into the pipeline's U-Net, and into its text encoders where it has layers for them.
 
         Raises:
             ModelError: the file cannot be read, or is made for another architecture.
@@ -75,31 +78,38 @@ class AnchorKnob:
         if not hasattr(pipeline, "load_lora_weights"):
             raise ModelError(f"--lora: a {type(pipeline).__name__} takes no LoRA.")
         file = _lora_file(path)
-        expected = check_lora_file(file, pipeline.unet)
+        expected, texts = check_lora_file(file, pipeline.unet)
         try:
             with _quiet():
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_NAME)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"--lora: {file} does not fit the U-Net, it belongs to another one: {reason}") from error
-        # LoRA's own attributes are unknown to the type that all tuners share.
-        self._layers: list[Any] = [
-            module
-            for module in pipeline.unet.modules()
-            if isinstance(module, BaseTunerLayer) and _NAME in getattr(module, "scaling", {})
-        ]
-        if len(self._layers) != expected:
-            raise ModelError(
-                f"--lora: {file} holds {expected} layers, but {len(self._layers)} of them have a place in this U-Net: "
-                "it belongs to another architecture."
-            )
-        self._scales = [float(layer.scaling[_NAME]) for layer in self._layers]
-        self._strength, self._ranges = 1.0, tuple[Range, ...]()
+        self._layers = _scaled_layers(pipeline.unet)
+        encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+        self._text_layers = [pair for encoder in encoders if encoder is not None for pair in _scaled_layers(encoder)]
+        for found, wanted, what in ((self._layers, expected, "U-Net"), (self._text_layers, texts, "text encoders")):
+            if len(found) != wanted:
+                raise ModelError(
+                    f"--lora: {file} holds {wanted} layers for the {what}, but {len(found)} of them have a place here: "
+                    "it belongs to another architecture."
+                )
+        self._file, self._strength, self._ranges = file, 1.0, tuple[Range, ...]()
         pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def set(self, strength: float, ranges: Sequence[Range] = ()) -> None:
-        """Use this strength; of several ranges that hold a timestep the last one counts."""
+        """Use this strength; of several ranges that hold a timestep the last one counts.
+
+        Raises:
+            UsageError: ranges for a file that adapts text encoders, which know no timestep.
+        """
+        if ranges and self._text_layers:
+            raise UsageError(
+                f"--strength-range: {self._file} adapts text encoders too, and a text is encoded once for all "
+                "timesteps. Use one --anchor-strength, or a LoRA of the U-Net alone."
+            )
         self._strength, self._ranges = strength, tuple(ranges)
+        _turn(self._text_layers, strength)
 
     def at(self, timestep: float) -> float:
         """The strength for a timestep."""
@@ -110,10 +120,25 @@ class AnchorKnob:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         # One number per call in every pipeline; batches share it.
         strength = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))
-        for layer, scale in zip(self._layers, self._scales, strict=True):
-            # Off, not a weight of 0: the base model's picture to the bit.
-            layer._disable_adapters = strength == 0
-            layer.scaling[_NAME] = strength * scale
+        _turn(self._layers, strength)
+
+
+def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
+    """Modules of a network that the file adapts, each with its own scale at full strength."""
+    # LoRA's own attributes are unknown to the type that all tuners share.
+    found: list[Any] = [
+        module
+        for module in network.modules()
+        if isinstance(module, BaseTunerLayer) and _NAME in getattr(module, "scaling", {})
+    ]
+    return [(layer, float(layer.scaling[_NAME])) for layer in found]
+
+
+def _turn(layers: Sequence[tuple[Any, float]], strength: float) -> None:
+    for layer, scale in layers:
+        # Off, not a weight of 0: the base model's picture to the bit.
+        layer._disable_adapters = strength == 0
+        layer.scaling[_NAME] = strength * scale
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Which backend a run uses, and its ports."""
 
-import os
-
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
@@ -16,11 +14,9 @@ def choose_backend(config: Config) -> str:
     """
     wanted = config.cluster.backend
     if wanted == "auto":
-        rewards = config.rewards
-        replicas = max(rewards.replicas, *(rewards.pool_of(name).bounds[1] for name in rewards.pool), 1)
-        several = config.learner.zero_stage is not None or config.rollout.num_workers > 1 or replicas > 1
-        several = several or rewards.http.enabled
-        wanted = "ray" if several or config.cluster.address or os.environ.get("RAY_ADDRESS") else "local"
+        from acpo_dist.planning.sharing import one_process
+
+        wanted = "local" if one_process(config) else "ray"
     if wanted == "local" and config.rewards.http.enabled:
         raise ConfigError("rewards.http.enabled needs Ray: set cluster.backend=ray, or rewards.http.enabled=false.")
     if wanted == "ray" and not module_available("ray"):

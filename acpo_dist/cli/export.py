@@ -28,7 +28,11 @@ def export_command(
                 "folder": str(done.folder), "file": str(done.file), "card": str(done.card),
                 "schedule": str(done.schedule) if done.schedule else None,
                 "iteration": done.iteration, "sha256": done.checksum, "format": layout, "weights": weights,
+                "guard": done.guard,
             }
         )  # fmt: skip
         return
-    Console().message(f"{done.file} ({layout}, {weights} weights of iteration {done.iteration}); {done.card}")
+    console = Console()
+    if done.guard is not None:
+        console.message(done.guard)
+    console.message(f"{done.file} ({layout}, {weights} weights of iteration {done.iteration}); {done.card}")

@@ -10,7 +10,9 @@ from acpo_dist.cli.app import answer, app
 
 @app.command("generate")
 def generate(
-    model: Annotated[str, typer.Argument(help="Run, pipeline folder, hub id, or an embedded toy.")],
+    model: Annotated[
+        str, typer.Argument(help="Run, pipeline folder, hub id, or an embedded toy. With --lora a run is its base.")
+    ],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Pictures per prompt; their seeds follow from --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoise steps, where no schedule says it.")] = 20,
@@ -19,7 +21,12 @@ def generate(
         str, typer.Option(help="euler (follows levels exactly) or dpmpp_2m (integer timesteps).")
     ] = "euler",
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 5.0,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; default: the run's, or none.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels; default: the run's, or the model's own.")
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
     anchor_strength: Annotated[
         float | None, typer.Option(help="0 the base model, 1 the tuned one; needs --lora, or a run that tuned one.")
@@ -37,27 +44,42 @@ def generate(
 
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.seeding import derive_seed
-    from acpo_dist.pipeline import arguments_for, base_and_lora, open_pipeline, pictures_of
+    from acpo_dist.pipeline import (
+        arguments_for,
+        exported_lora,
+        open_base,
+        open_pipeline,
+        pictures_of,
+        run_config,
+        size_arguments,
+    )
     from acpo_dist.strength import AnchorKnob, check_strength, parse_grid, parse_range
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.pictures import save_grid
 
     wanted = anchor_strength is not None or bool(strength_range) or grid is not None
-    vae = None
+    config = run_config(model)
     if wanted and lora is None:
-        model, lora, vae = base_and_lora(model)
+        lora = exported_lora(model)
     if grid is not None and anchor_strength is not None:
         raise UsageError("--grid draws several strengths, --anchor-strength one: give one of the two")
     strengths = parse_grid(grid) if grid is not None else (1.0 if anchor_strength is None else anchor_strength,)
     for value in strengths:
         check_strength(value, "--anchor-strength")
     ranges = [parse_range(text) for text in strength_range or ()]
-    pipeline, conditional = open_pipeline(model, solver, vae=vae)
+    if config is not None and lora is not None:
+        # The run's export holds its LoRA merged in; another one, or a part of it, goes on what the run tuned.
+        pipeline, conditional = open_base(config, solver)
+    else:
+        pipeline, conditional = open_pipeline(model, solver)
     if conditional and not prompt:
         raise UsageError("the model draws from prompts: give --prompt, once or more often")
     knob = AnchorKnob(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
-    walk = arguments_for(pipeline, schedule, steps)
+    if config is not None:
+        size = getattr(config.model, "image_size", None) if size is None else size
+        negative_prompt = getattr(config.model, "negative_prompt", None) if negative_prompt is None else negative_prompt
+    walk = arguments_for(pipeline, schedule, steps) | size_arguments(pipeline, size)
     console, rows, pictures, labels = Console(), [], [], []
     out.mkdir(parents=True, exist_ok=True)
     with console.phase("generate", len(prompts) * num * len(strengths)) as advance:

@@ -94,8 +94,14 @@ def architecture_of(config: Any) -> Architecture:
     return Architecture(family=family, unet=unet, vae=vae, text_encoders=tuple(part for part in encoders if part))
 
 
-def _read(config: Any, part: str | None) -> Mapping[str, Any] | None:
-    name = f"{part}/config.json" if part else "config.json"
+def prediction_type_of(config: Any) -> str | None:
+    """What the configured model predicts, from its folder or the hub's local cache; None where that is not known."""
+    scheduler = _read(config, "scheduler", "scheduler_config.json")
+    return None if scheduler is None else str(scheduler.get("prediction_type", "epsilon"))
+
+
+def _read(config: Any, part: str | None, file_name: str = "config.json") -> Mapping[str, Any] | None:
+    name = f"{part}/{file_name}" if part else file_name
     path = config.path
     if path == "train":
         raise ModelError("model.path is `train`: the model is made by the run, and small; there is nothing to plan.")

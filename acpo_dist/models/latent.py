@@ -68,7 +68,7 @@ class LatentFamily:
         )  # fmt: skip
         self._decoder = self.load_decoder(config, device=device)
         factor = 2 ** (len(self._decoder.vae.config["block_out_channels"]) - 1)
-        self.pixels = config.image_size or unet.config["sample_size"] * factor
+        self.pixels = config.image_size or self._own_side(unet) * factor
         if self.pixels % factor:
             raise ModelError(f"model.image_size ({self.pixels}) must be a multiple of {factor}, the VAE's reduction.")
         self.sample_shape = (unet.config["in_channels"], self.pixels // factor, self.pixels // factor)
@@ -114,6 +114,15 @@ class LatentFamily:
         return path
 
     @classmethod
+    def open_pipeline(cls, config: Any) -> Any:
+        """The untuned model as diffusers' own pipeline in float32: its files as they are configured, no unused part.
+
+        Raises:
+            ModelError: not to be had, not whole, or another kind of pipeline.
+        """
+        return cls._whole(config, cls.locate(config))
+
+    @classmethod
     def embeddings(cls, config: Any, *, device: str) -> PromptEmbeddings:
         """The prompts' side alone, with its folder on disk: what `acpo embed` fills before a run.
 
@@ -156,15 +165,7 @@ class LatentFamily:
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
-        parts: dict[str, Any] = {"unet": self._tuned.merged(), **dict.fromkeys(self.unused_parts), **self.saved_with}
-        if self.config.vae is not None:
-            # Read again: ours may be narrower, and on another device.
-            parts["vae"] = load_vae(
-                self.path, self.config.vae, dtype="float32", device="cpu", offline=self.config.offline
-            )
-        pipeline = load_part(
-            self.pipeline.from_pretrained, self.path, None, torch_dtype=torch.float32, **parts, **self._options
-        )
+        pipeline = self._whole(self.config, self.path, unet=self._tuned.merged())
         # One type throughout: transformers opens an encoder in the type it was saved in, diffusers the rest in float32.
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
@@ -177,6 +178,11 @@ class LatentFamily:
     def _embedder(cls, config: Any, path: str) -> Any:
         """(encoders, prompt) -> embeddings; the empty prompt is the null condition."""
         raise NotImplementedError
+
+    @classmethod
+    def _null_is_zeros(cls, config: Any, path: str) -> bool:
+        """Whether the null condition is zeros, which no encoder has made."""
+        return False
 
     def _extra(self, count: int) -> dict[str, Tensor]:
         """Conditioning that is the same for every prompt."""
@@ -200,6 +206,29 @@ class LatentFamily:
             )
 
     # Shared steps
+
+    def _own_side(self, unet: Any) -> int:
+        """Height and width of the latents that the U-Net was made for."""
+        size = unet.config["sample_size"]
+        sides = {size} if isinstance(size, int) else set(size or ())
+        if len(sides) != 1:
+            raise ModelError(
+                f"model.path: the U-Net of `{self.path}` says sample_size {size}, expected one number or two equal "
+                "ones. Set model.image_size to the height and width in pixels that are to be drawn."
+            )
+        return int(sides.pop())
+
+    @classmethod
+    def _whole(cls, config: Any, path: str, **parts: Any) -> Any:
+        """diffusers' pipeline of a folder, with some of its parts given."""
+        parts |= {**dict.fromkeys(cls.unused_parts), **cls.saved_with}
+        if config.vae is not None:
+            # Read anew for a loaded family too: its own may be narrower, and on another device.
+            parts["vae"] = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline)
+        return load_part(
+            cls.pipeline.from_pretrained, path, None, torch_dtype=torch.float32, revision=config.revision,
+            variant=config.variant, **parts,
+        )  # fmt: skip
 
     @classmethod
     def _check_folder(cls, path: str, config: Any) -> None:
@@ -229,5 +258,7 @@ class LatentFamily:
         if root is None:
             return None
         parts = [name for part in cls.text_parts for name in part[:2]]
-        facts = {"dtype": config.dtype, "variant": config.variant, "negative_prompt": config.negative_prompt}
-        return root / fingerprint(path, parts, **facts)
+        return root / fingerprint(
+            path, parts, dtype=config.dtype, variant=config.variant, negative_prompt=config.negative_prompt,
+            null_is_zeros=cls._null_is_zeros(config, path),
+        )  # fmt: skip

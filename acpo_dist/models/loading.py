@@ -96,6 +96,8 @@ def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = 
         if part in without or not (isinstance(kind, list) and len(kind) == 2 and kind[1]):
             continue
         needed, weights = _needed_files(kind[1])
+        if kind[1].startswith("CLIPTokenizer"):
+            missing += [f"{part}/{name}" for name in _missing_words(root / part)]
         missing += [f"{part}/{name}" for name in needed if not (root / part / name).is_file()]
         if weights:
             missing += [f"{part}/{name}" for name in _missing_weights(root / part, weights, variant)]
@@ -111,9 +113,18 @@ def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = 
 def _needed_files(kind: str) -> tuple[tuple[str, ...], str | None]:
     if kind.endswith("Scheduler"):
         return ("scheduler_config.json",), None
-    if "Tokenizer" in kind or "Processor" in kind or "Extractor" in kind:
+    if "Tokenizer" in kind:
+        return ("tokenizer_config.json",), None
+    if "Processor" in kind or "Extractor" in kind:
         return (), None
     return ("config.json",), "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
+
+
+def _missing_words(folder: Path) -> list[str]:
+    """A CLIP tokenizer without its words loads all the same, and takes every prompt for the same one."""
+    if (folder / "tokenizer.json").is_file():
+        return []
+    return [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
 
 
 def _missing_weights(folder: Path, stem: str, variant: str | None) -> list[str]:

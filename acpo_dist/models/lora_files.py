@@ -19,6 +19,8 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+_DOWN = re.compile(r"lora_(A|down|linear_layer\.down)|lora\.down")
+"""Names of the first of the two matrices, in peft's, kohya's and diffusers' older layouts."""
 _MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
 
 
@@ -90,11 +92,17 @@ def _inside(kind: str, rest: list[str]) -> list[str]:
     return [_RESNET.get(rest[0], rest[0])] if kind == "resnets" else rest
 
 
-def check_lora_file(path: Path, unet: Any) -> int:
+def text_width(layers: Mapping[str, Tensor]) -> int | None:
+    """Width of the text that the adapted cross-attention reads, from a checkpoint's adapters; None without such."""
+    read = re.compile(r"attn2\.to_[kv]\.lora_A\.")
+    return next((int(value.shape[1]) for name, value in layers.items() if read.search(name)), None)
+
+
+def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
     """Refuse a file that holds no LoRA for this U-Net, before anything is loaded.
 
     Returns:
-        Number of modules that it adapts.
+        Numbers of modules that it adapts: of the U-Net, and of text encoders.
 
     Raises:
         ModelError: unreadable, no LoRA, made for another architecture, or for text encoders alone.
@@ -104,7 +112,7 @@ def check_lora_file(path: Path, unet: Any) -> int:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"--lora: {path} cannot be read as safetensors: {error}") from error
-    downs = {name: shape for name, shape in shapes.items() if re.search(r"lora_(A|down)|lora\.down", name)}
+    downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
     own = {name: shape for name, shape in downs.items() if "text_encoder" not in name and "lora_te" not in name}
     if not own:
         held = f"{len(downs)} layers for text encoders alone" if downs else "no LoRA layers"
@@ -116,7 +124,7 @@ def check_lora_file(path: Path, unet: Any) -> int:
             f"--lora: {path} is made for a U-Net that reads text of width {_widths(found)}, and this one reads "
             f"{_widths({width})}: it belongs to another architecture."
         )
-    return len(own)
+    return len(own), len(downs) - len(own)
 
 
 def _widths(widths: set[Any]) -> str:

@@ -42,8 +42,7 @@ class SdxlFamily(LatentFamily):
 
     @classmethod
     def _embedder(cls, config: Config, path: str) -> Any:
-        index = load_part(cls.pipeline.load_config, path, None)
-        zeros = bool(index.get("force_zeros_for_empty_prompt", True)) and config.negative_prompt is None
+        zeros = cls._null_is_zeros(config, path)
 
         def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
             text = prompt or config.negative_prompt or ""
@@ -58,6 +57,11 @@ class SdxlFamily(LatentFamily):
             return {name: torch.zeros_like(value) for name, value in made.items()} if zeros and not prompt else made
 
         return embed
+
+    @classmethod
+    def _null_is_zeros(cls, config: Config, path: str) -> bool:
+        index = load_part(cls.pipeline.load_config, path, None)
+        return bool(index.get("force_zeros_for_empty_prompt", True)) and config.negative_prompt is None
 
     def _extra(self, count: int) -> dict[str, Tensor]:
         return {"time_ids": self._time_ids.expand(count, -1)}

@@ -110,8 +110,21 @@ class TunedNetwork:
         return {name: value * self._scale if ".lora_B." in name else value for name, value in state.items()}
 
     def merged(self) -> nn.Module:
-        """A plain float32 copy with the tuning merged in, for export: in bfloat16 a small update would round away."""
-        plain = copy.deepcopy(self.network).float()
+        """The network in float32 with the tuning merged in, for export: in bfloat16 a small update would round away.
+
+        What is float32 already and has no adapter is shared with the network that trains, not copied.
+        """
+        adapted = {
+            id(value)
+            for module in self.network.modules() if isinstance(module, BaseTunerLayer)
+            for value in module.parameters()
+        }  # fmt: skip
+        kept = {
+            id(value): value
+            for value in self.network.parameters() if value.dtype == torch.float32 and id(value) not in adapted
+        }  # fmt: skip
+        # To the copy these count as copied already.
+        plain = copy.deepcopy(self.network, memo=kept).float()
         if self.method == "full":
             return plain
         for module in list(plain.modules()):

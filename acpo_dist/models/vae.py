@@ -43,6 +43,11 @@ class VaeDecoder:
         if checkpointing:
             recompute_layers(self.vae.decoder)
 
+    @property
+    def channels(self) -> int:
+        """Channels of the latents that `decode` takes."""
+        return int(self.vae.config["latent_channels"])
+
     def decode(self, clean: Tensor) -> Tensor:
         """Scaled latents (B, 4, h, w) -> RGB around [0, 1], float32, not clipped.
 

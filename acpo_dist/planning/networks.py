@@ -58,8 +58,7 @@ def reduction(architecture: Architecture) -> int:
 def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
     """(C, H, W) of x_0."""
     factor, size = reduction(architecture), architecture.unet["sample_size"]
-    side = size if isinstance(size, int) else size[0]
-    pixels = getattr(config, "image_size", None) or side * factor
+    pixels = getattr(config, "image_size", None) or (size if isinstance(size, int) else size[0]) * factor
     return architecture.unet["in_channels"], pixels // factor, pixels // factor
 
 

@@ -14,7 +14,8 @@ from acpo_dist.models.vae import VAE_DTYPES
 from acpo_dist.planning import phases
 from acpo_dist.planning.memory import GIB, LearnerState, Memory, learner_state
 from acpo_dist.planning.networks import FakePolicy, new_text_encoders, new_unet, new_vae
-from acpo_dist.planning.rates import CONTEXT_GIB, Device, device_for
+from acpo_dist.planning.rates import Device, device_for
+from acpo_dist.planning.sharing import needed_gib, replicas_of, reward_devices, rollout_devices
 from acpo_dist.planning.tracer import Trace
 from acpo_dist.planning.warnings import warnings_for
 
@@ -33,7 +34,8 @@ class Plan:
     """Per sample, by computation."""
     device: Device
     needed_gib: dict[str, float]
-    """Per device: of each role, or of the one process that holds all of them."""
+    """Per device at worst: of each role's workers that share one, of several roles' (`shared`), or of the one process
+    that holds all of them (`all`)."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -80,7 +82,8 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     """
     architecture = architecture_of(config.model)
     learner = config.learner
-    wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, config.rewards.gpus_per_replica) > 0
+    shares = [config.rewards.pool_of(name).gpus or 0.0 for name in replicas_of(config)]
+    wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, *shares) > 0
     target = device_for(device, wants_gpu=wants_gpu)
     setting = setting_of(config, architecture)
     parameters = count_parameters(config, architecture)
@@ -95,12 +98,12 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     batch = _batch(config)
     flops = _flops(config, traced)
     seconds = _seconds(config, flops, batch, target)
-    needed = _needed(config, roles, target)
+    needed = needed_gib(config, roles, target)
     return Plan(
         parameters=parameters, roles=roles, batch=batch, seconds=seconds, device=target, needed_gib=needed,
         workers={
             "rollout": config.rollout.num_workers, "learner": learner.num_ranks,
-            "reward": config.rewards.replicas * len((*config.rewards.train, *config.rewards.judges)),
+            "reward": sum(replicas_of(config).values()),
         },
         teraflops={name: value / 1e12 for name, value in flops.items()},
         warnings=warnings_for(config, architecture, roles, needed, target),
@@ -222,24 +225,13 @@ def _flops(config: Config, traced: _Traced) -> dict[str, float]:
 
 def _seconds(config: Config, flops: dict[str, float], batch: dict[str, int], device: Device) -> dict[str, float]:
     samples, model = batch["samples_per_iteration"], config.model
-    local = config.cluster.backend == "local"
-    workers = 1 if local else config.rollout.num_workers
-    replicas = 1 if local else config.rewards.replicas
     trained = samples * config.learner.inner_epochs
-    decoded = trained * flops["reward_gradient"] * len(config.rewards.train)
+    # One reward after the other, each on the devices of its own replicas.
+    decoded = trained * flops["reward_gradient"] * sum(1 / count for count in reward_devices(config).values())
     vae = getattr(model, "vae_dtype", "float32")
     sampling = samples * (flops["rollout"] - flops["decode"]) / device.rate(model.dtype)
     return {
-        "rollout": (sampling + samples * flops["decode"] / device.rate(vae)) / workers,
-        "reward": decoded / device.rate(vae) / replicas,
+        "rollout": (sampling + samples * flops["decode"] / device.rate(vae)) / rollout_devices(config),
+        "reward": decoded / device.rate(vae),
         "learner": trained * flops["learner"] / device.rate(config.learner.precision) / config.learner.num_ranks,
     }
-
-
-def _needed(config: Config, roles: dict[str, Memory], device: Device) -> dict[str, float]:
-    """GiB per device. One process holds the tensors of all roles, and works in one of them at a time."""
-    context = CONTEXT_GIB if device.memory_gib is not None else 0.0
-    if config.cluster.backend == "local" or (config.learner.zero_stage is None and config.rollout.num_workers == 1):
-        held = sum(memory.total - memory.activations for memory in roles.values())
-        return {"all": held + max(memory.activations for memory in roles.values()) + context}
-    return {name: memory.total + context for name, memory in roles.items()}

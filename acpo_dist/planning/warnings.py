@@ -9,6 +9,10 @@ from acpo_dist.planning.rates import Device
 
 TIGHT = 0.92
 """Share of a device's memory above which a plan is not to be trusted to fit."""
+_WHO = {
+    "all": "one process holds everything: it",
+    "shared": "a GPU that workers of several roles share (gpus_per_worker, gpus_per_rank, gpus_per_replica)",
+}
 _OWN = ("two_stream", "strided_judge")
 """Metrics of a few hundred thousand parameters, next to nothing."""
 
@@ -49,7 +53,7 @@ def _too_much(
     if device.memory_gib is None or amount <= TIGHT * device.memory_gib:
         return None
     over = "more than" if amount > device.memory_gib else "nearly all of"
-    who = "one process holds everything: it" if name == "all" else f"`{name}`"
+    who = _WHO.get(name, f"`{name}`")
     remedies = _remedies(config, name, roles)
     return (
         f"out of memory ahead: {who} needs about {amount:.1f} GiB, {over} the {device.memory_gib:.1f} GiB of "
@@ -61,7 +65,7 @@ def _remedies(config: Config, name: str, roles: Mapping[str, Memory]) -> str:
     """What would save most, by the largest piece."""
     memory = getattr(config.model, "memory", None)
     ways: list[str] = []
-    largest = name if name != "all" else max(roles, key=lambda role: roles[role].total)
+    largest = name if name in roles else max(roles, key=lambda role: roles[role].total)
     if largest == "learner":
         if memory is not None and not memory.gradient_checkpointing:
             ways.append("model.memory.gradient_checkpointing=true")

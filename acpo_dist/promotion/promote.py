@@ -103,10 +103,11 @@ def _bundle(chosen: Checkpoint) -> WeightBundle:
 
 def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> Path:
     """The run's own export where it holds this checkpoint, else one of its own beside it."""
-    if chosen.iteration == verdict.exported:
+    bundle = _bundle(chosen)
+    if bundle.checksum == verdict.exported:
         return run / "export"
     folder = run / f"export-{chosen.iteration:06d}"
-    export_pipeline(config, _bundle(chosen), folder)
+    export_pipeline(config, bundle, folder)
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
+from acpo_dist.driver import read_export_facts
 from acpo_dist.guard.decision import Reason
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore
 from acpo_dist.tracking.jsonl import read_metrics
@@ -23,8 +24,8 @@ class Verdict:
     """Empty if the guard is clean."""
     remarks: tuple[str, ...]
     """What was reported during the run, whether it passed or not."""
-    exported: int
-    """Iteration whose weights the run's export holds."""
+    exported: str | None
+    """SHA-256 of the weights that the run's export holds."""
     best: int
     """Iteration of the checkpoint that the judges liked best; 0 is the base model."""
 
@@ -32,6 +33,33 @@ class Verdict:
     def clean(self) -> bool:
         """Whether nothing speaks against it."""
         return not self.objections
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How the guard ended a run before its time."""
+
+    action: str
+    """`stop` or `roll_back`."""
+    best: int
+    """Iteration of the checkpoint that the judges liked best then; 0 is the base model."""
+    text: str
+    """For people."""
+
+
+def guard_ending(run: Path, iterations: int) -> Ending | None:
+    """How the guard ended a run that has done so many iterations; None if it did not, or the run went on since."""
+    records = guard_records(run)
+    if not records or records[-1]["action"] not in _ENDING or records[-1]["iteration"] + 1 < iterations:
+        return None
+    record = records[-1]
+    return Ending(action=record["action"], best=int(record["best_iteration"]), text=_ended(record))
+
+
+def guard_records(run: Path) -> list[dict[str, Any]]:
+    """What the guard wrote during a run, the oldest first."""
+    path = run / "guard.jsonl"
+    return read_metrics(path) if path.is_file() else []
 
 
 def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
@@ -43,13 +71,9 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
     newest = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
     if newest is None or not (run / "export" / "model_index.json").is_file():
         raise UsageError(f"{run} has exported nothing yet, so there is nothing to promote: a run does so when it ends.")
-    records = read_metrics(run / "guard.jsonl") if (run / "guard.jsonl").is_file() else []
+    records = guard_records(run)
     state = newest.state["guard"]["state"]
-    objections = [
-        f"the guard ended the run after iteration {record['iteration'] + 1} ({record['action']}): {_why(record)}"
-        for record in records
-        if record["action"] in _ENDING
-    ]
+    objections = [_ended(record) for record in records if record["action"] in _ENDING]
     # An ending says the same in more words.
     if not objections:
         objections += [
@@ -60,10 +84,9 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
     if not config.rewards.judges:
         objections.append("no held-out judge watched the run (rewards.judges is empty)")
     best = int(state["best"][0])
-    rolled_back = bool(records) and records[-1]["action"] == "roll_back"
     return Verdict(
         objections=tuple(objections), remarks=tuple(_remark(record) for record in records),
-        exported=int(records[-1]["best_iteration"]) if rolled_back else newest.iteration, best=best,
+        exported=(read_export_facts(run / "export") or {}).get("policy_sha256"), best=best,
     ), newest  # fmt: skip
 
 
@@ -95,6 +118,10 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} holds no finished evaluation: {path.name} cannot be read ({error})") from error
+
+
+def _ended(record: Mapping[str, Any]) -> str:
+    return f"the guard ended the run after iteration {record['iteration'] + 1} ({record['action']}): {_why(record)}"
 
 
 def _why(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A pipeline of full size with random weights: for benchmarks and tests where no trained one can be had."""
 
 import json
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from acpo_dist.core.errors import UsageError
 from acpo_dist.models.architectures import PUBLISHED, Architecture
 from acpo_dist.recipes.toy_models import sdxl_scheduler
 from acpo_dist.toy.text import write_tokenizer
@@ -22,9 +24,27 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
     """Write an SDXL folder of 2.6 B + 0.8 B parameters (7 GB in bfloat16); one that is there already is kept.
 
     The tokenizer knows the toy world's words alone, cut and padded to SDXL's 77 tokens.
+
+    Raises:
+        UsageError: the folder holds something else.
     """
     if (folder / "model_index.json").is_file():
         return folder
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(
+            f"{folder} is taken, and holds no pipeline (no model_index.json). Name a folder that does not exist yet."
+        )
+    # Beside the final place first: a folder that is cut short must not be taken for a whole one.
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+    try:
+        _write(partial, dtype, device, seed)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write(folder: Path, dtype: torch.dtype, device: str, seed: int) -> None:
     architecture = PUBLISHED["sdxl"]
     block = torch.rand(_BLOCK, generator=torch.Generator().manual_seed(seed)).to(device) - 0.5
     write_tokenizer(folder / "tokenizer")
@@ -41,12 +61,7 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
         scheduler=scheduler,  # pyright: ignore[reportArgumentType]
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
-    # Beside the final place first: a folder that is cut short must not be taken for a whole one.
-    partial = folder.with_name(folder.name + ".partial")
-    pipeline.save_pretrained(partial, safe_serialization=True)
-    shutil.rmtree(folder)
-    partial.rename(folder)
-    return folder
+    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def _encoder(kind: Any, architecture: Architecture, index: int, dtype: torch.dtype, block: torch.Tensor) -> Any:

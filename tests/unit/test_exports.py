@@ -1,13 +1,18 @@
 """What is exported opens in plain diffusers with the same picture; the anchor's knob goes from base to tuned."""
 
 import json
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +22,7 @@ from acpo_dist.config.load import dump, load_config
 from acpo_dist.core.errors import ModelError, UsageError
 from acpo_dist.core.types import PromptGroup, SamplePlan
 from acpo_dist.diffusion.trajectory import explicit_trajectory
+from acpo_dist.exports import export, kohya_base
 from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.learner.engine import TorchEngine
 from acpo_dist.models.family import trainable_tensors
@@ -35,7 +41,7 @@ on_latents = pytest.mark.parametrize("kind", list(FAMILIES))
 
 def tuned(config):
     """The family with every trainable weight moved."""
-    family = FAMILIES[config.model.type].load(config.model, device="cpu", trainable=False)
+    family = FAMILIES[config.model.type].load(config.model, device="cpu", trainable=True)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainable_tensors(family.network).values():
@@ -193,6 +199,96 @@ def test_full_tuning_has_no_lora_and_a_taken_folder_is_refused(runs, tmp_path, m
     assert code == 2 and "unknown --format onnx" in err
 
 
+def unet_of(folder: Path) -> dict[str, torch.Tensor]:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+
+
+def test_weights_tuned_whole_are_exported_as_the_checkpoint_holds_them_where_rollouts_run_in_bfloat16(
+    tmp_path, monkeypatch, capsys
+):
+    run = finished_run("sdxl", tmp_path / "run", "model.tuning.method=full", "model.dtype=bfloat16")
+    code, _, err = command(monkeypatch, capsys, "export", run, "--out", tmp_path / "out", "--format", "merged")
+    assert code == 0, err
+    weights = load_file(run / "checkpoints" / "000003" / "learner" / "policy.safetensors")
+    found = unet_of(tmp_path / "out")
+    assert set(found) == set(weights) and all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_a_merged_lora_lies_on_the_unrounded_base_where_rollouts_run_in_bfloat16(tmp_path, monkeypatch, capsys):
+    run = finished_run("sdxl", tmp_path / "run", "model.dtype=bfloat16", "model.tuning.targets=[to_q]")
+    code, _, err = command(monkeypatch, capsys, "export", run, "--out", tmp_path / "out", "--format", "merged")
+    assert code == 0, err
+    untouched, found = unet_of(ASSETS / "toy-sdxl"), unet_of(tmp_path / "out")
+    adapters = load_file(run / "checkpoints" / "000003" / "learner" / "policy.safetensors")
+    for name, value in untouched.items():
+        module = name.removesuffix(".weight")
+        update = torch.zeros(())
+        if module.endswith("to_q"):
+            up, down = (adapters[f"{module}.lora_{part}.default.weight"] for part in "BA")
+            update = 24 / 16 * up @ down
+        # One addition in float32; bfloat16 would be off by 4e-3 of the weight.
+        torch.testing.assert_close(found[name], value + update, rtol=1e-6, atol=1e-6 if update.ndim else 0)
+
+
+@pytest.fixture
+def taken_back(runs, tmp_path) -> Path:
+    """A run whose guard went back from iteration 5 to the checkpoint of iteration 3."""
+    root = Path(shutil.copytree(runs["sdxl"], tmp_path / "run"))
+    store = CheckpointStore(root / "checkpoints", keep=9)
+    partial, kept = store.prepare(5), store.open(3)
+    for name in ("policy", "ema"):
+        moved = {key: value + 1 for key, value in load_file(kept.learner_folder / f"{name}.safetensors").items()}
+        save_file(moved, partial / "learner" / f"{name}.safetensors")
+    store.commit(partial, 5, {"version": 5, "trajectory": kept.state["trajectory"]})
+    rolled_back(root, best=3)
+    return root
+
+
+def rolled_back(root: Path, *, best: int) -> None:
+    reason = {"rule": "judge_below_base/strided_judge", "level": "stop", "value": 2.0, "warn": 0.5, "stop": 1.0}
+    record = {"iteration": 4, "action": "roll_back", "best_iteration": best, "reasons": [reason]}
+    (root / "guard.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_weights_that_the_guard_took_back_are_not_exported_unless_they_are_named(
+    taken_back, tmp_path, monkeypatch, capsys
+):
+    code, report, err = command(monkeypatch, capsys, "export", taken_back, "--out", tmp_path / "best")
+    assert code == 0 and report["iteration"] == 3, err
+    said = "after iteration 5 (roll_back): judge `strided_judge` is 2.00 base standard deviations below the base model"
+    assert said in report["guard"] and said in Path(report["card"]).read_text()
+    named = taken_back / "checkpoints" / "000005"
+    _, report, _ = command(monkeypatch, capsys, "export", named, "--out", tmp_path / "last")
+    assert report["iteration"] == 5 and "iteration 5 is not: it went to 3" in Path(report["card"]).read_text()
+    # A run that went on from there did not end there.
+    (taken_back / "checkpoints" / "000005").rename(taken_back / "checkpoints" / "000006")
+    _, report, _ = command(monkeypatch, capsys, "export", taken_back, "--out", tmp_path / "further")
+    assert report["guard"] is None
+
+
+def test_a_roll_back_to_a_base_model_that_was_never_saved_says_so(taken_back, tmp_path, monkeypatch, capsys):
+    rolled_back(taken_back, best=0)
+    code, _, err = command(monkeypatch, capsys, "export", taken_back, "--out", tmp_path / "out")
+    assert code == 2 and "taken back to the base model, of which there is no checkpoint" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_kohyas_file_says_which_stable_diffusion_it_belongs_to_and_what_that_predicts(tmp_path):
+    folder = Path(shutil.copytree(ASSETS / "toy-sd15", tmp_path / "v"))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))
+    first, second = (
+        {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, width)}
+        for width in (768, 1024)
+    )
+    plain, velocity = load_config("toy_sd15"), load_config("toy_sd15", [f"model.path={folder}"])
+    # As kohya's own scripts compose it: `sd`, the generation, `_v` for velocity.
+    found = [kohya_base(*asked) for asked in ((plain, first), (plain, second), (velocity, second))]
+    assert [said["ss_base_model_version"] for said in found] == ["sd_v1", "sd_v2", "sd_v2_v"]
+    assert [said["ss_v2"] for said in found] == ["False", "True", "True"]
+    assert [said["modelspec.prediction_type"] for said in found] == ["epsilon", "epsilon", "v"]
+
+
 # The anchor's knob
 
 
@@ -312,3 +408,86 @@ def test_a_strength_without_a_lora_needs_a_run_that_exported_one(tmp_path, monke
     asked = ["generate", "toy-sdxl", "--prompt", PROMPT, "--anchor-strength", 0.5, "--out", tmp_path]
     code, _, err = command(monkeypatch, capsys, *asked)
     assert code == 2 and "--lora FILE" in err
+
+
+def draw(monkeypatch, capsys, out: Path, *asked) -> list[Image.Image]:
+    """Pictures of `acpo generate` in three steps."""
+    arguments = ["generate", *asked, "--prompt", PROMPT, "--steps", 3, "--out", out]
+    code, report, err = command(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    return [Image.open(row["path"]) for row in report["pictures"]]
+
+
+def test_a_lora_that_is_named_goes_on_what_the_run_tuned_and_not_on_its_export(
+    runs, lora, tmp_path, monkeypatch, capsys
+):
+    [wanted] = draw(monkeypatch, capsys, tmp_path / "base", "toy-sdxl", "--lora", lora)
+    run = Path(shutil.copytree(runs["sdxl"], tmp_path / "run"))
+    export(run, run / "export", layout="merged", weights="raw")
+    [found] = draw(monkeypatch, capsys, tmp_path / "run-and-lora", run, "--lora", lora)
+    assert found.tobytes() == wanted.tobytes()
+
+
+def test_the_base_of_a_runs_strengths_is_opened_as_the_run_opened_it(tmp_path, monkeypatch, capsys):
+    # As `hf download --include "*.fp16.safetensors"` leaves Stable Diffusion 1.5: half of the files, and no checker.
+    folder = tmp_path / "sd15"
+    base("sd15").save_pretrained(folder, variant="fp16")
+    index = json.loads((folder / "model_index.json").read_text())
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (folder / "model_index.json").write_text(json.dumps(index | checker))
+    run = finished_run("sd15", tmp_path / "run", f"model.path={folder}", "model.variant=fp16")
+    export(run, run / "export" / "lora", layout="diffusers-lora", weights="raw")
+    pictures = draw(monkeypatch, capsys, tmp_path / "grid", run, "--grid", "0,1")
+    [plain] = draw(monkeypatch, capsys, tmp_path / "plain", "toy-sd15")
+    assert pictures[0].tobytes() == plain.tobytes() != pictures[1].tobytes()
+
+
+def test_a_run_draws_in_its_own_size_and_away_from_its_own_negative_prompt(tmp_path, monkeypatch, capsys):
+    own = ["model.image_size=48", f"model.negative_prompt={PROMPT}"]
+    run = finished_run("sdxl", tmp_path / "run", *own)
+    done = export(run, run / "export", layout="merged", weights="raw")
+    card = done.card.read_text()
+    assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| picture size | 48 |" in card
+    [found] = draw(monkeypatch, capsys, tmp_path / "own", run)
+    asked = ["--size", 48, "--negative-prompt", PROMPT]
+    [wanted] = draw(monkeypatch, capsys, tmp_path / "asked", run / "export", *asked)
+    assert found.size == (48, 48) and found.tobytes() == wanted.tobytes()
+    assert draw(monkeypatch, capsys, tmp_path / "small", run, "--size", 32)[0].size == (32, 32)
+    code, _, err = command(monkeypatch, capsys, "generate", run, "--prompt", PROMPT, "--size", 30, "--out", tmp_path)
+    assert code == 2 and "multiple of 8, found 30" in err
+
+
+@pytest.fixture(scope="module")
+def text_lora(tmp_path_factory) -> Path:
+    """A LoRA of U-Net and both text encoders, as diffusers' own training scripts write it."""
+    pipeline = base("sdxl")
+    torch.manual_seed(0)
+    parts = {"unet": ["to_q", "to_k"], "text_encoder": ["q_proj", "v_proj"], "text_encoder_2": ["q_proj", "v_proj"]}
+    layers = {}
+    for part, targets in parts.items():
+        network = getattr(pipeline, part)
+        network.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets))
+        state = get_peft_model_state_dict(network)
+        layers[f"{part}_lora_layers"] = state if part == "unet" else convert_state_dict_to_diffusers(state)
+    folder = tmp_path_factory.mktemp("text-lora")
+    pipeline.save_lora_weights(folder, **layers)
+    return folder
+
+
+def test_the_knob_turns_text_encoders_that_the_file_adapts_too(text_lora):
+    untouched, plain, with_knob = base("sdxl"), base("sdxl"), base("sdxl")
+    plain.load_lora_weights(text_lora)
+    knob, wanted = AnchorKnob(with_knob, text_lora), picture(untouched)
+    knob.set(0.0)
+    assert torch.equal(picture(with_knob), wanted)
+    knob.set(1.0)
+    assert torch.equal(picture(with_knob), picture(plain))
+    plain.set_adapters(plain.get_active_adapters(), 0.5)
+    knob.set(0.5)
+    torch.testing.assert_close(picture(with_knob), picture(plain), rtol=0, atol=1e-5)
+
+
+def test_a_range_of_timesteps_is_refused_where_the_text_would_need_one_too(text_lora):
+    knob = AnchorKnob(base("sdxl"), text_lora)
+    with pytest.raises(UsageError, match="adapts text encoders too"):
+        knob.set(1.0, [Range(low=0, high=300, strength=0.5)])

@@ -17,7 +17,7 @@ from acpo_dist.planning.kernels import Kernels
 from acpo_dist.planning.memory import LearnerState, learner_state
 from acpo_dist.planning.networks import new_text_encoders, new_unet, new_vae
 from acpo_dist.planning.plan import count_parameters, make_plan, setting_of
-from acpo_dist.planning.rates import DEVICES, Device
+from acpo_dist.planning.rates import CONTEXT_GIB, DEVICES, Device
 from acpo_dist.planning.tracer import trace
 
 GIB = 2**30
@@ -254,6 +254,42 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_would_help(monkeypatch):
     assert plan.warnings[0].startswith("out of memory ahead") and "Try " in plan.warnings[0]
     fits = make_plan(load_config("toy_sdxl"), device="h200")
     assert not any("out of memory" in text for text in fits.warnings)
+
+
+def ray_plan(*overrides: str):
+    return make_plan(load_config("toy_sdxl", ["cluster.backend=ray", *overrides]), device="rtx4090")
+
+
+def test_workers_that_share_a_gpu_need_their_memory_on_it_together():
+    whole, half = (
+        ray_plan("rollout.num_workers=3", "learner.gpus_per_rank=1", f"rollout.gpus_per_worker={share}")
+        for share in (1, 0.5)
+    )
+    role = whole.roles["rollout"].total + CONTEXT_GIB
+    assert whole.needed_gib["rollout"] == pytest.approx(role) and half.needed_gib["rollout"] == pytest.approx(2 * role)
+    # Three workers on two GPUs draw as fast as two.
+    assert half.seconds["rollout"] == pytest.approx(1.5 * whole.seconds["rollout"])
+
+
+def test_a_metrics_own_pool_counts_in_the_plan():
+    plain = ray_plan("rewards.replicas=2", "rewards.gpus_per_replica=1")
+    pooled = ray_plan("rewards.pool={two_stream: {replicas: 8, gpus: 0.125}}")
+    # The judge keeps its one replica.
+    assert plain.workers["reward"] == 4 and pooled.workers["reward"] == 9
+    one = plain.roles["reward"].total + CONTEXT_GIB
+    assert plain.needed_gib["reward"] == pytest.approx(one) and pooled.needed_gib["reward"] == pytest.approx(8 * one)
+    # Eight eighths of a GPU are one GPU.
+    assert pooled.seconds["reward"] == pytest.approx(2 * plain.seconds["reward"])
+
+
+def test_workers_of_several_roles_on_one_gpu_are_added_up_and_are_no_one_process():
+    third = ["rollout.gpus_per_worker", "learner.gpus_per_rank", "rewards.gpus_per_replica"]
+    apart = ray_plan(*(f"{key}=1" for key in third))
+    assert set(apart.needed_gib) == {"rollout", "learner", "reward"}
+    shared = ray_plan(*(f"{key}=0.25" for key in third))
+    # Four workers: the judge's replica holds no decoder.
+    assert shared.needed_gib["shared"] == pytest.approx(sum(apart.needed_gib.values()) + CONTEXT_GIB)
+    assert set(make_plan(load_config("toy_sdxl"), device="rtx4090").needed_gib) == {"all"}
 
 
 def test_a_hub_model_that_is_not_here_is_planned_on_its_published_architecture_and_says_so(tmp_path, monkeypatch):
