@@ -7,6 +7,7 @@ from typing import Any
 
 import rich.console
 
+from acpo_dist.suites.figures import counts_of, reasons_of
 from acpo_dist.tracking.console import Console
 
 
@@ -16,13 +17,20 @@ def show(report: Mapping[str, Any], folder: Path) -> None:
     judges, sets = report["judges"], report["sets"]
     compared = any("comparison" in figures for figures in judges)
     console.table(*_means(judges, compared))
+    _say(console, reasons_of({figures["judge"]: figures for figures in judges}))
     for figures in judges:
         if figures["categories"]:
             console.table(*_categories(figures, compared))
+            _say(console, reasons_of(figures["categories"]))
     console.table(*_sets(sets))
     if "drift" in report:
         console.table(*_drift(report["drift"]))
     console.message(f"{report['how']['samples']} samples in {folder}; evaluation.json has every figure")
+
+
+def _say(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.message(line)
 
 
 def _means(judges: list[dict[str, Any]], compared: bool) -> tuple[str, list[str], list[list[str]]]:
@@ -41,14 +49,12 @@ def _head(first: str, compared: bool) -> list[str]:
 
 
 def _cells(name: str, figures: Mapping[str, Any], compared: bool) -> list[str]:
-    missing = sum(figures[arm]["num_missing"] for arm in ("model", "comparison") if arm in figures)
-    count = str(figures["model"]["num_samples"]) + (f"\n{missing} missing" if missing else "")
     cells = [name, _mean(figures["model"])]
     if compared:
         cells.append(_mean(figures["comparison"]) if "comparison" in figures else "-")
         paired = figures.get("paired", {})
         cells += [_interval(paired[key]) if key in paired else "-" for key in ("difference", "win_rate")]
-    return [*cells, count]
+    return [*cells, "\n".join(counts_of(figures))]
 
 
 def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:

@@ -15,13 +15,15 @@ def pairs(
     folder: Annotated[
         Path | None, typer.Option(help="What relative paths are relative to; default: the CSV's.")
     ] = None,
-    score: Annotated[list[str] | None, typer.Option(help="Score column to use; repeat. Default: all numbers.")] = None,
+    score: Annotated[
+        list[str] | None, typer.Option(help="Score column to use; repeat. Default: all columns of numbers.")
+    ] = None,
     lower: Annotated[list[str] | None, typer.Option(help="Score column where lower is better; repeat.")] = None,
     prompt_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "prompt",
     margin: Annotated[float, typer.Option(min=0, help="Smallest difference, in standard deviations.")] = 0.1,
     beaten: Annotated[bool, typer.Option(help="Keep pairs whose loser some score prefers.")] = False,
     duplicates: Annotated[float, typer.Option(min=0, help="Leave out near-duplicates (rms on 8 x 8); 0: keep.")] = 0.02,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the counts.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with scores used and counts.")] = False,
 ) -> None:
     """Pair best with worst within each prompt; what is left out is counted, by reason."""
     from acpo_dist.core.errors import DataError
@@ -31,10 +33,12 @@ def pairs(
     kept, counts = pair_up(
         pictures, lower_is_better=lower or [], margin=margin, absolute=not beaten, duplicates=duplicates
     )
+    used = list(pictures[0].scores)
+    told = ", ".join(f"{name} {count}" for name, count in counts.items())
     if not kept:
-        raise DataError(f"no pair is left ({', '.join(f'{name} {count}' for name, count in counts.items())}).")
-    write_pairs(out, kept, {str(picture.path): picture.prompt for picture in pictures})
+        raise DataError(f"no pair is left by {', '.join(used)} ({told}).")
+    write_pairs(out, kept)
     if as_json:
-        answer({"pairs": len(kept), "out": str(out), "counts": counts})
+        answer({"pairs": len(kept), "out": str(out), "scores": used, "counts": counts})
         return
-    say(f"{len(kept)} pairs: {out} ({', '.join(f'{name} {count}' for name, count in counts.items())})")
+    say(f"{len(kept)} pairs by {', '.join(used)}: {out} ({told})")

@@ -33,7 +33,7 @@ def score(
 ) -> None:
     """Score real pictures, losslessly, each on its own; raw scores in the reward's own unit.
 
-    Pictures that cannot be read, or that a reward has no finite score for, are named and left out: exit code 1.
+    Pictures that cannot be read, or that a reward cannot score, are named and left out: exit code 1.
     """
     from statistics import fmean
 
@@ -47,6 +47,9 @@ def score(
     console = Console()
     images = expand_globs(images)
     total = count_images(images, column=column)
+    for path in (csv, plot):
+        if path is not None:
+            _require_writable(path)
     workers = [
         RewardWorker(_section(name, weights), model=None, cut="image", wire_dtype="float32")
         for name in reward or ["two_stream", "strided_judge"]
@@ -83,16 +86,21 @@ def score(
 
 
 def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: list[str]) -> list[float | None]:
-    """One reward's scores of a batch; None for a picture that it has no finite score for, which is noted."""
+    """One reward's scores of a batch; None for a picture that it cannot score, which is noted."""
     import torch
 
-    from acpo_dist.core.errors import RewardError
+    from acpo_dist.core.errors import AcpoError, WorkerError
 
     try:
         return worker.score(torch.stack([picture for _, picture in batch]), [prompt] * len(batch))
-    except RewardError as error:
+    except WorkerError:
+        raise
+    except Exception as error:  # a reward may be anybody's code; what it raises concerns the picture that it was given
         if len(batch) == 1:
-            skipped.append(f"{batch[0][0]}: {error}")
+            said = str(error)
+            if not isinstance(error, AcpoError):
+                said = f"{worker.name}: {type(error).__name__}: {said.strip().partition(chr(10))[0]}"
+            skipped.append(f"{batch[0][0]}: {said}")
             return [None]
         # Which one is it? The others keep their scores.
         return [score for one in batch for score in _scores(worker, [one], prompt, skipped)]
@@ -105,19 +113,33 @@ def _figure(value: float | None) -> str:
 def _batches(
     paths: list[Path], column: str, limit: int | None, size: int, skipped: list[str]
 ) -> Iterator[list[tuple[str, Any]]]:
-    """Consecutive pictures of one size, at most `size` of them; what cannot be decoded is noted and passed over."""
+    """Consecutive pictures of one size, at most `size`, fewer of large ones; one that cannot be decoded is noted."""
     from itertools import islice
 
     from acpo_dist.data.images import read_images
+    from acpo_dist.suites.pictures import at_once
 
     batch: list[tuple[str, Any]] = []
     for name, picture in islice(read_images(paths, column=column, skip=skipped.append), limit):
-        if batch and (len(batch) == size or batch[0][1].shape != picture.shape):
+        if batch and (len(batch) == at_once(batch[0][1], size) or batch[0][1].shape != picture.shape):
             yield batch
             batch = []
         batch.append((name, picture))
     if batch:
         yield batch
+
+
+def _require_writable(path: Path) -> None:
+    """Refuse a place that nothing can be written to before hours of scoring; what is there already stays."""
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def _write_csv(path: Path, header: list[str], rows: list[dict[str, Any]]) -> None:

@@ -17,16 +17,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.folders import files_below
 
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 _ROWS_AT_ONCE = 256
+_ORIENTATION = 0x0112
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises on damaged files of its various formats."""
 
@@ -91,12 +93,13 @@ def load_pictures(path: Path, column: str, max_images: int | None = None, size: 
 def read_images(
     paths: Sequence[Path], *, column: str = "image", skip: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pictures as they are, decoded one at a time; nothing is resized or cropped.
+    """Pictures as viewers show them, decoded one at a time; nothing is resized or cropped.
 
     All paths are checked before the first picture is decoded. A file that is reached twice is read once.
 
     Args:
-        paths: picture files, folders (searched for picture files at every depth, in sorted order) and parquet files.
+        paths: picture files, folders (searched for picture files at every depth, through links too, in sorted order)
+            and parquet files.
         column: picture column of parquet files.
         skip: called with the reason for every picture that cannot be decoded, which is then passed over; None raises.
 
@@ -105,7 +108,8 @@ def read_images(
         the path, `#` and the row number. Transparency is dropped.
 
     Raises:
-        DataError: a path is missing, a folder holds no picture, or a file cannot be decoded; it names the file.
+        DataError: a path is missing, a folder holds no picture or cannot be listed, or a file cannot be decoded; it
+            is named.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -187,6 +191,14 @@ def decode_square(encoded: bytes | None, size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(picture)).float() / 255
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
+    try:
+        return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    except _UNDECODABLE:
+        return image  # damaged remarks are no damage to the picture
+
+
 def _expand(path: Path, column: str) -> list[Path]:
     if path.is_dir():
         return _pictures_below(path)
@@ -198,8 +210,7 @@ def _expand(path: Path, column: str) -> list[Path]:
 
 
 def _pictures_below(folder: Path) -> list[Path]:
-    # Hidden files are never pictures of the user's: macOS archives put `._name.png` beside every picture.
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = files_below(folder)
     pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         raise DataError(
@@ -238,7 +249,8 @@ def _decode_named(source: Path | bytes | None, name: str) -> Tensor:
         pixels = np.asarray(_decode(source))
     except _UNDECODABLE as error:
         raise DataError(f"{name} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    # Always a copy: Pillow's own memory is not to be written to.
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
 def _decode(source: Path | bytes | None) -> Image.Image:
@@ -254,6 +266,7 @@ def _decode(source: Path | bytes | None) -> Image.Image:
             # Pillow's conversion would saturate such pixels to white.
             raise ValueError(f"only 8-bit pictures are supported, found mode {image.mode}")
         image.load()
+        image = upright(image)
         return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.images import read_images
 from acpo_dist.data.pairs import CAPTION, LABEL, PICTURES, UIDS
-from acpo_dist.objective.pairs import Pair, Verdict, nearly_same, pair_group
+from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 
 _ROW_GROUP = 256
 
@@ -26,6 +27,15 @@ class ScoredPicture:
     path: Path
     prompt: str
     scores: Mapping[str, float]
+    """NaN where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturePair:
+    """Two rows of one prompt."""
+
+    winner: ScoredPicture
+    loser: ScoredPicture
 
 
 def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column: str) -> list[ScoredPicture]:
@@ -33,47 +43,44 @@ def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column
 
     Args:
         folder: what relative paths are relative to.
-        columns: score columns; empty takes every column whose first value is a number.
+        columns: score columns; empty takes every named column whose values are numbers.
+
+    Returns:
+        One per row; a score is NaN where the cell is empty.
 
     Raises:
-        DataError: no such file or column, no row, or a score that is no number; the row is named.
+        DataError: no such file or column, no row, a row with more cells than the header or without a path, or a score
+            that is no number; the line is named.
     """
-    if not table.is_file():
-        raise DataError(
-            f"no such file: {table}. `acpo score FOLDER --csv {table.name}` writes one; add a prompt column."
-        )
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise DataError(f"{table} holds no row below its header.")
-    known = list(rows[0])
-    columns = list(columns) or [
-        name for name in known if name not in ("path", prompt_column) and _number(rows[0][name])
-    ]
+    header, rows = _read_table(table)
     for name in ("path", prompt_column, *columns):
-        if name not in known:
-            raise DataError(f"{table}: no column `{name}`. Columns found: {', '.join(known)}.")
+        if name not in header:
+            raise DataError(f"{table}: no column `{name}`. Columns found: {', '.join(header)}.")
+    columns = list(dict.fromkeys(columns)) or [
+        # A column without a name is the index that pandas writes.
+        name for name in header if name not in ("", "path", prompt_column) and _is_score(name, rows)
+    ]  # fmt: skip
     if not columns:
-        raise DataError(f"{table}: no column of scores. Columns found: {', '.join(known)}.")
+        raise DataError(f"{table}: no column of scores. Columns found: {', '.join(header)}.")
     pictures = []
-    for number, row in enumerate(rows, start=2):
-        scores = {}
+    for line, row in rows:
         for name in columns:
-            value = row[name]
-            if value and not _number(value):
-                raise DataError(f"{table}, line {number}: `{name}` is {value!r}, expected a number.")
-            # A picture without a score is left out of its pairs, and counted there.
-            scores[name] = float(value) if value else math.nan
-        pictures.append(
-            ScoredPicture(path=folder / row["path"], prompt=(row[prompt_column] or "").strip(), scores=scores)
-        )
+            if row[name] and not _number(row[name]):
+                raise DataError(
+                    f"{table}, line {line}: `{name}` is {row[name]!r}, expected a number. Repair it, or name the "
+                    "columns that are scores with --score."
+                )
+        if not row["path"]:
+            raise DataError(f"{table}, line {line}: no path. Every row needs the picture that its scores belong to.")
+        scores = {name: float(row[name] or "nan") for name in columns}
+        pictures.append(ScoredPicture(path=folder / row["path"], prompt=row[prompt_column].strip(), scores=scores))
     return pictures
 
 
 def pair_up(
     pictures: Sequence[ScoredPicture], *, lower_is_better: Sequence[str] = (), margin: float = 0.0,
     absolute: bool = True, duplicates: float = 0.0,
-) -> tuple[list[Pair], dict[str, int]]:  # fmt: skip
+) -> tuple[list[PicturePair], dict[str, int]]:  # fmt: skip
     """Best with worst of each prompt, second best with second worst, and so on.
 
     Every score is brought to mean 0 and standard deviation 1 over the whole table first; they count the same.
@@ -85,7 +92,8 @@ def pair_up(
         duplicates: leave out pairs whose pictures are nearly the same (see `nearly_same`); 0 does not look.
 
     Returns:
-        (kept pairs, named by path; what became of everything: `pictures`, `no_prompt`, `odd`, and `Verdict`'s words).
+        (kept pairs; what became of everything: `pictures`, `no_prompt`, `no_score` (one is not there), `odd`, and
+        `Verdict`'s words).
 
     Raises:
         DataError: a score column without spread, or `lower_is_better` names none.
@@ -94,41 +102,46 @@ def pair_up(
     for name in lower_is_better:
         if name not in names:
             raise DataError(f"--lower {name}: no such score; found {', '.join(names)}.")
-    qualities = {
-        name: _standardised(pictures, name, -1 if name in lower_is_better else 1) for name in names
-    }  # fmt: skip
+    qualities = {name: _standardised(pictures, name, -1 if name in lower_is_better else 1) for name in names}
     counts: Counter[str] = Counter(pictures=len(pictures))
+    # By row: one picture may stand there for several prompts, with scores of its own for each.
     by_prompt: dict[str, list[str]] = {}
-    for picture in pictures:
-        if picture.prompt:
-            by_prompt.setdefault(picture.prompt, []).append(str(picture.path))
-        else:
+    for row, picture in enumerate(pictures):
+        if not picture.prompt:
             counts["no_prompt"] += 1
-    kept: list[Pair] = []
-    for paths in by_prompt.values():
-        if len(paths) % 2:
+        elif not all(math.isfinite(score) for score in picture.scores.values()):
+            counts["no_score"] += 1
+        else:
+            by_prompt.setdefault(picture.prompt, []).append(str(row))
+    kept: list[PicturePair] = []
+    for rows in by_prompt.values():
+        if len(rows) % 2:
             # The middle one has no partner.
-            middle = sorted(paths, key=lambda path: sum(scores[path] for scores in qualities.values()))[len(paths) // 2]
-            paths = [path for path in paths if path != middle]
+            middle = sorted(rows, key=lambda row: sum(scores[row] for scores in qualities.values()))[len(rows) // 2]
+            rows = [row for row in rows if row != middle]
             counts["odd"] += 1
         found = pair_group(
-            paths, qualities, dict.fromkeys(names, 1.0 / len(names)), margin=margin, absolute=absolute,
-            duplicate=(lambda a, b: _same(a, b, duplicates)) if duplicates > 0 else None,
+            rows, qualities, dict.fromkeys(names, 1.0 / len(names)), margin=margin, absolute=absolute,
+            duplicate=lambda a, b: _same(pictures[int(a)].path, pictures[int(b)].path, duplicates),
         )  # fmt: skip
         counts.update(pair.verdict.value for pair in found)
-        kept += [pair for pair in found if pair.verdict is Verdict.KEPT]
+        kept += [
+            PicturePair(winner=pictures[int(pair.winner)], loser=pictures[int(pair.loser)])
+            for pair in found
+            if pair.verdict is Verdict.KEPT
+        ]
     return kept, dict(counts)
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair], prompts: Mapping[str, str]) -> None:
+def write_pairs(path: Path, pairs: Sequence[PicturePair]) -> None:
     """Write a parquet file with the encoded pictures as they are on disk; the winner is jpg_0.
 
-    Args:
-        prompts: prompt by path.
-
     Raises:
-        DataError: a picture is missing.
+        DataError: a picture is missing; nothing is written.
     """
+    for each in (picture.path for pair in pairs for picture in (pair.winner, pair.loser)):
+        if not each.is_file():
+            raise DataError(f"no such picture: {each}. Relative paths are relative to the table, or to --folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
         [*((name, pa.binary()) for name in PICTURES), (LABEL, pa.float64()), (CAPTION, pa.string()),
@@ -138,42 +151,93 @@ def write_pairs(path: Path, pairs: Sequence[Pair], prompts: Mapping[str, str]) -
         for part in _parts(pairs):
             rows = [
                 {
-                    PICTURES[0]: _bytes(pair.winner), PICTURES[1]: _bytes(pair.loser), LABEL: 1.0,
-                    CAPTION: prompts[pair.winner], UIDS[0]: pair.winner, UIDS[1]: pair.loser,
+                    PICTURES[0]: _bytes(pair.winner.path), PICTURES[1]: _bytes(pair.loser.path), LABEL: 1.0,
+                    CAPTION: pair.winner.prompt, UIDS[0]: str(pair.winner.path), UIDS[1]: str(pair.loser.path),
                 }
                 for pair in part
             ]  # fmt: skip
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
-def _parts(pairs: Sequence[Pair]) -> list[Sequence[Pair]]:
+def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """(header, rows with the line that each begins in); cells that a short row lacks are empty."""
+    if not table.is_file():
+        raise DataError(
+            f"no such file: {table}. `acpo score FOLDER --csv {table.name}` writes one; add a prompt column."
+        )
+    header: list[str] = []
+    rows: list[tuple[int, dict[str, str]]] = []
+    line = 1
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            # Strict, because a stray quote would otherwise swallow the lines after it in silence.
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                if not header:
+                    header = _header(table, cells)
+                elif cells:
+                    if len(cells) > len(header):
+                        raise DataError(
+                            f"{table}, line {line}: {len(cells)} cells, the header has {len(header)}. Put values that "
+                            "contain a comma in double quotes."
+                        )
+                    rows.append((line, dict.fromkeys(header, "") | dict(zip(header, cells, strict=False))))
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{table} is no UTF-8 text: {error}. Save it as UTF-8.") from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"{table}, line {line}, cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"{table} holds no row below its header.")
+    return header, rows
+
+
+def _header(table: Path, cells: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in cells]
+    twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
+    if twice:
+        raise DataError(f"{table}: column `{twice[0]}` is there twice; rename the one that does not count.")
+    return names
+
+
+def _is_score(name: str, rows: Sequence[tuple[int, Mapping[str, str]]]) -> bool:
+    """Whether some value is a number; any other among them is refused later, with its line."""
+    return any(_number(row[name]) for _, row in rows)
+
+
+def _parts(pairs: Sequence[PicturePair]) -> list[Sequence[PicturePair]]:
     return [pairs[start : start + _ROW_GROUP] for start in range(0, len(pairs), _ROW_GROUP)]
 
 
-def _bytes(path: str) -> bytes:
+def _bytes(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def _standardised(pictures: Sequence[ScoredPicture], name: str, sign: int) -> dict[str, float]:
+    """Quality by row; NaN where there is no score."""
     values = [picture.scores[name] for picture in pictures]
     finite = [value for value in values if math.isfinite(value)]
     spread = statistics.pstdev(finite) if len(finite) > 1 else 0.0
     if spread == 0:
         raise DataError(f"score `{name}` is the same for all pictures: nothing to prefer by. Leave it out.")
     mean = statistics.fmean(finite)
-    return {str(picture.path): sign * (value - mean) / spread for picture, value in zip(pictures, values, strict=True)}
+    return {str(row): sign * (value - mean) / spread for row, value in enumerate(values)}
 
 
-def _same(first: str, second: str, threshold: float) -> bool:
-    (_, one), (_, other) = read_images([Path(first), Path(second)])
+def _same(first: Path, second: Path, threshold: float) -> bool:
+    if os.path.abspath(first) == os.path.abspath(second):
+        return True
+    if threshold <= 0:
+        return False
+    one, other = (next(read_images([path]))[1] for path in (first, second))
     return nearly_same(one, other, threshold)
 
 
-def _number(text: str | None) -> bool:
+def _number(text: str) -> bool:
     try:
-        return math.isfinite(float(text or "nan"))
+        return math.isfinite(float(text))
     except ValueError:
         return False

@@ -40,8 +40,8 @@ class KernelDistance:
 
     mean: float
     """May be slightly negative: the estimator is unbiased."""
-    std: float
-    """Over subsets, population form; 0 for a single subset."""
+    std: float | None
+    """Over subsets, population form; None for a single subset, and where each holds a whole set: it never varies."""
     num_a: int
     num_b: int
     subsets: int
@@ -124,10 +124,11 @@ def kid(
         pick_b = torch.randperm(len(b), generator=generator)[:subset_size].to(b.device)
         values.append(_unbiased_mmd(a[pick_a], b[pick_b]))
     estimates = torch.stack(values)
+    varied = subsets > 1 and subset_size < min(len(a), len(b))
+    std = float(estimates.std(correction=0)) if varied else None
     return KernelDistance(
-        mean=float(estimates.mean()), std=float(estimates.std(correction=0)), num_a=len(a), num_b=len(b),
-        subsets=subsets, subset_size=subset_size,
-    )  # fmt: skip
+        mean=float(estimates.mean()), std=std, num_a=len(a), num_b=len(b), subsets=subsets, subset_size=subset_size
+    )
 
 
 def check_features(features: Tensor, *, minimum: int, name: str = "features") -> Tensor:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.types import Normaliser
 
+_ROUNDING = 1e-6
+"""Relative spread that float32 arithmetic makes of equal scores."""
+
 
 def fit_normaliser(
     name: str, scores: Sequence[float], *, higher_is_better: bool, target_quantile: float | None
@@ -19,12 +22,13 @@ def fit_normaliser(
         target_quantile: quantile of the normalised base scores that becomes the target; None leaves it unset.
 
     Raises:
-        RewardError: fewer than two scores, a score that is not finite, or no spread at all.
+        RewardError: fewer than two scores, a score that is not finite, or no spread beyond rounding.
     """
     if len(scores) < 2 or not all(math.isfinite(score) for score in scores):
         raise RewardError(f"metric `{name}`: calibration needs at least two finite scores, found {len(scores)}")
     mean, std = statistics.fmean(scores), statistics.pstdev(scores)
-    if std <= 1e-12 * max(1.0, abs(mean)):
+    # Scores are float32 numbers: what differs in their last digits alone is rounding.
+    if std <= _ROUNDING * max(abs(score) for score in scores):
         raise RewardError(
             f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it cannot tell them apart, so nothing "
             "can be learnt from it. Check that it fits the picture size and kind, or leave it out."

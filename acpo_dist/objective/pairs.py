@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -98,8 +97,9 @@ def nearly_same(first: Tensor, second: Tensor, threshold: float, *, size: int = 
 
     Args:
         first: uint8 (C, H, W).
-        second: the same shape.
+        second: uint8 (C, h, w); of another size, it is compared as if it were stretched to the first one's shape.
     """
-    both = torch.stack([first, second]).float() / 255
-    small = F.interpolate(both, size=(size, size), mode="area")
-    return float((small[0] - small[1]).square().mean().sqrt()) < threshold
+    one, other = (
+        F.interpolate(picture[None].float() / 255, size=(size, size), mode="area") for picture in (first, second)
+    )
+    return float((one - other).square().mean().sqrt()) < threshold

@@ -11,6 +11,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.promotion.verdict import Verdict
 from acpo_dist.rewards.listing import reward_listing
+from acpo_dist.suites.figures import counts_of, reasons_of
 
 _UNKNOWN = "not stated by the base model's files; look it up there before you pass the model on"
 
@@ -159,11 +160,13 @@ def _evaluation(report: Mapping[str, Any]) -> str:
                 _mean(one["comparison"]) if "comparison" in one else "-",
                 _interval(paired["difference"]) if "difference" in paired else "-",
                 _interval(paired["win_rate"]) if "win_rate" in paired else "-",
+                ", ".join(counts_of(one)),
             )
         )  # fmt: skip
     against = Path(report["provenance"]["arms"].get("comparison", {}).get("source", "nothing")).name
-    head = ("judge", "model", "comparison", "difference", "win rate")
-    return f"Evaluation on {on}, against {against} (95 % intervals over prompts):\n\n{_table(head, rows)}"
+    head = ("judge", "model", "comparison", "difference", "win rate", "n")
+    text = f"Evaluation on {on}, against {against} (95 % intervals over prompts):\n\n{_table(head, rows)}"
+    return "\n\n".join([text, *reasons_of({one["judge"]: one for one in report["judges"]})])
 
 
 def _guard(facts: CardFacts) -> str:

@@ -7,7 +7,7 @@ from acpo_dist.reporting.record import ROLES
 
 COLUMNS = ("run", "seed", "state", "iterations", "quality", "rewards", "judges", "drift", "diversity", "guard", "time")
 LIST_COLUMNS = ("run", "seed", "state", "done", "reward", "judge", "drift", "guard", "time", "path")
-SEED_COLUMNS = ("runs", "seeds", "quality", "drift", "gains", "time")
+SEED_COLUMNS = ("runs", "seeds", "left out", "quality", "drift", "gains", "time")
 
 
 def run_cells(figures: RunFigures) -> list[str]:
@@ -44,8 +44,9 @@ def seed_cells(group: SeedGroup) -> list[str]:
     """One row of `seed_table`."""
     gains = ", ".join(f"{name} {_spread(spread)}" for name, spread in group.gains.items())
     seconds = "-" if group.seconds is None else duration(group.seconds.mean)
-    seeds = ", ".join(map(str, group.seeds))
-    return [group.label, seeds, _spread(group.quality), _spread(group.drift, plus=False), gains or "-", seconds]
+    seeds = ", ".join(map(str, group.seeds)) or "-"
+    quality, drift = _spread(group.quality), _spread(group.drift, plus=False)
+    return [group.label, seeds, group.left_out or "-", quality, drift, gains or "-", seconds]
 
 
 def _spread(spread: Spread | None, *, plus: bool = True) -> str:

@@ -26,9 +26,14 @@ class SeedGroup:
     """Runs that differ only in their seed."""
 
     label: str
-    seeds: tuple[int, ...]
     members: tuple[int, ...]
     """Positions in the list of runs."""
+    counted: tuple[int, ...]
+    """Those in the means: finished runs, of each seed the one that was written last."""
+    seeds: tuple[int, ...]
+    """Of the runs that are counted."""
+    left_out: str
+    """How many are not, and why; empty if none."""
     gains: Mapping[str, Spread]
     quality: Spread | None
     drift: Spread | None
@@ -61,19 +66,24 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
 
 
 def seed_groups(records: Sequence[RunRecord], figures: Sequence[RunFigures], labels: Sequence[str]) -> list[SeedGroup]:
-    """Runs by their parameters without `COSMETIC` ones, in the order of first appearance."""
+    """Runs by their parameters without `COSMETIC` ones, in the order of first appearance.
+
+    Means are over finished runs alone: what a run that goes on, or that crashed, has reached so far is another figure.
+    """
     members: dict[frozenset[tuple[str, str]], list[int]] = {}
     for index, record in enumerate(records):
         key = frozenset((name, value) for name, value in record.params.items() if not name.startswith(COSMETIC))
         members.setdefault(key, []).append(index)
     groups = []
     for indices in members.values():
-        chosen = [figures[index] for index in indices]
-        names = [name for name in chosen[0].gains if all(name in each.gains for each in chosen)]
+        counted, left_out = _counted(indices, records, figures)
+        chosen = [figures[index] for index in counted]
+        names = [name for each in chosen[:1] for name in each.gains if all(name in other.gains for other in chosen)]
         groups.append(
             SeedGroup(
                 label=records[indices[0]].name if len(indices) > 1 else labels[indices[0]],
-                seeds=tuple(each.seed for each in chosen), members=tuple(indices),
+                members=tuple(indices), counted=tuple(counted), seeds=tuple(each.seed for each in chosen),
+                left_out=left_out,
                 gains={name: _spread([each.gains[name] for each in chosen]) for name in names},
                 quality=_maybe([each.quality for each in chosen]), drift=_maybe([each.drift for each in chosen]),
                 seconds=_maybe([each.seconds for each in chosen]),
@@ -92,6 +102,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
             for other_drift, other_quality in points
         )
     ]
+
+
+def _counted(
+    indices: Sequence[int], records: Sequence[RunRecord], figures: Sequence[RunFigures]
+) -> tuple[list[int], str]:
+    final = [index for index in indices if figures[index].final]
+    by_seed: dict[int, int] = {}
+    # Of several runs of one seed the last counts; dictionaries keep the place of the first.
+    for index in sorted(final, key=lambda index: records[index].last_write or 0.0):
+        by_seed[figures[index].seed] = index
+    counted = sorted(by_seed.values())
+    reasons = {"not finished": len(indices) - len(final), "of a seed that is there already": len(final) - len(counted)}
+    return counted, ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
 
 def _maybe(values: Sequence[float | None]) -> Spread | None:

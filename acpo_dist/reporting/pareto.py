@@ -40,9 +40,9 @@ def save_pareto(path: Path, figures: Sequence[RunFigures], groups: Sequence[Seed
                 known[index] = (each.drift, each.quality)
                 axis.plot(*known[index], markersize=5 if len(group.members) > 1 else 9, label=label, **style)
                 label = "_nolegend_"
-        if len(group.members) > 1 and group.drift is not None and group.quality is not None:
+        if len(group.counted) > 1 and group.drift is not None and group.quality is not None:
             errors: dict[str, Any] = {"xerr": group.drift.std, "yerr": group.quality.std}
-            name = f"{group.label}, mean ± std of {len(group.members)} seeds"
+            name = f"{group.label}, mean ± std of {len(group.counted)} seeds"
             axis.errorbar(
                 group.drift.mean, group.quality.mean, capsize=3, markersize=11, alpha=0.7, label=name, **errors, **style
             )

@@ -27,6 +27,7 @@ from acpo_dist.retiming.artefact import trajectory_from_mapping
 from acpo_dist.rewards.worker import RewardWorker
 from acpo_dist.session import read_run_config
 from acpo_dist.sources import open_rollouts
+from acpo_dist.suites.subject import best_iteration
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
 
@@ -170,11 +171,12 @@ def chosen_iteration(record: RunRecord, at: str) -> int | None:
     known = list(record.checkpoints)
     if not known:
         return None
-    best = int((record.rows[-1].get("guard/best_iteration") if record.rows else None) or 0)
-    rolled_back = record.guard_end is not None and record.guard_end.get("action") == "roll_back"
-    if at in ("best", "export"):
-        wanted = best if at == "best" or rolled_back else known[-1]
-    elif at == "last":
+    ended = record.guard_end
+    if at == "best":
+        wanted = _best(record)
+    elif at == "export" and ended is not None and ended.get("action") == "roll_back":
+        wanted = int(ended["best_iteration"])
+    elif at in ("export", "last"):
         wanted = known[-1]
     elif at.isdigit():
         wanted = int(at)
@@ -186,6 +188,26 @@ def chosen_iteration(record: RunRecord, at: str) -> int | None:
             "them with --at."
         )
     return wanted
+
+
+def _best(record: RunRecord) -> int:
+    """As `acpo eval` and `acpo promote` find it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    assert record.root is not None
+    newest = CheckpointStore(record.root / "checkpoints", keep=1).newest()
+    if newest is None:
+        raise UsageError(
+            f"{record.root} has no whole checkpoint, so no best one: leave pictures out with --no-samples."
+        )
+    best = best_iteration(newest)
+    if best == 0 and 0 not in record.checkpoints:
+        raise UsageError(
+            f"{record.root}: the judges liked no checkpoint as much as the base model. Choose another one with --at."
+        )
+    return best
 
 
 def read_pixels(shots: Sequence[Shot]) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.rewards.base import MetricConfig, SmoothQuality
-from acpo_dist.rewards.strided_judge import StridedJudge
-from acpo_dist.rewards.two_stream import PATCHES, PUBLISHED, TOY, TwoStream
+from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.strided_judge import SMALLEST, StridedJudge
+from acpo_dist.rewards.two_stream import PATCH, PATCHES, PUBLISHED, TOY, TwoStream
 
 _ASSETS = Path(__file__).resolve().parents[1] / "toy" / "assets"
 
@@ -31,6 +32,8 @@ class _NetworkMetric(SmoothQuality):
     Config: ClassVar[type[MetricConfig]] = _WeightedConfig
     needs_prompts = False
     _toy_file: ClassVar[str]
+    _smallest: ClassVar[int]
+    """Least height and width of a picture."""
 
     def __init__(self, config: _WeightedConfig, *, device: str = "cpu") -> None:
         """Load the weights.
@@ -54,6 +57,7 @@ class _NetworkMetric(SmoothQuality):
             raise RewardConfigError(
                 f"`{config.name}`: {path} does not hold weights for `{config.type}`: {error}"
             ) from error
+        self._name = config.name
         # Channels last: the same sums, 1.2 to 1.7 times as fast on a CPU.
         self.network.to(device).eval().requires_grad_(False)
         # torch's stubs know only the other ways to call it.
@@ -77,7 +81,15 @@ class _NetworkMetric(SmoothQuality):
         return None if path.is_file() else f"no weights at `{path}`; set `weights` to `toy` or to a safetensors file"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`."""
+        """See `Metric.__call__`.
+
+        Raises:
+            RewardError: pictures that it cannot take.
+        """
+        check_pictures(images, name=self._name, minimum=self._smallest)
+        return self._score(images)
+
+    def _score(self, images: Tensor) -> Tensor:
         return self.network(images)
 
 
@@ -94,14 +106,14 @@ class TwoStreamMetric(_NetworkMetric):
         """Of the tiles that are looked at."""
 
     _toy_file: ClassVar[str] = "two_stream.safetensors"
+    _smallest: ClassVar[int] = PATCH
 
     def __init__(self, config: Config, *, device: str = "cpu") -> None:
         """See `_NetworkMetric`."""
         super().__init__(config, device=device)
         self._patches, self._seed = config.patches, config.seed
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`."""
+    def _score(self, images: Tensor) -> Tensor:
         return self.network(images, patches=self._patches, seed=self._seed)
 
     @classmethod
@@ -119,6 +131,7 @@ class StridedJudgeMetric(_NetworkMetric):
         type: Literal["strided_judge"] = "strided_judge"
 
     _toy_file: ClassVar[str] = "judge.safetensors"
+    _smallest: ClassVar[int] = SMALLEST
 
     @classmethod
     def _build(cls, state: dict[str, Tensor]) -> nn.Module:

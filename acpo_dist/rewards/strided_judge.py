@@ -7,6 +7,9 @@ seed with the reward, it does not share the reward's blind spots.
 import torch
 from torch import Tensor, nn
 
+SMALLEST = 16
+"""Least height and width of a picture."""
+
 
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:

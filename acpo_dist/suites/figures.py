@@ -16,7 +16,7 @@ from acpo_dist.evaluation.diversity import mean_pairwise_distance, vendi_of_feat
 from acpo_dist.evaluation.features import Extractor, Features, InceptionFeatures, LowPassPixels, NetworkFeatures
 from acpo_dist.evaluation.manifold import exact_distances, manifold_report
 from acpo_dist.evaluation.paired import bootstrap_mean, compare_paired, prompt_means
-from acpo_dist.suites.pictures import decode
+from acpo_dist.suites.pictures import at_once, decode
 from acpo_dist.suites.samples import Sample
 
 CONFIDENCE = 0.95
@@ -177,7 +177,7 @@ def _stacks(pictures: Iterable[Picture]) -> Iterator[tuple[Tensor, list[str]]]:
             picture = decode(data, row.picture)
         except DataError:
             continue  # it has no score either, and is counted there
-        if tensors and (len(tensors) == _STACK or picture.shape != tensors[0].shape):
+        if tensors and (len(tensors) == at_once(tensors[0], _STACK) or picture.shape != tensors[0].shape):
             yield torch.stack(tensors), ids
             tensors, ids = [], []
         tensors.append(picture)
@@ -206,6 +206,31 @@ def _or_reason(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         return dict(compute())
     except SampleError as error:
         return {"not_given": str(error)}
+
+
+def counts_of(figures: Mapping[str, Any]) -> list[str]:
+    """What a judge's figures are made from, for people: samples, scores that are missing, pairs, and what has none."""
+    missing = sum(figures[arm]["num_missing"] for arm in ("model", "comparison") if arm in figures)
+    unpaired = figures.get("num_unpaired", 0)
+    return [
+        f"{figures['model']['num_samples']} samples",
+        *([f"{missing} missing"] if missing else []),
+        *([f"{figures['paired']['num_samples']} pairs"] if "num_samples" in figures.get("paired", {}) else []),
+        *([f"{unpaired} unpaired"] if unpaired else []),
+    ]
+
+
+def reasons_of(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why there is no paired comparison where there is none, a line per reason.
+
+    Args:
+        figures: name -> what `judge_figures` or one of its categories says.
+    """
+    names: dict[str, list[str]] = {}
+    for name, one in figures.items():
+        if reason := one.get("paired", {}).get("not_given"):
+            names.setdefault(reason, []).append(name)
+    return [f"no difference for {', '.join(those)}: {reason}" for reason, those in names.items()]
 
 
 def total_missing(judges: Iterable[Mapping[str, Any]]) -> int:

@@ -15,6 +15,7 @@ from acpo_dist.config.section import describe
 from acpo_dist.core.errors import RewardConfigError, WorkerError
 from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.rewards.worker import RewardWorker
+from acpo_dist.suites.pictures import at_once
 
 CHUNK = 16
 """Pictures per request: fixed, so that a score does not depend on how many workers there are."""
@@ -183,9 +184,11 @@ def _section(text: str) -> Any:
 
 
 def _runs_of_one_size(pictures: Sequence[Tensor]) -> Iterator[range]:
+    """Consecutive rows of one size, fewer of large pictures: it depends on nothing but the pictures."""
     start = 0
     for row in range(1, len(pictures) + 1):
-        if row == len(pictures) or pictures[row].shape != pictures[start].shape:
+        full = row - start == at_once(pictures[start], CHUNK)
+        if row == len(pictures) or full or pictures[row].shape != pictures[start].shape:
             yield range(start, row)
             start = row
 

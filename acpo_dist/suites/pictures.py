@@ -19,9 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError
-from acpo_dist.data.images import PARQUET_SUFFIXES, PICTURE_SUFFIXES
+from acpo_dist.data.folders import files_below
+from acpo_dist.data.images import PARQUET_SUFFIXES, PICTURE_SUFFIXES, upright
 
 _ROWS_AT_ONCE = 64
+_PIXELS_AT_ONCE = 16 * 1024 * 1024
+"""Of the pictures that are stacked: 200 MB as float32, before any network has looked at them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ def holds_pictures(path: Path) -> bool:
     """Whether a path is a picture, a parquet file or a folder with a picture at any depth."""
     if path.is_file():
         return path.suffix.lower() in PICTURE_SUFFIXES | PARQUET_SUFFIXES
-    return path.is_dir() and any(_is_picture(file) for file in path.rglob("*"))
+    return path.is_dir() and any(_is_picture(file) for file in files_below(path))
 
 
 def count_pictures(path: Path) -> int:
@@ -66,7 +69,7 @@ def read_pictures(
     """The pictures at `indices` (ascending) of all that `path` holds, in sorted or row order.
 
     Raises:
-        DataError: the path is missing, holds no picture or has no such column.
+        DataError: the path is missing, holds no picture or has no such column, or something cannot be read.
     """
     if path.suffix.lower() in PARQUET_SUFFIXES:
         yield from _rows(path, frozenset(indices), image_column, prompt_column)
@@ -79,11 +82,15 @@ def read_pictures(
         name = names[index]
         # The ending does not count, so that PNGs pair with JPEGs; unless it is all that tells two files apart.
         key = name if stems[name.with_suffix("")] > 1 else name.with_suffix("")
-        yield EncodedPicture(name=name.as_posix(), key=key.as_posix(), prompt="", data=files[index].read_bytes())
+        try:
+            data = files[index].read_bytes()
+        except OSError as error:
+            raise DataError(f"{files[index]} cannot be read: {error}") from error
+        yield EncodedPicture(name=name.as_posix(), key=key.as_posix(), prompt="", data=data)
 
 
 def decode(data: bytes | None, name: str) -> Tensor:
-    """uint8 RGB of shape (3, H, W); transparency is dropped.
+    """uint8 RGB of shape (3, H, W), as viewers show it; transparency is dropped.
 
     Raises:
         DataError: the bytes are no readable 8-bit picture; names it.
@@ -94,10 +101,16 @@ def decode(data: bytes | None, name: str) -> Tensor:
         with Image.open(BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"only 8-bit pictures are supported, found mode {image.mode}")
-            pixels = np.array(image.convert("RGB"))
+            image.load()
+            pixels = np.array(upright(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise DataError(f"{name} cannot be read as a picture: {error}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def at_once(picture: Tensor, most: int) -> int:
+    """How many pictures of this size, (3, H, W), are stacked: `most`, or fewer if these would take too much memory."""
+    return max(1, min(most, _PIXELS_AT_ONCE // (picture.shape[1] * picture.shape[2])))
 
 
 def encode(picture: Tensor) -> bytes:
@@ -108,8 +121,7 @@ def encode(picture: Tensor) -> bytes:
 
 
 def _is_picture(path: Path) -> bool:
-    # Hidden files are never pictures of the user's: macOS archives put `._name.png` beside every picture.
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in PICTURE_SUFFIXES
 
 
 def _files(path: Path) -> list[Path]:
@@ -117,7 +129,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}")
-    found = sorted(file for file in path.rglob("*") if _is_picture(file))
+    found = [file for file in files_below(path) if _is_picture(file)]
     if not found:
         raise DataError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
     return found

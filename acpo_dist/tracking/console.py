@@ -17,6 +17,8 @@ from acpo_dist.tracking.panel import LivePanel
 SHOWN = ("reward/*/mean", "judge/*/mean", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
 """Metrics of the line per iteration, in this order; `metrics.jsonl` has all of them."""
 
+_UNBOUNDED = 10_000
+
 
 class Console:
     """Speaks to the user on stderr, so that stdout holds nothing but what a command returns.
@@ -86,7 +88,7 @@ class Console:
             self.rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; long cells are folded, never cut.
+        """A table; long cells are folded on a terminal, and never cut.
 
         Raises:
             ValueError: a row does not have one cell per column.
@@ -100,7 +102,14 @@ class Console:
             if len(row) != len(columns):
                 raise ValueError(f"table {title!r}: {len(columns)} columns, but a row with {len(row)} cells: {row!r}")
             table.add_row(*(Text(_cell(cell)) for cell in row))
-        self.rich.print(table)
+        width = self.rich.width
+        if not self.rich.is_terminal:
+            # Nobody watches: one line per row, lest a number be folded in its middle.
+            self.rich.width = _UNBOUNDED
+        try:
+            self.rich.print(table)
+        finally:
+            self.rich.width = width
 
 
 class _Rate(ProgressColumn):

@@ -1,6 +1,8 @@
 """Prompts are dealt reproducibly and once per pass; pictures arrive as they are, or not at all."""
 
 import logging
+import os
+import tempfile
 import time
 from collections import Counter
 from io import BytesIO
@@ -14,8 +16,10 @@ import torch
 from PIL import Image
 
 from acpo_dist.core.errors import DataError
-from acpo_dist.data.images import load_pictures, read_images
+from acpo_dist.data.folders import files_below
+from acpo_dist.data.images import count_images, load_pictures, read_images
 from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.suites.pictures import count_pictures, decode, read_pictures
 from acpo_dist.toy.world import captions
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
@@ -402,3 +406,65 @@ def test_rows_behind_a_damaged_one_are_still_read_when_it_is_skipped(tmp_path):
     names = [name.rpartition("#")[2] for name, _ in read_images([path], skip=skipped.append)]
     assert names == ["0", "2", "4"]
     assert ["row 1" in skipped[0], "row 3" in skipped[1], len(skipped)] == [True, True, 2]
+
+
+def test_pictures_are_turned_as_their_exif_orientation_says(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    paths = []
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        paths.append(tmp_path / f"{orientation}.png")
+        Image.fromarray(noise).save(paths[-1], exif=exif)
+    # What the standard says row 0 and column 0 of the stored pixels are in the scene.
+    scenes = [
+        noise, noise[:, ::-1], noise[::-1, ::-1], noise[::-1], noise.swapaxes(0, 1), np.rot90(noise, -1),
+        noise[::-1, ::-1].swapaxes(0, 1), np.rot90(noise),
+    ]  # fmt: skip
+    for path, scene, (_, picture) in zip(paths, scenes, read_images(paths), strict=True):
+        assert np.array_equal(picture.permute(1, 2, 0), scene), path.name
+        assert torch.equal(decode(path.read_bytes(), path.name), picture)
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "damaged.jpg", exif=exif, quality=95)
+    broken = (tmp_path / "damaged.jpg").read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0XX")
+    (tmp_path / "damaged.jpg").write_bytes(broken)
+    ((_, picture),) = read_images([tmp_path / "damaged.jpg"])
+    assert picture.shape == (3, 6, 8)
+
+
+def test_linked_folders_are_searched_and_no_folder_is_entered_twice(tmp_path):
+    folder, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    for place in (folder / "z", elsewhere / "deep"):
+        place.mkdir(parents=True)
+    for file in (folder / "1.png", folder / "z" / "2.png", elsewhere / "deep" / "3.png", folder / ".hidden.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder / "z")
+    (elsewhere / "loop").symlink_to(folder)
+    names = [str(file.relative_to(folder)) for file in files_below(folder)]
+    assert names == ["1.png", "more/deep/3.png", "z/2.png"]
+    assert count_images([folder]) == count_pictures(folder) == 3
+
+
+def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_than_passed_over():
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.chmod(0o755)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+        (folder / "secret").mkdir(mode=0o000)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.seteuid(65534)  # nothing is closed to root
+            for count in (count_images, lambda paths: count_pictures(paths[0])):
+                with pytest.raises(DataError, match=r"secret cannot be listed \(Permission denied\)"):
+                    count([folder])
+        finally:
+            if root:
+                os.seteuid(0)
+        (folder / "secret").rmdir()
+        (folder / "2.png").symlink_to("nowhere.png")
+        with pytest.raises(DataError, match=r"2\.png cannot be read"):
+            list(read_images([folder]))
+        with pytest.raises(DataError, match=r"2\.png cannot be read"):
+            list(read_pictures(folder, indices=[0, 1]))

@@ -208,6 +208,22 @@ def test_pictures_are_paired_by_name_whatever_their_format(acpo, pictures, tmp_p
     assert figures["paired"] == expected and figures["num_unpaired"] == 1 and not figures["higher_is_better"]
 
 
+def test_the_table_counts_pairs_and_what_has_none_and_says_why_there_is_no_difference(acpo, pictures, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(4):
+        Image.open(pictures / f"{number}.png").save(other / f"{number}.png")
+    Image.open(pictures / "0.png").save(other / "strange.png")
+    (pictures / "3.png").write_bytes(b"no picture")
+    code, out, _ = acpo("eval", str(pictures), "--compare", str(other), "--judges", "sharpness", "--out", "e")
+    # Rows 0, 1 and 2 are on both sides; 4 and 5 are here alone, 3 and the strange one there.
+    assert code == 1 and all(text in out for text in ("5 samples", "1 missing", "3 pairs", "5 unpaired"))
+    for number in range(1, 6):
+        (pictures / f"{number}.png").unlink()
+    code, out, _ = acpo("eval", str(pictures), "--compare", str(other), "--judges", "sharpness", "--out", "f")
+    assert code == 0 and "no difference for sharpness: an interval needs at least two" in out and "4 unpaired" in out
+
+
 def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measured(acpo, tiny, tmp_path):
     from acpo_dist.driver import drive
     from acpo_dist.local import open_ports

@@ -55,7 +55,8 @@ def test_kid_is_that_of_torchmetrics_on_whole_sets(sets):
     mean, std = metric.compute()
     found = kid(*features_of(sets), subsets=2, subset_size=300)
     assert found.mean == pytest.approx(float(mean), rel=1e-6, abs=1e-9)
-    assert found.std == pytest.approx(float(std), abs=1e-9)
+    # torchmetrics gives what rounding makes of two equal numbers.
+    assert found.std is None and float(std) == pytest.approx(0, abs=1e-9)
 
 
 def test_precision_recall_density_and_coverage_are_those_of_the_definition(sets):

@@ -15,10 +15,12 @@ from acpo_dist.core.errors import DataError
 from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.driver import drive
-from acpo_dist.local import open_ports
+from acpo_dist.learner.samples import SampleStore
+from acpo_dist.local import LocalLearner, open_ports
+from acpo_dist.models.family import trainable_tensors
 from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
 
 
 def png(seed: int, size: int = 40) -> bytes:
@@ -131,8 +133,8 @@ def test_a_run_on_pairs_skips_a_broken_picture_and_counts_it(tiny, tmp_path):
     )  # fmt: skip
     drive(config, open_ports, Console(quiet=True))
     first, second, _ = read_metrics(root / "metrics.jsonl")
-    # Four pairs an iteration are all there are, and one of their eight pictures is broken.
-    assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 8
+    # Four pairs an iteration are all there are, and one of them is left out for one of its pictures.
+    assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 4
     assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["drift/rms"] > 0
 
@@ -154,9 +156,9 @@ def test_scored_pictures_become_a_file_that_a_run_can_read(tmp_path):
     )
     pictures = read_scores(table, tmp_path, [], "prompt")
     kept, counts = pair_up(pictures, lower_is_better=["niqe"])
-    assert [(pair.winner[-5:], pair.loser[-5:]) for pair in kept] == [("a.png", "b.png")]
+    assert [(pair.winner.path.name, pair.loser.path.name) for pair in kept] == [("a.png", "b.png")]
     assert counts == {"pictures": 4, "no_prompt": 1, "odd": 1, "kept": 1}
-    write_pairs(tmp_path / "out.parquet", kept, {str(picture.path): picture.prompt for picture in pictures})
+    write_pairs(tmp_path / "out.parquet", kept)
     pairs = PairSet(tmp_path / "out.parquet", 40)
     assert pairs.index(absolute=True).counts["usable"] == 1
     read = pairs.read(["pair:0:w"])
@@ -171,3 +173,97 @@ def test_a_score_that_is_no_number_is_refused_with_its_line(tmp_path):
     table = scored_folder(tmp_path, [("a.png", "cat", "3"), ("b.png", "cat", "good")])
     with pytest.raises(DataError, match=r"line 3: `niqe` is 'good'"):
         read_scores(table, tmp_path, ["niqe"], "prompt")
+
+
+def read_text(tmp_path, text: str | bytes):
+    """Rows of a table that is written as it stands here."""
+    (tmp_path / "scores.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_scores(tmp_path / "scores.csv", tmp_path, [], "prompt")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("path,q,prompt\na,1,cat\nb,5,a cat, sitting\n", "line 3: 4 cells, the header has 3"),
+        ("path,q,prompt\na,1,a cat, sitting\nb,5,cat\n", "line 2: 4 cells, the header has 3"),
+        ("path,prompt,note\na,cat,\nb,a cat, sitting,\n", "line 3: 4 cells, the header has 3"),
+        ('path,q,prompt\na,1,"a\ncat"\n\nb,5,a cat, sitting\n', "line 5: 4 cells"),
+        ("q,path,prompt\n1,a,cat\n3\n", "line 3: no path"),
+        ('path,q,prompt\na,1,"cat" x\nb,5,cat\n', "line 2, cannot be read"),
+        ("path,q,prompt\na,1,caf\u00e9\n".encode("latin-1"), "no UTF-8 text"),
+        ("path,q,q,prompt\na,1,2,cat\n", "column `q` is there twice"),
+        ("path,q,prompt\na,1,cat\nb,good,cat\n", "line 3: `q` is 'good', expected a number.*--score"),
+        ("path,q,prompt\na,,cat\nb,,cat\n", "no column of scores"),
+        ("path,q,prompt\n", "no row"),
+        ("", "no row"),
+    ],
+)
+def test_a_table_that_cannot_be_read_as_meant_is_refused_with_its_line(tmp_path, text, words):
+    with pytest.raises(DataError, match=words):
+        read_text(tmp_path, text)
+
+
+def test_a_column_whose_first_cell_is_empty_is_a_score_and_an_unnamed_one_is_not(tmp_path):
+    # The column without a name is the index that pandas writes.
+    rows = ["0,a,cat,,1,x", "1,b,cat,5,2,y", "2,c,cat,1,9,", "3,d,cat,3,4,z"]
+    pictures = read_text(tmp_path, "\n".join([",path,prompt,q,r,remark", *rows]))
+    assert list(pictures[0].scores) == ["q", "r"] and math.isnan(pictures[0].scores["q"])
+
+
+def test_a_picture_without_a_score_is_counted_out_before_the_others_are_paired(tmp_path):
+    pictures = read_text(tmp_path, "path,prompt,q\nb,cat,5\na,cat,\nc,cat,1\n")
+    kept, counts = pair_up(pictures)
+    assert [(pair.winner.path.name, pair.loser.path.name) for pair in kept] == [("b", "c")]
+    assert counts == {"pictures": 3, "no_score": 1, "kept": 1}
+
+
+def test_a_picture_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
+    pictures = read_text(tmp_path, "path,prompt,q\na,cat,1\nb,cat,5\na,dog,9\nc,dog,2\n")
+    kept, _ = pair_up(pictures)
+    assert [(pair.winner.path.name, pair.loser.path.name, pair.winner.prompt) for pair in kept] == [
+        ("b", "a", "cat"), ("a", "c", "dog"),
+    ]  # fmt: skip
+
+
+def test_a_picture_is_never_paired_with_itself(tmp_path):
+    kept, counts = pair_up(read_text(tmp_path, "path,prompt,q\na,cat,1\nx/../a,cat,5\n"), duplicates=0.02)
+    assert kept == [] and counts == {"pictures": 2, "duplicate": 1}
+
+
+def test_pictures_of_different_sizes_can_be_pairs_of_one_prompt(tmp_path):
+    table = scored_folder(tmp_path, [("a.png", "cat", "1"), ("b.png", "cat", "2")])
+    (tmp_path / "b.png").write_bytes(png(1, size=56))
+    kept, _ = pair_up(read_scores(table, tmp_path, [], "prompt"), duplicates=0.02)
+    assert [pair.winner.path.name for pair in kept] == ["b.png"]
+    small = torch.full((3, 40, 40), 90, dtype=torch.uint8)
+    assert nearly_same(small, torch.full((3, 56, 70), 90, dtype=torch.uint8), 0.02)
+
+
+def test_a_missing_picture_is_named_before_anything_is_written(tmp_path):
+    table = scored_folder(tmp_path, [("a.png", "cat", "1"), ("b.png", "cat", "2")])
+    kept, _ = pair_up(read_scores(table, tmp_path, [], "prompt"))
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"no such picture: .*a\.png"):
+        write_pairs(tmp_path / "out.parquet", kept)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_stand_in_for_a_broken_picture_is_no_drift(tiny, tmp_path):
+    """Seven whole pictures and a black one: the anchor must not see the black one."""
+    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no picture"} if i == 2 else {} for i in range(4)])
+    config = tiny("algorithm={type: dpo, anchor: {budget: 0.1}}", f"data.pairs={path}")
+    with open_ports(config, JsonlTracker(tmp_path / "metrics.jsonl")) as ports:
+        assert isinstance(ports.learner, LocalLearner)
+        worker = ports.learner.worker
+        worker.start(None)
+        ids = tuple(f"pair:{row}:{side}" for row in range(4) for side in "wl")
+        batch = worker._batches.make(SampleStore([], policy_version=None), ids, None, 0)
+        with torch.no_grad():
+            for parameter in trainable_tensors(worker._family.network).values():
+                parameter.add_(0.01)
+        loss = worker._algorithm.loss(batch, worker._network, None, 1.0)
+    assert batch.unreadable_B is not None and batch.unreadable_B.sum() == 1
+    assert batch.weights_B.tolist().count(0.0) == 2
+    gone = int(batch.unreadable_B.int().argmax())
+    assert loss.per_sample[gone] == 0 and (loss.per_sample.detach()[~batch.unreadable_B] != 0).all()
+    assert len(loss.figures["anchor/uniform"]) == 7

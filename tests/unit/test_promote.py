@@ -173,6 +173,7 @@ def test_figures_of_an_evaluation_go_on_the_card(run, tmp_path, acpo):
     assert code == 0, err
     text = card_of(run / "export-000002")[1]
     assert "suite `toy`, 4 of 48 prompts, against base" in text and f"{mean:.4g}" in text
+    assert "| 4 samples, 4 pairs |" in text
     assert str(tmp_path) not in text
     # Figures of other weights have no place there.
     code, _, err = acpo("promote", str(run), "--checkpoint", "newest", "--evaluation", str(tmp_path / "e"))

@@ -1,6 +1,7 @@
 """Comparisons: who differs in what, means over seeds, who is beaten by nobody; from folders and from MLflow."""
 
 import json
+import os
 import random
 import shutil
 import statistics
@@ -48,6 +49,26 @@ def test_runs_that_differ_only_in_their_seed_share_a_mean_and_a_spread(four):
     spread = groups[0].gains["two_stream"]
     assert spread.mean == pytest.approx(0.3) and spread.std == pytest.approx(statistics.stdev([0.1, 0.2, 0.6]))
     assert groups[1].gains["two_stream"].std is None
+
+
+def test_runs_that_are_not_finished_and_seeds_that_are_there_twice_stay_out_of_the_means(four, monkeypatch, capsys):
+    make_run(four / "crashed", ROWS, "run.seed=3", checkpoint=2)
+    again = {"two_stream": 0.4, "strided_judge": 0.4}
+    make_run(four / "a1again", ROWS, "run.seed=1", gains=again)
+    os.utime(four / "a1" / "metrics.jsonl", (1, 1))
+    code, out, _ = run_cli(monkeypatch, capsys, "compare", four, "--json", "--out", four / "p.png")
+    group = json.loads(out)["seed_groups"][0]
+    assert code == 0 and len(group["members"]) == 5 and group["seeds"] == [0, 1, 2]
+    assert group["left_out"] == "1 not finished, 1 of a seed that is there already"
+    # Of the two runs of seed 1 the newer one counts.
+    assert group["quality"]["mean"] == pytest.approx(statistics.fmean([0.1, 0.4, 0.6]))
+    assert group["quality"]["std"] == pytest.approx(statistics.stdev([0.1, 0.4, 0.6]))
+    code, out, _ = run_cli(monkeypatch, capsys, "compare", four)
+    assert "1 not finished, 1 of a seed that is there already" in out
+    shutil.rmtree(four / "a1")
+    code, out, _ = run_cli(monkeypatch, capsys, "compare", four / "crashed", four / "a0", "--json")
+    (group,) = json.loads(out)["seed_groups"]
+    assert group["seeds"] == [0] and group["quality"] == {"mean": pytest.approx(0.1), "std": None}
 
 
 def test_differences_name_the_key_and_every_value_but_not_where_a_run_lies(four):

@@ -4,9 +4,13 @@ import os
 
 import pytest
 
+from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import UsageError
+from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.reporting.figures import figures_of, verdict
 from acpo_dist.reporting.record import read_run, require_rows
+from acpo_dist.reporting.studio import chosen_iteration
+from acpo_dist.suites.subject import find_checkpoint
 from tests.unit.runs_for_tests import make_run, row
 
 RISING = [row(i, reward=0.5 + 0.1 * i, judge=0.4 + 0.02 * i, drift=0.1 + 0.01 * i) for i in range(4)]
@@ -46,6 +50,23 @@ def test_a_finished_run_shows_its_final_gains_and_an_unfinished_one_the_mean_of_
 
 def test_a_run_that_writes_now_is_running(tmp_path):
     assert read_run(make_run(tmp_path / "run", RISING, "run.iterations=9")).state == "running"
+
+
+def test_the_best_checkpoint_is_what_the_guard_said_when_it_saved_the_newest(tmp_path):
+    rows = [row(i, reward=0.5, judge=0.5, drift=0.1, **{"guard/best_iteration": 2.0}) for i in range(4)]
+    root = make_run(tmp_path / "run", rows)
+    store = CheckpointStore(root / "checkpoints", keep=9)
+    # The line of iteration 3 was written before its checkpoint was saved, and found to be better than that of 2.
+    for iteration, best in ((2, 2), (3, 3), (4, 3)):
+        state = {"normalisers": {}, "guard": {"state": {"best": [best, 0.1]}}}
+        store.commit(store.prepare(iteration), iteration, state)
+    found = find_checkpoint(root, load_config("toy_sdxl", [f"run.dir={root}"]), "best")
+    assert chosen_iteration(read_run(root), "best") == found.iteration == 3
+    state["guard"]["state"]["best"] = [0, 0.0]
+    store.commit(store.prepare(4), 4, state)
+    with pytest.raises(UsageError, match="liked no checkpoint as much as the base model"):
+        chosen_iteration(read_run(root), "best")
+    assert chosen_iteration(read_run(root), "export") == 4
 
 
 def test_broken_lines_are_counted_and_left_out(tmp_path, caplog):

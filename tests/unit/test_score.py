@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from acpo_dist.cli.app import main
+from acpo_dist.suites.pictures import at_once
 from acpo_dist.tracking.histogram import text_histogram
 
 
@@ -55,6 +56,36 @@ def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passe
     pq.write_table(pa.table({"image": pa.array([encoded("a/1.png"), None, encoded("b/3.png")], pa.binary())}), file)
     code, out, err = run(monkeypatch, capsys, str(file), "--reward", "sharpness", "--json")
     assert code == 1 and paths(out) == [f"{file}#0", f"{file}#2"] and "row 1" in err
+
+
+def test_a_picture_that_a_reward_cannot_take_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
+    Image.new("RGB", (32, 32), (0, 200, 0)).save(folder / "a" / "0_green.png")
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (32, 32), (150, 80, 90)).save(folder / "a" / name)
+    Image.new("RGB", (32, 20), (200, 0, 0)).save(folder / "a" / "9_low.png")
+    rewards = ["--reward", "tests.unit.judges_for_tests:FailsOnGreen", "--reward", "two_stream"]
+    code, out, err = run(monkeypatch, capsys, str(folder), *rewards, "--json", "--csv", str(folder / "s.csv"))
+    rows = {Path(row.pop("path")).name: list(row.values()) for row in json.loads(out)["scores"]}
+    assert code == 1 and "Traceback" not in err
+    assert rows["0_green.png"][0] is None and rows["0_green.png"][1] > 0
+    assert rows["9_low.png"][0] == pytest.approx(200 / 255 / 3) and rows["9_low.png"][1] is None
+    assert all(None not in rows[name] for name in ("1.png", "2.png"))
+    assert "0_green.png: tests.unit.judges_for_tests:FailsOnGreen: ValueError: 1 pictures are green" in err
+    assert "9_low.png: `two_stream` needs pictures of at least 32 x 32, found 20 x 32" in err
+    assert len((folder / "s.csv").read_text().splitlines()) == 6
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_scored(folder, monkeypatch, capsys):
+    arguments = [str(folder), "--reward", "tests.unit.judges_for_tests:FailsOnGreen"]
+    code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a" / "notes.txt" / "s.csv"))
+    assert code == 2 and "cannot be written" in err and "Traceback" not in err
+    code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a"))
+    assert code == 2 and "cannot be written" in err
+
+
+def test_large_pictures_are_stacked_by_fewer_than_small_ones():
+    stacked = [at_once(torch.empty(3, *size), 16) for size in ((512, 512), (1024, 1024), (2048, 2048), (6000, 4000))]
+    assert stacked == [16, 16, 4, 1]
 
 
 def test_the_distribution_is_shown_as_text_and_drawn(folder, monkeypatch, capsys):

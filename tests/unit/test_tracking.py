@@ -479,6 +479,13 @@ def test_a_table_shows_every_cell_whole_and_checks_its_rows():
         console.table("checks", ["what", "found"], [["folder"]])
 
 
+def test_a_table_that_nobody_watches_has_one_line_per_row_however_narrow():
+    stream = io.StringIO()
+    console_on(stream, width=40).table("t", [f"column {i}" for i in range(12)], [[-0.0123456] * 12, [1234.5] * 12])
+    lines = stream.getvalue().splitlines()
+    assert any(line.count("-0.01235") == 12 for line in lines) and any(line.count("1234") == 12 for line in lines)
+
+
 def test_a_quiet_console_says_nothing(capsys):
     console = Console(quiet=True)
     console.message("x")
