@@ -11,8 +11,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from acpo_dist.core.errors import WorkerError, WorkerLostError
-from actors.group import fetch
+from acpo_dist.core.errors import AcpoError, WorkerError, WorkerLostError
+from actors.group import fetch, kill
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,16 @@ class Answer:
 
     process: str
     result: Any
+
+
+class NotLoadedError(Exception):
+    """A worker's process is there, but what it works with could not be loaded."""
+
+    def __init__(self, cause: Exception, process: str) -> None:
+        """Keep what went wrong; one that does not survive the way to the driver goes as its text."""
+        known = cause if isinstance(cause, AcpoError) else WorkerError(f"{type(cause).__name__}: {cause}")
+        super().__init__(known, process)
+        self.cause, self.process = known, process
 
 
 @dataclass(frozen=True)
@@ -177,8 +187,11 @@ class Crew:
         """The answer; None if the worker was lost, which then is away until it gives a sign of life."""
         try:
             answer: Answer = fetch(reference, name=name, what=what)
-        except WorkerLostError as error:
-            if not isinstance(error.__cause__, RayActorError):
+        except WorkerError as error:
+            if (unloaded := _unloaded(error)) is not None:
+                self._drop(name, unloaded)
+                return None
+            if not isinstance(error, WorkerLostError) or not isinstance(error.__cause__, RayActorError):
                 raise
             logger.warning("%s was lost in `%s` (%s)", name, what, type(error.__cause__).__name__)
             self._away[self._ping(self.actors[name])] = name
@@ -200,7 +213,9 @@ class Crew:
             try:
                 answer: Answer = fetch(reference, name=name, what="come back")
             except WorkerError as error:
-                if isinstance(error.__cause__, RayActorError) and self._dead(name):
+                if (unloaded := _unloaded(error)) is not None:
+                    self._drop(name, unloaded)
+                elif isinstance(error.__cause__, RayActorError) and self._dead(name):
                     del self.actors[name]
                     logger.error("%s is gone for good: %s", name, error)
                 continue
@@ -208,6 +223,17 @@ class Crew:
             logger.warning("%s is there again", name)
         if not self.actors:
             raise WorkerLostError("every worker is gone for good; see the log for why")
+
+    def _drop(self, name: str, error: NotLoadedError) -> None:
+        """Go on without a worker that worked before and, on its new machine, cannot load what it works with.
+
+        Raises:
+            AcpoError: why, where it never worked, or was the last one.
+        """
+        if name not in self._processes or len(self.actors) == 1:
+            raise error.cause
+        logger.error("%s is gone for good (%s): %s", name, error.process, error.cause)
+        kill({name: self.actors.pop(name)})
 
     def _dead(self, name: str) -> bool:
         """Whether an actor that was lost does not come back; while it is being restarted, the sign of life waits."""
@@ -220,3 +246,9 @@ class Crew:
         except WorkerError:
             return True
         return False
+
+
+def _unloaded(error: WorkerError) -> NotLoadedError | None:
+    """What a worker said that has nothing to work with."""
+    cause = getattr(error.__cause__, "cause", None)
+    return cause if isinstance(cause, NotLoadedError) else None

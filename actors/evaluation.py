@@ -1,7 +1,6 @@
 """An evaluation on Ray: rollout actors and one Serve deployment per judge, without a learner."""
 
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.schema import Config, RewardsConfig
-from acpo_dist.core.errors import RewardError, WorkerError
+from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.suites.judges import CHUNK, JudgePool
 from actors.launch import connected
 from actors.placement import PlacementPlan, Role, await_resources, place
-from actors.reward import deploy
-from actors.reward_client import RewardClient
+from actors.reward import deploy, end_orphans
+from actors.reward_client import NoAnswerError, RewardClient
 from actors.rollout import RayRollouts
 
 
@@ -40,6 +39,7 @@ class RayBackend:
         """Join or start the cluster."""
         self._own = not (self._config.cluster.address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
         with connected(self._config):
+            end_orphans()
             yield self
 
     @contextmanager
@@ -106,16 +106,13 @@ class ServeJudges:
 
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
         """See `JudgePool.submit`."""
-        started, deadline_s = time.monotonic(), self._client.link.deadline_s
         answer = self._client.submit(judge, "score", [ray.put(images)], tuple(prompts))
 
         def wait() -> list[float]:
             try:
                 return answer.result()
-            except RewardError as error:
-                if time.monotonic() - started < deadline_s:
-                    raise
-                # Nobody answered at all: that is the pool's failure and says nothing about the pictures.
+            except NoAnswerError as error:
+                # That is the pool's failure and says nothing about the pictures.
                 raise WorkerError(f"{error} What was judged so far is kept: go on with --resume.") from error
 
         return wait

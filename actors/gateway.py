@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32
 """Requests that are answered at once; more are told to come again."""
+_IDLE_S = 15.0
 _START_TIMEOUT_S = 60.0
 
 
@@ -50,7 +51,7 @@ class Door:
 
     def __init__(
         self, ask: Callable[[str, str, Any, tuple[str, ...]], Any], metrics: Mapping[str, bool], *, cut: str,
-        tokens: tuple[str, ...], max_bytes: int,
+        tokens: tuple[str, ...], max_bytes: int, idle_s: float = _IDLE_S,
     ) -> None:  # fmt: skip
         """Prepare to answer.
 
@@ -59,11 +60,12 @@ class Door:
             metrics: name -> whether it gives gradients.
             cut: what gradients are asked at: `latent` or `image`.
             tokens: those who hold one are let in.
+            idle_s: how long a client may send nothing while its request is not whole.
         """
         self._ask, self._metrics, self._cut = ask, dict(metrics), cut
         self._tokens, self._max_bytes = [token.encode() for token in tokens], max_bytes
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="http")
-        self._under_way = 0
+        self._under_way, self._idle_s = 0, idle_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
@@ -89,7 +91,7 @@ class Door:
         if parts == ["v1", "metrics"]:
             _require_method(scope, "GET")
             rows = [{"name": name, "gradient_at": self._cut if yes else None} for name, yes in self._metrics.items()]
-            return _json(200, {"metrics": rows})
+            return _json(200, {"metrics": rows, "max_bytes": self._max_bytes})
         if len(parts) != 3 or parts[0] != "v1" or parts[1] not in ("score", "gradient"):
             raise RefusedError(404, "known paths: GET /v1/metrics, POST /v1/score/METRIC, POST /v1/gradient/METRIC")
         _require_method(scope, "POST")
@@ -97,11 +99,12 @@ class Door:
         found = headers.get("content-type", b"").decode("latin-1").split(";")[0].strip()
         if found != MEDIA_TYPE:
             raise RefusedError(415, f"Content-Type must be {MEDIA_TYPE}, found `{found}`")
+        # Before it counts as under way: clients that send nothing more must not keep others out.
+        body = await self._read(headers, receive)
         if self._under_way >= _AT_ONCE:
             raise RefusedError(503, f"{_AT_ONCE} requests are under way: come again")
         self._under_way += 1
         try:
-            body = await self._read(headers, receive)
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._work, parts[2], parts[1], body)
         finally:
             self._under_way -= 1
@@ -124,7 +127,10 @@ class Door:
             raise RefusedError(413, self._too_large())
         body = bytearray()
         while True:
-            message = await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._idle_s)
+            except TimeoutError as error:
+                raise RefusedError(408, f"nothing came for {self._idle_s:g} s and the body is not whole") from error
             if message["type"] == "http.disconnect":
                 raise RefusedError(400, "the connection was closed before the body was whole")
             body += message.get("body", b"")

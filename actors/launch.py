@@ -17,9 +17,10 @@ from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
 from actors.gateway import open_gateway, read_tokens
+from actors.joining import join
 from actors.learner import RayLearner
 from actors.placement import await_resources, node_offers, place, plan_placement
-from actors.reward import deploy
+from actors.reward import deploy, end_orphans
 from actors.rollout import RayRollouts
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         read_tokens(http)
     with ExitStack() as stack:
         stack.enter_context(connected(config))
+        end_orphans()
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
         gang = place(plan.role("learner"), timeout_s=config.cluster.place_timeout_s)
         stack.callback(remove_placement_group, gang)
@@ -64,17 +66,17 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Join the configured cluster, or start a local one and stop it on leaving; a connection that is there is kept."""
+    """Join the configured cluster, or start a local one and stop it on leaving; a connection that is there is kept.
+
+    Raises:
+        UsageError: the cluster cannot be joined.
+    """
     _require_own_packages()
     if ray.is_initialized():
         yield
         return
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    ray.init(
-        address=address, logging_level=logging.ERROR, log_to_driver=False, namespace="acpo",
-        include_dashboard=None if address else False,
-    )  # fmt: skip
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    # `local` even where a cluster runs on this machine: an unnamed one may be anybody's.
+    join(config.cluster.address or os.environ.get("RAY_ADDRESS") or "local")
     try:
         yield
     finally:

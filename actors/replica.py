@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import GetTimeoutError
 from ray.experimental import internal_kv
 
 from acpo_dist.core.errors import RewardError
@@ -33,7 +34,7 @@ class ReplicaError(RewardError):
 
         Args:
             replica: its full name.
-            cause: under what the retry is counted: `unfit`, `nonfinite`, `memory` or `avoided`.
+            cause: under what the retry is counted: `unfit`, `nonfinite`, `memory`, `timeout` or `avoided`.
         """
         super().__init__(text)
         self.replica, self.cause = replica, cause
@@ -88,7 +89,10 @@ class RewardReplica:
     async def score(self, pictures: list[Any], prompts: tuple[str, ...], avoid: frozenset[str]) -> list[float]:
         """Score pictures that lie in the object store (a list of one reference, which Serve leaves alone)."""
         await self._admit(avoid)
-        images: Any = await asyncio.to_thread(ray.get, pictures[0])
+        try:
+            images: Any = await asyncio.to_thread(ray.get, pictures[0], timeout=self._timeout_s)
+        except GetTimeoutError as error:
+            raise ReplicaError("the pictures do not come", self._id, "timeout") from error
         kind = ("score", images.dtype, tuple(images.shape[1:]))
         return await asyncio.wrap_future(self._batcher.submit(kind, len(images), (images, prompts)))
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
 from ray.experimental import internal_kv
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import RayServeException
 from torch import Tensor
 
 from acpo_dist.config.pool import MetricPoolConfig
@@ -21,13 +19,14 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import RolloutHandle, ScoreTable
+from actors.owners import forget, orphans, own
+from actors.pulse import REPLICA, replica_vitals
 from actors.replica import ReplicaPlan, RewardReplica, reference_key
-from actors.reward_client import REPLICA, PoolLink, RewardClient
+from actors.reward_client import PoolLink, RewardClient
 from actors.reward_counts import ReplicaClock, mean_batch, utilisation
 
 logger = logging.getLogger(__name__)
 
-_VITALS_TIMEOUT_S = 2.0
 _MOST_THREADS = 64
 _PICTURES_AT_ONCE = 16
 
@@ -60,13 +59,20 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
                 target=_deployment(pool, where).bind(plan), name=f"{run_id}-{entry.name}", route_prefix=None
             )
         )
+    names = [target.name for target in targets]
     try:
+        for name in names:
+            own(name)
         # Together: every replica loads its model while the others do.
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _await_running([target.name for target in targets], timeout_s=config.cluster.worker_timeout_s)
+        _await_running(names, timeout_s=config.cluster.worker_timeout_s)
     except (RuntimeError, WorkerError) as error:
-        delete([target.name for target in targets])
+        delete(names)
         raise WorkerError(f"the reward pool could not be started: {error}") from error
+    except BaseException:
+        # Interrupted: nobody else would end what was begun, and it would hold its machines.
+        delete(names)
+        raise
     link = PoolLink(
         applications={name: f"{run_id}-{name}" for name in pools},
         deadline_s=rewards.deadline_s, attempt_timeout_s=rewards.attempt_timeout_s,
@@ -136,6 +142,14 @@ def delete(applications: Sequence[str]) -> None:
     for name in applications:
         serve.delete(name, _blocking=False)
         internal_kv._internal_kv_del(reference_key(name))
+        forget(name)
+
+
+def end_orphans() -> None:
+    """End applications of runs that died without ending them: they hold machines that others wait for."""
+    if found := orphans():
+        logger.warning("ended what a run that died has left: %s", ", ".join(found))
+        delete(found)
 
 
 class ServeRewards:
@@ -223,13 +237,3 @@ class ServeRewards:
         pool = self._pools[metric]
         replicas = max(pool.bounds[1], self.client.replicas(metric))
         return min((pool.max_ongoing_requests + 1) * replicas, pool.max_queued_requests, _MOST_THREADS)
-
-
-def replica_vitals(handle: Any) -> list[dict[str, Any]]:
-    """What every replica of a deployment says of itself; one that does not answer at once is left out."""
-    try:
-        answers = handle.broadcast("vitals").results(timeout_s=_VITALS_TIMEOUT_S, return_exceptions=True)
-    except (RayError, RayServeException, TimeoutError) as error:
-        logger.info("replicas do not answer: %s", error)
-        return []
-    return [answer for answer in answers if isinstance(answer, dict)]

@@ -12,11 +12,11 @@ import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
-from ray.serve.schema import ReplicaState
 
 from acpo_dist.core.errors import RewardError
 from acpo_dist.rewards.wire import WireTensor
 from acpo_dist.rewards.worker import ScoredGradient
+from actors.pulse import REPLICA, Pulse, running_replicas
 from actors.replica import ReplicaError
 from actors.reward_counts import RequestCounts
 
@@ -27,15 +27,15 @@ class NoAnswerError(RewardError):
     """The pool has no answer now, though the request may be right."""
 
 
-REPLICA = "metric"
-"""Name of the one deployment in every application of the pool."""
 _MAX_FAILURES = {"refused": 3, "nonfinite": 3, "memory": 3, "lost": 20, "timeout": 20, "unfit": 20}
 """How often a request may fail for one cause: one that no replica can answer must not go round for ever, and one that
 ends every replica it meets must not end them all."""
+_OWN_FAULT = ("refused", "nonfinite", "memory")
+"""Causes that, met on one replica after the other, lie in the request itself."""
 _LOST = (RayError, DeploymentUnavailableError, RequestCancelledError, RayServeException, ConnectionError)
 _PATIENCE = 1.5
-"""A replica ends itself when one batch takes longer than rewards.attempt_timeout_s. A caller waits so many times that:
-in the end one must also notice a process that is frozen, or a machine that is gone."""
+"""A replica ends itself when one batch takes longer than rewards.attempt_timeout_s. After so many times that a caller
+looks whether its request waits for its turn, or for a process that is frozen or a machine that is gone."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -46,6 +46,7 @@ class PoolLink:
     applications: Mapping[str, str]
     """Serve application by metric."""
     deadline_s: float
+    """Longest time in which the pool answers nobody."""
     attempt_timeout_s: float
 
 
@@ -59,6 +60,7 @@ class RewardClient:
         self.link = link
         self._handles = {name: serve.get_deployment_handle(REPLICA, app) for name, app in link.applications.items()}
         self.counts = RequestCounts()
+        self.pulses = {name: Pulse(self._handles[name], app) for name, app in link.applications.items()}
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -115,37 +117,33 @@ class _Request:
     pause_s: float = _PAUSE_S
 
     def answer(self) -> Any:
-        link = self.client.link
-        deadline = time.monotonic() + link.deadline_s
+        link, pulse = self.client.link, self.client.pulses[self.metric]
+        started = time.monotonic()
         while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            # Who waits behind others does not wait in vain: the deadline is for a pool that answers nobody.
+            deadline = max(started, pulse.heard) + link.deadline_s
+            if time.monotonic() >= deadline:
                 raise NoAnswerError(
                     f"reward `{self.metric}`: no answer within rewards.deadline_s={link.deadline_s:g} s; the last "
                     f"attempt: {self.last}. Raise it, add replicas (`acpo rewards scale {self.metric} N`), or see what "
                     "the replicas say (`acpo rewards status`)."
                 )
             try:
-                answer = self._attempt(min(remaining, _PATIENCE * link.attempt_timeout_s))
+                answer = self._attempt(started)
             except _AttemptError as error:
                 self._failed(error)
                 # Serve queues a request while there is no replica, so this only spares a pool that turns it away.
                 time.sleep(max(0.0, min(self.pause_s, deadline - time.monotonic())))
                 self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
                 continue
+            pulse.answered()
             self._convict()
             return answer
 
-    def _attempt(self, timeout_s: float) -> Any:
-        response = None
+    def _attempt(self, started: float) -> Any:
         try:
             method = getattr(self.client.handle(self.metric), self.method)
-            response = method.remote(*self.arguments, self._avoided())
-            return response.result(timeout_s=timeout_s)
-        except TimeoutError as error:
-            if response is not None:
-                response.cancel()
-            raise _AttemptError("timeout", f"no answer within {timeout_s:g} s ") from error
+            return self._wait(method.remote(*self.arguments, self._avoided()), started)
         except BackPressureError as error:
             raise _AttemptError("backpressure", f"too many requests wait ({error})") from error
         except RayTaskError as error:
@@ -154,11 +152,28 @@ class _Request:
                 self.bad.add(cause.replica)
                 if cause.cause == "nonfinite":
                     self.wrong.add(cause.replica)
-                raise _AttemptError(cause.cause, str(cause), cause) from error
+                raise _AttemptError(cause.cause, str(cause)) from error
             text = str(cause) if isinstance(cause, RewardError) else str(error).strip().splitlines()[-1]
-            raise _AttemptError("refused", text, cause if isinstance(cause, RewardError) else None) from error
+            raise _AttemptError("refused", text) from error
         except _LOST as error:
             raise _AttemptError("lost", f"the replica died ({type(error).__name__})") from error
+
+    def _wait(self, response: Any, started: float) -> Any:
+        """The answer, however many requests are before this one, as long as the pool gets on with them."""
+        link, pulse = self.client.link, self.client.pulses[self.metric]
+        patience_s = _PATIENCE * link.attempt_timeout_s
+        while True:
+            asked = time.monotonic()
+            remaining = max(started, pulse.heard) + link.deadline_s - asked
+            try:
+                return response.result(timeout_s=max(0.0, min(patience_s, remaining)))
+            except TimeoutError as error:
+                # With every replica at work, and requests answered meanwhile, this one's turn will come: to ask again
+                # would only put it at the end of the queue.
+                if remaining > 0 and pulse.look() and pulse.heard > asked:
+                    continue
+                response.cancel()
+                raise _AttemptError("timeout", f"no answer within {time.monotonic() - asked:.3g} s") from error
 
     def _avoided(self) -> frozenset[str]:
         """Bad replicas, as long as there are others."""
@@ -174,8 +189,9 @@ class _Request:
         if error.cause not in ("avoided", "backpressure"):
             logger.warning("reward %s: %s: %s; asked again", self.metric, error.cause, error)
         if limit is not None and self.failures[error.cause] >= limit:
-            if error.original is not None:
-                raise RewardError(f"{error.original} (asked {limit} times)") from error
+            if error.cause in _OWN_FAULT:
+                named = "" if f"`{self.metric}`" in self.last else f"reward `{self.metric}`: "
+                raise RewardError(f"{named}{self.last} (asked {limit} times)") from error
             raise NoAnswerError(f"reward `{self.metric}` failed {limit} times: {error}") from error
 
     def _convict(self) -> None:
@@ -190,13 +206,6 @@ class _Request:
 class _AttemptError(Exception):
     """One attempt has failed."""
 
-    def __init__(self, cause: str, text: str, original: RewardError | None = None) -> None:
+    def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
-        self.cause, self.original = cause, original
-
-
-def running_replicas(application: str) -> int:
-    """Replicas of an application that take requests; 0 when there is none or no such application."""
-    found = serve.status().applications.get(application)
-    deployment = found.deployments.get(REPLICA) if found else None
-    return int(deployment.replica_states.get(ReplicaState.RUNNING, 0)) if deployment else 0
+        self.cause = cause

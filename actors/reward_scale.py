@@ -13,8 +13,8 @@ from ray.serve.context import _get_global_client
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.core.errors import UsageError, WorkerError
 from acpo_dist.core.registry import nearest
-from actors.reward import autoscaling, replica_vitals
-from actors.reward_client import REPLICA, running_replicas
+from actors.pulse import REPLICA, replica_vitals, running_replicas
+from actors.reward import autoscaling
 
 _APPLICATION = re.compile(r"(?P<run>acpo-[0-9a-f]{8})-(?P<metric>.+)")
 

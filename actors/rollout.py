@@ -14,10 +14,11 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightBundle, WeightEcho
+from acpo_dist.core.weights import require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.rollout.chunks import chunks_of
 from acpo_dist.vrg.sums import ErrorSums
-from actors.crew import TASK_RETRIES, Answer, Crew
+from actors.crew import TASK_RETRIES, Answer, Crew, NotLoadedError
 from actors.group import fetch, kill
 from actors.placement import Role
 from actors.process import set_up
@@ -39,13 +40,24 @@ class RolloutActor:
     """Shell round `RolloutWorker`."""
 
     def __init__(self, model: Any, sampler: Any, name: str, cpus: float, gpus: float) -> None:
-        """Set the process up, then load the model."""
-        device = set_up(cpus=cpus, gpus=gpus)
-        from acpo_dist.rollout.worker import RolloutWorker
-
-        self._worker = RolloutWorker(model, sampler, device=device, name=name)
-        self._first = self._worker.trajectory
+        """Set the process up, then load the model; why it cannot be is told with the first call."""
         self._process = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
+        self._loaded, self._failed = None, None
+        try:
+            device = set_up(cpus=cpus, gpus=gpus)
+            from acpo_dist.rollout.worker import RolloutWorker
+
+            self._loaded = RolloutWorker(model, sampler, device=device, name=name)
+            self._first = self._loaded.trajectory
+        except Exception as error:
+            # Ray would start an actor again and again whose constructor fails, and report it as lost.
+            self._failed = NotLoadedError(error, self._process)
+
+    @property
+    def _worker(self) -> Any:
+        if self._failed is not None:
+            raise self._failed
+        return self._loaded
 
     def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
         """Draw a chunk: what the driver may know, the latents, the pictures; each an object of its own."""
@@ -85,6 +97,7 @@ class RolloutActor:
 
     def ready(self) -> Answer:
         """Process and machine, once the model is loaded."""
+        assert self._worker is not None
         return Answer(self._process, (os.getpid(), ray.get_runtime_context().get_node_id()))
 
     def _assume(self, policy: Policy) -> None:
@@ -95,7 +108,8 @@ class RolloutActor:
                     f"samples of the untouched model are to be drawn by a worker that holds version "
                     f"{self._worker.version}"
                 )
-            self._worker.load(ray.get(policy.bundle[0]))
+            bundle: Any = ray.get(policy.bundle[0])
+            require_echoes(policy.version, bundle.checksum, [self._worker.load(bundle)])
         wanted = policy.trajectory or self._first
         if wanted.schedule_id != self._worker.trajectory.schedule_id:
             self._worker.follow(wanted)

@@ -1,13 +1,12 @@
 """A live cluster held against what a run needs, before anything is started: what `acpo plan --address` reports."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import UsageError
+from actors.joining import join
 from actors.placement import NodeOffer, PlacementPlan, lacking, node_offers, plan_placement, shortfall
 
 
@@ -18,14 +17,11 @@ def survey(config: Config, address: str) -> dict[str, Any]:
         address: Ray's own, such as `auto` on a machine of the cluster or HOST:6379; not that of the job service.
 
     Raises:
-        UsageError: no cluster is there.
+        UsageError: the cluster cannot be joined.
     """
     joined = ray.is_initialized()
     if not joined:
-        try:
-            ray.init(address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"no Ray cluster at {address}: {error}") from error
+        join(address)
     try:
         return compare(plan_placement(config), node_offers(), dict(ray.available_resources()))
     finally:

@@ -18,10 +18,14 @@ export RAY_JOB_STOP_WAIT_TIME_S=60
 
 # The wheel and the pinned requirements that were copied here; nothing is done where they are installed already.
 acpo_install() {
-    local wanted python
+    local wanted python wheel
     # `ray down` calls a plain `ray stop` on the head, and goes on without a word when there is no `ray`.
     grep -qs acpo/venv/bin ~/.bashrc || echo 'export PATH=$PATH:$HOME/acpo/venv/bin' >> ~/.bashrc
-    wanted=$(cat ~/acpo/requirements.txt ~/acpo/dist/*.whl | sha256sum)
+    # The wheel that was built last; `ray up` copies new files here and leaves the old ones, which pip would not take too.
+    wheel=$(ls -t ~/acpo/dist/*.whl | head -n 1)
+    [ -n "$wheel" ] || { echo "no wheel in dist: build it with hatchling build -t wheel" >&2; return 1; }
+    find ~/acpo/dist -name '*.whl' ! -path "$wheel" -delete
+    wanted=$(cat ~/acpo/requirements.txt "$wheel" | sha256sum)
     [ "$(cat ~/acpo/venv/.acpo-installed 2>/dev/null)" != "$wanted" ] || return 0
     if [ ! -x ~/acpo/venv/bin/python ]; then
         python=$(command -v python3.11 || command -v python3.12 || true)
@@ -33,7 +37,7 @@ acpo_install() {
         fi
     fi
     ~/acpo/venv/bin/pip install -q -r ~/acpo/requirements.txt &&
-        ~/acpo/venv/bin/pip install -q --no-deps --force-reinstall ~/acpo/dist/*.whl &&
+        ~/acpo/venv/bin/pip install -q --no-deps --force-reinstall "$wheel" &&
         echo "$wanted" > ~/acpo/venv/.acpo-installed
 }
 
@@ -65,7 +69,11 @@ acpo_mount() {
     if [ -n "$ACPO_NFS" ] && ! mountpoint -q "$ACPO_SHARED"; then
         command -v mount.nfs4 >/dev/null || acpo_as_root apt-get install -y -qq nfs-common || return 1
         acpo_as_root mount -t nfs4 -o nfsvers=4.1,hard,timeo=600,retrans=2 "$ACPO_NFS" "$ACPO_SHARED" || return 1
-        acpo_as_root chown "$USER" "$ACPO_SHARED"
+        if ! mountpoint -q "$ACPO_SHARED"; then
+            echo "ACPO_NFS=$ACPO_NFS is not mounted at $ACPO_SHARED: a run's files would be on this machine alone" >&2
+            return 1
+        fi
+        acpo_as_root chown "$USER" "$ACPO_SHARED" || return 1
     fi
     mkdir -p "$ACPO_RUNS" "$HF_HOME"
 }

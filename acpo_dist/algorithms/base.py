@@ -83,8 +83,8 @@ class MicroBatch:
     """bool: the picture of a data set could not be decoded, and `clean` is a stand-in; None where all could."""
 
     @property
-    def readable_B(self) -> Tensor:
-        """bool: whose `clean` is a picture."""
+    def readable(self) -> Tensor:
+        """bool (B,): whose `clean` is a picture."""
         if self.unreadable_B is None:
             return torch.ones_like(self.weights_B, dtype=torch.bool)
         return ~self.unreadable_B

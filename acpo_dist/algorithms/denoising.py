@@ -54,10 +54,10 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         head, base = both_heads(network, states)
         drift = anchor_error(head_drift(head, base, states.alpha_bars_B, network.prediction_type, anchor.space))
         # What stands where a picture could not be read is nothing that the policy is to be held on.
-        drift = torch.where(batch.readable_B, drift, torch.zeros_like(drift))
+        drift = torch.where(batch.readable, drift, torch.zeros_like(drift))
         objective, figures = self.objective(batch, network, states, head, base)
         objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
-        seen = batch.readable_B
+        seen = batch.readable
         figures["anchor/uniform"] = drift.detach()[seen]
         figures |= split_branches(drift.detach()[seen], states.is_null_B[seen])
         return Loss(per_sample=self.config.reward_weight * objective + anchor_weight * drift, figures=figures)

@@ -99,10 +99,8 @@ def _cluster(address: str | None) -> Iterator[None]:
     """Join a running cluster; never start one.
 
     Raises:
-        UsageError: Ray is not installed, or there is no cluster to join.
+        UsageError: Ray is not installed, or the cluster cannot be joined.
     """
-    import logging
-
     from acpo_dist.config.relations import module_available
     from acpo_dist.core.errors import UsageError
 
@@ -113,11 +111,9 @@ def _cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        ray.init(address=address or "auto", namespace="acpo", logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"no Ray cluster at {address or 'RAY_ADDRESS or on this machine'}: {error}") from error
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    from actors.joining import join
+
+    join(address or "auto")
     try:
         yield
     finally:

@@ -60,7 +60,8 @@ def submit(
     elif start is not None:
         arguments, upload, variables = start
         job = jobs.submit(client, arguments, upload=upload, env=variables, job=name, cpus=cpus, gpus=gpus)
-        say(f"{job} started" + (f", {upload.folder} uploaded" if upload else ""))
+        what = ", ".join(upload.only) or upload.folder if upload else None
+        say(f"{job} started" + (f", {what} uploaded" if what else ""))
         if follow:
             _follow(client, job, as_json)
         else:
@@ -72,13 +73,15 @@ def _checked(
 ) -> tuple[list[str], Any, dict[str, str]]:
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
-    from actors.jobs import plan_upload
+    from actors.files import relative_files
+    from actors.jobs import plan_upload, with_files
 
     odd = [pair for pair in env if not pair.partition("=")[0] or "=" not in pair]
     if odd:
         raise UsageError(f"expected --env KEY=VALUE, found `{odd[0]}`")
-    load_config(source, overrides)
+    config = load_config(source, overrides)
     called, upload = plan_upload(source, folder, ship_code=ship_code)
+    upload = with_files(upload, relative_files(config))
     arguments = [called, *overrides, "--backend", "ray", *(["--resume", resume] if resume else [])]
     return arguments, upload, {pair.partition("=")[0]: pair.partition("=")[2] for pair in env}
 

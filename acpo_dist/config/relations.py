@@ -196,7 +196,7 @@ def _check_vrg(config: Config) -> None:
     vrg, steps = config.vrg, config.sampler.num_steps
     if vrg.reference_steps is not None and vrg.reference_steps < 4 * steps:
         raise ConfigError(
-            f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: a reference that is hardly "
+            f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: a reference hardly "
             f"finer than what it judges proves nothing. Set vrg.reference_steps={4 * steps} or more, or leave it out."
         )
 

@@ -144,7 +144,7 @@ class RewardsConfig(Section):
     cpus_per_replica: float = Field(default=1.0, ge=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
     deadline_s: float = Field(default=300.0, gt=0)
-    """A request is retried on other replicas until so many seconds have passed, then the run stops."""
+    """Longest time in which the pool answers nobody; a request that waits longer for its turn only waits."""
     attempt_timeout_s: float = Field(default=60.0, gt=0)
     """A replica that computes longer than this on one batch hangs: it is replaced, its requests go elsewhere."""
     pool: dict[str, MetricPoolConfig] = Field(default={})
@@ -242,7 +242,7 @@ class ClusterConfig(Section):
     backend: Literal["auto", "local", "ray"] = "auto"
     """`local`: one process; `ray`: actors; `auto`: Ray when an address is known or the run needs it, else local."""
     address: str | None = None
-    """Ray address; None uses RAY_ADDRESS, or else starts a local cluster."""
+    """Ray address; `auto` joins this machine's cluster. None uses RAY_ADDRESS, or starts one for this run alone."""
     place_timeout_s: float = Field(default=60.0, gt=0)
     """Longest wait for resources before the run gives up with a list of what is missing."""
     worker_timeout_s: float = Field(default=600.0, gt=0)

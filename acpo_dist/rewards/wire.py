@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LARGEST_EXPONENT = 126
+"""Such that two to its power, and to its negative, are normal numbers of float32."""
+
 
 @dataclass(frozen=True)
 class WireTensor:
@@ -29,6 +32,8 @@ class WireTensor:
 def pack(tensor: Tensor, dtype: str) -> WireTensor:
     """Scale each sample by a power of two to a largest magnitude in [1, 2), then round to `dtype`.
 
+    Only samples below 1e-38 at their largest stay below 1: a larger factor would not fit into float32.
+
     Reward gradients per pixel are 1e-7 and smaller, where plain float16 is subnormal or zero; with the scale the
     rounding error is 2e-4 relative whatever the magnitude.
 
@@ -41,6 +46,7 @@ def pack(tensor: Tensor, dtype: str) -> WireTensor:
         return WireTensor(values.numpy(), np.zeros(len(values), np.int16))
     peak = values.flatten(1).abs().amax(1)
     exponent = torch.where(peak > 0, torch.frexp(peak).exponent - 1, torch.zeros_like(peak, dtype=torch.int32))
+    exponent = exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     scaled = torch.ldexp(values, -exponent.reshape(-1, *[1] * (values.ndim - 1)))
     return WireTensor(scaled.to(torch.float16).numpy(), exponent.to(torch.int16).numpy())
 

@@ -67,12 +67,19 @@ class RewardWorker:
             images: uint8 RGB (B, 3, H, W).
 
         Raises:
-            RewardError: a score is not finite; it is never replaced by a number.
-            NonFiniteScoreError: and that is not the fault of the pictures.
+            RewardError: the pictures are of another type or shape.
+            NonFiniteScoreError: a score is not finite; it is never replaced by a number.
             OutOfMemoryError: not even one picture fits.
         """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            # Floating-point pictures would be divided by 255 although they lie in [0, 1] already.
+            raise RewardError(
+                f"reward `{self.name}` scores uint8 RGB pictures of shape (B, 3, H, W), found {images.dtype} of shape "
+                f"{tuple(images.shape)}"
+            )
 
         def run(start: int, stop: int) -> list[float]:
+            # In place on the copy that another type always is, so the caller's pictures stay as they are.
             chunk = images[start:stop].to(self._device, torch.float32).div_(255)
             return self._finite(self._metric(chunk, prompts[start:stop]), chunk)
 
@@ -90,13 +97,22 @@ class RewardWorker:
             Scores, and the gradient of each with respect to its own entry of `sent`.
 
         Raises:
-            RewardError: a score or gradient is not finite.
+            RewardError: what was sent is of another shape, or a score or gradient is not finite.
             NonFiniteScoreError: and that is not the fault of what was sent.
             OutOfMemoryError: not even one picture fits.
         """
         decoder = self._decoder if self._cut == "latent" else None
         if self._cut == "latent" and decoder is None:
             raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot take latents")
+
+        # A plug-in's decoder need not say what it takes.
+        channels = 3 if decoder is None else getattr(decoder, "channels", None)
+        if sent.data.ndim != 4 or (channels is not None and sent.data.shape[1] != channels):
+            what = "pixels" if decoder is None else "x0-hat"
+            raise RewardError(
+                f"reward `{self.name}` differentiates at {what} of shape (B, {channels or 'C'}, H, W) "
+                f"(rewards.cut={self._cut}), found {tuple(sent.data.shape)}"
+            )
 
         def run(start: int, stop: int) -> tuple[list[float], Tensor]:
             values = unpack(sent.rows(start, stop)).to(self._device).requires_grad_(True)

@@ -25,12 +25,15 @@ class Misbehaving(Sharpness):
         folder: Path
         seconds: float = 0.0
         """How long a batch takes at least, as it would with a larger network."""
+        start_seconds: float = 0.0
+        """How long the metric takes to load."""
         prefer: str = "more"
 
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
         super().__init__(config, device=device)
         assert isinstance(config, Misbehaving.Config)
         self._folder, self._seconds, self._fault = config.folder, config.seconds, ""
+        time.sleep(config.start_seconds)
 
     @classmethod
     def direction(cls, config: MetricConfig) -> int:

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import threading
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from acpo_dist.rewards.worker import RewardWorker
 pytestmark = pytest.mark.ray
 TOKEN, OTHER = "a-token-of-some-length", "another-token-of-some-length"
 MAX_BYTES = 200_000
+METRICS = {"two_stream": True, "strided_judge": False}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,16 @@ def port(workers):
             workers[metric].score(sent, prompts) if what == "score" else workers[metric].value_and_grad(sent, prompts)
         )
 
-    metrics = {"two_stream": True, "strided_judge": False}
-    door = Door(ask, metrics, cut="latent", tokens=(OTHER, TOKEN), max_bytes=MAX_BYTES)
+    with serving(Door(ask, METRICS, cut="latent", tokens=(OTHER, TOKEN), max_bytes=MAX_BYTES)) as number:
+        yield number
+
+
+@contextmanager
+def serving(door):
+    """A door on a real server; its port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
         server = uvicorn.Server(uvicorn.Config(door, log_level="warning", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -193,6 +201,34 @@ def test_the_clients_errors_say_what_the_server_said(pool):
         pool.value_and_grad("two_stream", WireTensor(*_zeros()), [""])
 
 
+@pytest.mark.parametrize(("token", "text"), [(TOKEN, r"413: the request has 16 MiB, the server takes 0\.191"),
+                                            (TOKEN + "x", "401: a valid token is needed")])  # fmt: skip
+def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, port):
+    pool = RemotePool(f"http://127.0.0.1:{port}", token, deadline_s=20)
+    with pytest.raises(RewardError, match=text):
+        pool.score("two_stream", torch.zeros(64, 3, 296, 296, dtype=torch.uint8), [""] * 64)
+    assert pool.retries == 0
+
+
+def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_to_go():
+    from actors.gateway import Door
+
+    door = Door(lambda metric, what, sent, prompts: [0.5] * len(sent), METRICS, cut="latent", tokens=(TOKEN,),
+                max_bytes=MAX_BYTES, idle_s=3)  # fmt: skip
+    with serving(door) as port, ExitStack() as stack:
+        head = (
+            f"POST /v1/score/two_stream HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {TOKEN}\r\n"
+            f"Content-Type: {MEDIA_TYPE}\r\nContent-Length: 1000\r\n\r\nabc"
+        )
+        stalled = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(40)]
+        for one in stalled:
+            one.sendall(head.encode())
+        pool = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
+        assert pool.score("two_stream", pictures(1), [""]) == [0.5]
+        assert pool.retries == 0
+        assert all(one.recv(20).startswith(b"HTTP/1.1 408 ") for one in stalled)
+
+
 def _zeros():
     import numpy as np
 
@@ -219,8 +255,6 @@ def test_tokens_are_read_from_the_environment(monkeypatch):
 
 
 def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here(cluster, workers, monkeypatch):
-    from contextlib import ExitStack
-
     from acpo_dist.config.load import load_config
     from actors.gateway import open_gateway
     from actors.reward import deploy

@@ -89,6 +89,108 @@ def test_a_login_shell_finds_ray_after_the_setup_so_that_ray_down_can_stop_it(tm
     assert found == [str(home / "venv/bin/ray"), "1"]
 
 
+def _shell(home, script, *, commands=()):
+    """Run bash with node.sh and a home of its own; `commands` (name, body) stand in front of the machine's."""
+    binary = home / "bin"
+    binary.mkdir(exist_ok=True)
+    for name, body in commands:
+        (binary / name).write_text(f"#!/bin/bash\n{body}\n")
+        (binary / name).chmod(0o755)
+    (home / "acpo").mkdir(exist_ok=True)
+    (home / "acpo/env.sh").write_text((ROOT / "clusters/env.sh").read_text())
+    environment = {"HOME": str(home), "USER": "me", "PATH": f"{binary}:/usr/bin:/bin", "ACPO_SHARED": f"{home}/shared"}
+    return subprocess.run(["bash", "-c", f". {ROOT}/clusters/node.sh; {script}"], env=environment, text=True,
+                          capture_output=True)  # fmt: skip
+
+
+def test_of_several_wheels_the_one_that_was_built_last_is_installed_and_the_others_go(tmp_path):
+    import os
+
+    dist = tmp_path / "acpo/dist"
+    (tmp_path / "acpo/venv/bin").mkdir(parents=True)
+    dist.mkdir()
+    (tmp_path / "acpo/requirements.txt").write_text("")
+    for age, name in enumerate(("b-0.2.whl", "a-0.10.whl", "c-0.1.whl")):
+        (dist / name).write_text(name)
+        os.utime(dist / name, (1000 - age, 1000 - age))
+    # The shell's `pip` is this one; the machine's is not asked.
+    for name in ("pip", "python"):
+        (tmp_path / "acpo/venv/bin" / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/asked\n')
+        (tmp_path / "acpo/venv/bin" / name).chmod(0o755)
+    found = _shell(tmp_path, "acpo_install && acpo_install")
+    assert found.returncode == 0, found.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2 and asked[1].endswith(f"--force-reinstall {dist}/b-0.2.whl")
+    assert [path.name for path in dist.iterdir()] == ["b-0.2.whl"]
+    (dist / "b-0.2.whl").unlink()
+    assert "no wheel in dist" in _shell(tmp_path, "acpo_install").stderr
+
+
+AS_ROOT = ("sudo", 'exec "$@"')
+
+
+def test_shared_storage_that_is_not_mounted_stops_the_machine_from_joining(tmp_path):
+    quiet = [AS_ROOT, ("mount", "true"), ("mount.nfs4", "true"), ("mountpoint", f"test -e {tmp_path}/mounted"),
+             ("chown", "true"), ("install", 'mkdir -p "${@: -1}"')]  # fmt: skip
+    export = "export ACPO_NFS=storage:/; acpo_mount"
+    found = _shell(tmp_path, export, commands=quiet)
+    assert found.returncode == 1 and "ACPO_NFS=storage:/ is not mounted at" in found.stderr
+    mounts = [*quiet, ("mount", f"touch {tmp_path}/mounted; echo mounted")]
+    again = _shell(tmp_path, f"{export} && {export.split('; ')[1]}", commands=mounts)
+    assert again.returncode == 0 and again.stdout.splitlines() == ["mounted"], again.stderr
+    assert (tmp_path / "shared/runs").is_dir()
+    assert _shell(tmp_path, "export ACPO_NFS=; acpo_mount").returncode == 0
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_a_machine_that_was_stopped_and_comes_back_mounts_and_closes_its_doors_before_ray_starts(name, kind):
+    """Ray's own updater skips the setup of a machine whose tags say that it was set up."""
+    updater = pytest.importorskip("ray.autoscaler._private.updater", reason="needs the extra `ray`")
+    config, ran = _read(name), []
+
+    class Machine:
+        def __init__(self):
+            self.provider_config = {}
+            self.tags = {"ray-runtime-config": "set up", "ray-file-mounts-contents": "files", "ray-node-status": ""}
+
+        def node_tags(self, _):
+            return dict(self.tags)
+
+        def set_node_tags(self, _, tags):
+            self.tags.update(tags)
+
+        def get_command_runner(self, *_, **__):
+            return self
+
+        def run(self, command, *_, **__):
+            ran.append(command)
+
+        def run_init(self, **_):
+            return False
+
+        def run_rsync_up(self, *_, **__):
+            pass
+
+    one = updater.NodeUpdater(
+        "one", config["provider"], Machine(), config["auth"], "acpo", {}, config["initialization_commands"],
+        config["setup_commands"], config[f"{kind}_start_ray_commands"], "set up", "files", kind == "head",
+    )  # fmt: skip
+    one.wait_ready = lambda deadline: None
+    one.do_update()
+    started = next(index for index, command in enumerate(ran) if "ray start" in command)
+    before = " && ".join(ran[:started])
+    assert "acpo_mount && acpo_firewall" in before and "acpo_install" not in before
+
+
+def test_disks_of_google_machines_are_of_a_type_that_gpu_machines_take_in_the_clusters_zone():
+    config = _read("clusters/gcp.yaml")
+    zone = config["provider"]["availability_zone"]
+    for kind in config["available_node_types"].values():
+        (disk,) = kind["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+
+
 def test_machines_of_ones_own_end_what_ray_down_does_not_reach():
     assert _read("clusters/local.yaml")["worker_start_ray_commands"][-1].endswith("acpo_end_with_head")
 
@@ -131,6 +233,13 @@ def test_the_kubernetes_job_is_a_command_that_acpo_accepts():
     assert words[:2] == ["acpo", "train"]
     config = load_config(words[2], [word for word in words[3:] if "=" in word])
     assert config.cluster.roles.learner.labels == {"acpo-role": "learner"}
+    # GPU pods come when they are asked for; the job's folder holds no files.
+    assert config.cluster.place_timeout_s >= 1200
+    assert config.data.prompts.startswith("/mnt/acpo/")
+    # The job alone has the label by which it is applied after its prompts are there.
+    assert [kind for kind, one in _kuberay().items() if one["metadata"].get("labels", {}).get("acpo") == "run"] == [
+        "RayJob"
+    ]
 
 
 def test_the_versions_of_ray_agree_everywhere():

@@ -23,7 +23,7 @@ from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
 from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream, gradient_magnitude
 from acpo_dist.rewards.wire import pack, unpack
-from acpo_dist.rewards.worker import CHUNK, RewardWorker
+from acpo_dist.rewards.worker import CHUNK, NonFiniteScoreError, RewardWorker
 from acpo_dist.toy.world import templates
 
 TOY_SDXL = SdxlFamily.Config(path="toy-sdxl")
@@ -99,6 +99,16 @@ class Root(Brightness):
         return images.mean((1, 2, 3)).sqrt()
 
 
+class Share(Brightness):
+    """Red's share of all light, which a black picture has none of."""
+
+    class Config(MetricConfig):
+        type: str = f"{__name__}:Share"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 0].sum((1, 2)) / images.sum((1, 2, 3))
+
+
 class PromptLength(Brightness):
     """Reads the prompts alone."""
 
@@ -140,7 +150,7 @@ def test_samples_of_very_different_magnitude_do_not_cost_each_other_precision():
     assert relative_error(unpack(pack(values, "float16")), values) <= 5e-4
 
 
-@pytest.mark.parametrize("value", [1.0, 65504.0, 1e-38, 1e-40, 3e38, -0.75, 2.0**-126])
+@pytest.mark.parametrize("value", [1.0, 65504.0, 1e-38, 1e-40, 3e38, -0.75, 2.0**-126, 2.0**-149])
 def test_single_numbers_survive_at_the_ends_of_float32(value: float):
     found = unpack(pack(torch.tensor([[value]]), "float16"))
     # Below 2**-126 float32 itself has steps of 1.4e-45.
@@ -304,6 +314,19 @@ def test_a_worker_without_a_decoder_takes_no_latents():
         lame.value_and_grad(pack(torch.zeros(1, 4, 8, 8), "float32"), [""])
 
 
+@pytest.mark.parametrize(
+    ("cut", "shape", "text"),
+    [
+        ("latent", (1, 3, 16, 16), r"x0-hat of shape \(B, 4, H, W\) \(rewards.cut=latent\), found \(1, 3, 16, 16\)"),
+        ("image", (1, 4, 16, 16), r"pixels of shape \(B, 3, H, W\) \(rewards.cut=image\), found \(1, 4, 16, 16\)"),
+        ("image", (3, 16, 16), r"found \(3, 16, 16\)"),
+    ],
+)
+def test_a_gradient_at_something_of_another_shape_is_refused_with_the_shape_that_is_wanted(cut, shape, text):
+    with pytest.raises(RewardError, match=text):
+        worker(cut=cut).value_and_grad(pack(torch.zeros(shape), "float16"), [""] * shape[0])
+
+
 # Scores depend on their own picture alone
 
 
@@ -350,12 +373,34 @@ def test_one_nan_among_the_sent_values_is_an_error(metric: MetricConfig, cut: st
         worker(metric, cut=cut, wire_dtype=wire_dtype).value_and_grad(pack(values, wire_dtype), [""] * 3)
 
 
+def test_a_score_of_a_finished_picture_that_is_not_finite_is_an_error_that_counts_them():
+    images = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
+    images[2] = 0
+    with pytest.raises(NonFiniteScoreError, match="1 of 3 scores are not finite"):
+        worker(Share.Config()).score(images, [""] * 3)
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.rand(2, 3, 32, 32), r"torch\.float32 of shape \(2, 3, 32, 32\)"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), r"torch\.uint8 of shape \(2, 1, 32, 32\)"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), r"torch\.uint8 of shape \(3, 32, 32\)"),
+    ],
+)
+def test_finished_pictures_of_another_type_or_shape_are_refused_and_left_as_they_are(images: Tensor, found: str):
+    before = images.clone()
+    with pytest.raises(RewardError, match=f"`two_stream` scores uint8 RGB pictures.*{found}"):
+        worker().score(images, [""] * len(images))
+    assert torch.equal(images, before)
+
+
 @our_metrics
-def test_a_finished_picture_with_a_nan_is_an_error_that_counts_the_scores(metric: MetricConfig):
-    images = torch.rand(3, 3, 32, 32, generator=rng(0))
-    images[2, 0, 5, 5] = math.nan
-    with pytest.raises(RewardError, match="1 of 3 scores are not finite"):
-        worker(metric).score(images, [""] * 3)
+def test_pictures_too_small_for_a_metric_of_ours_are_refused_with_both_sizes(metric: MetricConfig):
+    least = {"two_stream": 32, "strided_judge": 16}[metric.type]
+    small = torch.full((1, 3, least, least - 1), 90, dtype=torch.uint8)
+    with pytest.raises(RewardError, match=rf"`{metric.name}` needs pictures of at least {least} x {least}, found"):
+        worker(metric).score(small, [""])
 
 
 def test_an_infinite_gradient_of_a_finite_score_is_an_error():

@@ -1,0 +1,69 @@
+"""How a process joins a Ray cluster, and what a user is told when it cannot."""
+
+import logging
+import socket
+
+import ray
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import AuthenticationError
+
+from acpo_dist.core.errors import UsageError
+
+_CONNECT_TIMEOUT_S = 10.0
+TOKEN_HELP = "Set RAY_AUTH_MODE=token and put it into RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
+
+
+def join(address: str) -> None:
+    """Connect this process; `ray.shutdown()` ends that.
+
+    Args:
+        address: HOST:PORT of the cluster's control service; `auto` for $RAY_ADDRESS, else the cluster of this machine;
+            `local` starts one for this process alone, whatever else runs here.
+
+    Raises:
+        UsageError: no cluster is there, or it wants a token that this process does not have.
+    """
+    dashboard = False if address == "local" else None
+    try:
+        _require_answer(address)
+        ray.init(
+            address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
+            include_dashboard=dashboard,
+        )  # fmt: skip
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(_explain(address, error)) from error
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes where nobody listens.
+
+    Raises:
+        OSError: there is nobody, or the address cannot be found.
+        ValueError: it is none.
+    """
+    where = canonicalize_bootstrap_address(address)
+    if where is None:
+        return
+    host, _, port = where.rpartition(":")
+    if not port.isdecimal():
+        raise ValueError("expected HOST:PORT")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S):
+        pass
+
+
+def _explain(address: str, error: Exception) -> str:
+    where = "in RAY_ADDRESS or on this machine" if address == "auto" else f"at {address}"
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, AuthenticationError):
+        return f"the cluster {where} wants its token: {_ended(reason)} {TOKEN_HELP}"
+    if address == "local":
+        return f"no local Ray cluster can be started: {_ended(reason)}"
+    return (
+        f"no Ray cluster {where}: {_ended(reason)} Is it running, and is this its own address (HOST:6379), not that of "
+        f"its job service? `acpo submit` starts a run from outside the cluster. If it wants a token: {TOKEN_HELP}"
+    )
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."

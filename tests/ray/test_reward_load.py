@@ -1,0 +1,128 @@
+"""A pool with more requests than it can answer soon, and pools whose run ends before it can end them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.core.errors import RewardError
+from tests.ray.test_reward_pool import handle_of, pictures, pool_of, until  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.ray
+
+SLOW = "slow"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def slow(pool_of, tmp_path_factory):  # noqa: F811
+    """One replica that takes its time; five requests at once are more than one attempt's time."""
+    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": SLOW, "seconds": 0.6,
+              "folder": str(tmp_path_factory.mktemp("none"))}  # fmt: skip
+    return pool_of(
+        "acpo-00000003",
+        {
+            "train": [metric], "judges": [], "cut": "image", "replicas": 1, "cpus_per_replica": 0.1,
+            "attempt_timeout_s": 1.5, "deadline_s": 4, "pool": {SLOW: {"max_batch": 1}},
+        },
+    )  # fmt: skip
+
+
+def test_a_queue_longer_than_the_deadline_is_worked_off_without_asking_anything_twice(cluster, slow):
+    load = [handle_of(cluster, index, pictures(index, 1)) for index in range(12)]
+    before = slow.counters()
+    assert len(slow.score(load, [SLOW])[SLOW]) == len(load)
+    after = slow.counters()
+    assert after["reward_pool/retries"] == before["reward_pool/retries"]
+    assert after["reward_pool/unanswered"] == 0
+
+
+def test_several_processes_that_share_a_replica_wait_for_one_another_without_asking_twice(cluster, slow):
+    @cluster.remote(num_cpus=0.1)
+    def rank(link, first: int) -> int:
+        import ray
+
+        from actors.reward_client import RewardClient
+
+        client = RewardClient(link)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda index: client.score(SLOW, ray.put(pictures(first + index, 1)), [""]), range(4)))
+        return client.retries
+
+    assert cluster.get([rank.remote(slow.link, 4 * index) for index in range(3)]) == [0, 0, 0]
+
+
+def test_a_request_that_no_replica_can_score_is_not_taken_for_a_pool_that_does_not_answer(cluster, slow):
+    from actors.reward_client import NoAnswerError
+
+    with pytest.raises(
+        RewardError, match=r"needs pictures of at least 3 x 3, found 2 x 2 .*\(asked 3 times\)"
+    ) as found:
+        slow.score([handle_of(cluster, 0, pictures(0, 1, size=2))], [SLOW])
+    assert not isinstance(found.value, NoAnswerError)
+
+
+RUN = """
+import json, sys
+from acpo_dist.config.load import load_config
+from actors.joining import join
+from actors.reward import deploy
+
+join(sys.argv[1])
+deploy(load_config("toy_sdxl", json.loads(sys.argv[2])), sys.argv[3])
+"""
+
+
+@contextlib.contextmanager
+def another_run(cluster, name: str, folder: Path):
+    """A process that starts a pool whose metric takes very long to load; entered when Serve knows of it."""
+    from ray import serve
+
+    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder), "start_seconds": 600}
+    overrides = [f"rewards.train={json.dumps([metric])}", "rewards.judges=[]", "rewards.cut=image",
+                 "rewards.cpus_per_replica=0.1"]  # fmt: skip
+    address = cluster.get_runtime_context().gcs_address
+    process = subprocess.Popen([sys.executable, "-c", RUN, address, json.dumps(overrides), name], cwd=ROOT)
+    try:
+        until(lambda: f"{name}-{SLOW}" in serve.status().applications)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_interrupted_while_its_pool_starts_leaves_no_application(
+    number: signal.Signals, cluster, slow, tmp_path
+):
+    from ray import serve
+
+    with another_run(cluster, "acpo-00000004", tmp_path) as process:
+        process.send_signal(number)
+        process.wait(timeout=60)
+        until(lambda: f"acpo-00000004-{SLOW}" not in serve.status().applications)
+    assert f"acpo-00000003-{SLOW}" in serve.status().applications
+
+
+def test_what_a_run_that_was_killed_has_left_is_ended_by_the_next_one_and_pools_of_live_runs_stay(
+    cluster, slow, tmp_path
+):
+    from ray import serve
+
+    from actors.owners import orphans
+    from actors.reward import end_orphans
+
+    with another_run(cluster, "acpo-00000005", tmp_path) as process:
+        assert orphans() == []
+        os.kill(process.pid, signal.SIGKILL)
+        until(lambda: orphans() == [f"acpo-00000005-{SLOW}"])
+        end_orphans()
+        until(lambda: f"acpo-00000005-{SLOW}" not in serve.status().applications)
+    assert f"acpo-00000003-{SLOW}" in serve.status().applications
+    assert slow.vitals()[SLOW]
