@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -29,6 +29,8 @@ class Vitals:
     batches: int = 0
     pictures: int = 0
     busy_s: float = 0.0
+    answered: float | None = None
+    """When the last batch was done, on the monotonic clock; None before the first."""
 
 
 class Batcher:
@@ -75,7 +77,7 @@ class Batcher:
     def vitals(self) -> Vitals:
         """What was done so far; a batch under way counts as far as it has come."""
         done = self._vitals
-        return Vitals(done.requests, done.batches, done.pictures, done.busy_s + self.running_s())
+        return replace(done, busy_s=done.busy_s + self.running_s())
 
     def _work(self) -> None:
         while True:
@@ -133,4 +135,5 @@ class Batcher:
         self._vitals.batches += 1
         self._vitals.pictures += sum(job.pictures for job in batch)
         self._vitals.busy_s += self.running_s()
+        self._vitals.answered = time.monotonic()
         self._started = None

@@ -31,7 +31,6 @@ class Pulse:
         """
         self._handle, self._application = handle, application
         self._lock = threading.Lock()
-        self._requests: dict[str, int] = {}
         self._looked, self._all_there = -math.inf, False
         self.heard = -math.inf
         """Last sign, on the monotonic clock, that a replica has answered a request of anybody."""
@@ -41,13 +40,13 @@ class Pulse:
         self.heard = time.monotonic()
 
     def look(self) -> bool:
-        """Ask the replicas how much they have done, whoever asked for it; whether all of them say so."""
+        """Ask the replicas when they last answered, whoever had asked; whether all of them say so."""
         with self._lock:
             if time.monotonic() - self._looked >= _LOOK_EVERY_S:
                 found = replica_vitals(self._handle)
-                if any(one["requests"] > self._requests.get(one["replica"], 0) for one in found):
-                    self.heard = time.monotonic()
-                self._requests |= {one["replica"]: one["requests"] for one in found}
+                now = time.monotonic()
+                ages = [one["answered_s_ago"] for one in found if one["answered_s_ago"] is not None]
+                self.heard = max([self.heard, *(now - age for age in ages)])
                 self._all_there = len(found) >= max(1, running_replicas(self._application))
                 self._looked = time.monotonic()
             return self._all_there

@@ -113,11 +113,12 @@ class RewardReplica:
 
     async def vitals(self) -> dict[str, Any]:
         """What this replica has done since it was ready."""
-        found = self._batcher.vitals()
+        found, now = self._batcher.vitals(), time.monotonic()
         return {
             "replica": self._id, "pid": os.getpid(), "queue": self._batcher.waiting, "requests": found.requests,
             "batches": found.batches, "pictures": found.pictures, "busy_s": found.busy_s,
-            "up_s": time.monotonic() - self._ready, "known_score": self._known.reference, "sick": self._sick,
+            "up_s": now - self._ready, "answered_s_ago": None if found.answered is None else now - found.answered,
+            "known_score": self._known.reference, "sick": self._sick,
         }  # fmt: skip
 
     async def _admit(self, avoid: frozenset[str]) -> None:

@@ -36,6 +36,8 @@ _LOST = (RayError, DeploymentUnavailableError, RequestCancelledError, RayServeEx
 _PATIENCE = 1.5
 """A replica ends itself when one batch takes longer than rewards.attempt_timeout_s. After so many times that a caller
 looks whether its request waits for its turn, or for a process that is frozen or a machine that is gone."""
+_LONGEST = 4
+"""Times rewards.deadline_s that one attempt lasts at most, in a pool that answers others."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -161,7 +163,7 @@ class _Request:
     def _wait(self, response: Any, started: float) -> Any:
         """The answer, however many requests are before this one, as long as the pool gets on with them."""
         link, pulse = self.client.link, self.client.pulses[self.metric]
-        patience_s = _PATIENCE * link.attempt_timeout_s
+        patience_s, first = _PATIENCE * link.attempt_timeout_s, time.monotonic()
         while True:
             asked = time.monotonic()
             remaining = max(started, pulse.heard) + link.deadline_s - asked
@@ -169,11 +171,12 @@ class _Request:
                 return response.result(timeout_s=max(0.0, min(patience_s, remaining)))
             except TimeoutError as error:
                 # With every replica at work, and requests answered meanwhile, this one's turn will come: to ask again
-                # would only put it at the end of the queue.
-                if remaining > 0 and pulse.look() and pulse.heard > asked:
+                # would only put it at the end of the queue. An answer that was lost on its way never comes, however.
+                waited_s = time.monotonic() - first
+                if remaining > 0 and waited_s < _LONGEST * link.deadline_s and pulse.look() and pulse.heard > asked:
                     continue
                 response.cancel()
-                raise _AttemptError("timeout", f"no answer within {time.monotonic() - asked:.3g} s") from error
+                raise _AttemptError("timeout", f"no answer within {waited_s:.3g} s") from error
 
     def _avoided(self) -> frozenset[str]:
         """Bad replicas, as long as there are others."""
