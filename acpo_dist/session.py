@@ -118,7 +118,7 @@ def _require_free(root: Path) -> None:
 
 def _bring_in(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
     """Copy a checkpoint of another run, and the one that its guard would roll back to."""
-    best = int(checkpoint.state["guard"]["state"]["best"][0])
+    best = checkpoint.best_iteration
     if best != checkpoint.iteration and (checkpoint.folder.parent / f"{best:06d}").is_dir():
         store.adopt(open_checkpoint(checkpoint.folder.parent / f"{best:06d}"))
     return store.adopt(checkpoint)

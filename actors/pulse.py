@@ -43,8 +43,9 @@ class Pulse:
         """Ask the replicas when they last answered, whoever had asked; whether all of them say so."""
         with self._lock:
             if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-                found = replica_vitals(self._handle)
+                # Before they are asked: what they say they did so long ago was not done later than this makes of it.
                 now = time.monotonic()
+                found = replica_vitals(self._handle)
                 ages = [one["answered_s_ago"] for one in found if one["answered_s_ago"] is not None]
                 self.heard = max([self.heard, *(now - age for age in ages)])
                 self._all_there = len(found) >= max(1, running_replicas(self._application))

@@ -144,7 +144,7 @@ class RewardsConfig(Section):
     cpus_per_replica: float = Field(default=1.0, ge=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
     deadline_s: float = Field(default=300.0, gt=0)
-    """Longest time in which the pool answers nobody; a request that waits longer for its turn only waits."""
+    """Longest time in which the pool answers nobody; while it answers others, one attempt may wait 4 times as long."""
     attempt_timeout_s: float = Field(default=60.0, gt=0)
     """A replica that computes longer than this on one batch hangs: it is replaced, its requests go elsewhere."""
     pool: dict[str, MetricPoolConfig] = Field(default={})

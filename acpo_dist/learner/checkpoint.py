@@ -32,6 +32,11 @@ class Checkpoint:
         """What the learner wrote."""
         return self.folder / LEARNER
 
+    @property
+    def best_iteration(self) -> int:
+        """Iteration of the checkpoint that the judges liked best when this one was written; 0 is the base model."""
+        return int(self.state["guard"]["state"]["best"][0])
+
 
 class CheckpointStore:
     """The `checkpoints/` folder of a run."""

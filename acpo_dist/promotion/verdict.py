@@ -83,10 +83,9 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
         ]
     if not config.rewards.judges:
         objections.append("no held-out judge watched the run (rewards.judges is empty)")
-    best = int(state["best"][0])
     return Verdict(
         objections=tuple(objections), remarks=tuple(_remark(record) for record in records),
-        exported=(read_export_facts(run / "export") or {}).get("policy_sha256"), best=best,
+        exported=(read_export_facts(run / "export") or {}).get("policy_sha256"), best=newest.best_iteration,
     ), newest  # fmt: skip
 
 

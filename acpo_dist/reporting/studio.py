@@ -27,7 +27,6 @@ from acpo_dist.retiming.artefact import trajectory_from_mapping
 from acpo_dist.rewards.worker import RewardWorker
 from acpo_dist.session import read_run_config
 from acpo_dist.sources import open_rollouts
-from acpo_dist.suites.subject import best_iteration
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
 
@@ -202,7 +201,7 @@ def _best(record: RunRecord) -> int:
         raise UsageError(
             f"{record.root} has no whole checkpoint, so no best one: leave pictures out with --no-samples."
         )
-    best = best_iteration(newest)
+    best = newest.best_iteration
     if best == 0 and 0 not in record.checkpoints:
         raise UsageError(
             f"{record.root}: the judges liked no checkpoint as much as the base model. Choose another one with --at."

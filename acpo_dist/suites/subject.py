@@ -147,7 +147,7 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         return newest
     if which != BEST and not which.isdigit():
         raise UsageError(f"--checkpoint takes {NEWEST}, {BEST} or an iteration, found `{which}`.")
-    iteration = best_iteration(newest) if which == BEST else int(which)
+    iteration = newest.best_iteration if which == BEST else int(which)
     if iteration == newest.iteration:
         return newest
     folder = run / "checkpoints" / f"{iteration:06d}"
@@ -160,14 +160,6 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
         )
         raise ModelError(f"{run}: {said}; kept are {there} (checkpoint.keep, checkpoint.every).")
     return store.open(iteration)
-
-
-def best_iteration(newest: Checkpoint) -> int:
-    """Iteration of the checkpoint that the judges liked best, as the guard stood at a run's newest one; 0 is the base.
-
-    Not what `metrics.jsonl` says: an iteration's line is written before its checkpoint is, and judged.
-    """
-    return int(newest.state["guard"]["state"]["best"][0])
 
 
 def _config(source: str, overrides: Sequence[str], *, prompted: bool) -> tuple[Config, Path | None]:

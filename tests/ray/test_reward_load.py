@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_a_queue_longer_than_the_deadline_is_worked_off_without_asking_anything_
     after = slow.counters()
     assert after["reward_pool/retries"] == before["reward_pool/retries"]
     assert after["reward_pool/unanswered"] == 0
+
+
+def test_a_first_look_at_replicas_that_are_idle_is_no_sign_that_they_get_on(cluster, slow):
+    from actors.pulse import Pulse
+
+    slow.score([handle_of(cluster, 0, pictures(0, 1))], [SLOW])
+    pulse = Pulse(slow.client.handle(SLOW), slow.link.applications[SLOW])
+    asked = time.monotonic()
+    assert pulse.look()
+    assert pulse.heard < asked
 
 
 def test_several_processes_that_share_a_replica_wait_for_one_another_without_asking_twice(cluster, slow):
