@@ -1,32 +1,23 @@
 """What saves memory does not change what a model answers; what cannot work is refused with what to do."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
-from huggingface_hub import constants as hub_constants
-from safetensors.torch import load_file, save_file
 
 import acpo_dist.toy
 from acpo_dist.config.schema import SamplerConfig
-from acpo_dist.core.errors import ModelError, NonFiniteError, UsageError
+from acpo_dist.core.errors import ModelError, NonFiniteError
 from acpo_dist.core.types import SamplePlan
-from acpo_dist.models import text
-from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.latent_config import MemoryConfig
-from acpo_dist.models.loading import load_part
 from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.text import fingerprint
 from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.models.vae import VaeDecoder
-from acpo_dist.recipes import random_model
-from acpo_dist.recipes.random_model import write_random_sdxl
 from acpo_dist.rollout.worker import RolloutWorker
 from acpo_dist.toy.world import captions
 
@@ -104,113 +95,6 @@ def test_a_bfloat16_anchor_beside_full_tuning_stays_near_the_base():
             anchor = family.predict(*arguments)
     assert 0 < float((policy - anchor).norm() / policy.norm()) < 0.05
     assert {value.dtype for value in family.network.parameters()} == {torch.float32}
-
-
-# Embeddings on disk
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """How often an encoder was asked."""
-    asked = []
-    original = text.Encoder.__call__
-
-    def count(self, prompt, **options):
-        asked.append(prompt)
-        return original(self, prompt, **options)
-
-    monkeypatch.setattr(text.Encoder, "__call__", count)
-    return asked
-
-
-def cached(folder: Path, **options) -> SdxlFamily:
-    return load(MemoryConfig(embedding_cache=folder, free_text_encoders=True), **options)
-
-
-def test_cached_embeddings_are_the_encoded_ones_and_need_no_encoder_the_second_time(tmp_path, counted):
-    wanted = load().encode([*PROMPTS, ""]).tensors
-    counted.clear()
-    first = cached(tmp_path)
-    for family in (first, cached(tmp_path)):
-        found = family.encode([*PROMPTS, ""]).tensors
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert not family._embeddings.resident
-    # Two encoders, four prompts, once.
-    assert len(counted) == 8
-
-
-def test_a_run_that_was_interrupted_goes_on_with_what_the_folder_lacks(tmp_path, counted):
-    embeddings = SdxlFamily.embeddings(
-        SdxlFamily.Config(path="toy-sdxl", memory=MemoryConfig(embedding_cache=tmp_path)), device="cpu"
-    )
-    assert embeddings.fill(PROMPTS[:2]) == 2
-    files = sorted(tmp_path.rglob("*.safetensors"))
-    # As a full disk would leave it.
-    files[0].write_bytes(files[0].read_bytes()[:40])
-    counted.clear()
-    assert embeddings.fill(PROMPTS) == 2
-    assert len(counted) == 4 and embeddings.fill(PROMPTS) == 0
-
-
-def test_another_model_or_negative_prompt_has_embeddings_of_its_own(tmp_path, counted):
-    cached(tmp_path).encode([""])
-    folder = copy_of_toy(tmp_path)
-    weights = folder / "text_encoder" / "model.safetensors"
-    tensors = {name: value + 0.1 if value.is_floating_point() else value for name, value in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
-    # As `cp --preserve` and `rsync` do it: nothing but the bytes tells the two apart.
-    os.utime(weights, ns=(TOY.stat().st_atime_ns, (TOY / "text_encoder" / weights.name).stat().st_mtime_ns))
-    for family in (cached(tmp_path, path=str(folder)), cached(tmp_path, negative_prompt=PROMPTS[0])):
-        counted.clear()
-        family.encode([""])
-        assert counted
-
-
-def test_a_copy_of_a_model_shares_its_embeddings(tmp_path, counted):
-    cached(tmp_path).encode([PROMPTS[0]])
-    folder = copy_of_toy(tmp_path)
-    os.utime(folder / "text_encoder" / "model.safetensors", (1e9, 1e9))
-    counted.clear()
-    cached(tmp_path, path=str(folder)).encode([PROMPTS[0]])
-    assert not counted
-
-
-def test_a_model_that_encodes_its_empty_prompt_does_not_take_anothers_zeros(tmp_path, counted):
-    folder = copy_of_toy(tmp_path)
-    change_json(folder / "model_index.json", force_zeros_for_empty_prompt=True)
-    assert not cached(tmp_path, path=str(folder)).encode([""]).tensors["prompt_embeds"].any()
-    change_json(folder / "model_index.json", force_zeros_for_empty_prompt=False)
-    assert cached(tmp_path, path=str(folder)).encode([""]).tensors["prompt_embeds"].any()
-
-
-def test_a_large_file_is_told_from_another_by_blocks_over_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_WHOLE", 1000)
-    monkeypatch.setattr(text, "_BLOCK", 16)
-    monkeypatch.setattr(text, "_BLOCKS", 64)
-    (tmp_path / "encoder").mkdir()
-    file, content = tmp_path / "encoder" / "model.safetensors", bytearray(10_000)
-    names = set()
-    # The first byte, the last one, and a layer in the middle that is larger than the gaps.
-    for changed in ((), (0,), (9_999,), range(5_000, 5_200)):
-        for place in changed:
-            content[place] = 1
-        file.write_bytes(content)
-        names.add(fingerprint(str(tmp_path), ["encoder"]))
-    assert len(names) == 4
-
-
-def test_the_command_fills_the_folder_that_a_run_reads(tmp_path, monkeypatch, capsys):
-    import sys
-
-    from acpo_dist.cli import main
-
-    for encoded in (49, 0):
-        arguments = ["embed", "toy_sdxl", f"model.memory.embedding_cache={tmp_path}", "--json"]
-        monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
-        with pytest.raises(SystemExit):
-            main()
-        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert (answer["prompts"], answer["encoded"]) == (49, encoded)
 
 
 # The VAE
@@ -348,96 +232,3 @@ def test_a_unet_may_say_its_size_twice_but_not_two_sizes(tmp_path):
     with pytest.raises(ModelError, match=r"says sample_size .* expected one number or two equal ones"):
         load(path=str(folder))
     assert load(path=str(folder), image_size=32).pixels == 32
-
-
-# Folders and hub ids
-
-
-def test_a_half_downloaded_folder_names_what_is_missing_before_anything_loads(tmp_path):
-    folder = copy_of_toy(tmp_path)
-    (folder / "text_encoder_2" / "model.safetensors").rename(folder / "text_encoder_2" / "model.safetensors.incomplete")
-    with pytest.raises(ModelError, match=r"not whole: text_encoder_2/model\.safetensors missing\. Unfinished"):
-        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
-
-
-@pytest.mark.parametrize(
-    ("gone", "missing"),
-    [
-        (("tokenizer_config.json",), r"tokenizer/tokenizer_config\.json"),
-        (("tokenizer.json", "vocab.json"), r"tokenizer/vocab\.json"),
-        (("tokenizer.json", "merges.txt"), r"tokenizer/merges\.txt"),
-        (("tokenizer.json",), None),
-    ],
-)
-def test_a_tokenizer_without_its_words_is_refused_by_name(tmp_path, gone, missing):
-    folder = copy_of_toy(tmp_path)
-    for name in gone:
-        (folder / "tokenizer" / name).unlink()
-    if missing is None:
-        # The layout of SDXL's own repository.
-        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
-        return
-    with pytest.raises(ModelError, match=f"not whole: {missing} missing"):
-        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
-
-
-def test_a_folder_of_somebody_elses_is_left_alone_by_the_writer_of_random_weights(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match=r"is taken, and holds no pipeline"):
-        write_random_sdxl(folder)
-    assert [path.name for path in tmp_path.rglob("*")] == ["data", "thesis.txt"]
-
-
-def test_random_weights_appear_whole_and_leave_nothing_beside_them(tmp_path, monkeypatch):
-    tiny = architecture_of(SdxlFamily.Config(path="toy-sdxl"))
-    monkeypatch.setattr(random_model, "PUBLISHED", {"sdxl": tiny})
-    folder = write_random_sdxl(tmp_path / "sdxl", dtype=torch.float32)
-    assert [path.name for path in tmp_path.iterdir()] == ["sdxl"]
-    SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
-    written = (folder / "model_index.json").stat().st_mtime_ns
-    assert write_random_sdxl(folder).stat() and (folder / "model_index.json").stat().st_mtime_ns == written
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    folder = copy_of_toy(tmp_path)
-    stem = folder / "unet" / "diffusion_pytorch_model"
-    Path(f"{stem}.safetensors").rename(f"{stem}-00001-of-00002.safetensors")
-    names = {"a": f"{stem.name}-00001-of-00002.safetensors", "b": f"{stem.name}-00002-of-00002.safetensors"}
-    Path(f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model-00002-of-00002\.safetensors missing"):
-        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
-
-
-def test_a_variant_that_is_not_there_is_refused_with_what_is(tmp_path):
-    with pytest.raises(ModelError, match=r"fp16\.safetensors missing.*found files without a variant"):
-        SdxlFamily.check(SdxlFamily.Config(path=str(copy_of_toy(tmp_path)), variant="fp16"))
-
-
-def test_offline_never_asks_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *a, **k: pytest.fail("asked the hub"))
-    with pytest.raises(ModelError, match=r"not in the local cache.*`hf download someone/absent`"):
-        load(path="someone/absent", offline=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("GatedRepoError", "gated: accept its terms at https://huggingface.co/someone/model"),
-        ("RevisionNotFoundError", "check model.revision"),
-        ("RepositoryNotFoundError", "no such model, or you may not read it"),
-    ],
-)
-def test_what_the_hub_refuses_says_what_to_run(kind, message):
-    from huggingface_hub import errors
-
-    def refuse(path, **options):
-        # Without the answer of a server, which its constructor wants: which class it is decides.
-        answered = getattr(errors, kind)
-        raise OSError("cannot load") from answered.__new__(answered)
-
-    with pytest.raises(ModelError, match=message):
-        load_part(refuse, "someone/model", None)

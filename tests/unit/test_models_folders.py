@@ -1,0 +1,106 @@
+"""Folders and hub ids: what is missing is named before anything loads, and the hub is asked only where it may be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants as hub_constants
+
+from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.models.architectures import architecture_of
+from acpo_dist.models.loading import load_part
+from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.recipes import random_model
+from acpo_dist.recipes.random_model import write_random_sdxl
+from tests.unit.test_models_memory import copy_of_toy, load
+
+
+def test_a_half_downloaded_folder_names_what_is_missing_before_anything_loads(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    (folder / "text_encoder_2" / "model.safetensors").rename(folder / "text_encoder_2" / "model.safetensors.incomplete")
+    with pytest.raises(ModelError, match=r"not whole: text_encoder_2/model\.safetensors missing\. Unfinished"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("gone", "missing"),
+    [
+        (("tokenizer_config.json",), r"tokenizer/tokenizer_config\.json"),
+        (("tokenizer.json", "vocab.json"), r"tokenizer/vocab\.json"),
+        (("tokenizer.json", "merges.txt"), r"tokenizer/merges\.txt"),
+        (("tokenizer.json",), None),
+    ],
+)
+def test_a_tokenizer_without_its_words_is_refused_by_name(tmp_path, gone, missing):
+    folder = copy_of_toy(tmp_path)
+    for name in gone:
+        (folder / "tokenizer" / name).unlink()
+    if missing is None:
+        # The layout of SDXL's own repository.
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+        return
+    with pytest.raises(ModelError, match=f"not whole: {missing} missing"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+
+
+def test_a_folder_of_somebody_elses_is_left_alone_by_the_writer_of_random_weights(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=r"is taken, and holds no pipeline"):
+        write_random_sdxl(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "thesis.txt"]
+
+
+def test_random_weights_appear_whole_and_leave_nothing_beside_them(tmp_path, monkeypatch):
+    tiny = architecture_of(SdxlFamily.Config(path="toy-sdxl"))
+    monkeypatch.setattr(random_model, "PUBLISHED", {"sdxl": tiny})
+    folder = write_random_sdxl(tmp_path / "sdxl", dtype=torch.float32)
+    assert [path.name for path in tmp_path.iterdir()] == ["sdxl"]
+    SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+    written = (folder / "model_index.json").stat().st_mtime_ns
+    assert write_random_sdxl(folder).stat() and (folder / "model_index.json").stat().st_mtime_ns == written
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = copy_of_toy(tmp_path)
+    stem = folder / "unet" / "diffusion_pytorch_model"
+    Path(f"{stem}.safetensors").rename(f"{stem}-00001-of-00002.safetensors")
+    names = {"a": f"{stem.name}-00001-of-00002.safetensors", "b": f"{stem.name}-00002-of-00002.safetensors"}
+    Path(f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(ModelError, match=r"unet/diffusion_pytorch_model-00002-of-00002\.safetensors missing"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
+
+
+def test_a_variant_that_is_not_there_is_refused_with_what_is(tmp_path):
+    with pytest.raises(ModelError, match=r"fp16\.safetensors missing.*found files without a variant"):
+        SdxlFamily.check(SdxlFamily.Config(path=str(copy_of_toy(tmp_path)), variant="fp16"))
+
+
+def test_offline_never_asks_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match=r"not in the local cache.*`hf download someone/absent`"):
+        load(path="someone/absent", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("GatedRepoError", "gated: accept its terms at https://huggingface.co/someone/model"),
+        ("RevisionNotFoundError", "check model.revision"),
+        ("RepositoryNotFoundError", "no such model, or you may not read it"),
+    ],
+)
+def test_what_the_hub_refuses_says_what_to_run(kind, message):
+    from huggingface_hub import errors
+
+    def refuse(path, **options):
+        # Without the answer of a server, which its constructor wants: which class it is decides.
+        answered = getattr(errors, kind)
+        raise OSError("cannot load") from answered.__new__(answered)
+
+    with pytest.raises(ModelError, match=message):
+        load_part(refuse, "someone/model", None)
