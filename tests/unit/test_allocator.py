@@ -6,7 +6,7 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, sys
+import resource, statistics, sys
 from acpo_dist.core.allocator import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
@@ -14,14 +14,11 @@ import torch
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def take():
-    return torch.empty(10_000_000).fill_(1.0) + 1
-# Until blocks of this size have found their places.
-for _ in range(8):
-    take()
-before = faults()
-for _ in range(5):
-    take()
-print(faults() - before)
+    before = faults()
+    torch.empty(10_000_000).fill_(1.0) + 1
+    return faults() - before
+# The first few go where no block of this size has been: how many do depends on where the heap begins.
+print(statistics.median(take() for _ in range(30)))
 """
 
 
@@ -34,9 +31,9 @@ def _faults(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_the_next_tensor_of_40_megabytes_faults_in_no_page_again():
-    # 10,000 pages each, five times, and as many for the sum.
-    assert int(_faults("plain").stdout) > 50_000
-    assert int(_faults("keep").stdout) < 5_000
+    # Nearly 10,000 pages, and as many for the sum.
+    assert float(_faults("plain").stdout) > 15_000
+    assert float(_faults("keep").stdout) < 1_000
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
