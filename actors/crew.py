@@ -214,7 +214,7 @@ class Crew:
                 answer: Answer = fetch(reference, name=name, what="come back")
             except WorkerError as error:
                 if (unloaded := _unloaded(error)) is not None:
-                    self._drop(name, unloaded)
+                    self._drop(name, unloaded, late=True)
                 elif isinstance(error.__cause__, RayActorError) and self._dead(name):
                     del self.actors[name]
                     logger.error("%s is gone for good: %s", name, error)
@@ -224,13 +224,16 @@ class Crew:
         if not self.actors:
             raise WorkerLostError("every worker is gone for good; see the log for why")
 
-    def _drop(self, name: str, error: NotLoadedError) -> None:
-        """Go on without a worker that worked before and, on its new machine, cannot load what it works with.
+    def _drop(self, name: str, error: NotLoadedError, *, late: bool = False) -> None:
+        """Go on without a worker that, on a machine that is new to the run, cannot load what it works with.
+
+        Args:
+            late: others have begun without it.
 
         Raises:
-            AcpoError: why, where it never worked, or was the last one.
+            AcpoError: why, where it was there from the start and never worked, or was the last one.
         """
-        if name not in self._processes or len(self.actors) == 1:
+        if (name not in self._processes and not late) or len(self.actors) == 1:
             raise error.cause
         logger.error("%s is gone for good (%s): %s", name, error.process, error.cause)
         kill({name: self.actors.pop(name)})

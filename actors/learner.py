@@ -25,6 +25,7 @@ from actors.placement import Role
 from actors.process import set_up
 from actors.reward import ServeRewards
 from actors.reward_client import PoolLink
+from actors.software import Software, require_same, software
 
 _DEATH_S = 75.0
 """Longest time that Ray takes to see that a machine is gone whose network was cut."""
@@ -46,8 +47,9 @@ class LearnerActor:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, master: tuple[str, int], spec: Any, link: PoolLink) -> int:
+    def build(self, master: tuple[str, int], spec: Any, link: PoolLink, expected: Software | None) -> int:
         """Load the model; returns the process id."""
+        require_same(expected)
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
         from acpo_dist.learner.worker import LearnerWorker
         from actors.reward_client import RewardClient
@@ -128,7 +130,8 @@ class RayLearner:
         self._rewards = rewards
         master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
         spec = ray.put(learner_spec(self._config))
-        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link))
+        expected = None if self._config.cluster.mixed_software else software()
+        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link, expected))
         self._require_shared_folder()
 
     def start(self, folder: Path | None) -> None:

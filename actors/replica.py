@@ -16,6 +16,7 @@ from ray.experimental import internal_kv
 
 from acpo_dist.core.errors import RewardError
 from actors.process import set_up
+from actors.software import Software, require_same
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class ReplicaPlan:
     max_batch: int
     batch_wait_s: float
     attempt_timeout_s: float
+    software: Software | None = None
+    """What its machine must run; None takes anything."""
 
 
 class RewardReplica:
@@ -63,7 +66,9 @@ class RewardReplica:
 
         Raises:
             RewardError: the metric has no finite score for it, or another one than the replicas before.
+            SoftwareError: this machine does not run what the driver runs.
         """
+        require_same(plan.software)
         device = set_up(cpus=plan.cpus, gpus=plan.gpus)
         from acpo_dist.rewards.known_picture import KnownPicture
         from acpo_dist.rewards.worker import RewardWorker

@@ -1,7 +1,6 @@
 """The reward pool on Ray Serve: one deployment per metric; requests are stateless, so a dead replica means a retry."""
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -24,6 +23,8 @@ from actors.pulse import REPLICA, replica_vitals
 from actors.replica import ReplicaPlan, RewardReplica, reference_key
 from actors.reward_client import PoolLink, RewardClient
 from actors.reward_counts import ReplicaClock, mean_batch, utilisation
+from actors.reward_start import await_running
+from actors.software import software
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         near: Ray's ids of machines that replicas rather take than others.
 
     Raises:
+        UsageError: a metric cannot be built, or its machine runs other software; the replica's own words.
         WorkerError: a replica cannot start, or not in time.
     """
     serve.start(proxy_location="Disabled")
@@ -45,6 +47,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
     training = {entry.name for entry in rewards.train}
     pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
     where = _machines(config.cluster.roles.reward, near)
+    expected = None if config.cluster.mixed_software else software()
     targets = []
     for entry in (*rewards.train, *rewards.judges):
         pool = pools[entry.name]
@@ -53,6 +56,8 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
             model=config.model if entry.name in training and rewards.cut == "latent" else None,
             cut=rewards.cut, wire_dtype=rewards.wire_dtype, cpus=pool.cpus or 0.0, gpus=pool.gpus or 0.0,
             max_batch=pool.max_batch, batch_wait_s=pool.batch_wait_s, attempt_timeout_s=rewards.attempt_timeout_s,
+            # A metric may ask for libraries of its own.
+            software=expected.code_alone() if expected and pool.runtime_env.pip else expected,
         )  # fmt: skip
         targets.append(
             serve.RunTarget(
@@ -65,7 +70,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
             own(name)
         # Together: every replica loads its model while the others do.
         serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _await_running(names, timeout_s=config.cluster.worker_timeout_s)
+        await_running(names, timeout_s=config.cluster.worker_timeout_s)
     except (RuntimeError, WorkerError) as error:
         delete(names)
         raise WorkerError(f"the reward pool could not be started: {error}") from error
@@ -88,28 +93,6 @@ def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
         nearest = labels | {"ray.io/node-id": f"in({','.join(near)})"}
         return options | {"label_selector": nearest, "fallback_strategy": [{"label_selector": labels}]}
     return options | ({"label_selector": labels} if labels else {})
-
-
-def _await_running(applications: Sequence[str], *, timeout_s: float) -> None:
-    """Serve itself would wait for ever for a replica that finds no room.
-
-    Raises:
-        WorkerError: an application failed, or does not run in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        found = serve.status().applications
-        states = {name: found[name] for name in applications if name in found}
-        failed = [f"{name}: {one.message}" for name, one in states.items() if one.status == "DEPLOY_FAILED"]
-        if failed:
-            raise WorkerError("; ".join(failed))
-        waiting = [name for name in applications if name not in states or states[name].status != "RUNNING"]
-        if not waiting:
-            return
-        if time.monotonic() > deadline:
-            raise WorkerError(f"{', '.join(waiting)} not ready within {timeout_s:g} s; see the machines' Serve logs")
-        # Serve tells nobody when an application is ready; there is nothing to block on but time.
-        time.sleep(0.2)
 
 
 def _deployment(pool: MetricPoolConfig, where: Mapping[str, Any]) -> Any:

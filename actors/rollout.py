@@ -22,6 +22,7 @@ from actors.crew import TASK_RETRIES, Answer, Crew, NotLoadedError
 from actors.group import fetch, kill
 from actors.placement import Role
 from actors.process import set_up
+from actors.software import Software, require_same, software
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +40,15 @@ class Policy:
 class RolloutActor:
     """Shell round `RolloutWorker`."""
 
-    def __init__(self, model: Any, sampler: Any, name: str, cpus: float, gpus: float) -> None:
+    def __init__(
+        self, model: Any, sampler: Any, name: str, cpus: float, gpus: float, expected: Software | None = None
+    ) -> None:
         """Set the process up, then load the model; why it cannot be is told with the first call."""
         self._process = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._loaded, self._failed = None, None
         try:
             device = set_up(cpus=cpus, gpus=gpus)
+            require_same(expected)
             from acpo_dist.rollout.worker import RolloutWorker
 
             self._loaded = RolloutWorker(model, sampler, device=device, name=name)
@@ -132,7 +136,10 @@ class RayRollouts:
             resources=dict(role.resources), scheduling_strategy=where, **selector,
         )  # fmt: skip
         names = [f"rollout/{rank}" for rank in range(role.count)]
-        self._started = {name: shell.remote(config.model, config.sampler, name, role.cpus, role.gpus) for name in names}
+        expected = None if config.cluster.mixed_software else software()
+        self._started = {
+            name: shell.remote(config.model, config.sampler, name, role.cpus, role.gpus, expected) for name in names
+        }
         options = config.cluster.roles.rollout
         self._crew = Crew(
             self._started, timeout_s=config.cluster.worker_timeout_s, late_s=options.late_s,

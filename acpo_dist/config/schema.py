@@ -249,6 +249,8 @@ class ClusterConfig(Section):
     """Longest wait for one rollout or reward call."""
     max_restarts: int = Field(default=3, ge=0)
     """How often the run goes on from its newest checkpoint after losing a learner rank, its machine or all rollouts."""
+    mixed_software: bool = False
+    """Take workers whose machine has other code or other versions of libraries than the driver's."""
     roles: RolesConfig = RolesConfig()
 
 

@@ -37,6 +37,10 @@ class PlacementError(UsageError):
     """The cluster cannot place what the configuration asks for."""
 
 
+class SoftwareError(UsageError):
+    """A machine of the cluster runs other code or libraries than the driver."""
+
+
 class ResumeError(UsageError):
     """A run cannot be continued from the given place."""
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from acpo_dist.core.errors import ConfigError, ModelError, WeightSyncError
+from acpo_dist.core.errors import ConfigError, ModelError, RewardConfigError, WeightSyncError, WorkerError
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.loop import fixed_groups
 from acpo_dist.models.family import trainable_tensors
+from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.statistics import Sharpness
 from acpo_dist.rollout.worker import RolloutWorker
 from tests.ray.test_reward_pool import until
 
@@ -109,3 +111,39 @@ def test_weights_that_a_worker_takes_with_a_task_are_checked_as_published_ones_a
     assert worker.version == 3
     with pytest.raises(WeightSyncError, match="version 4"):
         actor._assume(rollouts.Policy(version=4, bundle=(cluster.put(wrong),)))
+
+
+@pytest.mark.parametrize("cut", ["image", "latent"])
+def test_a_metric_whose_weights_its_machine_lacks_is_named_without_three_tries(cut, cluster, tiny, tmp_path):
+    from actors.reward import deploy
+
+    config = tiny(f"rewards.cut={cut}")
+    (entry,) = config.rewards.train
+    # The driver's own check is passed by; on a cluster its files are not those of the machine.
+    absent = entry.model_copy(update={"weights": str(tmp_path / "absent.safetensors")})
+    broken = config.model_copy(update={"rewards": config.rewards.model_copy(update={"train": (absent,)})})
+    with pytest.raises(RewardConfigError, match=r"absent\.safetensors"):
+        deploy(broken, "acpo-00000003")
+
+
+class Fails(Sharpness):
+    """A metric with an error that nobody foresaw."""
+
+    class Config(MetricConfig):
+        type: str = "tests.ray.test_loading:Fails"
+        prefer: str = "more"
+
+    def __init__(self, config, *, device="cpu"):
+        raise ZeroDivisionError("the reason is here")
+
+    @classmethod
+    def direction(cls, config) -> int:
+        return 1
+
+
+def test_a_metric_that_fails_in_a_way_of_its_own_is_reported_with_its_last_words(cluster, tiny):
+    from actors.reward import deploy
+
+    config = tiny('rewards.train=[{"type": "tests.ray.test_loading:Fails", "name": "fails"}]', "rewards.cut=image")
+    with pytest.raises(WorkerError, match=r"could not be started: acpo-00000004-fails: .*the reason is here"):
+        deploy(config, "acpo-00000004")

@@ -1,0 +1,58 @@
+"""Waiting for the reward pool to come up, and saying why it does not."""
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+
+from acpo_dist.core import errors
+from acpo_dist.core.errors import UsageError, WorkerError
+
+_OURS = re.compile(rf"^{re.escape(errors.__name__)}\.(\w+): (.*)", re.MULTILINE | re.DOTALL)
+"""The last lines of a traceback that ends in an error of ours."""
+
+
+def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
+    """Serve itself would wait for ever for a replica that finds no room.
+
+    Raises:
+        UsageError: what a replica itself said that cannot be mended by starting it again.
+        WorkerError: an application failed, or does not run in time; with the reason where there is one.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        found = serve.status().applications
+        states = {name: found[name] for name in applications if name in found}
+        for one in states.values():
+            _refuse(one)
+        failed = [f"{name}: {_reason(one)}" for name, one in states.items() if one.status == "DEPLOY_FAILED"]
+        if failed:
+            raise WorkerError("; ".join(failed))
+        waiting = [name for name in applications if name not in states or states[name].status != "RUNNING"]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            reasons = [f"{name} ({_reason(states[name])})" if name in states else name for name in waiting]
+            raise WorkerError(
+                f"{', '.join(reasons)} not ready within {timeout_s:g} s (cluster.worker_timeout_s); see the machines' "
+                "Serve logs"
+            )
+        # Serve tells nobody when an application is ready; there is nothing to block on but time.
+        time.sleep(0.2)
+
+
+def _refuse(application: Any) -> None:
+    """Raise what a replica said in words meant for the user: Serve would start it twice more to hear the same."""
+    for deployment in application.deployments.values():
+        said = _OURS.search(deployment.message)
+        kind = getattr(errors, said[1], None) if said else None
+        if said and isinstance(kind, type) and issubclass(kind, UsageError):
+            raise kind(said[2].strip())
+
+
+def _reason(application: Any) -> str:
+    """Serve's own words name the deployment alone; why it failed stands at the end of a traceback."""
+    last = [one.message.strip().splitlines()[-1] for one in application.deployments.values() if one.message.strip()]
+    return "; ".join(last) or application.message or str(application.status)

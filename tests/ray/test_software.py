@@ -1,0 +1,111 @@
+"""A machine that runs other code or libraries than the driver is refused by name before it draws, scores or learns."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.core.errors import SoftwareError
+
+pytest.importorskip("ray", reason="needs the extra `ray`")
+from actors import crew, learner, reward, rollout
+from actors import software as module
+from actors.software import Software, differences, software
+from tests.ray.test_loading import started
+
+ROOT = Path(module.__file__).resolve().parents[1]
+ELSEWHERE = replace(software(), code="another")
+
+
+def _digest(root: Path) -> str:
+    program = "from actors.software import software; print(software().code)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+def test_the_digest_tells_one_changed_line_and_not_where_the_code_lies(tmp_path):
+    import shutil
+
+    for name in ("acpo_dist", "actors"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert _digest(tmp_path) == software().code
+    with (tmp_path / "acpo_dist" / "objective" / "anchor.py").open("a") as file:
+        file.write("# another line\n")
+    assert _digest(tmp_path) != software().code
+
+
+def test_another_version_is_a_difference_and_another_build_or_a_missing_extra_is_none():
+    mine = Software("a", {"torch": "2.15.0", "pyiqa": "0.1.16", "numpy": "2.4.6"})
+    assert differences(mine, Software("a", {"torch": "2.15.0", "numpy": "2.4.6", "deepspeed": "0.19.8"})) == []
+    assert differences(mine, Software("b", {"torch": "2.14.0"})) == [
+        "acpo_dist has other code (b, not a)", "torch is 2.14.0, not 2.15.0",
+    ]  # fmt: skip
+    # The build is cut off where versions are read.
+    assert all("+" not in version for version in software().packages.values())
+
+
+@pytest.mark.ray
+def test_rollout_workers_with_other_code_than_the_driver_end_the_start_of_a_run(cluster, tiny, monkeypatch):
+    monkeypatch.setattr(rollout, "software", lambda: ELSEWHERE)
+    pool = started(tiny())
+    try:
+        with pytest.raises(SoftwareError, match=rf"other code \({software().code}, not another\).*mixed_software"):
+            pool.await_ready()
+    finally:
+        pool.close()
+
+
+@pytest.mark.ray
+def test_replicas_with_other_code_than_the_driver_end_the_start_of_a_run(cluster, tiny, monkeypatch):
+    monkeypatch.setattr(reward, "software", lambda: ELSEWHERE)
+    with pytest.raises(SoftwareError, match=r"other code"):
+        reward.deploy(tiny("rewards.cut=image", "rewards.judges=[]"), "acpo-00000005")
+
+
+def test_a_learner_rank_with_other_code_than_the_driver_loads_nothing():
+    rank = learner.LearnerActor.__new__(learner.LearnerActor)
+    with pytest.raises(SoftwareError, match=r"other code"):
+        rank.build(("127.0.0.1", 1), None, None, ELSEWHERE)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.ray
+def test_mixed_software_takes_them_all_the_same(ports_of, tiny, monkeypatch):
+    for role in (rollout, learner, reward):
+        monkeypatch.setattr(role, "software", lambda: ELSEWHERE)
+    ports_of(tiny("cluster.mixed_software=true"))
+
+
+class Machine:
+    """An actor on a machine that has the driver's software or not."""
+
+    def __init__(self, expected: Software, name: str) -> None:
+        self._name, self._failed = name, None
+        try:
+            module.require_same(expected)
+        except SoftwareError as error:
+            self._failed = crew.NotLoadedError(error, name)
+
+    def ready(self, wait):
+        if self._failed is not None:
+            raise self._failed
+        return crew.Answer(self._name, self._name)
+
+
+@pytest.mark.ray
+def test_a_machine_with_other_software_that_joins_later_is_left_out_and_the_run_goes_on(cluster, caplog):
+    gate = cluster.remote(lambda: None).options(num_cpus=0.1)
+    shell = cluster.remote(Machine).options(num_cpus=0.1)
+    actors = {"here": shell.remote(software(), "here"), "late": shell.remote(ELSEWHERE, "late")}
+    pool = crew.Crew(actors, timeout_s=60, late_s=0, ping=lambda actor: actor.ready.remote(None))
+    # `late` has not answered when the run begins with one worker.
+    pool._away[actors["late"].ready.remote(gate.remote())] = "late"
+    assert pool.ask(lambda actor: actor.ready.remote(None), what="start", least=1) == {"here": "here"}
+    while pool._away:
+        cluster.wait(list(pool._away), num_returns=1, timeout=30)
+        assert pool.present() == ["here"]
+    assert list(pool.actors) == ["here"] and "does not run what the driver runs" in caplog.text
