@@ -4,6 +4,7 @@ from acpo_dist.cli import (
     compare,
     config,
     demo,
+    doctor,
     embed,
     eval,
     export,
@@ -25,6 +26,6 @@ from acpo_dist.cli import (
 )  # fmt: skip
 
 __all__ = [
-    "compare", "config", "demo", "embed", "eval", "export", "generate", "pairs", "plan", "promote", "report",
+    "compare", "config", "demo", "doctor", "embed", "eval", "export", "generate", "pairs", "plan", "promote", "report",
     "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "toy", "train", "vrg", "watch",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ class KnownPicture:
         self._worker = worker
         problems = []
         for size in _SIZES:
-            self._picture = known_picture(size)
+            self.picture = known_picture(size)
             try:
                 self.reference = self._score()
                 return
@@ -64,7 +64,7 @@ class KnownPicture:
             )
 
     def _score(self) -> float:
-        (score,) = self._worker.score(self._picture, [_PROMPT])
+        (score,) = self._worker.score(self.picture, [_PROMPT])
         return score
 
 

@@ -1,0 +1,125 @@
+"""`acpo doctor`: whether this machine, a configuration on it, or a cluster can do what will be asked of it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+if TYPE_CHECKING:
+    from acpo_dist.doctor.finding import Check, Finding
+
+_COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "red"}
+
+
+@app.command("doctor")
+def doctor(
+    source: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="File, or name of a shipped one.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to look at, such as auto or HOST:6379.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Look for what would go wrong: libraries, devices, storage; a CONFIG's model and rewards; a cluster's machines."""
+    from acpo_dist.config.load import load_config
+    from acpo_dist.doctor.finding import run_checks, worst
+    from acpo_dist.tracking.console import Console
+
+    config = load_config(source, overrides or []) if source is not None else None
+    checks = [*_of_the_machine(), *_of_a_configuration(config), *_of_storage(config), *_of_a_cluster(config, address)]
+    findings: list[Finding] = []
+    # The lines of the text are its progress.
+    with Console(quiet=not as_json).phase("doctor", len(checks)) as advance:
+        for check in checks:
+            for finding in run_checks([check]):
+                findings.append(finding)
+                if not as_json:
+                    _show(finding)
+            advance(1)
+    verdict = worst(findings)
+    if as_json:
+        answer({"verdict": verdict, "findings": [finding.to_mapping() for finding in findings]})
+    else:
+        counts = [f"{sum(one.verdict == kind for one in findings)} {kind}" for kind in _COLOURS]
+        typer.echo(f"\n{', '.join(counts)}")
+    if verdict == "failed":
+        raise typer.Exit(1)
+
+
+def _of_the_machine() -> Iterator[tuple[str, "Check"]]:
+    from acpo_dist.doctor import machine, packages
+
+    yield "machine", machine.check_system
+    yield "libraries", packages.check_packages
+    yield "torchvision", packages.check_torchvision
+    yield "devices", machine.check_devices
+    yield "process group", machine.check_process_group
+
+
+def _of_a_configuration(config: Any) -> Iterator[tuple[str, "Check"]]:
+    if config is None:
+        return
+    from acpo_dist.cli.backend import choose_backend
+    from acpo_dist.doctor import configured
+    from acpo_dist.doctor.finding import Finding
+
+    yield "backend", lambda: [Finding("backend", "ok", choose_backend(config))]
+    yield "model", lambda: configured.check_model(config)
+    yield "data", lambda: configured.check_data(config)
+    yield "rewards", lambda: configured.check_rewards(config)
+    yield "plan", lambda: configured.check_plan(config)
+    yield "run folder", lambda: configured.check_folder(config)
+
+
+def _of_storage(config: Any) -> Iterator[tuple[str, "Check"]]:
+    from acpo_dist.doctor import storage
+    from acpo_dist.tracking.mlflow_tracker import default_uri
+
+    run_dir = config.run_dir if config is not None else _runs() / "run"
+    if config is None:
+        yield "runs", lambda: storage.check_runs(_runs())
+    if config is None or config.tracking.mlflow:
+        uri = (config and config.tracking.mlflow_uri) or default_uri(run_dir)
+        yield "tracking", lambda: storage.check_tracking(uri)
+    yield "model cache", storage.check_hub
+
+
+def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Check"]]:
+    from acpo_dist.config.relations import module_available
+
+    if not module_available("ray"):
+        return
+    from acpo_dist.doctor.finding import judged
+    from actors.checkup import check_cluster
+    from actors.survey import survey
+
+    where = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
+    # Without one a run starts a cluster of its own, so that must work.
+    yield "cluster", lambda: check_cluster(where or "local", config.run_dir.parent if config else _runs())
+    if config is None or where is None:
+        return
+
+    def placement() -> Iterator["Finding"]:
+        found = survey(config, where)
+        lacking = [*(f"{amount:g} {name}" for name, amount in found["missing"].items()), *found["missing_by_role"]]
+        yield judged(
+            not lacking, "placement", f"missing: {'; '.join(lacking)}" if lacking else "every role finds its machines",
+            "Add machines, or ask for fewer workers; `acpo plan --address` has the figures.", otherwise="failed",
+        )  # fmt: skip
+
+    yield "placement", placement
+
+
+def _runs() -> Path:
+    return Path(os.environ.get("ACPO_RUNS", "runs"))
+
+
+def _show(finding: "Finding") -> None:
+    verdict = typer.style(f"{finding.verdict:>8}", fg=_COLOURS[finding.verdict])
+    typer.echo(f"{verdict}  {finding.check}: {finding.found}")
+    if finding.advice:
+        typer.echo(f"          {finding.advice}")
+    sys.stdout.flush()
