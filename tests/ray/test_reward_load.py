@@ -80,7 +80,9 @@ def test_a_request_that_no_replica_can_score_is_not_taken_for_a_pool_that_does_n
 
 
 RUN = """
-import json, sys
+import json, signal, sys
+# A shell starts what it runs in the background with this signal ignored, the tests too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from acpo_dist.config.load import load_config
 from actors.joining import join
 from actors.reward import deploy
