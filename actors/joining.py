@@ -1,7 +1,9 @@
 """How a process joins a Ray cluster, and what a user is told when it cannot."""
 
 import logging
+import signal
 import socket
+import threading
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address
@@ -24,6 +26,8 @@ def join(address: str) -> None:
         UsageError: no cluster is there, or it wants a token that this process does not have.
     """
     dashboard = False if address == "local" else None
+    in_charge = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         _require_answer(address)
         ray.init(
@@ -33,6 +37,9 @@ def join(address: str) -> None:
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(_explain(address, error)) from error
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if in_charge and callable(handler):
+        # Ray puts one of its own into its place, which aborts the process.
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _require_answer(address: str) -> None:

@@ -3,21 +3,45 @@
 import json
 import logging
 import os
+import signal
 import sys
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import typer
+from typer.core import TyperGroup
 
 from acpo_dist.core.errors import AcpoError
 
+_GO_ON = {"train": "--resume auto", "eval": "--resume"}
+"""Commands that go on where they were, and the option that says so."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a cluster, a scheduler or a container's host wants the process to end."""
+
+
+class _Commands(TyperGroup):
+    """typer itself ends an interrupted command without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            ended = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+            option = _GO_ON.get(ctx.invoked_subcommand)
+            say(f"{ended}; go on with `acpo {ctx.invoked_subcommand} ... {option}`" if option else ended)
+            sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+
+
 app = typer.Typer(
-    name="acpo", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="acpo", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Fine-tune diffusion models on no-reference image quality, held near the base model by an anchor.",
 )  # fmt: skip
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted, 143 terminated."""
+    signal.signal(signal.SIGTERM, _terminate)
     # One torch thread per process unless the user says otherwise: two that share a core are many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -33,9 +57,13 @@ def main() -> None:
     except AcpoError as error:
         say(f"{type(error).__name__}: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        say("interrupted; continue with `--resume auto`")
-        sys.exit(130)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End as after Ctrl-C: what was started is ended, and the run is recorded as killed."""
+    # Whoever asks twice must not cut that short; there is SIGKILL for the impatient.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 def say(text: str) -> None:
