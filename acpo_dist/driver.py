@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from acpo_dist.learner.checkpoint import Checkpoint
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.recipes.prepare import prepare
 from acpo_dist.session import RunFolder, git_commit, open_run
+from acpo_dist.tenure import Tenure, held
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, replace_file, truncate_after
@@ -76,24 +78,27 @@ def drive(
         AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
     """
     started, restarts = time.monotonic(), 0
-    while True:
-        try:
-            result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts)
-            return replace(result, seconds=time.monotonic() - started)
-        except WorkerLostError as error:
-            if restarts >= config.cluster.max_restarts:
-                raise
-            restarts, resume = restarts + 1, "auto"
-            logger.warning("%s", error)
-            console.message(
-                f"{str(error).splitlines()[0]}; going on from the newest checkpoint, or from the start without one "
-                f"(restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
-            )
+    with ExitStack() as stack:
+        # Once, and not before the input was looked at.
+        tenure = cache(lambda: stack.enter_context(held(config.run_dir)))
+        while True:
+            try:
+                result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts, tenure)
+                return replace(result, seconds=time.monotonic() - started)
+            except WorkerLostError as error:
+                if restarts >= config.cluster.max_restarts:
+                    raise
+                restarts, resume = restarts + 1, "auto"
+                logger.warning("%s", error)
+                console.message(
+                    f"{str(error).splitlines()[0]}; going on from the newest checkpoint, or from the start without one "
+                    f"(restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
+                )
 
 
 def _attempt(
     config: Config, open_ports: OpenPorts, console: Console, resume: str | None, at_start: Hook | None,
-    at_end: Hook | None, restarts: int,
+    at_end: Hook | None, restarts: int, tenure: Callable[[], Tenure],
 ) -> RunResult:  # fmt: skip
     started = time.monotonic()
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
@@ -103,7 +108,9 @@ def _attempt(
         pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
+    ours = tenure()
     folder, checkpoint = open_run(config, resume)
+    folder = replace(folder, require_ours=ours.require)
     if checkpoint is not None:
         console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
         ended = ending_of(config, checkpoint.state)

@@ -75,6 +75,7 @@ def run(
         done = state.iteration
         # After the update and before the next rollouts: a trajectory never changes within an iteration.
         metrics, retimed = metrics | keeper.after(done), {}
+        folder.require_ours()
         ports.tracker.log_metrics(done - 1, metrics)
         stopped = watch.decision is not None and watch.decision.ends
         console.iteration(done, config.run.iterations, metrics, last=stopped)
@@ -208,6 +209,7 @@ def _save(
     judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
     watch.saved(state.iteration, judges)
     mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
+    folder.require_ours()
     path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
     ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
     logger.info("checkpoint %s", path)

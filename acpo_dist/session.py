@@ -2,6 +2,7 @@
 
 import logging
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class RunFolder:
 
     root: Path
     checkpoints: CheckpointStore
+    require_ours: Callable[[], None] = lambda: None
+    """Raises `RunTakenError` once another process drives the run."""
 
     @property
     def metrics(self) -> Path:

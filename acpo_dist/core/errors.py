@@ -49,6 +49,10 @@ class RewardError(AcpoError):
     """A reward could not be had within its deadline, or is not finite."""
 
 
+class RunTakenError(AcpoError):
+    """Another process drives the run now."""
+
+
 class WeightSyncError(AcpoError):
     """A worker does not hold the weights that were published."""
 

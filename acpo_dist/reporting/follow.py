@@ -7,6 +7,7 @@ from typing import Any
 
 from acpo_dist.reporting.record import RunRecord, read_run
 from acpo_dist.session import METRICS
+from acpo_dist.tenure import driver_of, sign_of
 from acpo_dist.tracking.jsonl import parse_object
 
 POLL_S = 1.0
@@ -40,7 +41,7 @@ class Follower:
 def follow(
     root: Path, *, wait_s: float, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[tuple[list[dict[str, Any]], float, bool]]:
-    """Look at a run again and again, until it has ended or been silent for too long.
+    """Look at a run again and again, until it has ended, its driver has, or it has been silent for too long.
 
     Args:
         wait_s: longest silence, in seconds.
@@ -50,7 +51,12 @@ def follow(
     """
     follower, last = Follower(root / METRICS), time.monotonic()
     record: RunRecord | None = None
+    driven = False
     while True:
+        # Before the rows: what its last moment wrote must not be missed.
+        driver = driver_of(root)
+        left = driven if driver is None else sign_of(driver) == "gone"
+        driven = driver is not None
         rows = follower.new_rows()
         if rows:
             last = time.monotonic()
@@ -60,6 +66,6 @@ def follow(
         ended = any(key.startswith("gain/") for row in rows for key in row)
         silence = time.monotonic() - last
         yield [record.with_gains(row) if record else row for row in trained], silence, ended
-        if ended or silence > wait_s:
+        if ended or left or silence > wait_s:
             return
         sleep(POLL_S)

@@ -15,6 +15,7 @@ import yaml
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.types import Normaliser
 from acpo_dist.session import METRICS, RESOLVED
+from acpo_dist.tenure import Sign, driver_of, sign_of
 from acpo_dist.tracking.jsonl import parse_object, read_metrics
 from acpo_dist.tracking.mlflow_records import flatten
 
@@ -51,6 +52,8 @@ class RunRecord:
     status: str | None = None
     """MLflow's status, where MLflow was asked."""
     mlflow_run_id: str | None = None
+    driving: Sign | None = None
+    """Of who drives the run, or last did without saying that it stops; None is nobody."""
     last_write: float | None = None
     """Seconds since the epoch."""
     seconds: float | None = None
@@ -95,7 +98,9 @@ class RunRecord:
             return str(self.status).lower()
         if self.gains:
             return "finished"
-        if self.last_write is not None and self.rows:
+        if self.driving == "alive":
+            return "running"
+        if self.last_write is not None and self.rows and self.driving == "unknown":
             each = fmean(row.get("time/iteration") or 0.0 for row in self.rows[-_RECENT_ITERATIONS:])
             if time.time() - self.last_write < max(_QUIET_S, _RECENT_ITERATIONS * each):
                 return "running"
@@ -140,13 +145,14 @@ def read_run(root: Path, *, status: str | None = None) -> RunRecord:
     config = _read_config(root)
     rows, gains, broken = _read_rows(root / METRICS)
     state = _newest_state(root / "checkpoints")
-    run_id = root / "mlflow" / "run_id"
+    run_id, driver = root / "mlflow" / "run_id", driver_of(root)
     return RunRecord(
         name=str(config.get("run", {}).get("name", root.name)), seed=int(config.get("run", {}).get("seed", 0)),
         root=root, config=config, params=flatten(config), rows=rows, gains=gains,
         normalisers={name: Normaliser(**value) for name, value in state.get("normalisers", {}).items()},
         guard_events=_read_lines(root / "guard.jsonl"), checkpoints=checkpoint_iterations(root), broken_lines=broken,
         status=status, mlflow_run_id=run_id.read_text().strip() or None if run_id.is_file() else None,
+        driving=sign_of(driver) if driver is not None else None,
         last_write=(root / METRICS).stat().st_mtime if (root / METRICS).is_file() else None,
         extra=_read_extra(root / "report" / "figures.json"),
     )  # fmt: skip

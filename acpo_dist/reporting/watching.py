@@ -24,7 +24,7 @@ def show_until_end(record: RunRecord, console: Console, *, wait_s: float) -> Non
     panel, total = LivePanel(record.name), record.total or 0
     live = Live(console=console.rich, auto_refresh=False) if console.rich.is_terminal else None
     looks = follow(record.root, wait_s=wait_s)
-    first = True
+    first, over = True, False
     try:
         for rows, silence, ended in looks:
             for index, row in enumerate(rows):
@@ -33,7 +33,7 @@ def show_until_end(record: RunRecord, console: Console, *, wait_s: float) -> Non
                 # Of what was there before, the last line is enough.
                 if live is None and (not first or index == len(rows) - 1):
                     console.iteration(done, max(total, done), row)
-            first = False
+            first, over = False, ended or silence > wait_s
             if live is not None:
                 panel.note = f"nothing new for {clock(silence)}" if silence > _STALE_S and not ended else ""
                 if panel:
@@ -46,3 +46,5 @@ def show_until_end(record: RunRecord, console: Console, *, wait_s: float) -> Non
     finally:
         if live is not None:
             live.stop()
+    if not over:
+        console.message(f"{record.root}: the process that drove it has ended; `acpo train ... --resume auto` goes on")

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import threading
+from contextlib import ExitStack
 
 import pytest
 import rich.console
@@ -12,6 +13,7 @@ from acpo_dist.cli.app import main
 from acpo_dist.reporting.follow import Follower, follow
 from acpo_dist.reporting.record import read_run
 from acpo_dist.reporting.watching import show_until_end
+from acpo_dist.tenure import DRIVER, held
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.panel import SIGMA, LivePanel, clock, spark
 from tests.unit.runs_for_tests import make_run, row
@@ -121,6 +123,19 @@ def test_watching_ends_with_the_run_and_shows_gains_in_base_units(tmp_path):
     looks = list(follow(root, wait_s=60, sleep=write_the_rest))
     assert looked.is_set() and [len(rows) for rows, _, _ in looks] == [1, 3] and looks[-1][2]
     assert looks[-1][0][-1]["reward/two_stream/gain"] == pytest.approx(1.5)
+
+
+def test_watching_ends_when_the_process_that_drives_the_run_does(tmp_path):
+    root = make_run(tmp_path / "run", ROWS[:2], "run.iterations=4")
+    stream, console = terminal()
+    with ExitStack() as driving:
+        driving.enter_context(held(root))
+        dead = json.loads((root / DRIVER).read_text()) | {"created": 0.0}
+        looks = follow(root, wait_s=600, sleep=lambda seconds: driving.close())
+        assert [len(rows) for rows, _, _ in looks] == [2, 0]
+    (root / DRIVER).write_text(json.dumps(dead))
+    show_until_end(read_run(root), Console(rich_console=console), wait_s=600)
+    assert "that drove it has ended" in stream.getvalue() and "iteration 2/4" in stream.getvalue()
 
 
 def test_a_silent_run_is_given_up_after_the_wait_with_a_message(tmp_path):

@@ -1,5 +1,6 @@
 """Run folders are read as they are: gains in base units, what is broken or missing is said."""
 
+import json
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from acpo_dist.reporting.figures import figures_of, verdict
 from acpo_dist.reporting.record import read_run, require_rows
 from acpo_dist.reporting.studio import chosen_iteration
 from acpo_dist.suites.subject import find_checkpoint
+from acpo_dist.tenure import DRIVER, held
 from tests.unit.runs_for_tests import make_run, row
 
 RISING = [row(i, reward=0.5 + 0.1 * i, judge=0.4 + 0.02 * i, drift=0.1 + 0.01 * i) for i in range(4)]
@@ -48,8 +50,15 @@ def test_a_finished_run_shows_its_final_gains_and_an_unfinished_one_the_mean_of_
     assert cut.seconds == 8.0 and cut.drift == pytest.approx(0.115)
 
 
-def test_a_run_that_writes_now_is_running(tmp_path):
-    assert read_run(make_run(tmp_path / "run", RISING, "run.iterations=9")).state == "running"
+def test_a_run_is_running_while_it_is_driven_and_unfinished_from_then_on(tmp_path):
+    root = make_run(tmp_path / "run", RISING, "run.iterations=9")
+    with held(root):
+        assert read_run(root).state == "running"
+        here = (root / DRIVER).read_text()
+    assert read_run(root).state == "unfinished"
+    # Of a driver on another machine only what it wrote last can be seen.
+    (root / DRIVER).write_text(json.dumps(json.loads(here) | {"place": "another machine"}))
+    assert read_run(root).state == "running" and read_run(old(root)).state == "unfinished"
 
 
 def test_the_best_checkpoint_is_what_the_guard_said_when_it_saved_the_newest(tmp_path):
