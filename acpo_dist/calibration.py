@@ -31,6 +31,8 @@ class LoopState:
     normalisers: dict[str, Normaliser]
     constants: dict[str, float]
     """What the algorithm worked out on base samples."""
+    drift: float = 0.0
+    """Mean squared drift of the last iteration in which the weights moved."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
@@ -39,6 +41,7 @@ class LoopState:
             "anchor_weight": self.controller.weight,
             "anchor_excess": self.controller.last_excess,
             "constants": self.constants,
+            "drift": self.drift,
             "normalisers": {name: vars(value) for name, value in self.normalisers.items()},
         }
 
@@ -169,6 +172,7 @@ def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
         version=int(state["version"]),
         controller=_controller(config, float(state["anchor_weight"]), last_excess=state["anchor_excess"]),
         constants=dict(state["constants"]),
+        drift=float(state.get("drift", 0.0)),
         normalisers={name: Normaliser(**value) for name, value in state["normalisers"].items()},
     )
 

@@ -116,7 +116,7 @@ def _attempt(
         ended = ending_of(config, checkpoint.state)
         if ended is not None:
             return _ended_before(config, folder, checkpoint, ended, console, started)
-    for record in (folder.metrics, folder.guard):
+    for record in (folder.metrics, folder.guard, folder.refused):
         truncate_after(record, checkpoint.iteration if checkpoint else 0)
     effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:

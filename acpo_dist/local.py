@@ -183,10 +183,10 @@ class LocalLearner:
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
         """See `LearnerGroup.train`."""
-        figures, steps = self.worker.train([handle.payload for handle in handles], task)
+        figures, steps, refused = self.worker.train([handle.payload for handle in handles], task)
         if advance:
             advance(len(task.sample_ids))
-        return TrainReport(metrics=figures.means(), optim_steps=steps)
+        return TrainReport(metrics=figures.means(), optim_steps=steps, refused=tuple(refused))
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
         """See `LearnerGroup.gradient_scale`."""

@@ -3,6 +3,7 @@
 deal prompts -> draw samples -> score them -> update on gradients from the pool -> publish verified weights -> record.
 """
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from acpo_dist.core.clock import PhaseClock
 from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS, resolve
-from acpo_dist.core.types import Normaliser, PromptGroup, RolloutHandle, ScoredGroups, ScoreTable, Selection, TrainTask
+from acpo_dist.core.types import (
+    Normaliser,
+    PromptGroup,
+    RolloutHandle,
+    ScoredGroups,
+    ScoreTable,
+    Selection,
+    TrainReport,
+    TrainTask,
+)  # fmt: skip
 from acpo_dist.data.prompts import deal
 from acpo_dist.guard.guard import Decision
 from acpo_dist.learner.checkpoint import Checkpoint
@@ -71,7 +81,7 @@ def run(
         on_start()
     metrics: dict[str, float] = {}
     while state.iteration < config.run.iterations:
-        metrics = _iterate(config, ports, algorithm, state, prompts, console, watch) | retimed
+        metrics = _iterate(config, ports, algorithm, state, prompts, console, watch, folder) | retimed
         done = state.iteration
         # After the update and before the next rollouts: a trajectory never changes within an iteration.
         metrics, retimed = metrics | keeper.after(done), {}
@@ -100,7 +110,7 @@ def run(
 
 def _iterate(
     config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, prompts: Sequence[str], console: Console,
-    watch: Watch,
+    watch: Watch, folder: RunFolder,
 ) -> dict[str, float]:  # fmt: skip
     """One rollout -> reward -> update -> sync cycle; moves `state` on."""
     clock = PhaseClock()
@@ -128,13 +138,17 @@ def _iterate(
         report = ports.learner.train(handles, task, advance)
     with clock.phase("probe"):
         probe = watch.probe(ports.learner, handles)
-    drift = _drift_of(config, report.metrics)
+    if report.refused:
+        _record_refused(folder, state.iteration, report, handles, console)
+    moved = report.optim_steps > 0
+    drift = _drift_of(config, report.metrics) if moved else state.drift
     metrics = {
         **_score_metrics(config, scores, state.normalisers),
         **report.metrics,
         **chosen.figures,
         "anchor/weight": state.controller.weight,
         "learner/learning_rate": task.learning_rate,
+        "learner/refused_steps": float(len(report.refused)),
         "drift/rms": drift**0.5,
         **{f"drift/at/{timestep}": value for timestep, value in probe.items()},
         **ports.reward.counters(),
@@ -150,9 +164,32 @@ def _iterate(
         with clock.phase("sync"):
             ports.weights.publish(state.version + 1)
         state.version += 1
-    state.controller = state.controller.update(drift)
+    if moved:
+        state.controller, state.drift = state.controller.update(drift), drift
     state.iteration += 1
     return metrics | decision.to_metrics() | {"sync/version": float(state.version)} | clock.metrics()
+
+
+def _record_refused(
+    folder: RunFolder, iteration: int, report: TrainReport, handles: Sequence[RolloutHandle], console: Console
+) -> None:
+    """Say which steps were left out, and keep what is needed to draw their samples again."""
+    prompts = {name: text for handle in handles for name, text in zip(handle.sample_ids, handle.prompts, strict=True)}
+    with folder.refused.open("a", encoding="utf-8") as file:
+        for one in report.refused:
+            samples = [{"sample_id": name, "prompt": prompts.get(name)} for name in one.sample_ids]
+            row = {
+                "iteration": iteration,
+                "step": one.step,
+                "gradient_norm": str(one.gradient_norm),
+                "samples": samples,
+            }
+            file.write(json.dumps(row) + "\n")
+    taken = report.optim_steps
+    console.message(
+        f"iteration {iteration + 1}: {len(report.refused)} of {taken + len(report.refused)} optimiser steps left out, "
+        f"since a loss or gradient was not finite ({folder.refused})"
+    )
 
 
 def _drift_of(config: Config, figures: Mapping[str, float]) -> float:

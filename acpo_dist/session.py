@@ -28,6 +28,7 @@ _FREE = {
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
     "learner": {
         "num_ranks", "zero_stage", "offload_optimizer", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s",
+        "max_refused_steps",
     },
     "guard": None,
     "checkpoint": None,
@@ -54,6 +55,11 @@ class RunFolder:
     def guard(self) -> Path:
         """One JSON object per decision of the guard that was due for a line."""
         return self.root / "guard.jsonl"
+
+    @property
+    def refused(self) -> Path:
+        """One JSON object per optimiser step that was left out."""
+        return self.root / "refused.jsonl"
 
     @property
     def samples(self) -> Path:

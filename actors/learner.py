@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +17,15 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError, WorkerError, WorkerLostError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.registry import MODELS, resolve
-from acpo_dist.core.types import GradientScale, RewardTerm, RolloutHandle, TrainReport, TrainTask, WeightBundle
+from acpo_dist.core.types import (
+    GradientScale,
+    RefusedStep,
+    RewardTerm,
+    RolloutHandle,
+    TrainReport,
+    TrainTask,
+    WeightBundle,
+)
 from acpo_dist.learner.figures import FigureSums
 from acpo_dist.local import learner_spec
 from acpo_dist.session import RESOLVED
@@ -63,10 +72,9 @@ class LearnerActor:
         self._worker.start(folder)
         return self._worker.num_elements
 
-    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, int]:
-        """See `LearnerWorker.train`; the third value is how often this rank had to ask the pool again so far."""
-        figures, steps = self._worker.train(ray.get(references), task)
-        return figures, steps, self._client.retries
+    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep], int]:
+        """See `LearnerWorker.train`; the last value is how often this rank had to ask the pool again so far."""
+        return *self._worker.train(ray.get(references), task), self._client.retries
 
     def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
         """See `LearnerWorker.gradient_norms`."""
@@ -143,12 +151,18 @@ class RayLearner:
         references = _latents(handles)
         answers = self._all("train", lambda actor: actor.train.remote(references, task))
         if self._rewards is not None:
-            self._rewards.learner_retries = sum(retries for _, _, retries in answers)
+            self._rewards.learner_retries = sum(retries for *_, retries in answers)
         if advance:
             advance(len(task.sample_ids))
+        # Every rank refuses the same steps, and knows the samples of its own.
+        refused = zip(*(steps for _, _, steps, _ in answers), strict=True)
         return TrainReport(
-            metrics=FigureSums.merge(figures for figures, _, _ in answers).means(), optim_steps=answers[0][1]
-        )
+            metrics=FigureSums.merge(figures for figures, *_ in answers).means(), optim_steps=answers[0][1],
+            refused=tuple(
+                replace(ranks[0], sample_ids=tuple(name for rank in ranks for name in rank.sample_ids))
+                for ranks in refused
+            ),
+        )  # fmt: skip
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
         """See `LearnerGroup.gradient_scale`."""

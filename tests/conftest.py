@@ -28,3 +28,16 @@ def tiny():
         return load_config(source, [*TINY, *overrides])
 
     return load
+
+
+def poison(batch, rows):
+    """A rollout batch some of whose samples came out as NaN, as an overflow somewhere makes them."""
+    from dataclasses import replace
+
+    def spoilt(values):
+        values = values.clone()
+        values[rows] = float("nan")
+        return values
+
+    late = tuple(replace(one, latents_BCHW=spoilt(one.latents_BCHW)) for one in batch.late)
+    return replace(batch, latents_BCHW=spoilt(batch.latents_BCHW), late=late)

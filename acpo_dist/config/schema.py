@@ -205,6 +205,8 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; formulas, losses and master weights stay float32."""
+    max_refused_steps: int = Field(default=3, ge=0)
+    """Optimiser steps in a row that may be left out because a loss or gradient is not finite; one more ends the run."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the averaged weights per optimiser step; 0 switches averaging off."""
     cpus_per_rank: float = Field(default=1.0, ge=0)

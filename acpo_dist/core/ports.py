@@ -103,7 +103,8 @@ class LearnerGroup(Protocol):
         """Run the optimiser steps of one iteration.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the weights are those of the last good step.
+            NonFiniteError: more than `learner.max_refused_steps` in a row were not finite; the weights are those of the
+                last good step.
         """
         ...
 

@@ -156,11 +156,26 @@ class TrainTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefusedStep:
+    """An optimiser step that was left out, because a loss or the gradient was not finite."""
+
+    step: int
+    """Its place in the iteration."""
+    gradient_norm: float
+    """Over all ranks; not finite."""
+    sample_ids: tuple[str, ...]
+    """Those whose own loss was not finite; empty where only the gradient was not."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainReport:
     """What the learner says after one iteration; means over all samples of all ranks."""
 
     metrics: dict[str, float]
+    """Of the steps that were taken."""
     optim_steps: int
+    """Those that were taken; without any, the weights are what they were."""
+    refused: tuple[RefusedStep, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.learner.eight_bit import eight_bit_state, make_eight_bit, put_eight_bit
 from acpo_dist.models.family import trainable_tensors
 
@@ -35,10 +34,11 @@ class Engine(Protocol):
         ...
 
     def step(self) -> float:
-        """Average over micro-batches and ranks, clip, update, clear; return the gradient norm before clipping.
+        """Average over micro-batches and ranks, clip, update, clear.
 
-        Raises:
-            NonFiniteError: the gradient is not finite.
+        Returns:
+            The gradient norm before clipping, the same on every rank. Where it is not finite the step was refused:
+            weights and moments are what they were.
         """
         ...
 
@@ -101,12 +101,10 @@ class TorchEngine:
         set_learning_rate(self._optimiser, value)
 
     def step(self) -> float:
-        """See `Engine.step`; the weights are untouched when it raises."""
+        """See `Engine.step`."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
-        if not torch.isfinite(norm):
-            self._optimiser.zero_grad(set_to_none=True)
-            raise NonFiniteError(f"the gradient norm is {float(norm)}; the step was refused and no weight has changed")
-        self._optimiser.step()
+        if torch.isfinite(norm):
+            self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return float(norm)
 

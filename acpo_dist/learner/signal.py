@@ -45,14 +45,17 @@ class PooledReward:
         spread: float = 0.0,
         crop: int | None = None,
         seed: int = 0,
+        refusable: bool = False,
     ) -> None:
         """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`).
 
         Args:
             crop: side in elements of the window of x0-hat that is scored instead of all of it; None scores all.
             seed: where the windows lie, call by call.
+            refusable: answer an x0-hat that is not finite with what is not finite either, so that the step is refused
+                on all ranks together; otherwise it is an error.
         """
-        self._source, self._terms, self._decode = source, terms, decode
+        self._source, self._terms, self._decode, self._refusable = source, terms, decode, refusable
         self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
         self._crop, self._generator = crop, torch.Generator().manual_seed(seed)
         self.waited_s = 0.0
@@ -70,7 +73,10 @@ class PooledReward:
             clean = clean.clone().requires_grad_(True)
             with torch.enable_grad():
                 sent = self._decode(clean)
-        if not torch.isfinite(sent).all():
+        good_B = torch.isfinite(sent).flatten(1).all(1)
+        if not good_B.all() and self._refusable:
+            return self._refused(whole, good_B)
+        if not good_B.all():
             raise NonFiniteError(
                 "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
             )
@@ -106,6 +112,13 @@ class PooledReward:
                 for term, answer in zip(self._terms, answers, strict=True)
             },
         )
+
+    @staticmethod
+    def _refused(whole: Tensor, good_B: Tensor) -> RewardSignal:
+        """What makes the loss of those that are not good not finite; nobody is asked."""
+        quality_B = torch.where(good_B, 0.0, torch.nan)
+        gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
+        return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
 
     def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> list[ScoredGradient]:
         """Answers in the order of the terms."""

@@ -15,7 +15,7 @@ from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
-from acpo_dist.core.types import RewardTerm, RolloutBatch, TrainTask, WeightBundle
+from acpo_dist.core.types import RefusedStep, RewardTerm, RolloutBatch, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
 from acpo_dist.learner.batches import BatchMaker, LearnerSpec, memory_remedy
@@ -44,6 +44,7 @@ class LearnerWorker:
         self._engine: Engine | None = None
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
+        self._refused_in_a_row = 0
 
     @property
     def num_elements(self) -> int:
@@ -73,14 +74,14 @@ class LearnerWorker:
         if not self._average:
             self._average = {name: value.clone() for name, value in self._weights.items()}
 
-    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int]:
+    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
         """One iteration; every rank calls it with its own samples' batches and the same task.
 
         Returns:
-            (figures of this rank's samples, number of optimiser steps).
+            (figures of this rank's samples, number of optimiser steps taken, those refused with this rank's samples).
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite.
+            NonFiniteError: more than `learner.max_refused_steps` in a row were refused.
             DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
         """
         with within_memory(
@@ -88,29 +89,40 @@ class LearnerWorker:
         ):
             return self._train(batches, task)
 
-    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int]:
+    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
         engine = self._ready()
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
-        reward = self._reward(task.rewards, derive_seed("crop", self._spec.seed, task.iteration, engine.rank))
+        crop = derive_seed("crop", self._spec.seed, task.iteration, engine.rank)
+        reward = self._reward(task.rewards, crop, refusable=True)
         sums = FigureSums()
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
+        refused: list[RefusedStep] = []
         for step, ids in enumerate(steps):
             started = time.monotonic()
+            found, bad = FigureSums(), []
             for index, part in enumerate(self._own(ids)):
                 batch = self._batches.make(store, part, task, step)
                 loss = self._algorithm.loss(
                     batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
                 )
-                if not torch.isfinite(loss.per_sample).all():
-                    raise NonFiniteError(
-                        f"iteration {task.iteration}, optimiser step {step}: the loss is not finite for samples "
-                        f"{[name for name, ok in zip(part, torch.isfinite(loss.per_sample), strict=True) if not ok]}"
-                    )
-                engine.backward(loss.per_sample.mean())
-                sums.add(loss.figures)
-            sums.add({"learner/grad_norm": torch.tensor([engine.step()])})
+                mean = loss.per_sample.mean()
+                finite = torch.isfinite(loss.per_sample)
+                if not finite.all():
+                    bad += [name for name, ok in zip(part, finite, strict=True) if not ok]
+                    # So that the gradient, and with it the step of all ranks, certainly is not finite either.
+                    mean = mean * torch.nan
+                engine.backward(mean)
+                found.add(loss.figures)
+            norm = engine.step()
+            if math.isfinite(norm):
+                self._refused_in_a_row = 0
+                found.add({"learner/grad_norm": torch.tensor([norm])})
+                sums = FigureSums.merge((sums, found))
+            else:
+                refused.append(RefusedStep(step=step, gradient_norm=norm, sample_ids=tuple(bad)))
+                self._count_refused(task, refused)
             sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
         if reward.waited_s:
             sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
@@ -123,8 +135,24 @@ class LearnerWorker:
             share[: len(broken)] = 1
             sums.add({"pairs/broken_share": share})
         self._weights = engine.weights()
-        self._update_average(len(steps))
-        return sums, len(steps)
+        taken = len(steps) - len(refused)
+        self._update_average(taken)
+        return sums, taken, refused
+
+    def _count_refused(self, task: TrainTask, refused: Sequence[RefusedStep]) -> None:
+        """Raise where too many steps in a row were refused: the same number on every rank."""
+        self._refused_in_a_row += 1
+        most = self._spec.learner.max_refused_steps
+        if self._refused_in_a_row <= most:
+            return
+        samples = [name for one in refused for name in one.sample_ids]
+        raise NonFiniteError(
+            f"iteration {task.iteration}, optimiser step {refused[-1].step}: the loss or gradient is not finite, "
+            f"{self._refused_in_a_row} steps in a row (learner.max_refused_steps={most})"
+            + (f"; samples {', '.join(samples[:5])}" if samples else "")
+            + ". No weight has changed in them. Lower learner.learning_rate, try learner.precision=float32, or look at "
+            "these samples (refused.jsonl); `--resume auto` goes on from the newest checkpoint."
+        )
 
     @torch.no_grad()
     def _prepare(
@@ -234,11 +262,11 @@ class LearnerWorker:
             raise RuntimeError("LearnerWorker.start() must be called first")
         return self._engine
 
-    def _reward(self, terms: Sequence[RewardTerm], seed: int) -> PooledReward:
+    def _reward(self, terms: Sequence[RewardTerm], seed: int, *, refusable: bool = False) -> PooledReward:
         rewards = self._spec.rewards
         return PooledReward(
             self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
-            spread=rewards.spread, crop=rewards.latent_crop, seed=seed,
+            spread=rewards.spread, crop=rewards.latent_crop, seed=seed, refusable=refusable,
         )  # fmt: skip
 
     def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """The engine on DeepSpeed ZeRO 0-3. The only file that imports DeepSpeed; rank variables are set before it is used."""
 
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,6 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments, set_learning_rate
 from acpo_dist.models.family import trainable_tensors
 
@@ -88,13 +88,12 @@ class ZeroEngine:
         set_learning_rate(self._engine.optimizer, value)
 
     def step(self) -> float:
-        """See `Engine.step`. The norm is known after the update: when it raises, nothing may be exported."""
-        unsharded = None if self._sharded else self._unsharded_norm()
+        """See `Engine.step`. DeepSpeed's own optimisers refuse a step whose norm is not finite."""
+        if not self._sharded:
+            return self._unsharded_step()
         self._engine.step()
-        norm = unsharded if unsharded is not None else float(self._engine.get_global_grad_norm() or 0.0)
-        if norm != norm or norm in (float("inf"), -1.0):
-            raise NonFiniteError(f"the gradient norm over all ranks is {norm}; no weight leaves the learner")
-        return norm
+        norm = self._engine.get_global_grad_norm()
+        return float(norm or 0.0) if self._engine.was_step_applied() else math.inf
 
     def weights(self) -> StateTensors:
         """See `Engine.weights`."""
@@ -133,10 +132,19 @@ class ZeroEngine:
         if comm.is_initialized():
             comm.destroy_process_group()
 
-    def _unsharded_norm(self) -> float:
-        """ZeRO 0 does not report the norm; its gradients are already averaged over ranks here."""
+    def _unsharded_step(self) -> float:
+        """ZeRO 0 does not report the norm, and leaves the update to torch's optimiser, which refuses nothing."""
+        # Averaged over ranks already.
         gradients = [value.grad for value in self._parameters.values() if value.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        update = self._engine.optimizer.step
+        if not math.isfinite(norm):
+            self._engine.optimizer.step = lambda: None
+        try:
+            self._engine.step()
+        finally:
+            self._engine.optimizer.step = update
+        return norm
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         value = safe_get_full_fp32_param(parameter) if self._sharded else parameter

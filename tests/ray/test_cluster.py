@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.driver import drive
 from acpo_dist.loop import fixed_groups
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from tests.conftest import poison
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -180,6 +182,35 @@ def test_zero_on_two_ranks_agrees_with_one_process_after_three_steps(
     from safetensors.torch import load_file
 
     assert float(load_file(tmp_path / "saved/optimizer.safetensors")["step"]) == 3
+    _refuses(ports.learner, local_handles, cluster, found, tmp_path)
+
+
+def _refuses(learner, local_handles, cluster, weights, folder):
+    """Steps whose loss is not finite on one rank alone are left out on both, and nothing moves."""
+    from dataclasses import replace
+
+    from safetensors.torch import load_file
+
+    poisoned = []
+    for handle in local_handles:
+        # In the second micro-batch of two in every step, so that the first has left its gradient.
+        batch = poison(handle.payload, [3])
+        poisoned.append(replace(handle, payload=(cluster.put(batch), cluster.put(batch.images_BCHW))))
+    report = learner.train(poisoned, _task(poisoned))
+    assert report.optim_steps == 0 and [one.step for one in report.refused] == [0, 1, 2]
+    ids = _task(poisoned).sample_ids
+    assert [one.sample_ids for one in report.refused] == [(ids[8 * step + 3], ids[8 * step + 7]) for step in range(3)]
+    after = learner.export(2).tensors
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+    learner.save(folder / "refused")
+    before, now = (load_file(folder / name / "optimizer.safetensors") for name in ("saved", "refused"))
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    # What was left out has left nothing behind.
+    good = [replace(h, payload=(cluster.put(h.payload), cluster.put(h.payload.images_BCHW))) for h in local_handles]
+    assert learner.train(good, _task(good)).optim_steps == 3
+    assert learner.train(poisoned, _task(poisoned)).optim_steps == 0
+    with pytest.raises(NonFiniteError, match=r"4 steps in a row \(learner\.max_refused_steps=3\)"):
+        learner.train(poisoned, _task(poisoned))
 
 
 def test_a_checkpoint_of_two_zero_3_ranks_goes_on_in_one_process_with_the_same_weights_and_moments(

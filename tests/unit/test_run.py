@@ -115,7 +115,7 @@ def test_an_unconditional_pixel_model_trains_with_the_same_loop(tiny, tmp_path):
 
 
 def test_a_non_finite_loss_stops_before_any_weight_changes(tiny, tmp_path):
-    config = tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}")
+    config = tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}", "learner.max_refused_steps=0")
     checked = {}
 
     def poison(config, ports, prompts):
