@@ -20,6 +20,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, WorkerLostError
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.storage import on_storage
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.images import load_pictures
@@ -78,7 +79,7 @@ def drive(
         AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
     """
     started, restarts = time.monotonic(), 0
-    with ExitStack() as stack:
+    with on_storage(config.run_dir), ExitStack() as stack:
         # Once, and not before the input was looked at.
         tenure = cache(lambda: stack.enter_context(held(config.run_dir)))
         while True:

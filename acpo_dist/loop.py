@@ -12,7 +12,7 @@ from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.calibration import LoopState, calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
-from acpo_dist.core.errors import NonFiniteError
+from acpo_dist.core.errors import AcpoError, NonFiniteError
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import (
@@ -238,7 +238,12 @@ def _save(
     prompts: Sequence[str], console: Console,
 ) -> None:  # fmt: skip
     partial = folder.checkpoints.prepare(state.iteration)
-    ports.learner.save(partial / "learner")
+    try:
+        ports.learner.save(partial / "learner")
+    except AcpoError:
+        # A full disk has room again for whoever makes the others small.
+        folder.checkpoints.discard(partial)
+        raise
     # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
     ended = watch.decision is not None and watch.decision.ends
     exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0 and not ended

@@ -123,6 +123,7 @@ class Tenure:
     def release(self) -> None:
         """Let others drive the run."""
         self._over.set()
+        self._path.with_name(f".{DRIVER}.{self._me.token}").unlink(missing_ok=True)
         found = driver_of(self._path.parent)
         if found is not None and found.token == self._me.token:
             self._path.unlink(missing_ok=True)

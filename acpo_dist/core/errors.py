@@ -73,5 +73,9 @@ class WorkerLostError(WorkerError):
     """Processes or machines are gone that the run cannot do without; it can go on from its newest checkpoint."""
 
 
+class StorageError(AcpoError):
+    """The disk is full, or gone; what was saved before is whole."""
+
+
 class CheckpointError(AcpoError):
     """A checkpoint is incomplete or damaged."""

@@ -52,6 +52,10 @@ class CheckpointStore:
         (folder / LEARNER).mkdir(parents=True)
         return folder
 
+    def discard(self, folder: Path) -> None:
+        """Give up what `prepare` began, and the room that it took."""
+        shutil.rmtree(folder, ignore_errors=True)
+
     def commit(self, folder: Path, iteration: int, state: dict[str, Any], *, protect: int | None = None) -> Path:
         """Write state and manifest, rename into place, drop the oldest beyond `keep`, but never that of `protect`."""
         _write(folder / STATE, json.dumps({"iteration": iteration, **state}, indent=2))

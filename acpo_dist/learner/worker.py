@@ -15,6 +15,7 @@ from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.storage import on_storage
 from acpo_dist.core.types import RefusedStep, RewardTerm, RolloutBatch, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
@@ -243,14 +244,19 @@ class LearnerWorker:
         return make_bundle(version, {name: value.to(dtype) for name, value in weights.items()})
 
     def save(self, folder: Path) -> None:
-        """Write the state; every rank calls it, rank 0 writes."""
+        """Write the state; every rank calls it, rank 0 writes.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
         engine = self._ready()
         moments = engine.optimiser_state()
         if engine.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._weights, folder / "policy.safetensors")
-            save_file(self._average, folder / "ema.safetensors")
-            save_file(moments, folder / "optimizer.safetensors")
+            with on_storage(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(self._weights, folder / "policy.safetensors")
+                save_file(self._average, folder / "ema.safetensors")
+                save_file(moments, folder / "optimizer.safetensors")
 
     def close(self) -> None:
         """Leave the process group."""

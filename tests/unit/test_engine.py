@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.core.errors import CheckpointError, NonFiniteError
+from acpo_dist.core.errors import CheckpointError
 from acpo_dist.learner.engine import TorchEngine
 from tests.unit.config_for_tests import refusal
 
@@ -136,8 +136,7 @@ def test_a_gradient_that_is_not_finite_refuses_the_step_and_changes_nothing(bad:
     weights, state = engine.weights(), engine.optimiser_state()
     engine.backward(losses(layers, *batch(2)).mean())
     engine.backward(bad * losses(layers, *batch(3)).mean())
-    with pytest.raises(NonFiniteError, match="no weight has changed"):
-        engine.step()
+    assert not math.isfinite(engine.step())
     assert same(engine.weights(), weights) and same(engine.optimiser_state(), state)
 
 
@@ -145,8 +144,7 @@ def test_after_a_refused_step_the_next_one_is_as_if_nothing_had_been():
     layers, untroubled = network(), network()
     engine, wanted = (TorchEngine(each, CONFIG, accumulation=1) for each in (layers, untroubled))
     engine.backward(math.nan * losses(layers, *batch(0)).mean())
-    with pytest.raises(NonFiniteError):
-        engine.step()
+    assert math.isnan(engine.step())
     run(engine, layers, range(2))
     run(wanted, untroubled, range(2))
     assert same(engine.weights(), wanted.weights())

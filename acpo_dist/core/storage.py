@@ -1,0 +1,56 @@
+"""A disk that is full or gone, told apart from other errors and said in words that help."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from acpo_dist.core.errors import StorageError
+
+_NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
+_IN_WORDS = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, which is no Python, passes an error of the system on."""
+
+
+def storage_errno(error: BaseException) -> int | None:
+    """The system's number, where an error says that nothing more can be written."""
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        said = _IN_WORDS.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+        number = int(said[1]) if said else None
+    return number if number in _NUMBERS else None
+
+
+@contextmanager
+def on_storage(folder: Path) -> Generator[None, None, None]:
+    """Turn an error of the storage into one that says what is whole and what to do.
+
+    Args:
+        folder: where the run lies.
+
+    Raises:
+        StorageError: nothing more could be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = storage_errno(error)
+        if number is None:
+            raise
+        raise StorageError(
+            f"{folder} cannot be written any more: {os.strerror(number)}{_free(folder)}. What was saved before is "
+            "whole. Make room (checkpoint.keep says how many checkpoints stay), then go on with `acpo train ... "
+            "--resume auto`; a run folder may be moved elsewhere and named by run.dir."
+        ) from error
+
+
+def _free(folder: Path) -> str:
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return ""
+    return f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB free)"
