@@ -1,4 +1,4 @@
-"""A disk that is full ends a run with one message; what was saved before is whole, and the run goes on with more room."""
+"""A disk that is full ends a run with one message; what was saved before is whole, and with more room it goes on."""
 
 import errno
 import os
@@ -54,8 +54,9 @@ def test_a_run_on_a_full_disk_ends_with_one_message_keeps_what_it_saved_and_goes
     from tests.conftest import TINY
 
     def train(*overrides: str, limit: int | None):
+        asked = [*TINY, f"run.dir={root}", "checkpoint.every=1", *overrides]
         return subprocess.run(
-            [str(ACPO), "train", "toy_sdxl", *TINY, f"run.dir={root}", "checkpoint.every=1", *overrides, "--resume", "auto"],
+            [str(ACPO), "train", "toy_sdxl", *asked, "--resume", "auto"],
             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
             preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         )  # fmt: skip
