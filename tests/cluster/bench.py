@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import steps_cluster, steps_loss, steps_runs
+from tests.cluster import steps_cluster, steps_loss, steps_runs, steps_software
 from tests.cluster.cluster import Cluster
 from tests.cluster.hosts import why_not
 
@@ -26,8 +26,9 @@ FOLDER = Path("/var/tmp/acpo-bench")
 STEPS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        steps_cluster.up, steps_cluster.listeners, steps_cluster.token, steps_runs.plan, steps_runs.first,
-        steps_runs.second, steps_runs.stop, steps_runs.ship_code, steps_loss.undisturbed, steps_loss.rollout_host,
+        steps_cluster.up, steps_cluster.listeners, steps_cluster.token, steps_software.same_software, steps_runs.plan,
+        steps_runs.first, steps_runs.second, steps_runs.stop, steps_runs.ship_code, steps_software.other_software,
+        steps_loss.undisturbed, steps_loss.rollout_host,
         steps_loss.reward_host, steps_loss.learner_host, steps_loss.cut_rollout, steps_loss.cut_learner,
         steps_cluster.down,
     )

@@ -1,0 +1,19 @@
+"""SIGTERM on Ray, whose own handler would abort the process."""
+
+import signal
+
+import pytest
+
+from acpo_dist.tenure import DRIVER
+from tests.unit.test_signals import interrupted_by, started
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_run_on_ray_that_is_terminated_ends_in_order(tmp_path):
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    process = started(tmp_path / "run", "cluster.backend=ray", "rollout.cpus_per_worker=0.1")
+    said = interrupted_by(signal.SIGTERM, tmp_path / "run", process)
+    assert process.returncode == 143, said
+    assert "terminated; go on with" in said and "SIGTERM received" not in said
+    assert not (tmp_path / "run" / DRIVER).exists()

@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM end a run in order: the folder is whole, nobody drives it, and the way on is said."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.tenure import DRIVER
+from tests.conftest import TINY
+
+ACPO = Path(sys.executable).parent / "acpo"
+
+
+def started(root: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run that would go on for long."""
+    asked = [*TINY, f"run.dir={root}", "run.iterations=500", "checkpoint.every=1", *overrides]
+    return subprocess.Popen(
+        [str(ACPO), "train", "toy_sdxl", *asked], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell starts what it runs in the background with SIGINT ignored, and the tests with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def interrupted_by(number: signal.Signals, root: Path, process: subprocess.Popen[str]) -> str:
+    """What the run says when it is told to end after its first iteration."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("iteration "):
+            process.send_signal(number)
+            break
+    said += process.stderr.read()
+    process.wait(timeout=120)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_go_on(number, code, word, tmp_path):
+    root = tmp_path / "run"
+    process = started(root, "tracking.mlflow=true")
+    said = interrupted_by(number, root, process)
+    assert process.returncode == code, said
+    assert said.endswith(f"{word}; go on with `acpo train ... --resume auto`\n") and "Traceback" not in said
+    assert not (root / DRIVER).exists()
+    asked = [str(ACPO), "runs", "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--experiment", "acpo", "--json"]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert [run["state"] for run in json.loads(listed.stdout)["runs"]] == ["killed"]
