@@ -16,6 +16,7 @@ from acpo_dist.algorithms.base import (
     Network,
     OptionalAnchorConfig,
     RewardGradient,
+    RewardSignal,
 )
 from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.noising import noise_forward, split_branches
@@ -77,11 +78,12 @@ class Acpo(BaseAlgorithm):
         head, null = both_branches(network, late, batch.prompts, scale)
         figures: dict[str, Tensor] = {}
         total = torch.zeros(len(batch.sample_ids), device=head.device)
+        clean, answer = None, None
         if self.config.reward_weight > 0:
             guided = head if null is None else guide(head, null, scale)
-            term, seen = self._perceptual(batch, late, guided, network.prediction_type, reward)
-            total = total + self.config.reward_weight * batch.weights_B * term
-            figures |= seen
+            clean = to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
+            # The pool decodes, scores and differentiates while the anchor's forwards run here.
+            answer = reward(clean, batch.prompts)
         # Without an anchor the drift is still measured on the rollouts: it is the price of what is gained.
         with torch.no_grad(), network.anchored():
             anchor, null_anchor = both_branches(network, late, batch.prompts, scale)
@@ -103,17 +105,17 @@ class Acpo(BaseAlgorithm):
                 if batch.clean_is_real:
                     total = total + self.config.data_weight * denoising
                     figures["data/denoising"] = denoising.detach()
+        if clean is not None and answer is not None:
+            term, seen = self._perceptual(clean, answer())
+            total = total + self.config.reward_weight * batch.weights_B * term
+            figures |= seen
         return Loss(per_sample=total, figures=figures)
 
     def _late(self, batch: MicroBatch, network: Network) -> LateStates:
         """Where the reward acts."""
         return batch.late
 
-    def _perceptual(
-        self, batch: MicroBatch, late: LateStates, head: Tensor, prediction_type: str, reward: RewardGradient
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        clean = to_clean(head, late.latents, late.alpha_bars_B, prediction_type)
-        signal = reward(clean, batch.prompts)
+    def _perceptual(self, clean: Tensor, signal: RewardSignal) -> tuple[Tensor, dict[str, Tensor]]:
         value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)
         figures = {"reward/loss": value, "reward/quality": signal.quality_B, "reward/active": (slope != 0).float()}
         norm = signal.gradient.flatten(1).norm(dim=1)

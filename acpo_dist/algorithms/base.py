@@ -1,6 +1,6 @@
 """What an algorithm sees of a micro-batch, and what it returns. It knows no model family, no engine and no pool."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Protocol
@@ -115,8 +115,12 @@ class RewardSignal:
 class RewardGradient(Protocol):
     """Asks the pool."""
 
-    def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> RewardSignal:
-        """Quality and gradient at these very tensors."""
+    def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> Callable[[], RewardSignal]:
+        """Ask for quality and gradient at these very tensors.
+
+        Returns:
+            What waits for the answer: whatever needs no answer is computed before it is called.
+        """
         ...
 
 

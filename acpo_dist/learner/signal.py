@@ -61,8 +61,8 @@ class PooledReward:
         self.waited_s = 0.0
         """Seconds in which the learner had nothing to do but wait for the pool."""
 
-    def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> RewardSignal:
-        """See `RewardGradient`."""
+    def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> Callable[[], RewardSignal]:
+        """See `RewardGradient`; metrics of this process are computed at once."""
         whole = clean_estimate.detach()
         rows, columns = self._window(*whole.shape[2:])
         clean = whole[..., rows, columns]
@@ -75,22 +75,31 @@ class PooledReward:
                 sent = self._decode(clean)
         good_B = torch.isfinite(sent).flatten(1).all(1)
         if not good_B.all() and self._refusable:
-            return self._refused(whole, good_B)
+            refused = self._refused(whole, good_B)
+            return lambda: refused
         if not good_B.all():
             raise NonFiniteError(
                 "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
             )
-        wire = pack(sent, self._wire_dtype)
-        weights = [term.weight for term in self._terms]
+        wait = self._ask(pack(sent, self._wire_dtype), prompts)
+
+        def answer() -> RewardSignal:
+            started = time.monotonic()
+            answers = wait()
+            self.waited_s += time.monotonic() - started
+            gradient = self._compose_gradient(answers, sent, clean)
+            placed = torch.zeros_like(whole, dtype=gradient.dtype)
+            # Nothing outside the window was scored.
+            placed[..., rows, columns] = gradient
+            return self._signal(answers, placed)
+
+        return answer
+
+    def _compose_gradient(self, answers: Sequence[ScoredGradient], sent: Tensor, clean: Tensor) -> Tensor:
+        """dq / d x0-hat within the window."""
         # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
-        started = time.monotonic()
-        answers = self._ask(wire, prompts)
-        self.waited_s += time.monotonic() - started
-        rewards = [
-            [term.normaliser.reward(score) for score in answer.scores]
-            for term, answer in zip(self._terms, answers, strict=True)
-        ]
-        slopes = composition_slopes(torch.tensor(rewards), weights, self._spread)
+        weights = [term.weight for term in self._terms]
+        slopes = composition_slopes(torch.tensor(self._rewards(answers)), weights, self._spread)
         gradient = torch.zeros(sent.shape)
         for term, answer, slope_B in zip(self._terms, answers, slopes, strict=True):
             slope_B = slope_B * torch.tensor([term.normaliser.slope(score) for score in answer.scores])
@@ -98,14 +107,21 @@ class PooledReward:
         gradient = gradient.to(clean.device)
         if self._cut == "image":
             (gradient,) = torch.autograd.grad(sent, clean, gradient)
-        placed = torch.zeros_like(whole, dtype=gradient.dtype)
-        # Nothing outside the window was scored.
-        placed[..., rows, columns] = gradient
+        return gradient
+
+    def _rewards(self, answers: Sequence[ScoredGradient]) -> list[list[float]]:
+        """Normalised and cut at their ceilings: a row per term."""
+        return [
+            [term.normaliser.reward(score) for score in answer.scores]
+            for term, answer in zip(self._terms, answers, strict=True)
+        ]
+
+    def _signal(self, answers: Sequence[ScoredGradient], gradient: Tensor) -> RewardSignal:
+        weights = [term.weight for term in self._terms]
+        quality = [compose(row, weights, self._spread) for row in zip(*self._rewards(answers), strict=True)]
         return RewardSignal(
-            quality_B=torch.tensor([compose(row, weights, self._spread) for row in zip(*rewards, strict=True)]).to(
-                clean.device
-            ),
-            gradient=placed,
+            quality_B=torch.tensor(quality).to(gradient.device),
+            gradient=gradient,
             target=compose([term.normaliser.target or 0.0 for term in self._terms], weights, self._spread),
             per_metric={
                 f"reward/{term.name}/x0_hat": torch.tensor(answer.scores)
@@ -120,12 +136,22 @@ class PooledReward:
         gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
         return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
 
-    def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> list[ScoredGradient]:
-        """Answers in the order of the terms."""
-        if len(self._terms) == 1 or not self._source.elsewhere:
-            return [self._source.value_and_grad(term.name, wire, prompts) for term in self._terms]
-        with ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient") as threads:
-            return list(threads.map(lambda term: self._source.value_and_grad(term.name, wire, prompts), self._terms))
+    def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> Callable[[], list[ScoredGradient]]:
+        """What waits for the answers, in the order of the terms."""
+
+        def ask(term: RewardTerm) -> ScoredGradient:
+            return self._source.value_and_grad(term.name, wire, prompts)
+
+        if not self._source.elsewhere:
+            started = time.monotonic()
+            found = [ask(term) for term in self._terms]
+            self.waited_s += time.monotonic() - started
+            return lambda: found
+        threads = ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient")
+        asked = [threads.submit(ask, term) for term in self._terms]
+        # They end with their answers, whether somebody still waits for these or not.
+        threads.shutdown(wait=False)
+        return lambda: [one.result() for one in asked]
 
     def _window(self, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.

@@ -201,7 +201,7 @@ class LearnerWorker:
             late, condition = batch.late, self._family.encode(batch.prompts)
             head = self._family.predict(late.latents, late.timesteps_B, condition)
             clean = to_clean(head, late.latents, late.alpha_bars_B, self._family.prediction_type)
-            gradient = reward(clean, batch.prompts).gradient.flatten(1).norm(dim=1)
+            gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
             if self._spec.algorithm.anchor.space != "x0":
                 # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
                 gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)

@@ -87,7 +87,7 @@ def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: 
     images = pictures(6)
     signal = PooledReward(
         Workers(), terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=spread
-    )(images, [""] * len(images))  # fmt: skip
+    )(images, [""] * len(images))()  # fmt: skip
     quality, gradient = in_one_graph(images, spread)
     torch.testing.assert_close(signal.quality_B, quality, rtol=1e-5, atol=1e-5)
     error = (signal.gradient - gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
@@ -115,7 +115,7 @@ def test_metrics_that_are_computed_elsewhere_are_asked_at_once_and_mean_the_same
     signals = [
         PooledReward(source, terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=0.7)(
             images, [""] * 4
-        )
+        )()
         for source in (Workers(), Together())
     ]
     assert torch.equal(signals[0].quality_B, signals[1].quality_B)
@@ -129,7 +129,7 @@ def test_a_window_of_x0_hat_alone_is_scored_and_has_a_gradient(cut: str):
     reward, again = (PooledReward(Workers(), terms(), lambda clean: clean, seed=5, **arguments) for _ in range(2))
     corners = set()
     for _ in range(24):
-        signal = reward(images, ["", ""])
+        signal = reward(images, ["", ""])()
         rows, columns = (signal.gradient.abs().sum((0, 1)).sum(axis).nonzero().flatten() for axis in (1, 0))
         top, left = int(rows[0]), int(columns[0])
         assert (int(rows[-1]), int(columns[-1])) == (top + 31, left + 31)
@@ -139,7 +139,7 @@ def test_a_window_of_x0_hat_alone_is_scored_and_has_a_gradient(cut: str):
             signal.gradient[..., top : top + 32, left : left + 32], gradient, rtol=1e-4, atol=1e-6
         )
         corners.add((top, left))
-        assert torch.equal(again(images, ["", ""]).gradient, signal.gradient)
+        assert torch.equal(again(images, ["", ""])().gradient, signal.gradient)
     assert len({top for top, _ in corners}) > 8 and len({left for _, left in corners}) > 5
 
 
@@ -155,7 +155,7 @@ def test_at_the_ceiling_a_single_reward_has_no_gradient_and_its_quality_is_the_c
     )
     signal = PooledReward(Workers(), [capped], lambda clean: clean, cut="image", wire_dtype="float32")(
         pictures(2), ["", ""]
-    )
+    )()
     assert signal.quality_B.tolist() == [-198.0, -198.0] and signal.target == -198.0
     assert not signal.gradient.any()
 

@@ -1,5 +1,7 @@
 """Training through guidance: the reward sees what the rollouts drew, and each branch is anchored by itself."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -44,11 +46,12 @@ def batch_of(model: SdxlFamily, scale: float = SCALE) -> MicroBatch:
     )  # fmt: skip
 
 
-def brightness(clean: torch.Tensor, prompts) -> RewardSignal:
+def brightness(clean: torch.Tensor, prompts) -> Callable[[], RewardSignal]:
     """q = mean of x0-hat's square, with its own gradient."""
     size = clean[0].numel()
     quality = clean.detach().square().flatten(1).mean(1)
-    return RewardSignal(quality_B=quality, gradient=2 * clean.detach() / size, target=0.0, per_metric={})
+    signal = RewardSignal(quality_B=quality, gradient=2 * clean.detach() / size, target=0.0, per_metric={})
+    return lambda: signal
 
 
 def gradients(model: SdxlFamily, loss: torch.Tensor) -> dict[str, torch.Tensor]:
