@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from acpo_dist import loop
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import ConfigError, WorkerLostError
+from acpo_dist.core.errors import ConfigError, RunTakenError, WorkerLostError
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.storage import on_storage
@@ -110,6 +110,8 @@ def _attempt(
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
     ours = tenure()
+    # On a restart too: whoever lost its workers may have been cut off, and taken for dead.
+    ours.require()
     folder, checkpoint = open_run(config, resume)
     folder = replace(folder, require_ours=ours.require)
     if checkpoint is not None:
@@ -132,11 +134,16 @@ def _attempt(
             )  # fmt: skip
             if at_end is not None:
                 at_end(effective, ports, prompts)
+            ours.require()
             final = _final_weights(effective, folder, result.iterations, result.guard)
             _finish(effective, folder, tracker, final)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
+            raise
+        except RunTakenError:
+            # The record is that of whoever drives the run now.
+            status = "RUNNING"
             raise
         finally:
             tracker.close(status)

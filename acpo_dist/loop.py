@@ -12,7 +12,7 @@ from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.calibration import LoopState, calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.config.schema import Config
 from acpo_dist.core.clock import PhaseClock
-from acpo_dist.core.errors import AcpoError, NonFiniteError
+from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import (
@@ -100,6 +100,7 @@ def run(
             break
     # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
     gain = measure_gain(config, ports, state, prompts, console)
+    folder.require_ours()
     ports.tracker.log_metrics(state.iteration, gain)
     console.message("gain in base standard deviations: " + ", ".join(f"{n[5:]} {v:+.2f}" for n, v in gain.items()))
     return LoopResult(
@@ -237,22 +238,23 @@ def _save(
     config: Config, ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper, watch: Watch,
     prompts: Sequence[str], console: Console,
 ) -> None:  # fmt: skip
+    folder.require_ours()
     partial = folder.checkpoints.prepare(state.iteration)
     try:
         ports.learner.save(partial / "learner")
-    except AcpoError:
-        # A full disk has room again for whoever makes the others small.
+        # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
+        ended = watch.decision is not None and watch.decision.ends
+        exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0 and not ended
+        gains = measure_gain(config, ports, state, prompts, console) if exact else {}
+        judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
+        watch.saved(state.iteration, judges)
+        mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
+        folder.require_ours()
+        path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
+    except BaseException:
+        # Whatever it was: half a checkpoint only takes room, which a full disk may need.
         folder.checkpoints.discard(partial)
         raise
-    # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
-    ended = watch.decision is not None and watch.decision.ends
-    exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0 and not ended
-    gains = measure_gain(config, ports, state, prompts, console) if exact else {}
-    judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
-    watch.saved(state.iteration, judges)
-    mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
-    folder.require_ours()
-    path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
     ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
     logger.info("checkpoint %s", path)
 

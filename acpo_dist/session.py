@@ -13,6 +13,7 @@ from acpo_dist.config.load import dump, load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ResumeError
 from acpo_dist.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from acpo_dist.tracking.jsonl import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
         for path in store.set_aside(after=checkpoint.iteration):
             logger.warning("%s is of later iterations, which are done again: kept as %s", root, path.name)
     root.mkdir(parents=True, exist_ok=True)
-    (root / RESOLVED).write_text(dump(config), encoding="utf-8")
+    # Whole or not at all: without it the run cannot be gone on with.
+    replace_file(root / RESOLVED, dump(config).encode())
     return RunFolder(root, store), checkpoint
 
 
@@ -118,7 +120,8 @@ def read_run_config(root: Path) -> Config:
 
 def _require_free(root: Path) -> None:
     # A run that failed before its first iteration holds nothing to lose.
-    if any((root / name).exists() and (root / name).stat().st_size for name in (METRICS, "checkpoints")):
+    begun = (root / METRICS).exists() and (root / METRICS).stat().st_size
+    if begun or any((root / "checkpoints").glob("[0-9]*")):
         raise ResumeError(
             f"{root} already holds a run. Continue it with `--resume auto`, or choose another run.dir, run.name or "
             "run.seed."
@@ -152,7 +155,15 @@ def _require_same(config: Config, root: Path) -> None:
         raise ResumeError(
             f"--resume: {root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote."
         )
-    old = yaml.safe_load((root / RESOLVED).read_text(encoding="utf-8"))
+    try:
+        old = yaml.safe_load((root / RESOLVED).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ResumeError(f"--resume: {root / RESOLVED} cannot be read: {error}") from error
+    if not isinstance(old, dict):
+        raise ResumeError(
+            f"--resume: {root / RESOLVED} holds no sections, but {type(old).__name__}: it was cut short. Restore it; "
+            "MLflow has a copy of what is recorded there."
+        )
     differences = list(_differences(old, config.to_mapping()))
     if differences:
         raise ResumeError(

@@ -36,8 +36,8 @@ class Driver:
     place: str
     """Machine, start of its kernel and its process namespace: where `pid` means something."""
     pid: int
-    created: float
-    """Start of that process, since a number is given again."""
+    started: float
+    """When that process was started, since a number is given again; by a clock that nobody sets."""
     beat: int = 0
     """Grows while it lives. Counted, because the clocks of two machines differ."""
 
@@ -48,10 +48,7 @@ class Driver:
 
 def driver_of(root: Path) -> Driver | None:
     """Who drives a run, or last did without saying that it stops."""
-    try:
-        return Driver(**json.loads((root / DRIVER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+    return _parsed(_content(root / DRIVER))
 
 
 def sign_of(driver: Driver) -> Sign:
@@ -60,10 +57,13 @@ def sign_of(driver: Driver) -> Sign:
         return "unknown"
     try:
         process = psutil.Process(driver.pid)
-        alive = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - driver.created) < 1.0
-    except psutil.Error:
+        if process.status() == psutil.STATUS_ZOMBIE or _started(process) != driver.started:
+            return "gone"
+    except psutil.NoSuchProcess:
         return "gone"
-    return "alive" if alive else "gone"
+    except psutil.Error:
+        return "unknown"
+    return "alive"
 
 
 class Tenure:
@@ -73,9 +73,11 @@ class Tenure:
         """Of this folder; see `held`."""
         self._path = root / DRIVER
         process = psutil.Process()
-        self._me = Driver(uuid.uuid4().hex, socket.gethostname(), _place(), process.pid, process.create_time())
+        self._me = Driver(uuid.uuid4().hex, socket.gethostname(), _place(), process.pid, _started(process))
         self._over = threading.Event()
+        self._writing = threading.Lock()
         self._lost: Driver | None = None
+        self._made = False
 
     def require(self) -> None:
         """Look whether the folder is still ours.
@@ -87,8 +89,8 @@ class Tenure:
             self._look()
         if self._lost is not None:
             raise RunTakenError(
-                f"{self._path.parent} is driven by {self._lost} now, which took this process for dead after "
-                f"{_SILENT_S:g} s without a sign of life. It goes on from the newest checkpoint; this one ends."
+                f"{self._path.parent} is driven by {self._lost} now, which saw no sign of life of this process for "
+                f"{_SILENT_S:g} s. It goes on from the newest checkpoint; this one ends, and writes nothing more."
             )
 
     def take(self, wait: Callable[[float], object]) -> None:
@@ -97,6 +99,7 @@ class Tenure:
         Raises:
             ResumeError: somebody does.
         """
+        self._made = not self._path.parent.is_dir()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -112,10 +115,13 @@ class Tenure:
         while not self._over.wait(_BEAT_S):
             count += 1
             try:
-                self._look()
-                if self._lost is not None:
-                    return
-                self._write(replace(self._me, beat=count))
+                with self._writing:
+                    if self._over.is_set():
+                        return
+                    self._look()
+                    if self._lost is not None:
+                        return
+                    self._write(replace(self._me, beat=count))
             except OSError as error:
                 # The storage may come back; if not, the run itself will say so.
                 logger.warning("%s cannot be written: %s", self._path, error)
@@ -123,13 +129,24 @@ class Tenure:
     def release(self) -> None:
         """Let others drive the run."""
         self._over.set()
-        self._path.with_name(f".{DRIVER}.{self._me.token}").unlink(missing_ok=True)
-        found = driver_of(self._path.parent)
-        if found is not None and found.token == self._me.token:
-            self._path.unlink(missing_ok=True)
-        with suppress(OSError):
-            # Empty where nothing was begun after all.
-            self._path.parent.rmdir()
+        # A beat that is being written must not bring the file back; one that hangs, on storage that is gone, may.
+        locked = self._writing.acquire(timeout=_BEAT_S)
+        try:
+            self._aside.unlink(missing_ok=True)
+            found = driver_of(self._path.parent)
+            if found is not None and found.token == self._me.token:
+                self._path.unlink(missing_ok=True)
+        finally:
+            if locked:
+                self._writing.release()
+        if self._made:
+            with suppress(OSError):
+                # Empty where nothing was begun after all.
+                self._path.parent.rmdir()
+
+    @property
+    def _aside(self) -> Path:
+        return self._path.with_name(f".{DRIVER}.{self._me.token}")
 
     def _look(self) -> None:
         found = driver_of(self._path.parent)
@@ -138,32 +155,38 @@ class Tenure:
             self._lost = found
 
     def _write(self, driver: Driver) -> None:
-        partial = self._path.with_name(f".{DRIVER}.{self._me.token}")
-        partial.write_text(json.dumps(asdict(driver)), encoding="utf-8")
-        os.replace(partial, self._path)
+        self._aside.write_text(json.dumps(asdict(driver)), encoding="utf-8")
+        os.replace(self._aside, self._path)
 
     def _remove_dead(self, wait: Callable[[float], object]) -> None:
         """Put a dead driver's file out of the way; of several that do so at once, one gets through."""
-        root = self._path.parent
-        found = driver_of(root)
+        root, content = self._path.parent, _content(self._path)
+        if content is None:
+            return
+        found = _parsed(content)
         sign = sign_of(found) if found is not None else "unknown"
         if sign == "unknown":
             logger.warning("waiting %g s to see whether %s still drives %s", _SILENT_S, found or "a process", root)
             wait(_SILENT_S)
-            now = driver_of(root)
-            sign = "gone" if now == found else "alive"
-            found = now or found
+            now = _content(self._path)
+            if now is None:
+                return
+            sign = "gone" if now == content else "alive"
+            content, found = now, _parsed(now) or found
         if sign == "alive":
             raise ResumeError(
-                f"{root} is driven by {found}: two would write into one folder. Let it end, or end it; or begin "
-                "another run with run.name, run.seed or run.dir."
+                f"{root} is driven by {found or 'another process'}: two would write into one folder. Let it end, or "
+                "end it; or begin another run with run.name, run.seed or run.dir."
             )
-        aside = self._path.with_name(f".{DRIVER}.{self._me.token}")
         try:
-            os.rename(self._path, aside)
+            os.rename(self._path, self._aside)
         except FileNotFoundError:
             return
-        aside.unlink(missing_ok=True)
+        if _content(self._aside) != content:
+            # Not the dead one's: somebody who came at the same moment was quicker.
+            with suppress(FileExistsError):
+                os.link(self._aside, self._path)
+        self._aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -180,6 +203,31 @@ def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterato
         yield tenure
     finally:
         tenure.release()
+
+
+def _content(path: Path) -> bytes | None:
+    """None where there is no file, or it cannot be read now."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _parsed(content: bytes | None) -> Driver | None:
+    try:
+        return Driver(**json.loads(content)) if content else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _started(process: psutil.Process) -> float:
+    """Ticks since the machine's own start where Linux says them: psutil counts from a wall clock that may be set."""
+    try:
+        content = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
+        # The name is in brackets and may hold anything; after it come the fields from the third on, this is the 22nd.
+        return float(content.rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return process.create_time()
 
 
 def _place() -> str:

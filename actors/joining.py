@@ -36,6 +36,11 @@ def join(address: str) -> None:
         )  # fmt: skip
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(_explain(address, error)) from error
+    except SystemExit as stop:
+        if stop.code == signal.SIGTERM and callable(handler):
+            # Ray's own answer to it, which is in place from the first moment of connecting.
+            handler(signal.SIGTERM, None)
+        raise
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if in_charge and callable(handler):
         # Ray puts one of its own into its place, which aborts the process.

@@ -12,12 +12,12 @@ from typer.core import TyperGroup
 
 from acpo_dist.core.errors import AcpoError
 
-_GO_ON = {"train": "--resume auto", "eval": "--resume"}
+_GO_ON = {"train": "--resume auto"}
 """Commands that go on where they were, and the option that says so."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: a cluster, a scheduler or a container's host wants the process to end."""
+_terminated = False
+"""Whether SIGTERM has come. The exception that says so may be caught below and raised anew as a plain one."""
 
 
 class _Commands(TyperGroup):
@@ -26,11 +26,16 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as interrupt:
-            ended = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+        except KeyboardInterrupt:
+            word, code = interruption()
             option = _GO_ON.get(ctx.invoked_subcommand)
-            say(f"{ended}; go on with `acpo {ctx.invoked_subcommand} ... {option}`" if option else ended)
-            sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+            say(f"{word}; go on with `acpo {ctx.invoked_subcommand} ... {option}`" if option else word)
+            sys.exit(code)
+
+
+def interruption() -> tuple[str, int]:
+    """What a `KeyboardInterrupt` was, and the exit code that says so."""
+    return ("terminated", 143) if _terminated else ("interrupted", 130)
 
 
 app = typer.Typer(
@@ -63,7 +68,9 @@ def _terminate(number: int, frame: object) -> NoReturn:
     """End as after Ctrl-C: what was started is ended, and the run is recorded as killed."""
     # Whoever asks twice must not cut that short; there is SIGKILL for the impatient.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+    global _terminated
+    _terminated = True
+    raise KeyboardInterrupt
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from acpo_dist.cli.app import answer, app, say
+from acpo_dist.cli.app import answer, app, interruption, say
 
 
 @app.command("eval")
@@ -68,8 +68,9 @@ def evaluate_command(
         with chosen.open():
             report = evaluate(request, chosen, folder, console, resume=resume)
     except KeyboardInterrupt:
-        say(f"interrupted; the same command with --resume goes on in {folder}")
-        raise typer.Exit(130) from None
+        word, code = interruption()
+        say(f"{word}; the same command with --resume goes on in {folder}")
+        raise typer.Exit(code) from None
     for failure in report["failures"][:20]:
         say(f"no score: {failure['arm']} {failure['picture']}, judge {failure['judge']}: {failure['error']}")
     if as_json:

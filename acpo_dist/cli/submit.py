@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from acpo_dist.cli.app import answer, app, say
+from acpo_dist.cli.app import answer, app, interruption, say
 
 
 @app.command("submit")
@@ -98,7 +98,7 @@ def _follow(client: Any, job: str, as_json: bool) -> None:
         status = jobs.follow(client, job, write)
     except KeyboardInterrupt:
         say(f"\n{job} goes on; `acpo submit --logs {job}` shows more, `acpo submit --stop {job}` ends it")
-        raise typer.Exit(130) from None
+        raise typer.Exit(interruption()[1]) from None
     _end(jobs.require_job(client, job), f"{job}: {status}", as_json)
     if status != "SUCCEEDED":
         raise typer.Exit(1)

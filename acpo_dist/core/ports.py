@@ -169,7 +169,7 @@ class Tracker(Protocol):
         ...
 
     def close(self, status: str) -> None:
-        """Flush and end with `status`: FINISHED, FAILED or KILLED."""
+        """Flush and end with `status`: FINISHED, FAILED or KILLED; RUNNING when another process goes on."""
         ...
 
 

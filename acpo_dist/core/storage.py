@@ -41,11 +41,28 @@ def on_storage(folder: Path) -> Generator[None, None, None]:
         number = storage_errno(error)
         if number is None:
             raise
-        raise StorageError(
-            f"{folder} cannot be written any more: {os.strerror(number)}{_free(folder)}. What was saved before is "
-            "whole. Make room (checkpoint.keep says how many checkpoints stay), then go on with `acpo train ... "
-            "--resume auto`; a run folder may be moved elsewhere and named by run.dir."
-        ) from error
+        raise StorageError(_explain(error, number, folder)) from error
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk, where writing errors that come late are told."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _explain(error: Exception, number: int, folder: Path) -> str:
+    said, named = os.strerror(number), getattr(error, "filename", None)
+    file = Path(os.fsdecode(named)).absolute() if named else folder
+    if file != folder and not file.is_relative_to(folder.absolute()):
+        return (
+            f"{file} cannot be written any more: {said}{_free(file.parent)}. What the run saved in {folder} is whole: "
+            "make room, then go on with `acpo train ... --resume auto`."
+        )
+    return (
+        f"{folder} cannot be written any more: {said}{_free(folder)}. What was saved before is whole. Make room "
+        "(checkpoint.keep says how many checkpoints stay; HF_HOME, TMPDIR, /dev/shm may lie on other disks), then go on "
+        "with `acpo train ... --resume auto`; a run folder may be moved elsewhere and named by run.dir."
+    )
 
 
 def _free(folder: Path) -> str:

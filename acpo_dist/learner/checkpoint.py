@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,10 @@ class CheckpointStore:
     def commit(self, folder: Path, iteration: int, state: dict[str, Any], *, protect: int | None = None) -> Path:
         """Write state and manifest, rename into place, drop the oldest beyond `keep`, but never that of `protect`."""
         _write(folder / STATE, json.dumps({"iteration": iteration, **state}, indent=2))
+        _sync(folder / LEARNER)
         sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
         _write(folder / MANIFEST, json.dumps({"files": sums}, indent=2))
+        _sync(folder)
         final = self._root / f"{iteration:06d}"
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
@@ -91,7 +94,12 @@ class CheckpointStore:
         """Copy a checkpoint of another run in, whole or not at all."""
         folder = self._root / f".{checkpoint.iteration:06d}.partial"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(checkpoint.folder, folder)
+        try:
+            shutil.copytree(checkpoint.folder, folder)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            # It gathers what went wrong file by file; the first says enough.
+            raise _first_of(error) from error
         final = self._root / f"{checkpoint.iteration:06d}"
         os.replace(folder, final)
         _sync(self._root)
@@ -114,6 +122,13 @@ class CheckpointStore:
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self._root.glob("[0-9]*") if path.is_dir()) if self._root.is_dir() else []
+
+
+def _first_of(error: BaseException) -> BaseException:
+    """What lies behind a `shutil.Error`, whose own number is none: (source, target, text) by file."""
+    if isinstance(error, shutil.Error) and error.args and (said := re.match(r"\[Errno (\d+)\]", error.args[0][0][2])):
+        return OSError(int(said[1]), os.strerror(int(said[1])), error.args[0][0][1])
+    return error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

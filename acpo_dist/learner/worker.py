@@ -15,7 +15,7 @@ from acpo_dist.core.errors import CheckpointError, NonFiniteError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
-from acpo_dist.core.storage import on_storage
+from acpo_dist.core.storage import on_storage, sync_file
 from acpo_dist.core.types import RefusedStep, RewardTerm, RolloutBatch, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
@@ -254,9 +254,10 @@ class LearnerWorker:
         if engine.rank == 0:
             with on_storage(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(self._weights, folder / "policy.safetensors")
-                save_file(self._average, folder / "ema.safetensors")
-                save_file(moments, folder / "optimizer.safetensors")
+                for name, tensors in (("policy", self._weights), ("ema", self._average), ("optimizer", moments)):
+                    save_file(tensors, folder / f"{name}.safetensors")
+                    # Older checkpoints go as soon as this one counts as whole.
+                    sync_file(folder / f"{name}.safetensors")
 
     def close(self) -> None:
         """Leave the process group."""

@@ -11,6 +11,8 @@ from acpo_dist.tenure import driver_of, sign_of
 from acpo_dist.tracking.jsonl import parse_object
 
 POLL_S = 1.0
+_LOOKS = 3
+"""How often in a row nobody must be seen to drive a run that was driven: shared storage may fail for a moment."""
 
 
 class Follower:
@@ -51,12 +53,12 @@ def follow(
     """
     follower, last = Follower(root / METRICS), time.monotonic()
     record: RunRecord | None = None
-    driven = False
+    absent = _LOOKS
     while True:
         # Before the rows: what its last moment wrote must not be missed.
         driver = driver_of(root)
-        left = driven if driver is None else sign_of(driver) == "gone"
-        driven = driver is not None
+        absent = 0 if driver is not None else absent + 1
+        left = absent == _LOOKS if driver is None else sign_of(driver) == "gone"
         rows = follower.new_rows()
         if rows:
             last = time.monotonic()

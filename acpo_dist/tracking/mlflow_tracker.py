@@ -108,7 +108,7 @@ class MlflowTracker:
         """Send what waits and set the status of the run, within `CLOSE_TIMEOUT_S`; a second call does nothing.
 
         Args:
-            status: FINISHED, FAILED or KILLED.
+            status: FINISHED, FAILED or KILLED; RUNNING leaves it as it is.
         """
         if self._status is not None:
             return
@@ -144,7 +144,7 @@ class MlflowTracker:
     def _attempt(self, status: str | None) -> list[Exception]:
         client = self._client = self._client or self._connect()
         errors = self._spool.drain(lambda record: self._send(client, record), lane)
-        if status is not None:
+        if status not in (None, "RUNNING"):
             client.set_terminated(self._run_id, status)
         return errors
 

@@ -130,9 +130,9 @@ def test_watching_ends_when_the_process_that_drives_the_run_does(tmp_path):
     stream, console = terminal()
     with ExitStack() as driving:
         driving.enter_context(held(root))
-        dead = json.loads((root / DRIVER).read_text()) | {"created": 0.0}
+        dead = json.loads((root / DRIVER).read_text()) | {"started": 0.0}
         looks = follow(root, wait_s=600, sleep=lambda seconds: driving.close())
-        assert [len(rows) for rows, _, _ in looks] == [2, 0]
+        assert [len(rows) for rows, _, _ in looks] == [2, 0, 0, 0]
     (root / DRIVER).write_text(json.dumps(dead))
     show_until_end(read_run(root), Console(rich_console=console), wait_s=600)
     assert "that drove it has ended" in stream.getvalue() and "iteration 2/4" in stream.getvalue()

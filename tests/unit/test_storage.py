@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,32 @@ def test_a_full_disk_is_told_from_other_errors_whoever_writes(tmp_path):
             raise OSError(errno.ENOSPC, "full")
     with pytest.raises(KeyError), on_storage(tmp_path):
         raise KeyError("mine")
+
+
+def test_another_disk_is_named_where_the_system_names_it(tmp_path):
+    with pytest.raises(StorageError, match=r"^/elsewhere/blob cannot be written any more.*is whole"):
+        with on_storage(tmp_path):
+            raise OSError(errno.ENOSPC, "full", "/elsewhere/blob")
+    with pytest.raises(StorageError, match=rf"^{tmp_path} cannot be written"), on_storage(tmp_path):
+        raise OSError(errno.ENOSPC, "full", str(tmp_path / "a" / "b"))
+
+
+def test_a_checkpoint_of_another_run_that_finds_no_room_leaves_none_behind(tmp_path, monkeypatch):
+    theirs, mine = CheckpointStore(tmp_path / "a", keep=1), CheckpointStore(tmp_path / "b", keep=1)
+    partial = theirs.prepare(3)
+    save_file({"a": torch.zeros(10)}, partial / "learner" / "policy.safetensors")
+    theirs.commit(partial, 3, {})
+    checkpoint = theirs.newest()
+    assert checkpoint is not None
+
+    def full(source, target, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, full, False, False))
+    with pytest.raises(StorageError, match="No space left"), on_storage(tmp_path / "b"):
+        mine.adopt(checkpoint)
+    assert list((tmp_path / "b").iterdir()) == []
 
 
 def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):

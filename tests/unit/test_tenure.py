@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from acpo_dist import tenure
@@ -73,7 +74,7 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(other, tmp_path):
 def test_a_process_that_was_given_the_number_of_a_dead_driver_is_not_taken_for_it(tmp_path):
     with held(tmp_path):
         me = driver_of(tmp_path)
-    assert me is not None and sign_of(me) == "alive" and sign_of(replace(me, created=me.created - 100)) == "gone"
+    assert me is not None and sign_of(me) == "alive" and sign_of(replace(me, started=me.started - 100)) == "gone"
 
 
 def test_a_driver_on_another_machine_is_waited_for_and_counts_as_alive_while_it_beats(tmp_path):
@@ -92,13 +93,72 @@ def test_a_driver_on_another_machine_is_waited_for_and_counts_as_alive_while_it_
         assert now is not None and now.pid == os.getpid()
 
 
+def test_a_driver_elsewhere_that_ends_while_it_is_waited_for_is_followed(tmp_path):
+    elsewhere(tmp_path / "run")
+    with held(tmp_path / "run", wait=lambda seconds: (tmp_path / "run" / DRIVER).unlink()):
+        now = driver_of(tmp_path / "run")
+        assert now is not None and now.pid == os.getpid()
+
+
+def test_a_file_of_another_version_counts_as_alive_while_it_changes(tmp_path):
+    elsewhere(tmp_path / "run")
+    file = tmp_path / "run" / DRIVER
+    file.write_text('{"later": 1}')
+    with pytest.raises(ResumeError, match="another process"):
+        with held(tmp_path / "run", wait=lambda seconds: file.write_text('{"later": 2}')):
+            pass
+
+
+def test_a_clock_that_is_set_ends_nobody(tmp_path, monkeypatch):
+    with held(tmp_path):
+        me = driver_of(tmp_path)
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 100)
+        monkeypatch.setattr(psutil, "boot_time", lambda: 100.0)
+        assert me is not None and sign_of(me) == "alive"
+
+
+def test_of_two_that_follow_a_dead_driver_at_once_one_is_refused(tmp_path, other, monkeypatch):
+    driver = driver_of(tmp_path / "run")
+    assert driver is not None
+    file, rename = tmp_path / "run" / DRIVER, os.rename
+    living = file.read_bytes()
+    file.write_text(json.dumps(asdict(replace(driver, token="dead", started=0.0))))
+
+    def late(source, target):
+        # Somebody else was through in between.
+        file.write_bytes(living)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(ResumeError, match=f"process {other.pid}"), held(tmp_path / "run", wait=never):
+        pass
+    assert file.read_bytes() == living and [path.name for path in (tmp_path / "run").iterdir()] == [DRIVER]
+
+
+def test_a_beat_that_is_late_does_not_bring_back_who_has_left(tmp_path, monkeypatch):
+    mine = Tenure(tmp_path / "run")
+    mine.take(never)
+    mine.release()
+    looks = iter([False, True])
+    monkeypatch.setattr(mine._over, "wait", lambda seconds: next(looks))
+    mine.beat()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_before_stays_though_it_is_empty(tmp_path):
+    with held(tmp_path, wait=never):
+        pass
+    assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_was_cut_short_is_put_aside_after_the_wait(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / DRIVER).write_text('{"token": "a')
     waited = []
     with held(tmp_path / "run", wait=waited.append):
         assert len(waited) == 1 and driver_of(tmp_path / "run") is not None
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_signs_of_life_go_on_and_stop_when_the_run_was_taken_over(tmp_path, monkeypatch):
@@ -138,6 +198,31 @@ def test_a_run_whose_folder_is_taken_saves_nothing_more(tiny, tmp_path):
     with pytest.raises(RunTakenError, match="goes on from the newest checkpoint"):
         drive(config, open_ports, Console(quiet=True), at_start=taken)
     assert not list(root.glob("checkpoints/0*")) and (root / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_that_lost_its_workers_and_its_folder_touches_nothing_of_its_followers(tiny, tmp_path):
+    from contextlib import contextmanager
+
+    from acpo_dist.core.errors import WorkerLostError
+    from acpo_dist.driver import drive
+    from acpo_dist.tracking.console import Console
+
+    root, opened = tmp_path / "run", []
+    theirs = '{"iteration": 0}\n{"iteration": 1}\n'
+
+    @contextmanager
+    def cut_off(config, tracker):
+        opened.append(config)
+        me = driver_of(root)
+        assert me is not None
+        (root / DRIVER).write_text(json.dumps(asdict(replace(me, token="theirs", host="far"))))
+        (root / "metrics.jsonl").write_text(theirs)
+        raise WorkerLostError("every machine is gone")
+        yield
+
+    with pytest.raises(RunTakenError, match="on far now"):
+        drive(tiny(f"run.dir={root}", "run.iterations=2"), cut_off, Console(quiet=True))
+    assert len(opened) == 1 and (root / "metrics.jsonl").read_text() == theirs
 
 
 def test_a_run_leaves_nobody_driving_it_and_a_second_driver_does_not_touch_it(tiny, tmp_path, other):
