@@ -186,7 +186,9 @@ class LocalLearner:
         figures, steps, refused = self.worker.train([handle.payload for handle in handles], task)
         if advance:
             advance(len(task.sample_ids))
-        return TrainReport(metrics=figures.means(), optim_steps=steps, refused=tuple(refused))
+        return TrainReport(
+            metrics=figures.means(), optim_steps=steps, refused=tuple(refused), too_many=self.worker.refused_too_many
+        )
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
         """See `LearnerGroup.gradient_scale`."""

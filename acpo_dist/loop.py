@@ -139,8 +139,9 @@ def _iterate(
         report = ports.learner.train(handles, task, advance)
     with clock.phase("probe"):
         probe = watch.probe(ports.learner, handles)
+    folder.require_ours()
     if report.refused:
-        _record_refused(folder, state.iteration, report, handles, console)
+        _record_refused(config, folder, state.iteration, report, handles, console)
     moved = report.optim_steps > 0
     drift = _drift_of(config, report.metrics) if moved else state.drift
     metrics = {
@@ -172,9 +173,14 @@ def _iterate(
 
 
 def _record_refused(
-    folder: RunFolder, iteration: int, report: TrainReport, handles: Sequence[RolloutHandle], console: Console
-) -> None:
-    """Say which steps were left out, and keep what is needed to draw their samples again."""
+    config: Config, folder: RunFolder, iteration: int, report: TrainReport, handles: Sequence[RolloutHandle],
+    console: Console,
+) -> None:  # fmt: skip
+    """Say which steps were left out, and keep what is needed to draw their samples again.
+
+    Raises:
+        NonFiniteError: they were too many in a row.
+    """
     prompts = {name: text for handle in handles for name, text in zip(handle.sample_ids, handle.prompts, strict=True)}
     with folder.refused.open("a", encoding="utf-8") as file:
         for one in report.refused:
@@ -186,10 +192,19 @@ def _record_refused(
                 "samples": samples,
             }
             file.write(json.dumps(row) + "\n")
-    taken = report.optim_steps
+    if report.too_many:
+        names = [name for one in report.refused for name in one.sample_ids]
+        raise NonFiniteError(
+            f"iteration {iteration}: more than learner.max_refused_steps={config.learner.max_refused_steps} optimiser "
+            "steps in a row had a loss or gradient that is not finite; no weight has changed in them. "
+            f"{folder.refused} has their samples ({', '.join(names[:3]) or 'gradients alone'}). `--resume auto` "
+            "with a larger learner.max_refused_steps goes on past them; a new run with a lower learner.learning_rate, "
+            "or learner.precision=float32, may not meet them."
+        )
+    tried = report.optim_steps + len(report.refused)
     console.message(
-        f"iteration {iteration + 1}: {len(report.refused)} of {taken + len(report.refused)} optimiser steps left out, "
-        f"since a loss or gradient was not finite ({folder.refused})"
+        f"iteration {iteration + 1}: {len(report.refused)} of {tried} optimiser steps left out, since a loss or "
+        f"gradient was not finite ({folder.refused})"
     )
 
 

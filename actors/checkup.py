@@ -10,10 +10,10 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from acpo_dist.core.errors import WorkerError
+from acpo_dist.core.errors import AcpoError
 from acpo_dist.doctor.finding import Finding, judged
 from acpo_dist.doctor.machine import check_devices, check_system
-from actors.group import gather
+from actors.group import fetch
 from actors.joining import join
 from actors.placement import node_offers
 from actors.software import Software, differences, software
@@ -67,14 +67,16 @@ def _look(runs: Path) -> Iterator[Finding]:
             calls[f"machine {node.address} ({node_id[:6]})"] = task.options(
                 num_cpus=0, scheduling_strategy=there_alone
             ).remote(marker, bool(node.resources.get("GPU")))
-        try:
-            answers: dict[str, _Seen] = gather(calls, timeout_s=_TIMEOUT_S, what="doctor")
-        except WorkerError as error:
-            yield Finding("cluster", "failed", str(error))
-            return
-    mine = software()
-    for name, seen in answers.items():
-        yield from _judge(name, seen, mine, there)
+        # One after the other, though all work at once: a machine that cannot answer hides no other.
+        for name, call in calls.items():
+            try:
+                seen: _Seen = fetch(call, name=name, what="doctor", timeout_s=_TIMEOUT_S)
+            except AcpoError as error:
+                said = str(error).strip().splitlines()
+                yield Finding(name, "failed", f"{said[0]} {said[-1] if len(said) > 1 else ''}".strip(),
+                              "Is acpo_dist installed there, in the version of this machine?")  # fmt: skip
+                continue
+            yield from _judge(name, seen, software(), there)
 
 
 def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Finding]:

@@ -72,9 +72,10 @@ class LearnerActor:
         self._worker.start(folder)
         return self._worker.num_elements
 
-    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep], int]:
-        """See `LearnerWorker.train`; the last value is how often this rank had to ask the pool again so far."""
-        return *self._worker.train(ray.get(references), task), self._client.retries
+    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep], bool, int]:
+        """See `LearnerWorker.train`; then whether too many steps were refused, and how often this rank asked again."""
+        found = self._worker.train(ray.get(references), task)
+        return *found, self._worker.refused_too_many, self._client.retries
 
     def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
         """See `LearnerWorker.gradient_norms`."""
@@ -155,13 +156,14 @@ class RayLearner:
         if advance:
             advance(len(task.sample_ids))
         # Every rank refuses the same steps, and knows the samples of its own.
-        refused = zip(*(steps for _, _, steps, _ in answers), strict=True)
+        refused = zip(*(steps for _, _, steps, *_ in answers), strict=True)
         return TrainReport(
             metrics=FigureSums.merge(figures for figures, *_ in answers).means(), optim_steps=answers[0][1],
             refused=tuple(
                 replace(ranks[0], sample_ids=tuple(name for rank in ranks for name in rank.sample_ids))
                 for ranks in refused
             ),
+            too_many=answers[0][3],
         )  # fmt: skip
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:

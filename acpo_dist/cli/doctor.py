@@ -24,16 +24,13 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Look for what would go wrong: libraries, devices, storage; a CONFIG's model and rewards; a cluster's machines."""
-    from acpo_dist.config.load import load_config
     from acpo_dist.doctor.finding import run_checks, worst
     from acpo_dist.tracking.console import Console
 
-    config = load_config(source, overrides or []) if source is not None else None
-    checks = [*_of_the_machine(), *_of_a_configuration(config), *_of_storage(config), *_of_a_cluster(config, address)]
     findings: list[Finding] = []
     # The lines of the text are its progress.
-    with Console(quiet=not as_json).phase("doctor", len(checks)) as advance:
-        for check in checks:
+    with Console(quiet=not as_json).phase("doctor", None) as advance:
+        for check in _checks(source, overrides or [], address):
             for finding in run_checks([check]):
                 findings.append(finding)
                 if not as_json:
@@ -49,6 +46,34 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _checks(source: str | None, overrides: list[str], address: str | None) -> Iterator[tuple[str, "Check"]]:
+    """One after the other, each found out only when those before were shown: what a broken library breaks comes last.
+
+    Raises:
+        ConfigError: the configuration itself is wrong.
+    """
+    from acpo_dist.core.errors import AcpoError
+    from acpo_dist.doctor.finding import Finding
+
+    yield from _of_the_machine()
+    config = None
+    if source is not None:
+        try:
+            from acpo_dist.config.load import load_config
+
+            config = load_config(source, overrides)
+        except AcpoError:
+            raise
+        except Exception as error:
+            # Reading it imports the model's family, and with it what may be broken here.
+            said = f"{source} cannot be read with these libraries: {type(error).__name__}: {error}".splitlines()[0]
+            yield "configuration", lambda: [Finding("configuration", "failed", said, "Mend the libraries above first.")]
+            return
+        yield from _of_a_configuration(config)
+    yield from _of_storage(config)
+    yield from _of_a_cluster(config, address)
+
+
 def _of_the_machine() -> Iterator[tuple[str, "Check"]]:
     from acpo_dist.doctor import machine, packages
 
@@ -60,8 +85,6 @@ def _of_the_machine() -> Iterator[tuple[str, "Check"]]:
 
 
 def _of_a_configuration(config: Any) -> Iterator[tuple[str, "Check"]]:
-    if config is None:
-        return
     from acpo_dist.cli.backend import choose_backend
     from acpo_dist.doctor import configured
     from acpo_dist.doctor.finding import Finding
@@ -92,25 +115,28 @@ def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Chec
 
     if not module_available("ray"):
         return
-    from acpo_dist.doctor.finding import judged
-    from actors.checkup import check_cluster
-    from actors.survey import survey
-
     where = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
-    # Without one a run starts a cluster of its own, so that must work.
-    yield "cluster", lambda: check_cluster(where or "local", config.run_dir.parent if config else _runs())
-    if config is None or where is None:
-        return
+
+    def machines() -> Iterator["Finding"]:
+        from actors.checkup import check_cluster
+
+        # Without an address a run starts a cluster of its own, so that must work.
+        return check_cluster(where or "local", config.run_dir.parent if config else _runs())
 
     def placement() -> Iterator["Finding"]:
-        found = survey(config, where)
+        from acpo_dist.doctor.finding import judged
+        from actors.survey import survey
+
+        found = survey(config, where or "auto")
         lacking = [*(f"{amount:g} {name}" for name, amount in found["missing"].items()), *found["missing_by_role"]]
         yield judged(
             not lacking, "placement", f"missing: {'; '.join(lacking)}" if lacking else "every role finds its machines",
             "Add machines, or ask for fewer workers; `acpo plan --address` has the figures.", otherwise="failed",
         )  # fmt: skip
 
-    yield "placement", placement
+    yield "cluster", machines
+    if config is not None and where is not None:
+        yield "placement", placement
 
 
 def _runs() -> Path:

@@ -70,6 +70,11 @@ def _check_optimizer(config: Config) -> None:
             f"learner.offload_optimizer is cpu and learner.zero_stage is {learner.zero_stage}: DeepSpeed offloads the "
             "optimiser of stages 1 and 2 here. Set learner.zero_stage=2, or learner.offload_optimizer=none."
         )
+    if learner.zero_stage == 0 and learner.precision == "bfloat16":
+        raise ConfigError(
+            "learner.zero_stage is 0 and learner.precision is bfloat16: DeepSpeed keeps no float32 weights there that "
+            "could be saved. Set learner.zero_stage=1."
+        )
     if learner.optimizer != "adamw_8bit":
         return
     if learner.zero_stage is not None:

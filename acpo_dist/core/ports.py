@@ -100,12 +100,7 @@ class LearnerGroup(Protocol):
     """Updates the policy."""
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
-        """Run the optimiser steps of one iteration.
-
-        Raises:
-            NonFiniteError: more than `learner.max_refused_steps` in a row were not finite; the weights are those of the
-                last good step.
-        """
+        """Run the optimiser steps of one iteration; one that is not finite is left out, and told in the report."""
         ...
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:

@@ -60,7 +60,7 @@ def _explain(error: Exception, number: int, folder: Path) -> str:
         )
     return (
         f"{folder} cannot be written any more: {said}{_free(folder)}. What was saved before is whole. Make room "
-        "(checkpoint.keep says how many checkpoints stay; HF_HOME, TMPDIR, /dev/shm may lie on other disks), then go on "
+        "(checkpoint.keep says how many stay; HF_HOME, TMPDIR and /dev/shm may lie on other disks), then go on "
         "with `acpo train ... --resume auto`; a run folder may be moved elsewhere and named by run.dir."
     )
 

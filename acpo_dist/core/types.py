@@ -176,6 +176,8 @@ class TrainReport:
     optim_steps: int
     """Those that were taken; without any, the weights are what they were."""
     refused: tuple[RefusedStep, ...] = ()
+    too_many: bool = False
+    """More steps in a row were refused than may be; those after them were not tried."""
 
 
 @dataclass(frozen=True, kw_only=True)

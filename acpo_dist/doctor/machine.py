@@ -36,7 +36,9 @@ for index in range(torch.cuda.device_count()):
 print(json.dumps({"build": torch.version.cuda, "devices": found}))
 """
 _GROUP = """
-import torch, torch.distributed as dist
+import socket, torch, torch.distributed as dist
+# gloo itself falls back to the loopback address, where other machines do not find it.
+socket.getaddrinfo(socket.gethostname(), None)
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
 value = torch.ones(1)
 dist.all_reduce(value)
@@ -51,7 +53,9 @@ def check_system() -> Iterator[Finding]:
         (3, 11) <= sys.version_info[:2] < (3, 13), "python", f"{platform.python_version()} on {platform.platform()}",
         "Python 3.11 or 3.12 is needed.", otherwise="failed",
     )  # fmt: skip
-    cores, threads = len(os.sched_getaffinity(0)), int(os.environ.get("OMP_NUM_THREADS") or 1)
+    # Not every system says which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     yield judged(
         threads <= cores, "processors", f"{cores} cores, {threads} threads per process",
         "Threads that share a core are many times slower: set OMP_NUM_THREADS=1.",

@@ -1,5 +1,7 @@
 """Where things are kept: runs, the tracking store, downloaded models."""
 
+import base64
+import http.client
 import os
 import shutil
 import tempfile
@@ -7,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlparse
 
 from acpo_dist.doctor.finding import Finding, judged
 
@@ -61,8 +63,13 @@ def check_tracking(uri: str) -> Iterator[Finding]:
 
 
 def _ask(uri: str, shown: str) -> Finding:
+    kind = urlparse(uri)
+    account, _, where = kind.netloc.rpartition("@")
+    asked = urllib.request.Request(f"{kind._replace(netloc=where).geturl().rstrip('/')}/health")
+    if account:
+        asked.add_header("Authorization", f"Basic {base64.b64encode(unquote(account).encode()).decode()}")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_S) as answer:
+        with urllib.request.urlopen(asked, timeout=_ANSWER_S) as answer:
             return Finding("tracking", "ok", f"{shown} answers with {answer.status}")
     except urllib.error.HTTPError as error:
         found = f"{shown} answers with {error.code} {error.reason}"
@@ -70,6 +77,9 @@ def _ask(uri: str, shown: str) -> Finding:
     except OSError as error:
         found = f"{shown} does not answer: {getattr(error, 'reason', error)}"
         advice = "A run goes on without it and sends what waited later; is its server running?"
+    except (http.client.HTTPException, ValueError) as error:
+        # Its text may hold the address with its password.
+        found, advice = f"{shown} is no address that can be asked ({type(error).__name__})", "See tracking.mlflow_uri."
     return Finding("tracking", "warning", found, advice)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
-from acpo_dist.core.errors import CheckpointError, NonFiniteError
+from acpo_dist.core.errors import CheckpointError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
@@ -80,9 +80,9 @@ class LearnerWorker:
 
         Returns:
             (figures of this rank's samples, number of optimiser steps taken, those refused with this rank's samples).
+            More than `learner.max_refused_steps` refused in a row end the iteration, on every rank at the same step.
 
         Raises:
-            NonFiniteError: more than `learner.max_refused_steps` in a row were refused.
             DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
         """
         with within_memory(
@@ -100,6 +100,7 @@ class LearnerWorker:
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
         refused: list[RefusedStep] = []
+        tried = 0
         for step, ids in enumerate(steps):
             started = time.monotonic()
             found, bad = FigureSums(), []
@@ -123,8 +124,11 @@ class LearnerWorker:
                 sums = FigureSums.merge((sums, found))
             else:
                 refused.append(RefusedStep(step=step, gradient_norm=norm, sample_ids=tuple(bad)))
-                self._count_refused(task, refused)
+                self._refused_in_a_row += 1
+            tried += 1
             sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
+            if self.refused_too_many:
+                break
         if reward.waited_s:
             sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
         if self._spec.data.pairs is not None:
@@ -136,24 +140,14 @@ class LearnerWorker:
             share[: len(broken)] = 1
             sums.add({"pairs/broken_share": share})
         self._weights = engine.weights()
-        taken = len(steps) - len(refused)
+        taken = tried - len(refused)
         self._update_average(taken)
         return sums, taken, refused
 
-    def _count_refused(self, task: TrainTask, refused: Sequence[RefusedStep]) -> None:
-        """Raise where too many steps in a row were refused: the same number on every rank."""
-        self._refused_in_a_row += 1
-        most = self._spec.learner.max_refused_steps
-        if self._refused_in_a_row <= most:
-            return
-        samples = [name for one in refused for name in one.sample_ids]
-        raise NonFiniteError(
-            f"iteration {task.iteration}, optimiser step {refused[-1].step}: the loss or gradient is not finite, "
-            f"{self._refused_in_a_row} steps in a row (learner.max_refused_steps={most})"
-            + (f"; samples {', '.join(samples[:5])}" if samples else "")
-            + ". No weight has changed in them. Lower learner.learning_rate, try learner.precision=float32, or look at "
-            "these samples (refused.jsonl); `--resume auto` goes on from the newest checkpoint."
-        )
+    @property
+    def refused_too_many(self) -> bool:
+        """Whether more steps in a row were refused than may be: the same on every rank."""
+        return self._refused_in_a_row > self._spec.learner.max_refused_steps
 
     @torch.no_grad()
     def _prepare(

@@ -16,11 +16,15 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from packaging.version import Version
 from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
+from acpo_dist.core.errors import UsageError
 from acpo_dist.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments, set_learning_rate
 from acpo_dist.models.family import trainable_tensors
+
+_REFUSES_SINCE = Version("0.19.8")
 
 
 def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> d
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": config.global_batch,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": config.precision == "bfloat16"},
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": True},
         "zero_optimization": {
             "stage": config.zero_stage,
             "contiguous_gradients": True,
@@ -46,11 +50,25 @@ def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> d
     }
 
 
+def _require_refusals(found: str) -> None:
+    """Refuse a DeepSpeed that takes a NaN gradient for one of norm 1; a wheel is installed without the lock file."""
+    if Version(found) < _REFUSES_SINCE:
+        raise UsageError(
+            f"DeepSpeed {found} takes optimiser steps whose gradient is not finite; expected {_REFUSES_SINCE} or "
+            "newer: pip install 'acpo-dist[zero]'"
+        )
+
+
 class ZeroEngine:
     """One rank of a DeepSpeed group; the process group comes from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
 
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
-        """Join the group and shard the optimiser of the parameters that require gradients."""
+        """Join the group and shard the optimiser of the parameters that require gradients.
+
+        Raises:
+            UsageError: this DeepSpeed would take steps that are not finite.
+        """
+        _require_refusals(deepspeed.__version__)
         self._config = config
         if device == "cpu":
             # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
@@ -102,8 +120,13 @@ class ZeroEngine:
     def optimiser_state(self) -> StateTensors:
         """See `Engine.optimiser_state`."""
         state: StateTensors = {"step": self._step_count()}
+        # Before the first step DeepSpeed has none, and a checkpoint of that moment is one like any other.
+        begun = bool(state["step"] > 0)
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
+                if not begun:
+                    state[f"{moment}.{name}"] = torch.zeros(_whole_shape(parameter))
+                    continue
                 if self._sharded:
                     value = safe_get_full_optimizer_state(parameter, moment)
                 else:
@@ -153,6 +176,8 @@ class ZeroEngine:
     def _step_count(self) -> Tensor:
         inner = self._engine.optimizer.optimizer if self._sharded else self._engine.optimizer
         for entry in inner.state.values():
+            if "step" not in entry:
+                break
             return torch.as_tensor(entry["step"]).float().cpu().clone()
         return torch.zeros(())
 
@@ -194,6 +219,11 @@ class _Padded(Tensor):
 
     def flatten(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.as_subclass(Tensor)
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """ZeRO 3 leaves a parameter empty, and its shape beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def _whole_copy(value: Tensor | None, parameter: nn.Parameter) -> Tensor:

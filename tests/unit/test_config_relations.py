@@ -36,6 +36,8 @@ def test_several_ranks_need_a_zero_stage(smallest):
     said = refusal(smallest, "learner.num_ranks=2", "learner.micro_batch=8")
     assert "learner.num_ranks is 2 but learner.zero_stage is unset" in said
     load_config(smallest, ["learner.num_ranks=2", "learner.micro_batch=8", "learner.zero_stage=0"])
+    said = refusal(smallest, "learner.zero_stage=0", "learner.precision=bfloat16")
+    assert "learner.precision is bfloat16" in said and "learner.zero_stage=1" in said
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

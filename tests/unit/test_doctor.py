@@ -1,11 +1,14 @@
 """`acpo doctor` finds what would go wrong later, says what to do, and one broken thing does not hide another."""
 
+import base64
 import http.server
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
+from acpo_dist.cli.doctor import _checks
 from acpo_dist.core.errors import ModelError
 from acpo_dist.doctor import configured, machine, packages, storage
 from acpo_dist.doctor.finding import Finding, in_child, run_checks, worst
@@ -65,7 +68,12 @@ def test_another_version_than_this_was_written_for_is_told_and_a_missing_extra_i
 
 def test_this_machine_passes_with_what_it_has():
     found = by_check([*machine.check_system(), *machine.check_devices(), *machine.check_process_group()])
-    assert found["python"].verdict == "ok" and found["process group"].verdict == "ok"
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+        named = "ok"
+    except OSError:
+        named = "failed"
+    assert found["python"].verdict == "ok" and found.pop("process group").verdict == named
     assert all(one.verdict != "failed" for one in found.values())
     assert all(one.advice for one in found.values() if one.verdict in ("warning", "failed"))
 
@@ -86,7 +94,8 @@ def test_a_folder_that_cannot_be_written_and_a_full_disk_are_told(tmp_path):
 
 class Store(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(401 if self.path.startswith("/locked") else 200)
+        known = self.headers["Authorization"] == f"Basic {base64.b64encode(b'user:se@cret').decode()}"
+        self.send_response(200 if known or not self.path.startswith("/locked") else 401)
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
@@ -99,11 +108,55 @@ def test_a_tracking_server_is_asked_and_its_password_is_not_shown():
         where = f"127.0.0.1:{server.server_port}"
         (good,) = storage.check_tracking(f"http://{where}")
         (locked,) = storage.check_tracking(f"http://{where}/locked")
+        (known,) = storage.check_tracking(f"http://user:se%40cret@{where}/locked")
         server.shutdown()
     (gone,) = storage.check_tracking(f"http://user:secret@{where}")
+    (odd,) = storage.check_tracking("http://user:secret@host:port")
     assert good.verdict == "ok" and "200" in good.found
     assert locked.verdict == "warning" and "401" in locked.found and "TOKEN" in locked.advice
+    assert known.verdict == "ok" and "cret" not in known.found
     assert gone.verdict == "warning" and "secret" not in gone.found and where in gone.found
+    assert odd.verdict == "warning" and "secret" not in odd.found
+
+
+def test_libraries_that_a_configuration_cannot_be_read_with_are_a_finding_after_the_others(monkeypatch):
+    def broken(source, overrides):
+        raise RuntimeError("Failed to import diffusers because of operator nms")
+
+    monkeypatch.setattr("acpo_dist.config.load.load_config", broken)
+    checks = dict(_checks("toy_sdxl", [], None))
+    (found,) = checks.pop("configuration")()
+    assert found.verdict == "failed" and "operator nms" in found.found and "toy_sdxl" in found.found
+    assert list(checks) == ["machine", "libraries", "torchvision", "devices", "process group"]
+
+
+@pytest.mark.parametrize(
+    ("source", "owner"), [("sdxl_lora", "StableDiffusionXLPipeline"), ("cifar10_ddpm", "DDPMPipeline")]
+)
+def test_a_model_that_is_not_on_this_disk_is_a_note_and_nothing_is_downloaded(source, owner, monkeypatch):
+    import diffusers
+
+    from acpo_dist.config.load import load_config
+
+    asked = []
+
+    def download(path, **options):
+        asked.append(options["local_files_only"])
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(getattr(diffusers, owner), "download", download)
+    monkeypatch.setattr(getattr(diffusers, owner), "from_pretrained", download)
+    config = load_config(source, ["model.path=nobody/none", "data.path=pictures.parquet"])
+    (found,) = configured.check_model(config)
+    assert found.verdict == "note" and "hf download nobody/none" in found.advice
+    assert set(asked) <= {True}
+
+
+def test_a_model_that_the_run_trains_first_is_said_to_be_so():
+    from acpo_dist.config.load import load_config
+
+    (found,) = configured.check_model(load_config("cifar10_ddpm", ["data.path=pictures.parquet"]))
+    assert found.verdict == "note" and "trains first" in found.found
 
 
 def test_a_configuration_is_opened_as_a_run_opens_it(tiny, tmp_path):

@@ -90,13 +90,27 @@ def test_a_gradient_that_is_not_finite_is_refused_though_every_loss_is(learner_o
 def test_refused_steps_in_a_row_are_bounded_across_iterations_and_a_good_one_starts_the_count_again(learner_of):
     learner, handles = learner_of("learner.max_refused_steps=2")
     ids, bad = ids_of(handles), [replace(h, payload=poison(h.payload, [0])) for h in handles]
-    assert learner.train(bad, task_of(ids[:16])).optim_steps == 0
+    assert not learner.train(bad, task_of(ids[:16])).too_many
     assert learner.train(handles, task_of(ids[:8])).optim_steps == 1
-    assert learner.train(bad, task_of(ids[:16])).optim_steps == 0
-    with pytest.raises(
-        NonFiniteError, match=rf"iteration 7, .* 3 steps in a row .*=2\); samples {ids[0]}.*learning_rate"
-    ):
-        learner.train(bad, task_of(ids[:8], iteration=7))
+    assert not learner.train(bad, task_of(ids[:16])).too_many
+    last = learner.train(bad, task_of(ids, iteration=7))
+    assert last.too_many and [one.step for one in last.refused] == [0], "the two after it are not tried"
+
+
+def test_too_many_refused_steps_end_a_run_with_all_of_them_recorded(tiny, tmp_path, monkeypatch):
+    root, generate = tmp_path / "run", LocalRollouts.generate
+
+    def always(self, groups, advance=None):
+        handles = generate(self, groups, advance)
+        training = groups[0].samples[0].sample_id.startswith("0")
+        return [replace(h, payload=poison(h.payload, [1])) for h in handles] if training else handles
+
+    monkeypatch.setattr(LocalRollouts, "generate", always)
+    config = tiny("run.iterations=9", f"run.dir={root}", "learner.max_refused_steps=1")
+    with pytest.raises(NonFiniteError, match=r"iteration 1: more than learner\.max_refused_steps=1 .*refused\.jsonl"):
+        drive(config, open_ports, QUIET)
+    lines = [json.loads(text) for text in (root / "refused.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1] and all(line["samples"] for line in lines)
 
 
 def test_a_run_goes_on_past_a_refused_step_and_says_what_it_left_out(tiny, tmp_path, monkeypatch):
