@@ -1,6 +1,7 @@
 """Steps: every machine runs the same software, and one that does not is named and refused."""
 
 import json
+import shutil
 import time
 from typing import Any
 
@@ -42,6 +43,7 @@ def other_software(cluster: Cluster) -> dict[str, Any]:
     refused_s, said = time.monotonic() - started, run.output()
     assert "does not run what the driver runs" in said and "Traceback" not in said, said[-4000:]
     settings.write_text(before)
+    shutil.rmtree(other)
     _restart(cluster, host)
     return {"refused_s": refused_s, "said": found[0]["found"]} | same_software(cluster)
 
