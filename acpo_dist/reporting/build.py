@@ -74,6 +74,9 @@ def _view(record: RunRecord, label: str, drawing: Drawing | None, console: Conso
     notes = []
     if record.broken_lines:
         notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were left out.")
+    refused = sum(row.get("learner/refused_steps") or 0 for row in record.rows)
+    if refused:
+        notes.append(f"{refused:.0f} optimiser step(s) were left out, since they were not finite (refused.jsonl).")
     if not record.normalisers and not any(key.endswith("/gain") for key in record.rows[0]):
         notes.append("Gains by iteration are not known: no checkpoint holds what the base model's scores are.")
     gallery, drift = None, from_rows(record)
