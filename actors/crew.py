@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
 """How often a wait looks up to see who is late."""
 _LOG_EVERY_S = 30.0
+_TOLD = 500
+"""Characters of a worker's end that are told: what failed stands last."""
 _MAX_FAILURES = 3
 """How often a task may end its worker; Ray itself tries it `TASK_RETRIES` times before it counts here."""
 TASK_RETRIES = 3
@@ -69,6 +71,8 @@ class Crew:
         self._away: dict[Any, str] = {}
         """Call that a worker has not answered -> its name. It is given nothing more until it does."""
         self._processes: dict[str, str] = {}
+        self._lost: dict[str, str] = {}
+        """What was last heard of the end of a worker that was lost."""
         self.redone = 0
         """Tasks that were done again."""
 
@@ -112,6 +116,7 @@ class Crew:
                 f"{len(results)} workers answered to `{what}` within {time.monotonic() - started:.0f} s, {least} are "
                 f"needed; no answer from {', '.join(sorted(self._away.values())) or 'anybody'}. Add machines or lower "
                 "rollout.num_workers (cluster.roles.rollout.min_workers lets a run begin with fewer)."
+                + "".join(f"\n{name} was lost: ...{text}" for name, text in sorted(self._lost.items()))
             )
         return results
 
@@ -194,8 +199,10 @@ class Crew:
             if not isinstance(error, WorkerLostError) or not isinstance(error.__cause__, RayActorError):
                 raise
             logger.warning("%s was lost in `%s` (%s)", name, what, type(error.__cause__).__name__)
+            self._lost[name] = " ".join(str(error.__cause__).split())[-_TOLD:]
             self._away[self._ping(self.actors[name])] = name
             return None
+        self._lost.pop(name, None)
         before = self._processes.get(name, answer.process)
         self._processes[name] = answer.process
         if answer.process != before:

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from acpo_dist.core.errors import ConfigError, ModelError, RewardConfigError, WeightSyncError, WorkerError
+from acpo_dist.core.errors import (
+    ConfigError,
+    ModelError,
+    RewardConfigError,
+    WeightSyncError,
+    WorkerError,
+    WorkerLostError,
+)
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.loop import fixed_groups
 from acpo_dist.models.family import trainable_tensors
@@ -147,3 +154,20 @@ def test_a_metric_that_fails_in_a_way_of_its_own_is_reported_with_its_last_words
     config = tiny('rewards.train=[{"type": "tests.ray.test_loading:Fails", "name": "fails"}]', "rewards.cut=image")
     with pytest.raises(WorkerError, match=r"could not be started: acpo-00000004-fails: .*the reason is here"):
         deploy(config, "acpo-00000004")
+
+
+class Stranger:
+    """An actor whose machine cannot even make it, as one with another release of the code."""
+
+    def __init__(self) -> None:
+        raise TypeError("unexpected keyword argument `software`")
+
+    def ready(self):
+        return crews.Answer("never", None)
+
+
+def test_workers_that_cannot_be_made_at_all_are_reported_with_their_last_words(cluster):
+    shell = cluster.remote(Stranger).options(num_cpus=0.1)
+    crew = crews.Crew({"a": shell.remote()}, timeout_s=5, late_s=1, ping=lambda actor: actor.ready.remote())
+    with pytest.raises(WorkerLostError, match=r"0 workers answered(?s:.*)a was lost: .*unexpected keyword argument"):
+        crew.ask(lambda actor: actor.ready.remote(), what="load", least=1)

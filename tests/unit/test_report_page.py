@@ -206,7 +206,7 @@ def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_p
     answer = json.loads(capsys.readouterr().out)
     assert answer["report"] == str(root / "report.html") and answer["runs"][0]["pictures"] == []
     page = unescape((root / "report.html").read_text())
-    for words in ("1 unreadable line", "2 optimiser step(s)", "No whole checkpoint", "Gains by iteration are not known"):
+    for words in ("1 unreadable line", "2 optimiser step", "No whole checkpoint", "Gains by iteration are not known"):
         assert words in page and any(words in note for note in answer["runs"][0]["notes"])
 
 
