@@ -50,25 +50,27 @@ def _checks(source: str | None, overrides: list[str], address: str | None) -> It
     """One after the other, each found out only when those before were shown: what a broken library breaks comes last.
 
     Raises:
-        ConfigError: the configuration itself is wrong.
+        ConfigError: the configuration itself is wrong; at once.
     """
     from acpo_dist.core.errors import AcpoError
     from acpo_dist.doctor.finding import Finding
 
-    yield from _of_the_machine()
-    config = None
-    if source is not None:
-        try:
+    config, broken = None, ""
+    try:
+        if source is not None:
             from acpo_dist.config.load import load_config
 
             config = load_config(source, overrides)
-        except AcpoError:
-            raise
-        except Exception as error:
-            # Reading it imports the model's family, and with it what may be broken here.
-            said = f"{source} cannot be read with these libraries: {type(error).__name__}: {error}".splitlines()[0]
-            yield "configuration", lambda: [Finding("configuration", "failed", said, "Mend the libraries above first.")]
-            return
+    except AcpoError:
+        raise
+    except Exception as error:
+        # Reading it imports the model's family, and with it what may be broken here: the checks of libraries say what.
+        broken = f"{source} cannot be read with these libraries: {type(error).__name__}: {error}".splitlines()[0]
+    yield from _of_the_machine()
+    if broken:
+        yield "configuration", lambda: [Finding("configuration", "failed", broken, "Mend the libraries above first.")]
+        return
+    if config is not None:
         yield from _of_a_configuration(config)
     yield from _of_storage(config)
     yield from _of_a_cluster(config, address)
