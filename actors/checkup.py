@@ -14,7 +14,7 @@ from acpo_dist.core.errors import AcpoError
 from acpo_dist.doctor.finding import Finding, judged
 from acpo_dist.doctor.machine import check_devices, check_system
 from actors.group import fetch
-from actors.joining import join
+from actors.joining import joined
 from actors.placement import node_offers
 from actors.software import Software, differences, software
 
@@ -42,14 +42,8 @@ def check_cluster(address: str, runs: Path) -> Iterator[Finding]:
     Raises:
         UsageError: the cluster cannot be joined.
     """
-    joined = ray.is_initialized()
-    if not joined:
-        join(address)
-    try:
+    with joined(address):
         yield from _look(runs)
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 def _look(runs: Path) -> Iterator[Finding]:

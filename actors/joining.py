@@ -4,6 +4,8 @@ import logging
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 from ray._private.services import canonicalize_bootstrap_address
@@ -45,6 +47,23 @@ def join(address: str) -> None:
     if in_charge and callable(handler):
         # Ray puts one of its own into its place, which aborts the process.
         signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def joined(address: str) -> Iterator[None]:
+    """Be connected while the block runs; a connection that is there already is used, and stays.
+
+    Raises:
+        UsageError: as `join`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _require_answer(address: str) -> None:

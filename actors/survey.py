@@ -6,7 +6,7 @@ from typing import Any
 import ray
 
 from acpo_dist.config.schema import Config
-from actors.joining import join
+from actors.joining import joined
 from actors.placement import NodeOffer, PlacementPlan, lacking, node_offers, plan_placement, shortfall
 
 
@@ -19,14 +19,8 @@ def survey(config: Config, address: str) -> dict[str, Any]:
     Raises:
         UsageError: the cluster cannot be joined.
     """
-    joined = ray.is_initialized()
-    if not joined:
-        join(address)
-    try:
+    with joined(address):
         return compare(plan_placement(config), node_offers(), dict(ray.available_resources()))
-    finally:
-        if not joined:
-            ray.shutdown()
 
 
 def compare(plan: PlacementPlan, nodes: Sequence[NodeOffer], free: dict[str, float]) -> dict[str, Any]:
