@@ -14,11 +14,11 @@ from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.schema import Config, RewardsConfig
 from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import RolloutPool
-from acpo_dist.suites.judges import CHUNK, JudgePool
+from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool
 from actors.launch import connected
 from actors.placement import PlacementPlan, Role, await_resources, place
-from actors.reward import deploy, end_orphans
-from actors.reward_client import NoAnswerError, RewardClient
+from actors.reward.client import NoAnswerError, RewardClient
+from actors.reward.pool import deploy, end_orphans
 from actors.rollout import RayRollouts
 
 

@@ -16,11 +16,11 @@ from acpo_dist.core.errors import UsageError
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
-from actors.gateway import open_gateway, read_tokens
-from actors.joining import join
+from actors.cluster.connect import join
 from actors.learner import RayLearner
 from actors.placement import await_resources, node_offers, place, plan_placement
-from actors.reward import deploy, end_orphans
+from actors.reward.gateway import open_gateway, read_tokens
+from actors.reward.pool import deploy, end_orphans
 from actors.rollout import RayRollouts
 
 logger = logging.getLogger(__name__)

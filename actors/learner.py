@@ -26,15 +26,15 @@ from acpo_dist.core.types import (
     TrainTask,
     WeightBundle,
 )
-from acpo_dist.learner.figures import FigureSums
-from acpo_dist.local import learner_spec
-from acpo_dist.session import RESOLVED
+from acpo_dist.training.local import learner_spec
+from acpo_dist.training.run_folder import RESOLVED
+from acpo_dist.workers.learner.metrics import FigureSums
+from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
 from actors.placement import Role
 from actors.process import set_up
-from actors.reward import ServeRewards
-from actors.reward_client import PoolLink
-from actors.software import Software, require_same, software
+from actors.reward.client import PoolLink
+from actors.reward.pool import ServeRewards
 
 _DEATH_S = 75.0
 """Longest time that Ray takes to see that a machine is gone whose network was cut."""
@@ -60,8 +60,8 @@ class LearnerActor:
         """Load the model; returns the process id."""
         require_same(expected)
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
-        from acpo_dist.learner.worker import LearnerWorker
-        from actors.reward_client import RewardClient
+        from acpo_dist.workers.learner.worker import LearnerWorker
+        from actors.reward.client import RewardClient
 
         self._client = RewardClient(link)
         self._worker = LearnerWorker(spec, self._client, device=self._device)

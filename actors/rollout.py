@@ -16,13 +16,13 @@ from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightBundle, WeightEcho
 from acpo_dist.core.weights import require_echoes
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.rollout.chunks import chunks_of
 from acpo_dist.vrg.sums import ErrorSums
-from actors.crew import TASK_RETRIES, Answer, Crew, NotLoadedError
+from acpo_dist.workers.rollout.chunks import chunks_of
+from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, kill
 from actors.placement import Role
 from actors.process import set_up
-from actors.software import Software, require_same, software
+from actors.worker_pool import TASK_RETRIES, Answer, Crew, NotLoadedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class RolloutActor:
         try:
             device = set_up(cpus=cpus, gpus=gpus)
             require_same(expected)
-            from acpo_dist.rollout.worker import RolloutWorker
+            from acpo_dist.workers.rollout.worker import RolloutWorker
 
             self._loaded = RolloutWorker(model, sampler, device=device, name=name)
             self._first = self._loaded.trajectory

@@ -30,10 +30,10 @@ from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.data.prompts import deal
-from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
-from acpo_dist.planning.plan import make_plan
-from acpo_dist.recipes.random_model import write_random_sdxl
-from acpo_dist.toy.world import captions
+from acpo_dist.data.toy.world import captions
+from acpo_dist.models.training.random_model import write_random_sdxl
+from acpo_dist.preflight.plan.plan import make_plan
+from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
 
 
 @dataclass

@@ -32,13 +32,13 @@ from safetensors.torch import load_file
 from acpo_dist.config.load import load_config
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.prompts import load_prompts
-from acpo_dist.driver import drive
-from acpo_dist.local import open_ports
-from acpo_dist.loop import fixed_groups
-from acpo_dist.toy.oracle import nearest_template
-from acpo_dist.toy.world import caption_index, captions
+from acpo_dist.data.toy.oracle import nearest_template
+from acpo_dist.data.toy.world import caption_index, captions
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.run import drive
 
 ARMS = {
     # Drift is measured in the units of the budget in all of them.

@@ -32,8 +32,8 @@ from torch import Tensor
 from acpo_dist.config.load import load_config
 from acpo_dist.core.types import RolloutHandle
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.rewards.wire import pack, unpack
-from actors.reward import ServeRewards, deploy
+from acpo_dist.workers.reward.wire import pack, unpack
+from actors.reward.pool import ServeRewards, deploy
 
 BATCH = 16
 REPEATS = 3

@@ -28,10 +28,10 @@ from torch import Tensor
 
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
-from acpo_dist.retiming.artefact import LINEAR_DDPM, read_schedule, read_table
-from acpo_dist.retiming.measure import measure, single_samples
-from acpo_dist.retiming.proof import consider, follow
-from acpo_dist.sources import open_rollouts, source_config
+from acpo_dist.training.open_model import open_rollouts, source_config
+from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, read_schedule, read_table
+from acpo_dist.training.trajectory.measure import measure, single_samples
+from acpo_dist.training.trajectory.validate import consider, follow
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.timesteps import to_timesteps

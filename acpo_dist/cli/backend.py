@@ -3,7 +3,7 @@
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
-from acpo_dist.driver import OpenPorts
+from acpo_dist.training.run import OpenPorts
 
 
 def choose_backend(config: Config) -> str:
@@ -14,7 +14,7 @@ def choose_backend(config: Config) -> str:
     """
     wanted = config.cluster.backend
     if wanted == "auto":
-        from acpo_dist.planning.sharing import one_process
+        from acpo_dist.preflight.plan.sharing import one_process
 
         wanted = "local" if one_process(config) else "ray"
     if wanted == "local" and config.rewards.http.enabled:
@@ -29,7 +29,7 @@ def choose_backend(config: Config) -> str:
 def ports_for(backend: str) -> OpenPorts:
     """The function that opens a backend's ports."""
     if backend == "local":
-        from acpo_dist.local import open_ports
+        from acpo_dist.training.local import open_ports
 
         return open_ports
     from actors.launch import open_ports as open_ray_ports

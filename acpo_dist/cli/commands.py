@@ -8,6 +8,7 @@ from acpo_dist.cli import (
     embed,
     eval,
     export,
+    follow,
     generate,
     pairs,
     plan,
@@ -22,10 +23,9 @@ from acpo_dist.cli import (
     toy,
     train,
     vrg,
-    watch,
 )  # fmt: skip
 
 __all__ = [
-    "compare", "config", "demo", "doctor", "embed", "eval", "export", "generate", "pairs", "plan", "promote", "report",
-    "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "toy", "train", "vrg", "watch",
+    "compare", "config", "demo", "doctor", "embed", "eval", "export", "follow", "generate", "pairs", "plan", "promote",
+    "report", "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "toy", "train", "vrg",
 ]  # fmt: skip

@@ -26,13 +26,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the whole comparison.")] = False,
 ) -> None:
     """Compare runs: quality, judges, drift, diversity, cost; what differs between them; means over seeds."""
+    from acpo_dist.analysis.report.cells import COLUMNS, SEED_COLUMNS, run_cells, seed_cells
+    from acpo_dist.analysis.report.compare import differences, labels_of, pareto_front, seed_groups
+    from acpo_dist.analysis.report.find import gather
+    from acpo_dist.analysis.report.metrics import figures_of
+    from acpo_dist.analysis.report.record import require_rows
+    from acpo_dist.analysis.report.terminal import show_table
     from acpo_dist.core.errors import UsageError
-    from acpo_dist.reporting.cells import COLUMNS, SEED_COLUMNS, run_cells, seed_cells
-    from acpo_dist.reporting.compare import differences, labels_of, pareto_front, seed_groups
-    from acpo_dist.reporting.figures import figures_of
-    from acpo_dist.reporting.find import gather
-    from acpo_dist.reporting.record import require_rows
-    from acpo_dist.reporting.terminal import show_table
 
     if out is not None and out.suffix.lower() not in (".png", ".html"):
         raise UsageError(f"--out must end in .png or .html, found {out}")
@@ -73,9 +73,9 @@ def compare(
 
 
 def _write(out: Path, records: Any, figures: Any, labels: Any, groups: Any) -> None:
-    from acpo_dist.reporting.page import render_comparison, write_page
-    from acpo_dist.reporting.pareto import save_pareto
-    from acpo_dist.reporting.view import RunView
+    from acpo_dist.analysis.report.page import render_comparison, write_page
+    from acpo_dist.analysis.report.pareto import save_pareto
+    from acpo_dist.analysis.report.view import RunView
 
     if out.suffix.lower() == ".png":
         save_pareto(out, figures, groups)

@@ -10,11 +10,11 @@ from acpo_dist.cli.backend import ports_for
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
-from acpo_dist.driver import drive
-from acpo_dist.evaluation.arm import ArmReport, evaluate_toy_arm
-from acpo_dist.loop import fixed_groups
+from acpo_dist.evaluation.metrics.arm import ArmReport, evaluate_toy_arm
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.pictures import save_grid
+from acpo_dist.tracking.images import save_grid
+from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.run import drive
 
 _SHOWN = 12
 """Pictures per arm in the grid: the same prompts and seeds in every row."""

@@ -11,7 +11,7 @@ import typer
 from acpo_dist.cli.app import answer, app
 
 if TYPE_CHECKING:
-    from acpo_dist.doctor.finding import Check, Finding
+    from acpo_dist.preflight.doctor.finding import Check, Finding
 
 _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "red"}
 
@@ -24,7 +24,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Look for what would go wrong: libraries, devices, storage; a CONFIG's model and rewards; a cluster's machines."""
-    from acpo_dist.doctor.finding import run_checks, worst
+    from acpo_dist.preflight.doctor.finding import run_checks, worst
     from acpo_dist.tracking.console import Console
 
     findings: list[Finding] = []
@@ -53,7 +53,7 @@ def _checks(source: str | None, overrides: list[str], address: str | None) -> It
         ConfigError: the configuration itself is wrong; at once.
     """
     from acpo_dist.core.errors import AcpoError
-    from acpo_dist.doctor.finding import Finding
+    from acpo_dist.preflight.doctor.finding import Finding
 
     config, broken = None, ""
     try:
@@ -77,7 +77,7 @@ def _checks(source: str | None, overrides: list[str], address: str | None) -> It
 
 
 def _of_the_machine() -> Iterator[tuple[str, "Check"]]:
-    from acpo_dist.doctor import machine, packages
+    from acpo_dist.preflight.doctor import machine, packages
 
     yield "machine", machine.check_system
     yield "libraries", packages.check_packages
@@ -88,8 +88,8 @@ def _of_the_machine() -> Iterator[tuple[str, "Check"]]:
 
 def _of_a_configuration(config: Any) -> Iterator[tuple[str, "Check"]]:
     from acpo_dist.cli.backend import choose_backend
-    from acpo_dist.doctor import configured
-    from acpo_dist.doctor.finding import Finding
+    from acpo_dist.preflight.doctor import configured
+    from acpo_dist.preflight.doctor.finding import Finding
 
     yield "backend", lambda: [Finding("backend", "ok", choose_backend(config))]
     yield "model", lambda: configured.check_model(config)
@@ -100,7 +100,7 @@ def _of_a_configuration(config: Any) -> Iterator[tuple[str, "Check"]]:
 
 
 def _of_storage(config: Any) -> Iterator[tuple[str, "Check"]]:
-    from acpo_dist.doctor import storage
+    from acpo_dist.preflight.doctor import storage
     from acpo_dist.tracking.mlflow_tracker import default_uri
 
     run_dir = config.run_dir if config is not None else _runs() / "run"
@@ -120,14 +120,14 @@ def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Chec
     where = address or (config and config.cluster.address) or os.environ.get("RAY_ADDRESS")
 
     def machines() -> Iterator["Finding"]:
-        from actors.checkup import check_cluster
+        from actors.cluster.checks import check_cluster
 
         # Without an address a run starts a cluster of its own, so that must work.
         return check_cluster(where or "local", config.run_dir.parent if config else _runs())
 
     def placement() -> Iterator["Finding"]:
-        from acpo_dist.doctor.finding import judged
-        from actors.survey import survey
+        from acpo_dist.preflight.doctor.finding import judged
+        from actors.cluster.capacity import survey
 
         found = survey(config, where or "auto")
         lacking = [*(f"{amount:g} {name}" for name, amount in found["missing"].items()), *found["missing_by_role"]]

@@ -18,8 +18,8 @@ def embed(
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.registry import MODELS, resolve
     from acpo_dist.data.prompts import load_prompts
-    from acpo_dist.local import default_device
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import default_device
 
     config = load_config(source, overrides or [])
     family = resolve("model", MODELS, config.model.type)

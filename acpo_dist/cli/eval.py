@@ -48,8 +48,8 @@ def evaluate_command(
     """
     from acpo_dist.cli.eval_request import Options, request_of
     from acpo_dist.cli.eval_table import show
-    from acpo_dist.suites.backend import LocalBackend
-    from acpo_dist.suites.evaluate import evaluate
+    from acpo_dist.evaluation.suites.backend import LocalBackend
+    from acpo_dist.evaluation.suites.evaluate import evaluate
     from acpo_dist.tracking.console import Console
 
     console = Console()

@@ -7,14 +7,14 @@ from typing import Any
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
+from acpo_dist.evaluation.suites.evaluate import Request
+from acpo_dist.evaluation.suites.images import holds_pictures
+from acpo_dist.evaluation.suites.judges import check_names, judge_sections
+from acpo_dist.evaluation.suites.set_metrics import open_extractor
+from acpo_dist.evaluation.suites.subject import BASE, ModelSubject, open_comparison, open_model, open_pictures
+from acpo_dist.evaluation.suites.suite import UNCONDITIONAL, load_suite
 from acpo_dist.models.loading import resolve_path
-from acpo_dist.session import RESOLVED
-from acpo_dist.suites.evaluate import Request
-from acpo_dist.suites.figures import open_extractor
-from acpo_dist.suites.judges import check_names, judge_sections
-from acpo_dist.suites.pictures import holds_pictures
-from acpo_dist.suites.subject import BASE, ModelSubject, open_comparison, open_model, open_pictures
-from acpo_dist.suites.suite import UNCONDITIONAL, load_suite
+from acpo_dist.training.run_folder import RESOLVED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import rich.console
 
-from acpo_dist.suites.figures import counts_of, reasons_of
+from acpo_dist.evaluation.suites.set_metrics import counts_of, reasons_of
 from acpo_dist.tracking.console import Console
 
 

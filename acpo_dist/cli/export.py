@@ -17,7 +17,7 @@ def export_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Write the tuned weights as a LoRA file or a merged pipeline, with a model card."""
-    from acpo_dist.exports import export
+    from acpo_dist.analysis.release.export import export
     from acpo_dist.tracking.console import Console
 
     asked: Any = layout

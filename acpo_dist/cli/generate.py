@@ -42,9 +42,7 @@ def generate(
     """Draw pictures from prompts and seeds, one PNG each, and a grid with a row per prompt and seed."""
     import torch
 
-    from acpo_dist.core.errors import UsageError
-    from acpo_dist.core.seeding import derive_seed
-    from acpo_dist.pipeline import (
+    from acpo_dist.analysis.release.pipeline import (
         arguments_for,
         exported_lora,
         open_base,
@@ -53,9 +51,11 @@ def generate(
         run_config,
         size_arguments,
     )
-    from acpo_dist.strength import AnchorKnob, check_strength, parse_grid, parse_range
+    from acpo_dist.core.errors import UsageError
+    from acpo_dist.core.seeding import derive_seed
+    from acpo_dist.models.lora_scale import AnchorKnob, check_strength, parse_grid, parse_range
     from acpo_dist.tracking.console import Console
-    from acpo_dist.tracking.pictures import save_grid
+    from acpo_dist.tracking.images import save_grid
 
     wanted = anchor_strength is not None or bool(strength_range) or grid is not None
     config = run_config(model)

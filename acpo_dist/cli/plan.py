@@ -19,8 +19,8 @@ def plan(
     """Work out parameters, memory by role, batches and time of a run, and warn before it runs out of memory."""
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
-    from acpo_dist.planning.plan import make_plan
-    from acpo_dist.planning.rates import DEVICES
+    from acpo_dist.preflight.plan.plan import make_plan
+    from acpo_dist.preflight.plan.rates import DEVICES
     from actors.placement import plan_placement
 
     if device not in (*DEVICES, "cpu", "auto"):
@@ -33,7 +33,7 @@ def plan(
         hours = config.run.iterations * found["seconds_per_iteration"] / 3600
         found["cost"] = {"gpu_hours": hours * need["GPU"], "price": hours * need["GPU"] * price}
     if address is not None:
-        from actors.survey import survey
+        from actors.cluster.capacity import survey
 
         found["cluster"] = survey(config, address)
     if as_json:

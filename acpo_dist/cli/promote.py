@@ -19,7 +19,7 @@ def promote_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Register the checkpoint that a run's judges liked best, if the guard is clean, with a model card."""
-    from acpo_dist.promotion.promote import promote
+    from acpo_dist.analysis.release.promote import promote
     from acpo_dist.tracking.console import Console
 
     done = promote(run, name=name, uri=uri, checkpoint=checkpoint, force=force, evaluations=evaluation or [])

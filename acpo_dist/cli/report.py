@@ -24,8 +24,8 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the figures.")] = False,
 ) -> None:
     """One HTML file about runs: quality against drift, judges, guard, time, base | tuned pictures. Works offline."""
-    from acpo_dist.reporting.build import Drawing, build_report
-    from acpo_dist.reporting.figures import verdict
+    from acpo_dist.analysis.report.build import Drawing, build_report
+    from acpo_dist.analysis.report.metrics import verdict
     from acpo_dist.tracking.console import Console
 
     console = Console()

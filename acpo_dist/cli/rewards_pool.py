@@ -26,7 +26,7 @@ def status(
     from acpo_dist.tracking.console import Console
 
     with _cluster(address):
-        from actors.reward_scale import live_pools, pool_status
+        from actors.reward.scale import live_pools, pool_status
 
         pools = [pool_status(pool) for pool in live_pools(run)]
     if as_json:
@@ -70,8 +70,8 @@ def scale(
 
     fewest, most = _parse(replicas)
     with _cluster(address):
-        from actors.reward_scale import find_pool
-        from actors.reward_scale import scale as set_replicas
+        from actors.reward.scale import find_pool
+        from actors.reward.scale import scale as set_replicas
 
         pool = find_pool(metric, run)
         running = set_replicas(pool, fewest, most, timeout_s=timeout)
@@ -111,7 +111,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    from actors.joining import join
+    from actors.cluster.connect import join
 
     join(address or "auto")
     try:

@@ -46,7 +46,7 @@ def two_stream(
     `rewards.train: [{type: two_stream, weights: FILE}]`.
     """
     from acpo_dist.core.errors import UsageError
-    from acpo_dist.recipes.quality import SIZES, QualitySettings, load_training_data, train_two_stream
+    from acpo_dist.rewards.training.quality import SIZES, QualitySettings, load_training_data, train_two_stream
     from acpo_dist.tracking.console import Console
 
     if network not in SIZES:
@@ -105,7 +105,7 @@ def ipce(
     if data == "toy":
         if clip is not None:
             raise UsageError("`toy` trains a tiny CLIP from nothing: leave --clip out.")
-        from acpo_dist.recipes.tiny_clip import train_tiny_clip
+        from acpo_dist.rewards.training.tiny_clip import train_tiny_clip
 
         out.mkdir(parents=True, exist_ok=True)
         with console.phase("ipce", 2 * steps) as advance:
@@ -116,7 +116,7 @@ def ipce(
     else:
         if clip is None:
             raise UsageError("set --clip to a CLIP to start from: folder, or hub id (openai/clip-vit-base-patch32).")
-        from acpo_dist.recipes.correspondence import CorrespondenceSettings, read_captioned, train_ipce
+        from acpo_dist.rewards.training.correspondence import CorrespondenceSettings, read_captioned, train_ipce
 
         console.message(f"reading pictures and captions of {data}")
         captioned = read_captioned(Path(data), column=column, prompt_column=prompt_column, most=limit)

@@ -18,10 +18,10 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every run.")] = False,
 ) -> None:
     """List runs: state, iterations, gain of rewards and judges, drift, guard, time."""
-    from acpo_dist.reporting.cells import LIST_COLUMNS, list_cells
-    from acpo_dist.reporting.figures import figures_of
-    from acpo_dist.reporting.find import runs_below, runs_of_experiment
-    from acpo_dist.reporting.terminal import show_table
+    from acpo_dist.analysis.report.cells import LIST_COLUMNS, list_cells
+    from acpo_dist.analysis.report.find import runs_below, runs_of_experiment
+    from acpo_dist.analysis.report.metrics import figures_of
+    from acpo_dist.analysis.report.terminal import show_table
 
     problems: list[str] = []
     if experiment is not None:

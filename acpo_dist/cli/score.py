@@ -38,9 +38,9 @@ def score(
     from statistics import fmean
 
     from acpo_dist.data.images import count_images, expand_globs
-    from acpo_dist.rewards.worker import RewardWorker
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.histogram import save_histogram, text_histogram
+    from acpo_dist.workers.reward.worker import RewardWorker
 
     if plot is not None and plot.suffix.lower() not in _PLOTS:
         raise UsageError(f"--plot {plot}: expected a file ending in {', '.join(_PLOTS)}.")
@@ -117,7 +117,7 @@ def _batches(
     from itertools import islice
 
     from acpo_dist.data.images import read_images
-    from acpo_dist.suites.pictures import at_once
+    from acpo_dist.evaluation.suites.images import at_once
 
     batch: list[tuple[str, Any]] = []
     for name, picture in islice(read_images(paths, column=column, skip=skipped.append), limit):

@@ -41,7 +41,7 @@ def submit(
         raise UsageError("jobs need Ray, which is not installed: pip install 'acpo-dist[ray]'")
     # Before the cluster is asked: a typo must not cost an upload.
     start = _checked(source, overrides or [], resume, working_dir, ship_code, env or []) if source else None
-    from actors import jobs
+    from actors.cluster import jobs
 
     client = jobs.connect(address)
     if list_:
@@ -73,8 +73,8 @@ def _checked(
 ) -> tuple[list[str], Any, dict[str, str]]:
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
-    from actors.files import relative_files
-    from actors.jobs import plan_upload, with_files
+    from actors.cluster.job_files import relative_files
+    from actors.cluster.jobs import plan_upload, with_files
 
     odd = [pair for pair in env if not pair.partition("=")[0] or "=" not in pair]
     if odd:
@@ -87,7 +87,7 @@ def _checked(
 
 
 def _follow(client: Any, job: str, as_json: bool) -> None:
-    from actors import jobs
+    from actors.cluster import jobs
 
     def write(text: str) -> None:
         stream = sys.stderr if as_json else sys.stdout

@@ -19,7 +19,7 @@ def _group() -> None:
 @toy_app.command("build")
 def build(
     folder: Annotated[
-        Path, typer.Option(help="Where to write; the package's own assets are in acpo_dist/toy/assets.")
+        Path, typer.Option(help="Where to write; the package's own assets are in acpo_dist/data/toy/assets.")
     ] = Path("toy-assets"),
     part: Annotated[
         list[str] | None, typer.Option(help="reward, judge, vae, sdxl, ddpm or sd15; all by default.")
@@ -28,8 +28,8 @@ def build(
 ) -> None:
     """Rebuild the toy models from seeds (about 100 CPU minutes at effort 1)."""
     from acpo_dist.core.errors import UsageError
-    from acpo_dist.recipes import toy
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training import toy_assets as toy
 
     parts = part or list(toy.PARTS)
     unknown = [name for name in parts if name not in toy.PARTS]

@@ -18,8 +18,8 @@ def train(
     """Train a model: rollouts, rewards, anchored updates, verified weights."""
     from acpo_dist.cli.backend import choose_backend, ports_for
     from acpo_dist.config.load import load_config
-    from acpo_dist.driver import drive
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.run import drive
 
     extra = [f"cluster.backend={backend}"] if backend else []
     config = load_config(source, [*(overrides or []), *extra])

@@ -21,11 +21,11 @@ def measure_command(
 ) -> None:
     """Measure the error table of a model on its own samples, then optimise and prove a trajectory on it."""
     from acpo_dist.data.prompts import load_prompts
-    from acpo_dist.retiming.artefact import artefact_of, write_artefact
-    from acpo_dist.retiming.measure import measure
-    from acpo_dist.retiming.proof import consider, describe
-    from acpo_dist.sources import keeps_own_trajectory, open_rollouts, source_config
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.open_model import keeps_own_trajectory, open_rollouts, source_config
+    from acpo_dist.training.trajectory.artefact import artefact_of, write_artefact
+    from acpo_dist.training.trajectory.measure import measure
+    from acpo_dist.training.trajectory.validate import consider, describe
 
     config, run = source_config(source, overrides or [])
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
@@ -62,7 +62,7 @@ def optimize_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Optimise a trajectory on a table that is already there; takes a fraction of a second."""
-    from acpo_dist.retiming.artefact import optimise_files, write_artefact
+    from acpo_dist.training.trajectory.artefact import optimise_files, write_artefact
 
     report, plot = optimise_files(
         table, trajectory, mode=mode, trust=trust, lp=lp, reg_lambda=reg_lambda, solver=solver
@@ -81,7 +81,7 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="The artefact as it is.")] = False,
 ) -> None:
     """Show an artefact: the table, the trajectory before and after, what the proof said."""
-    from acpo_dist.retiming.artefact import newest_artefact, read_artefact
+    from acpo_dist.training.trajectory.artefact import newest_artefact, read_artefact
 
     report = read_artefact(newest_artefact(path))
     if as_json:

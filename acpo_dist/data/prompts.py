@@ -11,7 +11,7 @@ import torch
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import derive_seed, generator
 from acpo_dist.core.types import PromptGroup, SamplePlan
-from acpo_dist.toy.world import captions
+from acpo_dist.data.toy.world import captions
 
 logger = logging.getLogger(__name__)
 

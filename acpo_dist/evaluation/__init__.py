@@ -1,1 +1,0 @@
-"""What a model is worth, on fixed prompts and seeds."""

@@ -26,7 +26,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 # Many workers load at once; their bars would only run into each other.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-_EMBEDDED = Path(__file__).resolve().parents[1] / "toy" / "assets"
+_EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
 
 
 def resolve_path(path: str) -> str:

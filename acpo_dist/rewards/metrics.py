@@ -16,7 +16,7 @@ from acpo_dist.rewards.inputs import check_pictures
 from acpo_dist.rewards.strided_judge import SMALLEST, StridedJudge
 from acpo_dist.rewards.two_stream import PATCH, PATCHES, PUBLISHED, TOY, TwoStream
 
-_ASSETS = Path(__file__).resolve().parents[1] / "toy" / "assets"
+_ASSETS = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
 
 
 class _WeightedConfig(MetricConfig):

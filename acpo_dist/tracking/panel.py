@@ -1,4 +1,4 @@
-"""The key figures of a running run on a few lines of a terminal; `acpo train` and `acpo watch` show the same."""
+"""The key figures of a running run on a few lines of a terminal; `acpo train` and `acpo follow` show the same."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """The text files of the public VRG release: error tables, trajectories and optimised trajectories.
 
 All are columns under `#` comments. Files run from clean to noisy; everything returned here runs from noisy to clean.
-They hold few digits; the JSON artefact of `acpo_dist.retiming.artefact` keeps everything.
+They hold few digits; the JSON artefact of `acpo_dist.training.trajectory.artefact` keeps everything.
 """
 
 from collections.abc import Iterable, Sequence

@@ -18,7 +18,7 @@ MAX_LINES = 400
 
 EXTRAS = ("ray", "deepspeed", "mlflow", "pyiqa")
 # The modules that need an extra as soon as they are imported.
-DOORS = {"acpo_dist.learner.zero": "deepspeed"}
+DOORS = {"acpo_dist.workers.learner.zero": "deepspeed"}
 
 # Home and work folders of somebody's machine. The image that Ray publishes has its home under /home/ray.
 MACHINE_PATH = re.compile(r"(?<![\w.~)>}*-])/(?:work|root|home|Users)/(?!ray\b)[\w.-]+|\b[A-Z]:\\+Users\\+\w")
@@ -75,7 +75,7 @@ def listed_files() -> list[Path]:
 
 
 def test_the_loop_knows_neither_ray_nor_deepspeed():
-    failures, loaded = import_without(("ray",), ["acpo_dist.loop"])
+    failures, loaded = import_without(("ray",), ["acpo_dist.training.loop"])
     assert failures == {}
     assert not {"actors", "deepspeed", "mlflow", "pyiqa"} & set(loaded)
 
@@ -126,10 +126,10 @@ def test_the_wheel_misses_no_file_of_the_packages_and_no_configuration(wheel_nam
 
 def test_the_wheel_ships_the_toy_assets(wheel_names: set[str]):
     assets = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "acpo_dist/toy/assets").rglob("*") if path.is_file()
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "acpo_dist/data/toy/assets").rglob("*") if path.is_file()
     }
     if not assets:
-        pytest.skip("needs acpo_dist/toy/assets: run `make toy`")
+        pytest.skip("needs acpo_dist/data/toy/assets: run `make toy`")
     assert assets <= wheel_names
 
 

@@ -61,8 +61,8 @@ class Machines:
 
 def lose_rollout(machines: Machines, folder: Path) -> dict:
     """Samples are drawn, then a node with rollout workers and finished samples goes away."""
-    from acpo_dist.loop import fixed_groups
     from acpo_dist.tracking.composite import CompositeTracker
+    from acpo_dist.training.loop import fixed_groups
     from actors.launch import open_ports
 
     config = load_config("toy_sdxl", [*TINY, *SMALL])
@@ -97,7 +97,7 @@ def _error(first: dict, second: dict) -> float:
 
 def lose_learner(machines: Machines, folder: Path) -> dict:
     """A run whose learner's node goes away after its first checkpoint."""
-    from acpo_dist.driver import drive
+    from acpo_dist.training.run import drive
     from actors.launch import open_ports
 
     config = load_config(

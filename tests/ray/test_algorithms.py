@@ -6,7 +6,7 @@ import pytest
 
 from acpo_dist.core.registry import ALGORITHMS
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
-from acpo_dist.loop import fixed_groups
+from acpo_dist.training.loop import fixed_groups
 
 pytestmark = pytest.mark.ray
 SMALL = [
@@ -35,7 +35,7 @@ def _task(handles, constants) -> TrainTask:
 
 
 def test_every_algorithm_takes_the_same_steps_on_two_ranks_as_in_one_process(cluster, ports_of, tiny):
-    from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
+    from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
 
     ports = ports_of(_config(tiny, "acpo", "learner.num_ranks=2", "learner.zero_stage=2"))
     local = _config(tiny, "acpo")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from acpo_dist.driver import drive
-from acpo_dist.loop import fixed_groups
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.run import drive
 from tests.conftest import poison
 
 pytestmark = pytest.mark.ray
@@ -35,7 +35,7 @@ def _figures(root):
 
 
 def test_local_and_ray_give_the_same_first_iteration_and_the_same_pictures(cluster, tiny, tmp_path):
-    from acpo_dist.local import open_ports as local_ports
+    from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
     for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
@@ -56,7 +56,7 @@ def _images(ports, groups):
 
 
 def test_one_rollout_worker_and_three_draw_the_same_pictures_and_a_killed_one_is_replaced(ports_of, tiny):
-    from acpo_dist.local import LocalRollouts
+    from acpo_dist.training.local import LocalRollouts
 
     config = tiny("rollout.num_workers=3", *SMALL)
     groups = fixed_groups(config, PROMPTS, 24, stream="test")
@@ -122,7 +122,7 @@ def test_killing_a_reward_replica_loses_no_sample_and_changes_no_score(ports_of,
 @pytest.fixture(scope="module")
 def one_process_weights(tiny_module):
     """Weights after three optimiser steps in one process, and the rollouts they were made from."""
-    from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
+    from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
 
     config = tiny_module()
     rollouts, rewards = LocalRollouts(config, device="cpu"), LocalRewards(config, device="cpu")
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_two_zero_3_ranks_goes_on_in_one_process_with_the_same_w
 ):
     from dataclasses import replace
 
-    from acpo_dist.local import LocalLearner, LocalRewards, learner_spec
+    from acpo_dist.training.local import LocalLearner, LocalRewards, learner_spec
 
     local_handles, _, _ = one_process_weights
     ports = ports_of(tiny_module("learner.num_ranks=2", "learner.zero_stage=3"))

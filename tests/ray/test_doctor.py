@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-from actors import checkup
-from actors.software import software
+from actors.cluster import checks as checkup
+from actors.cluster.software import software
 
 pytestmark = pytest.mark.ray
 ACPO = Path(sys.executable).parent / "acpo"

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from acpo_dist.config.load import load_config
-from acpo_dist.suites.backend import LocalBackend
-from acpo_dist.suites.evaluate import Request, evaluate
-from acpo_dist.suites.figures import open_extractor
-from acpo_dist.suites.judges import judge_sections
-from acpo_dist.suites.subject import open_model, open_pictures
-from acpo_dist.suites.suite import load_suite
+from acpo_dist.evaluation.suites.backend import LocalBackend
+from acpo_dist.evaluation.suites.evaluate import Request, evaluate
+from acpo_dist.evaluation.suites.judges import judge_sections
+from acpo_dist.evaluation.suites.set_metrics import open_extractor
+from acpo_dist.evaluation.suites.subject import open_model, open_pictures
+from acpo_dist.evaluation.suites.suite import load_suite
 from acpo_dist.tracking.console import Console
 
 pytestmark = pytest.mark.ray
@@ -47,7 +47,7 @@ def test_a_judge_that_fails_on_ray_names_its_pictures_and_the_others_keep_their_
     import torch
     from PIL import Image
 
-    from acpo_dist.toy.world import scenes, templates
+    from acpo_dist.data.toy.world import scenes, templates
     from actors.evaluation import RayBackend
 
     (tmp_path / "pictures").mkdir()
@@ -58,7 +58,7 @@ def test_a_judge_that_fails_on_ray_names_its_pictures_and_the_others_keep_their_
     config = load_config("toy_sdxl", SMALL)
     request = Request(
         subject=open_pictures(str(tmp_path / "pictures")),
-        sections=judge_sections(["tests.unit.judges_for_tests:FailsOnGreen"]),
+        sections=judge_sections(["tests.helpers.judges:FailsOnGreen"]),
         extractor=open_extractor("low-pass:4"), features="low-pass:4",
     )  # fmt: skip
     backend = RayBackend(config, workers=1)

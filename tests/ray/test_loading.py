@@ -15,15 +15,15 @@ from acpo_dist.core.errors import (
     WorkerLostError,
 )
 from acpo_dist.core.weights import make_bundle
-from acpo_dist.loop import fixed_groups
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.statistics import Sharpness
-from acpo_dist.rollout.worker import RolloutWorker
+from acpo_dist.training.loop import fixed_groups
+from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.ray.test_reward_pool import until
 
 pytestmark = pytest.mark.ray
-crews = pytest.importorskip("actors.crew", reason="needs the extra `ray`")
+crews = pytest.importorskip("actors.worker_pool", reason="needs the extra `ray`")
 rollouts = pytest.importorskip("actors.rollout", reason="needs the extra `ray`")
 
 
@@ -122,7 +122,7 @@ def test_weights_that_a_worker_takes_with_a_task_are_checked_as_published_ones_a
 
 @pytest.mark.parametrize("cut", ["image", "latent"])
 def test_a_metric_whose_weights_its_machine_lacks_is_named_without_three_tries(cut, cluster, tiny, tmp_path):
-    from actors.reward import deploy
+    from actors.reward.pool import deploy
 
     config = tiny(f"rewards.cut={cut}")
     (entry,) = config.rewards.train
@@ -149,7 +149,7 @@ class Fails(Sharpness):
 
 
 def test_a_metric_that_fails_in_a_way_of_its_own_is_reported_with_its_last_words(cluster, tiny):
-    from actors.reward import deploy
+    from actors.reward.pool import deploy
 
     config = tiny('rewards.train=[{"type": "tests.ray.test_loading:Fails", "name": "fails"}]', "rewards.cut=image")
     with pytest.raises(WorkerError, match=r"could not be started: acpo-00000004-fails: .*the reason is here"):

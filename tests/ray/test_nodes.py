@@ -32,10 +32,10 @@ def test_samples_on_a_node_that_is_lost_are_drawn_again_alike_and_the_pool_goes_
 
 
 def test_a_run_whose_learner_node_is_lost_ends_with_the_figures_of_an_undisturbed_one(tmp_path, tiny):
-    from acpo_dist.driver import drive
-    from acpo_dist.local import open_ports
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.jsonl import read_metrics
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
 
     found = _run("learner", tmp_path)
     assert found["lost_after"][0] >= 3 and found["iterations"] == 6
@@ -68,8 +68,8 @@ def test_a_role_finds_its_machines_by_label_and_a_missing_one_is_named():
 
 
 def test_a_live_cluster_is_held_against_the_plan_by_sum_by_role_and_by_what_is_free():
+    from actors.cluster.capacity import compare
     from actors.placement import NodeOffer, PlacementPlan, Role
-    from actors.survey import compare
 
     rollout = Role(name="rollout", count=3, cpus=2, gpus=1, strategy="SPREAD", count_key="rollout.num_workers", least=2)
     node = NodeOffer(address="192.0.2.1", resources={"CPU": 8, "GPU": 1}, labels={"zone": "a", "ray.io/node-id": "x"})

@@ -13,11 +13,11 @@ import uvicorn
 from acpo_dist.config.pool import HttpConfig
 from acpo_dist.core.errors import RewardError, UsageError
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.rewards.http_wire import MEDIA_TYPE, encode_pictures
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
-from acpo_dist.rewards.remote import RemotePool
-from acpo_dist.rewards.wire import WireTensor, pack, unpack
-from acpo_dist.rewards.worker import RewardWorker
+from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, encode_pictures
+from acpo_dist.workers.reward.remote import RemotePool
+from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
+from acpo_dist.workers.reward.worker import RewardWorker
 
 pytestmark = pytest.mark.ray
 TOKEN, OTHER = "a-token-of-some-length", "another-token-of-some-length"
@@ -37,8 +37,8 @@ def workers() -> dict[str, RewardWorker]:
 @pytest.fixture(scope="module")
 def port(workers):
     """The door on a real server; behind it the workers of this process in place of the pool."""
-    from actors.gateway import Door
-    from actors.reward_client import NoAnswerError
+    from actors.reward.client import NoAnswerError
+    from actors.reward.gateway import Door
 
     def ask(metric, what, sent, prompts):
         if prompts[0] == "nobody is there":
@@ -211,7 +211,7 @@ def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, p
 
 
 def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_to_go():
-    from actors.gateway import Door
+    from actors.reward.gateway import Door
 
     door = Door(lambda metric, what, sent, prompts: [0.5] * len(sent), METRICS, cut="latent", tokens=(TOKEN,),
                 max_bytes=MAX_BYTES, idle_s=3)  # fmt: skip
@@ -237,7 +237,7 @@ def _zeros():
 
 @pytest.mark.parametrize(("value", "text"), [("", "no token"), ("short", "fewer than 16"), (f"{TOKEN},x", "fewer")])
 def test_the_door_does_not_open_without_tokens_that_are_long_enough(value: str, text: str, monkeypatch):
-    from actors.gateway import read_tokens
+    from actors.reward.gateway import read_tokens
 
     monkeypatch.setenv("ACPO_REWARDS_TOKEN", value)
     with pytest.raises(UsageError, match=text):
@@ -245,7 +245,7 @@ def test_the_door_does_not_open_without_tokens_that_are_long_enough(value: str, 
 
 
 def test_tokens_are_read_from_the_environment(monkeypatch):
-    from actors.gateway import read_tokens
+    from actors.reward.gateway import read_tokens
 
     monkeypatch.setenv("POOL_TOKENS", f" {TOKEN}, {OTHER} ,")
     assert read_tokens(HttpConfig(enabled=True, token_env="POOL_TOKENS")) == (TOKEN, OTHER)
@@ -256,8 +256,8 @@ def test_tokens_are_read_from_the_environment(monkeypatch):
 
 def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here(cluster, workers, monkeypatch):
     from acpo_dist.config.load import load_config
-    from actors.gateway import open_gateway
-    from actors.reward import deploy
+    from actors.reward.gateway import open_gateway
+    from actors.reward.pool import deploy
     from tests.conftest import TINY
 
     monkeypatch.setenv("ACPO_REWARDS_TOKEN", TOKEN)

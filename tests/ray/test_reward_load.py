@@ -45,7 +45,7 @@ def test_a_queue_longer_than_the_deadline_is_worked_off_without_asking_anything_
 
 
 def test_a_first_look_at_replicas_that_are_idle_is_no_sign_that_they_get_on(cluster, slow):
-    from actors.pulse import Pulse
+    from actors.reward.liveness import Pulse
 
     slow.score([handle_of(cluster, 0, pictures(0, 1))], [SLOW])
     pulse = Pulse(slow.client.handle(SLOW), slow.link.applications[SLOW])
@@ -59,7 +59,7 @@ def test_several_processes_that_share_a_replica_wait_for_one_another_without_ask
     def rank(link, first: int) -> int:
         import ray
 
-        from actors.reward_client import RewardClient
+        from actors.reward.client import RewardClient
 
         client = RewardClient(link)
         with ThreadPoolExecutor(4) as threads:
@@ -70,7 +70,7 @@ def test_several_processes_that_share_a_replica_wait_for_one_another_without_ask
 
 
 def test_a_request_that_no_replica_can_score_is_not_taken_for_a_pool_that_does_not_answer(cluster, slow):
-    from actors.reward_client import NoAnswerError
+    from actors.reward.client import NoAnswerError
 
     with pytest.raises(
         RewardError, match=r"needs pictures of at least 3 x 3, found 2 x 2 .*\(asked 3 times\)"
@@ -84,8 +84,8 @@ import json, signal, sys
 # A shell starts what it runs in the background with this signal ignored, the tests too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from acpo_dist.config.load import load_config
-from actors.joining import join
-from actors.reward import deploy
+from actors.cluster.connect import join
+from actors.reward.pool import deploy
 
 join(sys.argv[1])
 deploy(load_config("toy_sdxl", json.loads(sys.argv[2])), sys.argv[3])
@@ -128,8 +128,8 @@ def test_what_a_run_that_was_killed_has_left_is_ended_by_the_next_one_and_pools_
 ):
     from ray import serve
 
-    from actors.owners import orphans
-    from actors.reward import end_orphans
+    from actors.cluster.orphans import orphans
+    from actors.reward.pool import end_orphans
 
     with another_run(cluster, "acpo-00000005", tmp_path) as process:
         assert orphans() == []

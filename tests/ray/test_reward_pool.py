@@ -48,7 +48,7 @@ def handle_of(cluster, index: int, images: torch.Tensor) -> RolloutHandle:
 def pool_of(cluster) -> Iterator[Callable]:
     """Deploy the rewards of a configuration; ended after the module."""
     from acpo_dist.config.load import load_config
-    from actors.reward import deploy
+    from actors.reward.pool import deploy
     from tests.conftest import TINY
 
     with contextlib.ExitStack() as stack:
@@ -279,7 +279,7 @@ def test_gradients_from_the_pool_are_those_of_autograd_in_one_graph_whoever_shar
     from acpo_dist.models.sdxl import SdxlFamily
     from acpo_dist.objective.perceptual import clip_pixels
     from acpo_dist.rewards.metrics import TwoStreamMetric
-    from acpo_dist.rewards.wire import pack, unpack
+    from acpo_dist.workers.reward.wire import pack, unpack
 
     generator = torch.Generator().manual_seed(0)
     sent = [pack(torch.randn(2, 4, 8, 8, generator=generator), "float16") for _ in range(6)]

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from acpo_dist.tenure import DRIVER
+from acpo_dist.training.run_lock import DRIVER
 from tests.unit.test_signals import interrupted_by, started
 
 pytestmark = pytest.mark.ray

@@ -10,9 +10,11 @@ import pytest
 from acpo_dist.core.errors import SoftwareError
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-from actors import crew, learner, reward, rollout
-from actors import software as module
-from actors.software import Software, differences, software
+from actors import learner, rollout
+from actors import worker_pool as crew
+from actors.cluster import software as module
+from actors.cluster.software import Software, differences, software
+from actors.reward import pool as reward
 from tests.ray.test_loading import started
 
 ROOT = Path(module.__file__).resolve().parents[1]
@@ -20,7 +22,7 @@ ELSEWHERE = replace(software(), code="another")
 
 
 def _digest(root: Path) -> str:
-    program = "from actors.software import software; print(software().code)"
+    program = "from actors.cluster.software import software; print(software().code)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=True,

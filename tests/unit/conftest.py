@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.config_for_tests import SMALLEST, write
+from tests.helpers.config import SMALLEST, write
 
 
 @pytest.fixture

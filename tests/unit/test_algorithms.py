@@ -16,11 +16,11 @@ from acpo_dist.core.types import TrainTask
 from acpo_dist.data.prompts import deal
 from acpo_dist.diffusion.prediction import to_noise
 from acpo_dist.diffusion.sampling import ddim_step, guide
-from acpo_dist.driver import drive
-from acpo_dist.learner.samples import SampleStore
-from acpo_dist.local import LocalLearner, LocalRewards, LocalRollouts, open_ports
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.samples import SampleStore
 
 FAMILIES = {
     "sdxl": (),

@@ -70,10 +70,10 @@ def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_
 def test_an_unreadable_model_folder_is_refused(monkeypatch, capsys, tmp_path):
     import shutil
 
-    import acpo_dist.toy
+    import acpo_dist.data.toy
 
     broken = tmp_path / "broken"
-    shutil.copytree(Path(acpo_dist.toy.__file__).parent / "assets/toy-sdxl", broken)
+    shutil.copytree(Path(acpo_dist.data.toy.__file__).parent / "assets/toy-sdxl", broken)
     weights = broken / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.chdir(tmp_path)
@@ -108,8 +108,8 @@ def test_score_gives_every_picture_the_score_of_the_metric_itself(monkeypatch, c
     import torch
     from PIL import Image
 
+    from acpo_dist.data.toy.world import templates
     from acpo_dist.rewards.metrics import TwoStreamMetric
-    from acpo_dist.toy.world import templates
 
     pictures = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
     for index, picture in enumerate(pictures):

@@ -14,19 +14,19 @@ from torch import Tensor
 from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.core.types import Normaliser, RewardTerm
 from acpo_dist.data.images import real_pictures
-from acpo_dist.driver import drive
-from acpo_dist.learner.signal import PooledReward
-from acpo_dist.local import open_ports
+from acpo_dist.data.toy.world import templates
 from acpo_dist.objective.advantage import group_advantages
 from acpo_dist.objective.composition import compose, composition_slopes
 from acpo_dist.objective.pairs import pair_group
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 from acpo_dist.rewards.statistics import Sharpness
-from acpo_dist.rewards.wire import WireTensor
-from acpo_dist.rewards.worker import RewardWorker, ScoredGradient
-from acpo_dist.toy.world import templates
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.signal import PooledReward
+from acpo_dist.workers.reward.wire import WireTensor
+from acpo_dist.workers.reward.worker import RewardWorker, ScoredGradient
 
 METRICS = (TwoStreamMetric, StridedJudgeMetric, Sharpness)
 NORMALISERS = (

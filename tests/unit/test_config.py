@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from acpo_dist.config.load import dump, find_config, load_config, parse_override, shipped_configs, validate
-from tests.unit.config_for_tests import PLUGINS, SMALLEST, refusal, write
+from tests.helpers.config import PLUGINS, SMALLEST, refusal, write
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = sorted((HERE.parents[1] / "configs").glob("*.yaml"))

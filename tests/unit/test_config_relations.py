@@ -4,7 +4,7 @@ import pytest
 
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import RewardConfigError, UsageError
-from tests.unit.config_for_tests import PLUGINS, refusal
+from tests.helpers.config import PLUGINS, refusal
 
 
 def test_a_chunk_that_cuts_a_prompt_group_is_refused_with_a_size_that_fits(smallest):

@@ -19,8 +19,8 @@ from acpo_dist.core.errors import DataError
 from acpo_dist.data.folders import files_below
 from acpo_dist.data.images import count_images, load_pictures, read_images
 from acpo_dist.data.prompts import deal, load_prompts
-from acpo_dist.suites.pictures import count_pictures, decode, read_pictures
-from acpo_dist.toy.world import captions
+from acpo_dist.data.toy.world import captions
+from acpo_dist.evaluation.suites.images import count_pictures, decode, read_pictures
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
 

@@ -10,8 +10,8 @@ import pytest
 
 from acpo_dist.cli.doctor import _checks
 from acpo_dist.core.errors import ModelError
-from acpo_dist.doctor import configured, machine, packages, storage
-from acpo_dist.doctor.finding import Finding, in_child, run_checks, worst
+from acpo_dist.preflight.doctor import configured, machine, packages, storage
+from acpo_dist.preflight.doctor.finding import Finding, in_child, run_checks, worst
 
 
 def by_check(findings) -> dict[str, Finding]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import CheckpointError
-from acpo_dist.learner.engine import TorchEngine
-from tests.unit.config_for_tests import refusal
+from acpo_dist.workers.learner.engine import TorchEngine
+from tests.helpers.config import refusal
 
 CONFIG = LearnerConfig(learning_rate=0.02, weight_decay=0.01, max_grad_norm=0.5)
 

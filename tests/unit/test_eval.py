@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.cli.app import main
-from acpo_dist.evaluation.drift import path_kl
-from acpo_dist.evaluation.paired import compare_paired
-from acpo_dist.toy.world import scenes, templates
+from acpo_dist.data.toy.world import scenes, templates
+from acpo_dist.evaluation.metrics.drift import path_kl
+from acpo_dist.evaluation.metrics.paired import compare_paired
 
 TINY = ["sampler.num_steps=3", "sampler.guidance_scale=1.5", "rollout.batch_size=4"]
-GREEN = "judges_for_tests:FailsOnGreen"
+GREEN = "tests.helpers.judges:FailsOnGreen"
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkeypatch):
-    from acpo_dist.rollout.worker import RolloutWorker
+    from acpo_dist.workers.rollout.worker import RolloutWorker
 
     command = ["eval", "toy-sdxl", *TINY, "--suite", "toy", "--limit", "12", "--judges", "two_stream"]
     assert acpo(*command, "--out", "whole")[0] == 0
@@ -140,7 +140,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkey
 
 
 def test_judges_can_be_added_later_and_other_settings_cannot(acpo, monkeypatch):
-    from acpo_dist.rollout.worker import RolloutWorker
+    from acpo_dist.workers.rollout.worker import RolloutWorker
 
     command = ["eval", "toy-sdxl", *TINY, "--suite", "toy", "--limit", "4", "--out", "e"]
     assert acpo(*command, "--judges", "sharpness")[0] == 0
@@ -225,9 +225,9 @@ def test_the_table_counts_pairs_and_what_has_none_and_says_why_there_is_no_diffe
 
 
 def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measured(acpo, tiny, tmp_path):
-    from acpo_dist.driver import drive
-    from acpo_dist.local import open_ports
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
 
     root = tmp_path / "run"
     drive(tiny("run.iterations=2", f"run.dir={root}"), open_ports, Console(quiet=True))
@@ -256,10 +256,10 @@ def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measure
 
 
 def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):
-    from acpo_dist.driver import drive
-    from acpo_dist.learner.checkpoint import CheckpointStore
-    from acpo_dist.local import open_ports
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+    from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
     root = tmp_path / "run"
     drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, Console(quiet=True))
@@ -300,7 +300,7 @@ def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):
             "one process",
         ),
         (["pictures"], "pictures need --judges"),
-        (["pictures", "--judges", "judges_for_tests:PromptLength"], "compares pictures with their prompts"),
+        (["pictures", "--judges", "tests.helpers.judges:PromptLength"], "compares pictures with their prompts"),
         (["pictures", "--judges", "sharpness", "--compare", "toy-sdxl"], "must hold pictures too"),
         (["empty", "--judges", "sharpness"], "empty holds no picture"),
     ],

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from acpo_dist.core.errors import DataError
-from acpo_dist.suites.suite import load_suite, sample_groups
+from acpo_dist.evaluation.suites.suite import load_suite, sample_groups
 
 ROWS = [("a cat", "Animals"), ('"PEACE", painted on a wall', "Text"), ("a dog", "Animals"), ("a hat", "Things")]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from acpo_dist.evaluation.content import STATISTICS, content_statistics
-from acpo_dist.toy.world import templates
+from acpo_dist.data.toy.world import templates
+from acpo_dist.evaluation.metrics.content import STATISTICS, content_statistics
 
 
 def plain(*rgb: float) -> torch.Tensor:

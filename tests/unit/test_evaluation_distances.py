@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from acpo_dist.evaluation.distances import SampleError, frechet_distance, kid
+from acpo_dist.evaluation.metrics.distances import SampleError, frechet_distance, kid
 
 
 def features(count: int, width: int, seed: int, *, shift: float = 0.0) -> torch.Tensor:

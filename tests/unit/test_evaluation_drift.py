@@ -9,8 +9,8 @@ from torch.distributions import Normal, kl_divergence
 
 from acpo_dist.core.types import LateLatents
 from acpo_dist.diffusion.prediction import signal_and_noise
-from acpo_dist.evaluation.distances import SampleError
-from acpo_dist.evaluation.drift import drift_on_states, head_errors, kl_weights, path_kl
+from acpo_dist.evaluation.metrics.distances import SampleError
+from acpo_dist.evaluation.metrics.drift import drift_on_states, head_errors, kl_weights, path_kl
 from acpo_dist.models.family import Condition
 
 ALPHA_BARS = torch.linspace(0.999, 0.05, 50, dtype=torch.float64)

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from acpo_dist.core.errors import ConfigError, ModelError
-from acpo_dist.evaluation.features import InceptionFeatures, LowPassPixels, MidBlockFeatures, NetworkFeatures
+from acpo_dist.data.toy.world import templates
+from acpo_dist.evaluation.metrics.features import InceptionFeatures, LowPassPixels, MidBlockFeatures, NetworkFeatures
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
-from acpo_dist.toy.world import templates
 
 FULL, LORA = TuningConfig(method="full"), TuningConfig(rank=2)
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist, pdist
 
-from acpo_dist.evaluation.distances import SampleError
-from acpo_dist.evaluation.diversity import (
+from acpo_dist.evaluation.metrics.distances import SampleError
+from acpo_dist.evaluation.metrics.diversity import (
     mean_pairwise_distance,
     vendi_of_features,
     vendi_score,
     within_prompt_diversity,
 )
-from acpo_dist.evaluation.features import Features, LowPassPixels
-from acpo_dist.evaluation.manifold import manifold_report
+from acpo_dist.evaluation.metrics.features import Features, LowPassPixels
+from acpo_dist.evaluation.metrics.manifold import manifold_report
 
 
 def cloud(count: int, width: int, seed: int, centre: float = 0.0) -> torch.Tensor:

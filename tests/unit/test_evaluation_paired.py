@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from acpo_dist.evaluation.distances import SampleError
-from acpo_dist.evaluation.paired import bootstrap_mean, compare_paired, prompt_means, sign_flip_test
+from acpo_dist.evaluation.metrics.distances import SampleError
+from acpo_dist.evaluation.metrics.paired import bootstrap_mean, compare_paired, prompt_means, sign_flip_test
 
 PROMPTS, PER_PROMPT = 40, 6
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from acpo_dist.evaluation.spread import fit_gauge
-from acpo_dist.toy.world import templates
+from acpo_dist.data.toy.world import templates
+from acpo_dist.evaluation.metrics.spread import fit_gauge
 
 PICTURES = templates()[torch.randperm(864, generator=torch.Generator().manual_seed(0))[:64]]
 """Clean pictures of the toy world, float (64, 3, 32, 32)."""

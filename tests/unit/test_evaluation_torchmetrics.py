@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from acpo_dist.evaluation.distances import frechet_distance, kid
-from acpo_dist.evaluation.manifold import manifold_report
+from acpo_dist.evaluation.metrics.distances import frechet_distance, kid
+from acpo_dist.evaluation.metrics.manifold import manifold_report
 
 fid_module = pytest.importorskip("torchmetrics.image.fid", reason="needs torchmetrics")
 kid_module = pytest.importorskip("torchmetrics.image.kid", reason="needs torchmetrics")

@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, UNet2DCondition
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from acpo_dist.analysis.release.export import kohya_base
 from acpo_dist.config.load import load_config
 from acpo_dist.core.types import PromptGroup, SamplePlan
-from acpo_dist.exports import kohya_base
-from acpo_dist.learner.checkpoint import CheckpointStore
 from acpo_dist.models.lora_files import original_name
-from acpo_dist.sources import open_rollouts
-from tests.unit.exports_for_tests import (
+from acpo_dist.training.open_model import open_rollouts
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from tests.helpers.exports import (
     ASSETS,
     FAMILIES,
     PROMPT,

@@ -8,8 +8,8 @@ import pytest
 
 from acpo_dist.config.guard import GuardConfig, Limits
 from acpo_dist.core.types import Normaliser
-from acpo_dist.guard.guard import Guard
-from acpo_dist.guard.signals import Reference, Signals, fit_reference, measure_signals
+from acpo_dist.training.guard.guard import Guard
+from acpo_dist.training.guard.signals import Reference, Signals, fit_reference, measure_signals
 
 FAST = GuardConfig(action="stop", warmup=0, patience=1, smoothing=1.0, cooldown=3)
 """Acts on a single iteration, so that tests can say which."""

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from acpo_dist.config.guard import GuardConfig, Limits
-from acpo_dist.guard.guard import Guard
-from acpo_dist.guard.rules import RuleState, RunningMean, step, step_gross
-from acpo_dist.guard.signals import Signals
+from acpo_dist.training.guard.guard import Guard
+from acpo_dist.training.guard.rules import RuleState, RunningMean, step, step_gross
+from acpo_dist.training.guard.signals import Signals
 
 SAMPLES, CALIBRATION = 32, 64
 """Of one iteration and of the base model, as in configs/toy_sdxl.yaml."""

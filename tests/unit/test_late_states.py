@@ -7,10 +7,10 @@ from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import LateLatents, RolloutBatch
 from acpo_dist.diffusion.trajectory import explicit_trajectory, spaced_trajectory
-from acpo_dist.driver import drive
-from acpo_dist.learner.samples import SampleStore
-from acpo_dist.local import open_ports
 from acpo_dist.tracking.console import Console
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.samples import SampleStore
 
 ALPHA_BARS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64)
 

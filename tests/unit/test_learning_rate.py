@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from acpo_dist.driver import drive
-from acpo_dist.learner.engine import TorchEngine
-from acpo_dist.learner.rates import learning_rate
-from acpo_dist.local import open_ports
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.engine import TorchEngine
+from acpo_dist.workers.learner.rates import learning_rate
 
 
 @pytest.mark.parametrize(

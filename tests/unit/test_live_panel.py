@@ -9,14 +9,14 @@ from contextlib import ExitStack
 import pytest
 import rich.console
 
+from acpo_dist.analysis.report.follow import Follower, follow
+from acpo_dist.analysis.report.follow_page import show_until_end
+from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
-from acpo_dist.reporting.follow import Follower, follow
-from acpo_dist.reporting.record import read_run
-from acpo_dist.reporting.watching import show_until_end
-from acpo_dist.tenure import DRIVER, held
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.panel import SIGMA, LivePanel, clock, spark
-from tests.unit.runs_for_tests import make_run, row
+from acpo_dist.training.run_lock import DRIVER, held
+from tests.helpers.runs import make_run, row
 
 ROWS = [row(i, reward=0.5 + 0.1 * i, judge=0.4, drift=0.1 + 0.01 * i, **{"drift/budget": 0.3}) for i in range(4)]
 
@@ -147,12 +147,12 @@ def test_a_silent_run_is_given_up_after_the_wait_with_a_message(tmp_path):
 
 def test_watch_prints_where_a_run_is_once_or_as_json(tmp_path, monkeypatch, capsys):
     root = make_run(tmp_path / "run", ROWS, checkpoint=4, gains={"two_stream": 0.5})
-    monkeypatch.setattr(sys, "argv", ["acpo", "watch", str(root), "--once"])
+    monkeypatch.setattr(sys, "argv", ["acpo", "follow", str(root), "--once"])
     with pytest.raises(SystemExit):
         main()
         sys.exit(0)
     assert "iteration 4/4" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["acpo", "watch", str(root), "--json"])
+    monkeypatch.setattr(sys, "argv", ["acpo", "follow", str(root), "--json"])
     with pytest.raises(SystemExit):
         main()
         sys.exit(0)

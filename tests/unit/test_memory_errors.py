@@ -10,14 +10,14 @@ from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import DeviceMemoryError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.types import SamplePlan
-from acpo_dist.driver import drive
-from acpo_dist.learner.batches import memory_remedy
-from acpo_dist.learner.checkpoint import CheckpointStore
-from acpo_dist.local import learner_spec, open_ports
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.rollout.worker import RolloutWorker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import learner_spec, open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.batches import memory_remedy
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from acpo_dist.workers.rollout.worker import RolloutWorker
 
 QUIET = Console(quiet=True)
 
@@ -67,7 +67,7 @@ def test_the_learners_advice_names_what_is_not_done_yet():
 
 
 def test_a_run_whose_learner_runs_out_of_memory_goes_on_from_its_checkpoint(tiny, tmp_path: Path, monkeypatch):
-    from acpo_dist.learner.engine import TorchEngine
+    from acpo_dist.workers.learner.engine import TorchEngine
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     drive(tiny("run.iterations=2", f"run.dir={whole}", "checkpoint.every=1"), open_ports, QUIET)

@@ -13,20 +13,20 @@ from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiff
 from huggingface_hub import constants as hub_constants
 from torch import Tensor
 
-import acpo_dist.toy
+import acpo_dist.data.toy
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError, WeightSyncError
 from acpo_dist.core.types import RolloutBatch, SamplePlan, WeightBundle
 from acpo_dist.core.weights import make_bundle
+from acpo_dist.data.toy.world import captions
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
-from acpo_dist.rollout.worker import RolloutWorker
-from acpo_dist.toy.world import captions
+from acpo_dist.workers.rollout.worker import RolloutWorker
 
-ASSETS = Path(acpo_dist.toy.__file__).parent / "assets"
+ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
 PROMPTS = (captions()[3], captions()[40], captions()[17])
 LORA, FULL = TuningConfig(method="lora", rank=4), TuningConfig(method="full")
 FAMILIES = {"sdxl": SdxlFamily, "sd15": Sd15Family, "ddpm": DdpmFamily}

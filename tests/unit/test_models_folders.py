@@ -11,8 +11,8 @@ from acpo_dist.core.errors import ModelError, UsageError
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.loading import load_part
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.recipes import random_model
-from acpo_dist.recipes.random_model import write_random_sdxl
+from acpo_dist.models.training import random_model
+from acpo_dist.models.training.random_model import write_random_sdxl
 from tests.unit.test_models_memory import copy_of_toy, load
 
 

@@ -8,20 +8,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler
 
-import acpo_dist.toy
+import acpo_dist.data.toy
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError, NonFiniteError
 from acpo_dist.core.types import SamplePlan
+from acpo_dist.data.toy.world import captions
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.latent_config import MemoryConfig
 from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.models.vae import VaeDecoder
-from acpo_dist.rollout.worker import RolloutWorker
-from acpo_dist.toy.world import captions
+from acpo_dist.workers.rollout.worker import RolloutWorker
 
-TOY = Path(acpo_dist.toy.__file__).parent / "assets" / "toy-sdxl"
+TOY = Path(acpo_dist.data.toy.__file__).parent / "assets" / "toy-sdxl"
 PROMPTS = captions()[:3]
 
 

@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.data.toy.world import captions
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.ncp import NcpEncoder, full_float32
 from acpo_dist.models.sdxl import SdxlFamily
@@ -13,7 +14,6 @@ from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.objective.ncp import calibrated_beta, ncp_statistics, ncp_step
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_logit, preference_term, split_pairs
-from acpo_dist.toy.world import captions
 
 PAIRS = 32
 TIMESTEPS = (20, 100, 500, 900)

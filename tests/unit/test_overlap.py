@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from acpo_dist.learner.worker import LearnerWorker
-from acpo_dist.local import LocalRewards, LocalRollouts, learner_spec
-from acpo_dist.loop import fixed_groups
-from acpo_dist.rewards.wire import WireTensor
-from acpo_dist.rewards.worker import ScoredGradient
-from tests.unit.test_refused_steps import PROMPTS, task_of
+from acpo_dist.training.local import LocalRewards, LocalRollouts, learner_spec
+from acpo_dist.training.loop import fixed_groups
+from acpo_dist.workers.learner.worker import LearnerWorker
+from acpo_dist.workers.reward.wire import WireTensor
+from acpo_dist.workers.reward.worker import ScoredGradient
+from tests.unit.test_skipped_steps import PROMPTS, task_of
 
 
 class Elsewhere:

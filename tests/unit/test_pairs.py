@@ -14,13 +14,13 @@ from PIL import Image
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 from acpo_dist.data.pairs import PairSet
-from acpo_dist.driver import drive
-from acpo_dist.learner.samples import SampleStore
-from acpo_dist.local import LocalLearner, open_ports
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
+from acpo_dist.training.local import LocalLearner, open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.samples import SampleStore
 
 
 def png(seed: int, size: int = 40) -> bytes:

@@ -12,13 +12,13 @@ from acpo_dist.models.architectures import PUBLISHED, architecture_of
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
-from acpo_dist.planning import phases
-from acpo_dist.planning.kernels import Kernels
-from acpo_dist.planning.memory import LearnerState, learner_state
-from acpo_dist.planning.networks import new_text_encoders, new_unet, new_vae
-from acpo_dist.planning.plan import count_parameters, make_plan, setting_of
-from acpo_dist.planning.rates import CONTEXT_GIB, DEVICES, Device
-from acpo_dist.planning.tracer import trace
+from acpo_dist.preflight.plan import phases
+from acpo_dist.preflight.plan.kernels import Kernels
+from acpo_dist.preflight.plan.memory import LearnerState, learner_state
+from acpo_dist.preflight.plan.networks import new_text_encoders, new_unet, new_vae
+from acpo_dist.preflight.plan.plan import count_parameters, make_plan, setting_of
+from acpo_dist.preflight.plan.rates import CONTEXT_GIB, DEVICES, Device
+from acpo_dist.preflight.plan.tracer import trace
 
 GIB = 2**30
 SMALL = ["model.image_size=64", "rollout.batch_size=4", "learner.micro_batch=4", "learner.global_batch=4"]
@@ -130,7 +130,7 @@ def test_decoding_and_the_rewards_way_back_take_what_the_plan_says_within_15_per
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_optimiser_and_gradients_are_those_of_the_engine(tuning):
-    from acpo_dist.learner.engine import TorchEngine
+    from acpo_dist.workers.learner.engine import TorchEngine
 
     config = load_config("toy_sdxl", [f"model.tuning.method={tuning}"])
     family = family_of(config)
@@ -217,7 +217,7 @@ def test_autocast_is_counted_as_torch_runs_it():
 
 
 def test_8_bit_moments_are_planned_as_the_optimiser_holds_them():
-    from acpo_dist.learner.engine import TorchEngine
+    from acpo_dist.workers.learner.engine import TorchEngine
 
     config = load_config("toy_sdxl", ["model.tuning.method=full", "learner.optimizer=adamw_8bit"])
     family = family_of(config)

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from acpo_dist.core.errors import ConfigError
-from acpo_dist.driver import drive
-from acpo_dist.local import open_ports
-from acpo_dist.toy.world import templates
+from acpo_dist.data.toy.world import templates
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
 
 QUIET = Console(quiet=True)
 OVERRIDES = [
@@ -52,7 +52,7 @@ def test_base_model_and_metrics_are_trained_from_the_pictures_and_the_anchor_bat
 
 
 def test_what_was_trained_before_is_used_again(tiny, tmp_path, pictures):
-    from acpo_dist.recipes.prepare import prepare
+    from acpo_dist.training.prepare import prepare
 
     config = tiny(f"data.path={pictures}", *OVERRIDES, source="cifar10_ddpm")
     first = prepare(config, tmp_path / "base", QUIET)
@@ -62,7 +62,7 @@ def test_what_was_trained_before_is_used_again(tiny, tmp_path, pictures):
 
 
 def test_training_without_pictures_is_refused(tiny, tmp_path):
-    from acpo_dist.recipes.prepare import prepare
+    from acpo_dist.training.prepare import prepare
 
     with pytest.raises(ConfigError, match=r"set data\.path"):
         prepare(tiny(*OVERRIDES, source="cifar10_ddpm"), tmp_path, QUIET)

@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 from acpo_dist.cli.app import main
-from acpo_dist.driver import drive
-from acpo_dist.learner.checkpoint import CheckpointStore
-from acpo_dist.local import open_ports
-from acpo_dist.session import read_run_config
 from acpo_dist.tracking.console import Console
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.training.run_folder import read_run_config
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
 

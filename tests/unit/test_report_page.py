@@ -12,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+from acpo_dist.analysis.report.build import Drawing, build_report
+from acpo_dist.analysis.report.heat import luminance
+from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
-from acpo_dist.driver import drive
-from acpo_dist.learner.checkpoint import CheckpointStore
-from acpo_dist.local import LocalRewards, LocalRollouts, open_ports
-from acpo_dist.reporting.build import Drawing, build_report
-from acpo_dist.reporting.heat import luminance
-from acpo_dist.reporting.record import read_run
-from acpo_dist.session import read_run_config
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import LocalRewards, LocalRollouts, open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.training.run_folder import read_run_config
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from tests.conftest import TINY
-from tests.unit.browser_for_tests import Browser
-from tests.unit.runs_for_tests import make_run, row
+from tests.helpers.browser import Browser
+from tests.helpers.runs import make_run, row
 
 QUIET = Console(quiet=True)
 DRAWING = Drawing(prompts=2, per_prompt=2, at="export")
@@ -188,7 +188,7 @@ def test_a_second_report_draws_nothing_again(runs, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr("acpo_dist.reporting.studio.open_rollouts", refuse)
+    monkeypatch.setattr("acpo_dist.analysis.report.sample_renderer.open_rollouts", refuse)
     report, roots = runs
     again = build_report(roots, report.path.with_name("again.html"), DRAWING, track=False, console=QUIET)
     assert [v.gallery for v in again.views] == [v.gallery for v in report.views]
@@ -233,7 +233,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(runs, at)
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_curves_have_enough_contrast_on_page_and_card(scheme):
-    style = (files("acpo_dist.reporting") / "templates" / "report.css").read_text()
+    style = (files("acpo_dist.analysis.report") / "templates" / "report.css").read_text()
     blocks = re.findall(r":root \{([^}]*)\}", style)
     colours = {
         name: tuple(int(value[i : i + 2], 16) for i in (1, 3, 5))

@@ -10,15 +10,15 @@ import sys
 import pytest
 from PIL import Image
 
+from acpo_dist.analysis.report.compare import differences, labels_of, pareto_front, seed_groups
+from acpo_dist.analysis.report.find import gather, runs_below, runs_of_experiment
+from acpo_dist.analysis.report.metrics import figures_of
+from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
 from acpo_dist.core.errors import UsageError
-from acpo_dist.reporting.compare import differences, labels_of, pareto_front, seed_groups
-from acpo_dist.reporting.figures import figures_of
-from acpo_dist.reporting.find import gather, runs_below, runs_of_experiment
-from acpo_dist.reporting.record import read_run
 from acpo_dist.tracking.mlflow_query import attach
 from acpo_dist.tracking.mlflow_tracker import MlflowTracker
-from tests.unit.runs_for_tests import make_run, row
+from tests.helpers.runs import make_run, row
 
 ROWS = [row(i, reward=0.6, judge=0.5, drift=0.1) for i in range(2)]
 
@@ -126,7 +126,7 @@ def test_runs_lists_what_can_be_read_and_names_what_cannot(four, monkeypatch, ca
         (["compare", "nowhere"], "nowhere is not a run"),
         (["compare", "nowhere", "--out", "x.pdf"], "must end in .png or .html"),
         (["report", "nowhere"], "nowhere is not a run"),
-        (["watch", "nowhere"], "nowhere is not a run"),
+        (["follow", "nowhere"], "nowhere is not a run"),
         (["runs", "--experiment", "e", "--uri", "http://127.0.0.1:9"], "cannot be used"),
         (["runs", "--experiment", "e", "--uri", "sqlite:///none.db"], "none.db does not exist"),
     ],

@@ -5,15 +5,15 @@ import os
 
 import pytest
 
+from acpo_dist.analysis.report.metrics import figures_of, verdict
+from acpo_dist.analysis.report.record import read_run, require_rows
+from acpo_dist.analysis.report.sample_renderer import chosen_iteration
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import UsageError
-from acpo_dist.learner.checkpoint import CheckpointStore
-from acpo_dist.reporting.figures import figures_of, verdict
-from acpo_dist.reporting.record import read_run, require_rows
-from acpo_dist.reporting.studio import chosen_iteration
-from acpo_dist.suites.subject import find_checkpoint
-from acpo_dist.tenure import DRIVER, held
-from tests.unit.runs_for_tests import make_run, row
+from acpo_dist.evaluation.suites.subject import find_checkpoint
+from acpo_dist.training.run_lock import DRIVER, held
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from tests.helpers.runs import make_run, row
 
 RISING = [row(i, reward=0.5 + 0.1 * i, judge=0.4 + 0.02 * i, drift=0.1 + 0.01 * i) for i in range(4)]
 

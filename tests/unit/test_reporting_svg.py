@@ -6,8 +6,8 @@ from html import unescape
 
 import pytest
 
-from acpo_dist.reporting.heat import heat_map, ink_on, luminance, shade
-from acpo_dist.reporting.svg import Limit, Series, Trail, line_chart, scatter_chart, ticks
+from acpo_dist.analysis.report.heat import heat_map, ink_on, luminance, shade
+from acpo_dist.analysis.report.svg import Limit, Series, Trail, line_chart, scatter_chart, ticks
 
 
 def data_of(chart):

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from acpo_dist.core.errors import RewardConfigError, RewardError
+from acpo_dist.data.toy.world import captions, templates
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.objective.perceptual import clip_pixels
-from acpo_dist.recipes.tiny_clip import new_tiny_clip, save_tiny_clip
 from acpo_dist.rewards import clip_backbone
 from acpo_dist.rewards.clip_backbone import OPENAI_MEAN, OPENAI_STD, ClipBackbone, resize
 from acpo_dist.rewards.clip_metrics import Aesthetic, ClipScore, PickScore
 from acpo_dist.rewards.ipce import Ipce
-from acpo_dist.rewards.wire import pack, unpack
-from acpo_dist.rewards.worker import RewardWorker
-from acpo_dist.toy.world import captions, templates
+from acpo_dist.rewards.training.tiny_clip import new_tiny_clip, save_tiny_clip
+from acpo_dist.workers.reward.wire import pack, unpack
+from acpo_dist.workers.reward.worker import RewardWorker
 
 TEXT_METRICS = [ClipScore, PickScore, Ipce]
 

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from acpo_dist.recipes.tiny_clip import (
+from acpo_dist.data.toy.world import caption_index, captions, templates
+from acpo_dist.rewards.clip_backbone import OPENAI_MEAN, OPENAI_STD
+from acpo_dist.rewards.clip_metrics import ClipScore
+from acpo_dist.rewards.ipce import Ipce, ipce_quality, ipce_views, level_texts, patch_corners
+from acpo_dist.rewards.training.tiny_clip import (
     TinyClipReport,
     new_tiny_clip,
     save_tiny_clip,
@@ -16,10 +20,6 @@ from acpo_dist.recipes.tiny_clip import (
     split_scenes,
     train_tiny_clip,
 )
-from acpo_dist.rewards.clip_backbone import OPENAI_MEAN, OPENAI_STD
-from acpo_dist.rewards.clip_metrics import ClipScore
-from acpo_dist.rewards.ipce import Ipce, ipce_quality, ipce_views, level_texts, patch_corners
-from acpo_dist.toy.world import caption_index, captions, templates
 
 
 def rng(seed: int) -> torch.Generator:

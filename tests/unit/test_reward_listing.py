@@ -87,7 +87,7 @@ def test_a_text_metric_without_its_model_is_refused_before_anything_starts(tiny)
 
 
 def test_a_conditional_model_takes_a_text_metric(tiny, tmp_path: Path):
-    from acpo_dist.recipes.tiny_clip import new_tiny_clip, save_tiny_clip
+    from acpo_dist.rewards.training.tiny_clip import new_tiny_clip, save_tiny_clip
 
     save_tiny_clip(tmp_path, new_tiny_clip())
     config = tiny(f"rewards.train=[{{type: ipce, weights: {tmp_path}}}]")

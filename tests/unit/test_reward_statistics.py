@@ -10,7 +10,7 @@ from torch import Tensor
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.rewards import statistics
-from acpo_dist.rewards.worker import RewardWorker
+from acpo_dist.workers.reward.worker import RewardWorker
 
 NAMES = [
     "sharpness", "colourfulness", "saturation", "edge_density", "soft_edge_density", "colour_entropy",
@@ -162,7 +162,7 @@ def test_what_is_no_picture_is_refused_by_name(images: Tensor, words: str):
 
 def test_the_worker_gives_the_gradient_of_a_statistic_at_latents():
     from acpo_dist.models.sdxl import SdxlFamily
-    from acpo_dist.rewards.wire import pack, unpack
+    from acpo_dist.workers.reward.wire import pack, unpack
 
     model = SdxlFamily.Config(path="toy-sdxl")
     served = RewardWorker(statistics.Sharpness.Config(), model=model, cut="latent", wire_dtype="float32")

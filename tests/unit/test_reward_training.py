@@ -16,13 +16,13 @@ from torch import Tensor
 
 from acpo_dist.cli.app import main
 from acpo_dist.core.errors import DataError
-from acpo_dist.recipes.labels import csv_rows, opinions, split_by_reference
-from acpo_dist.recipes.quality import QualitySettings, train_two_stream
-from acpo_dist.recipes.tiny_clip import new_tiny_clip, save_tiny_clip
+from acpo_dist.data.toy.damage import grain
+from acpo_dist.data.toy.world import caption_index, captions, templates
 from acpo_dist.rewards.ipce import Ipce
 from acpo_dist.rewards.metrics import TwoStreamMetric
-from acpo_dist.toy.damage import grain
-from acpo_dist.toy.world import caption_index, captions, templates
+from acpo_dist.rewards.training.labels import csv_rows, opinions, split_by_reference
+from acpo_dist.rewards.training.quality import QualitySettings, train_two_stream
+from acpo_dist.rewards.training.tiny_clip import new_tiny_clip, save_tiny_clip
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

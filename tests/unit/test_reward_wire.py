@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from acpo_dist.rewards.wire import pack, unpack
+from acpo_dist.workers.reward.wire import pack, unpack
 from tests.unit.test_rewards import relative_error, rng
 
 

@@ -14,17 +14,17 @@ from diffusers import AutoencoderKL
 from scipy import ndimage
 from torch import Tensor
 
-import acpo_dist.toy
+import acpo_dist.data.toy
 from acpo_dist.core.errors import RewardConfigError, RewardError
+from acpo_dist.data.toy.world import templates
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.recipes.toy_models import new_vae
+from acpo_dist.models.training.toy_models import new_vae
 from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
 from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream, gradient_magnitude
-from acpo_dist.rewards.wire import pack, unpack
-from acpo_dist.rewards.worker import CHUNK, NonFiniteScoreError, RewardWorker
-from acpo_dist.toy.world import templates
+from acpo_dist.workers.reward.wire import pack, unpack
+from acpo_dist.workers.reward.worker import CHUNK, NonFiniteScoreError, RewardWorker
 
 TOY_SDXL = SdxlFamily.Config(path="toy-sdxl")
 our_metrics = pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path):
 
 def test_a_file_that_holds_other_weights_is_refused(tmp_path: Path):
     (tmp_path / "garbage.safetensors").write_bytes(b"not weights")
-    other = Path(acpo_dist.toy.__file__).parent / "assets" / "judge.safetensors"
+    other = Path(acpo_dist.data.toy.__file__).parent / "assets" / "judge.safetensors"
     for path in (tmp_path / "garbage.safetensors", other):
         with pytest.raises(RewardConfigError, match="does not hold weights for `two_stream`"):
             TwoStreamMetric(TwoStreamMetric.Config(weights=str(path)))

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.core.errors import NonFiniteError, ResumeError, WorkerLostError
-from acpo_dist.driver import drive, read_export_facts
-from acpo_dist.learner.checkpoint import CheckpointStore
-from acpo_dist.local import LocalRollouts, open_ports
-from acpo_dist.session import open_run
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import LocalRollouts, open_ports
+from acpo_dist.training.run import drive, read_export_facts
+from acpo_dist.training.run_folder import open_run
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 QUIET = Console(quiet=True)
 
@@ -229,7 +229,7 @@ def test_a_bfloat16_run_that_is_resumed_gives_the_same_weights_bit_for_bit(tiny,
 
 def test_bfloat16_arithmetic_is_the_networks_alone(tiny, tmp_path, monkeypatch):
     from acpo_dist.models.text import PromptEmbeddings
-    from acpo_dist.rewards.worker import RewardWorker
+    from acpo_dist.workers.reward.worker import RewardWorker
 
     seen: dict[str, set[bool]] = {}
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from acpo_dist.cli.app import main
-from acpo_dist.suites.pictures import at_once
+from acpo_dist.evaluation.suites.images import at_once
 from acpo_dist.tracking.histogram import text_histogram
 
 
@@ -63,20 +63,20 @@ def test_a_picture_that_a_reward_cannot_take_is_named_and_the_others_keep_their_
     for name in ("1.png", "2.png"):
         Image.new("RGB", (32, 32), (150, 80, 90)).save(folder / "a" / name)
     Image.new("RGB", (32, 20), (200, 0, 0)).save(folder / "a" / "9_low.png")
-    rewards = ["--reward", "tests.unit.judges_for_tests:FailsOnGreen", "--reward", "two_stream"]
+    rewards = ["--reward", "tests.helpers.judges:FailsOnGreen", "--reward", "two_stream"]
     code, out, err = run(monkeypatch, capsys, str(folder), *rewards, "--json", "--csv", str(folder / "s.csv"))
     rows = {Path(row.pop("path")).name: list(row.values()) for row in json.loads(out)["scores"]}
     assert code == 1 and "Traceback" not in err
     assert rows["0_green.png"][0] is None and rows["0_green.png"][1] > 0
     assert rows["9_low.png"][0] == pytest.approx(200 / 255 / 3) and rows["9_low.png"][1] is None
     assert all(None not in rows[name] for name in ("1.png", "2.png"))
-    assert "0_green.png: tests.unit.judges_for_tests:FailsOnGreen: ValueError: 1 pictures are green" in err
+    assert "0_green.png: tests.helpers.judges:FailsOnGreen: ValueError: 1 pictures are green" in err
     assert "9_low.png: `two_stream` needs pictures of at least 32 x 32, found 20 x 32" in err
     assert len((folder / "s.csv").read_text().splitlines()) == 6
 
 
 def test_a_table_that_cannot_be_written_is_refused_before_anything_is_scored(folder, monkeypatch, capsys):
-    arguments = [str(folder), "--reward", "tests.unit.judges_for_tests:FailsOnGreen"]
+    arguments = [str(folder), "--reward", "tests.helpers.judges:FailsOnGreen"]
     code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a" / "notes.txt" / "s.csv"))
     assert code == 2 and "cannot be written" in err and "Traceback" not in err
     code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a"))

@@ -14,8 +14,8 @@ import torch
 from acpo_dist.config.load import load_config
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.planning.plan import make_plan
-from acpo_dist.recipes.random_model import write_random_sdxl
+from acpo_dist.models.training.random_model import write_random_sdxl
+from acpo_dist.preflight.plan.plan import make_plan
 
 pytestmark = [
     pytest.mark.slow,

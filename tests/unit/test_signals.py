@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acpo_dist.tenure import DRIVER
+from acpo_dist.training.run_lock import DRIVER
 from tests.conftest import TINY
 
 ACPO = Path(sys.executable).parent / "acpo"

@@ -3,9 +3,9 @@
 import pytest
 
 from acpo_dist.core.errors import UsageError
-from tests.unit.config_for_tests import SMALLEST, write
+from tests.helpers.config import SMALLEST, write
 
-jobs = pytest.importorskip("actors.jobs")
+jobs = pytest.importorskip("actors.cluster.jobs")
 
 
 def test_a_shipped_configuration_needs_no_upload():
@@ -73,7 +73,7 @@ def test_a_home_folder_or_one_above_it_is_only_uploaded_when_it_is_named(tmp_pat
 
 
 def test_files_that_a_shipped_configuration_names_travel_alone(tmp_path, monkeypatch, tiny):
-    from actors.files import relative_files
+    from actors.cluster.job_files import relative_files
 
     monkeypatch.chdir(tmp_path)
     for name in ("lists/prompts.txt", "photos/a.png", "secret.txt"):
@@ -88,7 +88,7 @@ def test_files_that_a_shipped_configuration_names_travel_alone(tmp_path, monkeyp
 
 
 def test_a_file_that_the_job_would_not_find_is_named_before_anything_is_uploaded(tmp_path, monkeypatch, tiny):
-    from actors.files import relative_files
+    from actors.cluster.job_files import relative_files
 
     here = tmp_path / "here"
     here.mkdir()

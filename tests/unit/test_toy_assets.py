@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import acpo_dist.toy
+import acpo_dist.data.toy
 from acpo_dist.core.types import SamplePlan
-from acpo_dist.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, spoil
-from acpo_dist.toy.oracle import judge_exactly
-from acpo_dist.toy.world import caption_index, captions, templates
+from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, spoil
+from acpo_dist.data.toy.oracle import judge_exactly
+from acpo_dist.data.toy.world import caption_index, captions, templates
 
-ASSETS = Path(acpo_dist.toy.__file__).parent / "assets"
+ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
 
 
 def test_all_assets_together_are_at_most_nine_megabytes_and_hold_no_pickle():
@@ -63,7 +63,7 @@ def test_the_vae_gives_every_clean_template_back():
 
 def _draw(source, count, guidance):
     from acpo_dist.config.load import load_config
-    from acpo_dist.rollout.worker import RolloutWorker
+    from acpo_dist.workers.rollout.worker import RolloutWorker
 
     config = load_config(source) if isinstance(source, str) else source
     sampler = config.sampler.model_copy(update={"guidance_scale": guidance})
@@ -128,7 +128,7 @@ def test_plain_diffusers_opens_toy_ddpm():
 
 
 def test_the_recipe_builds_a_part_and_refuses_sdxl_without_its_vae(tmp_path):
-    from acpo_dist.recipes.toy import build
+    from acpo_dist.training.toy_assets import build
 
     build("reward", tmp_path, effort=0.02)
     assert (tmp_path / "two_stream.safetensors").is_file()

@@ -9,10 +9,10 @@ import torch
 from scipy.fft import dctn, idctn
 from transformers import CLIPTokenizer
 
-from acpo_dist.toy.damage import BASE_DAMAGE, CLEAN_SHARE, JUDGE_DAMAGE, dct_quantise, gaussian_blur, spoil
-from acpo_dist.toy.oracle import judge_exactly, nearest_template
-from acpo_dist.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
-from acpo_dist.toy.world import (
+from acpo_dist.data.toy.damage import BASE_DAMAGE, CLEAN_SHARE, JUDGE_DAMAGE, dct_quantise, gaussian_blur, spoil
+from acpo_dist.data.toy.oracle import judge_exactly, nearest_template
+from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
+from acpo_dist.data.toy.world import (
     BACKGROUNDS,
     CENTRES,
     COLOURS,

@@ -16,11 +16,11 @@ from PIL import Image
 from acpo_dist.tracking import mlflow_tracker
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.images import GAP, save_curves, save_grid
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
 from acpo_dist.tracking.mlflow_records import flatten, legal_name
 from acpo_dist.tracking.mlflow_run import RunFacts, make_sqlite, open_run, shown_uri, sqlite_file
 from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
-from acpo_dist.tracking.pictures import GAP, save_curves, save_grid
 from acpo_dist.tracking.spool import Spool
 
 NOWHERE = "http://127.0.0.1:9"

@@ -11,7 +11,7 @@ import acpo_dist
 from acpo_dist.cli.app import main
 
 VRG = Path(__file__).resolve().parents[2].parent / "shared/data/vrg"
-TOY_FOLDER = str(Path(acpo_dist.__file__).parent / "toy/assets/toy-sdxl")
+TOY_FOLDER = str(Path(acpo_dist.__file__).parent / "data/toy/assets/toy-sdxl")
 needs_published = pytest.mark.skipif(not VRG.is_dir(), reason="the published tables lie in ../shared/data/vrg")
 
 
@@ -114,10 +114,10 @@ def test_measuring_writes_an_artefact_that_show_optimize_and_generate_read(monke
 def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
     import torch
 
+    from acpo_dist.analysis.release.pipeline import arguments_for, open_pipeline, pictures_of
     from acpo_dist.core.types import SamplePlan
-    from acpo_dist.pipeline import arguments_for, open_pipeline, pictures_of
-    from acpo_dist.retiming.artefact import trajectory_to_mapping
-    from acpo_dist.sources import open_rollouts, source_config
+    from acpo_dist.training.open_model import open_rollouts, source_config
+    from acpo_dist.training.trajectory.artefact import trajectory_to_mapping
 
     prompt = "a red circle on a white background"
     config, _ = source_config("toy-sdxl", ["sampler.num_steps=5", "sampler.guidance_scale=1.5"])

@@ -8,8 +8,8 @@ import torch
 
 from acpo_dist.core.errors import VrgError
 from acpo_dist.models.family import Condition
-from acpo_dist.rollout.errors import measure_errors
 from acpo_dist.vrg.sums import sums_of
+from acpo_dist.workers.rollout.errors import measure_errors
 
 ALPHA_BARS = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
 SIGMAS = np.exp(np.linspace(np.log(0.02), np.log(50), 12))

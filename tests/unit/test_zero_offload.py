@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.unit.config_for_tests import refusal
+from tests.helpers.config import refusal
 
 pytest.importorskip("deepspeed")
 
@@ -16,8 +16,8 @@ PROGRAM = """
 import json, sys, torch
 from torch import nn
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.learner.engine import TorchEngine
-from acpo_dist.learner.zero import ZeroEngine
+from acpo_dist.workers.learner.engine import TorchEngine
+from acpo_dist.workers.learner.zero import ZeroEngine
 
 def layers():
     torch.manual_seed(0)

@@ -1,0 +1,222 @@
+"""A checkpoint as files that others open: LoRA in two layouts, or the merged pipeline, each with a model card."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file, save_file
+
+from acpo_dist.analysis.release.export_card import base_name, export_card
+from acpo_dist.analysis.release.verdict import guard_ending
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import CheckpointError, ModelError, UsageError
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.weights import checksum, make_bundle
+from acpo_dist.models.architectures import architecture_of, prediction_type_of
+from acpo_dist.models.lora_files import adapter_layers, kohya_layers, text_width
+from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
+from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.open_model import prepared
+from acpo_dist.training.run import export_pipeline
+from acpo_dist.training.run_folder import METRICS, git_commit, read_run_config
+from acpo_dist.training.trajectory.artefact import trajectory_from_mapping
+from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+
+Format = Literal["diffusers-lora", "kohya", "merged"]
+FORMATS: tuple[Format, ...] = ("diffusers-lora", "kohya", "merged")
+WEIGHTS = {"raw": "policy", "ema": "ema"}
+_SHOWN = re.compile(r"(reward|judge)/[^/]+/mean|drift/.*|gain/.*")
+_SD2_WIDTH = 1024
+"""Of the text that Stable Diffusion 2.x reads; 1.x reads 768."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    folder: Path
+    file: Path
+    """The LoRA file, or the pipeline's index."""
+    card: Path
+    schedule: Path | None
+    """Trajectory that the weights were tuned along, for plain schedulers; None for a pipeline that takes none."""
+    iteration: int
+    checksum: str
+    """SHA-256 of the tuned weights, as the run published them."""
+    guard: str | None
+    """How the guard ended the run, and what that means for these weights; None if it did not."""
+
+
+def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported:
+    """Write a checkpoint's weights.
+
+    Args:
+        source: a run, or one checkpoint of one. Of a run the newest is meant, or after a roll-back by the guard the one
+            that its judges liked best, as in the run's own export.
+        out: folder to write; it must not hold another export.
+        weights: `raw` (of the last step) or `ema` (averaged over steps).
+
+    Raises:
+        UsageError: unknown layout or weights, or the folder is taken.
+        ResumeError: no run.
+        ModelError: no whole checkpoint, none of what the guard went back to, or no LoRA where one is asked for.
+        CheckpointError: the checkpoint is damaged.
+    """
+    if layout not in FORMATS:
+        raise UsageError(f"unknown --format {layout}; known: {', '.join(FORMATS)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"unknown --weights {weights}; known: {', '.join(WEIGHTS)}")
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"--out: {out} is not empty; name a folder that does not exist yet")
+    run, config, checkpoint = _find(source)
+    tensors = load_file(checkpoint.learner_folder / f"{WEIGHTS[weights]}.safetensors")
+    if layout == "merged":
+        export_pipeline(config, make_bundle(int(checkpoint.state["version"]), tensors), out)
+        file = out / "model_index.json"
+    else:
+        layers = adapter_layers(tensors, config.model.tuning)
+        out.mkdir(parents=True, exist_ok=True)
+        file = _write_lora(config, layers, out, layout, weights, checkpoint)
+    schedule = _write_schedule(config, checkpoint, out)
+    card = out / "README.md"
+    guard = _guard(run, checkpoint)
+    facts = _facts(run, config, checkpoint, checksum(tensors), weights) | {"guard": guard or "did not end the run"}
+    loads = None if layout == "merged" else file.name
+    text = export_card(config, loads, schedule.name if schedule else None, facts, _figures(run, checkpoint))
+    card.write_text(text, encoding="utf-8")
+    return Exported(
+        folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
+        checksum=facts["weights sha256"], guard=guard,
+    )  # fmt: skip
+
+
+def _find(source: Path) -> tuple[Path, Config, Checkpoint]:
+    if source.parent.name == "checkpoints":
+        run = source.parent.parent
+        return run, prepared(read_run_config(run), run), open_checkpoint(source)
+    config = prepared(read_run_config(source), source)
+    store = CheckpointStore(source / "checkpoints", keep=config.checkpoint.keep)
+    found = store.newest()
+    if found is None:
+        raise ModelError(f"{source} has no whole checkpoint yet: wait for one (checkpoint.every).")
+    ending = guard_ending(source, _done(source))
+    if ending is None or ending.action != "roll_back":
+        return source, config, found
+    if not (source / "checkpoints" / f"{ending.best:06d}").is_dir():
+        liked = "the base model" if ending.best == 0 else f"iteration {ending.best}"
+        raise ModelError(
+            f"{source}: {ending.text}. The weights were taken back to {liked}, of which there is no checkpoint. Name a "
+            f"checkpoint to export it all the same, such as {found.folder}."
+        )
+    return source, config, store.open(ending.best)
+
+
+def _done(run: Path) -> int:
+    """Iterations up to the newest checkpoint, whole or not."""
+    return max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+
+
+def _guard(run: Path, checkpoint: Checkpoint) -> str | None:
+    ending = guard_ending(run, _done(run))
+    if ending is None:
+        return None
+    if ending.action != "roll_back":
+        return ending.text
+    held = "is what it went back to" if checkpoint.iteration == ending.best else f"is not: it went to {ending.best}"
+    return f"{ending.text}; iteration {checkpoint.iteration} {held}"
+
+
+def _write_lora(
+    config: Config, layers: Mapping[str, Any], out: Path, layout: Format, weights: str, checkpoint: Checkpoint
+) -> Path:
+    family = resolve("model", MODELS, config.model.type)
+    if not hasattr(family, "pipeline"):
+        raise ModelError(f"a `{config.model.type}` pipeline loads no LoRA; take --format merged.")
+    if layout == "diffusers-lora":
+        family.pipeline.save_lora_weights(out, unet_lora_layers=dict(layers), safe_serialization=True)
+        return out / "pytorch_lora_weights.safetensors"
+    depth = architecture_of(config.model).unet["layers_per_block"]
+    if not isinstance(depth, int):
+        raise CheckpointError(f"layers_per_block is {depth}: kohya's layout knows one number for all blocks")
+    file = out / f"{config.run.name}.safetensors"
+    rank = config.model.tuning.rank
+    # What readers of this layout look up; the scale is in the weights, so alpha is the rank.
+    metadata = {
+        "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
+        "ss_output_name": config.run.name, "ss_steps": str(checkpoint.iteration), "acpo_weights": weights,
+        **kohya_base(config, layers),
+    }  # fmt: skip
+    named = kohya_layers(layers, family=config.model.type, layers_per_block=depth)
+    save_file(named, file, metadata=metadata)
+    return file
+
+
+def kohya_base(config: Config, layers: Mapping[str, Any]) -> dict[str, str]:
+    """What the base model is, as a LoRA file's metadata in kohya's words; readers tell 1.x from 2.x by it."""
+    kind = prediction_type_of(config.model)
+    parameterised = {"v_prediction": "v", "epsilon": "epsilon"}.get(kind or "")
+    said = {"modelspec.prediction_type": parameterised} if parameterised else {}
+    if config.model.type == "sdxl":
+        return {"ss_base_model_version": "sdxl_base_v1-0", **said}
+    width = text_width(layers) or architecture_of(config.model).unet["cross_attention_dim"]
+    second = width == _SD2_WIDTH
+    version = ("sd_v2" if second else "sd_v1") + ("_v" if parameterised == "v" else "")
+    return {"ss_base_model_version": version, "ss_v2": str(second), **said}
+
+
+def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path | None:
+    """The rollouts' trajectory: as `acpo generate --schedule` reads it, and as diffusers' two schedulers take it."""
+    found = checkpoint.state.get("trajectory")
+    if found is None or not hasattr(resolve("model", MODELS, config.model.type), "pipeline"):
+        return None
+    trajectory = trajectory_from_mapping(found)
+    plain = {
+        "EulerDiscreteScheduler": {"sigmas": euler_sigmas(trajectory)},
+        "DPMSolverMultistepScheduler": {"timesteps": dpmpp_timesteps(trajectory)},
+    }
+    path = out / "schedule.json"
+    path.write_text(json.dumps({"trajectory": found, "diffusers": plain}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _figures(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
+    """Of the last iteration before the checkpoint, and the run's gain where the checkpoint is its end."""
+    path = run / METRICS
+    rows = read_metrics(path) if path.is_file() else []
+    chosen = [row for row in rows if row.get("iteration") in (checkpoint.iteration - 1, checkpoint.iteration)]
+    merged: dict[str, Any] = {}
+    for row in chosen:
+        # The row after the last iteration holds the gain alone; any other is of newer weights.
+        if row["iteration"] < checkpoint.iteration or all(n.startswith(("gain/", "iteration")) for n in row):
+            merged |= row
+    return {name: value for name, value in merged.items() if _SHOWN.fullmatch(name) and isinstance(value, float)}
+
+
+def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weights: str) -> dict[str, str]:
+    commit = git_commit()
+    return {
+        "base model": base_name(config),
+        "algorithm": config.algorithm.type,
+        "rewards (drove the update)": ", ".join(entry.name for entry in config.rewards.train),
+        "judges (held out)": ", ".join(entry.name for entry in config.rewards.judges) or "none",
+        "iterations": f"{checkpoint.iteration} of {config.run.iterations}",
+        "weights": "averaged over optimiser steps" if weights == "ema" else "of the last optimiser step",
+        "seed": str(config.run.seed),
+        "run": config.run.name,
+        **_drawn_with(config),
+        "weights sha256": digest,
+        **({"code": commit} if commit else {}),
+    }
+
+
+def _drawn_with(config: Config) -> dict[str, str]:
+    """Settings of the run's pictures that a pipeline would choose otherwise."""
+    said = {
+        "revision of the base model": getattr(config.model, "revision", None),
+        "picture size": getattr(config.model, "image_size", None),
+        "negative prompt": getattr(config.model, "negative_prompt", None),
+    }
+    return {name: str(value) for name, value in said.items() if value is not None}

@@ -1,0 +1,215 @@
+"""The model card: what it was tuned on and from, what was measured, under which licences, and how to load it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from acpo_dist.analysis.release.verdict import Verdict
+from acpo_dist.config.schema import Config
+from acpo_dist.evaluation.suites.set_metrics import counts_of, reasons_of
+from acpo_dist.models.loading import resolve_path
+from acpo_dist.rewards.listing import reward_listing
+
+_UNKNOWN = "not stated by the base model's files; look it up there before you pass the model on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card is made from."""
+
+    config: Config
+    name: str
+    iteration: int
+    verdict: Verdict
+    forced: bool
+    metrics: Mapping[str, float]
+    """Of the iteration before the checkpoint."""
+    gains: Mapping[str, float]
+    """Of the run's last weights; empty if the card is about other ones."""
+    evaluations: Sequence[Mapping[str, Any]]
+    policy_sha256: str
+    provenance: Mapping[str, str]
+    lora: bool
+
+
+def model_card(facts: CardFacts) -> str:
+    """Markdown with a YAML head, as model hubs read it."""
+    base = _base(facts.config)
+    licence = base_licence(facts.config)
+    head = {
+        "library_name": "diffusers", "base_model": base, "tags": ["acpo-dist", facts.config.algorithm.type],
+        **({"license": licence} if licence else {}),
+    }  # fmt: skip
+    origin = [*facts.provenance.items(), ("weights sha256", facts.policy_sha256)]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {facts.name}",
+        f"`{base}`, tuned by `{facts.config.algorithm.type}` on {_rewards(facts.config)} for {facts.iteration} "
+        "iterations with acpo_dist. Rewards drove the update; judges did not, and watched.",
+        *([_warning(facts)] if facts.forced else []),
+        f"## Use\n\n```python\n{loading_code(facts.config)}```",
+        *([_LORA] if facts.lora else []),
+        f"## Tuning\n\n{_table(('what', 'value'), _tuning(facts))}",
+        f"## Measured\n\n{_measured(facts)}",
+        f"## Guard\n\n{_guard(facts)}",
+        f"## Licences\n\n{_table(('part', 'licence'), _licences(facts.config, licence))}",
+        f"## Provenance\n\n{_table(('what', 'value'), origin)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def loading_code(config: Config) -> str:
+    """Python that draws one picture with plain diffusers from the folder that the card lies in."""
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder, or where you downloaded it',
+    ]
+    steps = config.sampler.num_steps
+    if config.data.prompts == "none":
+        lines.append(f"picture = pipeline(num_inference_steps={max(steps, 50)}).images[0]")
+    else:
+        arguments = f"num_inference_steps={steps}, guidance_scale={config.sampler.guidance_scale:g}"
+        lines.append(f'picture = pipeline("{_example(config)}", {arguments}).images[0]')
+    return "\n".join([*lines, 'picture.save("picture.png")', ""])
+
+
+def base_licence(config: Config) -> str | None:
+    """The licence that the base model's own card states, or None."""
+    path = Path(resolve_path(config.model.path)) / "README.md"
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return None
+    try:
+        head = yaml.safe_load(text.split("---")[1])
+    except yaml.YAMLError:
+        return None
+    found = head.get("license") if isinstance(head, dict) else None
+    return str(found) if found else None
+
+
+_LORA = (
+    '`lora/` holds the adapter alone: `pipeline.load_lora_weights("lora")` on the base model\'s own pipeline gives the '
+    "same pictures up to rounding."
+)
+
+
+def _warning(facts: CardFacts) -> str:
+    reasons = "\n".join(f"> - {text}" for text in facts.verdict.objections)
+    return f"> **Promoted by force.** The guard was not clean:\n{reasons}"
+
+
+def _tuning(facts: CardFacts) -> list[tuple[str, object]]:
+    config = facts.config
+    anchor = getattr(config.algorithm, "anchor", None)
+    rows: list[tuple[str, object]] = [
+        ("base model", _base(config)),
+        ("prompts", "none (unconditional)" if config.data.prompts == "none" else Path(config.data.prompts).name),
+        ("rewards (drove the update)", _rewards(config)),
+        ("judges (held out)", ", ".join(f"`{entry.name}`" for entry in config.rewards.judges) or "none"),
+        (
+            "tuned weights",
+            f"{config.model.tuning.method}" + (f", rank {config.model.tuning.rank}" if facts.lora else ""),
+        ),
+        (
+            "sampler",
+            f"{config.sampler.solver}, {config.sampler.num_steps} steps, guidance {config.sampler.guidance_scale:g}",
+        ),
+        ("iterations", f"{facts.iteration} of {config.run.iterations}"),
+        ("samples per iteration", config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt),
+        ("seed", config.run.seed),
+    ]
+    if anchor is not None and anchor.budget is not None:
+        rows.append(("drift budget (rms)", f"{anchor.budget:g}"))
+    return rows
+
+
+def _measured(facts: CardFacts) -> str:
+    rows = [
+        (name, f"{value:.4g}")
+        for name, value in facts.metrics.items()
+        if name.startswith(("reward/", "judge/")) and name.endswith("/mean")
+    ]
+    rows += [(name, f"{facts.metrics[name]:.4g}") for name in ("drift/rms", "drift/budget") if name in facts.metrics]
+    text = f"In the last iteration before these weights:\n\n{_table(('figure', 'value'), rows)}"
+    if facts.gains:
+        gains = [(name, f"{value:+.2f}") for name, value in facts.gains.items()]
+        text += (
+            "\n\nGain on the calibration prompts and seeds, in standard deviations of the base model's samples:\n\n"
+            + _table(("metric", "gain"), gains)
+        )
+    for report in facts.evaluations:
+        text += f"\n\n{_evaluation(report)}"
+    return text
+
+
+def _evaluation(report: Mapping[str, Any]) -> str:
+    suite = report["provenance"].get("suite")
+    on = f"suite `{suite['name']}`, {suite['prompts']} of {suite['of']} prompts" if suite else "pictures"
+    rows = []
+    for one in report["judges"]:
+        paired = one.get("paired", {})
+        rows.append(
+            (
+                f"{one['judge']}{'' if one['role'] == 'judge' else ' (drove the update)'}", _mean(one["model"]),
+                _mean(one["comparison"]) if "comparison" in one else "-",
+                _interval(paired["difference"]) if "difference" in paired else "-",
+                _interval(paired["win_rate"]) if "win_rate" in paired else "-",
+                ", ".join(counts_of(one)),
+            )
+        )  # fmt: skip
+    against = Path(report["provenance"]["arms"].get("comparison", {}).get("source", "nothing")).name
+    head = ("judge", "model", "comparison", "difference", "win rate", "n")
+    text = f"Evaluation on {on}, against {against} (95 % intervals over prompts):\n\n{_table(head, rows)}"
+    return "\n\n".join([text, *reasons_of({one["judge"]: one for one in report["judges"]})])
+
+
+def _guard(facts: CardFacts) -> str:
+    verdict = facts.verdict
+    text = "Clean: no rule stood and none ended the run." if verdict.clean else "Not clean, see above."
+    if verdict.remarks:
+        text += " Reported during the run:\n\n" + "\n".join(f"- {remark}" for remark in verdict.remarks)
+    return text
+
+
+def _licences(config: Config, base: str | None) -> list[tuple[str, object]]:
+    known = {(row["type"], row["name"]): row["licence"] for row in reward_listing()}
+    rows: list[tuple[str, object]] = [("base model", base or _UNKNOWN)]
+    for entry in (*config.rewards.train, *config.rewards.judges):
+        name = f"pyiqa:{entry.metric}" if entry.type == "pyiqa" else entry.type
+        rows.append((f"metric `{entry.name}`", known.get((entry.type, name), "not known")))
+    return rows
+
+
+def _rewards(config: Config) -> str:
+    return ", ".join(f"`{entry.name}`" for entry in config.rewards.train)
+
+
+def _base(config: Config) -> str:
+    """The base model by name: a folder's own name, since where it lies is nobody's business."""
+    path = config.model.path
+    return Path(path).name if Path(path).is_dir() else path
+
+
+def _example(config: Config) -> str:
+    return "a red circle on a white background" if config.data.prompts == "toy" else "a photo of a lighthouse at dawn"
+
+
+def _mean(one: Mapping[str, Any]) -> str:
+    if one["mean"] is None:
+        return "-"
+    return f"{one['mean']:.4g}" + (f" [{one['low']:.4g}, {one['high']:.4g}]" if one["low"] is not None else "")
+
+
+def _interval(one: Mapping[str, Any]) -> str:
+    return f"{one['value']:.3g} [{one['low']:.3g}, {one['high']:.3g}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

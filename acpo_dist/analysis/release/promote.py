@@ -1,0 +1,144 @@
+"""From a finished run to a version in the model registry: the best checkpoint, its card, its tags."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from acpo_dist.analysis.release.model_card import CardFacts, model_card
+from acpo_dist.analysis.release.verdict import Verdict, gains_of, judge_run, metrics_at, read_evaluation
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import UsageError
+from acpo_dist.core.types import WeightBundle
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.evaluation.suites.subject import BEST, NEWEST, find_checkpoint, prepared
+from acpo_dist.tracking.jsonl import replace_file
+from acpo_dist.tracking.mlflow_registry import ModelVersion, register
+from acpo_dist.training.run import export_pipeline
+from acpo_dist.training.run_folder import git_commit, read_run_config
+from acpo_dist.workers.learner.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """What was registered."""
+
+    folder: Path
+    iteration: int
+    card: Path
+    version: ModelVersion
+    verdict: Verdict
+    forced: bool
+
+
+def promote(
+    run: Path, *, name: str | None, uri: str | None, checkpoint: str = BEST, force: bool = False,
+    evaluations: Sequence[Path] = (),
+) -> Promotion:  # fmt: skip
+    """Register a run's weights as a new version of a model, with a card.
+
+    Args:
+        run: folder of a finished run.
+        name: of the registered model; None takes the run's.
+        uri: MLflow tracking URI; None takes the run's.
+        checkpoint: `best` (by the judges), `newest`, or an iteration.
+        force: register although the guard is not clean; tags and card say so.
+        evaluations: folders of `acpo eval` whose figures belong on the card.
+
+    Raises:
+        ResumeError: the folder is no run.
+        UsageError: the run has not ended, the guard is not clean, or the checkpoint is not there.
+        TrackingError: MLflow cannot be used.
+    """
+    config = prepared(read_run_config(run), run)
+    verdict, newest = judge_run(run, config)
+    reports = [read_evaluation(folder) for folder in evaluations]
+    if checkpoint == BEST and verdict.best == 0:
+        raise UsageError(
+            f"{run}: the judges liked no checkpoint as much as the base model, so there is no best one to promote. "
+            f"`--checkpoint {NEWEST} --force` promotes the last weights all the same, and says so."
+        )
+    if not verdict.clean and not force:
+        raise UsageError(
+            f"{run} is not promoted: {'; '.join(verdict.objections)}. Look at the run first (`acpo report`); --force "
+            "promotes it all the same, and the tags and the card will say so."
+        )
+    chosen = find_checkpoint(run, config, checkpoint)
+    for path, report in zip(evaluations, reports, strict=True):
+        _require_of(path, report, chosen)
+    folder = _export(run, config, chosen, verdict)
+    title = name or config.run.name
+    facts = _facts(run, config, chosen, newest, verdict, title, folder, reports, forced=not verdict.clean)
+    card = folder / "README.md"
+    replace_file(card, model_card(facts).encode())
+    version = register(
+        uri=uri or config.tracking.mlflow_uri, run_dir=run, experiment=config.tracking.experiment,
+        run_name=config.run.name, model=title, folder=folder, description=card.read_text(encoding="utf-8"),
+        tags=_tags(config, facts), alias=None if facts.forced else "promoted",
+    )  # fmt: skip
+    return Promotion(
+        folder=folder, iteration=chosen.iteration, card=card, version=version, verdict=verdict, forced=facts.forced
+    )
+
+
+def _require_of(path: Path, report: Mapping[str, Any], chosen: Checkpoint) -> None:
+    """An evaluation on a card must be of the card's weights.
+
+    Raises:
+        UsageError: it is of others.
+    """
+    found = report["provenance"]["arms"]["model"].get("policy_sha256")
+    if found != _bundle(chosen).checksum:
+        raise UsageError(
+            f"--evaluation {path} is of other weights than iteration {chosen.iteration}, which is to be promoted. "
+            f"Evaluate that one: `acpo eval RUN --checkpoint {chosen.iteration} …`."
+        )
+
+
+def _bundle(chosen: Checkpoint) -> WeightBundle:
+    return make_bundle(int(chosen.state["version"]), load_file(chosen.learner_folder / "policy.safetensors"))
+
+
+def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> Path:
+    """The run's own export where it holds this checkpoint, else one of its own beside it."""
+    bundle = _bundle(chosen)
+    if bundle.checksum == verdict.exported:
+        return run / "export"
+    folder = run / f"export-{chosen.iteration:06d}"
+    export_pipeline(config, bundle, folder)
+    return folder
+
+
+def _facts(
+    run: Path, config: Config, chosen: Checkpoint, newest: Checkpoint, verdict: Verdict, title: str, folder: Path,
+    reports: Sequence[Mapping[str, Any]], *, forced: bool,
+) -> CardFacts:  # fmt: skip
+    return CardFacts(
+        config=config, name=title, iteration=chosen.iteration, verdict=verdict, forced=forced,
+        metrics=metrics_at(run, chosen.iteration),
+        gains=gains_of(run) if chosen.iteration == newest.iteration else {},
+        evaluations=reports, policy_sha256=_bundle(chosen).checksum,
+        provenance={
+            "run": config.run.name,
+            "checkpoint": f"iteration {chosen.iteration}"
+            + (", the best by its judges" if chosen.iteration == verdict.best else ""),
+            "code": git_commit() or "not a git checkout",
+        },
+        lora=(folder / "lora").is_dir(),
+    )  # fmt: skip
+
+
+def _tags(config: Config, facts: CardFacts) -> dict[str, str]:
+    tags = {
+        "acpo.iteration": str(facts.iteration),
+        "acpo.best_iteration": str(facts.verdict.best),
+        "acpo.guard": "clean" if facts.verdict.clean else "not clean",
+        "acpo.policy_sha256": facts.policy_sha256,
+        "acpo.rewards": ", ".join(entry.name for entry in config.rewards.train),
+        "acpo.judges": ", ".join(entry.name for entry in config.rewards.judges),
+    }
+    if facts.forced:
+        tags |= {"acpo.forced": "true", "acpo.objections": "; ".join(facts.verdict.objections)}
+    return tags

@@ -1,0 +1,141 @@
+"""From run folders to a finished report."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from acpo_dist.analysis.report.compare import labels_of
+from acpo_dist.analysis.report.drift_map import from_checkpoints, from_rows
+from acpo_dist.analysis.report.gallery import make_gallery
+from acpo_dist.analysis.report.metrics import RunFigures, figures_of, verdict
+from acpo_dist.analysis.report.page import render_page, write_page
+from acpo_dist.analysis.report.record import RunRecord, read_run, require_rows
+from acpo_dist.analysis.report.sample_renderer import REPORT, Studio, chosen_iteration
+from acpo_dist.analysis.report.view import RunView
+from acpo_dist.config.schema import TrackingConfig
+from acpo_dist.core.errors import AcpoError, VrgError
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import replace_file
+from acpo_dist.tracking.mlflow_query import attach
+from acpo_dist.tracking.mlflow_tracker import default_uri
+from acpo_dist.training.trajectory.artefact import read_artefact
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """Which pictures a report shows."""
+
+    prompts: int
+    per_prompt: int
+    at: str
+    """See `studio.chosen_iteration`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was made."""
+
+    path: Path
+    views: Sequence[RunView]
+    tracked: Mapping[str, bool]
+    """Label -> whether the page is an artifact of the run in MLflow now; runs without MLflow are left out."""
+
+
+def build_report(
+    roots: Sequence[Path], out: Path | None, drawing: Drawing | None, *, track: bool, console: Console
+) -> Report:
+    """Read runs, draw what is not drawn yet, write one page, and add it to the runs in MLflow.
+
+    Args:
+        out: where the page goes; None is `report.html` in the run, or beside the first of several.
+        drawing: None loads no model: no pictures, no drift by timestep but what the run recorded.
+
+    Raises:
+        UsageError: a folder is no run, or a run has no metrics; nothing is written then.
+    """
+    records = [require_rows(read_run(root)) for root in roots]
+    views = [_view(record, label, drawing, console) for record, label in zip(records, labels_of(records), strict=True)]
+    path = out or (roots[0] if len(roots) == 1 else roots[0].parent) / "report.html"
+    write_page(path, render_page(views))
+    tracked = {}
+    for view in views if track else ():
+        uri = _tracking_uri(view.record)
+        if uri is not None:
+            tracked[view.label] = _track(view, path, uri, console)
+    return Report(path=path, views=views, tracked=tracked)
+
+
+def _view(record: RunRecord, label: str, drawing: Drawing | None, console: Console) -> RunView:
+    notes = []
+    if record.broken_lines:
+        notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were left out.")
+    refused = sum(row.get("learner/refused_steps") or 0 for row in record.rows)
+    if refused:
+        notes.append(f"{refused:.0f} optimiser step(s) were left out, since they were not finite (refused.jsonl).")
+    if not record.normalisers and not any(key.endswith("/gain") for key in record.rows[0]):
+        notes.append("Gains by iteration are not known: no checkpoint holds what the base model's scores are.")
+    gallery, drift = None, from_rows(record)
+    if drawing is None:
+        notes.append("Pictures were left out (--no-samples).")
+    elif not record.checkpoints:
+        notes.append("No whole checkpoint: pictures, and drift by timestep, need one (checkpoint.every).")
+    else:
+        iteration = chosen_iteration(record, drawing.at)
+        assert iteration is not None and record.root is not None
+        console.message(f"{label}: pictures of iteration {iteration} and of the base model")
+        studio = Studio(record, prompts=drawing.prompts, per_prompt=drawing.per_prompt, console=console)
+        gallery = make_gallery(record, studio, iteration)
+        drift = drift or from_checkpoints(record, studio, console)
+        studio.close()
+        extra = {"judged_gain_of_pictures": sum(pair.gain for pair in gallery.pairs) / len(gallery.pairs)}
+        if gallery.diversity is not None:
+            extra["diversity"] = gallery.diversity
+        replace_file(record.root / REPORT / "figures.json", json.dumps(extra).encode())
+        record = replace(record, extra=extra)
+    trajectories, problems = _trajectories(record)
+    return RunView(
+        label=label, record=record, figures=figures_of(record), gallery=gallery, drift=drift, trajectories=trajectories,
+        notes=[*notes, *problems],
+    )  # fmt: skip
+
+
+def _trajectories(record: RunRecord) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
+    found, problems = [], []
+    for path in sorted(((record.root or Path()) / "vrg").glob("*.json")) if record.root else []:
+        try:
+            found.append((f"iteration {int(path.stem)}" if path.stem.isdigit() else path.stem, read_artefact(path)))
+        except VrgError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def _tracking_uri(record: RunRecord) -> str | None:
+    """Where the run was tracked; None when it was not."""
+    tracking = record.config.get("tracking") or {}
+    if record.mlflow_run_id is None or record.root is None or not tracking.get("mlflow", TrackingConfig().mlflow):
+        return None
+    return tracking.get("mlflow_uri") or default_uri(record.root)
+
+
+def _track(view: RunView, path: Path, uri: str, console: Console) -> bool:
+    assert view.record.mlflow_run_id is not None
+    try:
+        attach(
+            uri, view.record.mlflow_run_id, path, folder="report", figures=_tracked_figures(view.figures),
+            step=view.figures.iterations, tags={"verdict": verdict(view.figures)[1], "report": f"report/{path.name}"},
+        )  # fmt: skip
+    except AcpoError as error:
+        # The page is there; that a server is not must not make it a failure.
+        console.message(f"not added to MLflow: {error}")
+        return False
+    return True
+
+
+def _tracked_figures(figures: RunFigures) -> dict[str, float]:
+    values = {"report/quality": figures.quality, "report/drift": figures.drift, "report/diversity": figures.diversity}
+    return {name: value for name, value in values.items() if value is not None}

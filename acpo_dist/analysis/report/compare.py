@@ -1,0 +1,126 @@
+"""Several runs side by side: what differs between them, means over seeds, and who is beaten by nobody."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.record import RunRecord
+
+COSMETIC = ("run.dir", "run.name", "run.seed", "tracking.", "checkpoint.", "cluster.")
+"""Parameters that do not make two runs different experiments: what they are called, their seed, where they are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean and standard deviation over runs."""
+
+    mean: float
+    std: float | None
+    """None for a single run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedGroup:
+    """Runs that differ only in their seed."""
+
+    label: str
+    members: tuple[int, ...]
+    """Positions in the list of runs."""
+    counted: tuple[int, ...]
+    """Those in the means: finished runs, of each seed the one that was written last."""
+    seeds: tuple[int, ...]
+    """Of the runs that are counted."""
+    left_out: str
+    """How many are not, and why; empty if none."""
+    gains: Mapping[str, Spread]
+    quality: Spread | None
+    drift: Spread | None
+    seconds: Spread | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def labels_of(records: Sequence[RunRecord]) -> list[str]:
+    """A short name for each run that no other has: its name, with seed, folder or number where that is not enough."""
+    labels = [record.name for record in records]
+    seeds = [f"seed {record.seed}" for record in records]
+    folders = [f"({record.root.name if record.root else str(record.mlflow_run_id)[:8]})" for record in records]
+    whole = [f"({record.root or record.mlflow_run_id})" for record in records]
+    for more in (seeds, folders, whole):
+        same = {label: {m for other, m in zip(labels, more, strict=True) if other == label} for label in labels}
+        labels = [f"{label} {m}" if len(same[label]) > 1 else label for label, m in zip(labels, more, strict=True)]
+    return labels
+
+
+def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
+    """Parameters that are not the same in all runs, with each run's value; None where a run does not have it."""
+    keys = sorted({key for record in records for key in record.params})
+    columns = {
+        key: [record.params.get(key) for record in records] for key in keys if key not in ("run.dir", "run.name")
+    }
+    return {key: values for key, values in columns.items() if len(set(values)) > 1}
+
+
+def seed_groups(records: Sequence[RunRecord], figures: Sequence[RunFigures], labels: Sequence[str]) -> list[SeedGroup]:
+    """Runs by their parameters without `COSMETIC` ones, in the order of first appearance.
+
+    Means are over finished runs alone: what a run that goes on, or that crashed, has reached so far is another figure.
+    """
+    members: dict[frozenset[tuple[str, str]], list[int]] = {}
+    for index, record in enumerate(records):
+        key = frozenset((name, value) for name, value in record.params.items() if not name.startswith(COSMETIC))
+        members.setdefault(key, []).append(index)
+    groups = []
+    for indices in members.values():
+        counted, left_out = _counted(indices, records, figures)
+        chosen = [figures[index] for index in counted]
+        names = [name for each in chosen[:1] for name in each.gains if all(name in other.gains for other in chosen)]
+        groups.append(
+            SeedGroup(
+                label=records[indices[0]].name if len(indices) > 1 else labels[indices[0]],
+                members=tuple(indices), counted=tuple(counted), seeds=tuple(each.seed for each in chosen),
+                left_out=left_out,
+                gains={name: _spread([each.gains[name] for each in chosen]) for name in names},
+                quality=_maybe([each.quality for each in chosen]), drift=_maybe([each.drift for each in chosen]),
+                seconds=_maybe([each.seconds for each in chosen]),
+            )
+        )  # fmt: skip
+    return groups
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the (drift, quality) points that no other beats: less drift at no less quality, or the reverse."""
+    return [
+        index
+        for index, (drift, quality) in enumerate(points)
+        if not any(
+            other_drift <= drift and other_quality >= quality and (other_drift, other_quality) != (drift, quality)
+            for other_drift, other_quality in points
+        )
+    ]
+
+
+def _counted(
+    indices: Sequence[int], records: Sequence[RunRecord], figures: Sequence[RunFigures]
+) -> tuple[list[int], str]:
+    final = [index for index in indices if figures[index].final]
+    by_seed: dict[int, int] = {}
+    # Of several runs of one seed the last counts; dictionaries keep the place of the first.
+    for index in sorted(final, key=lambda index: records[index].last_write or 0.0):
+        by_seed[figures[index].seed] = index
+    counted = sorted(by_seed.values())
+    reasons = {"not finished": len(indices) - len(final), "of a seed that is there already": len(final) - len(counted)}
+    return counted, ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
+
+
+def _maybe(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return _spread(known) if known and len(known) == len(values) else None
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(mean=fmean(values), std=stdev(values) if len(values) > 1 else None)

@@ -1,0 +1,133 @@
+"""Drift from the base model by timestep and iteration: from the metrics where they have it, else from checkpoints."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from acpo_dist.analysis.report.record import RunRecord
+from acpo_dist.analysis.report.sample_renderer import REPORT, Studio
+from acpo_dist.core.errors import UsageError
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.evaluation.metrics.drift import head_errors
+from acpo_dist.models.family import ModelFamily, trainable_tensors
+from acpo_dist.objective.anchor import drift_unit
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import parse_object, replace_file
+from acpo_dist.training.local import default_device
+from acpo_dist.workers.learner.checkpoint import Checkpoint
+
+KEY = "drift/at/"
+"""Metrics below this name are mean squared drift at a timestep."""
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
+"""Where drift is measured, as shares of the noise schedule."""
+_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftMap:
+    """Mean squared drift, in the anchor's own units."""
+
+    timesteps: Sequence[int]
+    iterations: Sequence[int]
+    values: Sequence[Sequence[float | None]]
+    """One sequence per timestep, one value per iteration."""
+    space: str
+    """Units: `eps`, `v` or `x0`."""
+    source: str
+    """How it was measured, for people."""
+
+
+def from_rows(record: RunRecord) -> DriftMap | None:
+    """What the run recorded itself; None if it did not."""
+    rows = [row for row in record.rows if any(key.startswith(KEY) for key in row)]
+    if not rows:
+        return None
+    timesteps = sorted({int(key.removeprefix(KEY)) for row in rows for key in row if key.startswith(KEY)})
+    return DriftMap(
+        timesteps=timesteps, iterations=[int(row["iteration"]) + 1 for row in rows],
+        values=[[row.get(f"{KEY}{timestep}") for row in rows] for timestep in timesteps], space=anchor_space(record),
+        source="measured while the run trained",
+    )  # fmt: skip
+
+
+def from_checkpoints(record: RunRecord, studio: Studio, console: Console) -> DriftMap:
+    """Measure every checkpoint on the same re-noised pictures of the base model, one file per checkpoint kept.
+
+    Raises:
+        UsageError: a checkpoint is damaged.
+    """
+    columns: dict[int, dict[int, float]] = {}
+    family: ModelFamily | None = None
+    clean = torch.empty(0)
+    groups = studio.groups[:_SAMPLES]
+    prompts = [plan.prompt for group in groups for plan in group.samples][:_SAMPLES]
+    for iteration in record.checkpoints:
+        checkpoint = studio.checkpoint(iteration)
+        file = studio.root / REPORT / f"drift-{iteration:06d}.json"
+        stamp = _stamp(checkpoint, prompts)
+        kept = _read(file, stamp)
+        if kept is None:
+            if family is None:
+                handles = studio.draw(None, None, groups, label="drift: base pictures")
+                clean = torch.cat([handle.payload.latents_BCHW for handle in handles])[:_SAMPLES]
+                studio.close()
+                kind = resolve("model", MODELS, studio.config.model.type)
+                family = kind.load(studio.config.model, device=default_device(), trainable=True)
+            with console.phase(f"drift: iteration {iteration}", None):
+                assert family is not None
+                kept = _measure(family, checkpoint, clean, prompts, anchor_space(record))
+            replace_file(file, json.dumps({"stamp": stamp, "mse": kept}).encode())
+        columns[iteration] = kept
+    timesteps = sorted({timestep for column in columns.values() for timestep in column})
+    return DriftMap(
+        timesteps=timesteps, iterations=list(columns),
+        values=[[column.get(timestep) for column in columns.values()] for timestep in timesteps],
+        space=anchor_space(record),
+        source=f"measured for this report on {len(prompts)} pictures of the base model, noised again",
+    )  # fmt: skip
+
+
+def anchor_space(record: RunRecord) -> str:
+    """Units of the run's anchor and budget."""
+    anchor = (record.config.get("algorithm") or {}).get("anchor") or {}
+    return str(anchor.get("space", "eps"))
+
+
+@torch.no_grad()
+def _measure(
+    family: ModelFamily, checkpoint: Checkpoint, clean: Tensor, prompts: Sequence[str], space: str
+) -> dict[int, float]:
+    weights = load_file(checkpoint.learner_folder / "policy.safetensors")
+    own = trainable_tensors(family.network)
+    if own.keys() != weights.keys():
+        raise UsageError(f"{checkpoint.folder}: its weights are not those of the model in the run's configuration")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+    total = len(family.alpha_bars)
+    timesteps = [min(total - 1, round(share * total)) for share in SHARES]
+    found = head_errors(family, clean, prompts, timesteps).anchor
+    return {
+        timestep: value * drift_unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()
+    }
+
+
+def _stamp(checkpoint: Checkpoint, prompts: Sequence[str]) -> dict[str, Any]:
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text(encoding="utf-8"))
+    return {
+        "weights": manifest["files"]["learner/policy.safetensors"],
+        "prompts": list(prompts),
+        "shares": list(SHARES),
+    }
+
+
+def _read(file: Path, stamp: Mapping[str, Any]) -> dict[int, float] | None:
+    value = parse_object(file.read_bytes()) if file.is_file() else None
+    if value is None or value.get("stamp") != stamp:
+        return None
+    return {int(timestep): float(mse) for timestep, mse in value["mse"].items()}

@@ -1,0 +1,242 @@
+"""Draws the pictures of a report: base and tuned model, same prompts, same seeds, same trajectory; scored and kept."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from acpo_dist.analysis.report.record import RunRecord
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import CheckpointError, UsageError
+from acpo_dist.core.types import PromptGroup, RolloutHandle
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import parse_object, replace_file
+from acpo_dist.training.local import LocalRollouts, default_device
+from acpo_dist.training.open_model import open_rollouts
+from acpo_dist.training.prepare import prepare
+from acpo_dist.training.run_folder import read_run_config
+from acpo_dist.training.trajectory.artefact import trajectory_from_mapping
+from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore
+from acpo_dist.workers.reward.worker import RewardWorker
+
+logger = logging.getLogger(__name__)
+
+FIGURES = "pictures.json"
+REPORT = "report"
+_SEED = 0
+"""Prompts and seeds are the same for every run, so that reports of several runs show the same scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One picture."""
+
+    prompt: str
+    seed: int
+    file: Path
+    scores: dict[str, float]
+    """Raw, by metric."""
+
+
+class Studio:
+    """A run's models, opened as late as possible: what was drawn before is read from `RUN/report/`.
+
+    Args:
+        record: a run with a folder.
+        prompts: how many prompts.
+        per_prompt: seeds of each.
+
+    Raises:
+        ResumeError: the folder is no run.
+        ConfigError: its configuration does not fit this version.
+    """
+
+    def __init__(self, record: RunRecord, *, prompts: int, per_prompt: int, console: Console) -> None:
+        assert record.root is not None
+        self.root, self._console = record.root, console
+        self.config = prepare(read_run_config(self.root), self.root / "base", console)
+        data = self.config.data
+        texts = load_prompts(data.prompts, data.prompt_column)
+        self.groups = deal(
+            texts, iteration=0, run_seed=_SEED, stream="report", num_prompts=prompts, samples_per_prompt=per_prompt
+        )
+        self._store = CheckpointStore(self.root / "checkpoints", keep=self.config.checkpoint.keep)
+        self._pool: LocalRollouts | None = None
+        self._tuned = False
+        self._metrics: list[RewardWorker] | None = None
+
+    def checkpoint(self, iteration: int) -> Checkpoint:
+        """A checkpoint, verified.
+
+        Raises:
+            UsageError: damaged or gone.
+        """
+        try:
+            return self._store.open(iteration)
+        except CheckpointError as error:
+            raise UsageError(
+                f"{error}. Name another one with --at, or leave pictures out with --no-samples."
+            ) from error
+
+    def shots(self, checkpoint: Checkpoint | None, trajectory: Any) -> list[Shot]:
+        """Pictures of a checkpoint, or of the base model (None), in the order of the groups.
+
+        Args:
+            trajectory: the checkpoint's mapping, so that both models walk the same one; None takes the spaced one.
+        """
+        weights = _weights_sum(checkpoint)
+        name = "base" if checkpoint is None else f"{checkpoint.iteration:06d}"
+        folder = self.root / REPORT / f"{name}-{self._digest(weights, trajectory)}"
+        kept = _read(folder)
+        if kept is not None:
+            return kept
+        plans = [plan for group in self.groups for plan in group.samples]
+        handles = self.draw(checkpoint, trajectory, self.groups, label=f"pictures: {name}")
+        images = self._open().images(handles, [plan.sample_id for plan in plans])
+        scores = self._score(images, [plan.prompt for plan in plans])
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, plan in enumerate(plans):
+            file = folder / f"{index:03d}.png"
+            Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy()).save(file)
+            own = {metric: values[index] for metric, values in scores.items()}
+            rows.append({"file": file.name, "prompt": plan.prompt, "seed": plan.seed, "scores": own})
+        # Written last: a folder without it is not read.
+        replace_file(folder / FIGURES, json.dumps({"shots": rows}, indent=1).encode())
+        kept = _read(folder)
+        assert kept is not None
+        return kept
+
+    def draw(
+        self, checkpoint: Checkpoint | None, trajectory: Any, groups: Sequence[PromptGroup], *, label: str
+    ) -> list[RolloutHandle]:
+        """Samples of a checkpoint's weights, or of the base model's."""
+        # Weights cannot be unloaded: the base model after a tuned one is opened anew.
+        pool = self._open(fresh=checkpoint is None and self._tuned)
+        pool.follow(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
+        if checkpoint is not None:
+            weights = load_file(checkpoint.learner_folder / "policy.safetensors")
+            pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+            self._tuned = True
+        with self._console.phase(label, sum(len(group.samples) for group in groups)) as advance:
+            return pool.generate(groups, advance)
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._pool = self._metrics = None
+
+    def _open(self, *, fresh: bool = False) -> LocalRollouts:
+        if self._pool is None or fresh:
+            with self._console.phase("open the model", None):
+                self._pool = open_rollouts(self.config, None)
+            self._tuned, self._spaced = False, self._pool.trajectory()
+        return self._pool
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+        rewards = self.config.rewards
+        entries = {entry.name: entry for entry in (*rewards.train, *rewards.judges)}
+        if self._metrics is None:
+            self._metrics = [
+                RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=default_device())
+                for entry in entries.values()
+            ]
+        with self._console.phase("pictures: score", None):
+            return {worker.name: worker.score(images, prompts) for worker in self._metrics}
+
+    def _digest(self, weights: str, trajectory: Any) -> str:
+        return _digest_of(self.config, weights, trajectory, [plan.seed for g in self.groups for plan in g.samples])
+
+
+def chosen_iteration(record: RunRecord, at: str) -> int | None:
+    """Which checkpoint stands for the run; None when it has none.
+
+    Args:
+        at: `export` (the last, or the best after a roll-back), `last`, `best` (by the judges), or an iteration.
+
+    Raises:
+        UsageError: no such checkpoint.
+    """
+    known = list(record.checkpoints)
+    if not known:
+        return None
+    ended = record.guard_end
+    if at == "best":
+        wanted = _best(record)
+    elif at == "export" and ended is not None and ended.get("action") == "roll_back":
+        wanted = int(ended["best_iteration"])
+    elif at in ("export", "last"):
+        wanted = known[-1]
+    elif at.isdigit():
+        wanted = int(at)
+    else:
+        raise UsageError(f"--at must be export, last, best or the number of an iteration, found `{at}`")
+    if wanted not in known:
+        raise UsageError(
+            f"{record.root} has no checkpoint of iteration {wanted}; found {', '.join(map(str, known))}. Choose one of "
+            "them with --at."
+        )
+    return wanted
+
+
+def _best(record: RunRecord) -> int:
+    """As `acpo eval` and `acpo promote` find it.
+
+    Raises:
+        UsageError: there is none.
+    """
+    assert record.root is not None
+    newest = CheckpointStore(record.root / "checkpoints", keep=1).newest()
+    if newest is None:
+        raise UsageError(
+            f"{record.root} has no whole checkpoint, so no best one: leave pictures out with --no-samples."
+        )
+    best = newest.best_iteration
+    if best == 0 and 0 not in record.checkpoints:
+        raise UsageError(
+            f"{record.root}: the judges liked no checkpoint as much as the base model. Choose another one with --at."
+        )
+    return best
+
+
+def read_pixels(shots: Sequence[Shot]) -> Tensor:
+    """Pictures as uint8 (N, 3, H, W)."""
+    arrays = [np.asarray(Image.open(shot.file).convert("RGB")) for shot in shots]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def _weights_sum(checkpoint: Checkpoint | None) -> str:
+    """Checksum of the weights, from the manifest that was just verified."""
+    if checkpoint is None:
+        return "base"
+    manifest = json.loads((checkpoint.folder / "manifest.json").read_text(encoding="utf-8"))
+    return str(manifest["files"]["learner/policy.safetensors"])
+
+
+def _digest_of(config: Config, weights: str, trajectory: Any, seeds: Sequence[int]) -> str:
+    """Everything that a picture or a score depends on."""
+    whole = config.to_mapping()
+    metrics = [whole["rewards"]["train"], whole["rewards"]["judges"]]
+    parts = [whole["model"], whole["sampler"], metrics, whole["data"], weights, trajectory, list(seeds)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _read(folder: Path) -> list[Shot] | None:
+    file = folder / FIGURES
+    value = parse_object(file.read_bytes()) if file.is_file() else None
+    if value is None or not all((folder / row["file"]).is_file() for row in value["shots"]):
+        return None
+    return [
+        Shot(prompt=row["prompt"], seed=row["seed"], file=folder / row["file"], scores=row["scores"])
+        for row in value["shots"]
+    ]

@@ -1,0 +1,35 @@
+"""`acpo follow`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acpo_dist.cli.app import answer, app
+
+
+@app.command("follow")
+def follow(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    once: Annotated[bool, typer.Option(help="Show where it is now, and leave.")] = False,
+    wait_s: Annotated[float, typer.Option(min=1, help="Leave after so many seconds without a new iteration.")] = 600.0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object with where it is now; implies --once.")
+    ] = False,
+) -> None:
+    """Follow a run from outside: gains, drift, guard and times, live on a terminal, else a line per iteration."""
+    from acpo_dist.analysis.report.follow_page import show_now, show_until_end
+    from acpo_dist.analysis.report.metrics import figures_of, verdict
+    from acpo_dist.analysis.report.record import read_run, require_rows
+    from acpo_dist.tracking.console import Console
+
+    record = read_run(run)
+    if as_json:
+        answer(figures_of(require_rows(record)).to_mapping())
+        return
+    console = Console()
+    if once:
+        show_now(require_rows(record), console)
+    else:
+        show_until_end(record, console, wait_s=wait_s)
+    console.message(verdict(figures_of(read_run(run)))[1])

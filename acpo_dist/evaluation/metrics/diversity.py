@@ -1,0 +1,116 @@
+"""Diversity: distance between samples of one prompt, and the Vendi score on features that noise cannot fool."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_dist.evaluation.metrics.distances import SampleError, check_features
+from acpo_dist.evaluation.metrics.features import Features
+from acpo_dist.evaluation.metrics.manifold import exact_distances
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDiversity:
+    """How far apart samples of the same prompt are."""
+
+    mean_distance: float
+    """Mean over prompts of the mean pairwise distance, in feature units."""
+    by_prompt: dict[str, float]
+    num_prompts: int
+    """Prompts with at least two samples."""
+    num_left_out: int
+    """Prompts with one sample, which say nothing."""
+    num_samples: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def within_prompt_diversity(features: Tensor, prompts: Sequence[str]) -> PromptDiversity:
+    """Mean pairwise Euclidean distance between samples of the same prompt; every prompt counts the same.
+
+    Args:
+        features: (N, F).
+        prompts: N prompts, or their ids.
+
+    Raises:
+        SampleError: counts differ, no prompt has two samples, or features that are not finite.
+    """
+    wide = check_features(features, minimum=2)
+    if len(prompts) != len(wide):
+        raise SampleError(f"{len(wide)} samples need as many prompts, found {len(prompts)}")
+    rows: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(index)
+    by_prompt = {prompt: mean_pairwise_distance(wide[found]) for prompt, found in rows.items() if len(found) > 1}
+    if not by_prompt:
+        raise SampleError(
+            f"within-prompt diversity needs two samples of some prompt, found one of each of {len(rows)} prompts; "
+            "raise rollout.samples_per_prompt"
+        )
+    return PromptDiversity(
+        mean_distance=math.fsum(by_prompt.values()) / len(by_prompt), by_prompt=by_prompt, num_prompts=len(by_prompt),
+        num_left_out=len(rows) - len(by_prompt), num_samples=sum(len(rows[prompt]) for prompt in by_prompt),
+    )  # fmt: skip
+
+
+def mean_pairwise_distance(features: Tensor) -> float:
+    """Mean Euclidean distance over all pairs of a set (N, F).
+
+    Raises:
+        SampleError: fewer than two samples, or features that are not finite.
+    """
+    wide = check_features(features, minimum=2)
+    return float(exact_distances(wide, wide).sum()) / (len(wide) * (len(wide) - 1))
+
+
+def vendi_score(kernel_NN: Tensor) -> float:
+    """Effective number of different samples: exp(entropy of the eigenvalues of K / N), from 1 to N.
+
+    Args:
+        kernel_NN: similarities, symmetric, 1 on the diagonal, no negative eigenvalue beyond rounding.
+
+    Raises:
+        SampleError: not such a matrix.
+
+    Source: Friedman and Dieng 2023.
+    """
+    kernel = check_features(kernel_NN, minimum=1, name="kernel")
+    if kernel.shape[0] != kernel.shape[1] or not torch.allclose(kernel, kernel.T, atol=1e-6):
+        raise SampleError(f"a Vendi kernel must be square and symmetric, found shape {tuple(kernel.shape)}")
+    if not torch.allclose(kernel.diagonal(), torch.ones_like(kernel.diagonal()), atol=1e-6):
+        raise SampleError("a Vendi kernel must have ones on its diagonal: similarity of a sample with itself")
+    values = torch.linalg.eigvalsh(kernel / len(kernel))
+    if float(values[0]) < -1e-6:
+        raise SampleError(f"a Vendi kernel must be positive semi-definite, found the eigenvalue {float(values[0]):g}")
+    values = values[values > 0]
+    return float(torch.exp(-(values * values.log()).sum()))
+
+
+def vendi_of_features(features: Features, *, bandwidth: float) -> float:
+    """Vendi score with the kernel exp(-|x - y|^2 / (2 bandwidth^2)), on noise-blind features only.
+
+    On features that see noise the score rises when a model collapses to speckle, since every speckle is new.
+
+    Args:
+        features: from an extractor that ignores noise.
+        bandwidth: in feature units, the same for all sets that are compared; the median distance of base samples
+            is a usual choice.
+
+    Raises:
+        SampleError: the features see noise, or the bandwidth is not positive.
+    """
+    if not features.noise_blind:
+        raise SampleError(
+            f"`{features.source}` features see noise, on which a Vendi score rises when a model falls apart. Use "
+            "low-pass features, or another extractor that is declared noise-blind."
+        )
+    if not bandwidth > 0:
+        raise SampleError(f"bandwidth must be positive, found {bandwidth}")
+    wide = check_features(features.values, minimum=1)
+    return vendi_score(torch.exp(-exact_distances(wide, wide).square() / (2 * bandwidth**2)))

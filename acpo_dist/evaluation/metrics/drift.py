@@ -1,0 +1,162 @@
+"""Drift of a policy from its frozen base, and its denoising error, by timestep.
+
+Legend: B samples. Errors are means over the elements of a sample, in noise units, then means over samples.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from acpo_dist.core.seeding import generator
+from acpo_dist.core.types import LateLatents
+from acpo_dist.diffusion.prediction import add_noise, to_noise
+from acpo_dist.evaluation.metrics.distances import SampleError
+from acpo_dist.models.family import ModelFamily
+from acpo_dist.objective.anchor import anchor_error, head_drift
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadErrors:
+    """Errors of policy and base on the same forward-noised samples, by timestep."""
+
+    anchor: dict[int, float]
+    """mean (eps_policy - eps_base)^2."""
+    denoising: dict[int, float]
+    """mean (eps_policy - eps)^2."""
+    base_denoising: dict[int, float]
+    """mean (eps_base - eps)^2, on the same noise."""
+    num_samples: int
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def head_errors(
+    family: ModelFamily, clean: Tensor, prompts: Sequence[str], timesteps: Sequence[int],
+    *, seed: int = 0, batch_size: int = 16,
+) -> HeadErrors:  # fmt: skip
+    """Drift and denoising error on forward-noised x_0; held-out data gives the reverse KL's side, see `path_kl`.
+
+    The noise of a sample at a timestep depends on the seed, the timestep and the sample's index alone.
+
+    Args:
+        family: loaded with its anchor.
+        clean: x_0 (B, C, H, W), float32: scaled latents, or pixels in [-1, 1].
+        prompts: B prompts; ignored by an unconditional model.
+        timesteps: integers of the noise schedule; 0 only if the model does not predict x_0.
+
+    Raises:
+        SampleError: no sample, or counts differ.
+    """
+    _require_prompts(len(clean), prompts)
+    sums = {name: dict.fromkeys(timesteps, 0.0) for name in ("anchor", "denoising", "base_denoising")}
+    for timestep in timesteps:
+        for part in _batches(len(clean), batch_size):
+            noise = torch.stack([_noise(clean.shape[1:], seed, timestep, index) for index in part])
+            levels = family.alpha_bars[timestep].cpu().expand(len(part))
+            noisy = add_noise(clean[part.start : part.stop].float().cpu(), noise, levels)
+            heads = _heads(family, noisy, float(timestep), prompts[part.start : part.stop])
+            policy, base = (to_noise(head, noisy, levels, family.prediction_type) for head in heads)
+            drift = head_drift(*heads, levels, family.prediction_type)
+            sums["anchor"][timestep] += float(anchor_error(drift).double().sum())
+            sums["denoising"][timestep] += float(anchor_error(policy - noise).double().sum())
+            sums["base_denoising"][timestep] += float(anchor_error(base - noise).double().sum())
+    means = {name: {t: total / len(clean) for t, total in by_t.items()} for name, by_t in sums.items()}
+    return HeadErrors(**means, num_samples=len(clean))
+
+
+@torch.no_grad()
+def drift_on_states(
+    family: ModelFamily, states: Sequence[LateLatents], prompts: Sequence[str], *, batch_size: int = 16
+) -> dict[float, float]:
+    """Mean squared noise-space drift on states that the policy's own rollouts passed through, by timestep.
+
+    Args:
+        states: of the same B samples, one entry per denoise step.
+        prompts: B prompts.
+
+    Raises:
+        SampleError: no sample, or counts differ.
+    """
+    result = {}
+    for state in states:
+        latents = state.latents_BCHW.float().cpu()
+        _require_prompts(len(latents), prompts)
+        total = 0.0
+        for part in _batches(len(latents), batch_size):
+            levels = torch.full((len(part),), state.alpha_bar, dtype=torch.float64)
+            rows = slice(part.start, part.stop)
+            heads = _heads(family, latents[rows], state.timestep, prompts[rows])
+            total += float(anchor_error(head_drift(*heads, levels, family.prediction_type)).double().sum())
+        result[state.timestep] = total / len(latents)
+    return result
+
+
+def kl_weights(alpha_bars_T: Tensor) -> Tensor:
+    """Weight of ||eps_policy - eps_base||^2 in the KL divergence of one DDPM step, by timestep, float64 (T,).
+
+    w_t = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) with sigma_t^2 = beta_t, the larger of DDPM's two
+    variances: finite at the last step too. Source: Ho et al. 2020; KL of Gaussians with equal covariance.
+    """
+    alpha_bars = alpha_bars_T.double().cpu()
+    alphas = alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+    return (1 - alphas) / (2 * alphas * (1 - alpha_bars))
+
+
+def path_kl(
+    drift_by_timestep: Mapping[int, float] | Mapping[float, float], alpha_bars_T: Tensor, num_elements: int
+) -> float:
+    """Estimate of KL(policy path || base path) of the T-step DDPM, in nats: an upper bound on the KL of its pictures.
+
+    sum_t w_t D E(drift_t), the drift interpolated linearly between the measured timesteps and held beyond them: exact
+    if all T were measured. On rollout states it is KL(policy || base), on base or held-out samples the reverse. It is
+    the conditional branch's: classifier-free guidance multiplies drift on top.
+
+    Args:
+        drift_by_timestep: mean squared noise-space drift per element.
+        alpha_bars_T: cumulative signal fraction, (T,).
+        num_elements: D, elements of one x_0.
+
+    Raises:
+        SampleError: no timestep was measured, or one lies outside the schedule.
+    """
+    measured = sorted((float(timestep), value) for timestep, value in drift_by_timestep.items())
+    total = len(alpha_bars_T)
+    if not measured or measured[0][0] < 0 or measured[-1][0] > total - 1:
+        raise SampleError(
+            f"path KL needs drift at timesteps in 0..{total - 1}, found {[timestep for timestep, _ in measured]}"
+        )
+    at, values = [timestep for timestep, _ in measured], [value for _, value in measured]
+    drift = np.interp(np.arange(total), at, values)
+    return float((kl_weights(alpha_bars_T).numpy() * drift).sum()) * num_elements
+
+
+def _heads(family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Policy's and base's output on the same input, on the CPU."""
+    device = next(family.network.parameters()).device
+    moved, timesteps = noisy.to(device), torch.full((len(noisy),), timestep, device=device)
+    condition = family.encode(prompts)
+    policy = family.predict(moved, timesteps, condition)
+    with family.anchored():
+        base = family.predict(moved, timesteps, condition)
+    return policy.cpu(), base.cpu()
+
+
+def _noise(shape: torch.Size, seed: int, timestep: int, index: int) -> Tensor:
+    return torch.randn(shape, generator=generator("evaluation-noise", seed, timestep, index))
+
+
+def _batches(count: int, size: int) -> Iterator[range]:
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def _require_prompts(count: int, prompts: Sequence[str]) -> None:
+    if not count or len(prompts) != count:
+        raise SampleError(f"drift needs a prompt for each of at least one sample, found {count} and {len(prompts)}")

@@ -1,0 +1,100 @@
+"""How different the pictures of a running run are from each other, cheap enough for every iteration.
+
+The gauge is the Vendi score less 1 on low-pass features: 0 when all pictures of a block are the same, and blind to
+speckle, on which a score of raw pixels rises. A block is what one prompt gave, where prompts get several samples;
+otherwise a fixed number of pictures, since the score grows with their number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import torch
+from torch import Tensor
+
+from acpo_dist.evaluation.metrics.diversity import vendi_of_features
+from acpo_dist.evaluation.metrics.features import Features, LowPassPixels
+from acpo_dist.evaluation.metrics.manifold import exact_distances
+
+_SIZES = (8, 4, 2)
+"""Low-pass sizes, the finest that the pictures have enough pixels for."""
+_AT_ONCE = 8
+"""Pictures held as floats at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadGauge:
+    """Set once on base samples; later pictures are measured by the same gauge."""
+
+    bandwidth: float
+    """Of the kernel, in feature units: the median distance within the base model's blocks."""
+    block: int
+    """Pictures per block."""
+    by_prompt: bool
+
+    def measure(self, images: Tensor, prompts: Sequence[str]) -> float | None:
+        """Mean over blocks of the Vendi score less 1; None without a whole block.
+
+        Args:
+            images: RGB (N, 3, H, W).
+            prompts: one per picture.
+        """
+        features = _features(images)
+        rows = _blocks(prompts, self.block, by_prompt=self.by_prompt)
+        if features is None or not rows:
+            return None
+        parts = [
+            Features(values=features.values[row], source=features.source, noise_blind=features.noise_blind)
+            for row in rows
+        ]
+        return fmean(vendi_of_features(part, bandwidth=self.bandwidth) - 1 for part in parts)
+
+
+def fit_gauge(
+    images: Tensor, prompts: Sequence[str], *, samples_per_prompt: int, per_iteration: int
+) -> SpreadGauge | None:
+    """The gauge for a run, from base samples.
+
+    Args:
+        images: RGB (N, 3, H, W), drawn by the base model.
+        prompts: one per picture.
+        samples_per_prompt: of an iteration; from 2 on, only samples of one prompt are compared.
+        per_iteration: pictures that an iteration will have.
+
+    Returns:
+        None where nothing can be compared: one picture, pictures of a few pixels, or base samples that are all alike.
+    """
+    by_prompt = samples_per_prompt > 1
+    block = samples_per_prompt if by_prompt else min(per_iteration, len(images))
+    features = _features(images)
+    rows = _blocks(prompts, block, by_prompt=by_prompt)
+    if features is None or block < 2 or not rows:
+        return None
+    above = torch.triu_indices(block, block, offset=1)
+    distances = [exact_distances(features.values[row], features.values[row])[*above] for row in rows]
+    bandwidth = float(median(torch.cat(distances).tolist()))
+    return SpreadGauge(bandwidth=bandwidth, block=block, by_prompt=by_prompt) if bandwidth > 0 else None
+
+
+def _features(images: Tensor) -> Features | None:
+    pixels = images.shape[2] * images.shape[3]
+    size = next((size for size in _SIZES if pixels >= 16 * size**2), None)
+    if size is None:
+        return None
+    extract = LowPassPixels(size)
+    parts = [extract(part) for part in images.split(_AT_ONCE)]
+    return Features(
+        values=torch.cat([part.values for part in parts]), source=parts[0].source, noise_blind=parts[0].noise_blind
+    )
+
+
+def _blocks(prompts: Sequence[str], block: int, *, by_prompt: bool) -> list[list[int]]:
+    """Rows of each whole block; what is left over is left out."""
+    sets: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        sets.setdefault(prompt if by_prompt else "", []).append(index)
+    return [
+        rows[start : start + block]
+        for rows in sets.values()
+        for start in range(0, len(rows) - block + 1, max(1, block))
+    ]

@@ -1,0 +1,154 @@
+"""Chunks of pictures on their way to the judges: drawn now, kept from an earlier call, or there from the start."""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.ports import Advance, RolloutPool
+from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.evaluation.suites.images import EncodedPicture, decode, digest, encode
+from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool, PendingJudgement
+from acpo_dist.evaluation.suites.samples import Sample, SampleLog
+from acpo_dist.workers.rollout.chunks import chunks_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Samples that are judged together, whatever the number of workers."""
+
+    rows: tuple[Sample, ...]
+    pictures: tuple[Tensor, ...]
+    """uint8 (3, H, W), one per row."""
+    judges: tuple[str, ...]
+    """Who is asked."""
+
+
+def judge_all(
+    batches: Iterable[Sequence[Chunk]], pool: JudgePool, log: SampleLog, advance: Advance, *, in_flight: int
+) -> None:
+    """Have every chunk judged and written; up to `in_flight` are being judged while the next batch is drawn."""
+    under_way: deque[tuple[Chunk, PendingJudgement]] = deque()
+    for batch in batches:
+        for chunk in batch:
+            under_way.append((chunk, PendingJudgement(pool, chunk.judges, chunk.pictures, _prompts(chunk))))
+        while len(under_way) > in_flight:
+            _write(*under_way.popleft(), log, advance)
+    while under_way:
+        _write(*under_way.popleft(), log, advance)
+
+
+def kept_chunks(
+    arm: str, chunks: Sequence[Sequence[SamplePlan]], log: SampleLog, judges: Sequence[str], advance: Advance
+) -> Iterator[list[Chunk]]:
+    """Chunks that were drawn before and lack a score; those that lack nothing are only counted."""
+    for plans in chunks:
+        rows = [row for plan in plans if (row := log.find(arm, plan.sample_id)) is not None]
+        missing = _missing(rows, judges)
+        if not missing:
+            advance(len(rows))
+            continue
+        pictures = tuple(decode(log.read_picture(row), row.picture) for row in rows)
+        yield [Chunk(rows=tuple(rows), pictures=pictures, judges=missing)]
+
+
+def drawn_chunks(
+    arm: str, chunks: Sequence[Sequence[SamplePlan]], pool: RolloutPool, log: SampleLog, judges: Sequence[str],
+    categories: dict[int, str], *, at_once: int,
+) -> Iterator[list[Chunk]]:  # fmt: skip
+    """Draw chunks, `at_once` of them at a time, and write their pictures."""
+    for start in range(0, len(chunks), at_once):
+        wave = chunks[start : start + at_once]
+        plans = [plan for chunk in wave for plan in chunk]
+        handles = pool.generate(_groups(plans))
+        schedules = {name: handle.schedule_id for handle in handles for name in handle.sample_ids}
+        ids = [plan.sample_id for plan in plans]
+        images = dict(zip(ids, pool.images(handles, ids), strict=True))
+        batch = []
+        for chunk in wave:
+            rows = []
+            for plan in chunk:
+                data = encode(images[plan.sample_id])
+                name = log.picture_path(arm, plan.sample_id)
+                log.write_picture(name, data)
+                rows.append(
+                    Sample(
+                        arm=arm, sample_id=plan.sample_id, prompt_id=plan.prompt_id, prompt=plan.prompt,
+                        category=categories[plan.prompt_id], seed=plan.seed, picture=name, sha256=digest(data),
+                        schedule_id=schedules[plan.sample_id],
+                    )
+                )  # fmt: skip
+            pictures = tuple(images[plan.sample_id] for plan in chunk)
+            batch.append(Chunk(rows=tuple(rows), pictures=pictures, judges=tuple(judges)))
+        yield batch
+
+
+def found_chunks(
+    arm: str, pictures: Iterable[EncodedPicture], log: SampleLog, judges: Sequence[str], categories: dict[str, str],
+    advance: Advance,
+) -> Iterator[list[Chunk]]:  # fmt: skip
+    """Chunks of pictures that were there already; one that cannot be read is a sample without any score."""
+    numbered, first = enumerate(pictures), {}
+    while encoded := list(itertools.islice(numbered, CHUNK)):
+        rows, tensors, broken = [], [], []
+        for index, picture in encoded:
+            row = Sample(
+                arm=arm, sample_id=picture.key, prompt_id=first.setdefault(picture.prompt or index, index),
+                prompt=picture.prompt, category=categories.get(picture.prompt, ""), seed=None, picture=picture.name,
+                sha256=picture.sha256,
+            )  # fmt: skip
+            old = log.find(arm, row.sample_id)
+            if old is not None and old.sha256 == row.sha256:
+                row = replace(row, scores=old.scores, errors=old.errors)
+            try:
+                tensors.append(decode(picture.data, picture.name))
+                rows.append(row)
+            except DataError as error:
+                broken.append(replace(row, scores=dict.fromkeys(judges), errors=dict.fromkeys(judges, str(error))))
+        if broken:
+            log.append(broken)
+            advance(len(broken))
+        missing = _missing(rows, judges)
+        if rows and missing:
+            yield [Chunk(rows=tuple(rows), pictures=tuple(tensors), judges=missing)]
+        else:
+            advance(len(rows))
+
+
+def split_chunks(
+    arm: str, groups: Sequence[PromptGroup], batch_size: int, log: SampleLog
+) -> tuple[list[tuple[SamplePlan, ...]], list[tuple[SamplePlan, ...]]]:
+    """(chunks that are there whole, chunks to be drawn); a chunk that lacks one sample is drawn again whole."""
+    kept, todo = [], []
+    for chunk in chunks_of(groups, batch_size):
+        (kept if all(log.find(arm, plan.sample_id) for plan in chunk) else todo).append(chunk)
+    return kept, todo
+
+
+def _write(chunk: Chunk, pending: PendingJudgement, log: SampleLog, advance: Advance) -> None:
+    rows = []
+    for row, judgement in zip(chunk.rows, pending.result(), strict=True):
+        errors = {name: text for name, text in row.errors.items() if name not in judgement.scores}
+        rows.append(replace(row, scores={**row.scores, **judgement.scores}, errors={**errors, **judgement.errors}))
+    log.append(rows)
+    advance(len(rows))
+
+
+def _missing(rows: Sequence[Sample], judges: Sequence[str]) -> tuple[str, ...]:
+    """Judges of whom a row has no score; they are asked about the whole chunk, as they were the first time."""
+    return tuple(name for name in judges if any(row.scores.get(name) is None for row in rows))
+
+
+def _prompts(chunk: Chunk) -> list[str]:
+    return [row.prompt for row in chunk.rows]
+
+
+def _groups(plans: Sequence[SamplePlan]) -> list[PromptGroup]:
+    return [
+        PromptGroup(prompt_id=prompt_id, prompt=found[0].prompt, samples=tuple(found))
+        for prompt_id, group in itertools.groupby(plans, key=lambda plan: plan.prompt_id)
+        if (found := list(group))
+    ]

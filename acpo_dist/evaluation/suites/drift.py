@@ -1,0 +1,44 @@
+"""How far a run has moved from its base, by timestep, on samples of its own."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.types import PromptGroup
+from acpo_dist.evaluation.metrics.arm import DRIFT_TIMESTEPS
+from acpo_dist.evaluation.metrics.drift import head_errors, path_kl
+from acpo_dist.evaluation.suites.backend import Backend
+from acpo_dist.evaluation.suites.subject import ModelSubject, settle
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.training.local import default_device
+
+
+def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Backend) -> dict[str, Any]:
+    """Anchor and denoising error by timestep on the run's own x_0, and the path KL that follows.
+
+    The x_0 are forward-noised, so the KL is an estimate of KL(policy || base) of the conditional branch.
+
+    Args:
+        subject: a run's checkpoint.
+        groups: whose samples are used; they are drawn again, from the same seeds.
+    """
+    with backend.rollouts(subject.config) as pool:
+        settle(pool, subject)
+        clean = pool.ends(groups, pool.trajectory())
+    config = subject.config.model
+    family = resolve("model", MODELS, config.type).load(config, device=default_device(), trainable=True)
+    assert subject.bundle is not None, "only a run's checkpoint can have drifted"
+    with torch.no_grad():
+        for name, parameter in trainable_tensors(family.network).items():
+            parameter.copy_(subject.bundle.tensors[name])
+    prompts = [plan.prompt for group in groups for plan in group.samples]
+    errors = head_errors(family, clean, prompts, DRIFT_TIMESTEPS)
+    mean = sum(errors.anchor.values()) / len(errors.anchor)
+    return {
+        **errors.to_mapping(),
+        "rms": mean**0.5,
+        "path_kl_nats": path_kl(errors.anchor, family.alpha_bars, prod(family.sample_shape)),
+    }

@@ -1,0 +1,203 @@
+"""Judges by name, which version of them judges, and scores with the failures named instead of numbered."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from acpo_dist.config.load import parse_override
+from acpo_dist.config.section import describe
+from acpo_dist.core.errors import RewardConfigError, WorkerError
+from acpo_dist.core.registry import REWARDS, resolve
+from acpo_dist.evaluation.suites.images import at_once
+from acpo_dist.workers.reward.worker import RewardWorker
+
+CHUNK = 16
+"""Pictures per request: fixed, so that a score does not depend on how many workers there are."""
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".txt"})
+
+
+class JudgePool(Protocol):
+    """Judges that are loaded somewhere."""
+
+    def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
+        """Begin to score pictures of one size, uint8 (B, 3, H, W).
+
+        Returns:
+            What waits for the scores. It raises whatever the judge raises, and WorkerError where the pool is lost.
+        """
+        ...
+
+
+class LocalJudges:
+    """Judges in this process; they score when they are waited for."""
+
+    def __init__(self, sections: Sequence[Any], *, device: str) -> None:
+        """Load every judge.
+
+        Raises:
+            RewardConfigError: one cannot be built.
+        """
+        self._workers = {
+            section.name: RewardWorker(section, model=None, cut="image", wire_dtype="float32", device=device)
+            for section in sections
+        }
+
+    def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
+        """See `JudgePool.submit`."""
+        return lambda: self._workers[judge].score(images, prompts)
+
+
+@dataclass
+class Judgement:
+    """What the judges said of one picture."""
+
+    scores: dict[str, float | None] = field(default_factory=dict)
+    """None where a judge failed."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Judge -> why it has no score."""
+
+
+class PendingJudgement:
+    """Requests for one chunk of pictures, all of them under way."""
+
+    def __init__(
+        self, pool: JudgePool, judges: Sequence[str], pictures: Sequence[Tensor], prompts: Sequence[str]
+    ) -> None:
+        """Send them: one per judge and run of pictures of one size."""
+        self._pool, self._pictures, self._prompts = pool, pictures, prompts
+        self._requests = [
+            (judge, rows, self._submit(judge, rows)) for rows in _runs_of_one_size(pictures) for judge in judges
+        ]
+
+    def result(self) -> list[Judgement]:
+        """One judgement per picture, in their order.
+
+        A request that fails is asked again picture by picture: the picture at fault is known, the others keep theirs.
+
+        Raises:
+            WorkerError: the pool is lost, which says nothing about any picture.
+        """
+        found = [Judgement() for _ in self._pictures]
+        for judge, rows, wait in self._requests:
+            scores, error = _try(wait)
+            if error is None:
+                for row, score in zip(rows, scores, strict=True):
+                    found[row].scores[judge] = score
+                continue
+            for row in rows:
+                if len(rows) > 1:
+                    scores, error = _try(self._submit(judge, range(row, row + 1)))
+                found[row].scores[judge] = None if error else scores[0]
+                if error:
+                    found[row].errors[judge] = error
+        return found
+
+    def _submit(self, judge: str, rows: range) -> Callable[[], list[float]]:
+        return self._pool.submit(
+            judge, torch.stack([self._pictures[row] for row in rows]), [self._prompts[row] for row in rows]
+        )
+
+
+def judge_sections(texts: Sequence[str]) -> tuple[Any, ...]:
+    """Sections of judges from what a person wrote.
+
+    Args:
+        texts: names from `acpo rewards list`, `pyiqa:NAME`, `module:Class`, several joined by commas, or a section in
+            YAML such as `{type: pick_score, weights: FOLDER}`.
+
+    Raises:
+        RewardConfigError: an unknown or unusable judge, or two of one name.
+    """
+    parts = [part for text in texts for part in ([text] if text.lstrip().startswith("{") else text.split(","))]
+    sections = tuple(_section(part.strip()) for part in parts if part.strip())
+    check_names(sections)
+    return sections
+
+
+def check_names(sections: Sequence[Any]) -> None:
+    """Refuse two judges of one name.
+
+    Raises:
+        RewardConfigError: names it.
+    """
+    names = [section.name for section in sections]
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardConfigError(f"two judges are called `{name}`: leave one out, or give each its own `name`.")
+
+
+def reads_prompts(section: Any) -> bool:
+    """Whether the judge compares the picture with its prompt."""
+    return bool(getattr(resolve("reward", REWARDS, section.type), "needs_prompts", False))
+
+
+def direction(section: Any) -> int:
+    """+1 if a higher score is better, else -1."""
+    return resolve("reward", REWARDS, section.type).direction(section)
+
+
+def judge_facts(section: Any) -> dict[str, Any]:
+    """Which judge in which version: its settings, and the SHA-256 of weights that lie on this machine."""
+    facts: dict[str, Any] = {"settings": section.model_dump(mode="json"), "higher_is_better": direction(section) > 0}
+    weights = getattr(section, "weights", None)
+    if weights and Path(weights).expanduser().exists():
+        facts["weights_sha256"] = weights_digest(Path(weights).expanduser())
+    return facts
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a file, or of all weights and settings below a folder with their relative names."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and entry.suffix in _WEIGHTS):
+        whole.update(f"{file.relative_to(path)}|{weights_digest(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def _section(text: str) -> Any:
+    """The validated section of one judge."""
+    if text.startswith("{"):
+        values: Mapping[str, Any] = parse_override(f"judge={text}")["judge"]
+    else:
+        kind, _, rest = text.partition(":")
+        values = {"type": "pyiqa", "metric": rest} if kind == "pyiqa" else {"type": text}
+    if "type" not in values:
+        raise RewardConfigError(f"--judges {text}: a section needs the key `type`")
+    metric = resolve("reward", REWARDS, str(values["type"]))
+    try:
+        section = metric.Config.model_validate(values)
+    except ValidationError as error:
+        raise RewardConfigError(f"--judges {text}: {describe(error, metric.Config)}") from error
+    if reason := metric.unusable(section):
+        raise RewardConfigError(f"--judges {text}: {reason}")
+    if getattr(section, "weights", None) == "train":
+        raise RewardConfigError(f"--judges {text}: weights `train` belong to a run; give the file that it trained")
+    return section
+
+
+def _runs_of_one_size(pictures: Sequence[Tensor]) -> Iterator[range]:
+    """Consecutive rows of one size, fewer of large pictures: it depends on nothing but the pictures."""
+    start = 0
+    for row in range(1, len(pictures) + 1):
+        full = row - start == at_once(pictures[start], CHUNK)
+        if row == len(pictures) or full or pictures[row].shape != pictures[start].shape:
+            yield range(start, row)
+            start = row
+
+
+def _try(wait: Callable[[], list[float]]) -> tuple[list[float], str | None]:
+    try:
+        return wait(), None
+    except WorkerError:
+        raise
+    except Exception as error:  # a judge may be anybody's code; what it raises is recorded beside the sample
+        text = str(error).strip().splitlines()
+        return [], f"{type(error).__name__}: {text[0] if text else 'no message'}"

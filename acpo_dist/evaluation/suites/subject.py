@@ -1,0 +1,194 @@
+"""What is evaluated: a model with its weights and trajectory, or pictures that are there already."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError, ModelError, UsageError
+from acpo_dist.core.ports import RolloutPool
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.types import WeightBundle
+from acpo_dist.core.weights import make_bundle, require_echoes
+from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.evaluation.suites.images import count_pictures
+from acpo_dist.evaluation.suites.judges import weights_digest
+from acpo_dist.models.loading import resolve_path
+from acpo_dist.training.open_model import keeps_own_trajectory, prepared, source_config
+from acpo_dist.training.trajectory.artefact import configured_trajectory, trajectory_from_mapping
+from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore
+
+BASE = "base"
+NEWEST = "newest"
+BEST = "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSubject:
+    """A model that draws."""
+
+    source: str
+    """As the user named it."""
+    config: Config
+    facts: dict[str, Any]
+    """Which model exactly, for the plan and the report."""
+    run: Path | None = None
+    bundle: WeightBundle | None = field(default=None, repr=False)
+    """Weights of a run's checkpoint; None draws with the pipeline's own."""
+    trajectory: Trajectory | None = None
+    """What the run followed when the checkpoint was written; None walks by `config.sampler`."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it draws from prompts."""
+        return resolve("model", MODELS, self.config.model.type).conditional
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSubject:
+    """Pictures that are there already."""
+
+    source: str
+    path: Path
+    count: int
+    facts: dict[str, Any]
+
+
+def open_pictures(source: str) -> PictureSubject:
+    """A folder of pictures, one picture, or a parquet file."""
+    path = Path(source)
+    count = count_pictures(path)
+    if not count:
+        raise UsageError(f"{source} holds no picture.")
+    return PictureSubject(source=source, path=path, count=count, facts={"kind": "pictures", "source": source})
+
+
+def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompted: bool) -> ModelSubject:
+    """A run, a configuration or a pipeline folder.
+
+    Args:
+        overrides: `key=value`; `sampler.num_steps`, `spacing` and `trajectory` also replace the trajectory of a run.
+        checkpoint: of a run: `newest`, `best` (by its judges), or an iteration.
+        prompted: whether the suite has prompts.
+
+    Raises:
+        UsageError: no such model, or one that does not fit the suite.
+        ModelError: a run without the checkpoint.
+    """
+    config, run = _config(source, overrides, prompted=prompted)
+    config = prepared(config, run) if run else config
+    resolve("model", MODELS, config.model.type).check(config.model)
+    subject = ModelSubject(source=source, config=config, run=run, facts=_model_facts(source, config, run))
+    if subject.conditional != prompted:
+        wrong = "draws from prompts" if subject.conditional else "draws without prompts"
+        right = "a suite of prompts" if subject.conditional else "--suite none"
+        raise UsageError(f"{source} {wrong}: give {right}.")
+    if run is None:
+        return subject
+    found = find_checkpoint(run, config, checkpoint)
+    bundle = make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
+    own_sampler = keeps_own_trajectory(overrides)
+    return replace(
+        subject, bundle=bundle, trajectory=trajectory_from_mapping(found.state["trajectory"]) if own_sampler else None,
+        facts=subject.facts
+        | {"iteration": found.iteration, "policy_version": bundle.version, "policy_sha256": bundle.checksum},
+    )  # fmt: skip
+
+
+def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> ModelSubject:
+    """The other model, sampled exactly as the first: `base` is what a run was tuned from.
+
+    Raises:
+        UsageError: `base` of something that is no run, or a model that does not fit.
+    """
+    if wanted == BASE:
+        if subject.run is None:
+            raise UsageError(
+                f"--compare base: {subject.source} is no run, so nothing is known of what it was tuned from. Name the "
+                "other model: a run, a pipeline folder or an embedded toy."
+            )
+        facts = {key: value for key, value in subject.facts.items() if not key.startswith("policy_")}
+        return replace(subject, source=BASE, bundle=None, facts=facts | {"source": BASE, "iteration": 0, "kind": BASE})
+    other = open_model(wanted, [], checkpoint=checkpoint, prompted=subject.conditional)
+    sections = {"sampler": subject.config.sampler, "rollout": subject.config.rollout, "cluster": subject.config.cluster}
+    return replace(other, config=other.config.model_copy(update=sections), trajectory=subject.trajectory)
+
+
+def settle(pool: RolloutPool, subject: ModelSubject) -> None:
+    """Put the subject's weights and trajectory into every worker.
+
+    Raises:
+        WeightSyncError: a worker does not hold the weights.
+    """
+    if subject.bundle is not None:
+        require_echoes(subject.bundle.version, subject.bundle.checksum, pool.load(subject.bundle))
+    trajectory, sampler = subject.trajectory, subject.config.sampler
+    if trajectory is None:
+        trajectory = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
+    if trajectory is not None:
+        pool.follow(trajectory)
+
+
+def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
+    """The newest whole checkpoint, the one that the judges liked best, or that of an iteration.
+
+    Raises:
+        ModelError: it is not there.
+        UsageError: `which` is none of these.
+    """
+    store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
+    newest = store.newest()
+    if newest is None:
+        raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
+    if which == NEWEST:
+        return newest
+    if which != BEST and not which.isdigit():
+        raise UsageError(f"--checkpoint takes {NEWEST}, {BEST} or an iteration, found `{which}`.")
+    iteration = newest.best_iteration if which == BEST else int(which)
+    if iteration == newest.iteration:
+        return newest
+    folder = run / "checkpoints" / f"{iteration:06d}"
+    if not folder.is_dir():
+        there = ", ".join(sorted(str(int(path.name)) for path in (run / "checkpoints").glob("[0-9]*")))
+        said = (
+            "the judges liked no checkpoint as much as the base model"
+            if which == BEST and not iteration
+            else (f"there is no checkpoint of iteration {iteration}")
+        )
+        raise ModelError(f"{run}: {said}; kept are {there} (checkpoint.keep, checkpoint.every).")
+    return store.open(iteration)
+
+
+def _config(source: str, overrides: Sequence[str], *, prompted: bool) -> tuple[Config, Path | None]:
+    if prompted:
+        try:
+            # Nobody knows a bare pipeline's prompts. The suite brings them; the key must only be no contradiction.
+            config, run = source_config(source, [*overrides, "data.prompts=toy"])
+            if run is None:
+                return config, run
+        except ConfigError:
+            pass  # another try without it says what is really wrong
+    return source_config(source, overrides)
+
+
+def _model_facts(source: str, config: Config, run: Path | None) -> dict[str, Any]:
+    path = resolve_path(config.model.path)
+    facts: dict[str, Any] = {
+        "kind": "run" if run else "model", "source": source, "family": config.model.type, "path": config.model.path,
+    }  # fmt: skip
+    if Path(path).is_dir():
+        facts["weights_sha256"] = weights_digest(Path(path))
+    else:
+        facts["revision"] = getattr(config.model, "revision", None) or _cached_commit(path)
+    return facts
+
+
+def _cached_commit(repository: str) -> str | None:
+    """Commit of a hub repository as it lies in the cache; None where it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "model_index.json")
+    return Path(found).parent.name if isinstance(found, str) else None

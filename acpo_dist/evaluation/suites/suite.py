@@ -1,0 +1,188 @@
+"""Suites: prompts with their categories, by name or from any text file, CSV, TSV or parquet file."""
+
+import csv
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.data.toy.world import SHAPES, captions
+
+DATA_VARIABLE = "ACPO_DATA"
+NAMED = {"drawbench": ("drawbench.csv",), "parti": ("partiprompts.tsv", "parti_prompts.tsv", "parti-prompts.tsv")}
+"""Suites that are found by file name, in any case, in the folders that `ACPO_DATA` names."""
+UNCONDITIONAL = "none"
+_UNPROMPTED = 256
+"""Samples of the suite `none` when no limit is given."""
+_TABLES: dict[str, dict[str, Any]] = {
+    # Strict, because a stray quote would otherwise swallow the lines after it in silence.
+    ".csv": {"delimiter": ",", "strict": True},
+    # Published TSV files know no quoting: prompts keep their quotes.
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuitePrompt:
+    """One prompt of a suite."""
+
+    prompt_id: int
+    """Its place in the suite, counted from 0 and before any limit."""
+    prompt: str
+    category: str
+    """Empty where the suite has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Prompts in file order."""
+
+    name: str
+    prompts: tuple[SuitePrompt, ...]
+    total: int
+    """Prompts of the whole suite, of which `prompts` may be a part."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the prompts and categories that are used."""
+        rows = [[entry.prompt_id, entry.prompt, entry.category] for entry in self.prompts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    @property
+    def categories(self) -> list[str]:
+        """In order of appearance; empty where the suite has none."""
+        return [name for name in dict.fromkeys(entry.category for entry in self.prompts) if name]
+
+
+def load_suite(
+    name: str, *, limit: int | None = None, prompt_column: str = "prompt", category_column: str = "category"
+) -> Suite:
+    """A suite.
+
+    Args:
+        name: `drawbench`, `parti`, `toy` (captions of the closed world), `none` (no prompts, for an unconditional
+            model), or a file: .txt with a prompt per line, .csv, .tsv or .parquet with a header.
+        limit: use so many prompts, spread evenly over the suite, so that a suite sorted by category keeps them all.
+        prompt_column: column of a table, in any case.
+        category_column: likewise; may be absent.
+
+    Raises:
+        DataError: an unknown suite, a missing or unreadable file, or one without prompts.
+    """
+    if name == UNCONDITIONAL:
+        count = limit or _UNPROMPTED
+        prompts = tuple(SuitePrompt(prompt_id=index, prompt="", category="") for index in range(count))
+        return Suite(name=name, prompts=prompts, total=count)
+    if name == "toy":
+        rows = [(text, next(shape for shape in SHAPES if shape in text)) for text in captions()]
+    else:
+        rows = _read(_find(name), prompt_column, category_column)
+    entries = [
+        SuitePrompt(prompt_id=index, prompt=prompt.strip(), category=category.strip())
+        for index, (prompt, category) in enumerate(rows)
+        if prompt.strip()
+    ]
+    if not entries:
+        raise DataError(f"--suite {name}: the file holds no prompt.")
+    count = min(limit or len(entries), len(entries))
+    chosen = tuple(entries[index * len(entries) // count] for index in range(count))
+    return Suite(name=name if name in (*NAMED, "toy") else Path(name).stem, prompts=chosen, total=len(entries))
+
+
+def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int) -> list[PromptGroup]:
+    """One group per prompt. A sample's seed follows from the root seed, the prompt's text and its number alone.
+
+    So models are compared on the same noise, and a prompt has the same samples in every suite that holds it.
+    """
+    seen: dict[str, int] = {}
+    groups = []
+    for entry in suite.prompts:
+        occurrence = seen[entry.prompt] = seen.get(entry.prompt, -1) + 1
+        samples = tuple(
+            SamplePlan(
+                sample_id=f"{entry.prompt_id:05d}-{number}", prompt_id=entry.prompt_id, prompt=entry.prompt,
+                seed=derive_seed("evaluation", seed, entry.prompt, occurrence, number),
+            )
+            for number in range(samples_per_prompt)
+        )  # fmt: skip
+        groups.append(PromptGroup(prompt_id=entry.prompt_id, prompt=entry.prompt, samples=samples))
+    return groups
+
+
+def _find(name: str) -> Path:
+    if name not in NAMED:
+        path = Path(name)
+        if path.is_file():
+            return path
+        raise DataError(
+            f"--suite {name}: no such file, and no suite of that name. Known: {', '.join(NAMED)}, toy, {UNCONDITIONAL} "
+            "(for an unconditional model); or give a .txt, .csv, .tsv or .parquet file."
+        )
+    folders = [folder for folder in os.environ.get(DATA_VARIABLE, "").split(os.pathsep) if folder]
+    for folder in folders:
+        for path in sorted(Path(folder).glob("*")):
+            if path.name.casefold() in NAMED[name] and path.is_file():
+                return path
+    where = f"is not in {', '.join(folders)}" if folders else f"cannot be looked for, since {DATA_VARIABLE} is unset"
+    raise DataError(
+        f"--suite {name}: its file ({NAMED[name][0]}) {where}. Nothing is downloaded: set {DATA_VARIABLE} to the "
+        "folder that holds the file, or give its path as --suite."
+    )
+
+
+def _read(path: Path, prompt_column: str, category_column: str) -> list[tuple[str, str]]:
+    """(prompt, category) of every row."""
+    kind = path.suffix.lower()
+    try:
+        if kind == ".txt":
+            return [(line, "") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        if kind == ".parquet":
+            schema = pq.read_schema(path)
+            header = list(schema.names)
+            places = _places(path, header, prompt_column, category_column)
+            table = pq.read_table(path, columns=[header[place] for place in places if place is not None]).to_pylist()
+            return [tuple(_text(row, header, place) for place in places) for row in table]  # pyright: ignore[reportReturnType]
+        if kind not in _TABLES:
+            raise DataError(f"--suite: expected a .txt, .csv, .tsv or .parquet file, found `{path}`.")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file, **_TABLES[kind]) if row]
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise DataError(f"--suite: {path} cannot be read: {error}") from error
+    if not rows:
+        raise DataError(f"--suite: {path} is empty; expected a header with the column `{prompt_column}`.")
+    header = rows[0]
+    for number, row in enumerate(rows[1:], 1):
+        if any(row[len(header) :]):
+            raise DataError(
+                f"--suite: {path}: row {number} has {len(row)} cells, the header has {len(header)}. Put prompts that "
+                "contain the separator in double quotes (CSV only)."
+            )
+    prompt, category = _places(path, header, prompt_column, category_column)
+    return [(_cell(row, prompt), _cell(row, category)) for row in rows[1:]]
+
+
+def _places(path: Path, header: list[str], prompt_column: str, category_column: str) -> tuple[int | None, int | None]:
+    names = [name.strip().casefold() for name in header]
+    if prompt_column.casefold() not in names:
+        raise DataError(
+            f"--suite: {path} has no column `{prompt_column}` (--prompt-column). Columns found: {', '.join(header)}."
+        )
+    category = names.index(category_column.casefold()) if category_column.casefold() in names else None
+    return names.index(prompt_column.casefold()), category
+
+
+def _text(row: dict[str, Any], header: list[str], place: int | None) -> str:
+    value = None if place is None else row[header[place]]
+    return "" if value is None else str(value)
+
+
+def _cell(row: list[str], place: int | None) -> str:
+    return row[place] if place is not None and place < len(row) else ""

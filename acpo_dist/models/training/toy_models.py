@@ -1,0 +1,203 @@
+"""Architectures of the embedded toy models: SDXL's, SD 1.5's and DDPM's own classes at a thousandth of their size."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
+from acpo_dist.data.toy.world import IMAGE_SIZE
+
+TEXT_WIDTH = 32
+TIME_ID_WIDTH = 8
+
+
+def new_vae() -> AutoencoderKL:
+    """32 x 32 pixels to 8 x 8 latents of four channels, untrained."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(16, 32, 48),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        force_upcast=False,
+    )
+
+
+def _text_config(hidden_act: str) -> CLIPTextConfig:
+    vocab, _ = vocabulary()
+    end = vocab["<|endoftext|>"]
+    return CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=2 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act=hidden_act,
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+
+
+class ToySdxl(nn.Module):
+    """The parts of toy-sdxl that train together: U-Net and both text encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # SDXL's activations: quick_gelu in CLIP-L, gelu in OpenCLIP bigG.
+        self.text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        self.text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu"))
+        self.unet = UNet2DConditionModel(
+            sample_size=IMAGE_SIZE // 4,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(48, 72),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=2 * TEXT_WIDTH,
+            attention_head_dim=(4, 4),  # pyright: ignore[reportArgumentType]
+            transformer_layers_per_block=(1, 1),  # pyright: ignore[reportArgumentType]
+            use_linear_projection=True,
+            norm_num_groups=8,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=TIME_ID_WIDTH,
+            projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + TEXT_WIDTH,
+        )
+
+    def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate states of both encoders side by side (B, L, 64), and the pooled projection (B, 32)."""
+        first = self.text_encoder(token_ids, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(token_ids, output_hidden_states=True)
+        return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
+
+
+class ToySd15(nn.Module):
+    """The parts of toy-sd15 that train together: U-Net and its one text encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(_text_config("quick_gelu"))
+        self.unet = UNet2DConditionModel(
+            sample_size=IMAGE_SIZE // 4,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            # SD 1.5's order: attention in every block but the deepest.
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+
+    def encode(self, token_ids: Tensor) -> Tensor:
+        """Last states of the encoder, after its final norm (B, L, 32)."""
+        return self.text_encoder(token_ids).last_hidden_state
+
+
+def new_ddpm() -> UNet2DModel:
+    """Pixel-space noise predictor of 0.7 M parameters for 32 x 32 RGB, untrained."""
+    return UNet2DModel(
+        sample_size=IMAGE_SIZE,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=16,
+    )
+
+
+def sdxl_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own noise schedule and default sampler."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        steps_offset=1,
+        timestep_spacing="leading",
+    )
+
+
+def sd15_scheduler() -> PNDMScheduler:
+    """SD 1.5's own noise schedule and default sampler."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
+    """Write a `StableDiffusionXLPipeline` folder, weights in half precision."""
+    write_tokenizer(folder / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=model.unet,
+        scheduler=sdxl_scheduler(),  # pyright: ignore[reportArgumentType]
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    # Half the bytes for the large parts only: diffusers widens them on loading, transformers keeps an encoder's dtype.
+    pipeline.unet.to(torch.float16)
+    pipeline.vae.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
+    """Write a `StableDiffusionPipeline` folder without a safety checker, weights in half precision."""
+    write_tokenizer(folder / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=model.unet,
+        scheduler=sd15_scheduler(),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.unet.to(torch.float16)
+    pipeline.vae.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_ddpm(folder: Path, unet: UNet2DModel, *, half: bool) -> None:
+    """Write a `DDPMPipeline` folder."""
+    pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000))
+    if half:
+        pipeline = pipeline.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,119 @@
+"""A configuration on this machine: its model, data and rewards, each opened as a run would open it."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import AcpoError, ModelError
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.data.images import load_pictures
+from acpo_dist.data.pairs import PairSet
+from acpo_dist.data.prompts import load_prompts
+from acpo_dist.models.loading import looks_local
+from acpo_dist.preflight.doctor.finding import Finding
+from acpo_dist.preflight.doctor.storage import check_runs
+from acpo_dist.preflight.plan.plan import make_plan
+from acpo_dist.training.run_folder import RESOLVED
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from acpo_dist.workers.reward.canary import KnownPicture
+from acpo_dist.workers.reward.wire import pack, unpack
+from acpo_dist.workers.reward.worker import RewardWorker
+
+_GIB = 2**30
+_SAVED_BYTES = 16
+"""Per trainable weight in a checkpoint: itself, its average and Adam's two moments in float32."""
+
+
+def check_model(config: Config) -> Iterator[Finding]:
+    """Whether the model is here whole; nothing is downloaded."""
+    family, model = resolve("model", MODELS, config.model.type), config.model
+    family.check(model)
+    if model.path == "train":
+        yield Finding("model", "note", f"a `{model.type}` that the run trains first")
+        return
+    offline = model.model_copy(update={"offline": True}) if "offline" in type(model).model_fields else model
+    started = time.monotonic()
+    try:
+        # The decoder alone: it is read through the same door as the rest, and is small beside it.
+        family.load_decoder(offline, device="cpu")
+        if not looks_local(model.path) and family.pixel_space:
+            # Such a decoder reads nothing, so it is the pipeline that must be in the cache.
+            family.load(offline, device="cpu", trainable=False)
+    except ModelError as error:
+        if looks_local(model.path) or model.path.startswith("toy-"):
+            raise
+        advice = f"The run downloads it first, or `hf download {model.path}` does so now."
+        yield Finding("model", "note", f"not on this disk: {error}", advice)
+        return
+    yield Finding("model", "ok", f"`{model.path}` is here; its decoder loads in {time.monotonic() - started:.1f} s")
+
+
+def check_plan(config: Config) -> Iterator[Finding]:
+    """What `acpo plan` warns of, and room for the checkpoints."""
+    try:
+        plan = make_plan(config)
+    except ModelError:
+        # Said by the check of the model already.
+        yield Finding("plan", "note", "not worked out without the model")
+        yield from check_runs(config.run_dir)
+        return
+    need = ", ".join(f"{name} {amount:.1f} GiB" for name, amount in plan.needed_gib.items())
+    yield Finding("plan", "ok", f"{plan.device.name}: {need} per device")
+    for text in plan.warnings:
+        yield Finding("plan", "warning" if text.startswith("out of memory") else "note", text)
+    # One more than is kept: the new one is whole before the oldest goes.
+    saved = plan.parameters["trainable"] * _SAVED_BYTES * (config.checkpoint.keep + 1) / _GIB
+    yield from check_runs(config.run_dir, max(1.0, 1.2 * saved))
+
+
+def check_folder(config: Config) -> Iterator[Finding]:
+    """Whether the run folder is free, or what it holds."""
+    if not (config.run_dir / RESOLVED).is_file():
+        return
+    newest = CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep).newest()
+    what = f"a run with {newest.iteration} iterations saved" if newest else "a run that saved nothing"
+    advice = "`acpo train ... --resume auto` goes on with it; another run.name or run.seed begins afresh."
+    yield Finding("run folder", "note", f"{config.run_dir} holds {what}", advice)
+
+
+def check_data(config: Config) -> Iterator[Finding]:
+    """Prompts, pictures and pairs."""
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    if config.data.prompts != "none":
+        yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
+    if config.data.path is not None:
+        picture = load_pictures(config.data.path, config.data.image_column, 1, None)
+        size = " x ".join(str(side) for side in picture.tensor.shape[-2:])
+        yield Finding("pictures", "ok", f"{config.data.path}, the first is {size}")
+    if config.data.pairs is not None:
+        counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
+        yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def check_rewards(config: Config) -> Iterator[Finding]:
+    """Every reward and judge scores the known picture; one that trains by its gradient gives that too."""
+    training = {entry.name for entry in config.rewards.train}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for entry in (*config.rewards.train, *config.rewards.judges):
+        role = "reward" if entry.name in training else "judge"
+        if getattr(entry, "weights", None) == "train":
+            yield Finding(f"{role} `{entry.name}`", "note", "trained by the run before it begins")
+            continue
+        try:
+            worker = RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=device)
+            known = KnownPicture(worker)
+            started = time.monotonic()
+            known.check()
+            found = f"scores the known picture {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
+            if role == "reward" and config.algorithm.pathwise:
+                pixels = pack(known.picture.float() / 255, "float32")
+                gradient = unpack(worker.value_and_grad(pixels, ("a photograph",)).gradient)
+                found += f", gradient of norm {float(gradient.norm()):.3g}"
+        except Exception as error:
+            # A library's own error, or a device without memory, says as little of the other metrics as one of ours.
+            said = str(error) if isinstance(error, AcpoError) else f"{type(error).__name__}: {error}"
+            yield Finding(f"{role} `{entry.name}`", "failed", said)
+            continue
+        yield Finding(f"{role} `{entry.name}`", "ok", found)

@@ -1,0 +1,94 @@
+"""Libraries: are they there, are their versions the ones this was written for, and can they be imported at all?"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from acpo_dist.preflight.doctor.finding import Finding, in_child
+
+DISTRIBUTION = "acpo-dist"
+_EXTRAS = {
+    "ray": "several processes or machines",
+    "zero": "DeepSpeed ZeRO ranks",
+    "mlflow": "MLflow",
+    "pyiqa": "the metrics of pyiqa (PolyForm Noncommercial)",
+    "eight-bit": "learner.optimizer=adamw_8bit",
+}
+"""Extra -> what it is for."""
+_MODULES = {"pyyaml": "yaml", "pillow": "PIL"}
+"""Distributions whose module is called otherwise."""
+_IMPORT = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+_AT_ONCE = 4
+_NOT_IMPORTED = {"setuptools"}
+"""Wanted in a version, not by us."""
+
+
+def check_packages() -> Iterator[Finding]:
+    """Required libraries together, each extra by itself."""
+    try:
+        wanted = _wanted()
+    except PackageNotFoundError:
+        yield Finding("libraries", "note", f"{DISTRIBUTION} runs without being installed, so versions are not compared")
+        return
+    # Each import is a process of its own, and most of the time that this command takes.
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        found = [threads.submit(_check, "libraries", wanted[""], "")]
+        found += [threads.submit(_check, f"extra `{name}`", wanted[name], use, name) for name, use in _EXTRAS.items()]
+        for one in found:
+            yield one.result()
+
+
+def check_torchvision() -> Iterator[Finding]:
+    """torchvision is wanted by pyiqa and by parts of transformers; of another release than torch it breaks both."""
+    try:
+        found = f"torchvision {version('torchvision')} beside torch {version('torch')}"
+    except PackageNotFoundError:
+        return
+    done = in_child("import torch, torchvision; torchvision.ops.nms(torch.zeros(1, 4), torch.ones(1), 0.5)")
+    if done.succeeded:
+        yield Finding("torchvision", "ok", found)
+    else:
+        yield Finding(
+            "torchvision", "failed", f"{found}: {done.text}",
+            "Install both from one index in one command: pip install --force-reinstall torch torchvision",
+        )  # fmt: skip
+
+
+def _wanted() -> dict[str, list[Requirement]]:
+    """Requirements by extra; "" are those of every installation."""
+    found: dict[str, list[Requirement]] = {name: [] for name in ("", *_EXTRAS)}
+    for text in requires(DISTRIBUTION) or []:
+        requirement = Requirement(text)
+        for extra, members in found.items():
+            marker = requirement.marker
+            needed = marker is None if not extra else marker is not None and marker.evaluate({"extra": extra})
+            if needed and requirement.name != DISTRIBUTION:
+                members.append(requirement)
+    return found
+
+
+def _check(name: str, wanted: list[Requirement], use: str, extra: str = "") -> Finding:
+    install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
+    there: dict[str, str] = {}
+    for requirement in wanted:
+        try:
+            there[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            continue
+    absent = [requirement.name for requirement in wanted if requirement.name not in there]
+    if absent:
+        verdict, what = ("note", f"for {use}: ") if extra else ("failed", "")
+        return Finding(name, verdict, f"{what}{', '.join(absent)} not installed", install)
+    found = ", ".join(f"{one} {there[one]}" for one in there)
+    odd = [
+        f"{one.name} {there[one.name]} instead of {one.specifier}"
+        for one in wanted
+        if not one.specifier.contains(there[one.name], prereleases=True)
+    ]
+    modules = [_MODULES.get(one, one.replace("-", "_")) for one in there if one not in _NOT_IMPORTED]
+    done = in_child(_IMPORT, *modules)
+    if not done.succeeded:
+        return Finding(name, "failed", f"cannot be imported: {done.text} ({found})", f"{install} --force-reinstall")
+    return Finding(name, "warning", "; ".join(odd), install) if odd else Finding(name, "ok", found)

@@ -1,0 +1,104 @@
+"""Where things are kept: runs, the tracking store, downloaded models."""
+
+import base64
+import http.client
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from acpo_dist.preflight.doctor.finding import Finding, judged
+
+_GIB = 2**30
+_LEAST_GIB = 5.0
+_ANSWER_S = 10.0
+
+
+def check_runs(folder: Path, needed_gib: float = _LEAST_GIB) -> Iterator[Finding]:
+    """Whether runs can be written, renamed and kept there.
+
+    Args:
+        needed_gib: free space below which there is a warning.
+    """
+    there = _existing(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".acpo-doctor-", dir=there) as probe:
+            # What a checkpoint does: write, flush to the disk, put into place by its name.
+            begun = Path(probe) / "begun"
+            with begun.open("wb") as file:
+                file.write(b"\0" * 2**20)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(begun, Path(probe) / "whole")
+    except OSError as error:
+        advice = "Set ACPO_RUNS or run.dir to a folder of your own."
+        yield Finding("runs", "failed", f"{there} cannot be written: {error.strerror}", advice)
+        return
+    free = shutil.disk_usage(there).free / _GIB
+    yield judged(
+        free >= needed_gib, "runs", f"{folder}, {free:.1f} GiB free",
+        f"About {needed_gib:.1f} GiB are wanted: free some, set ACPO_RUNS, or lower checkpoint.keep.",
+    )  # fmt: skip
+
+
+def check_tracking(uri: str) -> Iterator[Finding]:
+    """Whether the tracking store answers, or can be made."""
+    kind = urlparse(uri)
+    shown = kind._replace(netloc=kind.netloc.rpartition("@")[2]).geturl()
+    if kind.scheme in ("http", "https"):
+        yield _ask(uri, shown)
+    elif kind.scheme == "sqlite":
+        path = Path(uri.removeprefix("sqlite:///"))
+        writable = os.access(path if path.exists() else _existing(path.parent), os.W_OK)
+        yield judged(
+            writable, "tracking", f"{path}, {'there' if path.exists() else 'the first run makes it'}",
+            "It cannot be written: set tracking.mlflow_uri or MLFLOW_TRACKING_URI.",
+        )  # fmt: skip
+    else:
+        yield Finding("tracking", "note", f"{shown} is not looked at")
+
+
+def _ask(uri: str, shown: str) -> Finding:
+    kind = urlparse(uri)
+    account, _, where = kind.netloc.rpartition("@")
+    asked = urllib.request.Request(f"{kind._replace(netloc=where).geturl().rstrip('/')}/health")
+    if account:
+        asked.add_header("Authorization", f"Basic {base64.b64encode(unquote(account).encode()).decode()}")
+    try:
+        with urllib.request.urlopen(asked, timeout=_ANSWER_S) as answer:
+            return Finding("tracking", "ok", f"{shown} answers with {answer.status}")
+    except urllib.error.HTTPError as error:
+        found = f"{shown} answers with {error.code} {error.reason}"
+        advice = "It may want MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN."
+    except OSError as error:
+        found = f"{shown} does not answer: {getattr(error, 'reason', error)}"
+        advice = "A run goes on without it and sends what waited later; is its server running?"
+    except (http.client.HTTPException, ValueError) as error:
+        # Its text may hold the address with its password.
+        found, advice = f"{shown} is no address that can be asked ({type(error).__name__})", "See tracking.mlflow_uri."
+    return Finding("tracking", "warning", found, advice)
+
+
+def check_hub() -> Iterator[Finding]:
+    """Where models are downloaded to, and whether the hub is asked at all."""
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    there = _existing(cache)
+    offline = "; HF_HUB_OFFLINE is set, so nothing is downloaded" if constants.HF_HUB_OFFLINE else ""
+    token = "; a token is there" if get_token() else ""
+    free = shutil.disk_usage(there).free / _GIB
+    yield judged(
+        os.access(there, os.W_OK), "model cache", f"{cache}, {free:.1f} GiB free{offline}{token}",
+        "It cannot be written, so nothing can be downloaded: set HF_HOME.",
+    )  # fmt: skip
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -1,0 +1,237 @@
+"""From a configuration to what it needs: parameters, memory by role, batches, time, and warnings in time."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from acpo_dist.config.schema import Config
+from acpo_dist.models.architectures import Architecture, architecture_of
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.loading import DTYPES, held_dtype
+from acpo_dist.models.schedulers import SAMPLERS
+from acpo_dist.models.vae import VAE_DTYPES
+from acpo_dist.preflight.plan import phases
+from acpo_dist.preflight.plan.memory import GIB, LearnerState, Memory, learner_state
+from acpo_dist.preflight.plan.networks import FakePolicy, new_text_encoders, new_unet, new_vae
+from acpo_dist.preflight.plan.rates import Device, device_for
+from acpo_dist.preflight.plan.sharing import needed_gib, replicas_of, reward_devices, rollout_devices
+from acpo_dist.preflight.plan.tracer import Trace
+from acpo_dist.preflight.plan.warnings import warnings_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs."""
+
+    parameters: dict[str, int]
+    roles: dict[str, Memory]
+    workers: dict[str, int]
+    batch: dict[str, int]
+    seconds: dict[str, float]
+    """By phase of one iteration."""
+    teraflops: dict[str, float]
+    """Per sample, by computation."""
+    device: Device
+    needed_gib: dict[str, float]
+    """Per device at worst: of each role's workers that share one, of several roles' (`shared`), or of the one process
+    that holds all of them (`all`)."""
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def seconds_per_iteration(self) -> float:
+        """One after the other, as the on-policy loop runs them."""
+        return sum(self.seconds.values())
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "parameters": self.parameters,
+            "roles": {
+                name: {"workers": self.workers[name], "memory_gib": memory.to_mapping()}
+                for name, memory in self.roles.items()
+            },
+            "batch": self.batch,
+            "seconds_per_iteration": self.seconds_per_iteration,
+            "seconds": self.seconds,
+            "teraflops_per_sample": self.teraflops,
+            "device": {"name": self.device.name, "memory_gib": self.device.memory_gib, "needed_gib": self.needed_gib},
+            "warnings": self.warnings,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Traced:
+    """The phases, each with the number of samples that it was traced for."""
+
+    step: Trace
+    decode: Trace
+    reward: Trace | None
+    learn: Trace
+
+
+def make_plan(config: Config, *, device: str = "auto") -> Plan:
+    """Work out a run.
+
+    Args:
+        device: a key of `rates.DEVICES`, `cpu`, or `auto`.
+
+    Raises:
+        ModelError: the model's architecture is not known here.
+        KeyError: unknown device.
+    """
+    architecture = architecture_of(config.model)
+    learner = config.learner
+    shares = [config.rewards.pool_of(name).gpus or 0.0 for name in replicas_of(config)]
+    wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, *shares) > 0
+    target = device_for(device, wants_gpu=wants_gpu)
+    setting = setting_of(config, architecture)
+    parameters = count_parameters(config, architecture)
+    step, decode = phases.rollout(setting, config.rollout.batch_size)
+    traced = _Traced(
+        step=step,
+        decode=decode,
+        reward=phases.reward(setting, learner.micro_batch),
+        learn=phases.learner(setting, learner.micro_batch),
+    )
+    roles = _roles(config, parameters, setting, traced)
+    batch = _batch(config)
+    flops = _flops(config, traced)
+    seconds = _seconds(config, flops, batch, target)
+    needed = needed_gib(config, roles, target)
+    return Plan(
+        parameters=parameters, roles=roles, batch=batch, seconds=seconds, device=target, needed_gib=needed,
+        workers={
+            "rollout": config.rollout.num_workers, "learner": learner.num_ranks,
+            "reward": sum(replicas_of(config).values()),
+        },
+        teraflops={name: value / 1e12 for name, value in flops.items()},
+        warnings=warnings_for(config, architecture, roles, needed, target),
+    )  # fmt: skip
+
+
+def count_parameters(config: Config, architecture: Architecture) -> dict[str, int]:
+    """Parameters by network; `trainable` are the adapters, or all of the network. No weight is read."""
+    policy = FakePolicy(
+        new_unet(architecture, torch.float32), config.model.tuning, checkpointing=False, narrow=False
+    )  # fmt: skip
+    trainable = sum(value.numel() for value in trainable_tensors(policy.network).values())
+    whole = sum(value.numel() for value in policy.network.parameters())
+    frozen = whole if config.model.tuning.method == "full" else whole - trainable
+    return {
+        "network": frozen,
+        "trainable": trainable,
+        "text_encoders": sum(
+            value.numel() for module in new_text_encoders(architecture) for value in module.parameters()
+        ),
+        "vae": sum(value.numel() for value in new_vae(architecture, torch.float32).parameters())
+        if architecture.vae
+        else 0,
+    }
+
+
+def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
+    """What the phases need to know of a run."""
+    learner, anchor = config.learner, getattr(config.algorithm, "anchor", None)
+    narrow = learner.precision == "bfloat16"
+    guided = config.sampler.guidance_for(conditional=architecture.family != "ddpm") > 1
+    return phases.Setting(
+        model=config.model, architecture=architecture, guided=guided,
+        branches=guided and (config.algorithm.needs_noise or getattr(config.algorithm, "guidance", None) == "full"),
+        prepared=config.algorithm.needs_noise,
+        image_cut=config.rewards.cut == "image", pathwise=bool(config.algorithm.pathwise),
+        uniform=getattr(anchor, "uniform", False) and _anchored(anchor),
+        autocast=narrow and learner.zero_stage is None, cast=narrow and learner.zero_stage is not None,
+        accumulated=_accumulation(config) > 1,
+        crop=config.rewards.latent_crop,
+    )  # fmt: skip
+
+
+def _anchored(anchor: Any) -> bool:
+    """Whether the anchor weighs anything: `auto` without a budget is off."""
+    return anchor.weight != 0 and not (anchor.weight == "auto" and anchor.budget is None)
+
+
+def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, traced: _Traced) -> dict[str, Memory]:
+    model, learner = config.model, config.learner
+    full = model.tuning.method == "full"
+    width = DTYPES[model.dtype].itemsize
+    adapters = 0 if full else parameters["trainable"]
+    memory = getattr(model, "memory", None)
+    text = 0 if memory is None or memory.free_text_encoders else parameters["text_encoders"] * width
+    vae = parameters["vae"] * VAE_DTYPES[model.vae_dtype].itemsize if parameters["vae"] else 0
+    frozen = 0 if full else parameters["network"]
+    held = held_dtype(model.dtype, method=model.tuning.method, trainable=True).itemsize
+    state = LearnerState(
+        frozen=frozen, trainable=parameters["trainable"], frozen_bytes=held, trainable_bytes=4,
+        zero_stage=learner.zero_stage, ranks=learner.num_ranks, narrow=learner.precision == "bfloat16",
+        eight_bit=learner.optimizer == "adamw_8bit", offloaded=learner.offload_optimizer == "cpu",
+    )  # fmt: skip
+    weights, gradients, optimizer = learner_state(state)
+    anchor = parameters["network"] * DTYPES[memory.anchor_dtype].itemsize if full and memory is not None else 0
+    anchor = 4 * parameters["network"] if full and memory is None else anchor
+    # Without an earlier micro-batch the trace makes the gradients itself.
+    extra = traced.learn.peak_bytes if setting.accumulated else max(0.0, traced.learn.peak_bytes - gradients)
+    sampling = max(traced.step.peak_bytes, traced.decode.peak_bytes)
+    rollout = parameters["network"] * width + 4 * adapters + text + vae
+    reward = vae if traced.reward is not None else 0
+    return {
+        "rollout": Memory(weights=rollout / GIB, activations=sampling / GIB),
+        "learner": Memory(
+            weights=(weights + text + vae) / GIB, gradients=gradients / GIB, optimizer=optimizer / GIB,
+            anchor=anchor / GIB, activations=extra / GIB,
+        ),
+        "reward": Memory(
+            weights=reward / GIB, activations=(traced.reward.peak_bytes if traced.reward else 0) / GIB
+        ),
+    }  # fmt: skip
+
+
+def _accumulation(config: Config) -> int:
+    learner = config.learner
+    return learner.global_batch // (learner.micro_batch * learner.num_ranks)
+
+
+def _batch(config: Config) -> dict[str, int]:
+    rollout, learner = config.rollout, config.learner
+    samples = rollout.prompts_per_iteration * rollout.samples_per_prompt
+    return {
+        "samples_per_iteration": samples,
+        "prompts_per_iteration": rollout.prompts_per_iteration,
+        "samples_per_prompt": rollout.samples_per_prompt,
+        "rollout_batch": rollout.batch_size,
+        "global_batch": learner.global_batch,
+        "micro_batch": learner.micro_batch,
+        "ranks": learner.num_ranks,
+        "accumulation": _accumulation(config),
+        "optimizer_steps": learner.inner_epochs * samples // learner.global_batch,
+    }
+
+
+def _flops(config: Config, traced: _Traced) -> dict[str, float]:
+    """Per sample."""
+    steps = config.sampler.num_steps
+    solver = SAMPLERS.get(config.sampler.solver)
+    calls = steps * (solver.calls_per_step if solver else 1)
+    batch, micro = config.rollout.batch_size, config.learner.micro_batch
+    return {
+        "rollout_step": traced.step.flops / batch,
+        "rollout": calls * traced.step.flops / batch + traced.decode.flops / batch,
+        "decode": traced.decode.flops / batch,
+        "reward_gradient": traced.reward.flops / micro if traced.reward else 0.0,
+        "learner": traced.learn.flops / micro,
+    }
+
+
+def _seconds(config: Config, flops: dict[str, float], batch: dict[str, int], device: Device) -> dict[str, float]:
+    samples, model = batch["samples_per_iteration"], config.model
+    trained = samples * config.learner.inner_epochs
+    # One reward after the other, each on the devices of its own replicas.
+    decoded = trained * flops["reward_gradient"] * sum(1 / count for count in reward_devices(config).values())
+    vae = getattr(model, "vae_dtype", "float32")
+    sampling = samples * (flops["rollout"] - flops["decode"]) / device.rate(model.dtype)
+    return {
+        "rollout": (sampling + samples * flops["decode"] / device.rate(vae)) / rollout_devices(config),
+        "reward": decoded / device.rate(vae),
+        "learner": trained * flops["learner"] / device.rate(config.learner.precision) / config.learner.num_ranks,
+    }

@@ -1,0 +1,93 @@
+"""Which workers share a GPU: what it must hold at worst, and how many GPUs a role has to compute on."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+from acpo_dist.config.schema import Config
+from acpo_dist.preflight.plan.memory import Memory
+from acpo_dist.preflight.plan.rates import CONTEXT_GIB, Device
+
+_PARTS = 1000
+"""Of a GPU: shares are compared in these."""
+
+
+def one_process(config: Config) -> bool:
+    """Whether everything is done in this process: as configured, or for `auto` where nothing asks for Ray."""
+    if config.cluster.backend != "auto":
+        return config.cluster.backend == "local"
+    rewards = config.rewards
+    replicas = max(rewards.replicas, *(rewards.pool_of(name).bounds[1] for name in rewards.pool), 1)
+    several = config.learner.zero_stage is not None or config.rollout.num_workers > 1 or replicas > 1
+    return not (several or rewards.http.enabled or config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def replicas_of(config: Config) -> dict[str, int]:
+    """Replicas of every metric at the start."""
+    metrics = (*config.rewards.train, *config.rewards.judges)
+    return {entry.name: config.rewards.pool_of(entry.name).bounds[0] for entry in metrics}
+
+
+def rollout_devices(config: Config) -> int:
+    """GPUs that the rollout workers compute on at once."""
+    if one_process(config):
+        return 1
+    return _devices(config.rollout.num_workers, config.rollout.num_workers * config.rollout.gpus_per_worker)
+
+
+def reward_devices(config: Config) -> dict[str, int]:
+    """GPUs that the replicas of each reward compute on at once; judges are idle then, and their share is free."""
+    rewards, counts = config.rewards, replicas_of(config)
+    if one_process(config):
+        return {entry.name: 1 for entry in rewards.train}
+    whole = sum((rewards.pool_of(name).gpus or 0.0) * count for name, count in counts.items())
+    return {
+        entry.name: _devices(counts[entry.name], whole if rewards.pool_of(entry.name).gpus else 0.0)
+        for entry in rewards.train
+    }
+
+
+def _devices(workers: int, gpus: float) -> int:
+    return min(workers, max(1, math.ceil(gpus - 1e-9))) if gpus else workers
+
+
+def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> dict[str, float]:
+    """GiB per device at worst.
+
+    One process without Ray holds the tensors of all roles, and works in one of them at a time (`all`). On Ray
+    workers with a share of a GPU meet on one, of the same role or (`shared`) of several.
+    """
+    context = CONTEXT_GIB if device.memory_gib is not None else 0.0
+    if one_process(config):
+        held = sum(memory.total - memory.activations for memory in roles.values())
+        return {"all": held + max(memory.activations for memory in roles.values()) + context}
+    workers = _workers(config, {name: memory.total + context for name, memory in roles.items()}, context)
+    needed = {name: _fullest(members) for name, members in workers.items()}
+    together = _fullest(member for members in workers.values() for member in members)
+    return needed | ({"shared": together} if together > max(needed.values()) else {})
+
+
+def _workers(config: Config, gib: Mapping[str, float], context: float) -> dict[str, list[tuple[float, float]]]:
+    """(share of a GPU, GiB) of every worker, by role."""
+    rollout, learner, rewards = config.rollout, config.learner, config.rewards
+    replicas = []
+    for entry in (*rewards.train, *rewards.judges):
+        pool = rewards.pool_of(entry.name)
+        # A judge scores finished pictures and holds no decoder.
+        amount = gib["reward"] if entry in rewards.train else context
+        replicas += [(pool.gpus or 0.0, amount)] * pool.bounds[1]
+    return {
+        "rollout": [(rollout.gpus_per_worker, gib["rollout"])] * rollout.num_workers,
+        "learner": [(learner.gpus_per_rank, gib["learner"])] * learner.num_ranks,
+        "reward": replicas,
+    }
+
+
+def _fullest(workers: Iterable[tuple[float, float]]) -> float:
+    """Most GiB that these workers could need on one GPU; one with a whole GPU, or with none, is alone."""
+    best = [0.0] * (_PARTS + 1)
+    for share, amount in workers:
+        cost = round(_PARTS * share) if 0 < share < 1 else _PARTS
+        for room in range(_PARTS, cost - 1, -1):
+            best[room] = max(best[room], best[room - cost] + amount)
+    return best[_PARTS]

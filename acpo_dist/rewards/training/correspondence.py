@@ -1,0 +1,211 @@
+"""Fine-tune a CLIP for IPCE on captioned pictures, with people's opinions or without.
+
+Without opinions the label is 5 for a picture with its own caption and 0 with another picture's. Source of loss and
+optimiser: Peng et al. (CVPRW 2024): L1, AdamW, weight decay 1e-3, all weights but the temperature.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.ports import Advance
+from acpo_dist.data.images import read_images, real_pictures
+from acpo_dist.rewards.clip_backbone import ClipBackbone
+from acpo_dist.rewards.ipce import LEVELS, ipce_quality, ipce_views, level_texts
+from acpo_dist.rewards.training.iqa import agreement
+from acpo_dist.rewards.training.labels import csv_rows, opinions, split_by_reference
+
+_TOP = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captioned:
+    """Pictures with their captions."""
+
+    pictures: list[Tensor]
+    """uint8 RGB, each (3, H, W)."""
+    prompts: list[str]
+    opinions: list[float] | None
+    """How well each picture matches its caption, scaled to 0 to 5; None where nobody was asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrespondenceSettings:
+    """How IPCE is trained."""
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 5e-6
+    held_out: float = 0.2
+    """Share of the captions that is reported on."""
+    patches: int = 8
+    short_side: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrespondenceReport:
+    """How well IPCE tells held-out captions apart."""
+
+    pictures: int
+    held_out_pictures: int
+    pairs: float
+    """Share of held-out pictures that score higher with their own caption than with another one's."""
+    pairs_before: float
+    """The same before training."""
+    srcc: float | None
+    plcc: float | None
+    """With the opinions, where there are any."""
+    seconds: float
+    weights: str
+
+
+def read_captioned(path: Path, *, column: str, prompt_column: str, most: int) -> Captioned:
+    """Captioned pictures of a parquet file, or of a CSV file with the columns `path`, the captions', and maybe `mos`.
+
+    Raises:
+        DataError: a file, picture or column is missing, or a caption is empty.
+    """
+    labels = None
+    if path.suffix.lower() == ".csv":
+        rows = csv_rows(path, ("path", prompt_column), most)
+        prompts = [row[prompt_column] or "" for row in rows]
+        pictures = [next(read_images([path.parent / row["path"]]))[1] for row in rows]
+        if "mos" in rows[0]:
+            labels = [_TOP * label for label in opinions(rows, path)]
+    else:
+        prompts = _parquet_prompts(path, prompt_column, most)
+        pictures = real_pictures(path, column=column, most=most)
+    empty = [row for row, prompt in enumerate(prompts) if not prompt.strip()]
+    if empty:
+        raise DataError(f"{path}: {len(empty)} captions are empty, the first in row {empty[0]} (counted from 0).")
+    return Captioned(pictures=pictures, prompts=prompts, opinions=labels)
+
+
+def train_ipce(
+    data: Captioned, clip: str, out: Path, settings: CorrespondenceSettings, *, progress: Advance | None = None
+) -> CorrespondenceReport:
+    """Train, report on held-out captions, and write a folder that `{type: ipce, weights: FOLDER}` loads.
+
+    Args:
+        clip: folder or hub id of the CLIP to start from.
+        progress: called with 1 after every step.
+
+    Raises:
+        DataError: fewer than ten different captions.
+        RewardConfigError: the CLIP cannot be loaded.
+    """
+    started = time.monotonic()
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    trainer = _Trainer(data, ClipBackbone(clip, name="ipce", texts=True), settings)
+    train, held_out = split_by_reference(data.prompts, settings.held_out, settings.seed)
+    before = trainer.pairs(held_out)
+    trainer.fit(train, generator, progress)
+    scores, labels = trainer.opinions(held_out)
+    found = agreement(scores, labels) if len(labels) > 1 else None
+    out.mkdir(parents=True, exist_ok=True)
+    trainer.clip.save(out)
+    report = CorrespondenceReport(
+        pictures=len(train), held_out_pictures=len(held_out), pairs=trainer.pairs(held_out), pairs_before=before,
+        srcc=found.srcc if found else None, plcc=found.plcc if found else None, seconds=time.monotonic() - started,
+        weights=str(out),
+    )  # fmt: skip
+    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    return report
+
+
+class _Trainer:
+    def __init__(self, data: Captioned, clip: ClipBackbone, settings: CorrespondenceSettings) -> None:
+        self.clip, self._data, self._settings = clip, data, settings
+
+    def fit(self, rows: Sequence[int], generator: torch.Generator, progress: Advance | None) -> None:
+        """L1 on the labels, at patches drawn anew in every step."""
+        settings, model = self._settings, self.clip.model
+        model.train().requires_grad_(True)
+        # IPCE keeps the temperature that the contrastive training found.
+        model.logit_scale.requires_grad_(False)
+        trained = [value for value in model.parameters() if value.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+        for _ in range(settings.steps):
+            chosen = [rows[i] for i in torch.randint(len(rows), (settings.batch_size,), generator=generator).tolist()]
+            strange = torch.rand(len(chosen), generator=generator) < 0.5
+            texts, labels = [], []
+            for row, other in zip(chosen, strange.tolist(), strict=True):
+                other = other and self._data.opinions is None
+                texts.append(self._another(row, rows, generator) if other else self._data.prompts[row])
+                labels.append(0.0 if other else self._label(row))
+            scores = self._quality(chosen, texts, generator)
+            loss = (scores - torch.tensor(labels)).abs().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            decay.step()
+            if progress:
+                progress(1)
+        model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def pairs(self, rows: Sequence[int]) -> float:
+        """Share of the rows that score higher with their own caption than with another row's."""
+        generator = torch.Generator().manual_seed(self._settings.seed + 1)
+        wrong = [self._another(row, rows, generator) for row in rows]
+        right = [self._data.prompts[row] for row in rows]
+        return float((self._scores(rows, right) > self._scores(rows, wrong)).float().mean())
+
+    @torch.no_grad()
+    def opinions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Scores of the rows and their opinions; empty without."""
+        if self._data.opinions is None:
+            return torch.empty(0), torch.empty(0)
+        prompts = [self._data.prompts[row] for row in rows]
+        return self._scores(rows, prompts), torch.tensor([self._data.opinions[row] for row in rows])
+
+    def _label(self, row: int) -> float:
+        return _TOP if self._data.opinions is None else self._data.opinions[row]
+
+    def _another(self, row: int, rows: Sequence[int], generator: torch.Generator) -> str:
+        """Another caption of these rows; a split leaves at least two."""
+        others = sorted({self._data.prompts[each] for each in rows} - {self._data.prompts[row]})
+        return others[int(torch.randint(len(others), (1,), generator=generator))]
+
+    def _scores(self, rows: Sequence[int], texts: list[str]) -> Tensor:
+        # The same patches for every picture and text, as the metric has it.
+        seed = self._settings.seed
+        return torch.cat([
+            self._quality([row], [text], torch.Generator().manual_seed(seed))
+            for row, text in zip(rows, texts, strict=True)
+        ])  # fmt: skip
+
+    def _quality(self, rows: Sequence[int], texts: list[str], generator: torch.Generator) -> Tensor:
+        views = torch.cat([
+            ipce_views(
+                self._data.pictures[row][None].float() / 255, size=self.clip.image_size,
+                short_side=self._settings.short_side, count=self._settings.patches, generator=generator,
+            )
+            for row in rows
+        ])  # fmt: skip
+        vectors = self.clip.image_vectors(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        levels = self.clip.encode_texts([text for prompt in texts for text in level_texts(prompt)])
+        return ipce_quality(vectors, levels.unflatten(0, (len(rows), len(LEVELS))), self.clip.scale)
+
+
+def _parquet_prompts(path: Path, column: str, most: int) -> list[str]:
+    try:
+        file = pq.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            raise DataError(f"{path} has no column `{column}`. Columns found: {', '.join(file.schema_arrow.names)}.")
+        found = file.read(columns=[column]).column(0).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+    return [str(prompt or "") for prompt in found[:most]]

@@ -1,0 +1,194 @@
+"""What a run finds out about the base model before its first iteration, and what it keeps of it until its last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acpo_dist.algorithms.base import Algorithm
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import Ports
+from acpo_dist.core.registry import REWARDS, resolve
+from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
+from acpo_dist.data.images import real_pictures
+from acpo_dist.data.prompts import deal
+from acpo_dist.objective.controller import DriftController, initial_anchor_weight
+from acpo_dist.objective.normalise import fit_normaliser
+from acpo_dist.tracking.console import Console
+from acpo_dist.training.guard.monitor import Watch
+from acpo_dist.workers.learner.checkpoint import Checkpoint
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint keeps besides the learner's tensors."""
+
+    iteration: int
+    version: int
+    controller: DriftController
+    normalisers: dict[str, Normaliser]
+    constants: dict[str, float]
+    """What the algorithm worked out on base samples."""
+    drift: float = 0.0
+    """Mean squared drift of the last iteration in which the weights moved."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
+        return {
+            "version": self.version,
+            "anchor_weight": self.controller.weight,
+            "anchor_excess": self.controller.last_excess,
+            "constants": self.constants,
+            "drift": self.drift,
+            "normalisers": {name: vars(value) for name, value in self.normalisers.items()},
+        }
+
+
+def calibrate(
+    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, watch: Watch
+) -> LoopState:
+    """Normalise every metric on base-model samples and find the first anchor weight."""
+    handles, scores = score_calibration(config, ports, prompts, console, "calibration")
+    watch.calibrate(handles)
+    quantile = getattr(config.algorithm, "target_quantile", None)
+    normalisers = {
+        entry.name: fit_normaliser(
+            entry.name, list(scores[entry.name].values()), higher_is_better=_higher(entry), target_quantile=quantile
+        )
+        for entry in (*config.rewards.train, *config.rewards.judges)
+    }
+    # Without ceilings: where most base samples reach one, there is no gradient left to measure, and the anchor would
+    # start at 0, which means off.
+    controller = _controller(config, _first_weight(config, ports, handles, reward_terms(config, normalisers)))
+    normalisers = _with_ceilings(config, ports, handles, normalisers, console)
+    console.message(
+        "calibrated on {} base samples: {}; anchor weight {:.4g}".format(
+            len(next(iter(scores.values()))),
+            ", ".join(f"{name} {value.mean:.4g} ± {value.std:.4g}" for name, value in normalisers.items()),
+            controller.weight,
+        )
+    )
+    constants = algorithm.calibrate(ports.learner.observe(handles))
+    if constants:
+        console.message("calibrated: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
+    return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers, constants=constants)
+
+
+def _with_ceilings(
+    config: Config, ports: Ports, handles: Sequence[RolloutHandle], normalisers: dict[str, Normaliser],
+    console: Console,
+) -> dict[str, Normaliser]:  # fmt: skip
+    """Rewards with a `hinge` get its normalised score as ceiling, and as target of an algorithm that shapes by one."""
+    found = dict(normalisers)
+    for entry in config.rewards.train:
+        hinge = getattr(entry, "hinge", None)
+        if hinge is None:
+            continue
+        ceiling, source = hinge, "as configured"
+        if isinstance(hinge, Path):
+            # At the size of the model's own pictures: a metric may see size, and then nothing else would be compared.
+            side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
+            pictures = torch.stack(
+                real_pictures(
+                    hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples
+                )
+            )
+            scores = ports.reward.score_pictures(entry.name, pictures)
+            ceiling = sum(map(normalisers[entry.name].normalise, scores)) / len(scores)
+            source = f"the mean of {len(scores)} real pictures of {hinge}"
+        console.message(f"hinge of {entry.name}: {ceiling:+.3f} base standard deviations, {source}")
+        if ceiling <= 0:
+            console.message(
+                f"warning: that is no better than the average base sample, so {entry.name} has little left to gain"
+            )
+        found[entry.name] = replace(normalisers[entry.name], target=ceiling, ceiling=ceiling)
+    return found
+
+
+def score_calibration(
+    config: Config, ports: Ports, prompts: Sequence[str], console: Console, label: str
+) -> tuple[list[RolloutHandle], ScoreTable]:
+    """Draw the calibration samples, always from the same prompts and seeds, with the weights of now, and score them."""
+    per_prompt = config.rollout.samples_per_prompt
+    groups = deal(
+        prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
+        num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
+    )  # fmt: skip
+    total = sum(len(group.samples) for group in groups)
+    names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
+    with console.phase(f"{label}: rollout", total) as advance:
+        handles = ports.rollout.generate(groups, advance)
+    with console.phase(f"{label}: reward", total * len(names)) as advance:
+        return handles, ports.reward.score(handles, names, advance)
+
+
+def measure_gain(
+    config: Config, ports: Ports, state: LoopState, prompts: Sequence[str], console: Console
+) -> dict[str, float]:
+    """Mean normalised score of the final weights on the calibration prompts and seeds: the base model's is 0 there."""
+    _, scores = score_calibration(config, ports, prompts, console, "gain")
+    return {
+        f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
+        for name, normaliser in state.normalisers.items()
+    }
+
+
+def _first_weight(
+    config: Config, ports: Ports, handles: Sequence[RolloutHandle], terms: tuple[RewardTerm, ...]
+) -> float:
+    anchor = config.algorithm.anchor
+    if anchor.weight != "auto":
+        return float(anchor.weight)
+    if anchor.budget is None:
+        return 0.0
+    # With the objective switched off the anchor trains alone, and any weight of its own will do.
+    reward_weight = config.algorithm.reward_weight or 1.0
+    if not config.algorithm.pathwise:
+        return reward_weight * config.algorithm.anchor_unit
+    scale = ports.learner.gradient_scale(handles, terms)
+    return initial_anchor_weight(
+        reward_weight=reward_weight, num_elements=scale.num_elements,
+        gradient_norm=scale.median_norm, budget=anchor.budget,
+    )  # fmt: skip
+
+
+def _controller(config: Config, weight: float, last_excess: float | None = None) -> DriftController:
+    anchor = config.algorithm.anchor
+    # A weight of 0 means that the anchor is off, not that it should be steered.
+    steered = anchor.budget is not None and weight > 0
+    return DriftController(
+        weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom,
+        last_excess=last_excess,
+    )  # fmt: skip
+
+
+def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
+    """The state that a checkpoint holds."""
+    state = checkpoint.state
+    return LoopState(
+        iteration=checkpoint.iteration,
+        version=int(state["version"]),
+        controller=_controller(config, float(state["anchor_weight"]), last_excess=state["anchor_excess"]),
+        constants=dict(state["constants"]),
+        drift=float(state.get("drift", 0.0)),
+        normalisers={name: Normaliser(**value) for name, value in state["normalisers"].items()},
+    )
+
+
+def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
+    """What trains, with the weights of now: as configured, times what the guard has left of them."""
+    return tuple(
+        RewardTerm(name=name, weight=scale * weight, normaliser=normalisers[name])
+        for name, weight in config.rewards.term_weights().items()
+    )
+
+
+def names_of(entries: Sequence[Any]) -> list[str]:
+    """Names of rewards or judges, in their order."""
+    return [entry.name for entry in entries]
+
+
+def _higher(entry: Any) -> bool:
+    return resolve("reward", REWARDS, entry.type).direction(entry) > 0

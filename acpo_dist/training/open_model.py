@@ -1,0 +1,120 @@
+"""A model from what a person names: a run, a configuration, or a pipeline folder; opened in this process."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from acpo_dist.config.load import load_config, validate
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.training.local import LocalRollouts, default_device
+from acpo_dist.training.prepare import TRAIN
+from acpo_dist.training.run_folder import RESOLVED, read_run_config
+from acpo_dist.training.trajectory.artefact import configured_trajectory, trajectory_from_mapping
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+
+_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm"}
+
+
+def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+    """Configuration of a run folder, a configuration file, or a pipeline folder.
+
+    Returns:
+        (configuration, the run's folder or None).
+
+    Raises:
+        UsageError: none of the three, or a pipeline of a class that no model family loads.
+    """
+    path = Path(source)
+    if (path / RESOLVED).is_file():
+        if overrides:
+            return load_config(path / RESOLVED, overrides), path
+        return read_run_config(path), path
+    if (path / "model_index.json").is_file() or source.startswith("toy-"):
+        return _bare_config(source, overrides), None
+    if path.is_dir():
+        raise UsageError(
+            f"{source} is neither a run (no {RESOLVED}) nor a pipeline (no model_index.json). Give a folder that "
+            "`acpo train` or `save_pretrained` wrote, or a configuration file."
+        )
+    return load_config(source, overrides), None
+
+
+def keeps_own_trajectory(overrides: Sequence[str]) -> bool:
+    """Whether a run's adopted trajectory is still what is asked for: no override names another one."""
+    keys = {text.partition("=")[0].strip() for text in overrides}
+    return not keys & {"sampler", "sampler.num_steps", "sampler.spacing", "sampler.trajectory"}
+
+
+def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True) -> LocalRollouts:
+    """A rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
+
+    Args:
+        own_sampler: follow the trajectory that the checkpoint was trained along; False follows the configuration's.
+
+    Raises:
+        ModelError: the run has no whole checkpoint.
+        VrgError: `sampler.trajectory` is unreadable, or not this model's.
+    """
+    pool = LocalRollouts(prepared(config, run) if run is not None else config, device=default_device())
+    if run is not None:
+        checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
+        if checkpoint is None:
+            raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
+        weights = load_file(checkpoint.learner_folder / "policy.safetensors")
+        pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+        if own_sampler:
+            pool.follow(trajectory_from_mapping(checkpoint.state["trajectory"]))
+            return pool
+    sampler = config.sampler
+    given = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
+    if given is not None:
+        pool.follow(given)
+    return pool
+
+
+def prepared(config: Config, run: Path) -> Config:
+    """The run's configuration with what it trained first (`train`) replaced by where that lies.
+
+    Raises:
+        ModelError: the run has not got so far.
+    """
+    if getattr(config.model, "path", None) == TRAIN:
+        folder = run / "base" / "ddpm"
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(f"{run} was to train its base model first, and has not done so: {folder} is not there.")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
+    rewards = {
+        role: tuple(_trained(entry, run) for entry in getattr(config.rewards, role)) for role in ("train", "judges")
+    }
+    return config.model_copy(update={"rewards": config.rewards.model_copy(update=rewards)})
+
+
+def _trained(entry: Any, run: Path) -> Any:
+    if getattr(entry, "weights", None) != TRAIN:
+        return entry
+    return entry.model_copy(update={"weights": str(run / "base" / f"{entry.name}.safetensors")})
+
+
+def _bare_config(source: str, overrides: Sequence[str]) -> Config:
+    """The schema's defaults round a pipeline; its reward and algorithm are placeholders that nothing here reads."""
+    from acpo_dist.config.load import merge_overrides
+    from acpo_dist.models.loading import resolve_path
+
+    index = json.loads((Path(resolve_path(source)) / "model_index.json").read_text(encoding="utf-8"))
+    name = str(index.get("_class_name"))
+    if name not in _FAMILIES:
+        raise UsageError(f"{source} holds a {name}; known pipelines: {', '.join(_FAMILIES)}.")
+    family = _FAMILIES[name]
+    mapping = {
+        "model": {"type": family, "path": source},
+        # A real model must not be measured on the toy's captions unasked: `none` is refused until prompts are named.
+        "data": {"prompts": "toy" if source.startswith("toy-") and family != "ddpm" else "none"},
+        "rewards": {"train": [{"type": "two_stream"}]},
+        "algorithm": {"type": "acpo"},
+    }
+    return validate(merge_overrides(mapping, overrides), source)

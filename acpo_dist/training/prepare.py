@@ -1,0 +1,128 @@
+"""What a run trains first when it brings no base model or no metric weights: both from the real pictures it names."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.data.images import PictureSet, load_pictures
+from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage, spoil
+from acpo_dist.data.toy.world import IMAGE_SIZE
+from acpo_dist.models.training.denoiser import train_denoiser
+from acpo_dist.models.training.toy_models import new_ddpm, save_ddpm
+from acpo_dist.rewards.strided_judge import StridedJudge
+from acpo_dist.rewards.training.iqa import LabelledBatch, train_iqa
+from acpo_dist.rewards.two_stream import TOY, TwoStream
+from acpo_dist.tracking.console import Console
+
+logger = logging.getLogger(__name__)
+
+TRAIN = "train"
+_HELD_OUT = 0.1
+_KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Damage]]] = {
+    "two_stream": (lambda: TwoStream(TOY), BASE_DAMAGE),
+    "strided_judge": (StridedJudge, JUDGE_DAMAGE),
+}
+
+
+def prepare(config: Config, root: Path, console: Console) -> Config:
+    """Train what the configuration says is to be trained, below `root`, once; return it with paths in their place.
+
+    Raises:
+        ConfigError: something is to be trained but there are no pictures.
+    """
+    wanted = [
+        entry for entry in (*config.rewards.train, *config.rewards.judges) if getattr(entry, "weights", None) == TRAIN
+    ]
+    train_model = getattr(config.model, "path", None) == TRAIN
+    if not wanted and not train_model:
+        return config
+    if config.data.path is None:
+        named = [*(entry.name for entry in wanted), *(["model.path"] if train_model else [])]
+        raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real pictures; set data.path to a parquet file.")
+    pictures = load_pictures(config.data.path, config.data.image_column, config.data.max_images, IMAGE_SIZE)
+    root.mkdir(parents=True, exist_ok=True)
+    model = config.model
+    if train_model:
+        model = model.model_copy(update={"path": str(_train_base(model, pictures, root / "ddpm", console))})
+    rewards = config.rewards.model_copy(
+        update={
+            role: tuple(_with_weights(entry, pictures, root, console) for entry in getattr(config.rewards, role))
+            for role in ("train", "judges")
+        }
+    )
+    return config.model_copy(update={"model": model, "rewards": rewards})
+
+
+def _train_base(model: Any, pictures: PictureSet, folder: Path, console: Console) -> Path:
+    if (folder / "model_index.json").is_file():
+        console.message(f"base model: {folder} (made before)")
+        return folder
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:
+        rows = torch.randint(len(pictures), (count,), generator=generator)
+        flip = torch.rand(count, generator=generator)[:, None, None, None] < 0.5
+        batch = pictures.batch(rows)
+        return 2 * torch.where(flip, batch.flip(-1), batch) - 1, None
+
+    def predict(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        return network(noisy, timesteps).sample
+
+    seed = derive_seed("base", model.seed) % 2**31
+    torch.manual_seed(seed)
+    unet = new_ddpm()
+    base = model.base
+    limit = f", {base.max_seconds:.0f} s at most" if base.max_seconds else ""
+    console.message(f"no base model given: training one on {len(pictures)} pictures, {base.steps} steps{limit}")
+    with console.phase("base model", base.steps) as advance:
+        loss = train_denoiser(
+            unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
+            batch_size=base.batch_size, seed=seed, learning_rate=base.learning_rate, max_seconds=base.max_seconds,
+            progress=lambda step, steps, loss: advance(1),
+        )  # fmt: skip
+    save_ddpm(folder, unet, half=False)
+    console.message(f"base model trained on {len(pictures)} pictures: noise-prediction error {loss:.4f}; {folder}")
+    return folder
+
+
+def _with_weights(entry: Any, pictures: PictureSet, root: Path, console: Console) -> Any:
+    if getattr(entry, "weights", None) != TRAIN:
+        return entry
+    path = root / f"{entry.name}.safetensors"
+    if not path.is_file():
+        build, family = _KINDS[entry.type]
+        seed = derive_seed("iqa", entry.name) % 2**31
+        torch.manual_seed(seed)
+        network = build()
+        console.message(f"training metric {entry.name} on damaged pictures, {entry.train_steps} steps")
+        held_out = int(len(pictures) * _HELD_OUT)
+        with console.phase(f"metric {entry.name}", None):
+            report = train_iqa(
+                network, _damaged(pictures, family, held_out), steps=entry.train_steps, batch_size=64, seed=seed,
+                held_out=_damaged(pictures, family, -held_out),
+            )  # fmt: skip
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+        path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        console.message(f"metric {entry.name}: SRCC {report.srcc:.3f} on damaged held-out pictures; {path}")
+    return entry.model_copy(update={"weights": str(path)})
+
+
+def _damaged(pictures: PictureSet, family: dict[str, Damage], split: int) -> LabelledBatch:
+    """Pictures from row `split` on for training; the first `-split` rows for a negative one (held out)."""
+    low, high = (split, len(pictures)) if split > 0 else (0, -split)
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(low, high, (count,), generator=generator)
+        return spoil(pictures.batch(rows), family, generator)
+
+    return draw

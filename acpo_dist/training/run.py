@@ -1,0 +1,297 @@
+"""From a configuration to a finished run folder, on whatever ports a backend opens."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from acpo_dist.config.load import dump
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import ConfigError, RunTakenError, WorkerLostError
+from acpo_dist.core.files import on_storage
+from acpo_dist.core.ports import Ports, Tracker
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.types import WeightBundle
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.data.images import load_pictures
+from acpo_dist.data.pairs import PairSet
+from acpo_dist.data.prompts import load_prompts
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.images import save_curves
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, replace_file, truncate_after
+from acpo_dist.training import loop
+from acpo_dist.training.guard.guard import Decision
+from acpo_dist.training.guard.monitor import ending_of
+from acpo_dist.training.prepare import prepare
+from acpo_dist.training.run_folder import RunFolder, git_commit, open_run
+from acpo_dist.training.run_lock import Tenure, held
+from acpo_dist.workers.learner.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FACTS = "acpo.json"
+
+OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
+Hook = Callable[[Config, Ports, tuple[str, ...]], None]
+"""(configuration, ports, prompts) -> None, at a moment of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    run_dir: Path
+    iterations: int
+    metrics: dict[str, float]
+    mlflow_uri: str | None
+    mlflow_run_id: str | None
+    export: Path
+    seconds: float
+    guard: Decision | None
+    """Why the guard ended the run early, or None."""
+
+
+def drive(
+    config: Config, open_ports: OpenPorts, console: Console, *, resume: str | None = None,
+    at_start: Hook | None = None, at_end: Hook | None = None,
+) -> RunResult:  # fmt: skip
+    """Run to the end: folder, recipe, prompts, ports, loop, curves, export.
+
+    When processes or machines are lost that the run cannot do without, all ports are opened again and it goes on from
+    its newest checkpoint, at most `cluster.max_restarts` times.
+
+    Args:
+        at_start: called with base weights in place, before the first iteration.
+        at_end: called with the final weights in place, before the ports close.
+
+    Raises:
+        AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
+    """
+    started, restarts = time.monotonic(), 0
+    with on_storage(config.run_dir), ExitStack() as stack:
+        # Once, and not before the input was looked at.
+        tenure = cache(lambda: stack.enter_context(held(config.run_dir)))
+        while True:
+            try:
+                result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts, tenure)
+                return replace(result, seconds=time.monotonic() - started)
+            except WorkerLostError as error:
+                if restarts >= config.cluster.max_restarts:
+                    raise
+                restarts, resume = restarts + 1, "auto"
+                logger.warning("%s", error)
+                console.message(
+                    f"{str(error).splitlines()[0]}; going on from the newest checkpoint, or from the start without one "
+                    f"(restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
+                )
+
+
+def _attempt(
+    config: Config, open_ports: OpenPorts, console: Console, resume: str | None, at_start: Hook | None,
+    at_end: Hook | None, restarts: int, tenure: Callable[[], Tenure],
+) -> RunResult:  # fmt: skip
+    started = time.monotonic()
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    _require_pictures(config)
+    pairs = None
+    if config.data.pairs is not None:
+        pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
+        console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
+    resolve("model", MODELS, config.model.type).check(config.model)
+    ours = tenure()
+    # On a restart too: whoever lost its workers may have been cut off, and taken for dead.
+    ours.require()
+    folder, checkpoint = open_run(config, resume)
+    folder = replace(folder, require_ours=ours.require)
+    if checkpoint is not None:
+        console.message(f"continuing from {checkpoint.folder} after {checkpoint.iteration} iterations")
+        ended = ending_of(config, checkpoint.state)
+        if ended is not None:
+            return _ended_before(config, folder, checkpoint, ended, console, started)
+    for record in (folder.metrics, folder.guard, folder.refused):
+        truncate_after(record, checkpoint.iteration if checkpoint else 0)
+    effective = prepare(config, folder.root / "base", console)
+    with ExitStack() as stack:
+        tracker, mlflow = _open_tracker(config, folder)
+        tracker.set_tags({"restarts": restarts})
+        status = "FAILED"
+        try:
+            ports = replace(stack.enter_context(open_ports(effective, tracker)), pairs=pairs)
+            result = loop.run(
+                effective, ports, folder, prompts, console, checkpoint=checkpoint,
+                on_start=(lambda: at_start(effective, ports, prompts)) if at_start else None,
+            )  # fmt: skip
+            if at_end is not None:
+                at_end(effective, ports, prompts)
+            ours.require()
+            final = _final_weights(effective, folder, result.iterations, result.guard)
+            _finish(effective, folder, tracker, final)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except RunTakenError:
+            # The record is that of whoever drives the run now.
+            status = "RUNNING"
+            raise
+        finally:
+            tracker.close(status)
+    return RunResult(
+        run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
+        mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
+        export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
+    )  # fmt: skip
+
+
+def _ended_before(
+    config: Config, folder: RunFolder, checkpoint: Checkpoint, ended: Decision, console: Console, started: float
+) -> RunResult:
+    """The result of a run that the guard has ended: nothing is trained, and nothing recorded is touched."""
+    console.message(
+        "the guard has ended this run, so there is nothing to go on with. Change guard.* to go on from its last "
+        f"weights, or name an earlier one of {folder.root / 'checkpoints'} with --resume"
+    )
+    if read_export_facts(folder.export) is None:
+        # Interrupted between the last checkpoint and the export.
+        effective = prepare(config, folder.root / "base", console)
+        export_run(effective, folder, _final_weights(effective, folder, checkpoint.iteration, ended))
+    metrics: dict[str, float] = {}
+    for row in read_metrics(folder.metrics)[-2:]:
+        metrics |= {name: value for name, value in row.items() if name != "iteration"}
+    return RunResult(
+        run_dir=folder.root, iterations=checkpoint.iteration, metrics=metrics, mlflow_uri=None, mlflow_run_id=None,
+        export=folder.export, seconds=time.monotonic() - started, guard=ended,
+    )  # fmt: skip
+
+
+def _require_pictures(config: Config) -> None:
+    """Read one picture now: a wrong column must not be found after the base model is loaded.
+
+    A shipped configuration may leave data.path to the command line, so this is not a relation of the schema.
+    """
+    anchor = getattr(config.algorithm, "anchor", None)
+    if config.data.path is None and getattr(anchor, "source", "rollout") == "data":
+        raise ConfigError(
+            "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real pictures, or "
+            "algorithm.anchor.source=rollout."
+        )
+    if config.data.path is not None:
+        load_pictures(config.data.path, config.data.image_column, 1, None)
+
+
+def _open_tracker(config: Config, folder: RunFolder):
+    trackers: list[Tracker] = [JsonlTracker(folder.metrics)]
+    mlflow = None
+    if config.tracking.mlflow:
+        from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
+
+        tags = {
+            "git_commit": git_commit(),
+            "run_dir": str(folder.root.resolve()),
+            "torch": torch.__version__,
+            **_versions(),
+        }
+        mlflow = MlflowTracker(
+            config.tracking.mlflow_uri or default_uri(folder.root), config.tracking.experiment, config.run.name,
+            spool=folder.root / "mlflow", params=config.to_mapping(),
+            tags={name: value for name, value in tags.items() if value is not None},
+        )  # fmt: skip
+        trackers.append(mlflow)
+    tracker = CompositeTracker(trackers)
+    tracker.log_text("resolved.yaml", dump(config))
+    return tracker, mlflow
+
+
+def _final_weights(
+    config: Config, folder: RunFolder, iterations: int, guard: Decision | None
+) -> tuple[int, WeightBundle]:
+    """(iteration, float32 weights): the last, or after a roll-back those of the checkpoint that the judges liked best.
+
+    From the checkpoint and not from the learner, whose bundle is in the type that rollout workers hold.
+    """
+    best = guard.best_iteration if guard is not None and guard.action == "roll_back" else iterations
+    if best == 0 and not (folder.root / "checkpoints" / "000000").is_dir():
+        # Rolling back was switched on later; the base model is what the model's own files say.
+        family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
+        return 0, make_bundle(0, {name: value.detach() for name, value in trainable_tensors(family.network).items()})
+    found = folder.checkpoints.open(best)
+    return best, make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
+
+
+def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: tuple[int, WeightBundle]) -> None:
+    rows = read_metrics(folder.metrics)
+    if rows:
+        curves = folder.root / "curves.png"
+        save_curves(rows, _panels(config), curves)
+        tracker.log_image("curves", config.run.iterations, curves)
+    export_run(config, folder, final)
+    tracker.set_tags({"export": str(folder.export)})
+
+
+def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle]) -> None:
+    """Write the run's own export, and which weights it holds."""
+    iteration, bundle = final
+    # Without these facts an export counts as unfinished.
+    (folder.export / EXPORT_FACTS).unlink(missing_ok=True)
+    export_pipeline(config, bundle, folder.export)
+    facts = {"iteration": iteration, "policy_version": bundle.version, "policy_sha256": bundle.checksum}
+    replace_file(folder.export / EXPORT_FACTS, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def read_export_facts(folder: Path) -> dict[str, Any] | None:
+    """Which weights a run's export holds (`iteration`, `policy_version`, `policy_sha256`); None if it is not whole."""
+    try:
+        return json.loads((folder / EXPORT_FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _panels(config: Config) -> dict[str, list[str]]:
+    """What the curves show."""
+    rewards = [f"reward/{entry.name}/mean" for entry in config.rewards.train]
+    judges = [f"judge/{entry.name}/mean" for entry in config.rewards.judges]
+    return {
+        "quality": rewards + judges,
+        "drift": ["drift/rms", "drift/budget"],
+        "anchor weight": ["anchor/weight"],
+        "seconds": ["time/rollout", "time/reward", "time/learn", "time/sync"],
+    }
+
+
+def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
+    """Write the tuned model as a pipeline folder that plain diffusers opens, in float32 whatever rollouts run in.
+
+    Held in bfloat16, the base model under a LoRA and weights that were tuned as a whole would be rounded to it.
+    """
+    changes: dict[str, Any] = {"dtype": "float32"}
+    if hasattr(config.model, "memory"):
+        # Nobody asks for embeddings here, and the pipeline that is written brings its own text encoders.
+        unused = {"free_text_encoders": True, "embedding_cache": None}
+        changes["memory"] = config.model.memory.model_copy(update=unused)
+    model = config.model.model_copy(update=changes)
+    family = resolve("model", MODELS, model.type).load(model, device="cpu", trainable=False)
+    with torch.no_grad():
+        for name, parameter in trainable_tensors(family.network).items():
+            parameter.copy_(bundle.tensors[name])
+    family.save_pipeline(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("acpo-dist", "diffusers", "transformers", "peft", "ray", "deepspeed"):
+        try:
+            found[f"version.{name}"] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,119 @@
+"""Keeps the trajectory of a run: the start, the first proof, and a fresh one when the model has moved."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.ports import RolloutPool, Tracker
+from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.tracking.console import Console
+from acpo_dist.training.run_folder import RunFolder
+from acpo_dist.training.trajectory.artefact import (
+    artefact_of,
+    configured_trajectory,
+    table_from_mapping,
+    table_to_mapping,
+    trajectory_from_mapping,
+    trajectory_to_mapping,
+    write_artefact,
+)
+from acpo_dist.training.trajectory.measure import measure, table_drift
+from acpo_dist.training.trajectory.validate import Update, consider, describe, follow
+
+logger = logging.getLogger(__name__)
+
+
+class TrajectoryKeeper:
+    """Asked by the loop before the first iteration and between two; never within one."""
+
+    def __init__(
+        self, config: Config, pool: RolloutPool, folder: RunFolder, tracker: Tracker, prompts: Sequence[str],
+        console: Console,
+    ) -> None:  # fmt: skip
+        """Take the run's parts; `start` or `restore` comes next."""
+        self._config, self._pool, self._folder, self._tracker = config, pool, folder, tracker
+        self._prompts, self._console = prompts, console
+        self._alpha_bars = pool.alpha_bars().numpy()
+        self._base = pool.trajectory()
+        self._table = None
+
+    def start(self) -> dict[str, float]:
+        """Follow the configured trajectory, then a better one if there is a proof; figures for the first iteration."""
+        self._base = self._configured()
+        follow(self._pool, self._base)
+        return self._update(0) if self._config.vrg.enabled else {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Follow what the run followed when the checkpoint was written; a file that it started from is not read."""
+        base = state.get("base_trajectory")
+        # Checkpoints of before that key: the file says it.
+        self._base = trajectory_from_mapping(base) if base else self._configured()
+        self._table = table_from_mapping(state["table"]) if state["table"] else None
+        follow(self._pool, trajectory_from_mapping(state["trajectory"]))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain data for the checkpoint; floats survive JSON exactly."""
+        return {
+            "trajectory": trajectory_to_mapping(self._pool.trajectory(), self._alpha_bars),
+            "base_trajectory": trajectory_to_mapping(self._base, self._alpha_bars),
+            "table": table_to_mapping(self._table) if self._table else None,
+        }
+
+    def after(self, iteration: int) -> dict[str, float]:
+        """Look at the table every `vrg.probe_every` iterations, and prove a new trajectory if it has drifted.
+
+        Args:
+            iteration: iterations that are done.
+
+        Returns:
+            Figures of what was done, empty for nothing.
+        """
+        vrg = self._config.vrg
+        if not vrg.enabled or self._table is None or iteration % vrg.probe_every:
+            return {}
+        probe = measure(
+            self._pool,
+            self._config,
+            self._prompts,
+            self._alpha_bars,
+            images=vrg.probe_images,
+            label=f"probe{iteration}",
+        )
+        drift = table_drift(self._table, probe)
+        if drift <= vrg.max_drift:
+            return {"vrg/table_drift": drift}
+        self._console.message(f"error table has drifted by {drift:.2f} in log v: measured again")
+        return {"vrg/table_drift": drift, **self._update(iteration)}
+
+    def _update(self, iteration: int) -> dict[str, float]:
+        with self._console.phase("vrg: measure and prove", None):
+            sums = measure(
+                self._pool, self._config, self._prompts, self._alpha_bars, images=self._config.vrg.images,
+                label=f"full{iteration}",
+            )  # fmt: skip
+            before = self._pool.trajectory()
+            update = consider(
+                self._pool, self._config, self._prompts, sums, self._base, self._alpha_bars,
+                provenance={
+                    "run": self._config.run.name, "seed": self._config.run.seed, "iteration": iteration,
+                    "alpha_bars": self._alpha_bars.tolist(),
+                },
+            )  # fmt: skip
+        self._table = update.table
+        self._record(iteration, update, before)
+        self._console.message(describe(update))
+        return update.metrics()
+
+    def _record(self, iteration: int, update: Update, before: Trajectory) -> None:
+        path = self._folder.root / "vrg" / f"{iteration:06d}.json"
+        plot = write_artefact(
+            path, artefact_of(update, before, self._alpha_bars), update.table,
+            {"before": before, "in use": update.trajectory},
+        )  # fmt: skip
+        self._tracker.log_image("vrg", iteration, plot)
+        self._tracker.set_tags({"schedule_id": update.trajectory.schedule_id})
+
+    def _configured(self) -> Trajectory:
+        sampler = self._config.sampler
+        return configured_trajectory(sampler.trajectory, sampler.num_steps, self._alpha_bars) or self._base

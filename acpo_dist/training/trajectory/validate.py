@@ -1,0 +1,197 @@
+"""A candidate trajectory: optimised in a trust region, adopted only if its samples end nearer a long reference."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import WeightSyncError
+from acpo_dist.core.ports import RolloutPool
+from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.training.trajectory.measure import single_samples
+from acpo_dist.vrg.levels import FloatArray, to_alpha_bars, to_sigmas
+from acpo_dist.vrg.optimize import optimize
+from acpo_dist.vrg.responses import SOLVERS
+from acpo_dist.vrg.sums import ErrorSums
+from acpo_dist.vrg.table import ErrorTable
+from acpo_dist.vrg.timesteps import to_timesteps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """What the proof of one candidate said."""
+
+    trust: float
+    ratio: float
+    """Distance of the candidate's samples from the long reference, over that of the trajectory in use."""
+    median_ratio: float
+    """Median of the same ratio over single samples: the mean alone is led by few that change what they show."""
+    old_error: float
+    """Mean squared distance of the trajectory in use, in x_0 units."""
+    new_error: float
+    reference_steps: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate is not further away, on average and for most samples."""
+        return self.ratio <= 1 and self.median_ratio <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One measuring, with what came of it."""
+
+    table: ErrorTable
+    trajectory: Trajectory
+    """In use afterwards."""
+    adopted: bool
+    j0: float
+    j1: float
+    """Cumulative error of the last candidate that was optimised, on the same table."""
+    saturation: float
+    gates: tuple[GateResult, ...]
+    diagnostics: Mapping[str, list[float]]
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for tracking."""
+        known = self.table.standard_errors
+        figures = {
+            "vrg/adopted": float(self.adopted), "vrg/j0": self.j0, "vrg/j1": self.j1,
+            "vrg/saturation": self.saturation, "vrg/gates": float(len(self.gates)),
+            "vrg/bias_ratio": max(self.diagnostics["bias_ratio"]),
+            "vrg/excess_kurtosis": max(self.diagnostics["excess_kurtosis"]),
+            "vrg/lag1_correlation": float(np.nanmax(self.diagnostics["lag1_correlation"])),
+        }  # fmt: skip
+        if known is not None:
+            figures["vrg/standard_error"] = float((known / self.table.v).max())
+        if self.gates:
+            last = self.gates[-1]
+            figures |= {
+                "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio, "vrg/trust": last.trust,
+            }  # fmt: skip
+        return figures
+
+
+def consider(
+    pool: RolloutPool, config: Config, prompts: Sequence[str], sums: ErrorSums, base: Trajectory,
+    alpha_bars: FloatArray, *, provenance: Mapping[str, Any], prove: bool = True,
+) -> Update:  # fmt: skip
+    """Optimise within the trust region round the base trajectory, prove the candidate, and follow it if it is better.
+
+    A candidate that fails, or has no step that is late enough to train on, is tried again with half the trust region,
+    `vrg.halvings` times; then the old one stays.
+
+    Args:
+        base: what the trust region is round, whatever is followed now.
+        prove: False adopts the optimum unproved; for looking at it, never in training.
+
+    Raises:
+        WeightSyncError: a worker does not follow the adopted trajectory.
+    """
+    table = sums.table(provenance)
+    table.check_against(alpha_bars)
+    current = pool.trajectory()
+    # A rule without a closed response is charged as the first-order one; the proof walks the real rule.
+    solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
+    trust, gates, adopted = config.vrg.trust, [], False
+    proof: Proof | None = None
+    for _ in range(config.vrg.halvings + 1):
+        found = optimize(
+            to_sigmas(base.alpha_bars[:-1]), table, trust=trust, sigma_min=float(to_sigmas(alpha_bars)[0]),
+            solver=solver,
+        )  # fmt: skip
+        if found.j1 > found.j0 * (1 - config.vrg.min_gain):
+            logger.info("the optimum promises %.2f %%: not worth a change", 100 * (1 - found.j1 / found.j0))
+            break
+        candidate = retimed(base, found.sigmas, alpha_bars)
+        if candidate.schedule_id == current.schedule_id:
+            break
+        if candidate.timesteps[-1] > config.sampler.t_max * len(alpha_bars):
+            logger.info("trust %.3g: no step at or below sampler.t_max is left", trust)
+            trust /= 2
+            continue
+        if not prove:
+            follow(pool, candidate)
+            current, adopted = candidate, True
+            break
+        proof = proof or Proof(pool, config, prompts, current, alpha_bars)
+        gates.append(proof.judge(candidate, trust))
+        if gates[-1].passed:
+            follow(pool, candidate)
+            current, adopted = candidate, True
+            break
+        trust /= 2
+    return Update(
+        table=table, trajectory=current, adopted=adopted, j0=found.j0, j1=found.j1, saturation=found.saturation,
+        gates=tuple(gates), diagnostics=sums.diagnostics(),
+    )  # fmt: skip
+
+
+class Proof:
+    """Ends of the trajectory in use and of a long reference, from the same noise; candidates are held against them."""
+
+    def __init__(
+        self, pool: RolloutPool, config: Config, prompts: Sequence[str], current: Trajectory, alpha_bars: FloatArray
+    ) -> None:
+        """Walk both, once for all candidates."""
+        self._pool = pool
+        self._groups = single_samples(config, prompts, config.vrg.gate_samples, "vrg_gate", 0)
+        steps = config.vrg.reference_steps or max(100, 4 * current.num_steps)
+        self._reference_steps = min(steps, len(alpha_bars))
+        long = spaced_trajectory(torch.from_numpy(alpha_bars), self._reference_steps, "trailing")
+        self._reference = pool.ends(self._groups, long)
+        self._old = self._errors(current)
+
+    def judge(self, candidate: Trajectory, trust: float) -> GateResult:
+        """Distance of the candidate's ends from the reference's, against that of the trajectory in use."""
+        old, new = self._old, self._errors(candidate)
+        # A trajectory that already ends where the reference does cannot be improved on.
+        ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
+        median_ratio = float((new / old).nan_to_num(nan=1.0).median())
+        logger.info("gate: trust %.3g, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
+        return GateResult(
+            trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
+            new_error=float(new.mean()), reference_steps=self._reference_steps,
+        )  # fmt: skip
+
+    def _errors(self, trajectory: Trajectory) -> torch.Tensor:
+        """Mean squared distance by sample, float64 (B,)."""
+        ends = self._pool.ends(self._groups, trajectory)
+        return (ends - self._reference).double().square().flatten(1).mean(1)
+
+
+def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
+    """Make every worker follow it, and check that each does.
+
+    Raises:
+        WeightSyncError: a worker answers with another schedule id.
+    """
+    answers = pool.follow(trajectory)
+    if set(answers) != {trajectory.schedule_id}:
+        raise WeightSyncError(f"workers follow {sorted(set(answers))} instead of trajectory {trajectory.schedule_id}")
+
+
+def retimed(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
+    """The base trajectory with other levels (N sigmas, falling); where it starts and ends stays."""
+    levels = to_alpha_bars(np.asarray(sigmas))
+    # The noisy end is the base's own, bit for bit.
+    timesteps = to_timesteps(sigmas, alpha_bars)
+    return Trajectory(
+        timesteps=(base.timesteps[0], *map(float, timesteps[1:])),
+        alpha_bars=(base.alpha_bars[0], *map(float, levels[1:]), base.alpha_bars[-1]),
+    )
+
+
+def describe(update: Update) -> str:
+    """One line for people."""
+    gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
+    gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}) at trust {gate.trust:g}" for gate in update.gates]
+    tried = ", ".join(gates) or "no candidate worth one"
+    verdict = f"adopted {update.trajectory.schedule_id}" if update.adopted else "kept the trajectory in use"
+    return f"vrg: {gain}; distance to the long reference, new over old: {tried}; {verdict}"

@@ -1,0 +1,149 @@
+"""Micro-batches out of rollouts, or out of pairs of a data set; every number drawn for a sample is its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_dist.algorithms.base import LateStates, MicroBatch
+from acpo_dist.config.schema import DataConfig, LearnerConfig, RewardsConfig, SamplerConfig
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import TrainTask
+from acpo_dist.data.images import PictureSet, load_pictures
+from acpo_dist.data.pairs import PairSet, is_pair_id
+from acpo_dist.models.family import ModelFamily
+from acpo_dist.workers.learner.samples import SampleStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec:
+    """The sections that a learner rank needs."""
+
+    model: Any
+    algorithm: Any
+    learner: LearnerConfig
+    rewards: RewardsConfig
+    sampler: SamplerConfig
+    data: DataConfig
+    seed: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per rank and optimiser step."""
+        return self.learner.global_batch // (self.learner.micro_batch * self.learner.num_ranks)
+
+
+def memory_remedy(spec: LearnerSpec) -> str:
+    """What to change when a learner's memory does not last, the cheapest first."""
+    learner, memory = spec.learner, getattr(spec.model, "memory", None)
+    ways = [
+        text
+        for text, helps in (
+            (
+                f"lower learner.micro_batch ({learner.micro_batch}), which leaves the update as it is",
+                learner.micro_batch > 1,
+            ),
+            ("set model.memory.gradient_checkpointing=true", memory is not None and not memory.gradient_checkpointing),
+            (
+                "set learner.offload_optimizer=cpu",
+                learner.offload_optimizer == "none" and learner.zero_stage in (1, 2),
+            ),
+            (
+                "tune with LoRA in a new run, or on more ranks with learner.zero_stage=2",
+                spec.model.tuning.method == "full",
+            ),
+        )
+        if helps
+    ] or ["take a larger device"]
+    return f"{ways[0][0].upper()}{'; '.join(ways)[1:]}."
+
+
+class BatchMaker:
+    """Finds and draws what belongs to a sample id."""
+
+    def __init__(self, spec: LearnerSpec, family: ModelFamily, *, device: str) -> None:
+        """Open the data that the configuration names.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        self._spec, self._family, self._device = spec, family, device
+        self._pictures = self._open_pictures()
+        self._pairs = PairSet(spec.data.pairs, family.pixels) if spec.data.pairs is not None else None
+        self.broken: list[str] = []
+        """Samples of pairs left out since `take_broken` because a picture of the pair could not be decoded."""
+
+    def make(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
+        """One micro-batch.
+
+        Args:
+            store: where the samples' rollouts are.
+            ids: samples; for a paired algorithm winners and losers side by side.
+            task: the iteration's, or None for base samples before the first.
+            step: optimiser step of the iteration.
+        """
+        spec = self._spec
+        keys = self._keys(ids, task, step)
+        weights = torch.tensor([task.weights[sample_id] if task else 1.0 for sample_id in ids])
+        states: LateStates | None = None
+        unreadable: Tensor | None = None
+        real = False
+        if is_pair_id(ids[0]):
+            assert self._pairs is not None, "pair ids need data.pairs"
+            read = self._pairs.read(ids)
+            clean, prompts, real = self._encode(read.pixels), read.prompts, True
+            # Both samples of a broken pair are left out, and counted by whoever asks.
+            weights = weights * read.whole_B
+            unreadable = torch.tensor([sample_id in read.broken for sample_id in ids], device=self._device)
+            self.broken += [sample_id for sample_id, whole in zip(ids, read.whole_B.tolist(), strict=True) if not whole]
+        else:
+            states = self._to_device(store.late(ids, keys, stochastic=spec.algorithm.needs_noise))
+            clean, prompts = store.clean(ids), store.prompts(ids)
+            if self._pictures is not None:
+                clean, real = 2 * self._pictures.batch([key % len(self._pictures) for key in keys]) - 1, True
+        return MicroBatch(
+            sample_ids=ids,
+            prompts=prompts,
+            noise_keys=tuple(keys),
+            states=states,
+            clean=clean.to(self._device),
+            clean_is_real=real,
+            weights_B=weights.to(self._device),
+            guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),
+            eta=spec.sampler.eta,
+            constants=task.constants if task else {},
+            unreadable_B=unreadable,
+        )
+
+    def take_broken(self) -> list[str]:
+        """Samples that were left out since the last call, two of each pair."""
+        broken, self.broken = self.broken, []
+        return broken
+
+    def _keys(self, ids: Sequence[str], task: TrainTask | None, step: int) -> list[int]:
+        owners = [ids[index - index % 2] for index in range(len(ids))] if self._spec.algorithm.paired else ids
+        iteration = task.iteration if task else -1
+        return [derive_seed("learner", self._spec.seed, iteration, step, owner) for owner in owners]
+
+    @torch.no_grad()
+    def _encode(self, pixels_BCHW: Tensor) -> Tensor:
+        return self._family.encode_pictures(pixels_BCHW.to(self._device))
+
+    def _to_device(self, late: LateStates) -> LateStates:
+        following, levels = late.following, late.following_alpha_bars_B
+        return LateStates(
+            latents=late.latents.to(self._device),
+            timesteps_B=late.timesteps_B.to(self._device),
+            alpha_bars_B=late.alpha_bars_B.to(self._device),
+            following=following.to(self._device) if following is not None else None,
+            following_alpha_bars_B=levels.to(self._device) if levels is not None else None,
+        )
+
+    def _open_pictures(self) -> PictureSet | None:
+        data = self._spec.data
+        anchor = getattr(self._spec.algorithm, "anchor", None)
+        if data.path is None or getattr(anchor, "source", "rollout") != "data":
+            return None
+        return load_pictures(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])

@@ -1,0 +1,152 @@
+"""What moves the weights: plain torch in one process. `zero.py` does the same with DeepSpeed over many."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from acpo_dist.config.schema import LearnerConfig
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.workers.learner.eight_bit import eight_bit_state, make_eight_bit, put_eight_bit
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+StateTensors = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """Optimises the trainable parameters of one network."""
+
+    rank: int
+    world_size: int
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Arithmetic of the forward passes."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss."""
+        ...
+
+    def set_learning_rate(self, value: float) -> None:
+        """For the steps from now on."""
+        ...
+
+    def step(self) -> float:
+        """Average over micro-batches and ranks, clip, update, clear.
+
+        Returns:
+            The gradient norm before clipping, the same on every rank. Where it is not finite the step was refused:
+            weights and moments are what they were.
+        """
+        ...
+
+    def weights(self) -> StateTensors:
+        """Trainable parameters in float32, whole, on the CPU. Every rank must call it."""
+        ...
+
+    def optimiser_state(self) -> StateTensors:
+        """`exp_avg.<name>`, `exp_avg_sq.<name>` (float32, whole) and `step`. Every rank must call it."""
+        ...
+
+    def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
+        """Put back what `weights` and `optimiser_state` gave, from any number of ranks."""
+        ...
+
+    def close(self) -> None:
+        """Leave the process group."""
+        ...
+
+
+def make_optimiser(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
+    """The one optimiser of every engine. `foreach` off: the same order of sums with and without sharding."""
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=False
+    )
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
+    """One rate for all groups."""
+    for group in optimiser.param_groups:
+        group["lr"] = value
+
+
+class TorchEngine:
+    """One process, no sharding."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
+        """Optimise the parameters of `network` that require gradients."""
+        self._parameters = trainable_tensors(network)
+        narrow = config.optimizer == "adamw_8bit"
+        self._optimiser = (make_eight_bit if narrow else make_optimiser)(list(self._parameters.values()), config)
+        self._narrow = narrow
+        self._accumulation, self._config, self._device = accumulation, config, device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 where asked for."""
+        if self._config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self._device.partition(":")[0], torch.bfloat16)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        (loss / self._accumulation).backward()
+
+    def set_learning_rate(self, value: float) -> None:
+        """See `Engine.set_learning_rate`."""
+        set_learning_rate(self._optimiser, value)
+
+    def step(self) -> float:
+        """See `Engine.step`."""
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        if torch.isfinite(norm):
+            self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def weights(self) -> StateTensors:
+        """See `Engine.weights`."""
+        return {name: _copied(value) for name, value in self._parameters.items()}
+
+    def optimiser_state(self) -> StateTensors:
+        """See `Engine.optimiser_state`; 8-bit moments have names and scales of their own."""
+        if self._narrow:
+            return eight_bit_state(self._optimiser, self._parameters)
+        state: StateTensors = {"step": torch.zeros(())}
+        for name, parameter in self._parameters.items():
+            entry = self._optimiser.state.get(parameter, {})
+            for moment in MOMENTS:
+                value = entry.get(moment, torch.zeros_like(parameter))
+                state[f"{moment}.{name}"] = _copied(value)
+            state["step"] = torch.as_tensor(entry.get("step", 0.0)).float().cpu().clone()
+        return state
+
+    def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
+        """See `Engine.load`."""
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(weights[name])
+        (put_eight_bit if self._narrow else put_moments)(self._optimiser, self._parameters, optimiser_state)
+
+    def close(self) -> None:
+        """Nothing to leave."""
+
+
+def put_moments(
+    optimiser: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Write step and moments into an AdamW whose own parameters are these."""
+    for name, parameter in parameters.items():
+        entry = optimiser.state[parameter]
+        entry["step"] = state["step"].clone()
+        for moment in MOMENTS:
+            entry[moment] = state[f"{moment}.{name}"].to(parameter).clone()
+
+
+def _copied(value: Tensor) -> Tensor:
+    # Whatever the layout here (model.speed.channels_last): files hold plain ones.
+    return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,173 @@
+"""From raw scores and gradients of the pool to one normalised quality and its gradient at x0-hat."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from acpo_dist.algorithms.base import RewardSignal
+from acpo_dist.core.errors import NonFiniteError, RewardConfigError
+from acpo_dist.core.types import RewardTerm
+from acpo_dist.objective.composition import compose, composition_slopes
+from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
+from acpo_dist.workers.reward.worker import ScoredGradient
+
+
+class GradientSource(Protocol):
+    """The reward pool as the learner sees it."""
+
+    elsewhere: bool
+    """Metrics are computed in other processes, so several may be asked at once."""
+
+    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
+        """Scores and gradient at `sent`.
+
+        Raises:
+            RewardError: not to be had within the deadline.
+        """
+        ...
+
+
+class PooledReward:
+    """Composes several metrics, each normalised and hinged, into one quality q and its gradient dq / d x0-hat."""
+
+    def __init__(
+        self,
+        source: GradientSource,
+        terms: Sequence[RewardTerm],
+        decode: Callable[[Tensor], Tensor],
+        *,
+        cut: str,
+        wire_dtype: str,
+        spread: float = 0.0,
+        crop: int | None = None,
+        seed: int = 0,
+        refusable: bool = False,
+    ) -> None:
+        """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`).
+
+        Args:
+            crop: side in elements of the window of x0-hat that is scored instead of all of it; None scores all.
+            seed: where the windows lie, call by call.
+            refusable: answer an x0-hat that is not finite with what is not finite either, so that the step is refused
+                on all ranks together; otherwise it is an error.
+        """
+        self._source, self._terms, self._decode, self._refusable = source, terms, decode, refusable
+        self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
+        self._crop, self._generator = crop, torch.Generator().manual_seed(seed)
+        self.waited_s = 0.0
+        """Seconds in which the learner had nothing to do but wait for the pool."""
+
+    def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> Callable[[], RewardSignal]:
+        """See `RewardGradient`; metrics of this process are computed at once."""
+        whole = clean_estimate.detach()
+        rows, columns = self._window(*whole.shape[2:])
+        clean = whole[..., rows, columns]
+        if self._cut == "latent":
+            sent = clean
+        else:
+            # Exact either way: the chain rule through our own decoder replaces the worker's.
+            clean = clean.clone().requires_grad_(True)
+            with torch.enable_grad():
+                sent = self._decode(clean)
+        good_B = torch.isfinite(sent).flatten(1).all(1)
+        if not good_B.all() and self._refusable:
+            refused = self._refused(whole, good_B)
+            return lambda: refused
+        if not good_B.all():
+            raise NonFiniteError(
+                "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
+            )
+        wait = self._ask(pack(sent, self._wire_dtype), prompts)
+
+        def answer() -> RewardSignal:
+            started = time.monotonic()
+            answers = wait()
+            self.waited_s += time.monotonic() - started
+            gradient = self._compose_gradient(answers, sent, clean)
+            placed = torch.zeros_like(whole, dtype=gradient.dtype)
+            # Nothing outside the window was scored.
+            placed[..., rows, columns] = gradient
+            return self._signal(answers, placed)
+
+        return answer
+
+    def _compose_gradient(self, answers: Sequence[ScoredGradient], sent: Tensor, clean: Tensor) -> Tensor:
+        """dq / d x0-hat within the window."""
+        # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
+        weights = [term.weight for term in self._terms]
+        slopes = composition_slopes(torch.tensor(self._rewards(answers)), weights, self._spread)
+        gradient = torch.zeros(sent.shape)
+        for term, answer, slope_B in zip(self._terms, answers, slopes, strict=True):
+            slope_B = slope_B * torch.tensor([term.normaliser.slope(score) for score in answer.scores])
+            gradient += slope_B.reshape(-1, *[1] * (sent.ndim - 1)) * unpack(answer.gradient)
+        gradient = gradient.to(clean.device)
+        if self._cut == "image":
+            (gradient,) = torch.autograd.grad(sent, clean, gradient)
+        return gradient
+
+    def _rewards(self, answers: Sequence[ScoredGradient]) -> list[list[float]]:
+        """Normalised and cut at their ceilings: a row per term."""
+        return [
+            [term.normaliser.reward(score) for score in answer.scores]
+            for term, answer in zip(self._terms, answers, strict=True)
+        ]
+
+    def _signal(self, answers: Sequence[ScoredGradient], gradient: Tensor) -> RewardSignal:
+        weights = [term.weight for term in self._terms]
+        quality = [compose(row, weights, self._spread) for row in zip(*self._rewards(answers), strict=True)]
+        return RewardSignal(
+            quality_B=torch.tensor(quality).to(gradient.device),
+            gradient=gradient,
+            target=compose([term.normaliser.target or 0.0 for term in self._terms], weights, self._spread),
+            per_metric={
+                f"reward/{term.name}/x0_hat": torch.tensor(answer.scores)
+                for term, answer in zip(self._terms, answers, strict=True)
+            },
+        )
+
+    @staticmethod
+    def _refused(whole: Tensor, good_B: Tensor) -> RewardSignal:
+        """What makes the loss of those that are not good not finite; nobody is asked."""
+        quality_B = torch.where(good_B, 0.0, torch.nan)
+        gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
+        return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
+
+    def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> Callable[[], list[ScoredGradient]]:
+        """What waits for the answers, in the order of the terms."""
+
+        def ask(term: RewardTerm) -> ScoredGradient:
+            return self._source.value_and_grad(term.name, wire, prompts)
+
+        if not self._source.elsewhere:
+            started = time.monotonic()
+            found = [ask(term) for term in self._terms]
+            self.waited_s += time.monotonic() - started
+            return lambda: found
+        threads = ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient")
+        asked = [threads.submit(ask, term) for term in self._terms]
+        # They end with their answers, whether somebody still waits for these or not.
+        threads.shutdown(wait=False)
+        return lambda: [one.result() for one in asked]
+
+    def _window(self, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.
+
+        Raises:
+            RewardConfigError: the window is larger than x0-hat.
+        """
+
+        def along(length: int) -> slice:
+            side = self._crop or length
+            if side > length:
+                raise RewardConfigError(
+                    f"rewards.latent_crop is {side}, and x0-hat has {height} x {width} elements: make it smaller, or "
+                    "leave it out."
+                )
+            start = int(torch.randint(length - side + 1, (), generator=self._generator))
+            return slice(start, start + side)
+
+        return along(height), along(width)

@@ -1,0 +1,308 @@
+"""One learner rank: cuts its share of micro-batches, asks the algorithm for the loss, moves the weights."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
+from acpo_dist.core.errors import CheckpointError
+from acpo_dist.core.files import on_storage, sync_file
+from acpo_dist.core.memory import within_memory
+from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
+from acpo_dist.core.seeding import derive_seed
+from acpo_dist.core.types import RefusedStep, RewardTerm, RolloutBatch, TrainTask, WeightBundle
+from acpo_dist.core.weights import make_bundle
+from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.loading import held_dtype
+from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, memory_remedy
+from acpo_dist.workers.learner.engine import Engine, TorchEngine
+from acpo_dist.workers.learner.metrics import FigureSums
+from acpo_dist.workers.learner.network import PolicyNetwork
+from acpo_dist.workers.learner.samples import SampleStore
+from acpo_dist.workers.learner.signal import GradientSource, PooledReward
+
+logger = logging.getLogger(__name__)
+
+
+class LearnerWorker:
+    """Plain class; an actor is a thin shell round it."""
+
+    def __init__(self, spec: LearnerSpec, source: GradientSource, *, device: str = "cpu") -> None:
+        """Load the model and its anchor; `start` builds the optimiser."""
+        self._spec, self._source, self._device = spec, source, device
+        self._family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
+        self._algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
+        self._network = PolicyNetwork(self._family, spec.algorithm.encoder)
+        self._batches = BatchMaker(spec, self._family, device=device)
+        self._engine: Engine | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._average: dict[str, Tensor] = {}
+        self._refused_in_a_row = 0
+
+    @property
+    def num_elements(self) -> int:
+        """D, elements of one latent tensor."""
+        return math.prod(self._family.sample_shape)
+
+    def start(self, folder: Path | None) -> None:
+        """Build the engine; with a folder, put back weights, moments and averages first."""
+        weights = load_file(folder / "policy.safetensors") if folder else None
+        if weights is not None:
+            self._put_weights(weights)
+        learner = self._spec.learner
+        if learner.zero_stage is None:
+            kind = TorchEngine
+        else:
+            # DeepSpeed is imported only where it is used.
+            from acpo_dist.workers.learner.zero import ZeroEngine
+
+            kind = ZeroEngine
+        engine: Engine = kind(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
+        self._engine = engine
+        self._network.autocast = engine.autocast
+        if folder and weights is not None:
+            engine.load(weights, load_file(folder / "optimizer.safetensors"))
+            self._average = load_file(folder / "ema.safetensors")
+        self._weights = engine.weights()
+        if not self._average:
+            self._average = {name: value.clone() for name, value in self._weights.items()}
+
+    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
+        """One iteration; every rank calls it with its own samples' batches and the same task.
+
+        Returns:
+            (figures of this rank's samples, number of optimiser steps taken, those refused with this rank's samples).
+            More than `learner.max_refused_steps` refused in a row end the iteration, on every rank at the same step.
+
+        Raises:
+            DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
+        """
+        with within_memory(
+            f"the learner, micro-batches of {self._spec.learner.micro_batch}", memory_remedy(self._spec)
+        ):
+            return self._train(batches, task)
+
+    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
+        engine = self._ready()
+        engine.set_learning_rate(task.learning_rate)
+        store = SampleStore(batches, policy_version=task.policy_version)
+        crop = derive_seed("crop", self._spec.seed, task.iteration, engine.rank)
+        reward = self._reward(task.rewards, crop, refusable=True)
+        sums = FigureSums()
+        steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
+        prepared = self._prepare(store, task, steps)
+        refused: list[RefusedStep] = []
+        tried = 0
+        for step, ids in enumerate(steps):
+            started = time.monotonic()
+            found, bad = FigureSums(), []
+            for index, part in enumerate(self._own(ids)):
+                batch = self._batches.make(store, part, task, step)
+                loss = self._algorithm.loss(
+                    batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
+                )
+                mean = loss.per_sample.mean()
+                finite = torch.isfinite(loss.per_sample)
+                if not finite.all():
+                    bad += [name for name, ok in zip(part, finite, strict=True) if not ok]
+                    # So that the gradient, and with it the step of all ranks, certainly is not finite either.
+                    mean = mean * torch.nan
+                engine.backward(mean)
+                found.add(loss.figures)
+            norm = engine.step()
+            if math.isfinite(norm):
+                self._refused_in_a_row = 0
+                found.add({"learner/grad_norm": torch.tensor([norm])})
+                sums = FigureSums.merge((sums, found))
+            else:
+                refused.append(RefusedStep(step=step, gradient_norm=norm, sample_ids=tuple(bad)))
+                self._refused_in_a_row += 1
+            tried += 1
+            sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
+            if self.refused_too_many:
+                break
+        if reward.waited_s:
+            sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
+        if self._spec.data.pairs is not None:
+            broken = self._batches.take_broken()
+            if broken:
+                logger.warning("pairs left out, since a picture cannot be decoded: %s", ", ".join(broken[:5]))
+            own = len(steps) * self._spec.learner.global_batch // engine.world_size
+            share = torch.zeros(own)
+            share[: len(broken)] = 1
+            sums.add({"pairs/broken_share": share})
+        self._weights = engine.weights()
+        taken = tried - len(refused)
+        self._update_average(taken)
+        return sums, taken, refused
+
+    @property
+    def refused_too_many(self) -> bool:
+        """Whether more steps in a row were refused than may be: the same on every rank."""
+        return self._refused_in_a_row > self._spec.learner.max_refused_steps
+
+    @torch.no_grad()
+    def _prepare(
+        self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
+    ) -> list[list[Tensor]] | None:
+        """What the algorithm wants to know of every micro-batch before the weights move; None for most algorithms."""
+        if type(self._algorithm).prepare is BaseAlgorithm.prepare:
+            return None  # not even the batches need be made
+        prepared: list[list[Tensor]] = []
+        for step, ids in enumerate(steps):
+            row: list[Tensor] = []
+            for part in self._own(ids):
+                value = self._algorithm.prepare(self._batches.make(store, part, task, step), self._network)
+                if value is None:
+                    return None
+                row.append(value)
+            prepared.append(row)
+        return prepared
+
+    @torch.no_grad()
+    def observe(self, batches: Sequence[RolloutBatch]) -> dict[str, list[float]]:
+        """Figures of base samples that the algorithm calibrates itself on, for this rank's share."""
+        store = SampleStore(batches, policy_version=None)
+        found: dict[str, list[float]] = {}
+        for part, counts in self._share(store.sample_ids):
+            figures = self._algorithm.observe(self._batches.make(store, part, None, 0), self._network)
+            if not figures:
+                return {}
+            if counts:
+                for name, values in figures.items():
+                    found.setdefault(name, []).extend(values.tolist())
+        return found
+
+    @torch.no_grad()
+    def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
+        """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples.
+
+        For an anchor in units of x0 it is that of dq / d x0-hat.
+        """
+        store = SampleStore(batches, policy_version=None)
+        reward = self._reward(terms, derive_seed("crop", self._spec.seed, "calibration", self._ready().rank))
+        norms: list[float] = []
+        for part, counts in self._share(store.sample_ids):
+            batch = self._batches.make(store, part, None, 0)
+            late, condition = batch.late, self._family.encode(batch.prompts)
+            head = self._family.predict(late.latents, late.timesteps_B, condition)
+            clean = to_clean(head, late.latents, late.alpha_bars_B, self._family.prediction_type)
+            gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
+            if self._spec.algorithm.anchor.space != "x0":
+                # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
+                gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)
+            if counts:
+                norms += gradient.tolist()
+        return norms
+
+    @torch.no_grad()
+    def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> FigureSums:
+        """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep."""
+        store = SampleStore(batches, policy_version=None)
+        sums = FigureSums()
+        for part, counts in self._share(store.sample_ids):
+            clean = store.clean(part).to(self._device)
+            condition = self._family.encode(store.prompts(part))
+            for timestep in timesteps:
+                keys = [derive_seed("drift", sample_id, timestep) for sample_id in part]
+                noise = torch.stack(
+                    [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(k)) for k in keys]
+                )
+                alpha_bars = self._family.alpha_bars[[timestep] * len(part)]
+                noisy = add_noise(clean, noise.to(clean), alpha_bars)
+                at = torch.full((len(part),), timestep, device=clean.device)
+                head = self._family.predict(noisy, at, condition)
+                with self._family.anchored():
+                    anchor = self._family.predict(noisy, at, condition)
+                drift = head_drift(head, anchor, alpha_bars, self._family.prediction_type)
+                if counts:
+                    sums.add({str(timestep): anchor_error(drift)})
+        return sums
+
+    def export(self, version: int, *, ema: bool = False) -> WeightBundle:
+        """Weights after the last `train`, the same on every rank."""
+        # In the type that rollout workers hold them in, so that their echo can be the same bytes.
+        model = self._spec.model
+        dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=False)
+        if model.tuning.method == "lora":
+            dtype = torch.float32
+        weights = self._average if ema else self._weights
+        return make_bundle(version, {name: value.to(dtype) for name, value in weights.items()})
+
+    def save(self, folder: Path) -> None:
+        """Write the state; every rank calls it, rank 0 writes.
+
+        Raises:
+            StorageError: the disk is full or gone.
+        """
+        engine = self._ready()
+        moments = engine.optimiser_state()
+        if engine.rank == 0:
+            with on_storage(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, tensors in (("policy", self._weights), ("ema", self._average), ("optimizer", moments)):
+                    save_file(tensors, folder / f"{name}.safetensors")
+                    # Older checkpoints go as soon as this one counts as whole.
+                    sync_file(folder / f"{name}.safetensors")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _ready(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("LearnerWorker.start() must be called first")
+        return self._engine
+
+    def _reward(self, terms: Sequence[RewardTerm], seed: int, *, refusable: bool = False) -> PooledReward:
+        rewards = self._spec.rewards
+        return PooledReward(
+            self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
+            spread=rewards.spread, crop=rewards.latent_crop, seed=seed, refusable=refusable,
+        )  # fmt: skip
+
+    def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """This rank's micro-batches of one optimiser step."""
+        engine = self._ready()
+        return cut(ids, self._spec.learner.micro_batch)[engine.rank :: engine.world_size]
+
+    def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
+        """This rank's micro-batches, and whether each counts.
+
+        ZeRO 3 gathers in step, so every rank runs as many forwards: one without a batch of its own repeats the last,
+        and leaves its figures out.
+        """
+        engine = self._ready()
+        parts = cut(ids, self._spec.learner.micro_batch)
+        for start in range(0, len(parts), engine.world_size):
+            index = start + engine.rank
+            yield parts[min(index, len(parts) - 1)], index < len(parts)
+
+    def _update_average(self, optim_steps: int) -> None:
+        decay = self._spec.learner.ema_decay**optim_steps
+        for name, value in self._weights.items():
+            self._average[name].lerp_(value, 1 - decay)
+
+    def _put_weights(self, weights: dict[str, Tensor]) -> None:
+        own = trainable_tensors(self._family.network)
+        if set(own) != set(weights):
+            raise CheckpointError(
+                f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+
+def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """Consecutive pieces of `size`."""
+    return [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]

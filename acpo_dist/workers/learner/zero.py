@@ -1,0 +1,232 @@
+"""The engine on DeepSpeed ZeRO 0-3. The only file that imports DeepSpeed; rank variables are set before it is used."""
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.nn.functional as F  # noqa: N812
+from deepspeed import comm
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from packaging.version import Version
+from torch import Tensor, nn
+
+from acpo_dist.config.schema import LearnerConfig
+from acpo_dist.core.errors import UsageError
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.workers.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments, set_learning_rate
+
+_REFUSES_SINCE = Version("0.19.8")
+
+
+def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> dict[str, Any]:
+    """DeepSpeed's settings for a learner section; batch identities are computed here and nowhere else."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": config.global_batch,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": True},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+            "offload_optimizer": {"device": config.offload_optimizer, "pin_memory": device != "cpu"},
+        },
+        # Our optimiser is torch's, so that every engine computes the same update.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _require_refusals(found: str) -> None:
+    """Refuse a DeepSpeed that takes a NaN gradient for one of norm 1; a wheel is installed without the lock file."""
+    if Version(found) < _REFUSES_SINCE:
+        raise UsageError(
+            f"DeepSpeed {found} takes optimiser steps whose gradient is not finite; expected {_REFUSES_SINCE} or "
+            "newer: pip install 'acpo-dist[zero]'"
+        )
+
+
+class ZeroEngine:
+    """One rank of a DeepSpeed group; the process group comes from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+
+    def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
+        """Join the group and shard the optimiser of the parameters that require gradients.
+
+        Raises:
+            UsageError: this DeepSpeed would take steps that are not finite.
+        """
+        _require_refusals(deepspeed.__version__)
+        self._config = config
+        if device == "cpu":
+            # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        parameters = trainable_tensors(network)
+        settings = zero_settings(config, accumulation=accumulation, device=device)
+        # Which of its many optimisers DeepSpeed makes depends on the settings, so no type of it says what is there.
+        self._engine: Any
+        self._engine, *_ = deepspeed.initialize(
+            model=network, optimizer=make_optimiser(list(parameters.values()), config), config=settings
+        )
+        # ZeRO 3 replaces parameters' storage but not the objects, so these names stay valid.
+        self._parameters = parameters
+        self._sharded = hasattr(self._engine.optimizer, "optimizer")
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """DeepSpeed keeps the network in bfloat16 itself; inputs are cast where the family calls it."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        self._engine.backward(loss)
+        # ZeRO 3 counts micro-batches in its wrapper's forward, which a family's `predict` does not go through; without
+        # this the second micro-batch's gradient would replace the first one's instead of joining it.
+        clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
+        if clear is not None:
+            clear()
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def set_learning_rate(self, value: float) -> None:
+        """See `Engine.set_learning_rate`. DeepSpeed's wrappers share the groups of the optimiser within."""
+        set_learning_rate(self._engine.optimizer, value)
+
+    def step(self) -> float:
+        """See `Engine.step`. DeepSpeed's own optimisers refuse a step whose norm is not finite."""
+        if not self._sharded:
+            return self._unsharded_step()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm or 0.0) if self._engine.was_step_applied() else math.inf
+
+    def weights(self) -> StateTensors:
+        """See `Engine.weights`."""
+        return {name: self._whole(parameter) for name, parameter in self._parameters.items()}
+
+    def optimiser_state(self) -> StateTensors:
+        """See `Engine.optimiser_state`."""
+        state: StateTensors = {"step": self._step_count()}
+        # Before the first step DeepSpeed has none, and a checkpoint of that moment is one like any other.
+        begun = bool(state["step"] > 0)
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                if not begun:
+                    state[f"{moment}.{name}"] = torch.zeros(_whole_shape(parameter))
+                    continue
+                if self._sharded:
+                    value = safe_get_full_optimizer_state(parameter, moment)
+                else:
+                    value = self._engine.optimizer.state[parameter][moment]
+                state[f"{moment}.{name}"] = _whole_copy(value, parameter)
+        return state
+
+    def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
+        """See `Engine.load`. The network must already hold `weights`; the float32 masters and moments are set here."""
+        if not self._sharded:
+            with torch.no_grad():
+                for name, parameter in self._parameters.items():
+                    parameter.copy_(weights[name])
+            put_moments(self._engine.optimizer, self._parameters, optimiser_state)
+            return
+        self._make_flat_moments(optimiser_state["step"])
+        for name, parameter in self._parameters.items():
+            safe_set_full_fp32_param(parameter, self._padded(weights[name], parameter))
+            for moment in MOMENTS:
+                value = self._padded(optimiser_state[f"{moment}.{name}"], parameter)
+                safe_set_full_optimizer_state(parameter, value, moment)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        self._engine.destroy()
+        if comm.is_initialized():
+            comm.destroy_process_group()
+
+    def _unsharded_step(self) -> float:
+        """ZeRO 0 does not report the norm, and leaves the update to torch's optimiser, which refuses nothing."""
+        # Averaged over ranks already.
+        gradients = [value.grad for value in self._parameters.values() if value.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        update = self._engine.optimizer.step
+        if not math.isfinite(norm):
+            self._engine.optimizer.step = lambda: None
+        try:
+            self._engine.step()
+        finally:
+            self._engine.optimizer.step = update
+        return norm
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        value = safe_get_full_fp32_param(parameter) if self._sharded else parameter
+        return _whole_copy(value, parameter)
+
+    def _step_count(self) -> Tensor:
+        inner = self._engine.optimizer.optimizer if self._sharded else self._engine.optimizer
+        for entry in inner.state.values():
+            if "step" not in entry:
+                break
+            return torch.as_tensor(entry["step"]).float().cpu().clone()
+        return torch.zeros(())
+
+    def _make_flat_moments(self, step: Tensor) -> None:
+        """Give the inner optimiser its state before the first step, so that there is somewhere to write to."""
+        inner = self._engine.optimizer.optimizer
+        for group in inner.param_groups:
+            for flat in group["params"]:
+                inner.state[flat] = {"step": step.clone(), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        if self._config.zero_stage == 3:
+            # Stage 3 swaps one flat group at a time into the optimiser; all of them need a state.
+            for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
+                inner.state[flat] = {"step": step.clone(), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        else:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _padded(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """ZeRO 3 cuts a value into equal parts without padding it itself; the other stages take it as it is."""
+        value = value.to(dtype=torch.float32, device=parameter.device)
+        if self._config.zero_stage != 3:
+            return value
+        total = -(-value.numel() // self.world_size) * self.world_size
+        return _Padded.wrap(F.pad(value.flatten(), (0, total - value.numel())), value.numel())
+
+
+class _Padded(Tensor):
+    """A padded flat tensor that reports the unpadded size, which is what DeepSpeed checks before it cuts."""
+
+    _size: int
+
+    @staticmethod
+    def wrap(padded: Tensor, size: int) -> "_Padded":
+        tensor = padded.as_subclass(_Padded)
+        tensor._size = size
+        return tensor
+
+    def numel(self) -> int:
+        return self._size
+
+    def flatten(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """ZeRO 3 leaves a parameter empty, and its shape beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _whole_copy(value: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    if value is None:
+        raise RuntimeError(f"DeepSpeed holds no full tensor for a parameter of shape {tuple(parameter.shape)}")
+    return value.detach().float().cpu().clone().contiguous()

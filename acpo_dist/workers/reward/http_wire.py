@@ -1,0 +1,126 @@
+"""What travels over HTTP: safetensors bodies. Lossless, checked while they are read, and nothing is unpickled."""
+
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from acpo_dist.core.errors import RewardError
+from acpo_dist.workers.reward.wire import WireTensor
+from acpo_dist.workers.reward.worker import ScoredGradient
+
+MEDIA_TYPE = "application/vnd.safetensors"
+_LONGEST_PROMPT = 4096
+
+
+class BodyError(RewardError):
+    """A body is not what was asked for."""
+
+
+def encode_pictures(images: Tensor, prompts: Sequence[str]) -> bytes:
+    """A request for scores: uint8 pictures (B, 3, H, W) and one prompt per picture."""
+    return _encode({"images": images}, prompts)
+
+
+def decode_pictures(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
+    """What `encode_pictures` wrote.
+
+    Raises:
+        BodyError: anything else, with what was expected and found.
+    """
+    tensors, prompts = _decode(body, ("images",))
+    images = tensors["images"]
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise BodyError(
+            f"`images` must be uint8 RGB of shape (B, 3, H, W), found {_describe(images)}; divide nothing by 255"
+        )
+    _require_prompts(prompts, len(images))
+    return images, prompts
+
+
+def encode_sent(sent: WireTensor, prompts: Sequence[str]) -> bytes:
+    """A request for a gradient at `sent`."""
+    return _encode(_wire_tensors(sent), prompts)
+
+
+def decode_sent(body: bytes) -> tuple[WireTensor, tuple[str, ...]]:
+    """What `encode_sent` wrote.
+
+    Raises:
+        BodyError: anything else, with what was expected and found.
+    """
+    tensors, prompts = _decode(body, ("data", "exponent"))
+    sent = _wire(tensors)
+    _require_prompts(prompts, len(sent.data))
+    return sent, prompts
+
+
+def encode_answer(answer: ScoredGradient) -> bytes:
+    """Scores and gradients."""
+    scores = torch.tensor(answer.scores, dtype=torch.float64)
+    return _encode({"scores": scores, **_wire_tensors(answer.gradient)}, ())
+
+
+def decode_answer(body: bytes) -> ScoredGradient:
+    """What `encode_answer` wrote.
+
+    Raises:
+        BodyError: anything else.
+    """
+    tensors, _ = _decode(body, ("scores", "data", "exponent"))
+    return ScoredGradient(tensors["scores"].tolist(), _wire(tensors))
+
+
+def _wire_tensors(sent: WireTensor) -> dict[str, Tensor]:
+    return {"data": torch.from_numpy(np.array(sent.data)), "exponent": torch.from_numpy(np.array(sent.exponent))}
+
+
+def _wire(tensors: Mapping[str, Tensor]) -> WireTensor:
+    data, exponent = tensors["data"], tensors["exponent"]
+    if data.dtype not in (torch.float16, torch.float32) or data.ndim != 4 or data.numel() == 0:
+        raise BodyError(f"`data` must be float16 or float32 of shape (B, C, H, W), found {_describe(data)}")
+    if exponent.dtype != torch.int16 or exponent.shape != data.shape[:1]:
+        raise BodyError(f"`exponent` must be int16 of shape ({len(data)},), found {_describe(exponent)}")
+    if not bool(torch.isfinite(data).all()):
+        raise BodyError("`data` holds numbers that are not finite")
+    return WireTensor(data.numpy(), exponent.numpy())
+
+
+def _encode(tensors: Mapping[str, Tensor], prompts: Sequence[str]) -> bytes:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return save(whole, metadata={"prompts": json.dumps(list(prompts))})
+
+
+def _decode(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    try:
+        tensors = load(body)
+        # `load` has checked the header, but does not hand out its texts.
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        prompts = json.loads(header.get("__metadata__", {}).get("prompts", "[]"))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BodyError(f"the body is not in the safetensors format: {error}") from error
+    if set(tensors) != set(names):
+        found = ", ".join(sorted(tensors)) or "nothing"
+        raise BodyError(f"the body must hold the tensors {', '.join(names)}, found {found}")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise BodyError("the metadata `prompts` must be a JSON list of texts")
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if longest > _LONGEST_PROMPT:
+        raise BodyError(f"a prompt has {longest} characters, at most {_LONGEST_PROMPT} are taken")
+    return tensors, tuple(prompts)
+
+
+def _require_prompts(prompts: tuple[str, ...], count: int) -> None:
+    if len(prompts) != count:
+        raise BodyError(
+            f"the metadata `prompts` must hold one text per picture ({count}), found {len(prompts)}; empty texts will "
+            "do for metrics that read none"
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -1,0 +1,208 @@
+"""The rollout worker: draws samples along a trajectory with guidance, keeps late states; stateless but for weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.errors import ConfigError, WeightSyncError
+from acpo_dist.core.memory import within_memory
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.seeding import generator
+from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightBundle, WeightEcho
+from acpo_dist.core.weights import checksum
+from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, walk
+from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, walk_split
+from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.schedulers import make_sampler
+from acpo_dist.vrg.sums import ErrorSums
+from acpo_dist.workers.rollout.errors import measure_errors
+
+BASE_VERSION = 0
+
+
+class RolloutWorker:
+    """One model, one trajectory, many samples."""
+
+    def __init__(self, model: Any, sampler: SamplerConfig, *, device: str = "cpu", name: str = "rollout/0") -> None:
+        """Load the model with untouched weights (version 0).
+
+        Args:
+            model: the model's configuration section.
+            name: how this worker is called in messages.
+        """
+        self._family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
+        self._sampler, self._device, self._name = sampler, device, name
+        self._version = BASE_VERSION
+        self.follow(spaced_trajectory(self._family.alpha_bars, sampler.num_steps, sampler.spacing))
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that are loaded."""
+        return self._version
+
+    @property
+    def alpha_bars(self) -> Tensor:
+        """Cumulative signal fraction by timestep, float64 (T,)."""
+        return self._family.alpha_bars
+
+    def follow(self, trajectory: Trajectory) -> str:
+        """Walk this trajectory from the next sample on.
+
+        Returns:
+            Its schedule id, as every sample will carry it.
+        """
+        self.trajectory = trajectory
+        return trajectory.schedule_id
+
+    def _late_steps(self) -> tuple[int, ...]:
+        """Steps whose states are kept.
+
+        Raises:
+            ConfigError: no denoise step is as late as the learner trains.
+        """
+        sampler, trajectory = self._sampler, self.trajectory
+        try:
+            late = trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
+        except ValueError as error:
+            raise ConfigError(f"sampler.t_max: {error}") from error
+        if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
+            raise ConfigError(
+                f"sampler.t_max: with sampler.eta {sampler.eta:g} the learner needs a late step that does not end at "
+                f"the clean sample, and the only one, at timestep {trajectory.timesteps[late[0]]:g}, does. Raise "
+                "sampler.t_max or sampler.num_steps."
+            )
+        return late
+
+    @torch.no_grad()
+    def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
+        """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone.
+
+        Raises:
+            ConfigError: the trajectory has no step that is as late as the learner trains.
+            DeviceMemoryError: the chunk does not fit.
+        """
+        prompts = tuple(plan.prompt for plan in plans)
+        steps = self._late_steps()
+        kept: dict[int, Tensor] = {}
+        after = {step + 1 for step in steps} if self._sampler.eta > 0 else set[int]()
+        with within_memory(f"{self._name}, sampling {len(plans)} at once", f"Lower rollout.batch_size ({len(plans)})."):
+            clean = self._walk(plans, self.trajectory, keep_states({*steps, *after}, kept))
+        kept[self.trajectory.num_steps] = clean
+        with within_memory(
+            f"{self._name}, decoding {len(plans)} at once",
+            f"Set model.memory.vae_slicing=true (or vae_tiling), or lower rollout.batch_size ({len(plans)}).",
+        ):
+            pixels = self._family.decode(clean).clamp(0, 1)
+        return RolloutBatch(
+            sample_ids=tuple(plan.sample_id for plan in plans),
+            prompts=prompts,
+            policy_version=self._version,
+            schedule_id=self.trajectory.schedule_id,
+            latents_BCHW=clean.float().cpu(),
+            late=tuple(self._late_state(step, kept) for step in steps),
+            images_BCHW=(pixels * 255).round().to(torch.uint8).cpu(),
+        )
+
+    @torch.no_grad()
+    def ends(self, plans: Sequence[SamplePlan], trajectory: Trajectory) -> Tensor:
+        """x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the one in use stays."""
+        return self._walk(plans, trajectory, None).float().cpu()
+
+    def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
+        """See `acpo_dist.workers.rollout.errors.measure_errors`, on the x_0 of a rollout batch."""
+        return measure_errors(
+            self._family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
+        )
+
+    def load(self, bundle: WeightBundle) -> WeightEcho:
+        """Copy weights in, then say what the parameters hold.
+
+        Raises:
+            WeightSyncError: names or shapes are not those of the trainable parameters.
+        """
+        own = trainable_tensors(self._family.network)
+        if set(own) != set(bundle.tensors):
+            odd = sorted(set(own) ^ set(bundle.tensors))[:5]
+            raise WeightSyncError(
+                f"{self._name}: the bundle's names differ from the trainable parameters, such as {odd}"
+            )
+        bent = [name for name, parameter in own.items() if bundle.tensors[name].shape != parameter.shape]
+        if bent:
+            raise WeightSyncError(f"{self._name}: the bundle's shapes differ from the parameters', such as {bent[:5]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(bundle.tensors[name])
+        self._version = bundle.version
+        held = {name: parameter.detach().to(bundle.tensors[name].dtype) for name, parameter in own.items()}
+        return WeightEcho(worker=self._name, version=bundle.version, checksum=checksum(held))
+
+    def _walk(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
+        start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
+        prompts = tuple(plan.prompt for plan in plans)
+        kind, solver = self._family.prediction_type, self._sampler.solver
+        if solver in SHARE_AT_END:
+            scale = self._guidance_scale()
+            return walk_split(
+                self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit
+            )
+        return walk(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
+
+    def _start(self, seed: int) -> Tensor:
+        return torch.randn(self._family.sample_shape, generator=torch.Generator().manual_seed(seed))
+
+    def _late_state(self, step: int, kept: dict[int, Tensor]) -> LateLatents:
+        stochastic = self._sampler.eta > 0
+        return LateLatents(
+            denoise_step=step,
+            timestep=self.trajectory.timesteps[step],
+            alpha_bar=self.trajectory.alpha_bars[step],
+            width=self.trajectory.width(step),
+            latents_BCHW=kept[step].float().cpu(),
+            following_BCHW=kept[step + 1].float().cpu() if stochastic else None,
+            following_alpha_bar=self.trajectory.alpha_bars[step + 1],
+        )
+
+    def _sampling_rule(self, plans: Sequence[SamplePlan]) -> Sampler:
+        if self._sampler.eta == 0:
+            return make_sampler(self._sampler.solver, self._family.alpha_bars)
+        shape = self._family.sample_shape
+
+        def noise(step: int) -> Tensor:
+            draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
+            return torch.stack(draws).to(self._device)
+
+        return StochasticDDIM(self._sampler.eta, noise)
+
+    def _guidance_scale(self) -> float:
+        """1, the conditional branch alone, where there is nothing to guide."""
+        return self._sampler.guidance_for(conditional=self._family.conditional)
+
+    def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
+        branches, scale = self._branches(prompts), self._guidance_scale()
+        if scale == 1:
+            return branches.conditional
+
+        def guided(state: Tensor, timesteps: Tensor) -> Tensor:
+            conditional, unconditional = branches.both(state, timesteps)
+            return guide(conditional, unconditional, scale)
+
+        return guided
+
+    def _branches(self, prompts: tuple[str, ...]) -> GuidedDenoise:
+        family = self._family
+        condition = family.encode(prompts)
+        # Both branches in one forward: the null prompt first, as diffusers orders them.
+        joined = family.encode([""] * len(prompts)).join(condition) if self._guidance_scale() != 1 else condition
+
+        def both(state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            head = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), joined)
+            unconditional, conditional = head.chunk(2)
+            return conditional, unconditional
+
+        return GuidedDenoise(
+            conditional=lambda state, timesteps: family.predict(state, timesteps, condition), both=both
+        )

@@ -1,0 +1,96 @@
+"""Every machine of a live cluster: does it run what this one runs, see the same run folder, and have working GPUs?"""
+
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from acpo_dist.core.errors import AcpoError
+from acpo_dist.preflight.doctor.finding import Finding, judged
+from acpo_dist.preflight.doctor.machine import check_devices, check_system
+from actors.cluster.connect import joined
+from actors.cluster.software import Software, differences, software
+from actors.group import fetch
+from actors.placement import node_offers
+
+_TIMEOUT_S = 180.0
+_TOLD = ("open files", "shared memory")
+"""Of what a machine says of itself; the rest is Ray's business there."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one machine says."""
+
+    software: Software
+    marker: bool
+    findings: list[Finding]
+
+
+def check_cluster(address: str, runs: Path) -> Iterator[Finding]:
+    """Look at all machines of a cluster; nothing stays there.
+
+    Args:
+        address: Ray's own, such as `auto` on a machine of the cluster or HOST:6379; `local` starts one and looks at it.
+        runs: folder that every machine must share.
+
+    Raises:
+        UsageError: the cluster cannot be joined.
+    """
+    with joined(address):
+        yield from _look(runs)
+
+
+def _look(runs: Path) -> Iterator[Finding]:
+    nodes = node_offers()
+    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.is_dir())
+    # In a folder of its own, so that a file system which hides what is open shows it too.
+    with tempfile.TemporaryDirectory(prefix=".acpo-doctor-", dir=there) as probe:
+        marker = Path(probe) / uuid.uuid4().hex
+        marker.touch()
+        task = ray.remote(_report)
+        calls = {}
+        for node in nodes:
+            node_id = node.labels["ray.io/node-id"]
+            there_alone = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            calls[f"machine {node.address} ({node_id[:6]})"] = task.options(
+                num_cpus=0, scheduling_strategy=there_alone
+            ).remote(marker, bool(node.resources.get("GPU")))
+        # One after the other, though all work at once: a machine that cannot answer hides no other.
+        for name, call in calls.items():
+            try:
+                seen: _Seen = fetch(call, name=name, what="doctor", timeout_s=_TIMEOUT_S)
+            except AcpoError as error:
+                said = str(error).strip().splitlines()
+                yield Finding(name, "failed", f"{said[0]} {said[-1] if len(said) > 1 else ''}".strip(),
+                              "Is acpo_dist installed there, in the version of this machine?")  # fmt: skip
+                continue
+            yield from _judge(name, seen, software(), there)
+
+
+def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Finding]:
+    texts = differences(mine, seen.software)
+    yield judged(
+        not texts, name, "; ".join(texts) or f"runs what this machine runs (code {mine.code})",
+        "Install the same on every machine; workers that differ refuse to work (cluster.mixed_software).",
+        otherwise="failed",
+    )  # fmt: skip
+    if not seen.marker:
+        advice = "Checkpoints would be lost: put runs on shared storage (ACPO_RUNS on every machine, or run.dir)."
+        yield Finding(name, "failed", f"{runs} is not the same folder there as here", advice)
+    for finding in seen.findings:
+        yield Finding(f"{name}, {finding.check}", finding.verdict, finding.found, finding.advice)
+
+
+def _report(marker: Path, has_gpu: bool) -> _Seen:
+    findings = [one for one in check_system() if one.check in _TOLD and one.verdict != "ok"]
+    if has_gpu:
+        # A task without a GPU of its own is shown none.
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        findings += check_devices()
+    return _Seen(software(), marker.exists(), findings)

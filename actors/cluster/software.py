@@ -1,0 +1,83 @@
+"""What a machine runs: a worker with other code or other libraries draws, scores or learns something else unnoticed."""
+
+import hashlib
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import acpo_dist
+from acpo_dist.core.errors import SoftwareError
+
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
+    "deepspeed", "bitsandbytes", "pyiqa",
+)  # fmt: skip
+"""Those that figures depend on. Ray compares itself and Python when a machine joins."""
+_REMEDY = (
+    "Install the same on every machine (for code under work, `acpo submit --ship-code`), or set "
+    "cluster.mixed_software=true to go on as it is."
+)
+
+
+@dataclass(frozen=True)
+class Software:
+    """Code and libraries of one machine."""
+
+    code: str
+    """Digest of the modules of `acpo_dist` and `actors`, and of the embedded models."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Version by distribution; what is not installed is left out."""
+
+    def code_alone(self) -> "Software":
+        """The same without libraries, for a worker that has an environment of its own."""
+        return replace(self, packages={})
+
+
+@cache
+def software() -> Software:
+    """What this process runs."""
+    root = Path(acpo_dist.__file__).resolve().parent
+    files = sorted(
+        [*root.rglob("*.py"), *(root.parent / "actors").rglob("*.py"), *(root / "data" / "toy" / "assets").rglob("*.*")]
+    )
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root.parent).as_posix()} {len(content)}\n".encode())
+        digest.update(content)
+    found = {}
+    for name in PACKAGES:
+        try:
+            # `+cpu` and `+cu128` are builds of one version, and a head needs no GPU.
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return Software(digest.hexdigest()[:12], found)
+
+
+def differences(expected: Software, found: Software) -> list[str]:
+    """What is not the same, one text each. What one of the two lacks is no difference: it fails by itself if needed."""
+    texts = []
+    if expected.code != found.code:
+        texts.append(f"acpo_dist has other code ({found.code}, not {expected.code})")
+    for name, wanted in expected.packages.items():
+        there = found.packages.get(name, wanted)
+        if there != wanted:
+            texts.append(f"{name} is {there}, not {wanted}")
+    return texts
+
+
+def require_same(expected: Software | None) -> None:
+    """Refuse to work with other software than the driver's.
+
+    Args:
+        expected: the driver's; None takes anything.
+
+    Raises:
+        SoftwareError: names this machine and what differs.
+    """
+    if expected is not None and (texts := differences(expected, software())):
+        raise SoftwareError(f"{socket.gethostname()} does not run what the driver runs: {'; '.join(texts)}. {_REMEDY}")

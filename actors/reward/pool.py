@@ -1,0 +1,222 @@
+"""The reward pool on Ray Serve: one deployment per metric; requests are stateless, so a dead replica means a retry."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from typing import Any
+
+import ray
+from ray import serve
+from ray.experimental import internal_kv
+from ray.serve.config import AutoscalingConfig
+from torch import Tensor
+
+from acpo_dist.config.pool import MetricPoolConfig
+from acpo_dist.config.roles import RewardRoleConfig
+from acpo_dist.config.schema import Config
+from acpo_dist.core.errors import WorkerError
+from acpo_dist.core.ports import Advance
+from acpo_dist.core.types import RolloutHandle, ScoreTable
+from actors.cluster.orphans import forget, orphans, own
+from actors.cluster.software import software
+from actors.reward.client import PoolLink, RewardClient
+from actors.reward.counts import ReplicaClock, mean_batch, utilisation
+from actors.reward.liveness import REPLICA, replica_vitals
+from actors.reward.replica import ReplicaPlan, RewardReplica, reference_key
+from actors.reward.start import await_running
+
+logger = logging.getLogger(__name__)
+
+_MOST_THREADS = 64
+_PICTURES_AT_ONCE = 16
+
+
+def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRewards":
+    """Start one Serve application per metric, called `<run_id>-<metric>`.
+
+    Args:
+        near: Ray's ids of machines that replicas rather take than others.
+
+    Raises:
+        UsageError: a metric cannot be built, or its machine runs other software; the replica's own words.
+        WorkerError: a replica cannot start, or not in time.
+    """
+    serve.start(proxy_location="Disabled")
+    rewards = config.rewards
+    training = {entry.name for entry in rewards.train}
+    pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
+    where = _machines(config.cluster.roles.reward, near)
+    expected = None if config.cluster.mixed_software else software()
+    targets = []
+    for entry in (*rewards.train, *rewards.judges):
+        pool = pools[entry.name]
+        plan = ReplicaPlan(
+            metric=entry,
+            model=config.model if entry.name in training and rewards.cut == "latent" else None,
+            cut=rewards.cut, wire_dtype=rewards.wire_dtype, cpus=pool.cpus or 0.0, gpus=pool.gpus or 0.0,
+            max_batch=pool.max_batch, batch_wait_s=pool.batch_wait_s, attempt_timeout_s=rewards.attempt_timeout_s,
+            # A metric may ask for libraries of its own.
+            software=expected.code_alone() if expected and pool.runtime_env.pip else expected,
+        )  # fmt: skip
+        targets.append(
+            serve.RunTarget(
+                target=_deployment(pool, where).bind(plan), name=f"{run_id}-{entry.name}", route_prefix=None
+            )
+        )
+    names = [target.name for target in targets]
+    try:
+        for name in names:
+            own(name)
+        # Together: every replica loads its model while the others do.
+        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        await_running(names, timeout_s=config.cluster.worker_timeout_s)
+    except (RuntimeError, WorkerError) as error:
+        delete(names)
+        raise WorkerError(f"the reward pool could not be started: {error}") from error
+    except BaseException:
+        # Interrupted: nobody else would end what was begun, and it would hold its machines.
+        delete(names)
+        raise
+    link = PoolLink(
+        applications={name: f"{run_id}-{name}" for name in pools},
+        deadline_s=rewards.deadline_s, attempt_timeout_s=rewards.attempt_timeout_s,
+    )  # fmt: skip
+    return ServeRewards(link, pools)
+
+
+def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
+    """Options that say where a replica may run, and where it rather would."""
+    options: dict[str, Any] = {"resources": dict(role.resources)} if role.resources else {}
+    labels = dict(role.labels)
+    if near:
+        nearest = labels | {"ray.io/node-id": f"in({','.join(near)})"}
+        return options | {"label_selector": nearest, "fallback_strategy": [{"label_selector": labels}]}
+    return options | ({"label_selector": labels} if labels else {})
+
+
+def _deployment(pool: MetricPoolConfig, where: Mapping[str, Any]) -> Any:
+    fewest, most = pool.bounds
+    options: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus, **where}
+    if pool.runtime_env.pip or pool.runtime_env.env_vars:
+        pip = {"pip": list(pool.runtime_env.pip)} if pool.runtime_env.pip else {}
+        options["runtime_env"] = {"env_vars": dict(pool.runtime_env.env_vars), **pip}
+    scaling: dict[str, Any] = {"num_replicas": fewest}
+    if fewest != most:
+        scaling = {"autoscaling_config": autoscaling(fewest, most, pool)}
+    return serve.deployment(
+        RewardReplica, name=REPLICA, max_ongoing_requests=pool.max_ongoing_requests,
+        max_queued_requests=pool.max_queued_requests, health_check_period_s=5, health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=10, graceful_shutdown_wait_loop_s=0.1, ray_actor_options=options, **scaling,
+    )  # fmt: skip
+
+
+def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingConfig:
+    """Serve's settings for a number of replicas that follows the requests under way."""
+    return AutoscalingConfig(
+        min_replicas=fewest, max_replicas=most, initial_replicas=fewest,
+        target_ongoing_requests=pool.target_ongoing_requests, upscale_delay_s=pool.upscale_delay_s,
+        downscale_delay_s=pool.downscale_delay_s, look_back_period_s=min(30.0, max(2.0, pool.upscale_delay_s)),
+    )  # fmt: skip
+
+
+def delete(applications: Sequence[str]) -> None:
+    """End applications and forget what they shared."""
+    for name in applications:
+        serve.delete(name, _blocking=False)
+        internal_kv._internal_kv_del(reference_key(name))
+        forget(name)
+
+
+def end_orphans() -> None:
+    """End applications of runs that died without ending them: they hold machines that others wait for."""
+    if found := orphans():
+        logger.warning("ended what a run that died has left: %s", ", ".join(found))
+        delete(found)
+
+
+class ServeRewards:
+    """The pool as the driver sees it."""
+
+    def __init__(self, link: PoolLink, pools: Mapping[str, MetricPoolConfig]) -> None:
+        """Connect to running applications."""
+        self.link = link
+        self.client = RewardClient(link)
+        self.learner_retries = 0
+        self._pools = dict(pools)
+        self._clocks: dict[str, dict[str, ReplicaClock]] = {}
+
+    def score(
+        self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
+    ) -> ScoreTable:
+        """See `RewardPool.score`: as many requests under way as the replicas can hold, Serve spreads them by load."""
+        with ExitStack() as stack:
+            waiting = {}
+            for metric in metrics:
+                threads = ThreadPoolExecutor(self._window(metric), thread_name_prefix=f"reward-{metric}")
+                stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+                for handle in handles:
+                    request = threads.submit(self.client.score, metric, handle.payload[1], handle.prompts)
+                    waiting[request] = (metric, handle)
+            for request in as_completed(waiting):
+                scores = request.result()
+                if advance:
+                    advance(len(scores))
+        # In the order of the samples, whoever answered first: sums over the table must not depend on it.
+        table: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
+        for request, (metric, handle) in waiting.items():
+            table[metric].update(zip(handle.sample_ids, request.result(), strict=True))
+        return table
+
+    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
+        """See `RewardPool.score_pictures`."""
+        return [
+            score
+            for part in pictures.split(_PICTURES_AT_ONCE)
+            for score in self.client.score(metric, ray.put(part.clone()), ("",) * len(part))
+        ]
+
+    def vitals(self) -> dict[str, list[dict[str, Any]]]:
+        """What every replica says of itself, by metric; one that does not answer at once is left out."""
+        return {name: replica_vitals(self.client.handle(name)) for name in self.link.applications}
+
+    def counters(self) -> dict[str, float]:
+        """See `RewardPool.counters`; the learner ranks' own retries are counted in.
+
+        Per metric, over the time since the last call: replicas, requests that wait at them, pictures per batch, share
+        of their time that they computed, and latency of this process's requests in seconds.
+        """
+        counts = self.client.counts
+        figures = {
+            "reward_pool/retries": float(counts.retries + self.learner_retries),
+            **counts.to_metrics(),
+        }
+        latencies = counts.take_latencies()
+        for metric, found in self.vitals().items():
+            now = {
+                one["replica"]: ReplicaClock(
+                    busy_s=one["busy_s"], up_s=one["up_s"], batches=one["batches"], pictures=one["pictures"]
+                )
+                for one in found
+            }
+            before = self._clocks.get(metric, {})
+            figures |= {
+                f"reward_pool/{metric}/replicas": float(len(now)),
+                f"reward_pool/{metric}/queue": float(sum(one["queue"] for one in found)),
+                f"reward_pool/{metric}/batch": mean_batch(before, now),
+                f"reward_pool/{metric}/utilisation": utilisation(before, now),
+                **{f"reward_pool/{metric}/latency_{name}": s for name, s in latencies.get(metric, {}).items()},
+            }
+            # One that does not answer now is counted from here when it does.
+            self._clocks[metric] = before | now
+        return figures
+
+    def close(self) -> None:
+        """Delete the applications."""
+        delete(list(self.link.applications.values()))
+
+    def _window(self, metric: str) -> int:
+        """Requests under way at once: enough to fill the replicas, and to show Serve that more are wanted."""
+        pool = self._pools[metric]
+        replicas = max(pool.bounds[1], self.client.replicas(metric))
+        return min((pool.max_ongoing_requests + 1) * replicas, pool.max_queued_requests, _MOST_THREADS)

@@ -1,0 +1,74 @@
+"""What a user is told who names a cluster that cannot be joined: one message, at once, from every command."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from acpo_dist.core.errors import UsageError
+
+joining = pytest.importorskip("actors.cluster.connect", reason="needs the extra `ray`")
+
+
+@pytest.fixture
+def listening():
+    """An address where somebody takes connections."""
+    with socket.socket() as door:
+        # Ray takes 127.0.0.1 for the address that others reach this machine by.
+        door.bind(("", 0))
+        door.listen()
+        yield f"127.0.0.1:{door.getsockname()[1]}"
+
+
+@pytest.fixture
+def unused(listening):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "toy_sdxl", "--address"],
+        ["rewards", "status", "--address"],
+        ["rewards", "scale", "musiq", "2", "--address"],
+    ],
+)
+def test_every_command_says_that_nobody_listens_there(arguments, unused):
+    from typer.testing import CliRunner
+
+    from acpo_dist.cli import commands  # noqa: F401  (registers the commands)
+    from acpo_dist.cli.app import app
+
+    result = CliRunner().invoke(app, [*arguments, unused])
+    assert isinstance(result.exception, UsageError), result.exception
+    assert f"no Ray cluster at {unused}" in str(result.exception) and "HOST:6379" in str(result.exception)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "nonsense"])
+def test_what_is_no_address_is_a_mistake_of_the_user(address):
+    with pytest.raises(UsageError, match=f"no Ray cluster at {address}: Invalid address"):
+        joining.join(address)
+
+
+def test_a_run_on_such_a_cluster_ends_with_the_same_message(unused, tiny):
+    from actors.launch import connected
+
+    with pytest.raises(UsageError, match=f"no Ray cluster at {unused}"), connected(tiny(f"cluster.address={unused}")):
+        pytest.fail("there is no cluster")
+
+
+def test_a_missing_token_is_said_in_one_message(listening, tmp_path):
+    # In a process of its own: Ray reads how it authenticates once.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    variables |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from acpo_dist.cli import main; main()", "rewards", "status", "--address", listening],
+        capture_output=True, text=True, env=variables, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "wants its token" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "Traceback" not in done.stderr

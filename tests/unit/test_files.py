@@ -1,0 +1,104 @@
+"""A disk that is full ends a run with one message; what was saved before is whole, and with more room it goes on."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from acpo_dist.core.errors import StorageError
+from acpo_dist.core.files import on_storage, storage_errno
+from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
+
+ACPO = Path(sys.executable).parent / "acpo"
+LESS_THAN_WEIGHTS = 1_000_000
+"""Bytes of the largest file that may be written: the toy's adapters take 1.3 million."""
+
+
+def test_a_full_disk_is_told_from_other_errors_whoever_writes(tmp_path):
+    assert storage_errno(OSError(errno.ENOSPC, "full")) == errno.ENOSPC
+    assert storage_errno(OSError(errno.ENOENT, "absent")) is None and storage_errno(ValueError("(os error 28)")) is None
+    assert storage_errno(SafetensorError("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
+    with pytest.raises(StorageError, match=r"No space left on device \(\d+ of \d+ MiB free\).*--resume auto"):
+        with on_storage(tmp_path):
+            raise OSError(errno.ENOSPC, "full")
+    with pytest.raises(KeyError), on_storage(tmp_path):
+        raise KeyError("mine")
+
+
+def test_another_disk_is_named_where_the_system_names_it(tmp_path):
+    with pytest.raises(StorageError, match=r"^/elsewhere/blob cannot be written any more.*is whole"):
+        with on_storage(tmp_path):
+            raise OSError(errno.ENOSPC, "full", "/elsewhere/blob")
+    with pytest.raises(StorageError, match=rf"^{tmp_path} cannot be written"), on_storage(tmp_path):
+        raise OSError(errno.ENOSPC, "full", str(tmp_path / "a" / "b"))
+
+
+def test_a_checkpoint_of_another_run_that_finds_no_room_leaves_none_behind(tmp_path, monkeypatch):
+    theirs, mine = CheckpointStore(tmp_path / "a", keep=1), CheckpointStore(tmp_path / "b", keep=1)
+    partial = theirs.prepare(3)
+    save_file({"a": torch.zeros(10)}, partial / "learner" / "policy.safetensors")
+    theirs.commit(partial, 3, {})
+    checkpoint = theirs.newest()
+    assert checkpoint is not None
+
+    def full(source, target, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, full, False, False))
+    with pytest.raises(StorageError, match="No space left"), on_storage(tmp_path / "b"):
+        mine.adopt(checkpoint)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
+    program = (
+        "import resource, sys, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from acpo_dist.core.files import storage_errno\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: save_file({'a': torch.zeros(1000)}, sys.argv[1])\n"
+        "except BaseException as error: print(storage_errno(error))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.safetensors")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == errno.EFBIG
+    save_file({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+
+
+def test_a_run_on_a_full_disk_ends_with_one_message_keeps_what_it_saved_and_goes_on(tiny, tmp_path):
+    root = tmp_path / "run"
+    from tests.conftest import TINY
+
+    def train(*overrides: str, limit: int | None):
+        asked = [*TINY, f"run.dir={root}", "checkpoint.every=1", *overrides]
+        return subprocess.run(
+            [str(ACPO), "train", "toy_sdxl", *asked, "--resume", "auto"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+            preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+
+    assert train("run.iterations=1", limit=None).returncode == 0
+    full = train("run.iterations=3", limit=LESS_THAN_WEIGHTS)
+    assert full.returncode == 1, full.stderr
+    assert "cannot be written any more: File too large" in full.stderr and "Traceback" not in full.stderr
+    store = CheckpointStore(root / "checkpoints", keep=3)
+    newest = store.newest()
+    assert (
+        newest is not None
+        and newest.iteration == 1
+        and [p.name for p in (root / "checkpoints").iterdir()] == ["000001"]
+    )
+    done = train("run.iterations=3", limit=None)
+    assert done.returncode == 0, done.stderr
+    assert [row["iteration"] for row in read_metrics(root / "metrics.jsonl")] == [0, 1, 2, 3]

@@ -1,0 +1,217 @@
+"""The guard in a run: it warns, lowers the reward, stops or rolls back, says why, and survives a restart."""
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from acpo_dist.cli.app import main
+from acpo_dist.core.types import Normaliser
+from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
+from acpo_dist.training.guard.monitor import Watch
+from acpo_dist.training.local import LocalRollouts, open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.training.run_folder import open_run
+
+QUIET = Console(quiet=True)
+# A rule that any run breaks: eight samples never agree with the calibration's mean exactly.
+TRIPWIRE = [
+    "guard.warmup=0", "guard.patience=1", "guard.content_shift={warn: 1e-9, stop: 1e-9}", "guard.hacking_gap=null",
+    "guard.judge_below_base=null", "guard.judge_fall=null", "guard.drift=null", "checkpoint.every=1",
+]  # fmt: skip
+
+
+def test_a_quiet_guard_is_recorded_at_every_iteration_and_changes_nothing(tiny, tmp_path):
+    rows = []
+    for action in ("none", "warn"):
+        root = tmp_path / action
+        drive(tiny("run.iterations=2", f"run.dir={root}", f"guard.action={action}"), open_ports, QUIET)
+        rows.append(read_metrics(root / "metrics.jsonl"))
+    assert any(key.startswith("guard/judge_below_base") for key in rows[1][0])
+    for off, warn in zip(*rows, strict=True):
+        assert {k: v for k, v in off.items() if "time" not in k} == {k: v for k, v in warn.items() if "time" not in k}
+
+
+def test_a_broken_rule_stops_the_run_with_exit_code_3_and_says_why(tiny, tmp_path, monkeypatch, capsys):
+    from tests.conftest import TINY
+
+    root = tmp_path / "run"
+    overrides = [*TINY, *TRIPWIRE, "guard.action=stop", "run.iterations=5", f"run.dir={root}"]
+    monkeypatch.setattr(sys, "argv", ["acpo", "train", "toy_sdxl", *overrides, "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 3
+    # Libraries that are imported for the first time may write here too; the command itself keeps them apart.
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["iterations"] == 1 and "base standard deviations" in answer["stopped_by_guard"]
+    # The folder is complete: checkpoint, pictures, pipeline, and the reason.
+    assert (root / "checkpoints/000001/manifest.json").is_file() and (root / "export/model_index.json").is_file()
+    assert json.loads((root / "guard.jsonl").read_text().splitlines()[0])["action"] == "stop"
+
+
+def test_a_roll_back_exports_the_checkpoint_that_the_judges_liked_best(tiny, tmp_path):
+    root = tmp_path / "run"
+    result = drive(
+        tiny(*TRIPWIRE, "guard.action=roll_back", "run.iterations=5", "checkpoint.keep=1", f"run.dir={root}"),
+        open_ports, QUIET,
+    )  # fmt: skip
+    assert result.guard is not None and result.guard.action == "roll_back" and result.guard.best_iteration == 0
+    kept = {path.name for path in (root / "checkpoints").iterdir()}
+    assert kept == {"000000", "000001"}, "the best is kept beyond checkpoint.keep"
+    # Rolled back to the base: the adapter's second factors are still nothing.
+    lora = load_file(next((root / "export/lora").glob("*.safetensors")))
+    second = [value for name, value in lora.items() if name.endswith(("lora_B.weight", "lora.up.weight"))]
+    assert second and all(float(value.abs().max()) == 0 for value in second)
+
+
+def recording(published: list[int]):
+    """In-process ports that note which versions the workers were given."""
+
+    @contextmanager
+    def opened(config, tracker):
+        with open_ports(config, tracker) as ports:
+            inner = ports.weights
+
+            class Noting:
+                def publish(self, version: int) -> str:
+                    published.append(version)
+                    return inner.publish(version)
+
+            yield replace(ports, weights=Noting())
+
+    return opened
+
+
+@pytest.mark.parametrize(("action", "wanted"), [("roll_back", [0]), ("stop", [0, 1])])
+def test_weights_that_drift_grossly_are_taken_back_before_any_worker_draws_with_them(tiny, tmp_path, action, wanted):
+    published = []
+    result = drive(
+        tiny("guard.drift_budget=1e-6", f"guard.action={action}", "run.iterations=5", f"run.dir={tmp_path / 'run'}"),
+        recording(published), QUIET,
+    )  # fmt: skip
+    assert published == wanted and result.iterations == 1
+    assert result.guard is not None and [reason.rule for reason in result.guard.reasons] == ["drift"]
+
+
+def test_drift_of_the_new_weights_is_recorded_by_timestep_in_the_anchors_units(tiny, tmp_path):
+    rows = {}
+    for space in ("eps", "v"):
+        root = tmp_path / space
+        # Without its weight the anchor measures alone, so that both runs make the same step.
+        off = ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null", f"algorithm.anchor.space={space}"]
+        drive(tiny("run.iterations=1", f"run.dir={root}", *off), open_ports, QUIET)
+        row = read_metrics(root / "metrics.jsonl")[0]
+        rows[space] = {int(k.removeprefix("drift/at/")): v for k, v in row.items() if k.startswith("drift/at/")}
+    assert list(rows["eps"]) == [125, 375, 625, 875] and min(rows["eps"].values()) > 0
+    family = LocalRollouts(tiny("run.iterations=1"), device="cpu")
+    for timestep, value in rows["eps"].items():
+        # A velocity is the noise over the signal, sqrt(alpha_bar): objective/anchor.py.
+        assert rows["v"][timestep] == pytest.approx(value / float(family.alpha_bars()[timestep]), rel=1e-4)
+
+
+def test_without_timesteps_no_drift_is_probed(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=1", f"run.dir={root}", "guard.drift_timesteps=0"), open_ports, QUIET)
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert not [key for key in row if key.startswith("drift/at/")] and "guard/drift" in row
+
+
+@pytest.mark.parametrize("samples_per_prompt", [1, 4])
+def test_a_collapse_shows_as_lost_diversity(tiny, tmp_path, samples_per_prompt):
+    config = tiny(f"run.dir={tmp_path / 'run'}", f"rollout.samples_per_prompt={samples_per_prompt}",
+                  f"rollout.prompts_per_iteration={8 // samples_per_prompt}", "guard.pictures=8")  # fmt: skip
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    pool = LocalRollouts(config, device="cpu")
+    groups = deal(prompts, iteration=0, run_seed=0, num_prompts=config.rollout.prompts_per_iteration,
+                  samples_per_prompt=samples_per_prompt, stream="calibration")  # fmt: skip
+    handles = pool.generate(groups)
+
+    class Fallen(LocalRollouts):
+        """The same samples, but each picture is its prompt's first, or the first of all."""
+
+        def __init__(self) -> None:
+            """Draw nothing."""
+
+        def images(self, handles, sample_ids):
+            pairs = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
+            prompt_of = dict(pairs) if samples_per_prompt > 1 else dict.fromkeys(dict(pairs), "")
+            first = {}
+            for name in sample_ids:
+                first.setdefault(prompt_of[name], name)
+            return pool.images(handles, [first[prompt_of[name]] for name in sample_ids])
+
+    folder, _ = open_run(config, None)
+    watch = Watch(config, pool, folder, JsonlTracker(folder.metrics), QUIET)
+    watch.calibrate(handles)
+    restored = Watch(config, Fallen(), folder, JsonlTracker(folder.metrics), QUIET)
+    restored.restore(json.loads(json.dumps(watch.to_mapping())))
+    names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
+    scores = {name: {"a": 0.0} for name in names}
+    normalisers = dict.fromkeys(names, Normaliser(mean=0.0, std=1.0, sign=1))
+    lost = [
+        each.check(0, handles, scores, normalisers, drift_rms=0.0, probe={}).figures["diversity_lost"]
+        for each in (watch, restored)
+    ]
+    assert lost == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_a_lowered_reward_halves_its_weight_and_a_restart_remembers_it(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # A constant rate: a falling one goes by run.iterations, which differ here.
+    options = [*TRIPWIRE, "guard.action=lower_reward", "guard.cooldown=50", "learner.lr_decay_ratio=0"]
+    drive(tiny("run.iterations=3", f"run.dir={whole}", *options), open_ports, QUIET)
+    drive(tiny("run.iterations=2", f"run.dir={parts}", *options), open_ports, QUIET)
+    # What a crash after the checkpoint left behind is about to be done again.
+    with (parts / "guard.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 2, "action": "stop"}) + "\n")
+    drive(tiny("run.iterations=3", f"run.dir={parts}", *options), open_ports, QUIET, resume="auto")
+    rows = [read_metrics(root / "metrics.jsonl") for root in (whole, parts)]
+    assert [row["guard/reward_scale"] for row in rows[0][:3]] == [0.5, 0.5, 0.5]
+    keep = [key for key in rows[0][2] if not key.startswith("time/") and "requests" not in key]
+    assert {key: rows[0][2][key] for key in keep} == {key: rows[1][2][key] for key in keep}
+    assert len((whole / "guard.jsonl").read_text().splitlines()) == 1
+    assert (parts / "guard.jsonl").read_text() == (whole / "guard.jsonl").read_text()
+
+
+def _unet(root) -> bytes:
+    return next((root / "export/unet").glob("*.safetensors")).read_bytes()
+
+
+def test_resuming_a_run_that_the_guard_has_ended_trains_and_exports_nothing_new(tiny, tmp_path):
+    root = tmp_path / "run"
+    options = [f"run.dir={root}", "guard.drift_budget=1e-6", "guard.action=roll_back"]
+    ended = drive(tiny(*options, "run.iterations=1"), open_ports, QUIET)
+    before, rows = _unet(root), read_metrics(root / "metrics.jsonl")
+    for iterations in (1, 3):
+        again = drive(tiny(*options, f"run.iterations={iterations}"), open_ports, QUIET, resume="auto")
+        assert again.guard == ended.guard and again.iterations == 1
+        assert again.metrics == ended.metrics
+    # Interrupted between checkpoint and export: that is made up for, from the same checkpoint.
+    shutil.rmtree(root / "export")
+    drive(tiny(*options, "run.iterations=1"), open_ports, QUIET, resume="auto")
+    assert _unet(root) == before and read_metrics(root / "metrics.jsonl") == rows
+
+
+def test_under_another_guard_an_ended_run_goes_on(tiny, tmp_path):
+    root = tmp_path / "run"
+    options = [f"run.dir={root}", "guard.drift_budget=1e-6", "run.iterations=2"]
+    drive(tiny(*options, "guard.action=stop"), open_ports, QUIET)
+    result = drive(tiny(*options, "guard.action=warn"), open_ports, QUIET, resume="auto")
+    assert result.guard is None and result.iterations == 2
+
+
+def test_a_roll_back_that_was_switched_on_later_exports_the_base_model(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny(f"run.dir={root}", "run.iterations=1", "guard.action=warn"), open_ports, QUIET)
+    assert not (root / "checkpoints/000000").exists()
+    strict = tiny(f"run.dir={root}", "run.iterations=3", "guard.action=roll_back", "guard.drift_budget=1e-6")
+    result = drive(strict, open_ports, QUIET, resume="auto")
+    assert result.guard is not None and result.guard.best_iteration == 0
+    lora = load_file(next((root / "export/lora").glob("*.safetensors")))
+    assert all(float(value.abs().max()) == 0 for name, value in lora.items() if name.endswith("lora_B.weight"))

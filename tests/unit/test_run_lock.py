@@ -1,0 +1,245 @@
+"""One process at a time drives a run: a second is refused, a dead one followed, one that was taken for dead stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from acpo_dist.core.errors import ResumeError, RunTakenError
+from acpo_dist.training import run_lock as tenure
+from acpo_dist.training.run_lock import DRIVER, Driver, Tenure, driver_of, held, sign_of
+
+HOLD = """
+import sys
+from pathlib import Path
+from acpo_dist.training.run_lock import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def never(seconds: float) -> None:
+    raise AssertionError("nothing there to wait for")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that drives the run in `tmp_path / "run"`."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def elsewhere(root: Path, **changes) -> Driver:
+    """Write down a driver on another machine."""
+    with held(root):
+        me = driver_of(root)
+        assert me is not None
+    driver = replace(me, host="far", place="another machine", token="theirs", **changes)
+    root.mkdir(exist_ok=True)
+    (root / DRIVER).write_text(json.dumps(asdict(driver)))
+    return driver
+
+
+def test_a_run_that_another_process_drives_is_refused_by_its_name(other, tmp_path):
+    driver = driver_of(tmp_path / "run")
+    assert driver is not None and driver.pid == other.pid and sign_of(driver) == "alive"
+    with pytest.raises(ResumeError, match=rf"process {other.pid} on .*run\.name"), held(tmp_path / "run", wait=never):
+        pass
+    other.stdin.close()
+    other.wait()
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+    with held(tmp_path / "run", wait=never):
+        pass
+
+
+def test_a_driver_that_was_killed_here_is_followed_at_once(other, tmp_path):
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    driver = driver_of(tmp_path / "run")
+    assert driver is not None and sign_of(driver) == "gone"
+    with held(tmp_path / "run", wait=never):
+        pass
+
+
+def test_a_process_that_was_given_the_number_of_a_dead_driver_is_not_taken_for_it(tmp_path):
+    with held(tmp_path):
+        me = driver_of(tmp_path)
+    assert me is not None and sign_of(me) == "alive" and sign_of(replace(me, started=me.started - 100)) == "gone"
+
+
+def test_a_driver_on_another_machine_is_waited_for_and_counts_as_alive_while_it_beats(tmp_path):
+    driver = elsewhere(tmp_path / "run")
+    assert sign_of(driver) == "unknown"
+
+    def beats(seconds: float) -> None:
+        (tmp_path / "run" / DRIVER).write_text(json.dumps(asdict(replace(driver, beat=driver.beat + 1))))
+
+    with pytest.raises(ResumeError, match="on far"), held(tmp_path / "run", wait=beats):
+        pass
+    waited = []
+    with held(tmp_path / "run", wait=waited.append):
+        assert waited == [tenure._SILENT_S]
+        now = driver_of(tmp_path / "run")
+        assert now is not None and now.pid == os.getpid()
+
+
+def test_a_driver_elsewhere_that_ends_while_it_is_waited_for_is_followed(tmp_path):
+    elsewhere(tmp_path / "run")
+    with held(tmp_path / "run", wait=lambda seconds: (tmp_path / "run" / DRIVER).unlink()):
+        now = driver_of(tmp_path / "run")
+        assert now is not None and now.pid == os.getpid()
+
+
+def test_a_file_of_another_version_counts_as_alive_while_it_changes(tmp_path):
+    elsewhere(tmp_path / "run")
+    file = tmp_path / "run" / DRIVER
+    file.write_text('{"later": 1}')
+    with pytest.raises(ResumeError, match="another process"):
+        with held(tmp_path / "run", wait=lambda seconds: file.write_text('{"later": 2}')):
+            pass
+
+
+def test_a_clock_that_is_set_ends_nobody(tmp_path, monkeypatch):
+    with held(tmp_path):
+        me = driver_of(tmp_path)
+        created = psutil.Process.create_time
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 100)
+        monkeypatch.setattr(psutil, "boot_time", lambda: 100.0)
+        assert me is not None and sign_of(me) == "alive"
+
+
+def test_of_two_that_follow_a_dead_driver_at_once_one_is_refused(tmp_path, other, monkeypatch):
+    driver = driver_of(tmp_path / "run")
+    assert driver is not None
+    file, rename = tmp_path / "run" / DRIVER, os.rename
+    living = file.read_bytes()
+    file.write_text(json.dumps(asdict(replace(driver, token="dead", started=0.0))))
+
+    def late(source, target):
+        # Somebody else was through in between.
+        file.write_bytes(living)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", late)
+    with pytest.raises(ResumeError, match=f"process {other.pid}"), held(tmp_path / "run", wait=never):
+        pass
+    assert file.read_bytes() == living and [path.name for path in (tmp_path / "run").iterdir()] == [DRIVER]
+
+
+def test_a_beat_that_is_late_does_not_bring_back_who_has_left(tmp_path, monkeypatch):
+    mine = Tenure(tmp_path / "run")
+    mine.take(never)
+    mine.release()
+    looks = iter([False, True])
+    monkeypatch.setattr(mine._over, "wait", lambda seconds: next(looks))
+    mine.beat()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_was_there_before_stays_though_it_is_empty(tmp_path):
+    with held(tmp_path, wait=never):
+        pass
+    assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_cut_short_is_put_aside_after_the_wait(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / DRIVER).write_text('{"token": "a')
+    waited = []
+    with held(tmp_path / "run", wait=waited.append):
+        assert len(waited) == 1 and driver_of(tmp_path / "run") is not None
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_signs_of_life_go_on_and_stop_when_the_run_was_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(tenure, "_BEAT_S", 0.01)
+    mine = Tenure(tmp_path)
+    mine.take(never)
+    import threading
+
+    thread = threading.Thread(target=mine.beat)
+    thread.start()
+    while (now := driver_of(tmp_path)) is None or now.beat < 3:
+        pass
+    mine.require()
+    (tmp_path / DRIVER).write_text(json.dumps(asdict(replace(now, token="theirs", host="far"))))
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    with pytest.raises(RunTakenError, match=r"driven by process \d+ on far now"):
+        mine.require()
+    mine.release()
+    theirs = driver_of(tmp_path)
+    assert theirs is not None and theirs.token == "theirs", "what another process wrote is left alone"
+
+
+def test_a_run_whose_folder_is_taken_saves_nothing_more(tiny, tmp_path):
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+
+    root = tmp_path / "run"
+    config = tiny(f"run.dir={root}", "run.iterations=3", "checkpoint.every=1", "tracking.mlflow=false")
+
+    def taken(*arguments) -> None:
+        me = driver_of(root)
+        assert me is not None
+        (root / DRIVER).write_text(json.dumps(asdict(replace(me, token="theirs"))))
+
+    with pytest.raises(RunTakenError, match="goes on from the newest checkpoint"):
+        drive(config, open_ports, Console(quiet=True), at_start=taken)
+    assert not list(root.glob("checkpoints/0*")) and (root / "metrics.jsonl").read_text() == ""
+
+
+def test_a_run_that_lost_its_workers_and_its_folder_touches_nothing_of_its_followers(tiny, tmp_path):
+    from contextlib import contextmanager
+
+    from acpo_dist.core.errors import WorkerLostError
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.run import drive
+
+    root, opened = tmp_path / "run", []
+    theirs = '{"iteration": 0}\n{"iteration": 1}\n'
+
+    @contextmanager
+    def cut_off(config, tracker):
+        opened.append(config)
+        me = driver_of(root)
+        assert me is not None
+        (root / DRIVER).write_text(json.dumps(asdict(replace(me, token="theirs", host="far"))))
+        (root / "metrics.jsonl").write_text(theirs)
+        raise WorkerLostError("every machine is gone")
+        yield
+
+    with pytest.raises(RunTakenError, match="on far now"):
+        drive(tiny(f"run.dir={root}", "run.iterations=2"), cut_off, Console(quiet=True))
+    assert len(opened) == 1 and (root / "metrics.jsonl").read_text() == theirs
+
+
+def test_a_run_leaves_nobody_driving_it_and_a_second_driver_does_not_touch_it(tiny, tmp_path, other):
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+
+    def go():
+        return drive(
+            tiny(f"run.dir={tmp_path / 'run'}", "run.iterations=1", "tracking.mlflow=false"), open_ports,
+            Console(quiet=True),
+        )  # fmt: skip
+
+    with pytest.raises(ResumeError, match="is driven by"):
+        go()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [DRIVER]
+    other.kill()
+    other.wait()
+    assert go().iterations == 1
+    assert driver_of(tmp_path / "run") is None and (tmp_path / "run" / "export").is_dir()

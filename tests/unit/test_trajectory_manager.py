@@ -1,0 +1,242 @@
+"""A run's trajectory: measured, proved before it is adopted, kept over a restart."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from acpo_dist.core.errors import ConfigError, VrgError, WeightSyncError
+from acpo_dist.data.prompts import load_prompts
+from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import LocalRollouts, open_ports
+from acpo_dist.training.open_model import open_rollouts, source_config
+from acpo_dist.training.run import drive
+from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, optimise_files, read_schedule, trajectory_to_mapping
+from acpo_dist.training.trajectory.measure import measure, table_drift
+from acpo_dist.training.trajectory.validate import Proof, consider, follow
+from acpo_dist.vrg.levels import to_sigmas
+from acpo_dist.vrg.timesteps import to_timesteps
+
+QUIET = Console(quiet=True)
+SMALL = ["vrg.enabled=true", "vrg.images=32", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=10"]
+PROMPTS = load_prompts("toy", "prompt")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A toy pool of 6 steps, its configuration and its error sums."""
+    from acpo_dist.config.load import load_config
+    from tests.conftest import TINY
+
+    config = load_config("toy_sdxl", [*TINY, *SMALL])
+    pool = LocalRollouts(config, device="cpu")
+    return config, pool, measure(pool, config, PROMPTS, pool.alpha_bars().numpy(), images=32, label="test")
+
+
+def test_a_trajectory_that_helps_is_adopted_by_every_worker_and_on_every_sample(measured):
+    config, pool, sums = measured
+    base = pool.trajectory()
+    update = consider(pool, config, PROMPTS, sums, base, pool.alpha_bars().numpy(), provenance={})
+    assert update.adopted and update.gates[-1].ratio <= 1
+    assert update.j1 < update.j0 and pool.trajectory() == update.trajectory != base
+    # The noisy end is where the starting noise is, bit for bit; the clean end too.
+    assert update.trajectory.alpha_bars[0] == base.alpha_bars[0] and update.trajectory.alpha_bars[-1] == 1
+    from acpo_dist.training.trajectory.measure import single_samples
+
+    (handle,) = pool.generate(single_samples(config, PROMPTS, 4, "test", 0))
+    assert handle.schedule_id == update.trajectory.schedule_id
+    follow(pool, base)
+
+
+def globally_best(table, grid, num_steps):
+    """Exact least J over a grid (falling), the first level fixed: dynamic programming, no trust region."""
+    v, best, choice = table.value(grid), np.full(len(grid), np.inf), []
+    best[0] = 0.0
+    for _ in range(num_steps - 1):
+        cost = best[:, None] + np.where(grid[:, None] > grid, (grid[:, None] - grid) ** 2 * v[:, None], np.inf)
+        choice.append(cost.argmin(0))
+        best = cost.min(0)
+    at = int((best + grid**2 * v).argmin())
+    path = [at]
+    for step in reversed(choice):
+        path.append(int(step[path[-1]]))
+    return grid[path[::-1]]
+
+
+def test_a_globally_optimal_but_bad_schedule_fails_the_proof():
+    # The linear DDPM schedule starts at sigma 157, far above any data: there J is furthest from the truth. (From SDXL's
+    # sigma of 15 the toy's global optimum is even good.)
+    config, _ = source_config("toy-ddpm", [*SMALL, "sampler.num_steps=10", "rollout.batch_size=16"])
+    pool = open_rollouts(config, None)
+    sums = measure(pool, config, ("",), pool.alpha_bars().numpy(), images=32, label="test")
+    base = pool.trajectory()
+    # Without a trust region the least cumulative error saves its steps for the noisy end and jumps from there to clean.
+    table, sigmas_T = sums.table({}), to_sigmas(pool.alpha_bars().numpy())
+    grid = np.geomspace(sigmas_T[-1], sigmas_T[0], 120)
+    levels = globally_best(table, grid, base.num_steps)
+    spent = [
+        sum(float((s - t) ** 2 * table.value(s)) for s, t in zip(x, [*x[1:], 0.0], strict=True))
+        for x in (to_sigmas(base.alpha_bars[:-1]), levels)
+    ]
+    assert spent[1] < 0.9 * spent[0], "to J the schedule must look much better than the base"
+    crowded = Trajectory(
+        timesteps=tuple(np.interp(np.log(levels), np.log(sigmas_T), np.arange(len(sigmas_T)))),
+        alpha_bars=(base.alpha_bars[0], *(1 / (1 + s * s) for s in levels[1:]), 1.0),
+    )
+    result = Proof(pool, config, ("",), base, pool.alpha_bars().numpy()).judge(crowded, trust=float("nan"))
+    assert result.ratio > 1.5
+    assert pool.trajectory() == base
+
+
+def test_refused_candidates_halve_the_trust_region_and_then_the_old_trajectory_stays(measured, monkeypatch):
+    config, pool, sums = measured
+    base = pool.trajectory()
+    # A proof that nothing passes: the old trajectory is its own reference.
+    far = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: far / 2 if trajectory == base else far)
+    update = consider(pool, config, PROMPTS, sums, base, pool.alpha_bars().numpy(), provenance={})
+    assert not update.adopted and pool.trajectory() == base
+    tried = [gate.trust for gate in update.gates]
+    assert tried == [0.25, 0.125, 0.0625][: len(tried)] and len(tried) >= 2
+    assert update.metrics()["vrg/adopted"] == 0.0 and update.metrics()["vrg/gate_ratio"] == 2.0
+
+
+def test_a_worker_that_follows_another_trajectory_stops_the_run(measured):
+    _, pool, _ = measured
+
+    class Deaf:
+        def follow(self, trajectory):
+            return [trajectory.schedule_id, "another"]
+
+    with pytest.raises(WeightSyncError, match="another"):
+        follow(Deaf(), pool.trajectory())  # pyright: ignore[reportArgumentType]
+
+
+def test_a_common_factor_of_the_table_is_no_drift_but_a_change_of_shape_is(measured):
+    from dataclasses import replace
+
+    _, _, sums = measured
+    table = sums.table({})
+    assert table_drift(table, replace(sums, square_K=3 * sums.square_K, square2_K=9 * sums.square2_K)) < 1e-9
+    bent = sums.square_K.copy()
+    bent[-3:] *= 4
+    assert table_drift(table, replace(sums, square_K=bent)) > 0.1
+
+
+def test_a_run_measures_first_records_what_it_did_and_goes_on_with_the_same_trajectory(tiny, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*SMALL, "checkpoint.every=1", "vrg.probe_every=1", "vrg.probe_images=16", "vrg.max_drift=1e-9"]
+    drive(tiny("run.iterations=2", f"run.dir={whole}", *options), open_ports, QUIET)
+    drive(tiny("run.iterations=1", f"run.dir={parts}", *options), open_ports, QUIET)
+    drive(tiny("run.iterations=2", f"run.dir={parts}", *options), open_ports, QUIET, resume="auto")
+    rows = [read_metrics(root / "metrics.jsonl") for root in (whole, parts)]
+    first, second = rows[0][0], rows[0][1]
+    assert {"vrg/j0", "vrg/j1", "vrg/adopted", "vrg/standard_error", "vrg/bias_ratio"} <= first.keys()
+    assert "vrg/table_drift" in second
+    keys = [key for key in second if not key.startswith("time/") and "requests" not in key]
+    assert {key: second[key] for key in keys} == {key: rows[1][1][key] for key in keys}
+    artefact = json.loads((whole / "vrg/000000.json").read_text())
+    assert artefact["trajectory"]["schedule_id"] and (whole / "vrg/000000.png").stat().st_size > 1000
+    states = [json.loads((root / "checkpoints/000002/state.json").read_text()) for root in (whole, parts)]
+    assert states[0]["trajectory"] == states[1]["trajectory"]
+
+
+def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny, tmp_path, measured):
+    _, pool, _ = measured
+    schedule = pool.alpha_bars().numpy()
+    levels = [float(schedule[t]) for t in (999, 850, 600, 300, 120, 20)]
+    source = tmp_path / "start.txt"
+    lines = [repr(level) for level in (*levels, 0.9995)]
+    source.write_text("\n".join(["# steps: 6", *reversed(lines)]) + "\n")
+    drive(tiny("run.iterations=1", f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"), open_ports, QUIET)
+    state = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())
+    assert state["trajectory"]["alpha_bars"] == [*levels, 1.0]
+    assert state["trajectory"]["integer_timesteps"] == [999, 850, 600, 300, 120, 20]
+    with pytest.raises(ConfigError, match=r"sampler.num_steps=6"):
+        drive(
+            tiny(f"run.dir={tmp_path / 'other'}", f"sampler.trajectory={source}", "sampler.num_steps=8"),
+            open_ports, QUIET,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("new", "passes"),
+    [([0.9, 0.9, 0.9], True), ([1.1, 1.1, 0.1], False), ([0.9, 0.9, 9.0], False), ([1.0, 1.0, 1.0], True)],
+)
+def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, monkeypatch, new, passes):
+    config, pool, _ = measured
+    proof = Proof(pool, config, PROMPTS, pool.trajectory(), pool.alpha_bars().numpy())
+    proof._old = torch.ones(3, dtype=torch.float64)
+    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: torch.tensor(new, dtype=torch.float64))
+    assert proof.judge(pool.trajectory(), 0.25).passed == passes
+
+
+def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(tiny, tmp_path):
+    root = tmp_path / "run"
+    drive(tiny("run.iterations=1", f"run.dir={root}", *SMALL), open_ports, QUIET)
+    report, _ = optimise_files(root, root, mode="log_trust")
+    levels = LocalRollouts(tiny(), device="cpu").alpha_bars().numpy()
+    wanted = to_timesteps(to_sigmas(report["alpha_bars"]), levels)
+    assert np.abs(np.asarray(report["timesteps"]) - wanted).max() < 1e-6
+    # One that names no schedule is not guessed at.
+    artefact = json.loads((root / "vrg/000000.json").read_text())
+    del artefact["table"]["provenance"]["alpha_bars"]
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(artefact))
+    with pytest.raises(VrgError, match="does not say on which noise schedule"):
+        optimise_files(bare, bare, mode="log_trust")
+
+
+def test_a_trajectory_of_another_noise_schedule_is_refused(measured, tmp_path):
+    _, pool, _ = measured
+    own = pool.alpha_bars().numpy()
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), own)}))
+    assert read_schedule(path, own) == pool.trajectory()
+    with pytest.raises(VrgError, match="is of another noise schedule"):
+        read_schedule(path, LINEAR_DDPM)
+
+
+def test_a_resumed_run_needs_no_trajectory_file_and_keeps_what_was_read_from_it(tiny, tmp_path, measured):
+    _, pool, _ = measured
+    source = tmp_path / "start.json"
+    source.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), pool.alpha_bars().numpy())}))
+    options = [f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
+    drive(tiny(*options, "run.iterations=1"), open_ports, QUIET)
+    source.unlink()
+    assert drive(tiny(*options, "run.iterations=2"), open_ports, QUIET, resume="auto").iterations == 2
+
+
+def test_measuring_follows_the_trajectory_that_is_configured(measured, tmp_path):
+    _, pool, _ = measured
+    levels = pool.alpha_bars().numpy()
+    path = tmp_path / "start.json"
+    wanted = Trajectory(timesteps=(999.0, 300.0), alpha_bars=(float(levels[999]), float(levels[300]), 1.0))
+    path.write_text(json.dumps({"trajectory": trajectory_to_mapping(wanted, levels)}))
+    config, run = source_config("toy-sdxl", ["sampler.num_steps=2", f"sampler.trajectory={path}", "sampler.t_max=0.4"])
+    assert open_rollouts(config, run).trajectory() == wanted
+    config, run = source_config("toy-sdxl", [f"sampler.trajectory={path}"])
+    with pytest.raises(ConfigError, match=r"sampler.num_steps=2"):
+        open_rollouts(config, run)
+
+
+def test_a_candidate_without_a_late_step_is_no_candidate(measured):
+    config, pool, sums = measured
+    base = pool.trajectory()
+    levels = pool.alpha_bars().numpy()
+    # The last step lies exactly at t_max, and the optimum moves it up.
+    free = consider(pool, config, PROMPTS, sums, base, levels, provenance={}, prove=False).trajectory
+    follow(pool, base)
+    assert free.timesteps[-1] > base.timesteps[-1]
+    sampler = config.sampler.model_copy(update={"t_max": base.timesteps[-1] / len(levels)})
+    for halvings, adopted in ((0, False), (1, True)):
+        vrg = config.vrg.model_copy(update={"halvings": halvings})
+        held = consider(
+            pool, config.model_copy(update={"sampler": sampler, "vrg": vrg}), PROMPTS, sums, base, levels,
+            provenance={}, prove=False,
+        )  # fmt: skip
+        assert held.adopted == adopted and pool.trajectory().timesteps[-1] <= base.timesteps[-1]
+        follow(pool, base)
