@@ -1,6 +1,6 @@
 """The weight channel through the object store: learner rank 0 to every rollout worker, nothing through the driver."""
 
-from acpo_dist.core.weights import require_echoes
+from acpo_dist.core.weights import require_acks
 from actors.learner import RayLearner
 from actors.rollout import RayRollouts
 
@@ -15,5 +15,5 @@ class RayChannel:
     def publish(self, version: int) -> str:
         """See `WeightChannel.publish`."""
         bundle, checksum = self._learner.export_reference(version)
-        require_echoes(version, checksum, self._rollouts.load_reference(bundle, version))
+        require_acks(version, checksum, self._rollouts.load_reference(bundle, version))
         return checksum

@@ -30,7 +30,7 @@ class RayBackend:
     def __init__(self, config: Config, *, workers: int) -> None:
         """Take resources and time limits from `config`; enter it before use."""
         self._config, self._workers = config, workers
-        # One chunk in work and one that waits per worker: none is idle while pictures are fetched.
+        # One chunk in work and one that waits per worker: none is idle while images are fetched.
         self.chunks_at_once = 2 * workers
         self._own = False
 
@@ -112,7 +112,7 @@ class ServeJudges:
             try:
                 return answer.result()
             except NoAnswerError as error:
-                # That is the pool's failure and says nothing about the pictures.
+                # That is the pool's failure and says nothing about the images.
                 raise WorkerError(f"{error} What was judged so far is kept: go on with --resume.") from error
 
         return wait

@@ -19,16 +19,16 @@ from acpo_dist.core.ports import Advance
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import (
     GradientScale,
-    RefusedStep,
     RewardTerm,
     RolloutHandle,
+    SkippedStep,
     TrainReport,
     TrainTask,
     WeightBundle,
 )
 from acpo_dist.training.local import learner_spec
 from acpo_dist.training.run_folder import RESOLVED
-from acpo_dist.workers.learner.metrics import FigureSums
+from acpo_dist.workers.learner.metrics import MetricSums
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
 from actors.placement import Role
@@ -72,10 +72,10 @@ class LearnerActor:
         self._worker.start(folder)
         return self._worker.num_elements
 
-    def train(self, references: list[Any], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep], bool, int]:
+    def train(self, references: list[Any], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep], bool, int]:
         """See `LearnerWorker.train`; then whether too many steps were refused, and how often this rank asked again."""
         found = self._worker.train(ray.get(references), task)
-        return *found, self._worker.refused_too_many, self._client.retries
+        return *found, self._worker.skipped_too_many, self._client.retries
 
     def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
         """See `LearnerWorker.gradient_norms`."""
@@ -85,7 +85,7 @@ class LearnerActor:
         """See `LearnerWorker.observe`."""
         return self._worker.observe(ray.get(references))
 
-    def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> FigureSums:
+    def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> MetricSums:
         """See `LearnerWorker.measure_drift`."""
         return self._worker.measure_drift(ray.get(references), timesteps)
 
@@ -156,12 +156,12 @@ class RayLearner:
         if advance:
             advance(len(task.sample_ids))
         # Every rank refuses the same steps, and knows the samples of its own.
-        refused = zip(*(steps for _, _, steps, *_ in answers), strict=True)
+        skipped = zip(*(steps for _, _, steps, *_ in answers), strict=True)
         return TrainReport(
-            metrics=FigureSums.merge(figures for figures, *_ in answers).means(), optim_steps=answers[0][1],
-            refused=tuple(
+            metrics=MetricSums.merge(metrics for metrics, *_ in answers).means(), optim_steps=answers[0][1],
+            skipped=tuple(
                 replace(ranks[0], sample_ids=tuple(name for rank in ranks for name in rank.sample_ids))
-                for ranks in refused
+                for ranks in skipped
             ),
             too_many=answers[0][3],
         )  # fmt: skip
@@ -186,7 +186,7 @@ class RayLearner:
         """See `LearnerGroup.measure_drift`."""
         references = _latents(handles)
         answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps))
-        return {int(name): value for name, value in FigureSums.merge(answers).means().items()}
+        return {int(name): value for name, value in MetricSums.merge(answers).means().items()}
 
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
         """Reference to the bundle, and its checksum; the driver does not open the bundle."""

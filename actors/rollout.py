@@ -13,8 +13,8 @@ from torch import Tensor
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance
-from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightBundle, WeightEcho
-from acpo_dist.core.weights import require_echoes
+from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightAck, WeightBundle
+from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.rollout.chunks import chunks_of
@@ -22,7 +22,7 @@ from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, kill
 from actors.placement import Role
 from actors.process import set_up
-from actors.worker_pool import TASK_RETRIES, Answer, Crew, NotLoadedError
+from actors.worker_pool import TASK_RETRIES, Answer, NotLoadedError, WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class RolloutActor:
         return self._loaded
 
     def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
-        """Draw a chunk: what the driver may know, the latents, the pictures; each an object of its own."""
+        """Draw a chunk: what the driver may know, the latents, the images; each an object of its own."""
         self._assume(policy)
         batch = self._worker.generate(plans)
         handle = RolloutHandle(
@@ -82,10 +82,10 @@ class RolloutActor:
         self._assume(policy)
         return Answer(self._process, self._worker.measure_errors(batch, sigmas, guidance=guidance))
 
-    def ends(self, plans: tuple[SamplePlan, ...], trajectory: Trajectory, policy: Policy) -> Answer:
+    def final_latents(self, plans: tuple[SamplePlan, ...], trajectory: Trajectory, policy: Policy) -> Answer:
         """See `RolloutWorker.ends`."""
         self._assume(policy)
-        return Answer(self._process, self._worker.ends(plans, trajectory))
+        return Answer(self._process, self._worker.final_latents(plans, trajectory))
 
     def follow(self, trajectory: Trajectory) -> Answer:
         """See `RolloutWorker.follow`."""
@@ -113,14 +113,14 @@ class RolloutActor:
                     f"{self._worker.version}"
                 )
             bundle: Any = ray.get(policy.bundle[0])
-            require_echoes(policy.version, bundle.checksum, [self._worker.load(bundle)])
+            require_acks(policy.version, bundle.checksum, [self._worker.load(bundle)])
         wanted = policy.trajectory or self._first
         if wanted.schedule_id != self._worker.trajectory.schedule_id:
             self._worker.follow(wanted)
 
 
 class RayRollouts:
-    """A pool of rollout actors. The driver holds references; payload is (latents, pictures)."""
+    """A pool of rollout actors. The driver holds references; payload is (latents, images)."""
 
     def __init__(self, config: Config, role: Role, group: Any = None) -> None:
         """Start the actors; `await_ready` waits for them.
@@ -141,7 +141,7 @@ class RayRollouts:
             name: shell.remote(config.model, config.sampler, name, role.cpus, role.gpus, expected) for name in names
         }
         options = config.cluster.roles.rollout
-        self._crew = Crew(
+        self._workers = WorkerPool(
             self._started, timeout_s=config.cluster.worker_timeout_s, late_s=options.late_s,
             ping=lambda actor: actor.ready.remote(),
         )  # fmt: skip
@@ -153,7 +153,7 @@ class RayRollouts:
     @property
     def redone(self) -> int:
         """Tasks that were done again because a worker was lost or late."""
-        return self._crew.redone
+        return self._workers.redone
 
     def await_ready(self) -> dict[str, int]:
         """Wait until the models are loaded; process id by worker that is there."""
@@ -164,7 +164,7 @@ class RayRollouts:
         return sorted({node for _, node in self._ready().values()})
 
     def _ready(self) -> dict[str, Any]:
-        found = self._crew.ask(lambda actor: actor.ready.remote(), what="load model", least=self._first_least)
+        found = self._workers.ask(lambda actor: actor.ready.remote(), what="load model", least=self._first_least)
         self._first_least = self._least
         return found
 
@@ -176,7 +176,7 @@ class RayRollouts:
             meta, latents, images = actor.generate.options(num_returns=3).remote(chunks[index], policy)
             return meta, (latents, images)
 
-        done = self._crew.spread(
+        done = self._workers.spread(
             [chunk[0].sample_id for chunk in chunks], submit, what="generate",
             advance=(lambda index: advance(len(chunks[index]))) if advance else None,
         )  # fmt: skip
@@ -187,7 +187,7 @@ class RayRollouts:
     ) -> list[ErrorSums]:
         """See `RolloutPool.measure_errors`; the latents go from worker to worker."""
         policy = self._policy
-        done = self._crew.spread(
+        done = self._workers.spread(
             [handle.sample_ids[0] for handle in handles],
             lambda actor, index: (
                 actor.measure_errors.remote(handles[index].payload[0], tuple(sigmas), guidance, policy), None,
@@ -196,20 +196,20 @@ class RayRollouts:
         )  # fmt: skip
         return [sums for sums, _ in done]
 
-    def ends(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
         """See `RolloutPool.ends`."""
         chunks, policy = chunks_of(groups, self._chunk), self._policy
-        done = self._crew.spread(
+        done = self._workers.spread(
             [chunk[0].sample_id for chunk in chunks],
-            lambda actor, index: (actor.ends.remote(chunks[index], trajectory, policy), None),
+            lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
             what="walk to the end",
         )  # fmt: skip
-        return torch.cat([ends for ends, _ in done])
+        return torch.cat([final_latents for final_latents, _ in done])
 
     def follow(self, trajectory: Trajectory) -> list[str]:
         """See `RolloutPool.follow`; who is late learns it with its next task."""
         self._policy = replace(self._policy, trajectory=trajectory)
-        ids = self._crew.ask(
+        ids = self._workers.ask(
             lambda actor: actor.follow.remote(trajectory), what="follow a trajectory", least=self._least
         )
         return list(ids.values())
@@ -226,27 +226,27 @@ class RayRollouts:
         name, actor = self._anyone()
         return fetch(actor.trajectory.remote(), name=name, what="trajectory", timeout_s=self._timeout_s)
 
-    def load(self, bundle: WeightBundle) -> list[WeightEcho]:
+    def load(self, bundle: WeightBundle) -> list[WeightAck]:
         """See `RolloutPool.load`."""
         return self.load_reference(ray.put(bundle), bundle.version)
 
-    def load_reference(self, bundle: Any, version: int) -> list[WeightEcho]:
+    def load_reference(self, bundle: Any, version: int) -> list[WeightAck]:
         """The same with the bundle in the object store; the driver does not open it.
 
         Who is late gets the weights with its next task.
         """
         self._policy = replace(self._policy, version=version, bundle=(bundle,))
-        echoes = self._crew.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
-        return list(echoes.values())
+        acks = self._workers.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
+        return list(acks.values())
 
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """See `RolloutPool.images`; only chunks that hold a wanted picture are fetched."""
+        """See `RolloutPool.images`; only chunks that hold a wanted image are fetched."""
         wanted = set(sample_ids)
         found: dict[str, Tensor] = {}
         for handle in handles:
             if wanted & set(handle.sample_ids):
-                pictures = fetch(handle.payload[1], name="object store", what="pictures", timeout_s=self._timeout_s)
-                found.update(zip(handle.sample_ids, pictures, strict=True))
+                images = fetch(handle.payload[1], name="object store", what="images", timeout_s=self._timeout_s)
+                found.update(zip(handle.sample_ids, images, strict=True))
         return torch.stack([found[sample_id] for sample_id in sample_ids])
 
     def close(self) -> None:
@@ -254,5 +254,5 @@ class RayRollouts:
         kill(self._started)
 
     def _anyone(self) -> tuple[str, Any]:
-        name = next(iter(self._crew.present() or self._crew.actors))
-        return name, self._crew.actors[name]
+        name = next(iter(self._workers.present() or self._workers.actors))
+        return name, self._workers.actors[name]

@@ -53,7 +53,7 @@ class _Running:
     since: float
 
 
-class Crew:
+class WorkerPool:
     """Actors of one kind, by name. Every call must return an `Answer` in its first object."""
 
     def __init__(

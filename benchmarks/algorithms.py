@@ -35,7 +35,7 @@ from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 
 ARMS = ("acpo", "draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
-FIGURES = ("judge", "oracle_mse", "drift", "template_entropy", "caption_accuracy")
+METRICS = ("judge", "oracle_mse", "drift", "template_entropy", "caption_accuracy")
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def make_table(lines: list[dict], goal: float) -> str:
                 row["cpu_seconds"] -= base["cpu_seconds"]
                 row["calls"] -= base["calls"]
             ends.append(
-                {key: end[key] / base[key] if base[key] else end[key] for key in FIGURES} | {"cpu": end["cpu_seconds"]}
+                {key: end[key] / base[key] if base[key] else end[key] for key in METRICS} | {"cpu": end["cpu_seconds"]}
             )
             costs.append(next((row for row in evaluations if row["oracle_mse"] <= goal * base["oracle_mse"]), None))
         cells = [

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/gpu_sdxl.py --tiny            # the same program on the toy, on the CPU
 
 Prints a table and writes JSON. All rows of a run have the same prompts, resolution and type. Random weights do as much
-arithmetic as trained ones; their pictures are noise, so this says nothing of quality. Meant to end within nine minutes
+arithmetic as trained ones; their images are noise, so this says nothing of quality. Meant to end within nine minutes
 on an H200.
 """
 
@@ -29,7 +29,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
-from acpo_dist.data.prompts import deal
+from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.data.toy.world import captions
 from acpo_dist.models.training.random_model import write_random_sdxl
 from acpo_dist.preflight.plan.plan import make_plan
@@ -75,14 +75,26 @@ class Bench:
         return load_config(
             "sdxl_lora",
             [
-                f"model.path={self.folder}", "model.variant=null", f"model.dtype={name}", f"model.vae_dtype={name}",
-                f"model.image_size={32 if self.options.tiny else 1024}", "model.memory.embedding_cache=null",
-                "model.memory.free_text_encoders=true", f"learner.precision={name}", f"sampler.num_steps={steps}",
-                f"rollout.batch_size={batch}", f"rollout.prompts_per_iteration={batch}", "data.prompts=toy",
-                "rewards.train=[{type: two_stream}]", "rewards.judges=[]", "sampler.t_max=0.5",
-                f"learner.micro_batch={self.options.micro}", f"learner.global_batch={batch}", *overrides,
+                f"model.path={self.folder}",
+                "model.variant=null",
+                f"model.dtype={name}",
+                f"model.vae_dtype={name}",
+                f"model.image_size={32 if self.options.tiny else 1024}",
+                "model.memory.embedding_cache=null",
+                "model.memory.free_text_encoders=true",
+                f"learner.precision={name}",
+                f"sampler.num_steps={steps}",
+                f"rollout.batch_size={batch}",
+                f"rollout.prompts_per_iteration={batch}",
+                "data.prompts=toy",
+                "rewards.train=[{type: two_stream}]",
+                "rewards.judges=[]",
+                "sampler.t_max=0.5",
+                f"learner.micro_batch={self.options.micro}",
+                f"learner.global_batch={batch}",
+                *overrides,
             ],
-        )  # fmt: skip
+        )
 
     def timed(self, name: str, samples: int, teraflops: float, run: Callable[[], dict[str, float]]) -> Row:
         """Run once to warm up, then once for the record."""
@@ -115,9 +127,14 @@ class Bench:
 
         def run() -> dict[str, float]:
             pipeline(
-                list(captions()[:batch]), num_inference_steps=steps, guidance_scale=5.0, height=size, width=size,
-                output_type="np", generator=torch.Generator().manual_seed(0),
-            )  # fmt: skip
+                list(captions()[:batch]),
+                num_inference_steps=steps,
+                guidance_scale=5.0,
+                height=size,
+                width=size,
+                output_type="np",
+                generator=torch.Generator().manual_seed(0),
+            )
             return {}
 
         self.timed(f"diffusers, {steps} steps", batch, flops, run)
@@ -126,7 +143,9 @@ class Bench:
         """Our rollout worker."""
         config = self.config(steps)
         pool = LocalRollouts(config, device=self.device)
-        groups = deal(captions(), iteration=0, run_seed=0, num_prompts=self.options.batch, samples_per_prompt=1)
+        groups = sample_prompts(
+            captions(), iteration=0, run_seed=0, num_prompts=self.options.batch, samples_per_prompt=1
+        )
         flops = make_plan(config, device="h200").teraflops["rollout"]
 
         def run() -> dict[str, float]:
@@ -155,7 +174,7 @@ class Bench:
                 phases[phase] = time.perf_counter() - clock
                 clock = time.perf_counter()
 
-            groups = deal(
+            groups = sample_prompts(
                 captions(), iteration=version, run_seed=0, num_prompts=self.options.batch, samples_per_prompt=1
             )
             ids = tuple(plan.sample_id for group in groups for plan in group.samples)
@@ -164,9 +183,14 @@ class Bench:
             rewards.score(handles, ["two_stream"])
             lap("reward")
             task = TrainTask(
-                iteration=version, policy_version=version, sample_ids=ids, weights=dict.fromkeys(ids, 1.0),
-                anchor_weight=1.0, learning_rate=config.learner.learning_rate, rewards=(term,),
-            )  # fmt: skip
+                iteration=version,
+                policy_version=version,
+                sample_ids=ids,
+                weights=dict.fromkeys(ids, 1.0),
+                anchor_weight=1.0,
+                learning_rate=config.learner.learning_rate,
+                rewards=(term,),
+            )
             learner.train(handles, task)
             lap("learn")
             version += 1

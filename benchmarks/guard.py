@@ -4,7 +4,7 @@
 
 Arms: `fast` is toy_sdxl without its anchor, `slow` is toy_draft, which learns an eighth as fast; both follow the reward
 alone, at a rate that does not fall, until it is hacked. `acpo` is toy_sdxl as it is shipped. All run with
-`guard.action=roll_back`. The guard sees judges, pictures and drift; the oracle only grades: it looks at every published
+`guard.action=roll_back`. The guard sees judges, images and drift; the oracle only grades: it looks at every published
 version (`--every` of the slow arm) on the same prompts and seeds. It has fallen below the base's where its error or its
 caption accuracy is worse by more than `--sigmas` standard errors of the mean paired difference (it looks often),
 or templates are lost (a collapse onto one clean template lowers the error). A twin without a guard goes on until then.
@@ -88,7 +88,7 @@ class Look:
     """What the oracle saw of one version."""
 
     errors: torch.Tensor
-    """Squared distance of each picture to the nearest clean template."""
+    """Squared distance of each image to the nearest clean template."""
     hits: torch.Tensor
     """1 where that template has the prompt's caption."""
     entropy: float
@@ -96,7 +96,7 @@ class Look:
 
 
 class Oracle:
-    """Looks at versions on the same prompts and seeds, picture by picture."""
+    """Looks at versions on the same prompts and seeds, image by image."""
 
     def __init__(self, config, prompts, samples: int, sigmas: float) -> None:
         """Fix prompts and seeds."""

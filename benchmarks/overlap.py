@@ -78,10 +78,10 @@ def _measure(config: Any, client: Any, rounds: int) -> dict[str, Any]:
                 ),
             )  # fmt: skip
             started = time.monotonic()
-            figures, _, _ = learner.train(batches, task)
+            metrics, _, _ = learner.train(batches, task)
             if iteration:  # the first warms caches and the pool
                 seconds[name].append(time.monotonic() - started)
-                waited[name].append(figures.means().get("time/reward_gradient", 0.0))
+                waited[name].append(metrics.means().get("time/reward_gradient", 0.0))
     PooledReward.__call__ = overlapped
     found = {name: round(median(values), 3) for name, values in seconds.items()}
     return {

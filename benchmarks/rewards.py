@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/rewards.py [--quick] [--metric cnniqa ...] [--size 224 512 1024] [--replicas 1 2]
 
-One JSON line per figure. `plain` is `create_metric` and one picture at a time, with one torch thread and with one per
+One JSON line per figure. `plain` is `create_metric` and one image at a time, with one torch thread and with one per
 core, whichever is faster; `pool` is the same metric on Ray Serve. `ratio` is pool over plain. Weights are random and
-local: they change the scores, not the time. `cut` compares what crosses to the pool per picture (bytes both ways,
+local: they change the scores, not the time. `cut` compares what crosses to the pool per image (bytes both ways,
 float16) and how long score and gradient take, the learner's own decoding and its backward included.
 """
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def count(options: argparse.Namespace, size: int) -> int:
-    """Pictures of a measurement: whole batches."""
+    """Images of a measurement: whole batches."""
     return max(1, round(options.pixels / size**2 / BATCH)) * BATCH
 
 
@@ -91,8 +91,8 @@ def local_weights(name: str, folder: Path) -> Path | None:
     return path
 
 
-def plain_speed(name: str, weights: Path | None, size: int, pictures: int) -> dict[str, float]:
-    """Pictures per second of the plain loop: scores, and scores with gradients."""
+def plain_speed(name: str, weights: Path | None, size: int, images: int) -> dict[str, float]:
+    """Images per second of the plain loop: scores, and scores with gradients."""
     from pyiqa import create_metric
 
     local = {}
@@ -107,22 +107,22 @@ def plain_speed(name: str, weights: Path | None, size: int, pictures: int) -> di
         loss = (
             None if name in WITHOUT_GRADIENT else create_metric(name, device=torch.device("cpu"), as_loss=True, **local)
         )
-    images = random_pictures(min(pictures, 2 * BATCH), size).float() / 255
+    images_BCHW = random_images(min(images, 2 * BATCH), size).float() / 255
 
     def gradients() -> None:
-        for image in images:
+        for image in images_BCHW:
             values = image[None].clone().requires_grad_(True)
             loss(values).sum().backward()
 
-    figures: dict[str, list[float]] = {"images": [], "gradients": []}
+    metrics: dict[str, list[float]] = {"images": [], "gradients": []}
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
         for _ in range(REPEATS):
-            figures["images"].append(len(images) / seconds(lambda: [score(image[None]) for image in images]))
+            metrics["images"].append(len(images_BCHW) / seconds(lambda: [score(image[None]) for image in images_BCHW]))
             if loss is not None:
-                figures["gradients"].append(len(images) / seconds(gradients))
+                metrics["gradients"].append(len(images_BCHW) / seconds(gradients))
     torch.set_num_threads(1)
-    return {kind: max(found) for kind, found in figures.items() if found}
+    return {kind: max(found) for kind, found in metrics.items() if found}
 
 
 @contextlib.contextmanager
@@ -145,9 +145,9 @@ def pool(metric: str, weights: Path | None, replicas: int, *, cut: str) -> Itera
         served.close()
 
 
-def pool_speed(rewards: ServeRewards, metric: str, size: int, pictures: int) -> dict[str, float]:
-    """Pictures per second of the pool: scores, and scores with gradients."""
-    batches = random_pictures(pictures, size).split(BATCH)
+def pool_speed(rewards: ServeRewards, metric: str, size: int, images: int) -> dict[str, float]:
+    """Images per second of the pool: scores, and scores with gradients."""
+    batches = random_images(images, size).split(BATCH)
     # Copies: a part of a larger tensor would travel with all of it.
     handles = [
         RolloutHandle(
@@ -157,7 +157,7 @@ def pool_speed(rewards: ServeRewards, metric: str, size: int, pictures: int) -> 
         for index, batch in enumerate(batches)
     ]  # fmt: skip
     rewards.score(handles[:1], [metric])
-    figures = {"images": pictures / min(seconds(lambda: rewards.score(handles, [metric])) for _ in range(REPEATS))}
+    metrics = {"images": images / min(seconds(lambda: rewards.score(handles, [metric])) for _ in range(REPEATS))}
     if metric not in WITHOUT_GRADIENT:
         sent = [pack(batch.float() / 255, "float16") for batch in batches]
 
@@ -166,8 +166,8 @@ def pool_speed(rewards: ServeRewards, metric: str, size: int, pictures: int) -> 
             for answer in asked:
                 answer.result()
 
-        figures["gradients"] = pictures / min(seconds(gradients) for _ in range(REPEATS))
-    return figures
+        metrics["gradients"] = images / min(seconds(gradients) for _ in range(REPEATS))
+    return metrics
 
 
 def compare(metric: str, size: int, replicas: int, plain: dict[str, float], found: dict[str, float]) -> None:
@@ -180,7 +180,7 @@ def compare(metric: str, size: int, replicas: int, plain: dict[str, float], foun
 
 
 def cuts(metric: str, weights: Path | None, sizes: list[int]) -> None:
-    """Print bytes and time per picture of both cuts, the learner's share included."""
+    """Print bytes and time per image of both cuts, the learner's share included."""
     decoder = SdxlFamily.load_decoder(SdxlFamily.Config(path="toy-sdxl"), device="cpu")
     with torch.no_grad():
         factor = decoder.decode(torch.zeros(1, 4, 8, 8)).shape[-1] // 8
@@ -204,7 +204,7 @@ def cuts(metric: str, weights: Path | None, sizes: list[int]) -> None:
                 )  # fmt: skip
 
 
-def random_pictures(number: int, size: int) -> Tensor:
+def random_images(number: int, size: int) -> Tensor:
     """uint8 noise (number, 3, size, size)."""
     return torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -216,9 +216,9 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def line(**figures: Any) -> None:
+def line(**metrics: Any) -> None:
     """One JSON line."""
-    sys.stdout.write(json.dumps(figures) + "\n")
+    sys.stdout.write(json.dumps(metrics) + "\n")
     sys.stdout.flush()
 
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arm", action="append", default=[], metavar="NAME=OVERRIDES")
     parser.add_argument("--samples", type=int, default=480)
-    parser.add_argument("--pictures", type=Path, default=None, help="write a grid per seed into this folder")
+    parser.add_argument("--images", type=Path, default=None, help="write a grid per seed into this folder")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     arms = dict(text.split("=", 1) for text in options.arm) or ARMS
@@ -50,10 +50,10 @@ def main() -> None:
             for key, value in row.items():
                 if rows["base"].get(key):
                     ratios.setdefault(name, {}).setdefault(key, []).append(value / rows["base"][key])
-    for name, figures in ratios.items():
+    for name, metrics in ratios.items():
         cells = [
             f"{k} {statistics.fmean(v):.3f} [{min(v):.3f}..{max(v):.3f}]"
-            for k, v in figures.items()
+            for k, v in metrics.items()
             if k != "cpu_seconds"
         ]
         sys.stdout.write(f"{name} / base over {len(options.seeds)} seeds: {'  '.join(cells)}\n")
@@ -94,8 +94,8 @@ def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> di
             for label in fresh:
                 sys.stdout.write(json.dumps({"seed": seed, "arm": label, **rows[label]}) + "\n")
             sys.stdout.flush()
-    if options.pictures:
-        save_grid(torch.cat(shown), options.pictures / f"seed{seed}.png", columns=12, labels=["base", *arms], scale=2)
+    if options.images:
+        save_grid(torch.cat(shown), options.images / f"seed{seed}.png", columns=12, labels=["base", *arms], scale=2)
     return rows
 
 

@@ -7,7 +7,7 @@
 `time`: J and CPU seconds of `paper_box` and of a gradient descent written from the publication's description (tanh box,
 momentum 0.9, 3,000 steps, no network round it), on the same table and objective, side by side.
 `quality`: samples of every spacing and of the trajectory that VRG makes of it, from the same noise, at equal network
-calls: mean squared distance to a long reference, and KID of low-pass pictures against fresh samples of that reference.
+calls: mean squared distance to a long reference, and KID of low-pass images against fresh samples of that reference.
 VRG is gated as in training, on samples of its own. One JSON line per cell, then a table; a ratio below 1 favours VRG.
 """
 

@@ -11,7 +11,7 @@ export ACPO_NFS=${ACPO_NFS:-}
 # to that, as a cloud's security group does: Ray's own processes listen on every address.
 export ACPO_NETWORK=${ACPO_NETWORK:-}
 
-# MLflow's database and where it keeps pictures; both may be elsewhere (postgresql://…, s3://…).
+# MLflow's database and where it keeps images; both may be elsewhere (postgresql://…, s3://…).
 export ACPO_MLFLOW_DB=${ACPO_MLFLOW_DB:-sqlite:///$ACPO_SHARED/mlflow.db}
 export ACPO_MLFLOW_ARTIFACTS=${ACPO_MLFLOW_ARTIFACTS:-$ACPO_SHARED/mlartifacts}
 export ACPO_MLFLOW_PORT=${ACPO_MLFLOW_PORT:-5000}

@@ -22,7 +22,7 @@ from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.noising import noise_forward, split_branches
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.diffusion.sampling import guide
-from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.objective.perceptual import shape_reward, surrogate
 
 
@@ -32,7 +32,7 @@ class WideAnchorConfig(AnchorConfig):
     uniform: bool = True
     """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
     source: Literal["rollout", "data"] = "rollout"
-    """What that batch is noised from: the rollouts' own x_0, or real pictures (`data.path`, pixel models)."""
+    """What that batch is noised from: the rollouts' own x_0, or real images (`data.path`, pixel models)."""
 
 
 class OptionalWideAnchorConfig(WideAnchorConfig, OptionalAnchorConfig):
@@ -60,7 +60,7 @@ class Acpo(BaseAlgorithm):
         """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
         anchored by itself; a forward and a way back more."""
         data_weight: float = Field(default=0.0, ge=0)
-        """Weight of the ordinary denoising loss on real pictures (`data.path`), on the anchor's uniform batch."""
+        """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
         pathwise: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
@@ -75,12 +75,12 @@ class Acpo(BaseAlgorithm):
         condition = network.encode(batch.prompts)
         late = self._late(batch, network)
         scale = batch.guidance_scale if self.config.guidance == "full" else 1.0
-        head, null = both_branches(network, late, batch.prompts, scale)
-        figures: dict[str, Tensor] = {}
-        total = torch.zeros(len(batch.sample_ids), device=head.device)
+        model_output, null = both_branches(network, late, batch.prompts, scale)
+        metrics: dict[str, Tensor] = {}
+        total = torch.zeros(len(batch.sample_ids), device=model_output.device)
         clean, answer = None, None
         if self.config.reward_weight > 0:
-            guided = head if null is None else guide(head, null, scale)
+            guided = model_output if null is None else guide(model_output, null, scale)
             clean = to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
             # The pool decodes, scores and differentiates while the anchor's forwards run here.
             answer = reward(clean, batch.prompts)
@@ -88,28 +88,28 @@ class Acpo(BaseAlgorithm):
         with torch.no_grad(), network.anchored():
             anchor, null_anchor = both_branches(network, late, batch.prompts, scale)
         space, levels = self.config.anchor.space, late.alpha_bars_B
-        drift = anchor_error(head_drift(head, anchor, levels, network.prediction_type, space))
+        drift = anchor_error(output_drift(model_output, anchor, levels, network.prediction_type, space))
         if null is not None and null_anchor is not None:
             # Each branch by itself: in their guided sum the drift of one can hide that of the other.
-            null_drift = anchor_error(head_drift(null, null_anchor, levels, network.prediction_type, space))
-            figures["anchor/late_null"] = null_drift.detach()
+            null_drift = anchor_error(output_drift(null, null_anchor, levels, network.prediction_type, space))
+            metrics["anchor/late_null"] = null_drift.detach()
             drift = (drift + null_drift) / 2
-        figures["anchor/late"] = drift.detach()
+        metrics["anchor/late"] = drift.detach()
         if anchor_weight > 0:
             total = total + anchor_weight * drift
             if self.config.anchor.uniform:
                 uniform, denoising, is_null = self._uniform(batch, network, condition)
                 total = total + anchor_weight * uniform
-                figures["anchor/uniform"] = uniform.detach()
-                figures |= split_branches(uniform.detach(), is_null)
+                metrics["anchor/uniform"] = uniform.detach()
+                metrics |= split_branches(uniform.detach(), is_null)
                 if batch.clean_is_real:
                     total = total + self.config.data_weight * denoising
-                    figures["data/denoising"] = denoising.detach()
+                    metrics["data/denoising"] = denoising.detach()
         if clean is not None and answer is not None:
             term, seen = self._perceptual(clean, answer())
             total = total + self.config.reward_weight * batch.weights_B * term
-            figures |= seen
-        return Loss(per_sample=total, figures=figures)
+            metrics |= seen
+        return Loss(per_sample=total, metrics=metrics)
 
     def _late(self, batch: MicroBatch, network: Network) -> LateStates:
         """Where the reward acts."""
@@ -117,20 +117,20 @@ class Acpo(BaseAlgorithm):
 
     def _perceptual(self, clean: Tensor, signal: RewardSignal) -> tuple[Tensor, dict[str, Tensor]]:
         value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)
-        figures = {"reward/loss": value, "reward/quality": signal.quality_B, "reward/active": (slope != 0).float()}
+        metrics = {"reward/loss": value, "reward/quality": signal.quality_B, "reward/active": (slope != 0).float()}
         norm = signal.gradient.flatten(1).norm(dim=1)
-        return surrogate(clean, signal.gradient, slope), figures | {"reward/gradient_norm": norm} | dict(
+        return surrogate(clean, signal.gradient, slope), metrics | {"reward/gradient_norm": norm} | dict(
             signal.per_metric
         )
 
     def _uniform(self, batch: MicroBatch, network: Network, condition: Any) -> tuple[Tensor, Tensor, Tensor]:
         states = noise_forward(batch, network, null_share=self.config.anchor.null_share, condition=condition)
-        head = network.predict(states.latents, states.timesteps_B, states.condition)
+        model_output = network.predict(states.latents, states.timesteps_B, states.condition)
         with torch.no_grad(), network.anchored():
             anchor = network.predict(states.latents, states.timesteps_B, states.condition)
         kind = network.prediction_type
-        drift = head_drift(head, anchor, states.alpha_bars_B, kind, self.config.anchor.space)
-        predicted = to_noise(head, states.latents, states.alpha_bars_B, kind)
+        drift = output_drift(model_output, anchor, states.alpha_bars_B, kind, self.config.anchor.space)
+        predicted = to_noise(model_output, states.latents, states.alpha_bars_B, kind)
         return anchor_error(drift), anchor_error(predicted - states.noise), states.is_null_B
 
 

@@ -69,9 +69,9 @@ class MicroBatch:
     states: LateStates | None
     """Where the policy's own rollouts passed; None for samples that no rollout made."""
     clean: Tensor
-    """x_0 that states are noised from: the sample's own, or a real picture."""
+    """x_0 that states are noised from: the sample's own, or a real image."""
     clean_is_real: bool
-    """Whether `clean` holds real pictures, so that an ordinary denoising loss on them makes sense."""
+    """Whether `clean` holds real images, so that an ordinary denoising loss on them makes sense."""
     weights_B: Tensor
     guidance_scale: float = 1.0
     """Of the rollouts, 1 where only the conditional branch ran."""
@@ -80,11 +80,11 @@ class MicroBatch:
     constants: Mapping[str, float] = field(default_factory=dict)
     """What `Algorithm.calibrate` made of the base samples."""
     unreadable_B: Tensor | None = None
-    """bool: the picture of a data set could not be decoded, and `clean` is a stand-in; None where all could."""
+    """bool: the image of a data set could not be decoded, and `clean` is a stand-in; None where all could."""
 
     @property
     def readable(self) -> Tensor:
-        """bool (B,): whose `clean` is a picture."""
+        """bool (B,): whose `clean` is an image."""
         if self.unreadable_B is None:
             return torch.ones_like(self.weights_B, dtype=torch.bool)
         return ~self.unreadable_B
@@ -97,7 +97,7 @@ class MicroBatch:
             RuntimeError: the samples were not made by a rollout; configurations that mix the two are refused earlier.
         """
         if self.states is None:
-            raise RuntimeError("this batch holds pictures of a data set, which passed no rollout state")
+            raise RuntimeError("this batch holds images of a data set, which passed no rollout state")
         return self.states
 
 
@@ -129,7 +129,7 @@ class Loss:
     """What an algorithm returns: a per-sample loss (B,) with the graph, and per-sample figures (B,) without."""
 
     per_sample: Tensor
-    figures: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 class AnchorConfig(Section):
@@ -213,7 +213,7 @@ class Algorithm(Protocol):
         """Per-sample figures of base samples that `calibrate` works on; empty where nothing is to be found out."""
         ...
 
-    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Constants of the run, from what all ranks observed."""
         ...
 
@@ -234,7 +234,7 @@ class BaseAlgorithm:
     def select(self, scored: ScoredGroups) -> Selection:
         """Every sample counts the same."""
         ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
-        return Selection(sample_ids=ids, weights=dict.fromkeys(ids, 1.0), figures={})
+        return Selection(sample_ids=ids, weights=dict.fromkeys(ids, 1.0), metrics={})
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
         """Nothing."""
@@ -244,6 +244,6 @@ class BaseAlgorithm:
         """Nothing."""
         return {}
 
-    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """Nothing."""
         return {}

@@ -19,7 +19,7 @@ from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.sampling import guide
-from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.objective.policy_gradient import Transition, clipped_surrogate, transition
 
 
@@ -75,23 +75,23 @@ class Ddpo(BaseAlgorithm):
         with torch.no_grad(), network.anchored():
             base_conditional, base_unconditional = _branches(batch, network)
         space = self.config.anchor.space
-        drift = anchor_error(head_drift(conditional, base_conditional, late.alpha_bars_B, kind, space))
-        figures = {"anchor/conditional": drift.detach()}
+        drift = anchor_error(output_drift(conditional, base_conditional, late.alpha_bars_B, kind, space))
+        metrics = {"anchor/conditional": drift.detach()}
         if unconditional is not None and base_unconditional is not None:
             # Each branch by itself: in their guided sum the drift of one can hide that of the other.
-            null = anchor_error(head_drift(unconditional, base_unconditional, late.alpha_bars_B, kind, space))
-            figures["anchor/null"] = null.detach()
+            null = anchor_error(output_drift(unconditional, base_unconditional, late.alpha_bars_B, kind, space))
+            metrics["anchor/null"] = null.detach()
             drift = (drift + null) / 2
-        figures["anchor/late"] = drift.detach()
+        metrics["anchor/late"] = drift.detach()
         _, log_prob = _taken(batch, network, conditional, unconditional)
         term = clipped_surrogate(log_prob, prepared_B, batch.weights_B, self.config.clip_range)
         # Samples that were left out have no advantage, and so nothing that could be clipped.
         seen = batch.weights_B != 0
-        figures |= {
+        metrics |= {
             "ddpo/ratio": term.ratio_B[seen], "ddpo/clipped": term.is_clipped_B.float()[seen],
             "ddpo/log_prob": log_prob.detach()[seen], "ddpo/log_ratio_abs": term.ratio_B.log().abs()[seen],
         }  # fmt: skip
-        return Loss(per_sample=self.config.reward_weight * term.loss_B + anchor_weight * drift, figures=figures)
+        return Loss(per_sample=self.config.reward_weight * term.loss_B + anchor_weight * drift, metrics=metrics)
 
 
 def _branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | None]:
@@ -105,8 +105,13 @@ def _taken(
     late = batch.late
     if late.following is None or late.following_alpha_bars_B is None:
         raise RuntimeError("the rollouts kept no transitions: they must step stochastically (sampler.eta above 0)")
-    head = conditional if unconditional is None else guide(conditional, unconditional, batch.guidance_scale)
+    model_output = conditional if unconditional is None else guide(conditional, unconditional, batch.guidance_scale)
     step = transition(
-        head, late.latents, late.alpha_bars_B, late.following_alpha_bars_B, network.prediction_type, eta=batch.eta
+        model_output,
+        late.latents,
+        late.alpha_bars_B,
+        late.following_alpha_bars_B,
+        network.prediction_type,
+        eta=batch.eta,
     )
     return step, step.log_prob(late.following)

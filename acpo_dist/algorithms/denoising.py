@@ -22,8 +22,8 @@ from acpo_dist.algorithms.base import (
 from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
 from acpo_dist.core.types import ScoredGroups, Selection
-from acpo_dist.objective.anchor import anchor_error, head_drift
-from acpo_dist.objective.noise_space import ErrorStatistics, head_target, noise_statistics
+from acpo_dist.objective.anchor import anchor_error, output_drift
+from acpo_dist.objective.noise_space import ErrorStatistics, noise_statistics, target_output
 from acpo_dist.objective.policy_gradient import nft_loss, reward_weights
 
 
@@ -48,42 +48,47 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         anchor = self.config.anchor
         # A state at t = 0 is x_0 itself: it says nothing, and NCP has nowhere to step from there.
         states = noise_forward(
-            batch, network, lowest=1, t_max=self.config.t_max,
+            batch,
+            network,
+            lowest=1,
+            t_max=self.config.t_max,
             null_share=anchor.null_share if anchor_weight > 0 else 0.0,
-        )  # fmt: skip
-        head, base = both_heads(network, states)
-        drift = anchor_error(head_drift(head, base, states.alpha_bars_B, network.prediction_type, anchor.space))
-        # What stands where a picture could not be read is nothing that the policy is to be held on.
+        )
+        model_output, base = both_outputs(network, states)
+        drift = anchor_error(
+            output_drift(model_output, base, states.alpha_bars_B, network.prediction_type, anchor.space)
+        )
+        # What stands where an image could not be read is nothing that the policy is to be held on.
         drift = torch.where(batch.readable, drift, torch.zeros_like(drift))
-        objective, figures = self.objective(batch, network, states, head, base)
+        objective, metrics = self.objective(batch, network, states, model_output, base)
         objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
         seen = batch.readable
-        figures["anchor/uniform"] = drift.detach()[seen]
-        figures |= split_branches(drift.detach()[seen], states.is_null_B[seen])
-        return Loss(per_sample=self.config.reward_weight * objective + anchor_weight * drift, figures=figures)
+        metrics["anchor/uniform"] = drift.detach()[seen]
+        metrics |= split_branches(drift.detach()[seen], states.is_null_B[seen])
+        return Loss(per_sample=self.config.reward_weight * objective + anchor_weight * drift, metrics=metrics)
 
     @abstractmethod
     def objective(
-        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss (B,), weighted, and figures (B,)."""
 
 
-def both_heads(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor]:
+def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor]:
     """(policy with the graph, frozen base) on the same inputs."""
-    head = network.predict(states.latents, states.timesteps_B, states.condition)
+    model_output = network.predict(states.latents, states.timesteps_B, states.condition)
     with torch.no_grad(), network.anchored():
         base = network.predict(states.latents, states.timesteps_B, states.condition)
-    return head, base
+    return model_output, base
 
 
 def statistics_of(
-    batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+    batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
 ) -> ErrorStatistics:
     """Errors of both against the noise that was drawn, in noise units."""
     kind = network.prediction_type
-    target = head_target(batch.clean, states.noise, states.alpha_bars_B, kind)
-    return noise_statistics(head, base, target, states.alpha_bars_B, kind)
+    target = target_output(batch.clean, states.noise, states.alpha_bars_B, kind)
+    return noise_statistics(model_output, base, target, states.alpha_bars_B, kind)
 
 
 class Nft(NoiseSpaceAlgorithm):
@@ -113,10 +118,10 @@ class Nft(NoiseSpaceAlgorithm):
         return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
 
     def objective(
-        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """2 A c + beta a."""
-        statistics = statistics_of(batch, network, states, head, base)
+        statistics = statistics_of(batch, network, states, model_output, base)
         loss = nft_loss(statistics, batch.weights_B, self.config.beta)
         seen = batch.weights_B != 0
         cross = batch.weights_B * statistics.cross_B
@@ -149,8 +154,8 @@ class Rwr(NoiseSpaceAlgorithm):
         return grouped_selection(scored, weights, advantages.counts)
 
     def objective(
-        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted denoising error."""
-        error = statistics_of(batch, network, states, head, base).policy_error
+        error = statistics_of(batch, network, states, model_output, base).policy_error
         return batch.weights_B * error, {"denoising/error": error.detach()[batch.weights_B != 0]}

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from acpo_dist.config.section import Section
 from acpo_dist.core.types import ScoredGroups, Selection
-from acpo_dist.objective.advantage import AdvantageCounts, Advantages, constant_pictures, group_advantages
+from acpo_dist.objective.advantage import AdvantageCounts, Advantages, constant_images, group_advantages
 
 
 class AdvantageConfig(Section):
@@ -22,13 +22,13 @@ class AdvantageConfig(Section):
     min_vote: float = Field(default=0.0, ge=0)
     """A reward has a say on samples that it puts at least so many of its group standard deviations off the mean."""
     drop_constant: bool = True
-    """Drop pictures of one flat colour."""
+    """Drop images of one flat colour."""
 
 
-def flat_pictures(scored: ScoredGroups) -> frozenset[str]:
-    """Ids of pictures without content."""
-    pictures = scored.pictures()
-    return frozenset(name for name, picture in pictures.items() if bool(constant_pictures(picture.unsqueeze(0))))
+def flat_images(scored: ScoredGroups) -> frozenset[str]:
+    """Ids of images without content."""
+    images = scored.images()
+    return frozenset(name for name, image in images.items() if bool(constant_images(image.unsqueeze(0))))
 
 
 def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
@@ -36,12 +36,12 @@ def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
     return group_advantages(
         [[plan.sample_id for plan in group.samples] for group in scored.groups],
         scored.qualities, scored.weights, spread=scored.spread, limit=config.limit, min_std=config.min_std,
-        min_vote=config.min_vote, veto=config.veto, constant=flat_pictures(scored) if config.drop_constant else (),
+        min_vote=config.min_vote, veto=config.veto, constant=flat_images(scored) if config.drop_constant else (),
     )  # fmt: skip
 
 
 def grouped_selection(scored: ScoredGroups, weights: Mapping[str, float], counts: AdvantageCounts) -> Selection:
     """All samples in their order; those that were dropped keep their place with weight 0."""
     ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
-    figures = {f"select/{name}": float(value) for name, value in asdict(counts).items()}
-    return Selection(sample_ids=ids, weights={name: weights.get(name, 0.0) for name in ids}, figures=figures)
+    metrics = {f"select/{name}": float(value) for name, value in asdict(counts).items()}
+    return Selection(sample_ids=ids, weights={name: weights.get(name, 0.0) for name in ids}, metrics=metrics)

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from acpo_dist.algorithms.base import EncoderConfig, MicroBatch, Network
-from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, both_heads, statistics_of
-from acpo_dist.algorithms.grouping import flat_pictures
+from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, both_outputs, statistics_of
+from acpo_dist.algorithms.grouping import flat_images
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward
 from acpo_dist.config.section import Section
 from acpo_dist.core.seeding import derive_seed
@@ -37,9 +37,9 @@ class PairingConfig(Section):
     absolute: bool = True
     """Leave out pairs whose loser some reward prefers."""
     duplicates: float = Field(default=0.02, ge=0)
-    """Leave out pairs whose pictures differ by less than this (rms on an 8 x 8 grid, full range 1); 0 keeps them."""
+    """Leave out pairs whose images differ by less than this (rms on an 8 x 8 grid, full range 1); 0 keeps them."""
     drop_constant: bool = True
-    """Leave out pairs with a picture of one flat colour."""
+    """Leave out pairs with an image of one flat colour."""
 
 
 class PreferenceConfig(NoiseSpaceConfig):
@@ -83,8 +83,8 @@ class Preference(NoiseSpaceAlgorithm):
     def select(self, scored: ScoredGroups) -> Selection:
         """Best against worst within each prompt; pairs that are left out keep their place with weight 0."""
         settings = self.config.pairs
-        flat = flat_pictures(scored) if settings.drop_constant else ()
-        pictures = scored.pictures() if settings.duplicates > 0 else {}
+        flat = flat_images(scored) if settings.drop_constant else ()
+        images = scored.images() if settings.duplicates > 0 else {}
         counts = dict.fromkeys(Verdict, 0)
         ids: list[str] = []
         weights: dict[str, float] = {}
@@ -93,7 +93,7 @@ class Preference(NoiseSpaceAlgorithm):
             for pair in pair_group(
                 [plan.sample_id for plan in group.samples], scored.qualities, scored.weights,
                 spread=scored.spread, margin=settings.margin, absolute=settings.absolute, constant=flat,
-                duplicate=(lambda a, b: nearly_same(pictures[a], pictures[b], settings.duplicates))
+                duplicate=(lambda a, b: nearly_same(images[a], images[b], settings.duplicates))
                 if settings.duplicates > 0 else None,
             ):  # fmt: skip
                 counts[pair.verdict] += 1
@@ -102,21 +102,21 @@ class Preference(NoiseSpaceAlgorithm):
                     margins.append(pair.margin)
                 ids += [pair.winner, pair.loser]
                 weights |= {pair.winner: float(kept), pair.loser: float(kept)}
-        figures = {f"pairs/{verdict.value}": float(count) for verdict, count in counts.items()}
+        metrics = {f"pairs/{verdict.value}": float(count) for verdict, count in counts.items()}
         if margins:
-            figures["pairs/mean_margin"] = sum(margins) / len(margins)
-        return Selection(sample_ids=tuple(ids), weights=weights, figures=figures)
+            metrics["pairs/mean_margin"] = sum(margins) / len(margins)
+        return Selection(sample_ids=tuple(ids), weights=weights, metrics=metrics)
 
     def objective(
-        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One loss per pair, half of it on each of its samples."""
-        errors = self._errors(batch, network, states, head, base)
+        errors = self._errors(batch, network, states, model_output, base)
         winner, loser = errors.rows(slice(0, None, 2)), errors.rows(slice(1, None, 2))
         beta = batch.constants.get(BETA, self.config.beta)
         term = self.term(winner, loser, beta)
         seen = (batch.weights_B[::2] > 0) & ~states.is_null_B[::2]
-        figures = {
+        metrics = {
             "preference/loss": term.loss_P.detach()[seen],
             "preference/logit": term.logit_P[seen],
             "preference/accuracy": (term.logit_P > 0).float()[seen],
@@ -124,17 +124,17 @@ class Preference(NoiseSpaceAlgorithm):
             "preference/loser_error": loser.policy_error.detach()[seen],
         }
         # The batch's mean is over samples, so each of the two carries the whole pair's loss: a mean over pairs.
-        return batch.weights_B * term.loss_P.repeat_interleave(2), figures
+        return batch.weights_B * term.loss_P.repeat_interleave(2), metrics
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
         """For NCP: how far the errors of two samples lie apart, on noise and on features, one figure per pair."""
         if self.config.space != "ncp":
             return {}
         states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
-        head, base = both_heads(network, states)
+        model_output, base = both_outputs(network, states)
         found = {
-            "noise": statistics_of(batch, network, states, head, base),
-            "feature": self._errors(batch, network, states, head, base),
+            "noise": statistics_of(batch, network, states, model_output, base),
+            "feature": self._errors(batch, network, states, model_output, base),
         }
         # Base samples need not come in pairs: a last one alone has nothing to be compared with.
         paired = len(batch.sample_ids) // 2 * 2
@@ -143,7 +143,7 @@ class Preference(NoiseSpaceAlgorithm):
             for name, errors in found.items()
         }
 
-    def calibrate(self, figures: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
         """The beta that gives distances the logits' scale which `beta` gives noise errors, on the base model.
 
         Raises:
@@ -151,21 +151,21 @@ class Preference(NoiseSpaceAlgorithm):
         """
         if self.config.space != "ncp":
             return {}
-        noise, feature = median(figures["noise"]), median(figures["feature"])
+        noise, feature = median(metrics["noise"]), median(metrics["feature"])
         if not (0 < noise < float("inf") and 0 < feature < float("inf")):
             raise ValueError(f"beta cannot be calibrated on medians {noise:g} (noise) and {feature:g} (features)")
         return {BETA: self.config.beta * noise / feature}
 
     def _errors(
-        self, batch: MicroBatch, network: Network, states: NoisedStates, head: Tensor, base: Tensor
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> ErrorStatistics:
         if self.config.space == "eps":
-            return statistics_of(batch, network, states, head, base)
+            return statistics_of(batch, network, states, model_output, base)
         kind, levels = network.prediction_type, states.alpha_bars_B
         posterior = None if self.config.ncp.deterministic else _posterior_noise(batch)
         return ncp_statistics(
             lambda latents, timesteps: network.features(latents, timesteps, states.condition),
-            noisy=states.latents, policy_noise=to_noise(head, states.latents, levels, kind),
+            noisy=states.latents, policy_noise=to_noise(model_output, states.latents, levels, kind),
             reference_noise=to_noise(base, states.latents, levels, kind), noise=states.noise,
             step=ncp_step(states.timesteps_B, network.alpha_bars, self.config.ncp.stride), posterior_noise=posterior,
         )  # fmt: skip

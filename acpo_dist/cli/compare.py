@@ -29,7 +29,7 @@ def compare(
     from acpo_dist.analysis.report.cells import COLUMNS, SEED_COLUMNS, run_cells, seed_cells
     from acpo_dist.analysis.report.compare import differences, labels_of, pareto_front, seed_groups
     from acpo_dist.analysis.report.find import gather
-    from acpo_dist.analysis.report.metrics import figures_of
+    from acpo_dist.analysis.report.metrics import metrics_of
     from acpo_dist.analysis.report.record import require_rows
     from acpo_dist.analysis.report.terminal import show_table
     from acpo_dist.core.errors import UsageError
@@ -37,17 +37,17 @@ def compare(
     if out is not None and out.suffix.lower() not in (".png", ".html"):
         raise UsageError(f"--out must end in .png or .html, found {out}")
     records = [require_rows(record) for record in gather(runs or [], experiment, uri)]
-    figures, labels = [figures_of(record) for record in records], labels_of(records)
-    groups, changed = seed_groups(records, figures, labels), differences(records)
+    metrics, labels = [metrics_of(record) for record in records], labels_of(records)
+    groups, changed = seed_groups(records, metrics, labels), differences(records)
     if out is not None:
-        _write(out, records, figures, labels, groups)
+        _write(out, records, metrics, labels, groups)
     if as_json:
         points = {
-            i: (f.drift, f.quality) for i, f in enumerate(figures) if f.drift is not None and f.quality is not None
+            i: (f.drift, f.quality) for i, f in enumerate(metrics) if f.drift is not None and f.quality is not None
         }
         order = list(points)
         front = [labels[order[place]] for place in pareto_front([points[index] for index in order])]
-        rows = [{"label": label, **each.to_mapping()} for label, each in zip(labels, figures, strict=True)]
+        rows = [{"label": label, **each.to_mapping()} for label, each in zip(labels, metrics, strict=True)]
         answer(
             {
                 "runs": rows, "differences": changed, "seed_groups": [group.to_mapping() for group in groups],
@@ -55,7 +55,7 @@ def compare(
             }
         )  # fmt: skip
         return
-    rows = [[label, *run_cells(each)[1:]] for label, each in zip(labels, figures, strict=True)]
+    rows = [[label, *run_cells(each)[1:]] for label, each in zip(labels, metrics, strict=True)]
     if len(rows) <= _SIDE_BY_SIDE:
         show_table(
             f"{len(rows)} runs", ["figure", *labels], [list(column) for column in zip(COLUMNS, *rows, strict=True)][1:]
@@ -72,16 +72,16 @@ def compare(
         typer.echo(str(out))
 
 
-def _write(out: Path, records: Any, figures: Any, labels: Any, groups: Any) -> None:
+def _write(out: Path, records: Any, metrics: Any, labels: Any, groups: Any) -> None:
     from acpo_dist.analysis.report.page import render_comparison, write_page
     from acpo_dist.analysis.report.pareto import save_pareto
     from acpo_dist.analysis.report.view import RunView
 
     if out.suffix.lower() == ".png":
-        save_pareto(out, figures, groups)
+        save_pareto(out, metrics, groups)
         return
     views = [
-        RunView(label=label, record=record, figures=each)
-        for label, record, each in zip(labels, records, figures, strict=True)
+        RunView(label=label, record=record, metrics=each)
+        for label, record, each in zip(labels, records, metrics, strict=True)
     ]
     write_page(out, render_comparison(views))

@@ -21,7 +21,7 @@ COLUMNS = ("reward", "judge", "oracle_mse", "oracle_psnr", "caption_accuracy", "
 @app.command("demo")
 def demo(
     folder: Annotated[
-        Path, typer.Option(help="Where runs, MLflow and the picture go; a new folder below it per demo.")
+        Path, typer.Option(help="Where runs, MLflow and the image go; a new folder below it per demo.")
     ] = Path("runs"),
     seed: Annotated[int, typer.Option(help="Seed of training; evaluation prompts and seeds follow from it.")] = 0,
     iterations: Annotated[
@@ -42,13 +42,13 @@ def demo(
     if as_json:
         answer({"arms": report.arms, "run_dir": str(root), "mlflow_uri": report.mlflow_uri, "seconds": seconds})
         return
-    rows = [[name, *(_figure(figures[column]) for column in COLUMNS)] for name, figures in report.arms.items()]
-    console.table(f"Toy SDXL, {samples} pictures per arm, same prompts and seeds", ["arm", *COLUMNS], rows)
+    rows = [[name, *(_figure(metrics[column]) for column in COLUMNS)] for name, metrics in report.arms.items()]
+    console.table(f"Toy SDXL, {samples} images per arm, same prompts and seeds", ["arm", *COLUMNS], rows)
     console.message(
         "reward is what was optimised; judge and the exact oracle never drive the update. Reward alone raises the "
-        "reward and ruins the pictures; the anchor keeps the gain real."
+        "reward and ruins the images; the anchor keeps the gain real."
     )
-    console.message(f"pictures: {report.picture}")
+    console.message(f"images: {report.image}")
     console.message(
         f"runs side by side: .venv/bin/mlflow ui --backend-store-uri {report.mlflow_uri}   ({seconds:.0f} s in all)"
     )

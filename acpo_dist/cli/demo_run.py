@@ -17,7 +17,7 @@ from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 
 _SHOWN = 12
-"""Pictures per arm in the grid: the same prompts and seeds in every row."""
+"""Images per arm in the grid: the same prompts and seeds in every row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class DemoReport:
     """Figures of every arm, and where to look."""
 
     arms: dict[str, dict[str, float | None]]
-    picture: Path
+    image: Path
     mlflow_uri: str | None
 
 
@@ -64,11 +64,11 @@ def run_demo(
             )  # fmt: skip
             uri = result.mlflow_uri
     some = next(iter(configs.values()))
-    picture = root / "arms.png"
+    image = root / "arms.png"
     order = ["base", *arms]
     images = torch.cat([reports[name].images[:_SHOWN] for name in order])
-    save_grid(images, picture, columns=min(_SHOWN, samples), labels=order, scale=2, title="same prompts, same seeds")
-    return DemoReport(arms={name: _row(reports[name], some) for name in order}, picture=picture, mlflow_uri=uri)
+    save_grid(images, image, columns=min(_SHOWN, samples), labels=order, scale=2, title="same prompts, same seeds")
+    return DemoReport(arms={name: _row(reports[name], some) for name in order}, image=image, mlflow_uri=uri)
 
 
 def _config(root: Path, name: str, overrides: Sequence[str], seed: int, iterations: int | None) -> Config:

@@ -1,4 +1,4 @@
-"""`acpo eval`: a model or pictures before judges, with intervals, on a suite of prompts."""
+"""`acpo eval`: a model or images before judges, with intervals, on a suite of prompts."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from acpo_dist.cli.app import answer, app, interruption, say
 @app.command("eval")
 def evaluate_command(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder, toy, or pictures.")
+        str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder, toy, or images.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     suite: Annotated[
@@ -26,7 +26,7 @@ def evaluate_command(
         str, typer.Option(help="Of a run: newest, best (by its judges), or an iteration.")
     ] = "newest",
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts or pictures, spread evenly over all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts or images, spread evenly over all.")] = None,
     seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder; evaluations/SOURCE-SUITE if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")] = False,
@@ -38,10 +38,10 @@ def evaluate_command(
     drift: Annotated[int, typer.Option(min=0, help="Samples for drift of a run from its base; 0 for none.")] = 32,
     prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
     category_column: Annotated[str, typer.Option(help="Column of categories.")] = "category",
-    image_column: Annotated[str, typer.Option(help="Column of pictures in a parquet file.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Column of images in a parquet file.")] = "image",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Draw a suite with a model, or take pictures that are there, and have judges score them.
+    """Draw a suite with a model, or take images that are there, and have judges score them.
 
     Every judge gets a mean with its 95 % interval over prompts; with --compare the paired difference on the same seeds
     and the win rate. A judge that fails is named with its sample, counted as missing, and makes the exit code 1.
@@ -61,7 +61,7 @@ def evaluate_command(
         )
     )  # fmt: skip
     folder = out or Path("evaluations") / "-".join(
-        [Path(source).stem or "pictures", *([request.suite.name] if request.suite else [])]
+        [Path(source).stem or "images", *([request.suite.name] if request.suite else [])]
     )
     chosen = LocalBackend() if not _on_ray(backend, workers, config) else _ray(config, workers)
     try:
@@ -72,7 +72,7 @@ def evaluate_command(
         say(f"{word}; the same command with --resume goes on in {folder}")
         raise typer.Exit(code) from None
     for failure in report["failures"][:20]:
-        say(f"no score: {failure['arm']} {failure['picture']}, judge {failure['judge']}: {failure['error']}")
+        say(f"no score: {failure['arm']} {failure['image']}, judge {failure['judge']}: {failure['error']}")
     if as_json:
         answer({"folder": str(folder), **report})
     else:

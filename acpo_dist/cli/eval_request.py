@@ -8,10 +8,10 @@ from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.evaluation.suites.evaluate import Request
-from acpo_dist.evaluation.suites.images import holds_pictures
+from acpo_dist.evaluation.suites.images import holds_images
 from acpo_dist.evaluation.suites.judges import check_names, judge_sections
 from acpo_dist.evaluation.suites.set_metrics import open_extractor
-from acpo_dist.evaluation.suites.subject import BASE, ModelSubject, open_comparison, open_model, open_pictures
+from acpo_dist.evaluation.suites.subject import BASE, ModelSubject, open_comparison, open_images, open_model
 from acpo_dist.evaluation.suites.suite import UNCONDITIONAL, load_suite
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.training.run_folder import RESOLVED
@@ -48,12 +48,12 @@ def request_of(options: Options) -> tuple[Request, Config]:
         "extractor": extractor, "features": options.features, "limit": options.limit,
         "prompt_column": options.prompt_column, "image_column": options.image_column,
     }  # fmt: skip
-    if _is_pictures(options.source):
-        return _pictures(options, common)
+    if _is_images(options.source):
+        return _images(options, common)
     path = Path(options.source)
     if path.is_dir() and not _is_model(path):
         raise UsageError(
-            f"{options.source} holds no picture, and is neither a run (no {RESOLVED}) nor a "
+            f"{options.source} holds no image, and is neither a run (no {RESOLVED}) nor a "
             "pipeline (no model_index.json)."
         )
     if options.suite is None:
@@ -68,10 +68,8 @@ def request_of(options: Options) -> tuple[Request, Config]:
         options.source, options.overrides, checkpoint=options.checkpoint, prompted=suite.name != UNCONDITIONAL
     )
     sections, trained_on = _judges(options, subject)
-    if options.compare is not None and _is_pictures(options.compare):
-        raise UsageError(
-            f"--compare {options.compare}: pictures compare with pictures, and {options.source} is a model."
-        )
+    if options.compare is not None and _is_images(options.compare):
+        raise UsageError(f"--compare {options.compare}: images compare with images, and {options.source} is a model.")
     comparison = (
         open_comparison(options.compare, subject, checkpoint=options.checkpoint)
         if options.compare is not None
@@ -85,22 +83,22 @@ def request_of(options: Options) -> tuple[Request, Config]:
     return request, subject.config
 
 
-def _pictures(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
-    """Pictures that are there already: no model draws, so no model option may be given."""
+def _images(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
+    """Images that are there already: no model draws, so no model option may be given."""
     if options.samples_per_prompt != 1:
         raise UsageError(
-            f"{options.source} holds pictures, which are judged as they are: leave --samples-per-prompt out."
+            f"{options.source} holds images, which are judged as they are: leave --samples-per-prompt out."
         )
-    if options.compare is not None and not _is_pictures(options.compare):
-        raise UsageError(f"--compare {options.compare}: {options.source} holds pictures, so it must hold pictures too.")
+    if options.compare is not None and not _is_images(options.compare):
+        raise UsageError(f"--compare {options.compare}: {options.source} holds images, so it must hold images too.")
     if not options.judges:
-        raise UsageError("pictures need --judges; `acpo rewards list` has them all.")
+        raise UsageError("images need --judges; `acpo rewards list` has them all.")
     suite = None
     if options.suite is not None:
         suite = load_suite(options.suite, prompt_column=options.prompt_column, category_column=options.category_column)
     request = Request(
-        subject=open_pictures(options.source), suite=suite, sections=judge_sections(options.judges),
-        comparison=open_pictures(options.compare) if options.compare is not None else None, **common,
+        subject=open_images(options.source), suite=suite, sections=judge_sections(options.judges),
+        comparison=open_images(options.compare) if options.compare is not None else None, **common,
     )  # fmt: skip
     # Only its placement is read, and only on Ray: no model is loaded.
     return request, load_config("toy_sdxl", options.overrides)
@@ -123,11 +121,11 @@ def _is_model(path: Path) -> bool:
     return (path / RESOLVED).is_file() or (path / "model_index.json").is_file()
 
 
-def _is_pictures(source: str) -> bool:
+def _is_images(source: str) -> bool:
     path = Path(source)
     if _is_model(path):
         return False
     if source.startswith("toy-") and not path.exists():
         resolve_path(source)
         return False
-    return holds_pictures(path)
+    return holds_images(path)

@@ -15,13 +15,13 @@ def show(report: Mapping[str, Any], folder: Path) -> None:
     """Tables on standard output: they are the answer."""
     console = Console(rich_console=rich.console.Console(file=sys.stdout))
     judges, sets = report["judges"], report["sets"]
-    compared = any("comparison" in figures for figures in judges)
+    compared = any("comparison" in metrics for metrics in judges)
     console.table(*_means(judges, compared))
-    _say(console, reasons_of({figures["judge"]: figures for figures in judges}))
-    for figures in judges:
-        if figures["categories"]:
-            console.table(*_categories(figures, compared))
-            _say(console, reasons_of(figures["categories"]))
+    _say(console, reasons_of({metrics["judge"]: metrics for metrics in judges}))
+    for metrics in judges:
+        if metrics["categories"]:
+            console.table(*_categories(metrics, compared))
+            _say(console, reasons_of(metrics["categories"]))
     console.table(*_sets(sets))
     if "drift" in report:
         console.table(*_drift(report["drift"]))
@@ -34,27 +34,27 @@ def _say(console: Console, lines: list[str]) -> None:
 
 
 def _means(judges: list[dict[str, Any]], compared: bool) -> tuple[str, list[str], list[list[str]]]:
-    rows = [_cells(_name(figures), figures, compared) for figures in judges]
+    rows = [_cells(_name(metrics), metrics, compared) for metrics in judges]
     better = "; a positive difference speaks for the model" if compared else ""
     return f"mean and 95 % interval over prompts{better}", _head("judge", compared), rows
 
 
-def _categories(figures: dict[str, Any], compared: bool) -> tuple[str, list[str], list[list[str]]]:
-    rows = [_cells(name, part, compared) for name, part in figures["categories"].items()]
-    return f"{_name(figures)} by category", _head("category", compared), rows
+def _categories(metrics: dict[str, Any], compared: bool) -> tuple[str, list[str], list[list[str]]]:
+    rows = [_cells(name, part, compared) for name, part in metrics["categories"].items()]
+    return f"{_name(metrics)} by category", _head("category", compared), rows
 
 
 def _head(first: str, compared: bool) -> list[str]:
     return [first, "model", *(["comparison", "difference", "win rate"] if compared else []), "n"]
 
 
-def _cells(name: str, figures: Mapping[str, Any], compared: bool) -> list[str]:
-    cells = [name, _mean(figures["model"])]
+def _cells(name: str, metrics: Mapping[str, Any], compared: bool) -> list[str]:
+    cells = [name, _mean(metrics["model"])]
     if compared:
-        cells.append(_mean(figures["comparison"]) if "comparison" in figures else "-")
-        paired = figures.get("paired", {})
+        cells.append(_mean(metrics["comparison"]) if "comparison" in metrics else "-")
+        paired = metrics.get("paired", {})
         cells += [_interval(paired[key]) if key in paired else "-" for key in ("difference", "win_rate")]
-    return [*cells, "\n".join(counts_of(figures))]
+    return [*cells, "\n".join(counts_of(metrics))]
 
 
 def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
@@ -63,7 +63,7 @@ def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         one = sets.get(arm)
         if not one:
             continue
-        count = f"{one['num_pictures']} pictures"
+        count = f"{one['num_images']} images"
         if "not_given" in one:
             rows.append([f"{arm}: features", *_given(one, "", count)])
             continue
@@ -97,12 +97,12 @@ def _drift(drift: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return title, ["timestep", "anchor error", "denoising error, base", "denoising error, model"], rows
 
 
-def _name(figures: Mapping[str, Any]) -> str:
+def _name(metrics: Mapping[str, Any]) -> str:
     remarks = [
-        *([] if figures["higher_is_better"] else ["lower is better"]),
-        *([] if figures["role"] == "judge" else [figures["role"]]),
+        *([] if metrics["higher_is_better"] else ["lower is better"]),
+        *([] if metrics["role"] == "judge" else [metrics["role"]]),
     ]
-    return figures["judge"] + (f" ({', '.join(remarks)})" if remarks else "")
+    return metrics["judge"] + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def _mean(one: Mapping[str, Any]) -> str:

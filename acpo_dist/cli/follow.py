@@ -19,17 +19,17 @@ def follow(
 ) -> None:
     """Follow a run from outside: gains, drift, guard and times, live on a terminal, else a line per iteration."""
     from acpo_dist.analysis.report.follow_page import show_now, show_until_end
-    from acpo_dist.analysis.report.metrics import figures_of, verdict
+    from acpo_dist.analysis.report.metrics import metrics_of, verdict
     from acpo_dist.analysis.report.record import read_run, require_rows
     from acpo_dist.tracking.console import Console
 
     record = read_run(run)
     if as_json:
-        answer(figures_of(require_rows(record)).to_mapping())
+        answer(metrics_of(require_rows(record)).to_mapping())
         return
     console = Console()
     if once:
         show_now(require_rows(record), console)
     else:
         show_until_end(record, console, wait_s=wait_s)
-    console.message(verdict(figures_of(read_run(run)))[1])
+    console.message(verdict(metrics_of(read_run(run)))[1])

@@ -1,4 +1,4 @@
-"""`acpo generate`: pictures from a tuned model, through plain diffusers."""
+"""`acpo generate`: images from a tuned model, through plain diffusers."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ def generate(
         str, typer.Argument(help="Run, pipeline folder, hub id, or an embedded toy. With --lora a run is its base.")
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Pictures per prompt; their seeds follow from --seed.")] = 1,
+    num: Annotated[int, typer.Option(min=1, help="Images per prompt; their seeds follow from --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Denoise steps, where no schedule says it.")] = 20,
     schedule: Annotated[Path | None, typer.Option(help="Trajectory: artefact of `acpo vrg`, or a text file.")] = None,
     solver: Annotated[
@@ -28,45 +28,45 @@ def generate(
         int | None, typer.Option(help="Height and width in pixels; default: the run's, or the model's own.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
-    anchor_strength: Annotated[
+    anchor_scale: Annotated[
         float | None, typer.Option(help="0 the base model, 1 the tuned one; needs --lora, or a run that tuned one.")
     ] = None,
-    strength_range: Annotated[
+    scale_range: Annotated[
         list[str] | None, typer.Option(help="t0:t1:a, another strength for these timesteps; repeat for several.")
     ] = None,
     grid: Annotated[str | None, typer.Option(help="Strengths side by side, such as 0,0.25,0.5,0.75,1.")] = None,
     seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and their grid.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("images"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Draw pictures from prompts and seeds, one PNG each, and a grid with a row per prompt and seed."""
+    """Draw images from prompts and seeds, one PNG each, and a grid with a row per prompt and seed."""
     import torch
 
     from acpo_dist.analysis.release.pipeline import (
         arguments_for,
         exported_lora,
+        images_of,
         open_base,
         open_pipeline,
-        pictures_of,
         run_config,
         size_arguments,
     )
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.seeding import derive_seed
-    from acpo_dist.models.lora_scale import AnchorKnob, check_strength, parse_grid, parse_range
+    from acpo_dist.models.lora_scale import LoraScale, check_scale, parse_grid, parse_range
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.images import save_grid
 
-    wanted = anchor_strength is not None or bool(strength_range) or grid is not None
+    wanted = anchor_scale is not None or bool(scale_range) or grid is not None
     config = run_config(model)
     if wanted and lora is None:
         lora = exported_lora(model)
-    if grid is not None and anchor_strength is not None:
+    if grid is not None and anchor_scale is not None:
         raise UsageError("--grid draws several strengths, --anchor-strength one: give one of the two")
-    strengths = parse_grid(grid) if grid is not None else (1.0 if anchor_strength is None else anchor_strength,)
-    for value in strengths:
-        check_strength(value, "--anchor-strength")
-    ranges = [parse_range(text) for text in strength_range or ()]
+    scales = parse_grid(grid) if grid is not None else (1.0 if anchor_scale is None else anchor_scale,)
+    for value in scales:
+        check_scale(value, "--anchor-strength")
+    ranges = [parse_range(text) for text in scale_range or ()]
     if config is not None and lora is not None:
         # The run's export holds its LoRA merged in; another one, or a part of it, goes on what the run tuned.
         pipeline, conditional = open_base(config, solver)
@@ -74,42 +74,42 @@ def generate(
         pipeline, conditional = open_pipeline(model, solver)
     if conditional and not prompt:
         raise UsageError("the model draws from prompts: give --prompt, once or more often")
-    knob = AnchorKnob(pipeline, lora) if lora is not None else None
+    lora_scale = LoraScale(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
     if config is not None:
         size = getattr(config.model, "image_size", None) if size is None else size
         negative_prompt = getattr(config.model, "negative_prompt", None) if negative_prompt is None else negative_prompt
-    walk = arguments_for(pipeline, schedule, steps) | size_arguments(pipeline, size)
-    console, rows, pictures, labels = Console(), [], [], []
+    trajectory_args = arguments_for(pipeline, schedule, steps) | size_arguments(pipeline, size)
+    console, rows, images, labels = Console(), [], [], []
     out.mkdir(parents=True, exist_ok=True)
-    with console.phase("generate", len(prompts) * num * len(strengths)) as advance:
+    with console.phase("generate", len(prompts) * num * len(scales)) as advance:
         for index, text in enumerate(prompts):
             for sample in range(num):
                 own = derive_seed("generate", seed, text, sample)
                 asked: dict[str, Any] = {"prompt": text, "guidance_scale": guidance_scale} if conditional else {}
                 if conditional and negative_prompt is not None:
                     asked["negative_prompt"] = negative_prompt
-                for place, strength in enumerate(strengths):
-                    if knob is not None:
-                        knob.set(strength, ranges)
+                for place, scale in enumerate(scales):
+                    if lora_scale is not None:
+                        lora_scale.set(scale, ranges)
                     generator = torch.Generator().manual_seed(own)
-                    picture = pictures_of(pipeline(**asked, **walk, generator=generator, output_type="np"))
-                    suffix = f"-{place:02d}" if len(strengths) > 1 else ""
+                    image = images_of(pipeline(**asked, **trajectory_args, generator=generator, output_type="np"))
+                    suffix = f"-{place:02d}" if len(scales) > 1 else ""
                     path = out / f"{index:03d}-{sample:03d}{suffix}.png"
-                    save_grid(picture, path, columns=1, scale=1)
+                    save_grid(image, path, columns=1, scale=1)
                     row = {"path": str(path), "prompt": text, "seed": own}
-                    rows.append(row | ({"anchor_strength": strength} if knob is not None else {}))
-                    pictures.append(picture)
+                    rows.append(row | ({"anchor_strength": scale} if lora_scale is not None else {}))
+                    images.append(image)
                     advance(1)
                 labels.append(text or "-")
     sheet = out / "grid.png"
-    several = len(strengths) > 1
+    several = len(scales) > 1
     save_grid(
-        torch.cat(pictures), sheet, columns=len(strengths) if several else num,
+        torch.cat(images), sheet, columns=len(scales) if several else num,
         labels=labels if several else labels[::num],
-        title="anchor strength " + ", ".join(f"{value:g}" for value in strengths) if several else None,
+        title="anchor strength " + ", ".join(f"{value:g}" for value in scales) if several else None,
     )  # fmt: skip
     if as_json:
-        answer({"pictures": rows, "grid": str(sheet)})
+        answer({"images": rows, "grid": str(sheet)})
         return
-    console.message(f"{len(rows)} pictures in {out}; {sheet}")
+    console.message(f"{len(rows)} images in {out}; {sheet}")

@@ -1,4 +1,4 @@
-"""`acpo pairs`: scored pictures to a file that preference algorithms train on."""
+"""`acpo pairs`: scored images to a file that preference algorithms train on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,11 +29,11 @@ def pairs(
     from acpo_dist.core.errors import DataError
     from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 
-    pictures = read_scores(scores, folder or scores.parent, score or [], prompt_column)
+    images = read_scores(scores, folder or scores.parent, score or [], prompt_column)
     kept, counts = pair_up(
-        pictures, lower_is_better=lower or [], margin=margin, absolute=not beaten, duplicates=duplicates
+        images, lower_is_better=lower or [], margin=margin, absolute=not beaten, duplicates=duplicates
     )
-    used = list(pictures[0].scores)
+    used = list(images[0].scores)
     told = ", ".join(f"{name} {count}" for name, count in counts.items())
     if not kept:
         raise DataError(f"no pair is left by {', '.join(used)} ({told}).")

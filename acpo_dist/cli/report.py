@@ -19,11 +19,11 @@ def report(
     at: Annotated[
         str, typer.Option(help="Weights to draw with: export, last, best (by the judges), or an iteration.")
     ] = "export",
-    samples: Annotated[bool, typer.Option(help="Draw pictures and measure drift by timestep.")] = True,
+    samples: Annotated[bool, typer.Option(help="Draw images and measure drift by timestep.")] = True,
     mlflow: Annotated[bool, typer.Option(help="Add the page to the runs in MLflow.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the figures.")] = False,
 ) -> None:
-    """One HTML file about runs: quality against drift, judges, guard, time, base | tuned pictures. Works offline."""
+    """One HTML file about runs: quality against drift, judges, guard, time, base | tuned images. Works offline."""
     from acpo_dist.analysis.report.build import Drawing, build_report
     from acpo_dist.analysis.report.metrics import verdict
     from acpo_dist.tracking.console import Console
@@ -34,8 +34,8 @@ def report(
     if as_json:
         rows = [
             {
-                "label": view.label, **view.figures.to_mapping(), "notes": list(view.notes),
-                "pictures": [
+                "label": view.label, **view.metrics.to_mapping(), "notes": list(view.notes),
+                "images": [
                     {"prompt": pair.base.prompt, "seed": pair.base.seed, "gain": pair.gain, "base": str(pair.base.file),
                      "tuned": str(pair.tuned.file), "base_scores": pair.base.scores, "tuned_scores": pair.tuned.scores}
                     for pair in (view.gallery.pairs if view.gallery else ())
@@ -49,6 +49,6 @@ def report(
     for view in made.views:
         for note in view.notes:
             console.message(f"{view.label}: {note}")
-        console.message(f"{view.label}: {verdict(view.figures)[1]}")
+        console.message(f"{view.label}: {verdict(view.metrics)[1]}")
     added = [label for label, done in made.tracked.items() if done]
     console.message(f"{made.path}" + (f"; added to MLflow: {', '.join(added)}" if added else ""))

@@ -47,9 +47,9 @@ def status(
     )  # fmt: skip
     console.table(
         "replicas",
-        ["metric", "replica", "pid", "up s", "requests", "pictures", "batch", "busy", "queue"],
+        ["metric", "replica", "pid", "up s", "requests", "images", "batch", "busy", "queue"],
         [
-            [pool["metric"], one["replica"], one["pid"], f"{one['up_s']:.0f}", one["requests"], one["pictures"],
+            [pool["metric"], one["replica"], one["pid"], f"{one['up_s']:.0f}", one["requests"], one["images"],
              _figure(one["batch"], "{:.1f}"), _figure(one["utilisation"], "{:.0%}"), one["queue"]]
             for pool in pools for one in pool["replicas"]
         ],

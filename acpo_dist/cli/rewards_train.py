@@ -24,23 +24,23 @@ def _group() -> None:
 @train_app.command("two_stream")
 def two_stream(
     data: Annotated[
-        Path, typer.Argument(help="Folder or parquet file of good pictures, or a CSV file: path,mos[,reference].")
+        Path, typer.Argument(help="Folder or parquet file of good images, or a CSV file: path,mos[,reference].")
     ],
     out: Annotated[Path, typer.Option(help="File for the weights, or a folder for it.")] = Path(
         "two_stream.safetensors"
     ),
-    column: Annotated[str, typer.Option(help="Picture column of a parquet file.")] = "image",
+    column: Annotated[str, typer.Option(help="Image column of a parquet file.")] = "image",
     network: Annotated[str, typer.Option(help="`toy` (44 thousand parameters) or `published` (1.4 million).")] = "toy",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=2, help="Windows per step.")] = 64,
     learning_rate: Annotated[float, typer.Option(min=1e-8, help="Highest one.")] = 3e-3,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the references to report on.")] = 0.2,
-    limit: Annotated[int, typer.Option(min=10, help="Most pictures that are read.")] = 5_000,
+    limit: Annotated[int, typer.Option(min=10, help="Most images that are read.")] = 5_000,
     lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The CSV file holds DMOS.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """TwoStream-IQA on good pictures under graded damage, or on people's opinions; split by reference picture.
+    """TwoStream-IQA on good images under graded damage, or on people's opinions; split by reference image.
 
     Prints rank and linear correlation (SRCC, PLCC) on references that were not trained on. Use the weights as
     `rewards.train: [{type: two_stream, weights: FILE}]`.
@@ -52,7 +52,7 @@ def two_stream(
     if network not in SIZES:
         raise UsageError(f"--network {network}: expected {' or '.join(SIZES)}.")
     console = Console()
-    console.message(f"reading pictures of {data}")
+    console.message(f"reading images of {data}")
     found = load_training_data(data, column=column, most=limit, lower_is_better=lower_is_better)
     settings = QualitySettings(
         network=network, steps=steps, batch_size=batch_size, learning_rate=learning_rate, held_out=held_out, seed=seed
@@ -64,7 +64,7 @@ def two_stream(
         answer(asdict(report))
         return
     console.message(
-        f"SRCC {report.srcc:.3f}, PLCC {report.plcc:.3f} on {report.held_out_pictures} pictures of "
+        f"SRCC {report.srcc:.3f}, PLCC {report.plcc:.3f} on {report.held_out_images} images of "
         f"{report.held_out_references} held-out references ({report.references} trained on), {report.seconds:.0f} s\n"
         f"use it: rewards.train=[{{type: two_stream, weights: {report.weights}}}]"
     )
@@ -75,7 +75,7 @@ def ipce(
     data: Annotated[
         str,
         typer.Argument(
-            help="Parquet file with pictures and captions, a CSV file (path, the captions' column, and mos if people "
+            help="Parquet file with images and captions, a CSV file (path, the captions' column, and mos if people "
             "were asked), or `toy`."
         ),
     ],
@@ -83,19 +83,19 @@ def ipce(
         str | None, typer.Option(help="Folder or hub id of the CLIP to start from; `toy` makes a tiny one instead.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the weights.")] = Path("ipce"),
-    column: Annotated[str, typer.Option(help="Picture column of a parquet file.")] = "image",
+    column: Annotated[str, typer.Option(help="Image column of a parquet file.")] = "image",
     prompt_column: Annotated[str, typer.Option(help="Column with the captions.")] = "prompt",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; `toy`: of each of its two stages.")] = 400,
-    batch_size: Annotated[int, typer.Option(min=2, help="Pictures per step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(min=1e-8, help="At the start.")] = 5e-6,
     held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the captions to report on.")] = 0.2,
-    limit: Annotated[int, typer.Option(min=10, help="Most pictures that are read.")] = 5_000,
+    limit: Annotated[int, typer.Option(min=10, help="Most images that are read.")] = 5_000,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """IPCE on captioned pictures: with opinions on those, else own captions (5) against strange ones (0).
+    """IPCE on captioned images: with opinions on those, else own captions (5) against strange ones (0).
 
-    Prints the share of held-out pictures that score higher with their own caption than with another one. Use the
+    Prints the share of held-out images that score higher with their own caption than with another one. Use the
     weights as `rewards.train: [{type: ipce, weights: FOLDER}]`.
     """
     from acpo_dist.core.errors import UsageError
@@ -118,7 +118,7 @@ def ipce(
             raise UsageError("set --clip to a CLIP to start from: folder, or hub id (openai/clip-vit-base-patch32).")
         from acpo_dist.rewards.training.correspondence import CorrespondenceSettings, read_captioned, train_ipce
 
-        console.message(f"reading pictures and captions of {data}")
+        console.message(f"reading images and captions of {data}")
         captioned = read_captioned(Path(data), column=column, prompt_column=prompt_column, most=limit)
         settings = CorrespondenceSettings(
             steps=steps, batch_size=batch_size, learning_rate=learning_rate, held_out=held_out, seed=seed
@@ -128,5 +128,5 @@ def ipce(
     if as_json:
         answer(found)
         return
-    figures = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
-    console.message(f"{figures}\nuse it: rewards.train=[{{type: ipce, weights: {out}}}]")
+    metrics = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if isinstance(value, float))
+    console.message(f"{metrics}\nuse it: rewards.train=[{{type: ipce, weights: {out}}}]")

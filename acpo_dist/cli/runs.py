@@ -20,7 +20,7 @@ def runs(
     """List runs: state, iterations, gain of rewards and judges, drift, guard, time."""
     from acpo_dist.analysis.report.cells import LIST_COLUMNS, list_cells
     from acpo_dist.analysis.report.find import runs_below, runs_of_experiment
-    from acpo_dist.analysis.report.metrics import figures_of
+    from acpo_dist.analysis.report.metrics import metrics_of
     from acpo_dist.analysis.report.terminal import show_table
 
     problems: list[str] = []
@@ -30,9 +30,9 @@ def runs(
         records, problems = runs_below(folder or Path("runs"))
     for problem in problems:
         say(f"left out: {problem}")
-    figures = [figures_of(record) for record in records]
+    metrics = [metrics_of(record) for record in records]
     if as_json:
-        answer({"runs": [each.to_mapping() for each in figures], "left_out": problems})
+        answer({"runs": [each.to_mapping() for each in metrics], "left_out": problems})
         return
-    rows = [list_cells(each) for each in figures]
+    rows = [list_cells(each) for each in metrics]
     show_table(f"{len(rows)} runs; gains in standard deviations of base samples", LIST_COLUMNS, rows)

@@ -1,4 +1,4 @@
-"""`acpo score`: real pictures through any reward."""
+"""`acpo score`: real images through any reward."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +15,25 @@ _PLOTS = (".png", ".svg", ".pdf")
 @app.command("score")
 def score(
     images: Annotated[
-        list[Path], typer.Argument(help="Pictures, folders of pictures, parquet files, or patterns of these in quotes.")
+        list[Path], typer.Argument(help="Images, folders of images, parquet files, or patterns of these in quotes.")
     ],
     reward: Annotated[
         list[str] | None,
         typer.Option("--reward", "--metric", help="Name from `acpo rewards list`, pyiqa:NAME or module:Class; repeat."),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights file for the reward, where it takes one.")] = None,
-    column: Annotated[str, typer.Option(help="Picture column of a parquet file.")] = "image",
+    column: Annotated[str, typer.Option(help="Image column of a parquet file.")] = "image",
     prompt: Annotated[str, typer.Option(help="Prompt for rewards that read one.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many pictures.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of one size scored at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size scored at once.")] = 8,
     csv: Annotated[Path | None, typer.Option(help="Write the scores to a CSV file too.")] = None,
     histogram: Annotated[bool, typer.Option("--histogram", help="Show how the scores are distributed.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw that into a picture file (.png, .svg, .pdf).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw that into an image file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every score.")] = False,
 ) -> None:
-    """Score real pictures, losslessly, each on its own; raw scores in the reward's own unit.
+    """Score real images, losslessly, each on its own; raw scores in the reward's own unit.
 
-    Pictures that cannot be read, or that a reward cannot score, are named and left out: exit code 1.
+    Images that cannot be read, or that a reward cannot score, are named and left out: exit code 1.
     """
     from statistics import fmean
 
@@ -77,25 +77,25 @@ def score(
     elif rows:
         table = [[row["path"], *(_figure(row[name]) for name in names)] for row in rows]
         mean = ["mean", *(_figure(means.get(name)) for name in names)]
-        console.table(f"{len(rows)} pictures", ["path", *names], [*table, mean])
+        console.table(f"{len(rows)} images", ["path", *names], [*table, mean])
     if histogram and not as_json:
         for name, values in found.items():
-            console.message("\n".join([f"{name}, {len(values)} pictures", *text_histogram(values)]))
+            console.message("\n".join([f"{name}, {len(values)} images", *text_histogram(values)]))
     if skipped:
         raise typer.Exit(1)
 
 
 def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: list[str]) -> list[float | None]:
-    """One reward's scores of a batch; None for a picture that it cannot score, which is noted."""
+    """One reward's scores of a batch; None for an image that it cannot score, which is noted."""
     import torch
 
     from acpo_dist.core.errors import AcpoError, WorkerError
 
     try:
-        return worker.score(torch.stack([picture for _, picture in batch]), [prompt] * len(batch))
+        return worker.score(torch.stack([image for _, image in batch]), [prompt] * len(batch))
     except WorkerError:
         raise
-    except Exception as error:  # a reward may be anybody's code; what it raises concerns the picture that it was given
+    except Exception as error:  # a reward may be anybody's code; what it raises concerns the image that it was given
         if len(batch) == 1:
             said = str(error)
             if not isinstance(error, AcpoError):
@@ -113,18 +113,18 @@ def _figure(value: float | None) -> str:
 def _batches(
     paths: list[Path], column: str, limit: int | None, size: int, skipped: list[str]
 ) -> Iterator[list[tuple[str, Any]]]:
-    """Consecutive pictures of one size, at most `size`, fewer of large ones; one that cannot be decoded is noted."""
+    """Consecutive images of one size, at most `size`, fewer of large ones; one that cannot be decoded is noted."""
     from itertools import islice
 
     from acpo_dist.data.images import read_images
     from acpo_dist.evaluation.suites.images import at_once
 
     batch: list[tuple[str, Any]] = []
-    for name, picture in islice(read_images(paths, column=column, skip=skipped.append), limit):
-        if batch and (len(batch) == at_once(batch[0][1], size) or batch[0][1].shape != picture.shape):
+    for name, image in islice(read_images(paths, column=column, skip=skipped.append), limit):
+        if batch and (len(batch) == at_once(batch[0][1], size) or batch[0][1].shape != image.shape):
             yield batch
             batch = []
-        batch.append((name, picture))
+        batch.append((name, image))
     if batch:
         yield batch
 

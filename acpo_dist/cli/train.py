@@ -29,7 +29,7 @@ def train(
     if chosen == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
         console.message(
             f"in this process: rollout.num_workers={config.rollout.num_workers} and rewards.replicas="
-            f"{config.rewards.replicas} only count on Ray; the pictures and figures are the same"
+            f"{config.rewards.replicas} only count on Ray; the images and figures are the same"
         )
     result = drive(config, ports_for(chosen), console, resume=resume)
     if as_json:

@@ -30,10 +30,10 @@ class GuardConfig(Section):
 
     action: Literal["none", "warn", "lower_reward", "stop", "roll_back"] = "warn"
     """What a rule over its `stop` limit does; `roll_back` stops and keeps the best checkpoint by the judges."""
-    pictures: int = Field(default=64, ge=1)
-    """Most pictures per iteration whose content and diversity are measured; they travel to the driver."""
+    images: int = Field(default=64, ge=1)
+    """Most images per iteration whose content and diversity are measured; they travel to the driver."""
     drift_timesteps: int = Field(default=4, ge=0)
-    """Timesteps at which the drift of freshly updated weights is measured before they are published, on the pictures of
+    """Timesteps at which the drift of freshly updated weights is measured before they are published, on the images of
     one rollout chunk; 0 leaves drift to what the update itself measured, which is half an iteration behind."""
     smoothing: float = Field(default=0.3, gt=0, le=1)
     """Weight of the newest iteration in the running means that rules look at; 1 takes each iteration alone. Drift is

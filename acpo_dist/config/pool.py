@@ -34,7 +34,7 @@ class MetricPoolConfig(Section):
     max_queued_requests: int = Field(default=128, ge=1)
     """Requests that wait per caller; further ones are turned away and come again later."""
     max_batch: int = Field(default=16, ge=1)
-    """Most pictures per forward, from however many requests; halved where the memory does not last."""
+    """Most images per forward, from however many requests; halved where the memory does not last."""
     batch_wait_s: float = Field(default=0.0, ge=0)
     """How long a batch that is not full waits for more; 0 takes what is there."""
     cpus: float | None = Field(default=None, ge=0)

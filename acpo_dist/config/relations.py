@@ -153,7 +153,7 @@ def _check_pairs(config: Config) -> None:
         )
     if not resolve("model", MODELS, config.model.type).conditional:
         raise ConfigError(
-            "data.pairs holds captioned pictures, and the model draws without prompts: unset data.pairs to pair up "
+            "data.pairs holds captioned images, and the model draws without prompts: unset data.pairs to pair up "
             "the rollouts."
         )
 
@@ -173,7 +173,7 @@ def _check_anchor(config: Config) -> None:
     if from_data and not resolve("model", MODELS, config.model.type).pixel_space:
         raise ConfigError(
             f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
-            "pictures: set algorithm.anchor.source=rollout."
+            "images: set algorithm.anchor.source=rollout."
         )
     if getattr(config.algorithm, "data_weight", 0) > 0:
         missing = [
@@ -188,7 +188,7 @@ def _check_anchor(config: Config) -> None:
         if missing:
             raise ConfigError(
                 f"algorithm.data_weight is {config.algorithm.data_weight}, and the denoising loss shares the anchor's "
-                f"batch of real pictures, which needs {', '.join(missing)}."
+                f"batch of real images, which needs {', '.join(missing)}."
             )
 
 
@@ -256,7 +256,7 @@ def _check_rewards(config: Config) -> None:
 def _unusable(metric: Any, entry: Any, *, conditional: bool) -> str | None:
     if getattr(metric, "needs_prompts", False) and not conditional:
         return (
-            "compares pictures with their prompts, and the model draws without any. Choose a metric that sees pictures "
+            "compares images with their prompts, and the model draws without any. Choose a metric that sees images "
             "alone, or a model that draws from prompts"
         )
     return metric.unusable(entry)
@@ -268,12 +268,12 @@ def _bad_hinge(metric: Any, entry: Any) -> str | None:
         return None
     if not hinge.exists():
         return (
-            f"`hinge` is `{hinge}`, and there is no such file or folder. Give real pictures (file, folder, parquet "
+            f"`hinge` is `{hinge}`, and there is no such file or folder. Give real images (file, folder, parquet "
             "file), or a normalised score as a number"
         )
     if getattr(metric, "needs_prompts", False):
         return (
-            f"`hinge` is `{hinge}`, but `{entry.type}` compares pictures with prompts, which real pictures come "
+            f"`hinge` is `{hinge}`, but `{entry.type}` compares images with prompts, which real images come "
             "without. Give a normalised score as a number"
         )
     return None

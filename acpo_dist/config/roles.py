@@ -38,7 +38,7 @@ class RewardRoleConfig(RoleConfig):
     """The reward replicas."""
 
     near_rollout: bool = True
-    """Prefer machines with rollout workers, where the pictures are; others are taken when these are full."""
+    """Prefer machines with rollout workers, where the images are; others are taken when these are full."""
 
 
 class RolesConfig(Section):

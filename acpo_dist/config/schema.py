@@ -29,18 +29,18 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts and real pictures."""
+    """Prompts and real images."""
 
     prompts: str = "toy"
     """`toy` (captions of the closed world), `none` (unconditional), or a text, CSV or TSV file of prompts."""
     prompt_column: str = "prompt"
     """Column of a CSV or TSV file, case-insensitive."""
     path: Path | None = None
-    """Parquet file of real pictures; they feed the base recipe, the anchor's forward-noised batch and the data term."""
+    """Parquet file of real images; they feed the base recipe, the anchor's forward-noised batch and the data term."""
     image_column: str = "image"
-    """Column with the picture: encoded bytes, or a struct with the field `bytes`."""
+    """Column with the image: encoded bytes, or a struct with the field `bytes`."""
     max_images: int | None = Field(default=None, ge=1)
-    """Use only the first so many pictures."""
+    """Use only the first so many images."""
     pairs: Path | None = None
     """Parquet file, or a folder of them, with preference pairs in Pick-a-Pic's columns; None pairs up the rollouts."""
     absolute_pairs: bool = False
@@ -48,7 +48,7 @@ class DataConfig(Section):
 
 
 class SamplerConfig(Section):
-    """How rollouts walk from noise to picture."""
+    """How rollouts walk from noise to image."""
 
     num_steps: int = Field(default=20, ge=2)
     """Denoise steps of a rollout."""
@@ -111,7 +111,7 @@ class RolloutConfig(Section):
     num_workers: int = Field(default=1, ge=1)
     """Rollout workers (Ray); one in process."""
     batch_size: int = Field(default=16, ge=1)
-    """Samples drawn at once; chunks of this size do not depend on the number of workers, so neither do the pictures."""
+    """Samples drawn at once; chunks of this size do not depend on the number of workers, so neither do the images."""
     prompts_per_iteration: int = Field(default=32, ge=1)
     samples_per_prompt: int = Field(default=1, ge=1)
     cpus_per_worker: float = Field(default=1.0, ge=0)
@@ -133,7 +133,7 @@ class RewardsConfig(Section):
     spread_weight: float = Field(default=1.0, ge=0)
     """c of `pessimistic`: standard deviations (weighted, over the rewards) that disagreement costs."""
     cut: Literal["latent", "image"] = "latent"
-    """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded pictures."""
+    """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded images."""
     latent_crop: int | None = Field(default=None, ge=1)
     """Side, in elements of x0-hat, of a window that is decoded and scored for the gradient instead of the whole; drawn
     anew for every micro-batch. For rewards that average over patches; memory and time of the decoder shrink with it."""
@@ -205,7 +205,7 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; formulas, losses and master weights stay float32."""
-    max_refused_steps: int = Field(default=3, ge=0)
+    max_skipped_steps: int = Field(default=3, ge=0)
     """Optimiser steps in a row that may be left out because a loss or gradient is not finite; one more ends the run."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the averaged weights per optimiser step; 0 switches averaging off."""
@@ -225,7 +225,7 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where figures and pictures go besides `metrics.jsonl`."""
+    """Where figures and images go besides `metrics.jsonl`."""
 
     mlflow: bool = True
     """Record in MLflow too."""
@@ -235,7 +235,7 @@ class TrackingConfig(Section):
     images_every: int = Field(default=20, ge=1)
     """Iterations between sample grids."""
     num_images: int = Field(default=24, ge=1)
-    """Pictures per grid, always from the same prompts and seeds."""
+    """Images per grid, always from the same prompts and seeds."""
 
 
 class ClusterConfig(Section):

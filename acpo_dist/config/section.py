@@ -16,6 +16,13 @@ from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest, resolve
 
 
+RENAMED = {
+    "guard.pictures": "guard.images",
+    "learner.max_refused_steps": "learner.max_skipped_steps",
+}
+"""Keys of earlier versions and their present names; the old name fails and the message gives the new one."""
+
+
 class Section(BaseModel):
     """Frozen, and loud about keys it does not know."""
 
@@ -75,6 +82,8 @@ def _describe_one(problem: Any, model: type[BaseModel]) -> str:
     key = ".".join(path)
     found = problem["input"]
     if problem["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return f"`{key}` is now `{RENAMED[key]}`: rename it (value {found!r})"
         known = fields_at(model, path[:-1])
         prefix = ".".join(path[:-1])
         suggestion = nearest(path[-1], known)

@@ -15,8 +15,8 @@ from acpo_dist.core.types import (
     ScoreTable,
     TrainReport,
     TrainTask,
+    WeightAck,
     WeightBundle,
-    WeightEcho,
 )
 
 Advance = Callable[[int], None]
@@ -30,7 +30,7 @@ class RolloutPool(Protocol):
         """Draw every sample of every group; chunks keep groups whole and do not depend on the number of workers."""
         ...
 
-    def load(self, bundle: WeightBundle) -> list[WeightEcho]:
+    def load(self, bundle: WeightBundle) -> list[WeightAck]:
         """Load weights into every worker; each says what it holds afterwards."""
         ...
 
@@ -46,7 +46,7 @@ class RolloutPool(Protocol):
         """Make every worker follow a trajectory from the next `generate` on; each answers with its schedule id."""
         ...
 
-    def ends(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
         """x_0 (B, C, H, W) of every sample along another trajectory from the same noise; nothing else changes."""
         ...
 
@@ -58,7 +58,7 @@ class RolloutPool(Protocol):
         ...
 
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """Pictures of the named samples, uint8 (B, 3, H, W), in the order asked for."""
+        """Images of the named samples, uint8 (B, 3, H, W), in the order asked for."""
         ...
 
     def close(self) -> None:
@@ -79,8 +79,8 @@ class RewardPool(Protocol):
         """
         ...
 
-    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
-        """Raw scores of pictures that no rollout made, uint8 (B, 3, H, W), by a metric that reads no prompts.
+    def score_images(self, metric: str, images: Tensor) -> list[float]:
+        """Raw scores of images that no rollout made, uint8 (B, 3, H, W), by a metric that reads no prompts.
 
         Raises:
             RewardError: as `score`.
@@ -152,7 +152,7 @@ class Tracker(Protocol):
         ...
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record a picture file."""
+        """Record an image file."""
         ...
 
     def log_text(self, name: str, text: str) -> None:
@@ -174,7 +174,7 @@ class PairSource(Protocol):
     counts: Mapping[str, int]
     """How many can be used, and what became of the others."""
 
-    def deal(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+    def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
         """Sample ids of `count` pairs, winner and loser side by side; the same for the same arguments."""
         ...
 

@@ -83,8 +83,8 @@ class ScoredGroups:
     """Reward name -> its weight in the sum."""
     spread: float = 0.0
     """c of the composition: how much the rewards' disagreement costs."""
-    pictures: Callable[[], Mapping[str, Tensor]]
-    """Pictures by sample id, uint8 (3, H, W); fetched when asked for."""
+    images: Callable[[], Mapping[str, Tensor]]
+    """Images by sample id, uint8 (3, H, W); fetched when asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Selection:
     weights: Mapping[str, float]
     """Weight of each in the objective, signed where it is an advantage. 0 leaves a sample out of the objective alone:
     it stays in its batch, so that batch arithmetic holds, and under the anchor."""
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     """Counters for tracking."""
 
 
@@ -111,7 +111,7 @@ class Normaliser:
     target: float | None = None
     """Hinge target m in normalised units; None outside `hinge` and `softplus`."""
     ceiling: float | None = None
-    """Normalised score of real pictures, beyond which nothing more is gained; None without a `hinge`."""
+    """Normalised score of real images, beyond which nothing more is gained; None without a `hinge`."""
 
     def normalise(self, score: float) -> float:
         """Signed z-score: base samples have mean 0 and standard deviation 1, higher is better."""
@@ -156,7 +156,7 @@ class TrainTask:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RefusedStep:
+class SkippedStep:
     """An optimiser step that was left out, because a loss or the gradient was not finite."""
 
     step: int
@@ -175,7 +175,7 @@ class TrainReport:
     """Of the steps that were taken."""
     optim_steps: int
     """Those that were taken; without any, the weights are what they were."""
-    refused: tuple[RefusedStep, ...] = ()
+    skipped: tuple[SkippedStep, ...] = ()
     too_many: bool = False
     """More steps in a row were refused than may be; those after them were not tried."""
 
@@ -200,7 +200,7 @@ class WeightBundle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightEcho:
+class WeightAck:
     """What a worker says it holds, computed from its own parameters after loading."""
 
     worker: str

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import WeightSyncError
-from acpo_dist.core.types import WeightBundle, WeightEcho
+from acpo_dist.core.types import WeightAck, WeightBundle
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -26,15 +26,15 @@ def make_bundle(version: int, tensors: Mapping[str, Tensor]) -> WeightBundle:
     return WeightBundle(version=version, checksum=checksum(copies), tensors=copies)
 
 
-def require_echoes(version: int, wanted: str, echoes: list[WeightEcho]) -> None:
+def require_acks(version: int, wanted: str, acks: list[WeightAck]) -> None:
     """Check that every worker holds the published version.
 
     Raises:
         WeightSyncError: names every worker that does not, with what it holds.
     """
-    wrong = [echo for echo in echoes if (echo.version, echo.checksum) != (version, wanted)]
+    wrong = [ack for ack in acks if (ack.version, ack.checksum) != (version, wanted)]
     if wrong:
-        said = "; ".join(f"{echo.worker} holds version {echo.version} ({echo.checksum[:12]})" for echo in wrong)
+        said = "; ".join(f"{ack.worker} holds version {ack.version} ({ack.checksum[:12]})" for ack in wrong)
         raise WeightSyncError(
             f"weights version {version} ({wanted[:12]}) was published, but {said}. No sample is drawn from old "
             "weights; resume the run from its last checkpoint with `--resume auto`."

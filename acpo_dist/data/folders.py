@@ -9,7 +9,7 @@ from acpo_dist.core.errors import DataError
 def files_below(folder: Path) -> list[Path]:
     """Files at every depth, sorted by path; links to folders are followed, and no folder is entered twice.
 
-    Hidden files are left out; they are never pictures of the user's: macOS archives put `._name.png` beside each.
+    Hidden files are left out; they are never images of the user's: macOS archives put `._name.png` beside each.
 
     Raises:
         DataError: a folder cannot be listed; it is named.
@@ -19,11 +19,11 @@ def files_below(folder: Path) -> list[Path]:
     # Folders proper come before links, so that a file has its own name where it has one below `folder`.
     todo = [folder]
     while todo:
-        todo = [link for start in todo for link in _walk(start, entered, found)]
+        todo = [link for start in todo for link in _sample(start, entered, found)]
     return sorted(found)
 
 
-def _walk(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list[Path]:
+def _sample(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list[Path]:
     """Add the files below `start` and the folders that they lie in; links to folders are returned, in order."""
     links: list[Path] = []
     for place, folders, files in os.walk(start, onerror=_refuse):
@@ -39,6 +39,6 @@ def _walk(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list
 
 def _refuse(error: OSError) -> None:
     raise DataError(
-        f"{error.filename} cannot be listed ({error.strerror}), so pictures below it would be missed. Make it "
+        f"{error.filename} cannot be listed ({error.strerror}), so images below it would be missed. Make it "
         "readable, or name the folders beside it one by one."
     ) from error

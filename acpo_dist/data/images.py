@@ -1,6 +1,6 @@
-"""Real pictures: from parquet into memory for training, and one by one from anywhere for scoring.
+"""Real images: from parquet into memory for training, and one by one from anywhere for scoring.
 
-N pictures of H x W pixels, RGB.
+N images of H x W pixels, RGB.
 """
 
 import glob
@@ -25,7 +25,7 @@ from acpo_dist.data.folders import files_below
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 _ROWS_AT_ONCE = 256
 _ORIENTATION = 0x0112
@@ -34,32 +34,32 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSet:
-    """Pictures of one size, held in memory."""
+class ImageSet:
+    """Images of one size, held in memory."""
 
     tensor: Tensor = field(repr=False)
     """uint8 RGB of shape (N, 3, H, W)."""
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return self.tensor.shape[0]
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The pictures at `indices`: float32 RGB in [0, 1], shape (len(indices), 3, H, W)."""
+        """The images at `indices`: float32 RGB in [0, 1], shape (len(indices), 3, H, W)."""
         return self.tensor[torch.as_tensor(indices, dtype=torch.long)].float() / 255
 
 
-def load_pictures(path: Path, column: str, max_images: int | None = None, size: int | None = None) -> PictureSet:
-    """Decode the pictures of a parquet file.
+def load_images(path: Path, column: str, max_images: int | None = None, size: int | None = None) -> ImageSet:
+    """Decode the images of a parquet file.
 
     Args:
         column: column with the encoded file, as bytes or as a struct with the field `bytes`.
         max_images: use only the first so many rows.
-        size: side in pixels; a picture of another size is cropped to its central square and resized.
+        size: side in pixels; an image of another size is cropped to its central square and resized.
 
     Raises:
         DataError: the file is missing or no parquet file; the column is absent, of the wrong type or empty; a row
-            cannot be decoded; or, without `size`, the pictures differ in size.
+            cannot be decoded; or, without `size`, the images differ in size.
     """
     pixels: np.ndarray | None = None
     bad: list[int] = []
@@ -67,48 +67,48 @@ def load_pictures(path: Path, column: str, max_images: int | None = None, size: 
         count = min(file.metadata.num_rows, max_images or file.metadata.num_rows)
         for row, encoded in enumerate(itertools.islice(_encoded_rows(file, path, column), count)):
             try:
-                image = _decode(encoded)
+                image_CHW = _decode(encoded)
             except _UNDECODABLE:
                 bad.append(row)
                 continue
-            picture = _fit(image, size)
+            image = _fit(image_CHW, size)
             if pixels is None:
-                pixels = np.empty((count, *picture.shape), np.uint8)
-            if picture.shape != pixels.shape[1:]:
+                pixels = np.empty((count, *image.shape), np.uint8)
+            if image.shape != pixels.shape[1:]:
                 raise DataError(
-                    f"{path}: row {row} is {_size_text(picture)} pixels, earlier rows are {_size_text(pixels[0])}: "
-                    "pictures of different sizes need one `size` to be brought to."
+                    f"{path}: row {row} is {_size_text(image)} pixels, earlier rows are {_size_text(pixels[0])}: "
+                    "images of different sizes need one `size` to be brought to."
                 )
-            pixels[row] = picture
+            pixels[row] = image
     if bad:
         raise DataError(
-            f"{path}: column `{column}` holds {len(bad)} rows that are no readable 8-bit picture, the first is row "
+            f"{path}: column `{column}` holds {len(bad)} rows that are no readable 8-bit image, the first is row "
             f"{bad[0]} (counted from 0). Repair or remove them."
         )
     if pixels is None:
-        raise DataError(f"{path}: column `{column}` holds no picture.")
-    return PictureSet(tensor=torch.from_numpy(pixels))
+        raise DataError(f"{path}: column `{column}` holds no image.")
+    return ImageSet(tensor=torch.from_numpy(pixels))
 
 
 def read_images(
     paths: Sequence[Path], *, column: str = "image", skip: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pictures as viewers show them, decoded one at a time; nothing is resized or cropped.
+    """Images as viewers show them, decoded one at a time; nothing is resized or cropped.
 
-    All paths are checked before the first picture is decoded. A file that is reached twice is read once.
+    All paths are checked before the first image is decoded. A file that is reached twice is read once.
 
     Args:
-        paths: picture files, folders (searched for picture files at every depth, through links too, in sorted order)
+        paths: image files, folders (searched for image files at every depth, through links too, in sorted order)
             and parquet files.
-        column: picture column of parquet files.
-        skip: called with the reason for every picture that cannot be decoded, which is then passed over; None raises.
+        column: image column of parquet files.
+        skip: called with the reason for every image that cannot be decoded, which is then passed over; None raises.
 
     Returns:
         Iterator over (name, uint8 RGB of shape (3, H, W)). The name is the file's path; for a row of a parquet file,
         the path, `#` and the row number. Transparency is dropped.
 
     Raises:
-        DataError: a path is missing, a folder holds no picture or cannot be listed, or a file cannot be decoded; it
+        DataError: a path is missing, a folder holds no image or cannot be listed, or a file cannot be decoded; it
             is named.
     """
     files: dict[str, Path] = {}
@@ -130,16 +130,16 @@ def expand_globs(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
-        # A pattern such as `*` also meets files that are no pictures; a file that is named is always tried.
-        matches = [each for each in matches if each.suffix.lower() in PICTURE_SUFFIXES | PARQUET_SUFFIXES]
+        # A pattern such as `*` also meets files that are no images; a file that is named is always tried.
+        matches = [each for each in matches if each.suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES]
         if not matches:
-            raise DataError(f"the pattern {path} matches no picture and no parquet file.")
+            raise DataError(f"the pattern {path} matches no image and no parquet file.")
         found += matches
     return found
 
 
 def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
-    """How many pictures `read_images` will try to decode.
+    """How many images `read_images` will try to decode.
 
     Raises:
         DataError: as `read_images`.
@@ -148,60 +148,58 @@ def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
     return sum(pq.read_metadata(file).num_rows if _is_parquet(file) else 1 for file in files)
 
 
-def real_pictures(
-    path: Path, *, column: str = "image", size: int | None = None, most: int | None = None
-) -> list[Tensor]:
-    """Pictures of a file, a folder or a parquet file, in memory.
+def real_images(path: Path, *, column: str = "image", size: int | None = None, most: int | None = None) -> list[Tensor]:
+    """Images of a file, a folder or a parquet file, in memory.
 
     Args:
-        column: picture column of a parquet file.
-        size: side in pixels, as in `load_pictures`; None leaves every picture as it is.
+        column: image column of a parquet file.
+        size: side in pixels, as in `load_images`; None leaves every image as it is.
         most: use so many: evenly spread over a folder's files in their order, the first rows of a parquet file.
 
     Returns:
         uint8 RGB, each (3, H, W).
 
     Raises:
-        DataError: the path is missing, it holds no picture, or one cannot be decoded.
+        DataError: the path is missing, it holds no image, or one cannot be decoded.
     """
     paths = _expand(path, column)
     if most is not None and len(paths) > most:
         paths = [paths[index * len(paths) // most] for index in range(most)]
-    found = [picture for _, picture in itertools.islice(read_images(paths, column=column), most)]
+    found = [image for _, image in itertools.islice(read_images(paths, column=column), most)]
     if not found:
-        raise DataError(f"{path} holds no picture.")
+        raise DataError(f"{path} holds no image.")
     if size is None:
         return found
     return [
-        torch.from_numpy(np.ascontiguousarray(_fit(Image.fromarray(picture.permute(1, 2, 0).numpy()), size)))
-        for picture in found
+        torch.from_numpy(np.ascontiguousarray(_fit(Image.fromarray(image.permute(1, 2, 0).numpy()), size)))
+        for image in found
     ]
 
 
 def decode_square(encoded: bytes | None, size: int) -> Tensor:
-    """One encoded picture, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
+    """One encoded image, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
 
     Raises:
         DataError: it cannot be decoded.
     """
     try:
-        picture = _fit(_decode(encoded), size)
+        image = _fit(_decode(encoded), size)
     except _UNDECODABLE as error:
-        raise DataError(f"not a readable picture: {error}") from error
-    return torch.from_numpy(np.ascontiguousarray(picture)).float() / 255
+        raise DataError(f"not a readable image: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(image)).float() / 255
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
+    """The image as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
     try:
         return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except _UNDECODABLE:
-        return image  # damaged remarks are no damage to the picture
+        return image  # damaged remarks are no damage to the image
 
 
 def _expand(path: Path, column: str) -> list[Path]:
     if path.is_dir():
-        return _pictures_below(path)
+        return _images_below(path)
     if not path.is_file():
         raise DataError(f"no such file or folder: {path}")
     if _is_parquet(path):
@@ -209,16 +207,16 @@ def _expand(path: Path, column: str) -> list[Path]:
     return [path]
 
 
-def _pictures_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path) -> list[Path]:
     files = files_below(folder)
-    pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
-    if not pictures:
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         raise DataError(
-            f"{folder} holds no picture: {len(files)} files, none ending in {', '.join(sorted(PICTURE_SUFFIXES))}."
+            f"{folder} holds no image: {len(files)} files, none ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
-    if len(pictures) < len(files):
-        logger.info("%s: %d files skipped that are no pictures", folder, len(files) - len(pictures))
-    return pictures
+    if len(images) < len(files):
+        logger.info("%s: %d files skipped that are no images", folder, len(files) - len(images))
+    return images
 
 
 def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:
@@ -235,26 +233,26 @@ def _decode_or_skip(
 ) -> Iterator[tuple[str, Tensor]]:
     # A generator that raises is over: whoever went on after the error would miss the rows behind it.
     try:
-        picture = _decode_named(source, where)
+        image = _decode_named(source, where)
     except DataError as error:
         if skip is None:
             raise
         skip(str(error))
         return
-    yield name, picture
+    yield name, image
 
 
 def _decode_named(source: Path | bytes | None, name: str) -> Tensor:
     try:
         pixels = np.asarray(_decode(source))
     except _UNDECODABLE as error:
-        raise DataError(f"{name} cannot be read as a picture: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
     # Always a copy: Pillow's own memory is not to be written to.
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
 def _decode(source: Path | bytes | None) -> Image.Image:
-    """RGB picture of an encoded file.
+    """RGB image of an encoded file.
 
     Raises:
         one of `_UNDECODABLE`.
@@ -264,14 +262,14 @@ def _decode(source: Path | bytes | None) -> Image.Image:
     with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
         if image.mode.startswith(("I", "F")):
             # Pillow's conversion would saturate such pixels to white.
-            raise ValueError(f"only 8-bit pictures are supported, found mode {image.mode}")
+            raise ValueError(f"only 8-bit images are supported, found mode {image.mode}")
         image.load()
         image = upright(image)
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _fit(image: Image.Image, size: int | None) -> np.ndarray:
-    """Picture as uint8 (3, H, W), brought to `size` if that is given and different."""
+    """Image as uint8 (3, H, W), brought to `size` if that is given and different."""
     if size is not None and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -281,8 +279,8 @@ def _fit(image: Image.Image, size: int | None) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def _size_text(picture: np.ndarray) -> str:
-    return f"{picture.shape[2]}x{picture.shape[1]}"
+def _size_text(image: np.ndarray) -> str:
+    return f"{image.shape[2]}x{image.shape[1]}"
 
 
 def _is_parquet(path: Path) -> bool:
@@ -290,7 +288,7 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _open_parquet(path: Path, column: str) -> pq.ParquetFile:
-    """The file, once its column is known to hold pictures."""
+    """The file, once its column is known to hold images."""
     if not Path(path).is_file():
         raise DataError(f"no such file: {path}")
     try:
@@ -305,7 +303,7 @@ def _open_parquet(path: Path, column: str) -> pq.ParquetFile:
     if not _is_bytes(kind.field("bytes").type if _has_bytes(kind) else kind):
         file.close()
         raise DataError(
-            f"{path}: column `{column}` is of type {kind}; expected encoded pictures as binary, or a struct with a "
+            f"{path}: column `{column}` is of type {kind}; expected encoded images as binary, or a struct with a "
             "binary field `bytes`."
         )
     return file

@@ -1,4 +1,4 @@
-"""From scored pictures to a file of preference pairs that `data.pairs` reads."""
+"""From scored images to a file of preference pairs that `data.pairs` reads."""
 
 import csv
 import math
@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.images import read_images
-from acpo_dist.data.pairs import CAPTION, LABEL, PICTURES, UIDS
+from acpo_dist.data.pairs import CAPTION, IMAGES, LABEL, UIDS
 from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 
 _ROW_GROUP = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoredPicture:
+class ScoredImage:
     """One row of a table of scores."""
 
     path: Path
@@ -31,14 +31,14 @@ class ScoredPicture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PicturePair:
+class ImagePair:
     """Two rows of one prompt."""
 
-    winner: ScoredPicture
-    loser: ScoredPicture
+    winner: ScoredImage
+    loser: ScoredImage
 
 
-def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column: str) -> list[ScoredPicture]:
+def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column: str) -> list[ScoredImage]:
     """Rows of a CSV file with the columns `path`, a prompt, and scores.
 
     Args:
@@ -62,7 +62,7 @@ def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column
     ]  # fmt: skip
     if not columns:
         raise DataError(f"{table}: no column of scores. Columns found: {', '.join(header)}.")
-    pictures = []
+    images = []
     for line, row in rows:
         for name in columns:
             if row[name] and not _number(row[name]):
@@ -71,16 +71,16 @@ def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column
                     "columns that are scores with --score."
                 )
         if not row["path"]:
-            raise DataError(f"{table}, line {line}: no path. Every row needs the picture that its scores belong to.")
+            raise DataError(f"{table}, line {line}: no path. Every row needs the image that its scores belong to.")
         scores = {name: float(row[name] or "nan") for name in columns}
-        pictures.append(ScoredPicture(path=folder / row["path"], prompt=row[prompt_column].strip(), scores=scores))
-    return pictures
+        images.append(ScoredImage(path=folder / row["path"], prompt=row[prompt_column].strip(), scores=scores))
+    return images
 
 
 def pair_up(
-    pictures: Sequence[ScoredPicture], *, lower_is_better: Sequence[str] = (), margin: float = 0.0,
+    images: Sequence[ScoredImage], *, lower_is_better: Sequence[str] = (), margin: float = 0.0,
     absolute: bool = True, duplicates: float = 0.0,
-) -> tuple[list[PicturePair], dict[str, int]]:  # fmt: skip
+) -> tuple[list[ImagePair], dict[str, int]]:  # fmt: skip
     """Best with worst of each prompt, second best with second worst, and so on.
 
     Every score is brought to mean 0 and standard deviation 1 over the whole table first; they count the same.
@@ -89,31 +89,31 @@ def pair_up(
         lower_is_better: score columns whose sign is turned.
         margin: smallest difference of the summed scores, in those units.
         absolute: leave out pairs whose loser some score prefers.
-        duplicates: leave out pairs whose pictures are nearly the same (see `nearly_same`); 0 does not look.
+        duplicates: leave out pairs whose images are nearly the same (see `nearly_same`); 0 does not look.
 
     Returns:
-        (kept pairs; what became of everything: `pictures`, `no_prompt`, `no_score` (one is not there), `odd`, and
+        (kept pairs; what became of everything: `images`, `no_prompt`, `no_score` (one is not there), `odd`, and
         `Verdict`'s words).
 
     Raises:
         DataError: a score column without spread, or `lower_is_better` names none.
     """
-    names = list(pictures[0].scores)
+    names = list(images[0].scores)
     for name in lower_is_better:
         if name not in names:
             raise DataError(f"--lower {name}: no such score; found {', '.join(names)}.")
-    qualities = {name: _standardised(pictures, name, -1 if name in lower_is_better else 1) for name in names}
-    counts: Counter[str] = Counter(pictures=len(pictures))
-    # By row: one picture may stand there for several prompts, with scores of its own for each.
+    qualities = {name: _standardised(images, name, -1 if name in lower_is_better else 1) for name in names}
+    counts: Counter[str] = Counter(images=len(images))
+    # By row: one image may stand there for several prompts, with scores of its own for each.
     by_prompt: dict[str, list[str]] = {}
-    for row, picture in enumerate(pictures):
-        if not picture.prompt:
+    for row, image in enumerate(images):
+        if not image.prompt:
             counts["no_prompt"] += 1
-        elif not all(math.isfinite(score) for score in picture.scores.values()):
+        elif not all(math.isfinite(score) for score in image.scores.values()):
             counts["no_score"] += 1
         else:
-            by_prompt.setdefault(picture.prompt, []).append(str(row))
-    kept: list[PicturePair] = []
+            by_prompt.setdefault(image.prompt, []).append(str(row))
+    kept: list[ImagePair] = []
     for rows in by_prompt.values():
         if len(rows) % 2:
             # The middle one has no partner.
@@ -122,36 +122,36 @@ def pair_up(
             counts["odd"] += 1
         found = pair_group(
             rows, qualities, dict.fromkeys(names, 1.0 / len(names)), margin=margin, absolute=absolute,
-            duplicate=lambda a, b: _same(pictures[int(a)].path, pictures[int(b)].path, duplicates),
+            duplicate=lambda a, b: _same(images[int(a)].path, images[int(b)].path, duplicates),
         )  # fmt: skip
         counts.update(pair.verdict.value for pair in found)
         kept += [
-            PicturePair(winner=pictures[int(pair.winner)], loser=pictures[int(pair.loser)])
+            ImagePair(winner=images[int(pair.winner)], loser=images[int(pair.loser)])
             for pair in found
             if pair.verdict is Verdict.KEPT
         ]
     return kept, dict(counts)
 
 
-def write_pairs(path: Path, pairs: Sequence[PicturePair]) -> None:
-    """Write a parquet file with the encoded pictures as they are on disk; the winner is jpg_0.
+def write_pairs(path: Path, pairs: Sequence[ImagePair]) -> None:
+    """Write a parquet file with the encoded images as they are on disk; the winner is jpg_0.
 
     Raises:
-        DataError: a picture is missing; nothing is written.
+        DataError: an image is missing; nothing is written.
     """
-    for each in (picture.path for pair in pairs for picture in (pair.winner, pair.loser)):
+    for each in (image.path for pair in pairs for image in (pair.winner, pair.loser)):
         if not each.is_file():
-            raise DataError(f"no such picture: {each}. Relative paths are relative to the table, or to --folder.")
+            raise DataError(f"no such image: {each}. Relative paths are relative to the table, or to --folder.")
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
-        [*((name, pa.binary()) for name in PICTURES), (LABEL, pa.float64()), (CAPTION, pa.string()),
+        [*((name, pa.binary()) for name in IMAGES), (LABEL, pa.float64()), (CAPTION, pa.string()),
          *((name, pa.string()) for name in UIDS)]
     )  # fmt: skip
     with pq.ParquetWriter(path, schema) as writer:
         for part in _parts(pairs):
             rows = [
                 {
-                    PICTURES[0]: _bytes(pair.winner.path), PICTURES[1]: _bytes(pair.loser.path), LABEL: 1.0,
+                    IMAGES[0]: _bytes(pair.winner.path), IMAGES[1]: _bytes(pair.loser.path), LABEL: 1.0,
                     CAPTION: pair.winner.prompt, UIDS[0]: str(pair.winner.path), UIDS[1]: str(pair.loser.path),
                 }
                 for pair in part
@@ -205,7 +205,7 @@ def _is_score(name: str, rows: Sequence[tuple[int, Mapping[str, str]]]) -> bool:
     return any(_number(row[name]) for _, row in rows)
 
 
-def _parts(pairs: Sequence[PicturePair]) -> list[Sequence[PicturePair]]:
+def _parts(pairs: Sequence[ImagePair]) -> list[Sequence[ImagePair]]:
     return [pairs[start : start + _ROW_GROUP] for start in range(0, len(pairs), _ROW_GROUP)]
 
 
@@ -216,13 +216,13 @@ def _bytes(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _standardised(pictures: Sequence[ScoredPicture], name: str, sign: int) -> dict[str, float]:
+def _standardised(images: Sequence[ScoredImage], name: str, sign: int) -> dict[str, float]:
     """Quality by row; NaN where there is no score."""
-    values = [picture.scores[name] for picture in pictures]
+    values = [image.scores[name] for image in images]
     finite = [value for value in values if math.isfinite(value)]
     spread = statistics.pstdev(finite) if len(finite) > 1 else 0.0
     if spread == 0:
-        raise DataError(f"score `{name}` is the same for all pictures: nothing to prefer by. Leave it out.")
+        raise DataError(f"score `{name}` is the same for all images: nothing to prefer by. Leave it out.")
     mean = statistics.fmean(finite)
     return {str(row): sign * (value - mean) / spread for row, value in enumerate(values)}
 

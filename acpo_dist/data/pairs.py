@@ -20,7 +20,7 @@ from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import generator
 from acpo_dist.data.images import decode_square
 
-PICTURES = ("jpg_0", "jpg_1")
+IMAGES = ("jpg_0", "jpg_1")
 LABEL, CAPTION = "label_0", "caption"
 UIDS = ("image_0_uid", "image_1_uid")
 _PREFIX = "pair"
@@ -35,7 +35,7 @@ class PairIndex:
     counts: Mapping[str, int]
     """`rows`, `usable`, and by reason: `tie`, `unlabelled`, `no_caption`, `not_absolute`."""
 
-    def deal(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+    def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
         """Ids of `count` pairs, winner and loser side by side.
 
         Row groups are shuffled, and rows within them: a pass over the data reads each row group once.
@@ -61,15 +61,15 @@ def _order(rows: tuple[tuple[int, ...], ...], epoch: int, run_seed: int) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
-    """Pictures of some pairs."""
+    """Images of some pairs."""
 
     pixels: Tensor = field(repr=False)
-    """Float32 RGB in [0, 1], (B, 3, H, W); zeros where a picture is broken."""
+    """Float32 RGB in [0, 1], (B, 3, H, W); zeros where an image is broken."""
     prompts: tuple[str, ...]
     whole_B: Tensor
-    """1, or 0 for both samples of a pair of which one picture cannot be decoded."""
+    """1, or 0 for both samples of a pair of which one image cannot be decoded."""
     broken: list[str]
-    """Ids whose picture cannot be decoded."""
+    """Ids whose image cannot be decoded."""
 
 
 class PairSet:
@@ -80,7 +80,7 @@ class PairSet:
 
         Args:
             path: a parquet file, or a folder of them (read in sorted order).
-            size: side in pixels that pictures are cropped to (central square) and resized.
+            size: side in pixels that images are cropped to (central square) and resized.
 
         Raises:
             DataError: missing, unreadable, or a column is absent.
@@ -98,7 +98,7 @@ class PairSet:
         self._held: dict[int, dict[str, list[Any]]] = {}
 
     def index(self, *, absolute: bool = False) -> PairIndex:
-        """Look at labels and captions of every row, not at pictures.
+        """Look at labels and captions of every row, not at images.
 
         Args:
             absolute: keep only pairs whose winner never lost and never drew in the whole set.
@@ -128,20 +128,20 @@ class PairSet:
         return PairIndex(rows=tuple(map(tuple, kept.values())), counts=dict(counts))
 
     def read(self, ids: Sequence[str]) -> PairBatch:
-        """Decode pictures of winners and losers."""
+        """Decode images of winners and losers."""
         pixels, prompts, broken_rows, broken = [], [], set[int](), []
         rows = [parse_pair_id(sample_id) for sample_id in ids]
         for sample_id, (row, is_winner) in zip(ids, rows, strict=True):
             cells = self._row(row)
             first_wins = float(cells[LABEL]) == 1.0
-            encoded = cells[PICTURES[0 if first_wins == is_winner else 1]]
+            encoded = cells[IMAGES[0 if first_wins == is_winner else 1]]
             try:
-                picture = decode_square(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
+                image = decode_square(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
             except DataError:
-                picture = torch.zeros(3, self._size, self._size)
+                image = torch.zeros(3, self._size, self._size)
                 broken_rows.add(row)
                 broken.append(sample_id)
-            pixels.append(picture)
+            pixels.append(image)
             prompts.append(str(cells[CAPTION]))
         whole = torch.tensor([0.0 if row in broken_rows else 1.0 for row, _ in rows])
         return PairBatch(pixels=torch.stack(pixels), prompts=tuple(prompts), whole_B=whole, broken=broken)
@@ -153,14 +153,14 @@ class PairSet:
             while len(self._held) >= 2:
                 self._held.pop(next(iter(self._held)))
             file, number, _ = self._groups[group]
-            table = file.file.read_row_group(number, columns=[*PICTURES, LABEL, CAPTION])
+            table = file.file.read_row_group(number, columns=[*IMAGES, LABEL, CAPTION])
             self._held[group] = {name: table.column(name).to_pylist() for name in table.column_names}
         place = row - self._starts[group]
         return {name: values[place] for name, values in self._held[group].items()}
 
 
 def is_pair_id(sample_id: str) -> bool:
-    """Whether a sample is a picture of a pair rather than a rollout."""
+    """Whether a sample is an image of a pair rather than a rollout."""
     return sample_id.startswith(f"{_PREFIX}:")
 
 
@@ -206,7 +206,7 @@ class _PairFile:
         if missing:
             raise DataError(
                 f"{self.path}: no column {', '.join(f'`{name}`' for name in missing)}. Columns found: "
-                f"{', '.join(found)}. `acpo pairs` makes such a file from scored pictures."
+                f"{', '.join(found)}. `acpo pairs` makes such a file from scored images."
             )
 
 
@@ -220,6 +220,6 @@ def _open_files(path: Path) -> list[_PairFile]:
             file = _PairFile(entry, pq.ParquetFile(entry))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{entry} is not a readable parquet file: {error}") from error
-        file.require([*PICTURES, LABEL, CAPTION])
+        file.require([*IMAGES, LABEL, CAPTION])
         files.append(file)
     return files

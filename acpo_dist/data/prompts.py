@@ -50,7 +50,7 @@ def load_prompts(source: str, column: str) -> tuple[str, ...]:
     return prompts
 
 
-def deal(
+def sample_prompts(
     prompts: Sequence[str],
     *,
     iteration: int,

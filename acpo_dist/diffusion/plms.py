@@ -84,10 +84,10 @@ class Multistep:
         self._history = [value + change for value in self._history]
 
 
-def noise_of(head: Tensor, state: Tensor, alpha_bar: float, prediction_type: str) -> Tensor:
+def noise_of(model_output: Tensor, state: Tensor, alpha_bar: float, prediction_type: str) -> Tensor:
     """Eps, float32 or wider, from a network output at one level for the whole batch."""
     levels = torch.full((state.shape[0],), alpha_bar, dtype=torch.float64, device=state.device)
-    return to_noise(head, state, levels, prediction_type)
+    return to_noise(model_output, state, levels, prediction_type)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class PLMS:
         """
         multistep = Multistep(trajectory, self.order)
 
-        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
-            return multistep.advance(step, noise_of(head, state, trajectory.alpha_bars[step], prediction_type), state)
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
+            return multistep.advance(
+                step, noise_of(model_output, state, trajectory.alpha_bars[step], prediction_type), state
+            )
 
         return advance

@@ -27,7 +27,7 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor) -> Tensor:
     return signal * clean + spread * noise
 
 
-def to_clean(head: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
+def to_clean(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
     """One-step estimate of x_0 from the network's output, never clipped.
 
     Args:
@@ -41,33 +41,33 @@ def to_clean(head: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: 
     Raises:
         ValueError: unknown prediction type.
     """
-    width = torch.promote_types(_width(head), _width(noisy))
-    head, noisy = head.to(width), noisy.to(width)
+    width = torch.promote_types(_width(model_output), _width(noisy))
+    model_output, noisy = model_output.to(width), noisy.to(width)
     signal, spread = signal_and_noise(alpha_bar_B, noisy)
     if prediction_type == "epsilon":
-        return (noisy - spread * head) / signal
+        return (noisy - spread * model_output) / signal
     if prediction_type == "v_prediction":
-        return signal * noisy - spread * head
+        return signal * noisy - spread * model_output
     if prediction_type == "sample":
-        return head
+        return model_output
     raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 
-def to_noise(head: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
+def to_noise(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
     """Estimate of eps from the network's output. For `sample` heads alpha_bar must be below 1 (a division by s).
 
     Raises:
         ValueError: unknown prediction type.
     """
-    width = torch.promote_types(_width(head), _width(noisy))
-    head, noisy = head.to(width), noisy.to(width)
+    width = torch.promote_types(_width(model_output), _width(noisy))
+    model_output, noisy = model_output.to(width), noisy.to(width)
     signal, spread = signal_and_noise(alpha_bar_B, noisy)
     if prediction_type == "epsilon":
-        return head
+        return model_output
     if prediction_type == "v_prediction":
-        return spread * noisy + signal * head
+        return spread * noisy + signal * model_output
     if prediction_type == "sample":
-        return (noisy - signal * head) / spread
+        return (noisy - signal * model_output) / spread
     raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
 

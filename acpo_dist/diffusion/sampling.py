@@ -39,7 +39,7 @@ def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> 
 
 
 def ddim_step(
-    head: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str,
+    model_output: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str,
     *, eta: float = 0.0, noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """From alpha_bar_t to alpha_bar_prev, both given: non-uniform trajectories need no timestep arithmetic.
@@ -58,8 +58,8 @@ def ddim_step(
     Source: DDIM (Song et al. 2021), eq. 12 and 16.
     """
     levels = torch.full((noisy.shape[0],), alpha_bar_t, dtype=torch.float64, device=noisy.device)
-    clean = to_clean(head, noisy, levels, prediction_type)
-    direction = to_noise(head, noisy, levels, prediction_type)
+    clean = to_clean(model_output, noisy, levels, prediction_type)
+    direction = to_noise(model_output, noisy, levels, prediction_type)
     variance = eta**2 * (1 - alpha_bar_prev) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_prev)
     previous = alpha_bar_prev**0.5 * clean + max(0.0, 1 - alpha_bar_prev - variance) ** 0.5 * direction
     if eta > 0:
@@ -76,9 +76,9 @@ class DDIM:
     def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
         """See `Sampler.start`."""
 
-        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
-            return ddim_step(head, state, level, following, prediction_type)
+            return ddim_step(model_output, state, level, following, prediction_type)
 
         return advance
 
@@ -94,9 +94,11 @@ class StochasticDDIM:
     def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
         """See `Sampler.start`."""
 
-        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
-            return ddim_step(head, state, level, following, prediction_type, eta=self.eta, noise=self.noise(step))
+            return ddim_step(
+                model_output, state, level, following, prediction_type, eta=self.eta, noise=self.noise(step)
+            )
 
         return advance
 
@@ -104,7 +106,7 @@ class StochasticDDIM:
 DEFAULT_SAMPLER = DDIM()
 
 
-def walk(
+def sample(
     denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER,
 ) -> Tensor:  # fmt: skip
@@ -117,8 +119,8 @@ def walk(
     for step, timestep in enumerate(trajectory.timesteps):
         if visit is not None:
             visit(step, state)
-        head = denoise(state, torch.full((state.shape[0],), timestep, device=state.device))
-        state = advance(step, head, state)
+        model_output = denoise(state, torch.full((state.shape[0],), timestep, device=state.device))
+        state = advance(step, model_output, state)
     return state
 
 

@@ -62,7 +62,7 @@ class GuidedDenoise:
     both: DenoiseBoth
 
 
-def walk_split(
+def sample_split(
     denoise: GuidedDenoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, guidance_scale: float, scheme: str, visit: Visit | None = None, order: int = MAX_ORDER,
 ) -> Tensor:  # fmt: skip
@@ -92,7 +92,9 @@ def walk_split(
         level = trajectory.alpha_bars[step]
         signal, at = math.sqrt(level), torch.full((state.shape[0],), timestep, device=state.device)
         if weight != 0:
-            arrived, unconditional = (noise_of(head, state, level, prediction_type) for head in denoise.both(state, at))
+            arrived, unconditional = (
+                noise_of(output, state, level, prediction_type) for output in denoise.both(state, at)
+            )
             guidance = weight * (arrived - unconditional)
         before = sigmas[step] - sigmas[step - 1] if step > 0 else 0.0
         state = state + signal * share * before * guidance

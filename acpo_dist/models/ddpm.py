@@ -115,8 +115,8 @@ class DdpmFamily:
         """See `Decoder.decode`."""
         return self._decoder.decode(clean)
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """See `ModelFamily.encode_pictures`."""
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """See `ModelFamily.encode_images`."""
         return 2 * pixels.float() - 1
 
     def save_pipeline(self, folder: Path) -> None:

@@ -42,7 +42,7 @@ class ModelFamily(Protocol):
 
     conditional: ClassVar[bool]
     pixel_space: ClassVar[bool]
-    """Whether x_0 is the picture itself, so that real pictures can be noised without an encoder."""
+    """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
     network: nn.Module
     """What trains: given to the optimiser or to DeepSpeed whole."""
     alpha_bars: Tensor
@@ -52,7 +52,7 @@ class ModelFamily(Protocol):
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""
     pixels: int
-    """Height and width of its pictures."""
+    """Height and width of its images."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -93,7 +93,7 @@ class ModelFamily(Protocol):
         """As `Decoder.decode`."""
         ...
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """RGB in [0, 1], (B, 3, pixels, pixels) -> x_0 (B, C, H, W), float32, without gradient."""
         ...
 

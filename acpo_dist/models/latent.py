@@ -159,8 +159,8 @@ class LatentFamily:
         """See `Decoder.decode`."""
         return self._decoder.decode(clean)
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """See `ModelFamily.encode_pictures`."""
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """See `ModelFamily.encode_images`."""
         return self._decoder.encode(pixels.to(self.device))
 
     def save_pipeline(self, folder: Path) -> None:

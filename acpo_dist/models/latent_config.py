@@ -19,7 +19,7 @@ class MemoryConfig(Section):
     vae_slicing: bool = False
     """Decode finished samples one by one."""
     vae_tiling: bool = False
-    """Decode finished samples in tiles; large pictures differ a little. Never where the score's gradient passes."""
+    """Decode finished samples in tiles; large images differ a little. Never where the score's gradient passes."""
     anchor_dtype: DtypeName = "float32"
     """Type of the frozen copy beside full fine-tuning; LoRA needs no copy."""
     embedding_cache: Path | None = None

@@ -21,7 +21,7 @@ class Range:
 
     low: float
     high: float
-    strength: float
+    scale: float
 
 
 def parse_range(text: str) -> Range:
@@ -31,11 +31,11 @@ def parse_range(text: str) -> Range:
         UsageError: not of this form, or the strength is outside 0..1.
     """
     try:
-        first, second, strength = (float(part) for part in text.split(":"))
+        first, second, scale = (float(part) for part in text.split(":"))
     except ValueError as error:
         raise UsageError(f"--strength-range must read t0:t1:a, such as 0:300:0.5, found `{text}`") from error
-    check_strength(strength, "--strength-range")
-    return Range(low=min(first, second), high=max(first, second), strength=strength)
+    check_scale(scale, "--strength-range")
+    return Range(low=min(first, second), high=max(first, second), scale=scale)
 
 
 def parse_grid(text: str) -> tuple[float, ...]:
@@ -49,11 +49,11 @@ def parse_grid(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise UsageError(f"--grid must read as numbers with commas, such as 0,0.5,1, found `{text}`") from error
     for value in values:
-        check_strength(value, "--grid")
+        check_scale(value, "--grid")
     return values
 
 
-def check_strength(value: float, option: str) -> None:
+def check_scale(value: float, option: str) -> None:
     """Refuse what is no place between base and tuned.
 
     Raises:
@@ -63,7 +63,7 @@ def check_strength(value: float, option: str) -> None:
         raise UsageError(f"{option}: a strength lies between 0 (base model) and 1 (tuned), found {value:g}")
 
 
-class AnchorKnob:
+class LoraScale:
     """LoRA in a pipeline with a strength that may depend on the timestep; at 0 the base model itself answers.
 
     Text encoders that the file adapts too have the same strength. They are asked once for all timesteps.
@@ -94,10 +94,10 @@ class AnchorKnob:
                     f"--lora: {file} holds {wanted} layers for the {what}, but {len(found)} of them have a place here: "
                     "it belongs to another architecture."
                 )
-        self._file, self._strength, self._ranges = file, 1.0, tuple[Range, ...]()
+        self._file, self._scale, self._ranges = file, 1.0, tuple[Range, ...]()
         pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def set(self, strength: float, ranges: Sequence[Range] = ()) -> None:
+    def set(self, scale: float, ranges: Sequence[Range] = ()) -> None:
         """Use this strength; of several ranges that hold a timestep the last one counts.
 
         Raises:
@@ -108,19 +108,19 @@ class AnchorKnob:
                 f"--strength-range: {self._file} adapts text encoders too, and a text is encoded once for all "
                 "timesteps. Use one --anchor-strength, or a LoRA of the U-Net alone."
             )
-        self._strength, self._ranges = strength, tuple(ranges)
-        _turn(self._text_layers, strength)
+        self._scale, self._ranges = scale, tuple(ranges)
+        _turn(self._text_layers, scale)
 
     def at(self, timestep: float) -> float:
         """The strength for a timestep."""
-        found = [entry.strength for entry in self._ranges if entry.low <= timestep <= entry.high]
-        return found[-1] if found else self._strength
+        found = [entry.scale for entry in self._ranges if entry.low <= timestep <= entry.high]
+        return found[-1] if found else self._scale
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         # One number per call in every pipeline; batches share it.
-        strength = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))
-        _turn(self._layers, strength)
+        scale = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))
+        _turn(self._layers, scale)
 
 
 def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
@@ -134,11 +134,11 @@ def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
     return [(layer, float(layer.scaling[_NAME])) for layer in found]
 
 
-def _turn(layers: Sequence[tuple[Any, float]], strength: float) -> None:
+def _turn(layers: Sequence[tuple[Any, float]], scale: float) -> None:
     for layer, scale in layers:
-        # Off, not a weight of 0: the base model's picture to the bit.
-        layer._disable_adapters = strength == 0
-        layer.scaling[_NAME] = strength * scale
+        # Off, not a weight of 0: the base model's image to the bit.
+        layer._disable_adapters = scale == 0
+        layer.scaling[_NAME] = scale * scale
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def read_schedule(path: str, revision: str | None = None) -> tuple[str, Tensor]:
         if prediction_type == "epsilon":
             raise ModelError(
                 f"model.path: the schedule of `{path}` ends without signal (rescale_betas_zero_snr), where a noise "
-                "prediction says nothing of the picture: such a model must predict v. Check its scheduler_config.json."
+                "prediction says nothing of the image: such a model must predict v. Check its scheduler_config.json."
             )
         alpha_bars[-1] = NEAR_ZERO
     return prediction_type, alpha_bars

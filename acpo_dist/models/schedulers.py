@@ -61,13 +61,13 @@ class ScheduledSampler:
         scheduler = build_scheduler(self.scheduler, self.alpha_bars, prediction_type, **options)
         write_levels(scheduler, sigmas, trajectory.timesteps)
 
-        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
             if self.clean_by_ddim and following == 1:
-                return ddim_step(head, state, level, following, prediction_type)
+                return ddim_step(model_output, state, level, following, prediction_type)
             if not self.scaled:
-                return scheduler.step(head.float(), scheduler.timesteps[step], state).prev_sample
-            return following**0.5 * _scaled_step(scheduler, step, head, state / level**0.5)
+                return scheduler.step(model_output.float(), scheduler.timesteps[step], state).prev_sample
+            return following**0.5 * _scaled_step(scheduler, step, model_output, state / level**0.5)
 
         return advance
 
@@ -93,9 +93,9 @@ class HeunSampler:
         repeated = [timestep for timestep in timesteps[1:] for _ in range(2)]
         write_levels(scheduler, (sigmas[0], *doubled, sigmas[-1]), (timesteps[0], *repeated))
 
-        def advance(step: int, head: Tensor, state: Tensor) -> Tensor:
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
-            predicted = _scaled_step(scheduler, 2 * step, head, state / level**0.5)
+            predicted = _scaled_step(scheduler, 2 * step, model_output, state / level**0.5)
             if step + 1 == trajectory.num_steps:
                 return following**0.5 * predicted
             at = torch.full((state.shape[0],), timesteps[step + 1], device=state.device)
@@ -171,11 +171,11 @@ def write_levels(scheduler: Any, sigmas: tuple[float, ...], timesteps: tuple[flo
     scheduler.set_begin_index(0)
 
 
-def _scaled_step(scheduler: Any, index: int, head: Tensor, scaled: Tensor) -> Tensor:
+def _scaled_step(scheduler: Any, index: int, model_output: Tensor, scaled: Tensor) -> Tensor:
     timestep = scheduler.timesteps[index]
     # Its result is the network's input, which we have; Euler only warns unless it was called.
     scheduler.scale_model_input(scaled, timestep)
-    return scheduler.step(head.float(), timestep, scaled).prev_sample
+    return scheduler.step(model_output.float(), timestep, scaled).prev_sample
 
 
 def euler_sigmas(trajectory: Trajectory) -> list[float]:

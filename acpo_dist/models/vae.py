@@ -32,7 +32,7 @@ class VaeDecoder:
         Args:
             checkpointing: recompute the decoder's layers in the backward pass.
             slicing: decode one sample after the other where no gradient is wanted.
-            tiling: decode in overlapping tiles where no gradient is wanted; the picture differs a little from one that
+            tiling: decode in overlapping tiles where no gradient is wanted; the image differs a little from one that
                 is decoded whole, since normalisation sees a tile at a time.
         """
         self.vae: Any = vae
@@ -91,7 +91,7 @@ class VaeDecoder:
 def recompute_layers(decoder: nn.Module) -> None:
     """Keep the inputs of residual layers and upsamplers alone for the backward pass.
 
-    diffusers' own switch recomputes whole blocks, and the last one of SDXL's holds 10 GiB per 1024 px picture while it
+    diffusers' own switch recomputes whole blocks, and the last one of SDXL's holds 10 GiB per 1024 px image while it
     does: three residual layers at full resolution.
     """
     for module in decoder.modules():

@@ -20,7 +20,7 @@ class AdvantageCounts:
 
     samples: int
     constant: int
-    """Pictures without content."""
+    """Images without content."""
     non_finite: int
     """Samples for which an evaluator gave no finite score."""
     in_dropped_groups: int
@@ -79,7 +79,7 @@ def group_advantages(
             deviations off the group's mean; 0 lets the smallest difference count. An evaluator whose qualities spread
             less than `min_std` in the group has no say there.
         veto: drop samples on whose sign two evaluators disagree. They are counted either way.
-        constant: ids of pictures without content, see `constant_pictures`.
+        constant: ids of images without content, see `constant_images`.
 
     Raises:
         KeyError: an evaluator that is weighted, or a sample's score, is missing.
@@ -118,18 +118,18 @@ def group_advantages(
     return Advantages(values=values, limit=limit, groups=tuple(kept_groups), counts=counts)
 
 
-def constant_pictures(pictures: Tensor, min_std: float = 1 / 255) -> Tensor:
-    """Which pictures have no content: every channel's standard deviation over the pixels is below `min_std`.
+def constant_images(images: Tensor, min_std: float = 1 / 255) -> Tensor:
+    """Which images have no content: every channel's standard deviation over the pixels is below `min_std`.
 
     Args:
-        pictures: (B, C, H, W), uint8 in 0..255 or floating in 0..1.
+        images: (B, C, H, W), uint8 in 0..255 or floating in 0..1.
         min_std: in units of the full range; the default is one uint8 level, more than rounding makes of a flat colour.
 
     Returns:
-        bool (B,). A picture with a value that is not finite counts as having no content.
+        bool (B,). An image with a value that is not finite counts as having no content.
     """
-    scale = 255.0 if pictures.dtype == torch.uint8 else 1.0
-    spread = (pictures.float() / scale).flatten(2).std(dim=2, correction=0)
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    spread = (images.float() / scale).flatten(2).std(dim=2, correction=0)
     return ~(spread >= min_std).any(1) | ~spread.isfinite().all(1)
 
 

@@ -8,8 +8,8 @@ from acpo_dist.diffusion.prediction import signal_and_noise
 SPACES = ("eps", "v", "x0")
 
 
-def head_drift(
-    policy_head: Tensor, anchor_head: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps"
+def output_drift(
+    policy_output: Tensor, anchor_output: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps"
 ) -> Tensor:
     """Difference of two predictions at the same x_t, expressed in noise, velocity or clean units.
 
@@ -29,8 +29,8 @@ def head_drift(
     Raises:
         ValueError: unknown space or prediction type.
     """
-    width = torch.float64 if policy_head.dtype == torch.float64 else torch.float32
-    difference = policy_head.to(width) - anchor_head.detach().to(width)
+    width = torch.float64 if policy_output.dtype == torch.float64 else torch.float32
+    difference = policy_output.to(width) - anchor_output.detach().to(width)
     signal, spread = signal_and_noise(alpha_bar_B, difference)
     to_eps = {"epsilon": 1.0, "v_prediction": signal, "sample": -signal / spread}
     from_eps = {"eps": 1.0, "v": 1 / signal, "x0": -spread / signal}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from acpo_dist.diffusion.prediction import signal_and_noise
-from acpo_dist.objective.anchor import head_drift
+from acpo_dist.objective.anchor import output_drift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ def error_statistics(policy: Tensor, reference: Tensor, target: Tensor) -> Error
 
 
 def noise_statistics(
-    policy_head: Tensor,
-    reference_head: Tensor,
-    target_head: Tensor,
+    policy_output: Tensor,
+    reference_output: Tensor,
+    target_output: Tensor,
     alpha_bar_B: Tensor,
     prediction_type: str,
     *,
@@ -89,12 +89,12 @@ def noise_statistics(
     Raises:
         ValueError: unknown space or prediction type.
     """
-    drift = head_drift(policy_head, reference_head, alpha_bar_B, prediction_type, space)
-    error = head_drift(reference_head.detach(), target_head, alpha_bar_B, prediction_type, space)
+    drift = output_drift(policy_output, reference_output, alpha_bar_B, prediction_type, space)
+    error = output_drift(reference_output.detach(), target_output, alpha_bar_B, prediction_type, space)
     return _statistics(drift, error)
 
 
-def head_target(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
+def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
     """What a perfect head of this kind answers at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
 
     Raises:

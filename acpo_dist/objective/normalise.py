@@ -31,7 +31,7 @@ def fit_normaliser(
     if std <= _ROUNDING * max(abs(score) for score in scores):
         raise RewardError(
             f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it cannot tell them apart, so nothing "
-            "can be learnt from it. Check that it fits the picture size and kind, or leave it out."
+            "can be learnt from it. Check that it fits the image size and kind, or leave it out."
         )
     sign = 1 if higher_is_better else -1
     target = None

@@ -17,13 +17,13 @@ class Verdict(StrEnum):
     NON_FINITE = "non_finite"
     """An evaluator gave no finite score."""
     CONSTANT = "constant"
-    """One of the pictures has no content."""
+    """One of the images has no content."""
     MARGIN = "margin"
     """The rewards differ by less than the margin."""
     BEATEN = "beaten"
     """Some evaluator prefers the loser."""
     DUPLICATE = "duplicate"
-    """The two pictures are nearly the same."""
+    """The two images are nearly the same."""
     KEPT = "kept"
 
 
@@ -52,8 +52,8 @@ def pair_group(
         spread: c of the composition; 0 makes R the weighted sum.
         margin: smallest R_w - R_l of a pair that is kept.
         absolute: keep a pair only if no evaluator prefers its loser (NCP's absolute winners).
-        constant: ids of pictures without content.
-        duplicate: whether two pictures are nearly the same; asked last, since it costs most.
+        constant: ids of images without content.
+        duplicate: whether two images are nearly the same; asked last, since it costs most.
 
     Raises:
         ValueError: an odd number of samples.
@@ -91,7 +91,7 @@ def pair_group(
 
 
 def nearly_same(first: Tensor, second: Tensor, threshold: float, *, size: int = 8) -> bool:
-    """Whether two pictures differ by less than `threshold` (rms, in units of the full range) on a size x size grid.
+    """Whether two images differ by less than `threshold` (rms, in units of the full range) on a size x size grid.
 
     Area averages leave noise and single pixels out: what remains is layout and colour.
 
@@ -99,7 +99,5 @@ def nearly_same(first: Tensor, second: Tensor, threshold: float, *, size: int = 
         first: uint8 (C, H, W).
         second: uint8 (C, h, w); of another size, it is compared as if it were stretched to the first one's shape.
     """
-    one, other = (
-        F.interpolate(picture[None].float() / 255, size=(size, size), mode="area") for picture in (first, second)
-    )
+    one, other = (F.interpolate(image[None].float() / 255, size=(size, size), mode="area") for image in (first, second))
     return float((one - other).square().mean().sqrt()) < threshold

@@ -37,7 +37,7 @@ def surrogate(tensor: Tensor, gradient: Tensor, slope_B: Tensor) -> Tensor:
     dQ/dtensor at this very tensor and `slope_B` is phi'(q). Its value means nothing.
 
     Args:
-        tensor: x0-hat or decoded pictures, carries the graph, shape (B, ...).
+        tensor: x0-hat or decoded images, carries the graph, shape (B, ...).
         gradient: dQ/dtensor, same shape, constant.
         slope_B: phi'(q) per sample, constant.
 

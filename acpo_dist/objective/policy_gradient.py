@@ -72,7 +72,7 @@ class Transition:
 
 
 def transition(
-    head: Tensor,
+    model_output: Tensor,
     noisy: Tensor,
     alpha_bar_t_B: Tensor,
     alpha_bar_prev_B: Tensor,
@@ -108,8 +108,8 @@ def transition(
             "a stochastic step needs 0 < alpha_bar_t < alpha_bar_prev < 1; a step that ends clean is deterministic and "
             f"has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
         )
-    clean = to_clean(head, noisy, alpha_bar_t_B, prediction_type)
-    direction = to_noise(head, noisy, alpha_bar_t_B, prediction_type)
+    clean = to_clean(model_output, noisy, alpha_bar_t_B, prediction_type)
+    direction = to_noise(model_output, noisy, alpha_bar_t_B, prediction_type)
     variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
     mean = _per_sample(after.sqrt(), clean) * clean + _per_sample((1 - after - variance).sqrt(), clean) * direction
     return Transition(mean=mean, std_B=variance.sqrt().to(device=mean.device, dtype=mean.dtype))

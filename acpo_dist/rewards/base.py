@@ -19,7 +19,7 @@ class MetricConfig(Section):
     weight: float = Field(default=1.0, gt=0)
     """Weight among the rewards of a run; scores are normalised first, so 1 means the same for every metric."""
     hinge: float | Path | None = None
-    """No reward, and no gradient, beyond this: a normalised score, or real pictures (file, folder or parquet file with
+    """No reward, and no gradient, beyond this: a normalised score, or real images (file, folder or parquet file with
     the column `data.image_column`) whose mean it is, found once before training. For `rewards.train` alone."""
 
     def model_post_init(self, context: Any, /) -> None:
@@ -60,7 +60,7 @@ class Metric(Protocol):
 
     @classmethod
     def differentiable(cls, config: MetricConfig) -> bool:
-        """Whether the score has a usable gradient with respect to the picture."""
+        """Whether the score has a usable gradient with respect to the image."""
         ...
 
     @classmethod
@@ -69,13 +69,13 @@ class Metric(Protocol):
         ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score pictures.
+        """Score images.
 
         Args:
             images: float32 RGB in [0, 1], shape (B, 3, H, W).
-            prompts: one per picture.
+            prompts: one per image.
 
         Returns:
-            Raw scores (B,), float32, in the metric's own unit; each depends on its own picture alone.
+            Raw scores (B,), float32, in the metric's own unit; each depends on its own image alone.
         """
         ...

@@ -1,7 +1,7 @@
-"""A frozen transformers CLIP for metrics: unit vectors of pictures with their exact gradient, and of texts, cached.
+"""A frozen transformers CLIP for metrics: unit vectors of images with their exact gradient, and of texts, cached.
 
-Preparation (resize, crop, normalise) is torch alone, so the gradient reaches the pixels and no picture passes through
-8-bit or PIL. Shapes: B pictures of H x W pixels, N views of S x S pixels (S the model's own size), D embedding width.
+Preparation (resize, crop, normalise) is torch alone, so the gradient reaches the pixels and no image passes through
+8-bit or PIL. Shapes: B images of H x W pixels, N views of S x S pixels (S the model's own size), D embedding width.
 """
 
 import json
@@ -152,7 +152,7 @@ class ClipBackbone:
 def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """Antialiased resize as PIL does it, in [0, 1] and differentiable: (B, 3, H, W) -> (B, 3, *size).
 
-    Bicubic weights overshoot at edges; like 8-bit pictures, the result saturates there.
+    Bicubic weights overshoot at edges; like 8-bit images, the result saturates there.
     """
     if tuple(images.shape[2:]) == size:
         return images

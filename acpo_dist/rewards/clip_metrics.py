@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.rewards.base import MetricConfig, SmoothQuality
 from acpo_dist.rewards.clip_backbone import ClipBackbone, clip_unusable
-from acpo_dist.rewards.inputs import check_pictures, check_prompts
+from acpo_dist.rewards.inputs import check_images, check_prompts
 
 
 class ClipTextConfig(MetricConfig):
-    """Keys of every metric that compares a picture with its prompt through a CLIP."""
+    """Keys of every metric that compares an image with its prompt through a CLIP."""
 
     weights: str
     """Folder written by `save_pretrained`, or hub id, of a transformers CLIP."""
@@ -25,7 +25,7 @@ class ClipTextConfig(MetricConfig):
 
 
 class ClipTextMetric(SmoothQuality):
-    """Loading and checks of a metric that compares a picture with its prompt; the formula is the subclass's."""
+    """Loading and checks of a metric that compares an image with its prompt; the formula is the subclass's."""
 
     Config: ClassVar[type[MetricConfig]] = ClipTextConfig
     needs_prompts: ClassVar[bool] = True
@@ -54,9 +54,9 @@ class ClipTextMetric(SmoothQuality):
         """See `Metric.__call__`.
 
         Raises:
-            RewardError: the pictures are no pictures, or a picture has no prompt.
+            RewardError: the images are no images, or an image has no prompt.
         """
-        check_pictures(images, name=self._config.name)
+        check_images(images, name=self._config.name)
         check_prompts(prompts, len(images), name=self._config.name)
         return self._score(images, prompts)
 
@@ -102,7 +102,7 @@ class PickScore(ClipTextMetric):
 
 
 class Aesthetic(SmoothQuality):
-    """A head of linear layers on the unit vector of a picture, in the head's own unit (LAION's: about 1 to 10)."""
+    """A head of linear layers on the unit vector of an image, in the head's own unit (LAION's: about 1 to 10)."""
 
     class Config(MetricConfig):
         """Which head on which CLIP."""
@@ -147,9 +147,9 @@ class Aesthetic(SmoothQuality):
         """See `Metric.__call__`.
 
         Raises:
-            RewardError: the pictures are no pictures.
+            RewardError: the images are no images.
         """
-        check_pictures(images, name=self._name)
+        check_images(images, name=self._name)
         return self._head(self._clip.image_vectors(self._clip.single_view(images))).squeeze(-1)
 
 

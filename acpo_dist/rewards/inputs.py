@@ -10,8 +10,8 @@ from acpo_dist.core.errors import RewardError
 _ROUNDING = 1e-3
 
 
-def check_pictures(images: Tensor, *, name: str, minimum: int = 1) -> None:
-    """Refuse pictures that cannot be scored.
+def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
+    """Refuse images that cannot be scored.
 
     Args:
         images: expected to be floating-point RGB in [0, 1], shape (B, 3, H, W), B at least 1.
@@ -19,38 +19,36 @@ def check_pictures(images: Tensor, *, name: str, minimum: int = 1) -> None:
         minimum: smallest height and width that the metric is defined for.
 
     Raises:
-        RewardError: wrong rank, channels, size, type or range; no picture; or values that are not finite.
+        RewardError: wrong rank, channels, size, type or range; no image; or values that are not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise RewardError(f"`{name}` scores RGB pictures of shape (B, 3, H, W), found shape {tuple(images.shape)}")
+        raise RewardError(f"`{name}` scores RGB images of shape (B, 3, H, W), found shape {tuple(images.shape)}")
     if len(images) == 0:
-        raise RewardError(f"`{name}` was asked to score no pictures at all (shape {tuple(images.shape)})")
+        raise RewardError(f"`{name}` was asked to score no images at all (shape {tuple(images.shape)})")
     if not images.is_floating_point():
-        raise RewardError(
-            f"`{name}` takes floating-point pictures in [0, 1], found {images.dtype}; divide by 255 first"
-        )
+        raise RewardError(f"`{name}` takes floating-point images in [0, 1], found {images.dtype}; divide by 255 first")
     height, width = images.shape[2:]
     if min(height, width) < minimum:
-        raise RewardError(f"`{name}` needs pictures of at least {minimum} x {minimum}, found {height} x {width}")
+        raise RewardError(f"`{name}` needs images of at least {minimum} x {minimum}, found {height} x {width}")
     low, high = images.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = int((~torch.isfinite(images.detach()).flatten(1).all(1)).sum())
-        raise RewardError(f"`{name}`: {bad} of {len(images)} pictures hold values that are not finite")
+        raise RewardError(f"`{name}`: {bad} of {len(images)} images hold values that are not finite")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise RewardError(f"`{name}` takes pictures in [0, 1], found values from {low:.4g} to {high:.4g}")
+        raise RewardError(f"`{name}` takes images in [0, 1], found values from {low:.4g} to {high:.4g}")
 
 
 def check_prompts(prompts: Sequence[str], count: int, *, name: str) -> None:
     """Refuse a call whose prompts cannot be read.
 
     Raises:
-        RewardError: not one prompt per picture, or an empty prompt.
+        RewardError: not one prompt per image, or an empty prompt.
     """
     if len(prompts) != count:
-        raise RewardError(f"`{name}` needs one prompt per picture, found {len(prompts)} for {count} pictures")
+        raise RewardError(f"`{name}` needs one prompt per image, found {len(prompts)} for {count} images")
     empty = sum(not prompt.strip() for prompt in prompts)
     if empty:
         raise RewardError(
-            f"`{name}` reads prompts, but {empty} of {count} are empty. Give each picture its prompt "
+            f"`{name}` reads prompts, but {empty} of {count} are empty. Give each image its prompt "
             "(`data.prompts` of a run, `--prompt` of `acpo score`)."
         )

@@ -1,14 +1,14 @@
-"""IPCE: how well a picture corresponds to its prompt, read off five levels of agreement, locally and as a whole.
+"""IPCE: how well an image corresponds to its prompt, read off five levels of agreement, locally and as a whole.
 
-Source: Peng et al. (CVPRW 2024, NTIRE challenge on AI-generated pictures), written from its formulas:
+Source: Peng et al. (CVPRW 2024, NTIRE challenge on AI-generated images), written from its formulas:
 level k of 1 to 5 has the text `a photo that {badly|poorly|fairly|well|perfectly} matches '{prompt}'`, a view its logits
-e^s cos. Local: logits averaged over patches, then softmax; global: softmax of the whole picture's; p is their mean,
+e^s cos. Local: logits averaged over patches, then softmax; global: softmax of the whole image's; p is their mean,
 and q = 5/4 (sum over k of k p_k - 1), from 0 to 5.
 
 Lengths are given for CLIP's 224 pixels and scale with the model's own size S: the shorter side is brought to at least
 512 S/224, patches of S x S lie on a grid of 32 S/224 pixels (48 S/224 where a side reaches 1024 S/224). Which patches
-are seen is drawn once from a seed, the same in every call, so that a score is a function of the picture.
-Shapes: B pictures, P patches, V = P + 1 views (the whole picture last), S x S pixels, D embedding width.
+are seen is drawn once from a seed, the same in every call, so that a score is a function of the image.
+Shapes: B images, P patches, V = P + 1 views (the whole image last), S x S pixels, D embedding width.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def patch_corners(
     """Upper left corners (top, left) of at most `count` patches of `size` x `size` pixels on IPCE's grid.
 
     Args:
-        height: of the upscaled picture, at least `size`.
+        height: of the upscaled image, at least `size`.
         width: likewise.
         generator: draws corners without repetition; None takes them evenly spaced along the grid.
     """
@@ -52,11 +52,11 @@ def patch_corners(
 
 
 def ipce_views(images: Tensor, *, size: int, short_side: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Patches and whole picture: (B, 3, H, W) in [0, 1] -> (B, V, 3, S, S), differentiable.
+    """Patches and whole image: (B, 3, H, W) in [0, 1] -> (B, V, 3, S, S), differentiable.
 
     Args:
         size: S.
-        short_side: least length of the shorter side, for a model of 224 pixels; smaller pictures are upscaled.
+        short_side: least length of the shorter side, for a model of 224 pixels; smaller images are upscaled.
         count: P, fewer where the grid has fewer.
         generator: see `patch_corners`.
     """
@@ -72,7 +72,7 @@ def ipce_views(images: Tensor, *, size: int, short_side: int, count: int, genera
 
 
 def ipce_quality(view_vectors_BVD: Tensor, level_vectors_BLD: Tensor, scale: Tensor | float) -> Tensor:
-    """Quality (B,) in [0, 5] from unit vectors of the views (whole picture last) and of the five level texts.
+    """Quality (B,) in [0, 5] from unit vectors of the views (whole image last) and of the five level texts.
 
     Args:
         scale: e to CLIP's logit scale.

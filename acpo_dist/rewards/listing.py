@@ -29,7 +29,7 @@ class RewardRow:
     direction: str
     """`higher` or `lower` is better."""
     minimum_size: int
-    """Smallest height and width of a picture, in pixels."""
+    """Smallest height and width of an image, in pixels."""
     licence: str
     note: str
 
@@ -101,7 +101,7 @@ def _pyiqa_row(name: str) -> RewardRow:
     notes = [
         *([f"not usable here: {facts.refused}"] if facts.refused else []),
         *(["`weights` takes a local file"] if facts.local else []),
-        *(["one picture at a time"] if not facts.batched else []),
+        *(["one image at a time"] if not facts.batched else []),
     ]
     return RewardRow(
         name=f"pyiqa:{name}",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.rewards.base import MetricConfig, SmoothQuality
-from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.strided_judge import SMALLEST, StridedJudge
 from acpo_dist.rewards.two_stream import PATCH, PATCHES, PUBLISHED, TOY, TwoStream
 
@@ -33,7 +33,7 @@ class _NetworkMetric(SmoothQuality):
     needs_prompts = False
     _toy_file: ClassVar[str]
     _smallest: ClassVar[int]
-    """Least height and width of a picture."""
+    """Least height and width of an image."""
 
     def __init__(self, config: _WeightedConfig, *, device: str = "cpu") -> None:
         """Load the weights.
@@ -84,9 +84,9 @@ class _NetworkMetric(SmoothQuality):
         """See `Metric.__call__`.
 
         Raises:
-            RewardError: pictures that it cannot take.
+            RewardError: images that it cannot take.
         """
-        check_pictures(images, name=self._name, minimum=self._smallest)
+        check_images(images, name=self._name, minimum=self._smallest)
         return self._score(images)
 
     def _score(self, images: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class TwoStreamMetric(_NetworkMetric):
 
         type: Literal["two_stream"] = "two_stream"
         patches: int = Field(default=PATCHES, ge=1)
-        """Most 32 x 32 tiles of a picture that are looked at; of more, `seed` draws so many, the same in every call."""
+        """Most 32 x 32 tiles of an image that are looked at; of more, `seed` draws so many, the same in every call."""
         seed: int = 0
         """Of the tiles that are looked at."""
 

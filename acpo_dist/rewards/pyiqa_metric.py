@@ -21,19 +21,19 @@ from torch import Tensor
 from acpo_dist.core.errors import RewardConfigError, RewardError
 from acpo_dist.core.registry import nearest
 from acpo_dist.rewards.base import MetricConfig
-from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
 _NETWORK_TIMEOUT_S = 30.0
 _CPU_PIXELS = 224 * 224
-"""Most pixels in one forward on a CPU: CNNIQA is twice as fast on one picture of this size as on sixteen."""
+"""Most pixels in one forward on a CPU: CNNIQA is twice as fast on one image of this size as on sixteen."""
 _BUILD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, AssertionError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _ANNOUNCED = re.compile(r'Downloading: "(\S+)" to (\S+)')
 
 
 class PyiqaMetric:
-    """One pyiqa metric, per picture, in its own unit and direction."""
+    """One pyiqa metric, per image, in its own unit and direction."""
 
     class Config(MetricConfig):
         """Which metric."""
@@ -98,9 +98,9 @@ class PyiqaMetric:
         """See `Metric.__call__`.
 
         Raises:
-            RewardError: the pictures are no pictures or too small, or pyiqa cannot score them.
+            RewardError: the images are no images or too small, or pyiqa cannot score them.
         """
-        check_pictures(images, name=self._name, minimum=self._facts.minimum)
+        check_images(images, name=self._name, minimum=self._facts.minimum)
         parts = self._parts(images)
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._facts.differentiable):
@@ -119,7 +119,7 @@ class PyiqaMetric:
             return [part.clone() for part in images.split(1)]
         if images.device.type != "cpu":
             return [images]
-        # Beyond the processor's cache the pictures of a batch only get into each other's way.
+        # Beyond the processor's cache the images of a batch only get into each other's way.
         parts = images.split(max(1, _CPU_PIXELS // (images.shape[2] * images.shape[3])))
         return [part.contiguous(memory_format=self._order) for part in parts]
 

@@ -1,7 +1,7 @@
 """Facts about every no-reference metric of pyiqa 0.1.16 that we state ourselves; nothing of pyiqa is here.
 
 Range and direction repeat pyiqa's own metadata, which is used where pyiqa is installed and which a test compares.
-Gradient, smallest picture and batching were measured on piqe, entropy, cnniqa, musiq, wadiqam_nr, uranker and metaiqa
+Gradient, smallest image and batching were measured on piqe, entropy, cnniqa, musiq, wadiqam_nr, uranker and metaiqa
 (tests/unit/test_reward_pyiqa.py); for metrics that cannot be built without a download they are read off pyiqa's
 documentation and source.
 """
@@ -22,15 +22,15 @@ class PyiqaFacts:
     """Data behind its weights, whose own terms apply; empty if it has none."""
     lower_better: bool = False
     differentiable: bool = True
-    """Whether the gradient with respect to the picture is of use."""
+    """Whether the gradient with respect to the image is of use."""
     download: bool = True
     """Whether it fetches weights (or parameters, or a backbone) on first use."""
     minimum: int = 32
     """Smallest height and width."""
     channels_last: bool = False
-    """Whether its network takes pictures in that order of memory, which is faster on a CPU."""
+    """Whether its network takes images in that order of memory, which is faster on a CPU."""
     batched: bool = True
-    """Whether it takes several pictures at once; else they are given one by one."""
+    """Whether it takes several images at once; else they are given one by one."""
     local: Literal["params", "bare", "file"] | None = None
     """How a file in `weights` is read: a state dict below the key `params`, a bare one, or as it is; None: not at all.
 
@@ -53,7 +53,7 @@ _UNIT = PyiqaFacts(score_range="0, 1")
 _ABOUT_UNIT = PyiqaFacts(score_range="~0, ~1")
 _NATURAL = PyiqaFacts(
     score_range="~0, ~100", lower_better=True, differentiable=False, minimum=96, local="file",
-    trained_on="natural pictures",
+    trained_on="natural images",
 )  # fmt: skip
 _MUSIQ = PyiqaFacts(score_range="~0, ~100", minimum=1, local="bare")
 _NIMA = replace(_ABOUT_UNIT, minimum=1, local="params", backbone="timm inception_resnet_v2")
@@ -68,11 +68,11 @@ _CLIPIQA = replace(_UNIT, trained_on="OpenAI's CLIP data")
 _LIQE = PyiqaFacts(score_range="1, 5", minimum=224, local="params", backbone="OpenAI CLIP ViT-B/32")
 _ARNIQA = replace(_UNIT, backbone="torchvision resnet50")
 _LARGE = PyiqaFacts(
-    score_range="1, 5", differentiable=False, batched=False, trained_on="pictures and texts of a large multimodal model"
+    score_range="1, 5", differentiable=False, batched=False, trained_on="images and texts of a large multimodal model"
 )
 _SETS = PyiqaFacts(
     score_range="0, ~", differentiable=False, lower_better=True, trained_on="ImageNet",
-    refused="compares sets of pictures, so it has no score per picture",
+    refused="compares sets of images, so it has no score per image",
 )  # fmt: skip
 
 PYIQA: dict[str, PyiqaFacts] = {
@@ -84,7 +84,7 @@ PYIQA: dict[str, PyiqaFacts] = {
     "brisque": replace(_NATURAL, score_range="~0, ~150", minimum=32, trained_on="LIVE"),
     "brisque_matlab": replace(_NATURAL, minimum=32, trained_on="LIVE"),
     "nrqm": replace(_NATURAL, score_range="~0, ~10", lower_better=False, minimum=64, trained_on="Ma et al. 2017"),
-    "pi": replace(_NATURAL, score_range="~0, ~", local=None, trained_on="Ma et al. 2017 and natural pictures"),
+    "pi": replace(_NATURAL, score_range="~0, ~", local=None, trained_on="Ma et al. 2017 and natural images"),
     "cnniqa": replace(_ABOUT_UNIT, minimum=7, local="params", trained_on="KonIQ-10k", channels_last=True),
     "wadiqam_nr": PyiqaFacts(score_range="~-1, ~0.1", minimum=33, local="params", trained_on="KonIQ-10k"),
     "uranker": PyiqaFacts(score_range="~-1, ~2", minimum=1, local="params", trained_on="URankerSet (underwater)"),
@@ -156,7 +156,7 @@ PYIQA: dict[str, PyiqaFacts] = {
     "fgresq": replace(_UNIT, differentiable=False, trained_on="fine-grained restoration pairs", local="file"),
     "clipscore": PyiqaFacts(
         score_range="0, 2.5", trained_on="OpenAI's CLIP data",
-        refused="compares a picture with a caption; use our own type `clip_score`",
+        refused="compares an image with a caption; use our own type `clip_score`",
     ),
     "fid": _SETS,
     "sfid": _SETS,

@@ -1,7 +1,7 @@
 """Image statistics from their formulas: no weights, no download, each a metric of its own.
 
-They say what a picture is like, not how good it is. As judges they show how a reward is hacked (an ever sharper, ever
-more colourful picture); as rewards they are cheap stand-ins with a known optimum. Shapes: B pictures of H x W pixels.
+They say what an image is like, not how good it is. As judges they show how a reward is hacked (an ever sharper, ever
+more colourful image); as rewards they are cheap stand-ins with a known optimum. Shapes: B images of H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.rewards.base import MetricConfig
-from acpo_dist.rewards.inputs import check_pictures
+from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.two_stream import gradient_magnitude
 
 LUMINANCE = (0.299, 0.587, 0.114)
@@ -35,7 +35,7 @@ def sharpness(images: Tensor) -> Tensor:
 
 
 def colourfulness(images: Tensor) -> Tensor:
-    """Colourfulness on the published scale of 8-bit pictures: (B, 3, H, W) -> (B,), 0 (grey) to about 200.
+    """Colourfulness on the published scale of 8-bit images: (B, 3, H, W) -> (B,), 0 (grey) to about 200.
 
     Source: Hasler and Suesstrunk (2003), eq. 1: spread plus 0.3 times the mean of the opponent colours R - G and
     (R + G) / 2 - B. The root is smoothed so far below one grey level that only its slope at grey notices.
@@ -50,7 +50,7 @@ def colourfulness(images: Tensor) -> Tensor:
 def saturation(images: Tensor) -> Tensor:
     """Mean of HSV's saturation, (max - min) / max per pixel, 0 for black: (B, 3, H, W) -> (B,), 0 to 1.
 
-    The denominator never falls below one grey level, which changes no 8-bit picture and bounds the slope near black.
+    The denominator never falls below one grey level, which changes no 8-bit image and bounds the slope near black.
     """
     high, low = images.amax(1), images.amin(1)
     return ((high - low) / high.clamp(min=1 / 255)).flatten(1).mean(1)
@@ -98,7 +98,7 @@ def soft_colour_entropy(images: Tensor) -> Tensor:
 
 
 def _histogram(joint: Tensor, share: Tensor) -> Tensor:
-    """Sums of `share` per bin and picture, as a distribution: two of (B, H, W) -> (B, BINS ** 3)."""
+    """Sums of `share` per bin and image, as a distribution: two of (B, H, W) -> (B, BINS ** 3)."""
     pixels = joint[0].numel()
     counts = share.new_zeros(len(joint), BINS**3)
     return counts.scatter_add(1, joint.flatten(1), share.flatten(1)) / pixels
@@ -114,7 +114,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 class _Statistic:
-    """A function of pictures alone as a metric."""
+    """A function of images alone as a metric."""
 
     Config: ClassVar[type[MetricConfig]]
     needs_prompts: ClassVar[bool] = False
@@ -148,9 +148,9 @@ class _Statistic:
         """See `Metric.__call__`.
 
         Raises:
-            RewardError: the pictures are no pictures, or too small.
+            RewardError: the images are no images, or too small.
         """
-        check_pictures(images, name=self._name, minimum=self.minimum_size)
+        check_images(images, name=self._name, minimum=self.minimum_size)
         return self._formula(images)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 16
-"""Least height and width of a picture."""
+"""Least height and width of an image."""
 
 
 class _Residual(nn.Module):
@@ -24,7 +24,7 @@ class _Residual(nn.Module):
 
 
 class StridedJudge(nn.Module):
-    """Quality in [0, 1] (0 bad, 1 good) of RGB pictures in [0, 1], any size from 16 x 16 up; higher is better."""
+    """Quality in [0, 1] (0 bad, 1 good) of RGB images in [0, 1], any size from 16 x 16 up; higher is better."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 Our own differentiable definition of the published design (Yan, Gong and Zhang, IEEE TIP 28(5), 2019): luminance
 gradients by Sobel filters with a smooth magnitude, three pooling stages per stream, R-FCN-like position-sensitive
-pooling over 3 x 3 bins, and the mean over 32 x 32 tiles for larger pictures, or over so many of them, drawn once.
+pooling over 3 x 3 bins, and the mean over 32 x 32 tiles for larger images, or over so many of them, drawn once.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 PATCH = 32
 PATCHES = 256
-"""Most tiles of a picture that are looked at: all up to 512 x 512, a fixed quarter of those of 1024 x 1024."""
+"""Most tiles of an image that are looked at: all up to 512 x 512, a fixed quarter of those of 1024 x 1024."""
 _BINS = 3
 _TILES_AT_ONCE = 256
-"""Tiles per forward: what bounds the memory, however large the batch and its pictures are."""
+"""Tiles per forward: what bounds the memory, however large the batch and its images are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class _Stream(nn.Module):
 
 
 class TwoStream(nn.Module):
-    """Quality in [0, 1] (0 bad, 1 good) of RGB pictures in [0, 1]; higher is better."""
+    """Quality in [0, 1] (0 bad, 1 good) of RGB images in [0, 1]; higher is better."""
 
     def __init__(self, size: TwoStreamSize = PUBLISHED) -> None:
         super().__init__()
@@ -84,27 +84,27 @@ class TwoStream(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor, *, patches: int = PATCHES, seed: int = 0) -> Tensor:
-        """Score pictures.
+        """Score images.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], H and W at least 32; larger pictures are tiled, a remainder at the right
+            images: (B, 3, H, W) in [0, 1], H and W at least 32; larger images are tiled, a remainder at the right
                 and lower edge is covered by a last overlapping tile.
-            patches: most tiles per picture. A picture with more is judged by so many, drawn without bias from `seed`
+            patches: most tiles per image. An image with more is judged by so many, drawn without bias from `seed`
                 and its size alone: the same ones in every call, whoever shares the batch.
 
         Returns:
             Scores of shape (B,), the mean over tiles.
 
         Raises:
-            ValueError: a picture smaller than one tile, or not three channels.
+            ValueError: an image smaller than one tile, or not three channels.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < PATCH:
             raise ValueError(
-                f"TwoStream needs RGB pictures of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}"
+                f"TwoStream needs RGB images of at least {PATCH} x {PATCH}, found shape {tuple(images.shape)}"
             )
         corners = tile_corners(*images.shape[2:], patches=patches, seed=seed)
         planes = torch.cat([images, gradient_magnitude(images)], 1)
-        # Chunks of tiles, each tile of all pictures: tensors never grow with the size of the pictures.
+        # Chunks of tiles, each tile of all images: tensors never grow with the size of the images.
         step = max(1, _TILES_AT_ONCE // len(images))
         chunks = [corners[start : start + step] for start in range(0, len(corners), step)]
         if len(chunks) == 1 or self.training or not torch.is_grad_enabled():
@@ -122,7 +122,7 @@ class TwoStream(nn.Module):
 
 
 def tile_corners(height: int, width: int, *, patches: int, seed: int) -> list[tuple[int, int]]:
-    """Upper left corners (y, x) of the tiles of a picture, or of `patches` of them, drawn from the seed."""
+    """Upper left corners (y, x) of the tiles of an image, or of `patches` of them, drawn from the seed."""
     corners = [(y, x) for y in _tile_starts(height) for x in _tile_starts(width)]
     if len(corners) <= patches:
         return corners

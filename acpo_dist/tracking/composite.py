@@ -26,7 +26,7 @@ class CompositeTracker:
         self._each("log_metrics", lambda tracker: tracker.log_metrics(iteration, metrics))
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record a picture file everywhere."""
+        """Record an image file everywhere."""
         self._each("log_image", lambda tracker: tracker.log_image(name, iteration, path))
 
     def log_text(self, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""How scores are distributed: as text for a terminal, and as a picture."""
+"""How scores are distributed: as text for a terminal, and as an image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ def save_histogram(values_by_name: Mapping[str, Sequence[float]], path: Path, *,
         axis.stairs(counts, edges, fill=True, alpha=0.8)
         mean = sum(values) / len(values)
         axis.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"mean {mean:.4g}")
-        axis.set(title=f"{name}, {len(values)} pictures", xlabel="score", ylabel="pictures")
+        axis.set(title=f"{name}, {len(values)} images", xlabel="score", ylabel="images")
         axis.legend(fontsize=9)
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

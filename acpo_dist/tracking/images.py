@@ -1,4 +1,4 @@
-"""Pictures for people: grids of samples and curves over iterations."""
+"""Images for people: grids of samples and curves over iterations."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2
-"""Pixels between pictures."""
+"""Pixels between images."""
 MIN_SIDE = 64
-"""Smaller pictures are scaled up until their shorter side has so many pixels."""
+"""Smaller images are scaled up until their shorter side has so many pixels."""
 _MARGIN = 6
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
@@ -27,12 +27,12 @@ def save_grid(
     labels: Sequence[str] | None = None,
     title: str | None = None,
 ) -> None:
-    """Write pictures as one PNG, row by row.
+    """Write images as one PNG, row by row.
 
     Args:
-        images_BCHW: uint8, B pictures of C = 1 or 3 channels.
+        images_BCHW: uint8, B images of C = 1 or 3 channels.
         path: the PNG; its folder is made.
-        columns: pictures per row; no more than B are used.
+        columns: images per row; no more than B are used.
         scale: whole factor, at least 1, of nearest-neighbour enlargement; None enlarges what is below `MIN_SIDE`.
         labels: one text per row, written on its left.
         title: text above the grid.
@@ -45,7 +45,7 @@ def save_grid(
     count, height, width, _ = images_BHWC.shape
     rows = math.ceil(count / columns)
     if labels is not None and len(labels) != rows:
-        raise ValueError(f"{count} pictures in {columns} columns make {rows} rows, but there are {len(labels)} labels")
+        raise ValueError(f"{count} images in {columns} columns make {rows} rows, but there are {len(labels)} labels")
     factor = max(1, math.ceil(MIN_SIDE / min(height, width)) if scale is None else scale)
     height, width = height * factor, width * factor
 
@@ -63,8 +63,8 @@ def save_grid(
         draw.text((_MARGIN, middle), label, fill=_INK, font=font, anchor="lm")
     for index, image_HWC in enumerate(images_BHWC):
         row, column = divmod(index, columns)
-        picture = Image.fromarray(image_HWC.numpy()).resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(picture, (left + column * (width + GAP), top + row * (height + GAP)))
+        image = Image.fromarray(image_HWC.numpy()).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(image, (left + column * (width + GAP), top + row * (height + GAP)))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, format="PNG")
 
@@ -75,7 +75,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     Args:
         rows: as `read_metrics` gives them; a null figure leaves a gap in its curve, a missing one does not.
         keys_by_panel: metric names by the title of their panel; names without any figure are left out.
-        path: the picture; its ending decides the format, its folder is made.
+        path: the image; its ending decides the format, its folder is made.
 
     Raises:
         ValueError: no panel.
@@ -120,12 +120,12 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
 
 
 def _checked(images_BCHW: Tensor, columns: int) -> Tensor:
-    """Pictures as (B, H, W, 3) on the CPU."""
+    """Images as (B, H, W, 3) on the CPU."""
     if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] not in (1, 3):
         found = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
-        raise ValueError(f"a grid needs uint8 pictures of shape (B, 1 or 3, H, W), found {found}")
+        raise ValueError(f"a grid needs uint8 images of shape (B, 1 or 3, H, W), found {found}")
     if not images_BCHW.numel() or columns < 1:
-        raise ValueError(f"a grid needs a picture and a column, found {tuple(images_BCHW.shape)} in {columns} columns")
+        raise ValueError(f"a grid needs an image and a column, found {tuple(images_BCHW.shape)} in {columns} columns")
     return images_BCHW.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonlTracker:
-    """Appends one line per iteration; pictures, texts and tags have their own files and are ignored here.
+    """Appends one line per iteration; images, texts and tags have their own files and are ignored here.
 
     Args:
         path: the file; its folder is made, and a last line that a killed process left torn is cut off.
@@ -46,7 +46,7 @@ class JsonlTracker:
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Do nothing: the picture is a file of the run already."""
+        """Do nothing: the image is a file of the run already."""
 
     def log_text(self, name: str, text: str) -> None:
         """Do nothing: the text is a file of the run already."""

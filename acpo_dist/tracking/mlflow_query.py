@@ -66,7 +66,7 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
 
 
 def attach(
-    uri: str, run_id: str, file: Path, *, folder: str, figures: Mapping[str, float], step: int, tags: Mapping[str, str]
+    uri: str, run_id: str, file: Path, *, folder: str, metrics: Mapping[str, float], step: int, tags: Mapping[str, str]
 ) -> None:
     """Add a file, figures and tags to a run that may have ended; doing it again replaces the file.
 
@@ -81,8 +81,8 @@ def attach(
     now = time.time_ns() // 1_000_000
     try:
         client.log_artifact(run_id, str(file), folder)
-        metrics = [Metric(legal_name(name), float(value), now, step) for name, value in figures.items()]
-        for batch in batches(metrics, METRICS_PER_BATCH):
+        records = [Metric(legal_name(name), float(value), now, step) for name, value in metrics.items()]
+        for batch in batches(records, METRICS_PER_BATCH):
             client.log_batch(run_id, metrics=batch)
         client.log_batch(run_id, tags=[RunTag(legal_name(name), value) for name, value in tags.items()])
     except Exception as error:  # as above

@@ -40,14 +40,14 @@ def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, An
 
 def lane(record: Mapping[str, Any]) -> str:
     """Artifacts may live on another server than figures, so neither waits for the other."""
-    return "artifacts" if record.get("kind") in ("image", "text") else "figures"
+    return "artifacts" if record.get("kind") in ("image", "text") else "metrics"
 
 
 def deliver(client: "MlflowClient", run_id: str, record: Mapping[str, Any]) -> None:
     """Send one record; sending it again changes nothing, since it carries its own time.
 
     Raises:
-        UndeliverableError: the picture is gone, or the kind of record is unknown.
+        UndeliverableError: the image is gone, or the kind of record is unknown.
         Exception: whatever MLflow raises.
     """
     from mlflow.entities import Metric, RunTag
@@ -59,7 +59,7 @@ def deliver(client: "MlflowClient", run_id: str, record: Mapping[str, Any]) -> N
                 client.log_batch(run_id, metrics=batch)
         case {"kind": "image", "path": path}:
             if not Path(path).is_file():
-                raise UndeliverableError(f"the picture {path} is gone")
+                raise UndeliverableError(f"the image {path} is gone")
             client.log_artifact(run_id, path, "samples")
         case {"kind": "text", "name": name, "text": text}:
             client.log_text(run_id, text, f"config/{name}")

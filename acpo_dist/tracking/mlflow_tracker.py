@@ -93,7 +93,7 @@ class MlflowTracker:
         self._put(metrics_record(iteration, metrics))
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record a picture file under `samples/`, where it keeps its file name; the file must stay until `close`."""
+        """Record an image file under `samples/`, where it keeps its file name; the file must stay until `close`."""
         self._put({"kind": "image", "path": os.path.abspath(path)})
 
     def log_text(self, name: str, text: str) -> None:

@@ -12,12 +12,12 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
-from acpo_dist.data.images import real_pictures
-from acpo_dist.data.prompts import deal
+from acpo_dist.data.images import real_images
+from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
 from acpo_dist.tracking.console import Console
-from acpo_dist.training.guard.monitor import Watch
+from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 
@@ -47,11 +47,11 @@ class LoopState:
 
 
 def calibrate(
-    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, watch: Watch
+    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, monitor: GuardMonitor
 ) -> LoopState:
     """Normalise every metric on base-model samples and find the first anchor weight."""
     handles, scores = score_calibration(config, ports, prompts, console, "calibration")
-    watch.calibrate(handles)
+    monitor.calibrate(handles)
     quantile = getattr(config.algorithm, "target_quantile", None)
     normalisers = {
         entry.name: fit_normaliser(
@@ -88,16 +88,14 @@ def _with_ceilings(
             continue
         ceiling, source = hinge, "as configured"
         if isinstance(hinge, Path):
-            # At the size of the model's own pictures: a metric may see size, and then nothing else would be compared.
+            # At the size of the model's own images: a metric may see size, and then nothing else would be compared.
             side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
-            pictures = torch.stack(
-                real_pictures(
-                    hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples
-                )
+            images = torch.stack(
+                real_images(hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples)
             )
-            scores = ports.reward.score_pictures(entry.name, pictures)
+            scores = ports.reward.score_images(entry.name, images)
             ceiling = sum(map(normalisers[entry.name].normalise, scores)) / len(scores)
-            source = f"the mean of {len(scores)} real pictures of {hinge}"
+            source = f"the mean of {len(scores)} real images of {hinge}"
         console.message(f"hinge of {entry.name}: {ceiling:+.3f} base standard deviations, {source}")
         if ceiling <= 0:
             console.message(
@@ -112,7 +110,7 @@ def score_calibration(
 ) -> tuple[list[RolloutHandle], ScoreTable]:
     """Draw the calibration samples, always from the same prompts and seeds, with the weights of now, and score them."""
     per_prompt = config.rollout.samples_per_prompt
-    groups = deal(
+    groups = sample_prompts(
         prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
         num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
     )  # fmt: skip

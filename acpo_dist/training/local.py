@@ -19,10 +19,10 @@ from acpo_dist.core.types import (
     ScoreTable,
     TrainReport,
     TrainTask,
+    WeightAck,
     WeightBundle,
-    WeightEcho,
 )
-from acpo_dist.core.weights import require_echoes
+from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.learner.batches import LearnerSpec
@@ -94,9 +94,9 @@ class LocalRollouts:
         """See `RolloutPool.follow`."""
         return [self._worker.follow(trajectory)]
 
-    def ends(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
         """See `RolloutPool.ends`."""
-        return torch.cat([self._worker.ends(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
+        return torch.cat([self._worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
 
     def measure_errors(
         self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
@@ -104,7 +104,7 @@ class LocalRollouts:
         """See `RolloutPool.measure_errors`."""
         return [self._worker.measure_errors(handle.payload, sigmas, guidance=guidance) for handle in handles]
 
-    def load(self, bundle: WeightBundle) -> list[WeightEcho]:
+    def load(self, bundle: WeightBundle) -> list[WeightAck]:
         """See `RolloutPool.load`."""
         return [self._worker.load(bundle)]
 
@@ -152,10 +152,10 @@ class LocalRewards:
                     advance(len(scores))
         return table
 
-    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
-        """See `RewardPool.score_pictures`."""
+    def score_images(self, metric: str, images: Tensor) -> list[float]:
+        """See `RewardPool.score_images`."""
         self._requests += 1
-        return self._workers[metric].score(pictures, ("",) * len(pictures))
+        return self._workers[metric].score(images, ("",) * len(images))
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """See `GradientSource.value_and_grad`."""
@@ -183,11 +183,11 @@ class LocalLearner:
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
         """See `LearnerGroup.train`."""
-        figures, steps, refused = self.worker.train([handle.payload for handle in handles], task)
+        metrics, steps, skipped = self.worker.train([handle.payload for handle in handles], task)
         if advance:
             advance(len(task.sample_ids))
         return TrainReport(
-            metrics=figures.means(), optim_steps=steps, refused=tuple(refused), too_many=self.worker.refused_too_many
+            metrics=metrics.means(), optim_steps=steps, skipped=tuple(skipped), too_many=self.worker.skipped_too_many
         )
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
@@ -201,8 +201,8 @@ class LocalLearner:
 
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
         """See `LearnerGroup.measure_drift`."""
-        figures: Mapping[str, float] = self.worker.measure_drift([h.payload for h in handles], timesteps).means()
-        return {int(name): value for name, value in figures.items()}
+        metrics: Mapping[str, float] = self.worker.measure_drift([h.payload for h in handles], timesteps).means()
+        return {int(name): value for name, value in metrics.items()}
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
         """See `LearnerGroup.export`."""
@@ -227,7 +227,7 @@ class LocalChannel:
     def publish(self, version: int) -> str:
         """See `WeightChannel.publish`."""
         bundle = self._learner.export(version)
-        require_echoes(version, bundle.checksum, self._rollouts.load(bundle))
+        require_acks(version, bundle.checksum, self._rollouts.load(bundle))
         return bundle.checksum
 
 

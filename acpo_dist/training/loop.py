@@ -23,16 +23,16 @@ from acpo_dist.core.types import (
     Selection,
     TrainReport,
     TrainTask,
-)  # fmt: skip
-from acpo_dist.data.prompts import deal
+)
+from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.objective.composition import compose
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_grid
 from acpo_dist.training.calibration import LoopState, calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.training.guard.guard import Decision
-from acpo_dist.training.guard.monitor import Watch
+from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.training.run_folder import RunFolder
-from acpo_dist.training.trajectory.manager import TrajectoryKeeper
+from acpo_dist.training.trajectory.manager import TrajectoryManager
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 from acpo_dist.workers.learner.rates import learning_rate
 
@@ -61,41 +61,41 @@ def run(
         on_start: called when weights are in place, before the first iteration (evaluation of the base model).
     """
     ports.learner.start(checkpoint.learner_folder if checkpoint else None)
-    keeper = TrajectoryKeeper(config, ports.rollout, folder, ports.tracker, prompts, console)
-    retimed: dict[str, float] = {}
+    manager = TrajectoryManager(config, ports.rollout, folder, ports.tracker, prompts, console)
+    trajectory_metrics: dict[str, float] = {}
     if checkpoint:
-        keeper.restore(checkpoint.state)
+        manager.restore(checkpoint.state)
     else:
-        retimed = keeper.start()
+        trajectory_metrics = manager.start()
     algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
-    watch = Watch(config, ports.rollout, folder, ports.tracker, console)
+    monitor = GuardMonitor(config, ports.rollout, folder, ports.tracker, console)
     if checkpoint:
         state = resume(config, checkpoint)
-        watch.restore(checkpoint.state)
+        monitor.restore(checkpoint.state)
     else:
-        state = calibrate(config, ports, algorithm, prompts, console, watch)
+        state = calibrate(config, ports, algorithm, prompts, console, monitor)
         if config.guard.action == "roll_back":
-            _save(config, ports, folder, state, keeper, watch, prompts, console)
+            _save(config, ports, folder, state, manager, monitor, prompts, console)
     ports.weights.publish(state.version)
     if on_start is not None:
         on_start()
     metrics: dict[str, float] = {}
     while state.iteration < config.run.iterations:
-        metrics = _iterate(config, ports, algorithm, state, prompts, console, watch, folder) | retimed
+        metrics = _iterate(config, ports, algorithm, state, prompts, console, monitor, folder) | trajectory_metrics
         done = state.iteration
         # After the update and before the next rollouts: a trajectory never changes within an iteration.
-        metrics, retimed = metrics | keeper.after(done), {}
+        metrics, trajectory_metrics = metrics | manager.after(done), {}
         folder.require_ours()
         ports.tracker.log_metrics(done - 1, metrics)
-        stopped = watch.decision is not None and watch.decision.ends
+        stopped = monitor.decision is not None and monitor.decision.ends
         console.iteration(done, config.run.iterations, metrics, last=stopped)
         last = done == config.run.iterations or stopped
         # Workers hold no weights of an iteration that was taken back.
-        taken_back = stopped and watch.decision is not None and watch.decision.action == "roll_back"
+        taken_back = stopped and monitor.decision is not None and monitor.decision.action == "roll_back"
         if (done % config.tracking.images_every == 0 or last) and not taken_back:
-            _picture(config, ports, folder, prompts, done, console)
+            _image(config, ports, folder, prompts, done, console)
         if done % config.checkpoint.every == 0 or last:
-            _save(config, ports, folder, state, keeper, watch, prompts, console)
+            _save(config, ports, folder, state, manager, monitor, prompts, console)
         if stopped:
             break
     # A line of its own, one past the last iteration: a longer run that goes on from here drops it again.
@@ -104,21 +104,26 @@ def run(
     ports.tracker.log_metrics(state.iteration, gain)
     console.message("gain in base standard deviations: " + ", ".join(f"{n[5:]} {v:+.2f}" for n, v in gain.items()))
     return LoopResult(
-        iterations=state.iteration, version=state.version, last_metrics=metrics | gain,
-        guard=watch.decision if watch.decision is not None and watch.decision.ends else None,
-    )  # fmt: skip
+        iterations=state.iteration,
+        version=state.version,
+        last_metrics=metrics | gain,
+        guard=monitor.decision if monitor.decision is not None and monitor.decision.ends else None,
+    )
 
 
 def _iterate(
     config: Config, ports: Ports, algorithm: Algorithm, state: LoopState, prompts: Sequence[str], console: Console,
-    watch: Watch, folder: RunFolder,
+    monitor: GuardMonitor, folder: RunFolder,
 ) -> dict[str, float]:  # fmt: skip
     """One rollout -> reward -> update -> sync cycle; moves `state` on."""
     clock = PhaseClock()
-    groups = deal(
-        prompts, iteration=state.iteration, run_seed=config.run.seed,
-        num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
-    )  # fmt: skip
+    groups = sample_prompts(
+        prompts,
+        iteration=state.iteration,
+        run_seed=config.run.seed,
+        num_prompts=config.rollout.prompts_per_iteration,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+    )
     total = sum(len(group.samples) for group in groups)
     with clock.phase("rollout"), console.phase("rollout", total) as advance:
         handles = ports.rollout.generate(groups, advance)
@@ -126,31 +131,34 @@ def _iterate(
     with clock.phase("reward"), console.phase("reward", total * len(names)) as advance:
         scores = ports.reward.score(handles, names, advance)
     chosen = _select(config, ports, algorithm, state, groups, handles, scores)
-    scale = watch.reward_scale
+    scale = monitor.reward_scale
     task = TrainTask(
-        iteration=state.iteration, policy_version=state.version, sample_ids=chosen.sample_ids,
+        iteration=state.iteration,
+        policy_version=state.version,
+        sample_ids=chosen.sample_ids,
         # A pathwise objective is scaled by its reward terms; one that sees scores only, by its samples' weights.
         weights=chosen.weights if config.algorithm.pathwise else {n: scale * w for n, w in chosen.weights.items()},
-        anchor_weight=state.controller.weight, learning_rate=learning_rate(config, state.iteration),
+        anchor_weight=state.controller.weight,
+        learning_rate=learning_rate(config, state.iteration),
         rewards=reward_terms(config, state.normalisers, scale),
         constants=state.constants,
-    )  # fmt: skip
+    )
     with clock.phase("learn"), console.phase("learn", len(task.sample_ids)) as advance:
         report = ports.learner.train(handles, task, advance)
     with clock.phase("probe"):
-        probe = watch.probe(ports.learner, handles)
+        probe = monitor.probe(ports.learner, handles)
     folder.require_ours()
-    if report.refused:
-        _record_refused(config, folder, state.iteration, report, handles, console)
+    if report.skipped:
+        _record_skipped(config, folder, state.iteration, report, handles, console)
     moved = report.optim_steps > 0
     drift = _drift_of(config, report.metrics) if moved else state.drift
     metrics = {
         **_score_metrics(config, scores, state.normalisers),
         **report.metrics,
-        **chosen.figures,
+        **chosen.metrics,
         "anchor/weight": state.controller.weight,
         "learner/learning_rate": task.learning_rate,
-        "learner/refused_steps": float(len(report.refused)),
+        "learner/skipped_steps": float(len(report.skipped)),
         "drift/rms": drift**0.5,
         **{f"drift/at/{timestep}": value for timestep, value in probe.items()},
         **ports.reward.counters(),
@@ -158,9 +166,7 @@ def _iterate(
     if state.controller.budget is not None:
         metrics["drift/budget"] = state.controller.budget
     with clock.phase("guard"):
-        decision = watch.check(
-            state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5, probe=probe
-        )  # fmt: skip
+        decision = monitor.check(state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5, probe=probe)
     # Weights that are taken back are never drawn with: workers keep those of the iteration before.
     if decision.action != "roll_back":
         with clock.phase("sync"):
@@ -172,7 +178,7 @@ def _iterate(
     return metrics | decision.to_metrics() | {"sync/version": float(state.version)} | clock.metrics()
 
 
-def _record_refused(
+def _record_skipped(
     config: Config, folder: RunFolder, iteration: int, report: TrainReport, handles: Sequence[RolloutHandle],
     console: Console,
 ) -> None:  # fmt: skip
@@ -182,8 +188,8 @@ def _record_refused(
         NonFiniteError: they were too many in a row.
     """
     prompts = {name: text for handle in handles for name, text in zip(handle.sample_ids, handle.prompts, strict=True)}
-    with folder.refused.open("a", encoding="utf-8") as file:
-        for one in report.refused:
+    with folder.skipped.open("a", encoding="utf-8") as file:
+        for one in report.skipped:
             samples = [{"sample_id": name, "prompt": prompts.get(name)} for name in one.sample_ids]
             row = {
                 "iteration": iteration,
@@ -193,28 +199,28 @@ def _record_refused(
             }
             file.write(json.dumps(row) + "\n")
     if report.too_many:
-        names = [name for one in report.refused for name in one.sample_ids]
+        names = [name for one in report.skipped for name in one.sample_ids]
         raise NonFiniteError(
-            f"iteration {iteration}: more than learner.max_refused_steps={config.learner.max_refused_steps} optimiser "
+            f"iteration {iteration}: more than learner.max_skipped_steps={config.learner.max_skipped_steps} optimiser "
             "steps in a row had a loss or gradient that is not finite; no weight has changed in them. "
-            f"{folder.refused} has their samples ({', '.join(names[:3]) or 'gradients alone'}). `--resume auto` "
-            "with a larger learner.max_refused_steps goes on past them; a new run with a lower learner.learning_rate, "
+            f"{folder.skipped} has their samples ({', '.join(names[:3]) or 'gradients alone'}). `--resume auto` "
+            "with a larger learner.max_skipped_steps goes on past them; a new run with a lower learner.learning_rate, "
             "or learner.precision=float32, may not meet them."
         )
-    tried = report.optim_steps + len(report.refused)
+    tried = report.optim_steps + len(report.skipped)
     console.message(
-        f"iteration {iteration + 1}: {len(report.refused)} of {tried} optimiser steps left out, since a loss or "
-        f"gradient was not finite ({folder.refused})"
+        f"iteration {iteration + 1}: {len(report.skipped)} of {tried} optimiser steps left out, since a loss or "
+        f"gradient was not finite ({folder.skipped})"
     )
 
 
-def _drift_of(config: Config, figures: Mapping[str, float]) -> float:
+def _drift_of(config: Config, metrics: Mapping[str, float]) -> float:
     """The larger of the mean squared drifts that were measured.
 
     Raises:
         NonFiniteError: none was, so nobody could say whether the policy is still near the base model.
     """
-    found = [figures[name] for name in ("anchor/late", "anchor/uniform") if name in figures]
+    found = [metrics[name] for name in ("anchor/late", "anchor/uniform") if name in metrics]
     if not found:
         raise NonFiniteError(
             f"algorithm `{config.algorithm.type}` reported no drift: its figures lack anchor/late and anchor/uniform, "
@@ -230,9 +236,9 @@ def _select(
     """What the learner is to train on: rollouts as the algorithm chose them, or pairs of a data set."""
     if ports.pairs is not None:
         count = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt // 2
-        ids = ports.pairs.deal(iteration=state.iteration, count=count, run_seed=config.run.seed)
-        figures = {f"pairs/{name}": float(value) for name, value in ports.pairs.counts.items()}
-        return Selection(sample_ids=tuple(ids), weights=dict.fromkeys(ids, 1.0), figures=figures)
+        ids = ports.pairs.sample_prompts(iteration=state.iteration, count=count, run_seed=config.run.seed)
+        metrics = {f"pairs/{name}": float(value) for name, value in ports.pairs.counts.items()}
+        return Selection(sample_ids=tuple(ids), weights=dict.fromkeys(ids, 1.0), metrics=metrics)
     train = [entry for entry in config.rewards.train]
     ids = [plan.sample_id for group in groups for plan in group.samples]
     return algorithm.select(
@@ -244,28 +250,28 @@ def _select(
             },
             weights=config.rewards.term_weights(),
             spread=config.rewards.spread,
-            pictures=lambda: dict(zip(ids, ports.rollout.images(handles, ids), strict=True)),
+            images=lambda: dict(zip(ids, ports.rollout.images(handles, ids), strict=True)),
         )
     )
 
 
 def _save(
-    config: Config, ports: Ports, folder: RunFolder, state: LoopState, keeper: TrajectoryKeeper, watch: Watch,
-    prompts: Sequence[str], console: Console,
+    config: Config, ports: Ports, folder: RunFolder, state: LoopState, manager: TrajectoryManager,
+    monitor: GuardMonitor, prompts: Sequence[str], console: Console,
 ) -> None:  # fmt: skip
     folder.require_ours()
     partial = folder.checkpoints.prepare(state.iteration)
     try:
         ports.learner.save(partial / "learner")
         # What a run may be rolled back to is measured with the saved weights; running means lag behind them.
-        ended = watch.decision is not None and watch.decision.ends
+        ended = monitor.decision is not None and monitor.decision.ends
         exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0 and not ended
         gains = measure_gain(config, ports, state, prompts, console) if exact else {}
         judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
-        watch.saved(state.iteration, judges)
-        mapping = state.to_mapping() | keeper.to_mapping() | watch.to_mapping()
+        monitor.saved(state.iteration, judges)
+        mapping = state.to_mapping() | manager.to_mapping() | monitor.to_mapping()
         folder.require_ours()
-        path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=watch.best_iteration)
+        path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=monitor.best_iteration)
     except BaseException:
         # Whatever it was: half a checkpoint only takes room, which a full disk may need.
         folder.checkpoints.discard(partial)
@@ -274,7 +280,7 @@ def _save(
     logger.info("checkpoint %s", path)
 
 
-def _picture(
+def _image(
     config: Config, ports: Ports, folder: RunFolder, prompts: Sequence[str], iteration: int, console: Console
 ) -> None:
     """A grid from the same prompts and seeds at every call."""
@@ -288,7 +294,9 @@ def _picture(
 
 def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: str) -> list[PromptGroup]:
     """Samples that are the same for every policy version: one per prompt."""
-    return deal(prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream)
+    return sample_prompts(
+        prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
+    )
 
 
 def _score_metrics(config: Config, scores: ScoreTable, normalisers: dict[str, Normaliser]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a run trains first when it brings no base model or no metric weights: both from the real pictures it names."""
+"""What a run trains first when it brings no base model or no metric weights: both from the real images it names."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
-from acpo_dist.data.images import PictureSet, load_pictures
+from acpo_dist.data.images import ImageSet, load_images
 from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage, spoil
 from acpo_dist.data.toy.world import IMAGE_SIZE
 from acpo_dist.models.training.denoiser import train_denoiser
@@ -39,7 +39,7 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
     """Train what the configuration says is to be trained, below `root`, once; return it with paths in their place.
 
     Raises:
-        ConfigError: something is to be trained but there are no pictures.
+        ConfigError: something is to be trained but there are no images.
     """
     wanted = [
         entry for entry in (*config.rewards.train, *config.rewards.judges) if getattr(entry, "weights", None) == TRAIN
@@ -49,30 +49,30 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
         return config
     if config.data.path is None:
         named = [*(entry.name for entry in wanted), *(["model.path"] if train_model else [])]
-        raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real pictures; set data.path to a parquet file.")
-    pictures = load_pictures(config.data.path, config.data.image_column, config.data.max_images, IMAGE_SIZE)
+        raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real images; set data.path to a parquet file.")
+    images = load_images(config.data.path, config.data.image_column, config.data.max_images, IMAGE_SIZE)
     root.mkdir(parents=True, exist_ok=True)
     model = config.model
     if train_model:
-        model = model.model_copy(update={"path": str(_train_base(model, pictures, root / "ddpm", console))})
+        model = model.model_copy(update={"path": str(_train_base(model, images, root / "ddpm", console))})
     rewards = config.rewards.model_copy(
         update={
-            role: tuple(_with_weights(entry, pictures, root, console) for entry in getattr(config.rewards, role))
+            role: tuple(_with_weights(entry, images, root, console) for entry in getattr(config.rewards, role))
             for role in ("train", "judges")
         }
     )
     return config.model_copy(update={"model": model, "rewards": rewards})
 
 
-def _train_base(model: Any, pictures: PictureSet, folder: Path, console: Console) -> Path:
+def _train_base(model: Any, images: ImageSet, folder: Path, console: Console) -> Path:
     if (folder / "model_index.json").is_file():
         console.message(f"base model: {folder} (made before)")
         return folder
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:
-        rows = torch.randint(len(pictures), (count,), generator=generator)
+        rows = torch.randint(len(images), (count,), generator=generator)
         flip = torch.rand(count, generator=generator)[:, None, None, None] < 0.5
-        batch = pictures.batch(rows)
+        batch = images.batch(rows)
         return 2 * torch.where(flip, batch.flip(-1), batch) - 1, None
 
     def predict(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: object) -> Tensor:
@@ -83,7 +83,7 @@ def _train_base(model: Any, pictures: PictureSet, folder: Path, console: Console
     unet = new_ddpm()
     base = model.base
     limit = f", {base.max_seconds:.0f} s at most" if base.max_seconds else ""
-    console.message(f"no base model given: training one on {len(pictures)} pictures, {base.steps} steps{limit}")
+    console.message(f"no base model given: training one on {len(images)} images, {base.steps} steps{limit}")
     with console.phase("base model", base.steps) as advance:
         loss = train_denoiser(
             unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
@@ -91,11 +91,11 @@ def _train_base(model: Any, pictures: PictureSet, folder: Path, console: Console
             progress=lambda step, steps, loss: advance(1),
         )  # fmt: skip
     save_ddpm(folder, unet, half=False)
-    console.message(f"base model trained on {len(pictures)} pictures: noise-prediction error {loss:.4f}; {folder}")
+    console.message(f"base model trained on {len(images)} images: noise-prediction error {loss:.4f}; {folder}")
     return folder
 
 
-def _with_weights(entry: Any, pictures: PictureSet, root: Path, console: Console) -> Any:
+def _with_weights(entry: Any, images: ImageSet, root: Path, console: Console) -> Any:
     if getattr(entry, "weights", None) != TRAIN:
         return entry
     path = root / f"{entry.name}.safetensors"
@@ -104,25 +104,25 @@ def _with_weights(entry: Any, pictures: PictureSet, root: Path, console: Console
         seed = derive_seed("iqa", entry.name) % 2**31
         torch.manual_seed(seed)
         network = build()
-        console.message(f"training metric {entry.name} on damaged pictures, {entry.train_steps} steps")
-        held_out = int(len(pictures) * _HELD_OUT)
+        console.message(f"training metric {entry.name} on damaged images, {entry.train_steps} steps")
+        held_out = int(len(images) * _HELD_OUT)
         with console.phase(f"metric {entry.name}", None):
             report = train_iqa(
-                network, _damaged(pictures, family, held_out), steps=entry.train_steps, batch_size=64, seed=seed,
-                held_out=_damaged(pictures, family, -held_out),
+                network, _damaged(images, family, held_out), steps=entry.train_steps, batch_size=64, seed=seed,
+                held_out=_damaged(images, family, -held_out),
             )  # fmt: skip
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
         path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-        console.message(f"metric {entry.name}: SRCC {report.srcc:.3f} on damaged held-out pictures; {path}")
+        console.message(f"metric {entry.name}: SRCC {report.srcc:.3f} on damaged held-out images; {path}")
     return entry.model_copy(update={"weights": str(path)})
 
 
-def _damaged(pictures: PictureSet, family: dict[str, Damage], split: int) -> LabelledBatch:
-    """Pictures from row `split` on for training; the first `-split` rows for a negative one (held out)."""
-    low, high = (split, len(pictures)) if split > 0 else (0, -split)
+def _damaged(images: ImageSet, family: dict[str, Damage], split: int) -> LabelledBatch:
+    """Images from row `split` on for training; the first `-split` rows for a negative one (held out)."""
+    low, high = (split, len(images)) if split > 0 else (0, -split)
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(low, high, (count,), generator=generator)
-        return spoil(pictures.batch(rows), family, generator)
+        return spoil(images.batch(rows), family, generator)
 
     return draw

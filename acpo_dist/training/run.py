@@ -22,7 +22,7 @@ from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
-from acpo_dist.data.images import load_pictures
+from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.models.family import trainable_tensors
@@ -35,7 +35,7 @@ from acpo_dist.training.guard.guard import Decision
 from acpo_dist.training.guard.monitor import ending_of
 from acpo_dist.training.prepare import prepare
 from acpo_dist.training.run_folder import RunFolder, git_commit, open_run
-from acpo_dist.training.run_lock import Tenure, held
+from acpo_dist.training.run_lock import RunLock, held
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ def drive(
     started, restarts = time.monotonic(), 0
     with on_storage(config.run_dir), ExitStack() as stack:
         # Once, and not before the input was looked at.
-        tenure = cache(lambda: stack.enter_context(held(config.run_dir)))
+        lock = cache(lambda: stack.enter_context(held(config.run_dir)))
         while True:
             try:
-                result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts, tenure)
+                result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts, lock)
                 return replace(result, seconds=time.monotonic() - started)
             except WorkerLostError as error:
                 if restarts >= config.cluster.max_restarts:
@@ -99,17 +99,17 @@ def drive(
 
 def _attempt(
     config: Config, open_ports: OpenPorts, console: Console, resume: str | None, at_start: Hook | None,
-    at_end: Hook | None, restarts: int, tenure: Callable[[], Tenure],
+    at_end: Hook | None, restarts: int, lock: Callable[[], RunLock],
 ) -> RunResult:  # fmt: skip
     started = time.monotonic()
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
-    _require_pictures(config)
+    _require_images(config)
     pairs = None
     if config.data.pairs is not None:
         pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
-    ours = tenure()
+    ours = lock()
     # On a restart too: whoever lost its workers may have been cut off, and taken for dead.
     ours.require()
     folder, checkpoint = open_run(config, resume)
@@ -119,7 +119,7 @@ def _attempt(
         ended = ending_of(config, checkpoint.state)
         if ended is not None:
             return _ended_before(config, folder, checkpoint, ended, console, started)
-    for record in (folder.metrics, folder.guard, folder.refused):
+    for record in (folder.metrics, folder.guard, folder.skipped):
         truncate_after(record, checkpoint.iteration if checkpoint else 0)
     effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:
@@ -175,19 +175,19 @@ def _ended_before(
     )  # fmt: skip
 
 
-def _require_pictures(config: Config) -> None:
-    """Read one picture now: a wrong column must not be found after the base model is loaded.
+def _require_images(config: Config) -> None:
+    """Read one image now: a wrong column must not be found after the base model is loaded.
 
     A shipped configuration may leave data.path to the command line, so this is not a relation of the schema.
     """
     anchor = getattr(config.algorithm, "anchor", None)
     if config.data.path is None and getattr(anchor, "source", "rollout") == "data":
         raise ConfigError(
-            "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real pictures, or "
+            "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real images, or "
             "algorithm.anchor.source=rollout."
         )
     if config.data.path is not None:
-        load_pictures(config.data.path, config.data.image_column, 1, None)
+        load_images(config.data.path, config.data.image_column, 1, None)
 
 
 def _open_tracker(config: Config, folder: RunFolder):

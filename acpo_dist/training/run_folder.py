@@ -29,7 +29,7 @@ _FREE = {
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
     "learner": {
         "num_ranks", "zero_stage", "offload_optimizer", "micro_batch", "cpus_per_rank", "gpus_per_rank", "timeout_s",
-        "max_refused_steps",
+        "max_skipped_steps",
     },
     "guard": None,
     "checkpoint": None,
@@ -58,9 +58,9 @@ class RunFolder:
         return self.root / "guard.jsonl"
 
     @property
-    def refused(self) -> Path:
+    def skipped(self) -> Path:
         """One JSON object per optimiser step that was left out."""
-        return self.root / "refused.jsonl"
+        return self.root / "skipped_steps.jsonl"
 
     @property
     def samples(self) -> Path:

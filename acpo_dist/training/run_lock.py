@@ -19,7 +19,7 @@ from acpo_dist.core.errors import ResumeError, RunTakenError
 
 logger = logging.getLogger(__name__)
 
-DRIVER = "driver.json"
+LOCK_FILE = "driver.json"
 _BEAT_S = 5.0
 _SILENT_S = 30.0
 """A driver elsewhere that did not write for so long is gone; several beats, since shared storage may be slow."""
@@ -28,7 +28,7 @@ Sign = Literal["alive", "gone", "unknown"]
 
 
 @dataclass(frozen=True)
-class Driver:
+class LockHolder:
     """What a driver writes of itself."""
 
     token: str
@@ -46,12 +46,12 @@ class Driver:
         return f"process {self.pid} on {self.host}"
 
 
-def driver_of(root: Path) -> Driver | None:
+def lock_holder(root: Path) -> LockHolder | None:
     """Who drives a run, or last did without saying that it stops."""
-    return _parsed(_content(root / DRIVER))
+    return _parsed(_content(root / LOCK_FILE))
 
 
-def sign_of(driver: Driver) -> Sign:
+def sign_of(driver: LockHolder) -> Sign:
     """Whether a driver lives, as far as can be told without waiting, which is not at all on another machine."""
     if driver.place != _place():
         return "unknown"
@@ -66,17 +66,17 @@ def sign_of(driver: Driver) -> Sign:
     return "alive"
 
 
-class Tenure:
+class RunLock:
     """The right to write into a run folder, while it is held."""
 
     def __init__(self, root: Path) -> None:
         """Of this folder; see `held`."""
-        self._path = root / DRIVER
+        self._path = root / LOCK_FILE
         process = psutil.Process()
-        self._me = Driver(uuid.uuid4().hex, socket.gethostname(), _place(), process.pid, _started(process))
+        self._me = LockHolder(uuid.uuid4().hex, socket.gethostname(), _place(), process.pid, _started(process))
         self._over = threading.Event()
         self._writing = threading.Lock()
-        self._lost: Driver | None = None
+        self._lost: LockHolder | None = None
         self._made = False
 
     def require(self) -> None:
@@ -133,7 +133,7 @@ class Tenure:
         locked = self._writing.acquire(timeout=_BEAT_S)
         try:
             self._aside.unlink(missing_ok=True)
-            found = driver_of(self._path.parent)
+            found = lock_holder(self._path.parent)
             if found is not None and found.token == self._me.token:
                 self._path.unlink(missing_ok=True)
         finally:
@@ -146,15 +146,15 @@ class Tenure:
 
     @property
     def _aside(self) -> Path:
-        return self._path.with_name(f".{DRIVER}.{self._me.token}")
+        return self._path.with_name(f".{LOCK_FILE}.{self._me.token}")
 
     def _look(self) -> None:
-        found = driver_of(self._path.parent)
+        found = lock_holder(self._path.parent)
         # A file that is gone or cut was taken by nobody; the next beat writes it again.
         if found is not None and found.token != self._me.token:
             self._lost = found
 
-    def _write(self, driver: Driver) -> None:
+    def _write(self, driver: LockHolder) -> None:
         self._aside.write_text(json.dumps(asdict(driver)), encoding="utf-8")
         os.replace(self._aside, self._path)
 
@@ -190,19 +190,19 @@ class Tenure:
 
 
 @contextmanager
-def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterator[Tenure]:
+def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterator[RunLock]:
     """Drive a run alone while the block runs.
 
     Raises:
         ResumeError: another process drives it.
     """
-    tenure = Tenure(root)
-    tenure.take(wait)
-    threading.Thread(target=tenure.beat, daemon=True, name="tenure").start()
+    lock = RunLock(root)
+    lock.take(wait)
+    threading.Thread(target=lock.beat, daemon=True, name="tenure").start()
     try:
-        yield tenure
+        yield lock
     finally:
-        tenure.release()
+        lock.release()
 
 
 def _content(path: Path) -> bytes | None:
@@ -213,9 +213,9 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _parsed(content: bytes | None) -> Driver | None:
+def _parsed(content: bytes | None) -> LockHolder | None:
     try:
-        return Driver(**json.loads(content)) if content else None
+        return LockHolder(**json.loads(content)) if content else None
     except (ValueError, TypeError):
         return None
 

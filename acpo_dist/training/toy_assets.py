@@ -41,7 +41,7 @@ PARTS = tuple(SEEDS)
 NULL_SHARE = 0.10
 _LATENT_BANK = 34_560
 _WEB_EXPONENT = 0.5
-"""The latent model learns from mostly poor pictures, so that there is quality to be gained."""
+"""The latent model learns from mostly poor images, so that there is quality to be gained."""
 
 
 def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | None = None) -> None:
@@ -68,16 +68,16 @@ def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | 
 def draw_spoiled(
     family: dict[str, Damage], count: int, generator: torch.Generator, *, severity_exponent: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random scenes with random damage: (pictures, severities, caption ids)."""
+    """Random scenes with random damage: (images, severities, caption ids)."""
     ids = torch.randint(len(templates()), (count,), generator=generator)
-    pictures, severity = spoil(templates()[ids], family, generator, severity_exponent=severity_exponent)
-    return pictures, severity, caption_index()[ids]
+    images, severity = spoil(templates()[ids], family, generator, severity_exponent=severity_exponent)
+    return images, severity, caption_index()[ids]
 
 
 def _labelled(family: dict[str, Damage]):
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        pictures, severity, _ = draw_spoiled(family, count, generator)
-        return pictures, severity
+        images, severity, _ = draw_spoiled(family, count, generator)
+        return images, severity
 
     return draw
 
@@ -116,10 +116,10 @@ def _build_vae(folder: Path, effort: float) -> None:
 
 @torch.no_grad()
 def _latent_bank(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    pictures, _, caption_ids = draw_spoiled(BASE_DAMAGE, _LATENT_BANK, generator, severity_exponent=_WEB_EXPONENT)
+    images, _, caption_ids = draw_spoiled(BASE_DAMAGE, _LATENT_BANK, generator, severity_exponent=_WEB_EXPONENT)
     scale = vae.config["scaling_factor"]
     encode: Any = vae.encode
-    latents = torch.cat([scale * encode(2 * chunk - 1).latent_dist.mean for chunk in pictures.split(64)])
+    latents = torch.cat([scale * encode(2 * chunk - 1).latent_dist.mean for chunk in images.split(64)])
     return latents, caption_ids
 
 

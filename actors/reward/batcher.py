@@ -14,8 +14,8 @@ class Job:
     """A request that waits."""
 
     kind: Hashable
-    """Only requests of one kind share a batch: method, size and type of the pictures."""
-    pictures: int
+    """Only requests of one kind share a batch: method, size and type of the images."""
+    images: int
     payload: Any
     future: Future[Any] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
@@ -27,7 +27,7 @@ class Vitals:
 
     requests: int = 0
     batches: int = 0
-    pictures: int = 0
+    images: int = 0
     busy_s: float = 0.0
     answered: float | None = None
     """When the last batch was done, on the monotonic clock; None before the first."""
@@ -37,18 +37,18 @@ class Batcher:
     """Computes in its own thread, so that the event loop stays free to answer health checks."""
 
     def __init__(
-        self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], *, max_pictures: int, wait_s: float,
+        self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], *, max_images: int, wait_s: float,
         between: Callable[[], None] = lambda: None, pause_s: float = 1.0,
     ) -> None:  # fmt: skip
         """Start the thread.
 
         Args:
             run: answers per request for requests of one kind.
-            max_pictures: a batch takes no further request beyond so many; a larger request is a batch of its own.
+            max_images: a batch takes no further request beyond so many; a larger request is a batch of its own.
             wait_s: how long a batch that is not full waits for more.
             between: called between batches, and every `pause_s` when there are none.
         """
-        self._run, self._max_pictures, self._wait_s = run, max_pictures, wait_s
+        self._run, self._max_images, self._wait_s = run, max_images, wait_s
         self._between, self._pause_s = between, pause_s
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
@@ -56,9 +56,9 @@ class Batcher:
         self._vitals = Vitals()
         threading.Thread(target=self._work, daemon=True, name="compute").start()
 
-    def submit(self, kind: Hashable, pictures: int, payload: Any) -> Future[Any]:
+    def submit(self, kind: Hashable, images: int, payload: Any) -> Future[Any]:
         """Queue a request; its answer comes in the future. A cancelled future is not computed."""
-        job = Job(kind, pictures, payload)
+        job = Job(kind, images, payload)
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -96,17 +96,17 @@ class Batcher:
             if not self._jobs:
                 return []
             first = self._jobs.popleft()
-            batch, pictures = [first], first.pictures
+            batch, images = [first], first.images
             until = first.arrived + self._wait_s
             while True:
                 for job in [job for job in self._jobs if job.kind == first.kind]:
-                    if pictures + job.pictures > self._max_pictures:
+                    if images + job.images > self._max_images:
                         break
                     self._jobs.remove(job)
                     batch.append(job)
-                    pictures += job.pictures
+                    images += job.images
                 remaining = until - time.monotonic()
-                if pictures >= self._max_pictures or remaining <= 0 or not self._changed.wait(remaining):
+                if images >= self._max_images or remaining <= 0 or not self._changed.wait(remaining):
                     break
         return [job for job in batch if job.future.set_running_or_notify_cancel()]
 
@@ -133,7 +133,7 @@ class Batcher:
         """Before the answer leaves, so that who has it also finds it counted."""
         self._vitals.requests += len(batch)
         self._vitals.batches += 1
-        self._vitals.pictures += sum(job.pictures for job in batch)
+        self._vitals.images += sum(job.images for job in batch)
         self._vitals.busy_s += self.running_s()
         self._vitals.answered = time.monotonic()
         self._started = None

@@ -17,7 +17,7 @@ from acpo_dist.core.errors import RewardError
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient
 from actors.reward.counts import RequestCounts
-from actors.reward.liveness import REPLICA, Pulse, running_replicas
+from actors.reward.liveness import REPLICA, Liveness, running_replicas
 from actors.reward.replica import ReplicaError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class RewardClient:
         self.link = link
         self._handles = {name: serve.get_deployment_handle(REPLICA, app) for name, app in link.applications.items()}
         self.counts = RequestCounts()
-        self.pulses = {name: Pulse(self._handles[name], app) for name, app in link.applications.items()}
+        self.liveness_records = {name: Liveness(self._handles[name], app) for name, app in link.applications.items()}
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -80,9 +80,9 @@ class RewardClient:
             self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="reward")
         return self._threads.submit(self.ask, metric, method, *arguments)
 
-    def score(self, metric: str, pictures: Any, prompts: Sequence[str]) -> list[float]:
-        """Raw scores of the uint8 pictures (B, 3, H, W) that an object reference points to."""
-        return self.ask(metric, "score", [pictures], tuple(prompts))
+    def score(self, metric: str, images: Any, prompts: Sequence[str]) -> list[float]:
+        """Raw scores of the uint8 images (B, 3, H, W) that an object reference points to."""
+        return self.ask(metric, "score", [images], tuple(prompts))
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """See `GradientSource.value_and_grad`."""
@@ -119,11 +119,11 @@ class _Request:
     pause_s: float = _PAUSE_S
 
     def answer(self) -> Any:
-        link, pulse = self.client.link, self.client.pulses[self.metric]
+        link, liveness = self.client.link, self.client.liveness_records[self.metric]
         started = time.monotonic()
         while True:
             # Who waits behind others does not wait in vain: the deadline is for a pool that answers nobody.
-            deadline = max(started, pulse.heard) + link.deadline_s
+            deadline = max(started, liveness.heard) + link.deadline_s
             if time.monotonic() >= deadline:
                 raise NoAnswerError(
                     f"reward `{self.metric}`: no answer within rewards.deadline_s={link.deadline_s:g} s; the last "
@@ -138,7 +138,7 @@ class _Request:
                 time.sleep(max(0.0, min(self.pause_s, deadline - time.monotonic())))
                 self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
                 continue
-            pulse.answered()
+            liveness.answered()
             self._convict()
             return answer
 
@@ -162,18 +162,23 @@ class _Request:
 
     def _wait(self, response: Any, started: float) -> Any:
         """The answer, however many requests are before this one, as long as the pool gets on with them."""
-        link, pulse = self.client.link, self.client.pulses[self.metric]
+        link, liveness = self.client.link, self.client.liveness_records[self.metric]
         patience_s, first = _PATIENCE * link.attempt_timeout_s, time.monotonic()
         while True:
             asked = time.monotonic()
-            remaining = max(started, pulse.heard) + link.deadline_s - asked
+            remaining = max(started, liveness.heard) + link.deadline_s - asked
             try:
                 return response.result(timeout_s=max(0.0, min(patience_s, remaining)))
             except TimeoutError as error:
                 # With every replica at work, and requests answered meanwhile, this one's turn will come: to ask again
                 # would only put it at the end of the queue. An answer that was lost on its way never comes, however.
                 waited_s = time.monotonic() - first
-                if remaining > 0 and waited_s < _LONGEST * link.deadline_s and pulse.look() and pulse.heard > asked:
+                if (
+                    remaining > 0
+                    and waited_s < _LONGEST * link.deadline_s
+                    and liveness.look()
+                    and liveness.heard > asked
+                ):
                     continue
                 response.cancel()
                 raise _AttemptError("timeout", f"no answer within {waited_s:.3g} s") from error

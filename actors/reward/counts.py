@@ -86,20 +86,20 @@ class ReplicaClock:
     busy_s: float
     up_s: float
     batches: int
-    pictures: int
+    images: int
 
 
 def utilisation(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
     """Share of their time that the replicas of now computed, since they were last asked or since they started."""
-    none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, pictures=0)
+    none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
     busy = sum(clock.busy_s - before.get(name, none).busy_s for name, clock in now.items())
     passed = sum(clock.up_s - before.get(name, none).up_s for name, clock in now.items())
     return busy / passed if passed > 0 else 0.0
 
 
 def mean_batch(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
-    """Pictures per batch over the same time; 0 when nothing was computed."""
-    none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, pictures=0)
-    pictures = sum(clock.pictures - before.get(name, none).pictures for name, clock in now.items())
+    """Images per batch over the same time; 0 when nothing was computed."""
+    none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
+    images = sum(clock.images - before.get(name, none).images for name, clock in now.items())
     batches = sum(clock.batches - before.get(name, none).batches for name, clock in now.items())
-    return pictures / batches if batches else 0.0
+    return images / batches if batches else 0.0

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from acpo_dist.config.pool import HttpConfig
 from acpo_dist.core.errors import RewardError, UsageError, WorkerError
-from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, BodyError, decode_pictures, decode_sent, encode_answer
+from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, BodyError, decode_images, decode_sent, encode_answer
 from actors.reward.client import NoAnswerError, PoolLink, RewardClient
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Door:
         """Prepare to answer.
 
         Args:
-            ask: (metric, `score` or `gradient`, pictures or what was sent, prompts) -> scores or `ScoredGradient`.
+            ask: (metric, `score` or `gradient`, images or what was sent, prompts) -> scores or `ScoredGradient`.
             metrics: name -> whether it gives gradients.
             cut: what gradients are asked at: `latent` or `image`.
             tokens: those who hold one are let in.
@@ -111,7 +111,7 @@ class Door:
 
     def _work(self, metric: str, what: str, body: bytes) -> Reply:
         try:
-            sent, prompts = decode_pictures(body) if what == "score" else decode_sent(body)
+            sent, prompts = decode_images(body) if what == "score" else decode_sent(body)
             answer = self._ask(metric, what, sent, prompts)
         except NoAnswerError as error:
             raise RefusedError(503, str(error)) from error
@@ -140,7 +140,7 @@ class Door:
                 return bytes(body)
 
     def _too_large(self) -> str:
-        return f"a body may have {self._max_bytes / 2**20:g} MiB (rewards.http.max_mib); send fewer pictures at once"
+        return f"a body may have {self._max_bytes / 2**20:g} MiB (rewards.http.max_mib); send fewer images at once"
 
     def _require_token(self, header: bytes) -> None:
         scheme, _, token = header.partition(b" ")

@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 1.0
 """Many requests that wait look together."""
 
 
-class Pulse:
+class Liveness:
     """When the replicas of one metric last answered somebody; may be used from several threads."""
 
     def __init__(self, handle: Any, application: str) -> None:

@@ -29,7 +29,7 @@ from actors.reward.start import await_running
 logger = logging.getLogger(__name__)
 
 _MOST_THREADS = 64
-_PICTURES_AT_ONCE = 16
+_IMAGES_AT_ONCE = 16
 
 
 def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRewards":
@@ -168,11 +168,11 @@ class ServeRewards:
             table[metric].update(zip(handle.sample_ids, request.result(), strict=True))
         return table
 
-    def score_pictures(self, metric: str, pictures: Tensor) -> list[float]:
-        """See `RewardPool.score_pictures`."""
+    def score_images(self, metric: str, images: Tensor) -> list[float]:
+        """See `RewardPool.score_images`."""
         return [
             score
-            for part in pictures.split(_PICTURES_AT_ONCE)
+            for part in images.split(_IMAGES_AT_ONCE)
             for score in self.client.score(metric, ray.put(part.clone()), ("",) * len(part))
         ]
 
@@ -183,11 +183,11 @@ class ServeRewards:
     def counters(self) -> dict[str, float]:
         """See `RewardPool.counters`; the learner ranks' own retries are counted in.
 
-        Per metric, over the time since the last call: replicas, requests that wait at them, pictures per batch, share
+        Per metric, over the time since the last call: replicas, requests that wait at them, images per batch, share
         of their time that they computed, and latency of this process's requests in seconds.
         """
         counts = self.client.counts
-        figures = {
+        metrics = {
             "reward_pool/retries": float(counts.retries + self.learner_retries),
             **counts.to_metrics(),
         }
@@ -195,12 +195,12 @@ class ServeRewards:
         for metric, found in self.vitals().items():
             now = {
                 one["replica"]: ReplicaClock(
-                    busy_s=one["busy_s"], up_s=one["up_s"], batches=one["batches"], pictures=one["pictures"]
+                    busy_s=one["busy_s"], up_s=one["up_s"], batches=one["batches"], images=one["images"]
                 )
                 for one in found
             }
             before = self._clocks.get(metric, {})
-            figures |= {
+            metrics |= {
                 f"reward_pool/{metric}/replicas": float(len(now)),
                 f"reward_pool/{metric}/queue": float(sum(one["queue"] for one in found)),
                 f"reward_pool/{metric}/batch": mean_batch(before, now),
@@ -209,7 +209,7 @@ class ServeRewards:
             }
             # One that does not answer now is counted from here when it does.
             self._clocks[metric] = before | now
-        return figures
+        return metrics
 
     def close(self) -> None:
         """Delete the applications."""

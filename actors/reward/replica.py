@@ -62,7 +62,7 @@ class RewardReplica:
     """Shell round `RewardWorker`."""
 
     def __init__(self, plan: ReplicaPlan) -> None:
-        """Set the process up, load metric and decoder, and score the known picture.
+        """Set the process up, load metric and decoder, and score the known image.
 
         Raises:
             RewardError: the metric has no finite score for it, or another one than the replicas before.
@@ -70,7 +70,7 @@ class RewardReplica:
         """
         require_same(plan.software)
         device = set_up(cpus=plan.cpus, gpus=plan.gpus)
-        from acpo_dist.workers.reward.canary import KnownPicture
+        from acpo_dist.workers.reward.canary import Canary
         from acpo_dist.workers.reward.worker import RewardWorker
         from actors.reward.batcher import Batcher
 
@@ -80,26 +80,26 @@ class RewardReplica:
             plan.metric, model=plan.model, cut=plan.cut, wire_dtype=plan.wire_dtype, device=device,
             max_batch=plan.max_batch,
         )  # fmt: skip
-        self._known = KnownPicture(self._worker)
+        self._known = Canary(self._worker)
         self._known.compare(shared_reference(context.app_name, self._known.reference), "on the replicas before")
         self._timeout_s = plan.attempt_timeout_s
         self._sick, self._cause = "", ""
         self._ready, self._probed = time.monotonic(), time.monotonic()
         self._probe_pause_s = _PROBE_EVERY_S
         self._batcher = Batcher(
-            self._compute, max_pictures=plan.max_batch, wait_s=plan.batch_wait_s, between=self._probe_if_due
+            self._compute, max_images=plan.max_batch, wait_s=plan.batch_wait_s, between=self._probe_if_due
         )
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
-    async def score(self, pictures: list[Any], prompts: tuple[str, ...], avoid: frozenset[str]) -> list[float]:
-        """Score pictures that lie in the object store (a list of one reference, which Serve leaves alone)."""
+    async def score(self, images: list[Any], prompts: tuple[str, ...], avoid: frozenset[str]) -> list[float]:
+        """Score images that lie in the object store (a list of one reference, which Serve leaves alone)."""
         await self._admit(avoid)
         try:
-            images: Any = await asyncio.to_thread(ray.get, pictures[0], timeout=self._timeout_s)
+            images_BCHW: Any = await asyncio.to_thread(ray.get, images[0], timeout=self._timeout_s)
         except GetTimeoutError as error:
-            raise ReplicaError("the pictures do not come", self._id, "timeout") from error
-        kind = ("score", images.dtype, tuple(images.shape[1:]))
-        return await asyncio.wrap_future(self._batcher.submit(kind, len(images), (images, prompts)))
+            raise ReplicaError("the images do not come", self._id, "timeout") from error
+        kind = ("score", images_BCHW.dtype, tuple(images_BCHW.shape[1:]))
+        return await asyncio.wrap_future(self._batcher.submit(kind, len(images_BCHW), (images_BCHW, prompts)))
 
     async def value_and_grad(self, sent: Any, prompts: tuple[str, ...], avoid: frozenset[str]) -> Any:
         """See `RewardWorker.value_and_grad`."""
@@ -108,7 +108,7 @@ class RewardReplica:
         return await asyncio.wrap_future(self._batcher.submit(kind, len(sent.data), (sent, prompts)))
 
     async def check_health(self) -> None:
-        """Asked by Serve. The known picture is scored between batches; here only its outcome is told.
+        """Asked by Serve. The known image is scored between batches; here only its outcome is told.
 
         Raises:
             ReplicaError: this replica cannot be trusted.
@@ -121,7 +121,7 @@ class RewardReplica:
         found, now = self._batcher.vitals(), time.monotonic()
         return {
             "replica": self._id, "pid": os.getpid(), "queue": self._batcher.waiting, "requests": found.requests,
-            "batches": found.batches, "pictures": found.pictures, "busy_s": found.busy_s,
+            "batches": found.batches, "images": found.images, "busy_s": found.busy_s,
             "up_s": now - self._ready, "answered_s_ago": None if found.answered is None else now - found.answered,
             "known_score": self._known.reference, "sick": self._sick,
         }  # fmt: skip
@@ -145,7 +145,7 @@ class RewardReplica:
         try:
             return together(self._worker, payloads)
         except NonFiniteScoreError as error:
-            # Is it the picture or the replica? The known picture tells.
+            # Is it the image or the replica? The known image tells.
             self._probe("nonfinite")
             raise ReplicaError(self._sick or str(error), self._id, "nonfinite") from error
         except OutOfMemoryError as error:
@@ -184,7 +184,7 @@ class RewardReplica:
 
 
 def shared_reference(app: str, mine: float) -> float:
-    """Score of the known picture that the first replica of an application found; `mine` for the first."""
+    """Score of the known image that the first replica of an application found; `mine` for the first."""
     key = reference_key(app)
     if not internal_kv._internal_kv_exists(key):
         internal_kv._internal_kv_put(key, repr(mine).encode(), overwrite=False)

@@ -71,8 +71,8 @@ def pool_status(pool: LivePool) -> dict[str, Any]:
         "replicas": [
             {
                 "replica": one["replica"].rsplit("#", 1)[-1], "pid": one["pid"], "queue": one["queue"],
-                "requests": one["requests"], "pictures": one["pictures"],
-                "batch": one["pictures"] / one["batches"] if one["batches"] else None,
+                "requests": one["requests"], "images": one["images"],
+                "batch": one["images"] / one["batches"] if one["batches"] else None,
                 "utilisation": one["busy_s"] / one["up_s"] if one["up_s"] else None, "up_s": one["up_s"],
                 "known_score": one["known_score"], "sick": one["sick"],
             }

@@ -21,7 +21,7 @@ SMALL = [
     "cluster.place_timeout_s=300", "rewards.attempt_timeout_s=30",
     "rewards.pool.two_stream.max_batch=4", "rewards.pool.strided_judge.max_batch=4",
 ]  # fmt: skip
-"""A toy run of a second or two per iteration. Every request fills a batch of the reward pool: in other company pictures
+"""A toy run of a second or two per iteration. Every request fills a batch of the reward pool: in other company images
 score the same to 1e-7 only, which Adam made 1e-2 of in 20 iterations, whether a machine was lost or not."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 

@@ -16,7 +16,7 @@ _CUT_S = 20
 _LOST_AFTER = 7
 """Iterations before a machine is lost; a checkpoint is made after every fifth."""
 _TOLERANCE = 1e-3
-"""How much figures may differ, relative above 1. The reward pool puts pictures together as they come, and scores of
+"""How much figures may differ, relative above 1. The reward pool puts images together as they come, and scores of
 another batch are the same to about 1e-7 only; training makes differences grow."""
 
 _COMMON = ("run.iterations=16", "cluster.roles.rollout.late_s=10")

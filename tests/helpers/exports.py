@@ -71,7 +71,7 @@ def base(kind: str):
 
 
 @torch.no_grad()
-def picture(pipeline, **options) -> torch.Tensor:
+def image(pipeline, **options) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
     asked = {"num_inference_steps": 4, "guidance_scale": 2.0, "output_type": "pt", **options}

@@ -1,4 +1,4 @@
-"""Judges of a user's own, as `module:Class`: one that cannot score some pictures."""
+"""Judges of a user's own, as `module:Class`: one that cannot score some images."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -26,7 +26,7 @@ class FailsOnGreen(SmoothQuality):
         means = images.mean((2, 3))
         green = means.argmax(1) == 1
         if green.any():
-            raise ValueError(f"{int(green.sum())} pictures are green")
+            raise ValueError(f"{int(green.sum())} images are green")
         return means.mean(1)
 
 

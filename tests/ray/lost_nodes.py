@@ -78,13 +78,13 @@ def lose_rollout(machines: Machines, folder: Path) -> dict:
         machines.lose(next(node for node in nodes if node != learner))
         started = time.monotonic()
         scores = ports.reward.score(handles, METRICS)
-        pictures = ports.rollout.images(handles, ids)
+        images = ports.rollout.images(handles, ids)
         recovered_s = time.monotonic() - started
-        echoes = ports.weights.publish(2)
+        acks = ports.weights.publish(2)
         drawn = ports.rollout.generate(groups)
         return {
-            "nodes": len(nodes), "published": echoes, "versions": sorted({one.policy_version for one in drawn}),
-            "same_pictures": bool(torch.equal(pictures, ports.rollout.images(drawn, ids))),
+            "nodes": len(nodes), "published": acks, "versions": sorted({one.policy_version for one in drawn}),
+            "same_images": bool(torch.equal(images, ports.rollout.images(drawn, ids))),
             "score_error": _error(scores, ports.reward.score(drawn, METRICS)),
             "recovered_s": round(recovered_s, 1), "seconds": round(time.monotonic() - started, 1),
         }  # fmt: skip

@@ -13,8 +13,8 @@ from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.statistics import Sharpness
 
 FAULTS = ("hang", "nan", "nan_on_requests", "memory", "memory_of_batches")
-KNOWN_PICTURE = 64
-"""Side of the picture that a replica watches itself with; requests of the tests have another size."""
+CANARY = 64
+"""Side of the image that a replica watches itself with; requests of the tests have another size."""
 
 
 class Misbehaving(Sharpness):
@@ -40,11 +40,11 @@ class Misbehaving(Sharpness):
         return 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        if images.shape[-1] != KNOWN_PICTURE:
+        if images.shape[-1] != CANARY:
             self._take_a_fault()
         if self._fault == "hang":
             threading.Event().wait()
-        if self._fault == "nan" or (self._fault == "nan_on_requests" and images.shape[-1] != KNOWN_PICTURE):
+        if self._fault == "nan" or (self._fault == "nan_on_requests" and images.shape[-1] != CANARY):
             return torch.full((len(images),), torch.nan)
         if self._fault == "memory" or (self._fault == "memory_of_batches" and len(images) > 1):
             raise MemoryError("no memory left")

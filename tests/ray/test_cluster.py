@@ -29,18 +29,18 @@ SMALL = [
 ]
 
 
-def _figures(root):
+def _metrics(root):
     skip = ("time/", "reward_pool/")
     return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
 
 
-def test_local_and_ray_give_the_same_first_iteration_and_the_same_pictures(cluster, tiny, tmp_path):
+def test_local_and_ray_give_the_same_first_iteration_and_the_same_images(cluster, tiny, tmp_path):
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
     for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
         drive(tiny("run.iterations=1", f"run.dir={tmp_path / name}", *SMALL, *extra), ports, QUIET)
-    local, ray = (_figures(tmp_path / name) for name in ("local", "ray"))
+    local, ray = (_metrics(tmp_path / name) for name in ("local", "ray"))
     assert local[0].keys() == ray[0].keys()
     for name, value in local[0].items():
         assert ray[0][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
@@ -55,7 +55,7 @@ def _images(ports, groups):
     return ports.rollout.images(handles, [plan.sample_id for group in groups for plan in group.samples])
 
 
-def test_one_rollout_worker_and_three_draw_the_same_pictures_and_a_killed_one_is_replaced(ports_of, tiny):
+def test_one_rollout_worker_and_three_draw_the_same_images_and_a_killed_one_is_replaced(ports_of, tiny):
     from acpo_dist.training.local import LocalRollouts
 
     config = tiny("rollout.num_workers=3", *SMALL)
@@ -76,7 +76,7 @@ def test_one_rollout_worker_and_three_draw_the_same_pictures_and_a_killed_one_is
 
 
 def _retimed_like_one_process(ports, alone, groups):
-    """Error sums to 1e-12, ends and pictures along another trajectory bit for bit, a killed worker included."""
+    """Error sums to 1e-12, ends and images along another trajectory bit for bit, a killed worker included."""
     from acpo_dist.diffusion.trajectory import explicit_trajectory
 
     sigmas = [0.05, 0.2, 0.6, 1.5, 4.0, 9.0, 12.0, 14.0]
@@ -84,7 +84,7 @@ def _retimed_like_one_process(ports, alone, groups):
     for mine, theirs in zip(alone.measure_errors(alone.generate(groups), sigmas, guidance=True), found, strict=True):
         assert np.allclose(mine.v, theirs.v, rtol=1e-12) and np.allclose(mine.guided_K3, theirs.guided_K3, rtol=1e-12)
     other = explicit_trajectory(alone.alpha_bars(), [999, 700, 450, 250, 100, 20])
-    assert torch.equal(ports.rollout.ends(groups, other), alone.ends(groups, other))
+    assert torch.equal(ports.rollout.final_latents(groups, other), alone.final_latents(groups, other))
     alone.follow(other)
     assert set(ports.rollout.follow(other)) == {other.schedule_id}
     os.kill(ports.rollout.await_ready()["rollout/2"], signal.SIGKILL)

@@ -10,7 +10,7 @@ from acpo_dist.evaluation.suites.backend import LocalBackend
 from acpo_dist.evaluation.suites.evaluate import Request, evaluate
 from acpo_dist.evaluation.suites.judges import judge_sections
 from acpo_dist.evaluation.suites.set_metrics import open_extractor
-from acpo_dist.evaluation.suites.subject import open_model, open_pictures
+from acpo_dist.evaluation.suites.subject import open_images, open_model
 from acpo_dist.evaluation.suites.suite import load_suite
 from acpo_dist.tracking.console import Console
 
@@ -43,28 +43,28 @@ def test_one_process_one_worker_and_three_give_the_same_samples_and_figures(clus
             assert reports[name][part] == reports["local"][part]
 
 
-def test_a_judge_that_fails_on_ray_names_its_pictures_and_the_others_keep_their_scores(cluster, tmp_path):
+def test_a_judge_that_fails_on_ray_names_its_images_and_the_others_keep_their_scores(cluster, tmp_path):
     import torch
     from PIL import Image
 
     from acpo_dist.data.toy.world import scenes, templates
     from actors.evaluation import RayBackend
 
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
         index = next(i for i, scene in enumerate(scenes()) if scene.colour == colour and scene.background == "black")
         array = (templates()[index] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(array).save(tmp_path / "pictures" / f"{number}.png")
+        Image.fromarray(array).save(tmp_path / "images" / f"{number}.png")
     config = load_config("toy_sdxl", SMALL)
     request = Request(
-        subject=open_pictures(str(tmp_path / "pictures")),
+        subject=open_images(str(tmp_path / "images")),
         sections=judge_sections(["tests.helpers.judges:FailsOnGreen"]),
         extractor=open_extractor("low-pass:4"), features="low-pass:4",
     )  # fmt: skip
     backend = RayBackend(config, workers=1)
     with backend.open():
         report = evaluate(request, backend, tmp_path / "e", QUIET)
-    rows = {row["picture"]: row for row in rows_of(tmp_path / "e")}
+    rows = {row["image"]: row for row in rows_of(tmp_path / "e")}
     (name,) = rows["0.png"]["scores"]
     assert [rows[f"{number}.png"]["scores"][name] is None for number in range(3)] == [False, True, False]
     assert "green" in rows["1.png"]["errors"][name] and report["num_missing"] == 1

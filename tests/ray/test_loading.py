@@ -23,7 +23,7 @@ from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.ray.test_reward_pool import until
 
 pytestmark = pytest.mark.ray
-crews = pytest.importorskip("actors.worker_pool", reason="needs the extra `ray`")
+pools = pytest.importorskip("actors.worker_pool", reason="needs the extra `ray`")
 rollouts = pytest.importorskip("actors.rollout", reason="needs the extra `ray`")
 
 
@@ -60,16 +60,16 @@ class Loads:
     """An actor that needs a file to start, as a worker needs its model."""
 
     def __init__(self, file: Path) -> None:
-        self._failed = None if file.exists() else crews.NotLoadedError(ModelError(f"{file} is gone"), f"{os.getpid()}")
+        self._failed = None if file.exists() else pools.NotLoadedError(ModelError(f"{file} is gone"), f"{os.getpid()}")
 
     def ready(self):
         if self._failed is not None:
             raise self._failed
-        return crews.Answer(str(os.getpid()), os.getpid())
+        return pools.Answer(str(os.getpid()), os.getpid())
 
     def work(self, index: int):
         self.ready()
-        return crews.Answer(str(os.getpid()), index)
+        return pools.Answer(str(os.getpid()), index)
 
     def die(self) -> None:
         os._exit(1)
@@ -80,10 +80,10 @@ def test_a_worker_that_cannot_load_after_a_loss_is_left_out_and_the_last_one_say
     for file in files.values():
         file.touch()
     shell = cluster.remote(Loads).options(num_cpus=0.1, max_restarts=-1, max_task_retries=3)
-    crew = crews.Crew({name: shell.remote(file) for name, file in files.items()}, timeout_s=120, late_s=60,
+    workers = pools.WorkerPool({name: shell.remote(file) for name, file in files.items()}, timeout_s=120, late_s=60,
                       ping=lambda actor: actor.ready.remote())  # fmt: skip
-    pids = crew.ask(lambda actor: actor.ready.remote(), what="load", least=2)
-    actors = dict(crew.actors)
+    pids = workers.ask(lambda actor: actor.ready.remote(), what="load", least=2)
+    actors = dict(workers.actors)
 
     def lose(name: str) -> None:
         files[name].unlink()
@@ -92,14 +92,14 @@ def test_a_worker_that_cannot_load_after_a_loss_is_left_out_and_the_last_one_say
 
     try:
         lose("a")
-        done = crew.spread([str(index) for index in range(6)],
+        done = workers.spread([str(index) for index in range(6)],
                            lambda actor, index: (actor.work.remote(index), None), what="work")  # fmt: skip
         assert [result for result, _ in done] == list(range(6))
         # It may still be on its way back when the other has done everything.
-        until(lambda: crew.present() == ["b"] and list(crew.actors) == ["b"])
+        until(lambda: workers.present() == ["b"] and list(workers.actors) == ["b"])
         lose("b")
         with pytest.raises(ModelError, match="b is gone"):
-            crew.ask(lambda actor: actor.ready.remote(), what="load", least=1)
+            workers.ask(lambda actor: actor.ready.remote(), what="load", least=1)
     finally:
         for actor in actors.values():
             cluster.kill(actor)
@@ -163,11 +163,11 @@ class Stranger:
         raise TypeError("unexpected keyword argument `software`")
 
     def ready(self):
-        return crews.Answer("never", None)
+        return pools.Answer("never", None)
 
 
 def test_workers_that_cannot_be_made_at_all_are_reported_with_their_last_words(cluster):
     shell = cluster.remote(Stranger).options(num_cpus=0.1)
-    crew = crews.Crew({"a": shell.remote()}, timeout_s=5, late_s=1, ping=lambda actor: actor.ready.remote())
+    workers = pools.WorkerPool({"a": shell.remote()}, timeout_s=5, late_s=1, ping=lambda actor: actor.ready.remote())
     with pytest.raises(WorkerLostError, match=r"0 workers answered(?s:.*)a was lost: .*unexpected keyword argument"):
-        crew.ask(lambda actor: actor.ready.remote(), what="load", least=1)
+        workers.ask(lambda actor: actor.ready.remote(), what="load", least=1)

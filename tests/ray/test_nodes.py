@@ -26,7 +26,7 @@ def test_samples_on_a_node_that_is_lost_are_drawn_again_alike_and_the_pool_goes_
     found = _run("rollout", tmp_path)
     assert found["nodes"] == 2
     # The update between the two drawings is none: version 2 holds the weights of version 1.
-    assert found["same_pictures"] and found["versions"] == [2]
+    assert found["same_images"] and found["versions"] == [2]
     # Requests that meet at a replica are scored together, and a sum of float32 depends on what it is batched with.
     assert found["score_error"] < 1e-5
 

@@ -14,7 +14,7 @@ from acpo_dist.config.pool import HttpConfig
 from acpo_dist.core.errors import RewardError, UsageError
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
-from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, encode_pictures
+from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, encode_images
 from acpo_dist.workers.reward.remote import RemotePool
 from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
 from acpo_dist.workers.reward.worker import RewardWorker
@@ -70,7 +70,7 @@ def pool(port) -> RemotePool:
     return RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
 
 
-def pictures(count: int = 3, size: int = 32) -> torch.Tensor:
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
     return (torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
 
 
@@ -84,7 +84,7 @@ def ask(port: int, path: str, body: bytes = b"", method: str = "POST", **headers
 
 
 def test_scores_over_http_are_those_of_the_worker_to_the_last_bit(pool, workers):
-    assert pool.score("two_stream", pictures(), ["", "", ""]) == workers["two_stream"].score(pictures(), ["", "", ""])
+    assert pool.score("two_stream", images(), ["", "", ""]) == workers["two_stream"].score(images(), ["", "", ""])
 
 
 @pytest.mark.parametrize("wire_dtype", ["float16", "float32"])
@@ -119,7 +119,7 @@ def test_each_of_several_tokens_opens(port):
 
 
 def body(images: torch.Tensor, prompts: list[str]) -> bytes:
-    return encode_pictures(images, prompts)
+    return encode_images(images, prompts)
 
 
 def gradient_body(**changes) -> bytes:
@@ -137,11 +137,11 @@ def gradient_body(**changes) -> bytes:
         ("/v1/score/two_stream", b"", 422, "not in the safetensors format"),
         ("/v1/score/two_stream", b"\x80\x04\x95pickle", 422, "not in the safetensors format"),
         ("/v1/score/two_stream", b"\xff" * 64, 422, "not in the safetensors format"),
-        ("/v1/score/two_stream", body(pictures(), [""]), 422, r"one text per picture \(3\), found 1"),
-        ("/v1/score/two_stream", body(pictures().float(), [""] * 3), 422, "must be uint8 RGB .*, found float32"),
-        ("/v1/score/two_stream", body(pictures()[:, :1], [""] * 3), 422, r"found uint8 of shape \(3, 1, 32, 32\)"),
-        ("/v1/score/two_stream", body(pictures()[:0], []), 422, r"found uint8 of shape \(0, 3, 32, 32\)"),
-        ("/v1/score/two_stream", body(pictures(1), ["x" * 5000]), 422, "a prompt has 5000 characters"),
+        ("/v1/score/two_stream", body(images(), [""]), 422, r"one text per image \(3\), found 1"),
+        ("/v1/score/two_stream", body(images().float(), [""] * 3), 422, "must be uint8 RGB .*, found float32"),
+        ("/v1/score/two_stream", body(images()[:, :1], [""] * 3), 422, r"found uint8 of shape \(3, 1, 32, 32\)"),
+        ("/v1/score/two_stream", body(images()[:0], []), 422, r"found uint8 of shape \(0, 3, 32, 32\)"),
+        ("/v1/score/two_stream", body(images(1), ["x" * 5000]), 422, "a prompt has 5000 characters"),
         ("/v1/gradient/strided_judge", gradient_body(), 404, "gives scores only"),
         (
             "/v1/gradient/two_stream",
@@ -152,7 +152,7 @@ def gradient_body(**changes) -> bytes:
         ("/v1/gradient/two_stream", gradient_body(exponent=torch.zeros(2)), 422, "`exponent` must be int16"),
         ("/v1/gradient/two_stream", gradient_body(data=torch.zeros(2, 4, 8, 8).double()), 422, "float16 or float32"),
         ("/v1/gradient/two_stream", gradient_body(data=torch.full((2, 4, 8, 8), torch.nan)), 422, "not finite"),
-        ("/v1/score/two_stream", body(pictures(1), ["nobody is there"]), 503, "no replica answers"),
+        ("/v1/score/two_stream", body(images(1), ["nobody is there"]), 503, "no replica answers"),
         ("/v1/score/two_stream", b"0" * (MAX_BYTES + 1), 413, "rewards.http.max_mib"),
     ],
 )
@@ -190,14 +190,14 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
 def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadline(port):
     impatient = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=1.2)
     with pytest.raises(RewardError, match=r"no answer within 1\.2 s: no replica answers"):
-        impatient.score("two_stream", pictures(1), ["nobody is there"])
+        impatient.score("two_stream", images(1), ["nobody is there"])
     assert impatient.retries >= 1
 
 
 def test_the_clients_errors_say_what_the_server_said(pool):
     with pytest.raises(RewardError, match="404: no reward or judge is called `absent`"):
-        pool.score("absent", pictures(), [""] * 3)
-    with pytest.raises(RewardError, match=r"422: .*one text per picture"):
+        pool.score("absent", images(), [""] * 3)
+    with pytest.raises(RewardError, match=r"422: .*one text per image"):
         pool.value_and_grad("two_stream", WireTensor(*_zeros()), [""])
 
 
@@ -224,7 +224,7 @@ def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_
         for one in stalled:
             one.sendall(head.encode())
         pool = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
-        assert pool.score("two_stream", pictures(1), [""]) == [0.5]
+        assert pool.score("two_stream", images(1), [""]) == [0.5]
         assert pool.retries == 0
         assert all(one.recv(20).startswith(b"HTTP/1.1 408 ") for one in stalled)
 
@@ -271,12 +271,12 @@ def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here
         )
         stack.callback(cluster.kill, gateway)
         remote = RemotePool(address, TOKEN, deadline_s=60)
-        images, prompts = pictures(5), [""] * 5
+        images_BCHW, prompts = images(5), [""] * 5
         for name in ("two_stream", "strided_judge"):
-            wanted = workers[name].score(images, prompts)
-            assert remote.score(name, images, prompts) == pytest.approx(wanted, abs=1e-4)
-            # The same pool by the loop's own door for pictures that no rollout made.
-            assert served.score_pictures(name, images) == pytest.approx(wanted, abs=1e-4)
+            wanted = workers[name].score(images_BCHW, prompts)
+            assert remote.score(name, images_BCHW, prompts) == pytest.approx(wanted, abs=1e-4)
+            # The same pool by the loop's own door for images that no rollout made.
+            assert served.score_images(name, images_BCHW) == pytest.approx(wanted, abs=1e-4)
         sent = pack(torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)), "float16")
         found = remote.value_and_grad("two_stream", sent, ["", "", ""])
         wanted = workers["two_stream"].value_and_grad(sent, ["", "", ""])
@@ -284,4 +284,4 @@ def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here
         error = (unpack(found.gradient) - unpack(wanted.gradient)).norm() / unpack(wanted.gradient).norm()
         assert float(error) < 2e-3  # one step of float16 at either end
         with pytest.raises(RewardError, match="401"):
-            RemotePool(address, OTHER, deadline_s=10).score("two_stream", images, prompts)
+            RemotePool(address, OTHER, deadline_s=10).score("two_stream", images_BCHW, prompts)

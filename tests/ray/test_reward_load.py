@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from acpo_dist.core.errors import RewardError
-from tests.ray.test_reward_pool import handle_of, pictures, pool_of, until  # noqa: F401  (a fixture)
+from tests.ray.test_reward_pool import handle_of, images, pool_of, until  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +36,7 @@ def slow(pool_of, tmp_path_factory):  # noqa: F811
 
 
 def test_a_queue_longer_than_the_deadline_is_worked_off_without_asking_anything_twice(cluster, slow):
-    load = [handle_of(cluster, index, pictures(index, 1)) for index in range(12)]
+    load = [handle_of(cluster, index, images(index, 1)) for index in range(12)]
     before = slow.counters()
     assert len(slow.score(load, [SLOW])[SLOW]) == len(load)
     after = slow.counters()
@@ -45,13 +45,13 @@ def test_a_queue_longer_than_the_deadline_is_worked_off_without_asking_anything_
 
 
 def test_a_first_look_at_replicas_that_are_idle_is_no_sign_that_they_get_on(cluster, slow):
-    from actors.reward.liveness import Pulse
+    from actors.reward.liveness import Liveness
 
-    slow.score([handle_of(cluster, 0, pictures(0, 1))], [SLOW])
-    pulse = Pulse(slow.client.handle(SLOW), slow.link.applications[SLOW])
+    slow.score([handle_of(cluster, 0, images(0, 1))], [SLOW])
+    liveness = Liveness(slow.client.handle(SLOW), slow.link.applications[SLOW])
     asked = time.monotonic()
-    assert pulse.look()
-    assert pulse.heard < asked
+    assert liveness.look()
+    assert liveness.heard < asked
 
 
 def test_several_processes_that_share_a_replica_wait_for_one_another_without_asking_twice(cluster, slow):
@@ -63,7 +63,7 @@ def test_several_processes_that_share_a_replica_wait_for_one_another_without_ask
 
         client = RewardClient(link)
         with ThreadPoolExecutor(4) as threads:
-            list(threads.map(lambda index: client.score(SLOW, ray.put(pictures(first + index, 1)), [""]), range(4)))
+            list(threads.map(lambda index: client.score(SLOW, ray.put(images(first + index, 1)), [""]), range(4)))
         return client.retries
 
     assert cluster.get([rank.remote(slow.link, 4 * index) for index in range(3)]) == [0, 0, 0]
@@ -72,10 +72,8 @@ def test_several_processes_that_share_a_replica_wait_for_one_another_without_ask
 def test_a_request_that_no_replica_can_score_is_not_taken_for_a_pool_that_does_not_answer(cluster, slow):
     from actors.reward.client import NoAnswerError
 
-    with pytest.raises(
-        RewardError, match=r"needs pictures of at least 3 x 3, found 2 x 2 .*\(asked 3 times\)"
-    ) as found:
-        slow.score([handle_of(cluster, 0, pictures(0, 1, size=2))], [SLOW])
+    with pytest.raises(RewardError, match=r"needs images of at least 3 x 3, found 2 x 2 .*\(asked 3 times\)") as found:
+        slow.score([handle_of(cluster, 0, images(0, 1, size=2))], [SLOW])
     assert not isinstance(found.value, NoAnswerError)
 
 

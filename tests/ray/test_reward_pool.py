@@ -18,12 +18,12 @@ from acpo_dist.core.types import RolloutHandle
 
 pytestmark = pytest.mark.ray
 
-REQUESTS, PICTURES = 200, 3
+REQUESTS, IMAGES = 200, 3
 REAL = Path(__file__).resolve().parents[2].parent / "shared/data/drawbench_sd14_512px.parquet"
 FAULTY = "faulty"
 
 
-def pictures(seed: int, count: int = PICTURES, size: int = 48) -> torch.Tensor:
+def images(seed: int, count: int = IMAGES, size: int = 48) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(count, 3, size, size, generator=generator) * 255).to(torch.uint8)
 
@@ -64,7 +64,7 @@ def pool_of(cluster) -> Iterator[Callable]:
 
 @pytest.fixture(scope="module")
 def load(cluster) -> list[RolloutHandle]:
-    return [handle_of(cluster, index, pictures(index)) for index in range(REQUESTS)]
+    return [handle_of(cluster, index, images(index)) for index in range(REQUESTS)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def faulty(pool_of, faults):
         "acpo-00000001",
         {
             "train": [metric], "judges": [], "cut": "image", "replicas": 2, "cpus_per_replica": 0.1,
-            "attempt_timeout_s": 3, "deadline_s": 100, "pool": {FAULTY: {"max_batch": 2 * PICTURES}},
+            "attempt_timeout_s": 3, "deadline_s": 100, "pool": {FAULTY: {"max_batch": 2 * IMAGES}},
         },
     )  # fmt: skip
 
@@ -90,9 +90,9 @@ def undisturbed(faulty, load) -> dict[str, float]:
     from acpo_dist.rewards.statistics import sharpness
 
     scores = faulty.score(load, [FAULTY])[FAULTY]
-    wanted = torch.cat([sharpness(pictures(index).float() / 255) for index in range(REQUESTS)])
+    wanted = torch.cat([sharpness(images(index).float() / 255) for index in range(REQUESTS)])
     torch.testing.assert_close(torch.tensor(list(scores.values())), wanted, rtol=1e-5, atol=0)
-    assert len(scores) == REQUESTS * PICTURES and min(scores.values()) > 0
+    assert len(scores) == REQUESTS * IMAGES and min(scores.values()) > 0
     return dict(scores)
 
 
@@ -176,11 +176,11 @@ def test_a_frozen_process_costs_its_requests_one_attempt_each(faulty, load, undi
     assert after["reward_pool/retries/timeout"] > before["reward_pool/retries/timeout"]
 
 
-def test_a_picture_that_no_replica_can_score_is_an_error_and_ends_no_replica(cluster, faulty):
+def test_a_image_that_no_replica_can_score_is_an_error_and_ends_no_replica(cluster, faulty):
     until(lambda: whole(faulty))
     before = {one["pid"] for one in faulty.vitals()[FAULTY]}
-    with pytest.raises(RewardError, match="needs pictures of at least 3 x 3, found 2 x 2"):
-        faulty.score([handle_of(cluster, 0, pictures(0, size=2))], [FAULTY])
+    with pytest.raises(RewardError, match="needs images of at least 3 x 3, found 2 x 2"):
+        faulty.score([handle_of(cluster, 0, images(0, size=2))], [FAULTY])
     assert {one["pid"] for one in faulty.vitals()[FAULTY]} == before
 
 
@@ -259,11 +259,11 @@ class EndlessLoad:
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL.name} in ../shared/data")
-def test_real_pictures_score_the_same_in_one_process_and_on_one_replica_and_three(cluster, plain):
+def test_real_images_score_the_same_in_one_process_and_on_one_replica_and_three(cluster, plain):
     from acpo_dist.data.images import read_images
     from acpo_dist.rewards.statistics import sharpness
 
-    images = torch.stack([picture for _, picture in read_images([REAL])])
+    images = torch.stack([image for _, image in read_images([REAL])])
     assert len(images) == 200
     wanted = torch.cat([sharpness(part.float() / 255) for part in images.split(1)])
     for replicas in (1, 3):
@@ -314,9 +314,9 @@ def test_counters_say_how_long_answers_took_and_how_busy_the_replicas_were(plain
     # The second replica of the test before leaves.
     until(lambda: plain.counters()["reward_pool/sharpness/replicas"] == 1)
     plain.score(load, ["sharpness"])
-    figures = plain.counters()
-    assert 0 < figures["reward_pool/sharpness/latency_p50"] <= figures["reward_pool/sharpness/latency_p95"] < 60
-    assert figures["reward_pool/sharpness/replicas"] == 1
-    assert PICTURES <= figures["reward_pool/sharpness/batch"] <= 4
-    assert 0 < figures["reward_pool/sharpness/utilisation"] < 1
-    assert "reward_pool/two_stream/latency_p50" not in figures
+    metrics = plain.counters()
+    assert 0 < metrics["reward_pool/sharpness/latency_p50"] <= metrics["reward_pool/sharpness/latency_p95"] < 60
+    assert metrics["reward_pool/sharpness/replicas"] == 1
+    assert IMAGES <= metrics["reward_pool/sharpness/batch"] <= 4
+    assert 0 < metrics["reward_pool/sharpness/utilisation"] < 1
+    assert "reward_pool/two_stream/latency_p50" not in metrics

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from acpo_dist.training.run_lock import DRIVER
+from acpo_dist.training.run_lock import LOCK_FILE
 from tests.unit.test_signals import interrupted_by, started
 
 pytestmark = pytest.mark.ray
@@ -16,4 +16,4 @@ def test_a_run_on_ray_that_is_terminated_ends_in_order(tmp_path):
     said = interrupted_by(signal.SIGTERM, tmp_path / "run", process)
     assert process.returncode == 143, said
     assert "terminated; go on with" in said and "SIGTERM received" not in said
-    assert not (tmp_path / "run" / DRIVER).exists()
+    assert not (tmp_path / "run" / LOCK_FILE).exists()

@@ -11,7 +11,7 @@ from acpo_dist.core.errors import SoftwareError
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
 from actors import learner, rollout
-from actors import worker_pool as crew
+from actors import worker_pool as workers
 from actors.cluster import software as module
 from actors.cluster.software import Software, differences, software
 from actors.reward import pool as reward
@@ -90,12 +90,12 @@ class Machine:
         try:
             module.require_same(expected)
         except SoftwareError as error:
-            self._failed = crew.NotLoadedError(error, name)
+            self._failed = workers.NotLoadedError(error, name)
 
     def ready(self, wait):
         if self._failed is not None:
             raise self._failed
-        return crew.Answer(self._name, self._name)
+        return workers.Answer(self._name, self._name)
 
 
 @pytest.mark.ray
@@ -103,7 +103,7 @@ def test_a_machine_with_other_software_that_joins_later_is_left_out_and_the_run_
     gate = cluster.remote(lambda: None).options(num_cpus=0.1)
     shell = cluster.remote(Machine).options(num_cpus=0.1)
     actors = {"here": shell.remote(software(), "here"), "late": shell.remote(ELSEWHERE, "late")}
-    pool = crew.Crew(actors, timeout_s=60, late_s=0, ping=lambda actor: actor.ready.remote(None))
+    pool = workers.WorkerPool(actors, timeout_s=60, late_s=0, ping=lambda actor: actor.ready.remote(None))
     # `late` has not answered when the run begins with one worker.
     pool._away[actors["late"].ready.remote(gate.remote())] = "late"
     assert pool.ask(lambda actor: actor.ready.remote(None), what="start", least=1) == {"here": "here"}

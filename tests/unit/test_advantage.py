@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from acpo_dist.objective.advantage import AdvantageCounts, constant_pictures, group_advantages
+from acpo_dist.objective.advantage import AdvantageCounts, constant_images, group_advantages
 
 GROUP = ("a", "b", "c", "d")
 
@@ -123,17 +123,17 @@ def test_the_counts_cannot_be_changed_afterwards():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_flat_colours_are_constant_and_pictures_are_not(dtype: torch.dtype):
+def test_flat_colours_are_constant_and_images_are_not(dtype: torch.dtype):
     rows = torch.arange(16.0).reshape(1, 16, 1).expand(3, 16, 16)
     flat = torch.tensor([200.0, 30.0, 90.0]).reshape(3, 1, 1).expand(3, 16, 16)
     flicker = flat + torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)).round()
     one_channel = torch.cat([flat[:2], rows[:1]])
-    pictures = torch.stack([flat, flicker, rows, one_channel])
-    pictures = pictures.to(torch.uint8) if dtype == torch.uint8 else pictures / 255
-    assert constant_pictures(pictures).tolist() == [True, True, False, False]
+    images = torch.stack([flat, flicker, rows, one_channel])
+    images = images.to(torch.uint8) if dtype == torch.uint8 else images / 255
+    assert constant_images(images).tolist() == [True, True, False, False]
 
 
-def test_a_picture_that_is_not_finite_has_no_content():
-    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    picture[0, 1, 2, 3] = math.nan
-    assert constant_pictures(picture).tolist() == [True]
+def test_a_image_that_is_not_finite_has_no_content():
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image[0, 1, 2, 3] = math.nan
+    assert constant_images(image).tolist() == [True]

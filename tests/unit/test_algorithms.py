@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acpo_dist.algorithms.denoising import both_heads, statistics_of
+from acpo_dist.algorithms.denoising import both_outputs, statistics_of
 from acpo_dist.algorithms.noising import noise_forward
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS
 from acpo_dist.core.types import TrainTask
-from acpo_dist.data.prompts import deal
+from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.diffusion.prediction import to_noise
 from acpo_dist.diffusion.sampling import ddim_step, guide
 from acpo_dist.tracking.console import Console
@@ -48,16 +48,22 @@ class Parts:
         assert isinstance(learner, LocalLearner)
         self.learner = learner.worker
         self.learner.start(None)
-        self.groups = deal(prompts, iteration=0, run_seed=0, num_prompts=2, samples_per_prompt=4)
+        self.groups = sample_prompts(prompts, iteration=0, run_seed=0, num_prompts=2, samples_per_prompt=4)
         self.handles = self.rollouts.generate(self.groups)
         self.batches = [handle.payload for handle in self.handles]
         self.ids = tuple(plan.sample_id for group in self.groups for plan in group.samples)
 
     def task(self, weights: dict[str, float] | None = None, **more) -> TrainTask:
         return TrainTask(
-            iteration=0, policy_version=0, sample_ids=self.ids, weights=weights or dict.fromkeys(self.ids, 1.0),
-            anchor_weight=0.0, learning_rate=4e-3, rewards=(), **more,
-        )  # fmt: skip
+            iteration=0,
+            policy_version=0,
+            sample_ids=self.ids,
+            weights=weights or dict.fromkeys(self.ids, 1.0),
+            anchor_weight=0.0,
+            learning_rate=4e-3,
+            rewards=(),
+            **more,
+        )
 
     def moments(self) -> dict[str, Tensor]:
         """First moments after one step: a tenth of the gradient."""
@@ -80,9 +86,12 @@ def test_every_algorithm_trains_every_family_and_says_how_far_it_drifted(tiny, t
 def test_the_anchor_and_its_budget_can_be_switched_on_under_any_algorithm(tiny, tmp_path, algorithm):
     root = tmp_path / "run"
     config = tiny(
-        *settings(algorithm), "algorithm.anchor.budget=0.001", "algorithm.anchor.headroom=0.5",
-        "run.iterations=3", f"run.dir={root}",
-    )  # fmt: skip
+        *settings(algorithm),
+        "algorithm.anchor.budget=0.001",
+        "algorithm.anchor.headroom=0.5",
+        "run.iterations=3",
+        f"run.dir={root}",
+    )
     drive(config, open_ports, Console(quiet=True))
     weights = [row["anchor/weight"] for row in read_metrics(root / "metrics.jsonl")[:-1]]
     # Nothing drifts in the first iteration, so the weight falls; then the tiny budget is overspent and it rises.
@@ -94,8 +103,9 @@ def test_a_preference_starts_at_log_two_in_either_space(tiny, tmp_path, space):
     root = tmp_path / "run"
     drive(
         tiny(*settings("dpo"), f"algorithm.space={space}", "run.iterations=1", f"run.dir={root}"),
-        open_ports, Console(quiet=True),
-    )  # fmt: skip
+        open_ports,
+        Console(quiet=True),
+    )
     row = read_metrics(root / "metrics.jsonl")[0]
     assert row["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert row["preference/logit"] == pytest.approx(0, abs=1e-6)
@@ -119,18 +129,20 @@ def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
     batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, task, 0)
     states = noise_forward(batch, network, lowest=1)
     with torch.enable_grad():
-        head, base = both_heads(network, states)
+        model_output, base = both_outputs(network, states)
         policy_noise, base_noise = (
-            to_noise(each, states.latents, states.alpha_bars_B, network.prediction_type) for each in (head, base)
+            to_noise(each, states.latents, states.alpha_bars_B, network.prediction_type)
+            for each in (model_output, base)
         )
         share = (1 + batch.weights_B) / 2
         plus = base_noise + beta * (policy_noise - base_noise) - states.noise
         minus = base_noise - beta * (policy_noise - base_noise) - states.noise
         branches = share * plus.square().mean((1, 2, 3)) + (1 - share) * minus.square().mean((1, 2, 3))
         wanted = torch.autograd.grad(
-            branches.mean() / beta, [p for p in parts.learner._family.network.parameters() if p.requires_grad],
+            branches.mean() / beta,
+            [p for p in parts.learner._family.network.parameters() if p.requires_grad],
             allow_unused=True,
-        )  # fmt: skip
+        )
     names = [n for n, p in parts.learner._family.network.named_parameters() if p.requires_grad]
     parts.learner.train(parts.batches, task)
     moments = parts.moments()
@@ -146,9 +158,13 @@ def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
 def test_ddpo_begins_at_ratio_one_whatever_the_batch_size(tiny, tmp_path, micro_batch):
     root = tmp_path / "run"
     config = tiny(
-        *settings("ddpo"), "learner.global_batch=8", f"learner.micro_batch={micro_batch}", "run.iterations=1",
-        f"run.dir={root}", "sampler.guidance_scale=2",
-    )  # fmt: skip
+        *settings("ddpo"),
+        "learner.global_batch=8",
+        f"learner.micro_batch={micro_batch}",
+        "run.iterations=1",
+        f"run.dir={root}",
+        "sampler.guidance_scale=2",
+    )
     drive(config, open_ports, Console(quiet=True))
     row = read_metrics(root / "metrics.jsonl")[0]
     assert row["ddpo/ratio"] == 1.0 and row["ddpo/clipped"] == 0.0
@@ -157,9 +173,14 @@ def test_ddpo_begins_at_ratio_one_whatever_the_batch_size(tiny, tmp_path, micro_
 def test_a_second_pass_of_ddpo_is_held_against_the_weights_that_made_the_rollouts(tiny, tmp_path):
     root = tmp_path / "run"
     config = tiny(
-        *settings("ddpo"), "learner.global_batch=8", "learner.inner_epochs=3", "run.iterations=1", f"run.dir={root}",
-        "algorithm.clip_range=1e-9", "learner.learning_rate=0.01",
-    )  # fmt: skip
+        *settings("ddpo"),
+        "learner.global_batch=8",
+        "learner.inner_epochs=3",
+        "run.iterations=1",
+        f"run.dir={root}",
+        "algorithm.clip_range=1e-9",
+        "learner.learning_rate=0.01",
+    )
     drive(config, open_ports, Console(quiet=True))
     row = read_metrics(root / "metrics.jsonl")[0]
     # The first of three passes is at ratio 1; in the others most samples have left so narrow a range.
@@ -177,15 +198,20 @@ def test_a_rollout_keeps_the_state_that_its_own_stochastic_step_led_to(tiny):
     with torch.no_grad():
         both = network.predict(torch.cat([late.latents] * 2), torch.cat([late.timesteps_B] * 2), joined)
     unconditional, conditional = both.chunk(2)
-    head = guide(conditional, unconditional, 2.0)
+    model_output = guide(conditional, unconditional, 2.0)
     for row in range(len(parts.ids)):
         level, following = float(late.alpha_bars_B[row]), float(late.following_alpha_bars_B[row])
         assert following < 1
         variance = (1 - following) / (1 - level) * (1 - level / following)
         mean = ddim_step(
-            head[[row]], late.latents[[row]], level, following, network.prediction_type, eta=1.0,
+            model_output[[row]],
+            late.latents[[row]],
+            level,
+            following,
+            network.prediction_type,
+            eta=1.0,
             noise=torch.zeros_like(late.latents[[row]]),
-        )  # fmt: skip
+        )
         standard = ((late.following[[row]] - mean) / variance**0.5).flatten()
         # What is left of the step is unit noise: 64 or more numbers, five standard errors.
         assert abs(float(standard.mean())) < 5 / len(standard) ** 0.5
@@ -218,8 +244,8 @@ def test_noise_statistics_of_the_learner_are_the_plain_errors(tiny):
     batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
     states = noise_forward(batch, network, lowest=1)
     with torch.no_grad():
-        head, base = both_heads(network, states)
-        errors = statistics_of(batch, network, states, head, base)
-        predicted = to_noise(head, states.latents, states.alpha_bars_B, network.prediction_type)
+        model_output, base = both_outputs(network, states)
+        errors = statistics_of(batch, network, states, model_output, base)
+        predicted = to_noise(model_output, states.latents, states.alpha_bars_B, network.prediction_type)
         plain = (predicted - states.noise).square().mean((1, 2, 3))
     assert torch.allclose(errors.policy_error, plain, rtol=1e-4)

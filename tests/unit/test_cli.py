@@ -61,9 +61,9 @@ def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name
 @pytest.mark.skipif(not CIFAR.exists(), reason=f"needs {CIFAR.name} in ../shared/data")
 def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_has(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(monkeypatch, capsys, "train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=picture")
+    code, _, err = run(monkeypatch, capsys, "train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=image")
     assert code == 2
-    assert "picture" in err and "image" in err and "label" in err
+    assert "image" in err and "image" in err and "label" in err
     assert not (tmp_path / "runs").exists()
 
 
@@ -104,20 +104,20 @@ def test_config_show_prints_a_file_that_loads_to_the_same_configuration(monkeypa
     assert load_config(tmp_path / "again.yaml") == load_config("toy_sdxl", ["run.seed=3"])
 
 
-def test_score_gives_every_picture_the_score_of_the_metric_itself(monkeypatch, capsys, tmp_path):
+def test_score_gives_every_image_the_score_of_the_metric_itself(monkeypatch, capsys, tmp_path):
     import torch
     from PIL import Image
 
     from acpo_dist.data.toy.world import templates
     from acpo_dist.rewards.metrics import TwoStreamMetric
 
-    pictures = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
-    for index, picture in enumerate(pictures):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
+    images = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
+    for index, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
     code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "two_stream", "--json")
     assert code == 0
     scores = [row["two_stream"] for row in json.loads(out)["scores"]]
-    expected = TwoStreamMetric(TwoStreamMetric.Config())(pictures.float() / 255, [""] * 3)
+    expected = TwoStreamMetric(TwoStreamMetric.Config())(images.float() / 255, [""] * 3)
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 
@@ -126,12 +126,12 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for index, side in enumerate((32, 32, 48, 32, 64)):
-        picture = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(picture.numpy()).save(folder / f"{index}.png")
-    (folder / "2b.png").write_bytes(b"not a picture")
+        image = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(image.numpy()).save(folder / f"{index}.png")
+    (folder / "2b.png").write_bytes(b"not an image")
     answers = []
     for size in ("1", "4", "16"):
         code, out, err = run(
@@ -149,15 +149,15 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     assert lines[0] == "path,two_stream,sharpness" and len(lines) == 6
 
 
-def test_a_picture_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
+def test_a_image_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
     import torch
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
     for index in range(3):
-        picture = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-        # PIQE divides by the number of active blocks, and a constant picture has none.
-        Image.fromarray((picture * (index != 1)).numpy()).save(tmp_path / f"{index}.png")
+        image = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+        # PIQE divides by the number of active blocks, and a constant image has none.
+        Image.fromarray((image * (index != 1)).numpy()).save(tmp_path / f"{index}.png")
     code, out, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:piqe", "--json")
     answer = json.loads(out)
     assert code == 1 and "1.png" in err

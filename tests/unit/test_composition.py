@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.core.types import Normaliser, RewardTerm
-from acpo_dist.data.images import real_pictures
+from acpo_dist.data.images import real_images
 from acpo_dist.data.toy.world import templates
 from acpo_dist.objective.advantage import group_advantages
 from acpo_dist.objective.composition import compose, composition_slopes
@@ -37,7 +37,7 @@ NORMALISERS = (
 WEIGHTS = (1.0, 0.5, 2.0)
 
 
-def pictures(count: int) -> Tensor:
+def images(count: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     clean = templates()[torch.randperm(864, generator=generator)[:count]]
     return (clean + 0.1 * torch.randn(clean.shape, generator=generator)).clamp(0.01, 0.99)
@@ -84,16 +84,16 @@ def in_one_graph(images: Tensor, spread: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("spread", [0.0, 0.7, 1.5])
 def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: float):
-    images = pictures(6)
+    images_BCHW = images(6)
     signal = PooledReward(
         Workers(), terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=spread
-    )(images, [""] * len(images))()  # fmt: skip
-    quality, gradient = in_one_graph(images, spread)
+    )(images_BCHW, [""] * len(images_BCHW))()  # fmt: skip
+    quality, gradient = in_one_graph(images_BCHW, spread)
     torch.testing.assert_close(signal.quality_B, quality, rtol=1e-5, atol=1e-5)
     error = (signal.gradient - gradient).flatten(1).norm(dim=1) / gradient.flatten(1).norm(dim=1)
     assert float(error.max()) < 1e-5
-    judged = Workers().by_name["strided_judge"].score((images * 255).to(torch.uint8), [""] * len(images))
-    assert any(NORMALISERS[1].normalise(score) > 0.3 for score in judged), "no picture reaches the hinge: a weak test"
+    judged = Workers().by_name["strided_judge"].score((images_BCHW * 255).to(torch.uint8), [""] * len(images_BCHW))
+    assert any(NORMALISERS[1].normalise(score) > 0.3 for score in judged), "no image reaches the hinge: a weak test"
 
 
 class Together(Workers):
@@ -111,10 +111,10 @@ class Together(Workers):
 
 
 def test_metrics_that_are_computed_elsewhere_are_asked_at_once_and_mean_the_same():
-    images = pictures(4)
+    images_BCHW = images(4)
     signals = [
         PooledReward(source, terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=0.7)(
-            images, [""] * 4
+            images_BCHW, [""] * 4
         )()
         for source in (Workers(), Together())
     ]
@@ -146,7 +146,7 @@ def test_a_window_of_x0_hat_alone_is_scored_and_has_a_gradient(cut: str):
 def test_a_window_larger_than_x0_hat_is_refused():
     reward = PooledReward(Workers(), terms(), lambda clean: clean, cut="image", wire_dtype="float32", crop=64)
     with pytest.raises(RewardConfigError, match=r"latent_crop is 64, and x0-hat has 32 x 32"):
-        reward(pictures(1), [""])
+        reward(images(1), [""])
 
 
 def test_at_the_ceiling_a_single_reward_has_no_gradient_and_its_quality_is_the_ceiling():
@@ -154,7 +154,7 @@ def test_at_the_ceiling_a_single_reward_has_no_gradient_and_its_quality_is_the_c
         name="two_stream", weight=2.0, normaliser=Normaliser(mean=0.5, std=0.2, sign=1, ceiling=-99.0, target=-99.0)
     )
     signal = PooledReward(Workers(), [capped], lambda clean: clean, cut="image", wire_dtype="float32")(
-        pictures(2), ["", ""]
+        images(2), ["", ""]
     )()
     assert signal.quality_B.tolist() == [-198.0, -198.0] and signal.target == -198.0
     assert not signal.gradient.any()
@@ -220,12 +220,12 @@ def test_a_composition_that_makes_no_sense_is_refused(tiny, overrides, words):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("real")
-    for index, picture in enumerate((templates()[:6] * 255).to(torch.uint8)):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((48, 48)).save(folder / f"{index}.png")
+    for index, image in enumerate((templates()[:6] * 255).to(torch.uint8)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((48, 48)).save(folder / f"{index}.png")
     return folder
 
 
-def test_a_run_finds_its_hinge_on_real_pictures_keeps_it_and_goes_on_with_it(tiny, real, tmp_path, capsys):
+def test_a_run_finds_its_hinge_on_real_images_keeps_it_and_goes_on_with_it(tiny, real, tmp_path, capsys):
     def config(name: str, iterations: int):
         return tiny(
             f"run.dir={tmp_path / name}", f"run.iterations={iterations}", "checkpoint.every=1",
@@ -235,9 +235,9 @@ def test_a_run_finds_its_hinge_on_real_pictures_keeps_it_and_goes_on_with_it(tin
 
     drive(config("whole", 2), open_ports, Console())
     said = capsys.readouterr().err
-    assert "hinge of two_stream" in said and "6 real pictures" in said and "hinge of sharpness: +2.500" in said
+    assert "hinge of two_stream" in said and "6 real images" in said and "hinge of sharpness: +2.500" in said
     kept = json.loads((tmp_path / "whole/checkpoints/000002/state.json").read_text())["normalisers"]
-    shown = torch.stack(real_pictures(real, size=32))
+    shown = torch.stack(real_images(real, size=32))
     scores = RewardWorker(TwoStreamMetric.Config(), model=None, cut="image", wire_dtype="float32").score(
         shown, [""] * len(shown)
     )

@@ -323,3 +323,10 @@ def test_whole_numbers_are_decimal():
     assert load_config("toy_sdxl", ["run.seed=0x10"]).run.seed == 16
     assert "rollout.batch_size" in refusal("toy_sdxl", "rollout.batch_size=1:30")
     assert load_config("toy_sdxl", ["run.name=010"]).run.name == "010"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("guard.pictures=8", "guard.images"), ("learner.max_refused_steps=2", "learner.max_skipped_steps")]
+)
+def test_a_renamed_key_is_refused_and_the_message_gives_the_new_name(smallest, old, new):
+    assert f"is now `{new}`" in refusal(smallest, old)

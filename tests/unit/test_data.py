@@ -1,4 +1,4 @@
-"""Prompts are dealt reproducibly and once per pass; pictures arrive as they are, or not at all."""
+"""Prompts are dealt reproducibly and once per pass; images arrive as they are, or not at all."""
 
 import logging
 import os
@@ -17,10 +17,10 @@ from PIL import Image
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.folders import files_below
-from acpo_dist.data.images import count_images, load_pictures, read_images
-from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.data.images import count_images, load_images, read_images
+from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.data.toy.world import captions
-from acpo_dist.evaluation.suites.images import count_pictures, decode, read_pictures
+from acpo_dist.evaluation.suites.images import count_image_files, decode, read_image_files
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
 
@@ -31,7 +31,7 @@ def shared(name: str) -> Path:
     return SHARED / name
 
 
-def picture(seed: int, width: int = 6, height: int = 6) -> np.ndarray:
+def image(seed: int, width: int = 6, height: int = 6) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -135,7 +135,9 @@ def test_a_prompt_file_that_cannot_serve_is_refused(tmp_path, name, content, mes
 
 
 def test_dealing_twice_gives_the_same():
-    one, two = (deal(captions(), iteration=7, run_seed=3, num_prompts=5, samples_per_prompt=2) for _ in range(2))
+    one, two = (
+        sample_prompts(captions(), iteration=7, run_seed=3, num_prompts=5, samples_per_prompt=2) for _ in range(2)
+    )
     assert one == two
 
 
@@ -144,7 +146,7 @@ def test_every_prompt_is_used_once_per_pass_across_iterations():
     used = [
         group.prompt_id
         for iteration in range(14)
-        for group in deal(prompts, iteration=iteration, run_seed=1, num_prompts=3, samples_per_prompt=1)
+        for group in sample_prompts(prompts, iteration=iteration, run_seed=1, num_prompts=3, samples_per_prompt=1)
     ]
     passes = [used[start : start + 7] for start in range(0, 42, 7)]
     assert all(sorted(each) == list(range(7)) for each in passes)
@@ -152,7 +154,7 @@ def test_every_prompt_is_used_once_per_pass_across_iterations():
 
 
 def test_an_iteration_may_be_longer_than_the_prompt_list():
-    groups = deal(("a", "b", "c"), iteration=2, run_seed=0, num_prompts=7, samples_per_prompt=2)
+    groups = sample_prompts(("a", "b", "c"), iteration=2, run_seed=0, num_prompts=7, samples_per_prompt=2)
     counts = Counter(group.prompt_id for group in groups)
     assert sorted(counts.values()) in ([2, 2, 3], [1, 3, 3])
     assert len(set(ids_of(groups))) == len(set(seeds_of(groups))) == 14
@@ -162,13 +164,13 @@ def test_negative_iterations_continue_the_passes_backwards():
     used = [
         group.prompt_id
         for iteration in range(-6, 0)
-        for group in deal(tuple("abcd"), iteration=iteration, run_seed=1, num_prompts=2, samples_per_prompt=1)
+        for group in sample_prompts(tuple("abcd"), iteration=iteration, run_seed=1, num_prompts=2, samples_per_prompt=1)
     ]
     assert [sorted(used[start : start + 4]) for start in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
 
 
 def test_a_group_names_its_prompt_in_every_sample():
-    groups = deal(captions(), iteration=12, run_seed=0, num_prompts=4, samples_per_prompt=3)
+    groups = sample_prompts(captions(), iteration=12, run_seed=0, num_prompts=4, samples_per_prompt=3)
     assert [len(group.samples) for group in groups] == [3] * 4
     for group in groups:
         assert group.prompt == captions()[group.prompt_id]
@@ -178,7 +180,7 @@ def test_a_group_names_its_prompt_in_every_sample():
 
 def test_no_sample_id_or_seed_is_shared_between_iterations_and_streams():
     dealt = [
-        deal(("a", "b"), iteration=iteration, run_seed=0, num_prompts=3, samples_per_prompt=4, stream=stream)
+        sample_prompts(("a", "b"), iteration=iteration, run_seed=0, num_prompts=3, samples_per_prompt=4, stream=stream)
         for stream in ("train", "calibration", "evaluation")
         for iteration in (-12, -1, 0, 1, 12)
     ]
@@ -188,14 +190,16 @@ def test_no_sample_id_or_seed_is_shared_between_iterations_and_streams():
 
 
 def test_another_run_seed_changes_the_order_and_every_noise_seed():
-    one, two = (deal(captions(), iteration=0, run_seed=seed, num_prompts=48, samples_per_prompt=1) for seed in (0, 1))
+    one, two = (
+        sample_prompts(captions(), iteration=0, run_seed=seed, num_prompts=48, samples_per_prompt=1) for seed in (0, 1)
+    )
     assert [group.prompt_id for group in one] != [group.prompt_id for group in two]
     assert not set(seeds_of(one)) & set(seeds_of(two))
 
 
 def test_dealing_never_touches_the_global_generator():
     before = torch.get_rng_state()
-    deal(captions(), iteration=0, run_seed=0, num_prompts=4, samples_per_prompt=1)
+    sample_prompts(captions(), iteration=0, run_seed=0, num_prompts=4, samples_per_prompt=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -207,144 +211,144 @@ def test_dealing_never_touches_the_global_generator():
 def test_dealing_nothing_or_an_ambiguous_stream_is_refused(wrong):
     arguments = {"iteration": 0, "run_seed": 0, "num_prompts": 1, "samples_per_prompt": 1, **wrong}
     with pytest.raises(ValueError, match=r"nothing to deal|identifier"):
-        deal(arguments.pop("prompts", ("a",)), **arguments)
+        sample_prompts(arguments.pop("prompts", ("a",)), **arguments)
 
 
-# Picture sets
+# Image sets
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "large binary"])
-def test_pictures_come_out_of_parquet_bit_by_bit(tmp_path, kind):
-    pixels = [picture(seed, width=5, height=4) for seed in range(3)]
+def test_images_come_out_of_parquet_bit_by_bit(tmp_path, kind):
+    pixels = [image(seed, width=5, height=4) for seed in range(3)]
     values = [encode(each) for each in pixels]
     if kind == "struct":
         values = [{"bytes": value, "path": None} for value in values]
     if kind == "large binary":
         values = pa.array(values, pa.large_binary())
-    pictures = load_pictures(write_parquet(tmp_path / "p.parquet", values, "photo"), "photo")
-    assert pictures.tensor.dtype == torch.uint8
-    assert torch.equal(pictures.tensor, torch.stack([as_tensor(each) for each in pixels]))
+    images = load_images(write_parquet(tmp_path / "p.parquet", values, "photo"), "photo")
+    assert images.tensor.dtype == torch.uint8
+    assert torch.equal(images.tensor, torch.stack([as_tensor(each) for each in pixels]))
 
 
 @pytest.mark.parametrize("indices", [[2, 0], torch.tensor([2, 0])], ids=["list", "tensor"])
 def test_a_batch_is_float_in_zero_to_one_in_the_order_asked_for(tmp_path, indices):
     pixels = [np.full((2, 2, 3), level, np.uint8) for level in (0, 51, 255)]
-    pictures = load_pictures(write_parquet(tmp_path / "p.parquet", [encode(each) for each in pixels]), "image")
-    batch = pictures.batch(indices)
-    assert len(pictures) == 3
+    images = load_images(write_parquet(tmp_path / "p.parquet", [encode(each) for each in pixels]), "image")
+    batch = images.batch(indices)
+    assert len(images) == 3
     assert batch.dtype == torch.float32 and batch.shape == (2, 3, 2, 2)
     assert batch[0].unique().tolist() == [1.0] and batch[1].unique().tolist() == [0.0]
 
 
-def test_only_the_first_pictures_are_used_when_asked(tmp_path):
-    values = [encode(picture(0)), encode(picture(1)), b"damaged, but never reached"]
-    pictures = load_pictures(write_parquet(tmp_path / "p.parquet", values), "image", max_images=2)
-    assert torch.equal(pictures.tensor[1], as_tensor(picture(1)))
-    assert len(pictures) == 2
+def test_only_the_first_images_are_used_when_asked(tmp_path):
+    values = [encode(image(0)), encode(image(1)), b"damaged, but never reached"]
+    images = load_images(write_parquet(tmp_path / "p.parquet", values), "image", max_images=2)
+    assert torch.equal(images.tensor[1], as_tensor(image(1)))
+    assert len(images) == 2
 
 
 def test_rows_beyond_one_record_batch_keep_their_order(tmp_path):
     pixels = [np.full((1, 1, 3), (row // 256, row % 256, 7), np.uint8) for row in range(600)]
-    pictures = load_pictures(write_parquet(tmp_path / "p.parquet", [encode(each) for each in pixels]), "image")
-    assert (pictures.tensor[:, 0].int() * 256 + pictures.tensor[:, 1].int()).flatten().tolist() == list(range(600))
+    images = load_images(write_parquet(tmp_path / "p.parquet", [encode(each) for each in pixels]), "image")
+    assert (images.tensor[:, 0].int() * 256 + images.tensor[:, 1].int()).flatten().tolist() == list(range(600))
 
 
-def test_a_wide_and_a_tall_picture_are_cropped_to_their_centre(tmp_path):
-    wide, tall = picture(0, width=10, height=6), picture(1, width=6, height=9)
+def test_a_wide_and_a_tall_image_are_cropped_to_their_centre(tmp_path):
+    wide, tall = image(0, width=10, height=6), image(1, width=6, height=9)
     path = write_parquet(tmp_path / "p.parquet", [encode(wide), encode(tall)])
-    pictures = load_pictures(path, "image", size=6)
-    assert torch.equal(pictures.tensor[0], as_tensor(wide[:, 2:8]))
-    assert torch.equal(pictures.tensor[1], as_tensor(tall[1:7]))
+    images = load_images(path, "image", size=6)
+    assert torch.equal(images.tensor[0], as_tensor(wide[:, 2:8]))
+    assert torch.equal(images.tensor[1], as_tensor(tall[1:7]))
 
 
-def test_a_picture_of_another_size_is_resized_without_aliasing(tmp_path):
+def test_a_image_of_another_size_is_resized_without_aliasing(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 254
-    path = write_parquet(tmp_path / "p.parquet", [encode(stripes), encode(picture(0, 16, 16))])
-    pictures = load_pictures(path, "image", size=16)
-    assert pictures.tensor.shape == (2, 3, 16, 16)
+    path = write_parquet(tmp_path / "p.parquet", [encode(stripes), encode(image(0, 16, 16))])
+    images = load_images(path, "image", size=16)
+    assert images.tensor.shape == (2, 3, 16, 16)
     # Stripes of one pixel become their mean, 127; a filter that skips pixels would leave 254. The border is cut off.
-    assert (pictures.tensor[0, :, :, 2:-2].int() - 127).abs().max() <= 3
-    assert torch.equal(pictures.tensor[1], as_tensor(picture(0, 16, 16)))
+    assert (images.tensor[0, :, :, 2:-2].int() - 127).abs().max() <= 3
+    assert torch.equal(images.tensor[1], as_tensor(image(0, 16, 16)))
 
 
-def test_grey_palette_and_transparent_pictures_become_rgb(tmp_path):
-    colour = Image.fromarray(picture(0))
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
+    colour = Image.fromarray(image(0))
     buffers = [BytesIO() for _ in range(3)]
     for buffer, mode in zip(buffers, ("L", "P", "RGBA"), strict=True):
         colour.convert(mode).save(buffer, "PNG")
     path = write_parquet(tmp_path / "p.parquet", [buffer.getvalue() for buffer in buffers])
-    pictures = load_pictures(path, "image")
+    images = load_images(path, "image")
     grey = torch.from_numpy(np.asarray(colour.convert("L")).copy())
-    assert all(torch.equal(pictures.tensor[0, channel], grey) for channel in range(3))
-    assert torch.equal(pictures.tensor[2], as_tensor(picture(0)))
+    assert all(torch.equal(images.tensor[0, channel], grey) for channel in range(3))
+    assert torch.equal(images.tensor[2], as_tensor(image(0)))
 
 
 def test_damaged_rows_are_counted_and_the_first_is_named(tmp_path):
-    good = encode(picture(0), "JPEG")
-    values = [good, good, good[: len(good) // 2], good, b"no picture", None, b""]
+    good = encode(image(0), "JPEG")
+    values = [good, good, good[: len(good) // 2], good, b"no image", None, b""]
     with pytest.raises(DataError, match=r"4 rows .* the first is row 2 \(counted from 0\)"):
-        load_pictures(write_parquet(tmp_path / "p.parquet", values), "image")
+        load_images(write_parquet(tmp_path / "p.parquet", values), "image")
 
 
-def test_sixteen_bit_pictures_are_refused_rather_than_saturated(tmp_path):
+def test_sixteen_bit_images_are_refused_rather_than_saturated(tmp_path):
     buffer = BytesIO()
     Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(DataError, match="no readable 8-bit picture"):
-        load_pictures(write_parquet(tmp_path / "p.parquet", [buffer.getvalue()]), "image")
+    with pytest.raises(DataError, match="no readable 8-bit image"):
+        load_images(write_parquet(tmp_path / "p.parquet", [buffer.getvalue()]), "image")
 
 
 def test_different_sizes_need_a_common_size(tmp_path):
-    path = write_parquet(tmp_path / "p.parquet", [encode(picture(0)), encode(picture(1, width=8, height=7))])
+    path = write_parquet(tmp_path / "p.parquet", [encode(image(0)), encode(image(1, width=8, height=7))])
     with pytest.raises(DataError, match="row 1 is 8x7 pixels, earlier rows are 6x6"):
-        load_pictures(path, "image")
-    assert len(load_pictures(path, "image", size=6)) == 2
+        load_images(path, "image")
+    assert len(load_images(path, "image", size=6)) == 2
 
 
 def test_an_absent_column_is_answered_with_those_there_are(tmp_path):
-    path = write_parquet(tmp_path / "p.parquet", [encode(picture(0))], "photo")
+    path = write_parquet(tmp_path / "p.parquet", [encode(image(0))], "photo")
     with pytest.raises(DataError, match=r"no column `image`\. Columns found: photo, label"):
-        load_pictures(path, "image")
+        load_images(path, "image")
 
 
 @pytest.mark.parametrize(
     "values", [["a.png"], [{"path": "a.png"}], [{"bytes": "text"}]], ids=["text", "struct", "inner"]
 )
 def test_a_column_of_another_type_is_refused_with_its_type(tmp_path, values):
-    with pytest.raises(DataError, match=r"column `image` is of type .*string.*; expected encoded pictures"):
-        load_pictures(write_parquet(tmp_path / "p.parquet", values), "image")
+    with pytest.raises(DataError, match=r"column `image` is of type .*string.*; expected encoded images"):
+        load_images(write_parquet(tmp_path / "p.parquet", values), "image")
 
 
 def test_a_file_that_is_missing_empty_or_no_parquet_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"no such file: .*absent\.parquet"):
-        load_pictures(tmp_path / "absent.parquet", "image")
+        load_images(tmp_path / "absent.parquet", "image")
     (tmp_path / "text.parquet").write_text("not at all")
     with pytest.raises(DataError, match=r"text\.parquet is not a readable parquet file"):
-        load_pictures(tmp_path / "text.parquet", "image")
-    with pytest.raises(DataError, match=r"empty\.parquet: column `image` holds no picture"):
-        load_pictures(write_parquet(tmp_path / "empty.parquet", pa.array([], pa.binary())), "image")
+        load_images(tmp_path / "text.parquet", "image")
+    with pytest.raises(DataError, match=r"empty\.parquet: column `image` holds no image"):
+        load_images(write_parquet(tmp_path / "empty.parquet", pa.array([], pa.binary())), "image")
 
 
 def test_cifar_decodes_fast_enough():
     path = shared("cifar10_train.parquet")
     started = time.process_time()
-    pictures = load_pictures(path, "image", max_images=5000)
-    # 50,000 pictures within 30 s of one core; processor time, so that a busy machine does not fail the test.
+    images = load_images(path, "image", max_images=5000)
+    # 50,000 images within 30 s of one core; processor time, so that a busy machine does not fail the test.
     assert time.process_time() - started < 3.0
-    assert pictures.tensor.shape == (5000, 3, 32, 32)
-    assert 0.4 < pictures.batch(range(5000)).mean() < 0.55
+    assert images.tensor.shape == (5000, 3, 32, 32)
+    assert 0.4 < images.batch(range(5000)).mean() < 0.55
 
 
 # Reading anything for scoring
 
 
 def test_files_folders_and_parquet_are_read_in_order_and_without_loss(tmp_path):
-    pixels = [picture(seed, width=4 + seed, height=5) for seed in range(5)]
+    pixels = [image(seed, width=4 + seed, height=5) for seed in range(5)]
     Image.fromarray(pixels[0]).save(tmp_path / "single.png")
     (tmp_path / "folder/deep").mkdir(parents=True)
     Image.fromarray(pixels[1]).save(tmp_path / "folder/a.bmp")
     Image.fromarray(pixels[2]).save(tmp_path / "folder/deep/0.PNG")
-    (tmp_path / "folder/notes.txt").write_text("no picture")
+    (tmp_path / "folder/notes.txt").write_text("no image")
     (tmp_path / "folder/._a.png").write_bytes(b"left by an archive")
     write_parquet(tmp_path / "set.parquet", [encode(each) for each in pixels[3:]])
     found = list(read_images([tmp_path / "single.png", tmp_path / "folder", tmp_path / "set.parquet"]))
@@ -355,52 +359,52 @@ def test_files_folders_and_parquet_are_read_in_order_and_without_loss(tmp_path):
 
 def test_a_folder_is_read_in_sorted_order(tmp_path):
     for number in (7, 2, 9, 0, 4, 11, 1, 8, 3, 10, 6, 5):
-        Image.fromarray(picture(number)).save(tmp_path / f"{number:02d}.png")
+        Image.fromarray(image(number)).save(tmp_path / f"{number:02d}.png")
     names = [Path(name).name for name, _ in read_images([tmp_path])]
     assert names == [f"{number:02d}.png" for number in range(12)]
 
 
 def test_a_file_that_is_reached_twice_is_read_once(tmp_path):
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    Image.fromarray(image(0)).save(tmp_path / "a.png")
     assert len(list(read_images([tmp_path / "a.png", tmp_path, tmp_path / "../" / tmp_path.name / "a.png"]))) == 1
 
 
-def test_pictures_are_decoded_one_at_a_time(tmp_path):
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+def test_images_are_decoded_one_at_a_time(tmp_path):
+    Image.fromarray(image(0)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"damaged")
     images = read_images([tmp_path])
     assert next(images)[0].endswith("a.png")
-    with pytest.raises(DataError, match=r"b\.png cannot be read as a picture"):
+    with pytest.raises(DataError, match=r"b\.png cannot be read as an image"):
         next(images)
 
 
 def test_a_damaged_parquet_row_is_named_with_its_file(tmp_path):
-    path = write_parquet(tmp_path / "set.parquet", [encode(picture(0)), b"damaged"])
-    with pytest.raises(DataError, match=r"set\.parquet, row 1 of column `image` cannot be read as a picture"):
+    path = write_parquet(tmp_path / "set.parquet", [encode(image(0)), b"damaged"])
+    with pytest.raises(DataError, match=r"set\.parquet, row 1 of column `image` cannot be read as an image"):
         list(read_images([path]))
 
 
 def test_missing_and_empty_places_are_refused_before_anything_is_decoded(tmp_path):
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+    Image.fromarray(image(0)).save(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/notes.txt").write_text("no picture")
-    for place, message in (("absent.png", "no such file or folder"), ("empty", "holds no picture: 1 files")):
+    (tmp_path / "empty/notes.txt").write_text("no image")
+    for place, message in (("absent.png", "no such file or folder"), ("empty", "holds no image: 1 files")):
         with pytest.raises(DataError, match=message):
             read_images([tmp_path / "a.png", tmp_path / place])
-    path = write_parquet(tmp_path / "set.parquet", [encode(picture(0))], "photo")
+    path = write_parquet(tmp_path / "set.parquet", [encode(image(0))], "photo")
     with pytest.raises(DataError, match="Columns found: photo, label"):
         read_images([tmp_path / "a.png", path])
     assert len(list(read_images([path], column="photo"))) == 1
 
 
-def test_real_pictures_are_read_at_their_own_size():
+def test_real_images_are_read_at_their_own_size():
     name, tensor = next(read_images([shared("drawbench_sd14_512px.parquet")]))
     assert name.endswith("drawbench_sd14_512px.parquet#0")
     assert tensor.shape == (3, 512, 512) and tensor.dtype == torch.uint8 and tensor.is_contiguous()
 
 
 def test_rows_behind_a_damaged_one_are_still_read_when_it_is_skipped(tmp_path):
-    rows = [encode(picture(0)), b"damaged", encode(picture(1)), None, encode(picture(2))]
+    rows = [encode(image(0)), b"damaged", encode(image(1)), None, encode(image(2))]
     path = write_parquet(tmp_path / "set.parquet", rows)
     skipped: list[str] = []
     names = [name.rpartition("#")[2] for name, _ in read_images([path], skip=skipped.append)]
@@ -408,7 +412,7 @@ def test_rows_behind_a_damaged_one_are_still_read_when_it_is_skipped(tmp_path):
     assert ["row 1" in skipped[0], "row 3" in skipped[1], len(skipped)] == [True, True, 2]
 
 
-def test_pictures_are_turned_as_their_exif_orientation_says(tmp_path):
+def test_images_are_turned_as_their_exif_orientation_says(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     exif = Image.Exif()
     paths = []
@@ -421,15 +425,15 @@ def test_pictures_are_turned_as_their_exif_orientation_says(tmp_path):
         noise, noise[:, ::-1], noise[::-1, ::-1], noise[::-1], noise.swapaxes(0, 1), np.rot90(noise, -1),
         noise[::-1, ::-1].swapaxes(0, 1), np.rot90(noise),
     ]  # fmt: skip
-    for path, scene, (_, picture) in zip(paths, scenes, read_images(paths), strict=True):
-        assert np.array_equal(picture.permute(1, 2, 0), scene), path.name
-        assert torch.equal(decode(path.read_bytes(), path.name), picture)
+    for path, scene, (_, image) in zip(paths, scenes, read_images(paths), strict=True):
+        assert np.array_equal(image.permute(1, 2, 0), scene), path.name
+        assert torch.equal(decode(path.read_bytes(), path.name), image)
     exif[0x0112] = 6
     Image.fromarray(noise).save(tmp_path / "damaged.jpg", exif=exif, quality=95)
     broken = (tmp_path / "damaged.jpg").read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0XX")
     (tmp_path / "damaged.jpg").write_bytes(broken)
-    ((_, picture),) = read_images([tmp_path / "damaged.jpg"])
-    assert picture.shape == (3, 6, 8)
+    ((_, image),) = read_images([tmp_path / "damaged.jpg"])
+    assert image.shape == (3, 6, 8)
 
 
 def test_linked_folders_are_searched_and_no_folder_is_entered_twice(tmp_path):
@@ -443,7 +447,7 @@ def test_linked_folders_are_searched_and_no_folder_is_entered_twice(tmp_path):
     (elsewhere / "loop").symlink_to(folder)
     names = [str(file.relative_to(folder)) for file in files_below(folder)]
     assert names == ["1.png", "more/deep/3.png", "z/2.png"]
-    assert count_images([folder]) == count_pictures(folder) == 3
+    assert count_images([folder]) == count_image_files(folder) == 3
 
 
 def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_than_passed_over():
@@ -456,7 +460,7 @@ def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_t
         try:
             if root:
                 os.seteuid(65534)  # nothing is closed to root
-            for count in (count_images, lambda paths: count_pictures(paths[0])):
+            for count in (count_images, lambda paths: count_image_files(paths[0])):
                 with pytest.raises(DataError, match=r"secret cannot be listed \(Permission denied\)"):
                     count([folder])
         finally:
@@ -467,4 +471,4 @@ def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_t
         with pytest.raises(DataError, match=r"2\.png cannot be read"):
             list(read_images([folder]))
         with pytest.raises(DataError, match=r"2\.png cannot be read"):
-            list(read_pictures(folder, indices=[0, 1]))
+            list(read_image_files(folder, indices=[0, 1]))

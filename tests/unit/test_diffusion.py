@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES, add_noise, to_clean, to_noise
-from acpo_dist.diffusion.sampling import ddim_step, guide, keep_states, walk
+from acpo_dist.diffusion.sampling import ddim_step, guide, keep_states, sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
 
 SDXL_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -19,7 +19,7 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def heads_of(clean: Tensor, noise: Tensor, levels: Tensor) -> dict[str, Tensor]:
+def outputs_of(clean: Tensor, noise: Tensor, levels: Tensor) -> dict[str, Tensor]:
     """What a perfect network of each kind would answer, from the definitions alone."""
     signal, spread = levels.sqrt().reshape(-1, 1, 1, 1), (1 - levels).sqrt().reshape(-1, 1, 1, 1)
     return {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
@@ -53,8 +53,8 @@ def test_the_clean_estimate_of_a_perfect_head_is_the_clean_sample(prediction_typ
     noise = torch.randn(clean.shape, generator=rng(1), dtype=torch.float64)
     levels = SDXL_LEVELS[[timestep] * 4]
     noisy = add_noise(clean, noise, levels).float()
-    head = heads_of(clean, noise, levels)[prediction_type].float()
-    estimate = to_clean(head, noisy, levels, prediction_type)
+    model_output = outputs_of(clean, noise, levels)[prediction_type].float()
+    estimate = to_clean(model_output, noisy, levels, prediction_type)
     # Three roundings of numbers below 4 in float32 (2.4e-7 at most each), over a >= 0.77.
     assert float((estimate - clean).abs().max()) < 1e-6
 
@@ -78,21 +78,25 @@ def test_all_three_heads_give_the_same_clean_sample_and_the_same_noise(timestep:
     levels = SDXL_LEVELS[[timestep] * 2]
     signal, spread = levels.sqrt().reshape(-1, 1, 1, 1), (1 - levels).sqrt().reshape(-1, 1, 1, 1)
     clean = (noisy - spread * noise) / signal
-    for prediction_type, head in heads_of(clean, noise, levels).items():
+    for prediction_type, model_output in outputs_of(clean, noise, levels).items():
         # float64 with at most 1 / a = 15 and 1 / s = 25 in front of 1e-16.
-        torch.testing.assert_close(to_clean(head, noisy, levels, prediction_type), clean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(to_noise(head, noisy, levels, prediction_type), noise, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            to_clean(model_output, noisy, levels, prediction_type), clean, rtol=1e-12, atol=1e-12
+        )
+        torch.testing.assert_close(
+            to_noise(model_output, noisy, levels, prediction_type), noise, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_half_precision_inputs_are_widened_before_the_formula(dtype: torch.dtype, prediction_type: str):
     noisy = torch.randn(2, 3, 8, 8, generator=rng(0)).to(dtype)
-    head = torch.randn(noisy.shape, generator=rng(1)).to(dtype)
+    model_output = torch.randn(noisy.shape, generator=rng(1)).to(dtype)
     levels = SDXL_LEVELS[[250, 300]]
     for convert in (to_clean, to_noise):
-        result = convert(head, noisy, levels, prediction_type)
-        exact = convert(head.double(), noisy.double(), levels, prediction_type)
+        result = convert(model_output, noisy, levels, prediction_type)
+        exact = convert(model_output.double(), noisy.double(), levels, prediction_type)
         assert result.dtype == torch.float32
         # The inputs are taken as they are, so only float32 arithmetic is left; half precision would be off by 1e-3.
         assert float((result - exact).abs().max()) < 2e-6
@@ -118,7 +122,7 @@ def test_the_walk_is_diffusers_ddim(prediction_type: str, spacing: str, offset: 
     state = start = torch.randn(2, 3, 8, 8, generator=rng(0))
     for timestep in scheduler.timesteps:
         state = scheduler.step(network(state, timestep.expand(2)), timestep, state, eta=0.0).prev_sample
-    ours = walk(network, start, trajectory, prediction_type)
+    ours = sample(network, start, trajectory, prediction_type)
     # float32 on both sides: 1e-7 per step, grown by 1 / a = 15 at the noisiest and by the network's own slope of 2.
     torch.testing.assert_close(ours, state, rtol=0, atol=1e-4)
 
@@ -133,10 +137,10 @@ def test_stochastic_steps_are_diffusers_ddim_steps(prediction_type: str, eta: fl
     state = torch.randn(2, 3, 8, 8, generator=rng(0))
     for step, timestep in enumerate(scheduler.timesteps):
         noise = torch.randn(state.shape, generator=rng(step))
-        head = network(state, timestep.expand(2))
-        theirs = scheduler.step(head, timestep, state, eta=eta, variance_noise=noise).prev_sample
+        model_output = network(state, timestep.expand(2))
+        theirs = scheduler.step(model_output, timestep, state, eta=eta, variance_noise=noise).prev_sample
         level, following = trajectory.alpha_bars[step : step + 2]
-        ours = ddim_step(head, state, level, following, prediction_type, eta=eta, noise=noise)
+        ours = ddim_step(model_output, state, level, following, prediction_type, eta=eta, noise=noise)
         # One step in float32, where diffusers keeps alpha-bar too: 1 - alpha-bar loses 1e-4 of itself at t = 1.
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
         state = theirs
@@ -149,9 +153,9 @@ def test_a_stochastic_step_without_its_noise_is_refused():
 
 
 def test_a_deterministic_step_ignores_noise_it_is_given():
-    state, head, noise = torch.randn(3, 1, 1, 4, 4, generator=rng(0)).unbind()
-    with_noise = ddim_step(head, state, 0.5, 0.6, "epsilon", noise=noise)
-    assert torch.equal(with_noise, ddim_step(head, state, 0.5, 0.6, "epsilon"))
+    state, model_output, noise = torch.randn(3, 1, 1, 4, 4, generator=rng(0)).unbind()
+    with_noise = ddim_step(model_output, state, 0.5, 0.6, "epsilon", noise=noise)
+    assert torch.equal(with_noise, ddim_step(model_output, state, 0.5, 0.6, "epsilon"))
 
 
 @pytest.mark.parametrize("timesteps", [[999, 640, 633, 150, 20, 3], [700], [999, 1]])
@@ -163,7 +167,7 @@ def test_a_perfect_network_arrives_at_the_clean_sample_along_any_trajectory(time
         level = float(SDXL_LEVELS[int(at[0])])
         return (state - math.sqrt(level) * clean) / math.sqrt(1 - level)
 
-    arrived = walk(perfect, torch.randn(clean.shape, generator=rng(1)), trajectory, "epsilon")
+    arrived = sample(perfect, torch.randn(clean.shape, generator=rng(1)), trajectory, "epsilon")
     # x0-hat is clean at every step; float32 with 1 / a up to 15.
     torch.testing.assert_close(arrived, clean, rtol=0, atol=1e-5)
 
@@ -172,7 +176,7 @@ def test_visitors_see_the_states_before_their_steps_and_only_the_wanted_ones():
     trajectory = explicit_trajectory(SDXL_LEVELS, [999, 500, 100])
     start = torch.randn(1, 2, 4, 4, generator=rng(0))
     kept: dict[int, Tensor] = {}
-    walk(network, start, trajectory, "epsilon", visit=keep_states((0, 2), kept))
+    sample(network, start, trajectory, "epsilon", visit=keep_states((0, 2), kept))
     middle = ddim_step(network(start, torch.tensor([999.0])), start, *trajectory.alpha_bars[:2], "epsilon")
     late = ddim_step(network(middle, torch.tensor([500.0])), middle, *trajectory.alpha_bars[1:3], "epsilon")
     assert sorted(kept) == [0, 2]
@@ -227,7 +231,7 @@ def test_levels_between_the_schedules_own_are_accepted():
     trajectory = Trajectory(timesteps=(740.5, 12.25), alpha_bars=(0.1, 0.97, 0.999))
     state = torch.randn(1, 1, 4, 4, generator=rng(0))
     # A head of zeros predicts no noise: x only grows with the signal, by the ratio of the a's.
-    arrived = walk(lambda x, _: torch.zeros_like(x), state, trajectory, "epsilon")
+    arrived = sample(lambda x, _: torch.zeros_like(x), state, trajectory, "epsilon")
     torch.testing.assert_close(arrived, state * math.sqrt(0.999 / 0.1), rtol=1e-6, atol=0)
 
 

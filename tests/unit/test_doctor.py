@@ -146,7 +146,7 @@ def test_a_model_that_is_not_on_this_disk_is_a_note_and_nothing_is_downloaded(so
 
     monkeypatch.setattr(getattr(diffusers, owner), "download", download)
     monkeypatch.setattr(getattr(diffusers, owner), "from_pretrained", download)
-    config = load_config(source, ["model.path=nobody/none", "data.path=pictures.parquet"])
+    config = load_config(source, ["model.path=nobody/none", "data.path=images.parquet"])
     (found,) = configured.check_model(config)
     assert found.verdict == "note" and "hf download nobody/none" in found.advice
     assert set(asked) <= {True}
@@ -155,7 +155,7 @@ def test_a_model_that_is_not_on_this_disk_is_a_note_and_nothing_is_downloaded(so
 def test_a_model_that_the_run_trains_first_is_said_to_be_so():
     from acpo_dist.config.load import load_config
 
-    (found,) = configured.check_model(load_config("cifar10_ddpm", ["data.path=pictures.parquet"]))
+    (found,) = configured.check_model(load_config("cifar10_ddpm", ["data.path=images.parquet"]))
     assert found.verdict == "note" and "trains first" in found.found
 
 

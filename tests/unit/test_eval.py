@@ -40,9 +40,9 @@ def acpo(monkeypatch, capsys, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """A folder with six clean scenes, two of them green."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     wanted = ["red", "green", "blue", "red", "green", "yellow"]
     for number, colour in enumerate(wanted):
@@ -58,7 +58,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_an_evaluation_of_a_model_writes_samples_pictures_and_figures(acpo):
+def test_an_evaluation_of_a_model_writes_samples_images_and_figures(acpo):
     code, out, err = acpo(
         "eval", "toy-sdxl", *TINY, "--suite", "toy", "--limit", "6", "--samples-per-prompt", "2", "--judges",
         "two_stream,sharpness", "--out", "e", "--json",
@@ -68,16 +68,16 @@ def test_an_evaluation_of_a_model_writes_samples_pictures_and_figures(acpo):
     assert report == {"folder": "e", **json.loads(Path("e/evaluation.json").read_text())}
     rows = rows_of(Path("e"))
     assert len(rows) == 12 and len({row["seed"] for row in rows}) == 12
-    assert all((Path("e") / row["picture"]).is_file() for row in rows)
+    assert all((Path("e") / row["image"]).is_file() for row in rows)
     assert [row["sample_id"] for row in rows] == sorted(row["sample_id"] for row in rows)
-    figures = {one["judge"]: one for one in report["judges"]}
+    metrics = {one["judge"]: one for one in report["judges"]}
     by_prompt: dict[int, list[float]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt_id"], []).append(row["scores"]["two_stream"])
     mean = np.mean([np.mean(scores) for scores in by_prompt.values()])
-    whole = figures["two_stream"]["model"]
+    whole = metrics["two_stream"]["model"]
     assert whole["mean"] == pytest.approx(mean) and whole["low"] < mean < whole["high"] and whole["num_samples"] == 12
-    shapes = figures["two_stream"]["categories"]
+    shapes = metrics["two_stream"]["categories"]
     assert sum(part["model"]["num_samples"] for part in shapes.values()) == 12
     assert report["sets"]["model"]["within_prompt_diversity"]["num_prompts"] == 6
     provenance = report["provenance"]
@@ -91,12 +91,12 @@ def test_a_model_against_itself_has_no_difference_and_half_of_the_wins(acpo):
         "--out", "e", "--json",
     )  # fmt: skip
     report = json.loads(out)
-    (figures,) = report["judges"]
+    (metrics,) = report["judges"]
     assert code == 0
-    assert figures["paired"]["difference"]["value"] == 0 and figures["paired"]["win_rate"]["value"] == 0.5
-    assert figures["paired"]["p_value"] == 1 and figures["num_unpaired"] == 0
+    assert metrics["paired"]["difference"]["value"] == 0 and metrics["paired"]["win_rate"]["value"] == 0.5
+    assert metrics["paired"]["p_value"] == 1 and metrics["num_unpaired"] == 0
     assert report["sets"]["between"]["manifold"]["recall"] == 1
-    # Five pictures make no covariance of 192 features: the figure is left out, with the reason.
+    # Five images make no covariance of 192 features: the figure is left out, with the reason.
     assert "193 samples" in report["sets"]["between"]["frechet"]["not_given"]
 
 
@@ -122,21 +122,21 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkey
     with pytest.raises(Killed):
         acpo(*command, "--out", "parts")
     assert len(rows_of(Path("parts"))) == 8
-    # The end of a write that a kill cut short, and a picture that somebody changed.
+    # The end of a write that a kill cut short, and an image that somebody changed.
     with Path("parts/samples.jsonl").open("a") as file:
         file.write('{"arm": "model", "sam')
-    Path("parts", rows_of(Path("whole"))[0]["picture"]).write_bytes(b"not what was judged")
+    Path("parts", rows_of(Path("whole"))[0]["image"]).write_bytes(b"not what was judged")
     refused, _, err = acpo(*command, "--out", "parts")
     assert refused == 2 and "already holds an evaluation" in err and "--resume" in err
     Path("finish").touch()
     drawn.clear()
     code, _, err = acpo(*command, "--out", "parts", "--resume")
-    assert code == 0 and "1 pictures in parts are gone or changed" in err
-    # The chunk with the changed picture and the one that was never begun; the other is kept.
+    assert code == 0 and "1 images in parts are gone or changed" in err
+    # The chunk with the changed image and the one that was never begun; the other is kept.
     assert len(drawn) == 8
     assert rows_of(Path("parts")) == rows_of(Path("whole"))
-    figures = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("whole", "parts")]
-    assert figures[0]["judges"] == figures[1]["judges"] and figures[0]["sets"] == figures[1]["sets"]
+    metrics = [json.loads(Path(name, "evaluation.json").read_text()) for name in ("whole", "parts")]
+    assert metrics[0]["judges"] == metrics[1]["judges"] and metrics[0]["sets"] == metrics[1]["sets"]
 
 
 def test_judges_can_be_added_later_and_other_settings_cannot(acpo, monkeypatch):
@@ -147,7 +147,7 @@ def test_judges_can_be_added_later_and_other_settings_cannot(acpo, monkeypatch):
     before = {row["sample_id"]: row["scores"]["sharpness"] for row in rows_of(Path("e"))}
 
     def never(self, plans):
-        raise AssertionError("the pictures are there already")
+        raise AssertionError("the images are there already")
 
     monkeypatch.setattr(RolloutWorker, "generate", never)
     assert acpo(*command, "--judges", "sharpness,two_stream", "--resume")[0] == 0
@@ -160,43 +160,43 @@ def test_judges_can_be_added_later_and_other_settings_cannot(acpo, monkeypatch):
     assert code == 2 and "judges.sharpness" in err and "prefer" in err
 
 
-def test_a_judge_that_fails_names_the_sample_and_is_no_bad_score(acpo, pictures):
-    code, out, err = acpo("eval", str(pictures), "--judges", f"{GREEN},sharpness", "--out", "e", "--json")
+def test_a_judge_that_fails_names_the_sample_and_is_no_bad_score(acpo, images):
+    code, out, err = acpo("eval", str(images), "--judges", f"{GREEN},sharpness", "--out", "e", "--json")
     report = json.loads(out)
     assert code == 1 and report["num_missing"] == 2
     failing, sharpness = report["judges"]
     assert failing["model"]["num_samples"] == 4 and failing["model"]["num_missing"] == 2
     assert sharpness["model"]["num_missing"] == 0
-    rows = {row["picture"]: row for row in rows_of(Path("e"))}
+    rows = {row["image"]: row for row in rows_of(Path("e"))}
     assert rows["1.png"]["scores"][failing["judge"]] is None and "green" in rows["1.png"]["errors"][failing["judge"]]
     # The others of the same request keep what the judge says of each alone.
-    means = [float(np.asarray(Image.open(pictures / f"{n}.png")).mean() / 255) for n in (0, 2, 3, 5)]
+    means = [float(np.asarray(Image.open(images / f"{n}.png")).mean() / 255) for n in (0, 2, 3, 5)]
     assert failing["model"]["mean"] == pytest.approx(np.mean(means), rel=1e-5)
     assert "1.png" in err and "not as bad" in err
 
 
-def test_an_unreadable_picture_is_missing_and_named(acpo, pictures):
-    (pictures / "2.png").write_bytes(b"no picture")
-    code, out, err = acpo("eval", str(pictures), "--judges", "sharpness", "--out", "e", "--json")
+def test_an_unreadable_image_is_missing_and_named(acpo, images):
+    (images / "2.png").write_bytes(b"no image")
+    code, out, err = acpo("eval", str(images), "--judges", "sharpness", "--out", "e", "--json")
     report = json.loads(out)
     assert code == 1 and report["num_missing"] == 1 and "2.png cannot be read" in err
     assert report["judges"][0]["model"]["num_samples"] == 5
 
 
-def test_pictures_are_paired_by_name_whatever_their_format(acpo, pictures, tmp_path):
+def test_images_are_paired_by_name_whatever_their_format(acpo, images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    for path in pictures.iterdir():
+    for path in images.iterdir():
         Image.open(path).resize((16, 16)).save(other / path.with_suffix(".bmp").name)
     (other / "5.bmp").unlink()
     code, out, err = acpo(
-        "eval", str(pictures), "--compare", str(other), "--judges", "{type: sharpness, prefer: less}", "--out", "e",
+        "eval", str(images), "--compare", str(other), "--judges", "{type: sharpness, prefer: less}", "--out", "e",
         "--json",
     )  # fmt: skip
     assert code == 0, err
     report = json.loads(out)
-    (figures,) = report["judges"]
-    # Pictures of 16 x 16 are too small for the features, which costs those figures and no others.
+    (metrics,) = report["judges"]
+    # Images of 16 x 16 are too small for the features, which costs those figures and no others.
     assert "lower the size" in report["sets"]["comparison"]["not_given"] and "between" not in report["sets"]
     rows = rows_of(Path("e"))
     scores = {(row["arm"], row["sample_id"]): row["scores"]["sharpness"] for row in rows}
@@ -205,22 +205,22 @@ def test_pictures_are_paired_by_name_whatever_their_format(acpo, pictures, tmp_p
     expected = compare_paired(
         [-scores["model", name] for name in ids], [-scores["comparison", name] for name in ids], ids
     ).to_mapping()
-    assert figures["paired"] == expected and figures["num_unpaired"] == 1 and not figures["higher_is_better"]
+    assert metrics["paired"] == expected and metrics["num_unpaired"] == 1 and not metrics["higher_is_better"]
 
 
-def test_the_table_counts_pairs_and_what_has_none_and_says_why_there_is_no_difference(acpo, pictures, tmp_path):
+def test_the_table_counts_pairs_and_what_has_none_and_says_why_there_is_no_difference(acpo, images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for number in range(4):
-        Image.open(pictures / f"{number}.png").save(other / f"{number}.png")
-    Image.open(pictures / "0.png").save(other / "strange.png")
-    (pictures / "3.png").write_bytes(b"no picture")
-    code, out, _ = acpo("eval", str(pictures), "--compare", str(other), "--judges", "sharpness", "--out", "e")
+        Image.open(images / f"{number}.png").save(other / f"{number}.png")
+    Image.open(images / "0.png").save(other / "strange.png")
+    (images / "3.png").write_bytes(b"no image")
+    code, out, _ = acpo("eval", str(images), "--compare", str(other), "--judges", "sharpness", "--out", "e")
     # Rows 0, 1 and 2 are on both sides; 4 and 5 are here alone, 3 and the strange one there.
     assert code == 1 and all(text in out for text in ("5 samples", "1 missing", "3 pairs", "5 unpaired"))
     for number in range(1, 6):
-        (pictures / f"{number}.png").unlink()
-    code, out, _ = acpo("eval", str(pictures), "--compare", str(other), "--judges", "sharpness", "--out", "f")
+        (images / f"{number}.png").unlink()
+    code, out, _ = acpo("eval", str(images), "--compare", str(other), "--judges", "sharpness", "--out", "f")
     assert code == 0 and "no difference for sharpness: an interval needs at least two" in out and "4 unpaired" in out
 
 
@@ -299,13 +299,13 @@ def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):
             ["toy-sdxl", "--suite", "toy", "--judges", "sharpness", "--backend", "local", "--workers", "2"],
             "one process",
         ),
-        (["pictures"], "pictures need --judges"),
-        (["pictures", "--judges", "tests.helpers.judges:PromptLength"], "compares pictures with their prompts"),
-        (["pictures", "--judges", "sharpness", "--compare", "toy-sdxl"], "must hold pictures too"),
-        (["empty", "--judges", "sharpness"], "empty holds no picture"),
+        (["images"], "images need --judges"),
+        (["images", "--judges", "tests.helpers.judges:PromptLength"], "compares images with their prompts"),
+        (["images", "--judges", "sharpness", "--compare", "toy-sdxl"], "must hold images too"),
+        (["empty", "--judges", "sharpness"], "empty holds no image"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(acpo, pictures, tmp_path, arguments, words):
+def test_what_does_not_fit_is_refused_before_anything_is_written(acpo, images, tmp_path, arguments, words):
     (tmp_path / "empty").mkdir()
     code, out, err = acpo("eval", *arguments, "--out", "e")
     assert code == 2 and words in err and out == "" and "Traceback" not in err

@@ -1,4 +1,4 @@
-"""Content statistics of pictures whose content is known, and against scipy and numpy."""
+"""Content statistics of images whose content is known, and against scipy and numpy."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def only(images: torch.Tensor, name: str) -> float:
     return value
 
 
-def test_every_statistic_is_a_number_between_zero_and_one_per_picture():
+def test_every_statistic_is_a_number_between_zero_and_one_per_image():
     statistics = content_statistics(templates()[:40])
     assert tuple(statistics) == STATISTICS
     for values in statistics.values():
@@ -33,32 +33,32 @@ def test_every_statistic_is_a_number_between_zero_and_one_per_picture():
     ],
     ids=["dark", "black", "grey", "red", "over-exposed"],
 )  # fmt: skip
-def test_plain_pictures_are_told_apart(rgb, dark: int, saturated: int, clipped: int):
-    picture = plain(*rgb)
-    found = [only(picture, name) for name in ("dark_share", "saturated_share", "clipped_share")]
+def test_plain_images_are_told_apart(rgb, dark: int, saturated: int, clipped: int):
+    image = plain(*rgb)
+    found = [only(image, name) for name in ("dark_share", "saturated_share", "clipped_share")]
     assert found == [dark, saturated, clipped]
-    assert only(picture, "edge_density") == only(picture, "colour_entropy") == 0
-    assert only(picture, "contrast") == pytest.approx(0, abs=1e-6)
+    assert only(image, "edge_density") == only(image, "colour_entropy") == 0
+    assert only(image, "contrast") == pytest.approx(0, abs=1e-6)
 
 
 def test_the_edge_density_agrees_with_scipys_sobel():
-    picture = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 0.4
-    luminance = np.tensordot([0.299, 0.587, 0.114], picture[0].double().numpy(), 1)
+    image = torch.rand(1, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 0.4
+    luminance = np.tensordot([0.299, 0.587, 0.114], image[0].double().numpy(), 1)
     gradient = np.hypot(*(ndimage.sobel(luminance, axis, mode="nearest") / 8 for axis in (0, 1)))
     wanted = float((gradient > 0.08).mean())
     assert 0.05 < wanted < 0.95
     # One pixel of 480 may sit on the threshold in float32.
-    assert only(picture, "edge_density") == pytest.approx(wanted, abs=1.5 / 480)
+    assert only(image, "edge_density") == pytest.approx(wanted, abs=1.5 / 480)
 
 
 def test_the_colour_entropy_agrees_with_numpys_histogram():
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).square()
-    counts, _ = np.histogramdd(picture[0].flatten(1).T.double().numpy(), bins=8, range=[(0, 1)] * 3)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)).square()
+    counts, _ = np.histogramdd(image[0].flatten(1).T.double().numpy(), bins=8, range=[(0, 1)] * 3)
     share = counts[counts > 0] / counts.sum()
-    assert only(picture, "colour_entropy") == pytest.approx(-(share * np.log(share)).sum() / np.log(512), abs=1e-5)
+    assert only(image, "colour_entropy") == pytest.approx(-(share * np.log(share)).sum() / np.log(512), abs=1e-5)
 
 
-def test_bytes_and_floats_of_one_picture_agree():
+def test_bytes_and_floats_of_one_image_agree():
     images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     for name, values in content_statistics(images).items():
         assert values.tolist() == content_statistics(images.double() / 255)[name].tolist(), name
@@ -74,8 +74,8 @@ def test_statistics_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8).long()])
-def test_what_is_no_picture_is_refused(images: torch.Tensor):
-    with pytest.raises(ValueError, match="expected RGB pictures"):
+def test_what_is_no_image_is_refused(images: torch.Tensor):
+    with pytest.raises(ValueError, match="expected RGB images"):
         content_statistics(images)
 
 

@@ -10,14 +10,14 @@ from torch.distributions import Normal, kl_divergence
 from acpo_dist.core.types import LateLatents
 from acpo_dist.diffusion.prediction import signal_and_noise
 from acpo_dist.evaluation.metrics.distances import SampleError
-from acpo_dist.evaluation.metrics.drift import drift_on_states, head_errors, kl_weights, path_kl
+from acpo_dist.evaluation.metrics.drift import drift_on_states, kl_weights, output_errors, path_kl
 from acpo_dist.models.family import Condition
 
 ALPHA_BARS = torch.linspace(0.999, 0.05, 50, dtype=torch.float64)
 
 
 class KnownFamily:
-    """Knows the only picture there is; the policy's head is off by `offset` times (1 + the prompt's length)."""
+    """Knows the only image there is; the policy's head is off by `offset` times (1 + the prompt's length)."""
 
     conditional = True
     sample_shape = (2, 4, 4)
@@ -25,15 +25,15 @@ class KnownFamily:
     def __init__(self, prediction_type: str = "epsilon", offset: float = 0.0) -> None:
         self.alpha_bars, self.prediction_type, self.offset = ALPHA_BARS, prediction_type, offset
         self.network = nn.Linear(1, 1)
-        self.picture = torch.linspace(-1, 1, 32).reshape(2, 4, 4)
+        self.image = torch.linspace(-1, 1, 32).reshape(2, 4, 4)
 
     def encode(self, prompts):
         return Condition({"length": torch.tensor([float(len(prompt)) for prompt in prompts])})
 
     def predict(self, noisy, timesteps_B, condition):
         signal, spread = signal_and_noise(self.alpha_bars[timesteps_B.long()], noisy)
-        noise = (noisy - signal * self.picture) / spread
-        exact = noise if self.prediction_type == "epsilon" else signal * noise - spread * self.picture
+        noise = (noisy - signal * self.image) / spread
+        exact = noise if self.prediction_type == "epsilon" else signal * noise - spread * self.image
         return exact + self.offset * (1 + condition.tensors["length"])[:, None, None, None]
 
     @contextmanager
@@ -43,12 +43,12 @@ class KnownFamily:
         self.offset = offset
 
     def clean(self, count: int) -> torch.Tensor:
-        return self.picture.expand(count, -1, -1, -1)
+        return self.image.expand(count, -1, -1, -1)
 
 
 def test_a_perfect_base_has_no_denoising_error_and_the_offset_is_the_drift():
     family = KnownFamily(offset=0.1)
-    errors = head_errors(family, family.clean(5), ["x"] * 5, [3, 20, 40])
+    errors = output_errors(family, family.clean(5), ["x"] * 5, [3, 20, 40])
     for timestep in (3, 20, 40):
         assert errors.anchor[timestep] == pytest.approx(0.04, rel=1e-4)
         assert errors.denoising[timestep] == pytest.approx(0.04, rel=1e-3)
@@ -59,7 +59,7 @@ def test_a_perfect_base_has_no_denoising_error_and_the_offset_is_the_drift():
 
 def test_drift_of_a_velocity_model_is_given_in_noise_units():
     family = KnownFamily("v_prediction", offset=0.1)
-    errors = head_errors(family, family.clean(3), [""] * 3, [10, 30])
+    errors = output_errors(family, family.clean(3), [""] * 3, [10, 30])
     for timestep in (10, 30):
         # eps = a v in differences.
         assert errors.anchor[timestep] == pytest.approx(0.01 * float(ALPHA_BARS[timestep]), rel=1e-4)
@@ -70,7 +70,7 @@ def test_every_sample_goes_with_its_own_prompt_in_any_batch():
     prompts = ["", "a", "abc", "", "ab"]
     wanted = sum((0.1 * (1 + len(prompt))) ** 2 for prompt in prompts) / 5
     for batch_size in (1, 2, 16):
-        errors = head_errors(family, family.clean(5), prompts, [25], batch_size=batch_size)
+        errors = output_errors(family, family.clean(5), prompts, [25], batch_size=batch_size)
         assert errors.anchor[25] == pytest.approx(wanted, rel=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_noise_follows_from_the_seed_and_not_from_the_batch():
     clean = family.clean(4)
 
     def error(**options: int) -> float:
-        return head_errors(family, clean, [""] * 4, [25], **options).denoising[25]
+        return output_errors(family, clean, [""] * 4, [25], **options).denoising[25]
 
     assert error(batch_size=1) == pytest.approx(error(batch_size=3), rel=1e-6)
     assert error(seed=1) != pytest.approx(error(seed=0), rel=1e-6)
@@ -109,7 +109,7 @@ def test_drift_on_rollout_states_uses_their_own_latents_and_levels():
 def test_drift_without_samples_is_refused():
     family = KnownFamily()
     with pytest.raises(SampleError, match="found 0 and 0"):
-        head_errors(family, family.clean(0), [], [3])
+        output_errors(family, family.clean(0), [], [3])
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 25, 49])

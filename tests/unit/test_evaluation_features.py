@@ -92,7 +92,7 @@ def test_low_pass_features_hardly_see_speckle_and_see_another_scene():
     assert pixels > 0.6 and speckle / scene < 0.5 * pixels
 
 
-def test_low_pass_features_refuse_pictures_too_small_to_average():
+def test_low_pass_features_refuse_images_too_small_to_average():
     with pytest.raises(ValueError, match="lower the size"):
         LowPassPixels(8)(torch.zeros(1, 3, 16, 16))
 

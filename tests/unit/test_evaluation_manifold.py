@@ -53,7 +53,7 @@ def test_losing_a_mode_costs_recall_and_not_precision():
     assert report.precision > 0.8 and report.recall < 0.55
 
 
-def test_copies_of_one_picture_have_precision_and_no_recall():
+def test_copies_of_one_image_have_precision_and_no_recall():
     reference = cloud(50, 4, 0)
     report = manifold_report(reference, reference[:1].expand(30, -1))
     assert report.precision == 1.0 and report.recall == 1 / 50
@@ -97,7 +97,7 @@ def test_features_that_see_noise_get_no_vendi_score():
         vendi_of_features(Features(values=cloud(9, 2, 0), source="pixels", noise_blind=False), bandwidth=1)
 
 
-def test_speckle_on_one_picture_is_no_diversity_to_low_pass_features():
+def test_speckle_on_one_image_is_no_diversity_to_low_pass_features():
     generator = torch.Generator().manual_seed(0)
     variety = torch.rand(24, 3, 4, 4, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
     speckle = (variety[:1] + 0.4 * torch.randn(24, 3, 32, 32, generator=generator)).clamp(0, 1)

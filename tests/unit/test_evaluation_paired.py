@@ -29,7 +29,7 @@ def test_intervals_over_prompts_cover_the_truth_as_often_as_promised(method, lea
         units = prompt_means(tuned - base, prompts)
         interval = bootstrap_mean(units, confidence=0.9, resamples=600, seed=seed, method=method)
         hits += interval.low <= 0.3 <= interval.high
-        # What happens when pictures are taken for independent.
+        # What happens when images are taken for independent.
         wrong = bootstrap_mean(tuned - base, confidence=0.9, resamples=600, seed=seed, method=method)
         naive += wrong.low <= 0.3 <= wrong.high
     # The standard error of a coverage is 0.0095. The plain bootstraps are known to be narrow with 40 skewed units.

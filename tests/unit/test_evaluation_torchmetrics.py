@@ -14,7 +14,7 @@ WIDTH = 12
 
 
 class ChannelMeans(nn.Module):
-    """Features of a picture: the mean of every cell of a 2 x 2 grid, per channel."""
+    """Features of an image: the mean of every cell of a 2 x 2 grid, per channel."""
 
     num_features = WIDTH
 

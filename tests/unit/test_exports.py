@@ -1,4 +1,4 @@
-"""What is exported opens in plain diffusers with the same picture, as the checkpoint holds it."""
+"""What is exported opens in plain diffusers with the same image, as the checkpoint holds it."""
 
 import json
 import shutil
@@ -23,8 +23,8 @@ from tests.helpers.exports import (
     base,
     command,
     finished_run,
+    image,
     on_latents,
-    picture,
 )
 
 
@@ -36,7 +36,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 @on_latents
 @pytest.mark.parametrize("layout", ["diffusers-lora", "kohya"])
-def test_an_exported_lora_gives_plain_diffusers_the_merged_pipelines_picture(
+def test_an_exported_lora_gives_plain_diffusers_the_merged_pipelines_image(
     runs, kind, layout, tmp_path, monkeypatch, capsys
 ):
     asked = ["export", runs[kind], "--out", tmp_path / "lora", "--format", layout]
@@ -44,18 +44,16 @@ def test_an_exported_lora_gives_plain_diffusers_the_merged_pipelines_picture(
     assert code == 0, err
     command(monkeypatch, capsys, "export", runs[kind], "--out", tmp_path / "merged", "--format", "merged")
     plain = base(kind)
-    untouched = picture(plain)
+    untouched = image(plain)
     plain.load_lora_weights(tmp_path / "lora", weight_name=Path(report["file"]).name)
-    wanted = picture(DiffusionPipeline.from_pretrained(tmp_path / "merged"))
+    wanted = image(DiffusionPipeline.from_pretrained(tmp_path / "merged"))
     assert float((wanted - untouched).abs().max()) > 0.05
     # Two float32 sums in another order, through four guided steps and the decoder.
-    torch.testing.assert_close(picture(plain), wanted, rtol=0, atol=2e-4)
+    torch.testing.assert_close(image(plain), wanted, rtol=0, atol=2e-4)
 
 
 @on_latents
-def test_the_exported_schedule_makes_plain_diffusers_draw_the_rollouts_picture(
-    runs, kind, tmp_path, monkeypatch, capsys
-):
+def test_the_exported_schedule_makes_plain_diffusers_draw_the_rollouts_image(runs, kind, tmp_path, monkeypatch, capsys):
     asked = ["export", runs[kind], "--out", tmp_path / "merged", "--format", "merged"]
     _, report, _ = command(monkeypatch, capsys, *asked)
     levels = json.loads(Path(report["schedule"]).read_text())["diffusers"]["EulerDiscreteScheduler"]

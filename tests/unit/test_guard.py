@@ -107,7 +107,7 @@ def test_the_best_of_a_judge_is_not_taken_from_the_warmup():
     guard = Guard(with_(FAST, warmup=2))
     for iteration, judge in enumerate([1.3, 1.3, 0.2]):
         decision = guard.update(iteration, judged(judge, reward=judge))
-    assert decision.figures["judge_fall/held out"] == 0 and decision.action == "none"
+    assert decision.metrics["judge_fall/held out"] == 0 and decision.action == "none"
 
 
 def test_rules_of_one_of_several_judges_are_enough():
@@ -117,7 +117,7 @@ def test_rules_of_one_of_several_judges_are_enough():
 
 def test_a_rule_that_is_switched_off_is_not_even_reported():
     decision = Guard(with_(FAST, drift=None)).update(0, Signals(drift=9.0))
-    assert decision.action == "none" and "drift" not in decision.figures and "guard/drift" not in decision.to_metrics()
+    assert decision.action == "none" and "drift" not in decision.metrics and "guard/drift" not in decision.to_metrics()
 
 
 def test_figures_of_few_samples_do_not_count_during_the_warmup():
@@ -134,7 +134,7 @@ def test_gross_drift_stops_at_its_first_check_and_is_said_as_it_is():
     assert guard.update(0, Signals(drift=0.5)).action == "none"
     decision = guard.update(1, Signals(drift=2.7))
     assert decision.action == "roll_back" and decision.raised == ("drift",)
-    assert decision.text.startswith("drift is 2.70 times its budget") and decision.figures["drift"] == 2.7
+    assert decision.text.startswith("drift is 2.70 times its budget") and decision.metrics["drift"] == 2.7
 
 
 def test_a_noisy_figure_must_be_gross_twice_in_a_row():

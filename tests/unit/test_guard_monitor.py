@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from acpo_dist.cli.app import main
 from acpo_dist.core.types import Normaliser
-from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
-from acpo_dist.training.guard.monitor import Watch
+from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.training.local import LocalRollouts, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run
@@ -50,7 +50,7 @@ def test_a_broken_rule_stops_the_run_with_exit_code_3_and_says_why(tiny, tmp_pat
     # Libraries that are imported for the first time may write here too; the command itself keeps them apart.
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["iterations"] == 1 and "base standard deviations" in answer["stopped_by_guard"]
-    # The folder is complete: checkpoint, pictures, pipeline, and the reason.
+    # The folder is complete: checkpoint, images, pipeline, and the reason.
     assert (root / "checkpoints/000001/manifest.json").is_file() and (root / "export/model_index.json").is_file()
     assert json.loads((root / "guard.jsonl").read_text().splitlines()[0])["action"] == "stop"
 
@@ -125,15 +125,15 @@ def test_without_timesteps_no_drift_is_probed(tiny, tmp_path):
 @pytest.mark.parametrize("samples_per_prompt", [1, 4])
 def test_a_collapse_shows_as_lost_diversity(tiny, tmp_path, samples_per_prompt):
     config = tiny(f"run.dir={tmp_path / 'run'}", f"rollout.samples_per_prompt={samples_per_prompt}",
-                  f"rollout.prompts_per_iteration={8 // samples_per_prompt}", "guard.pictures=8")  # fmt: skip
+                  f"rollout.prompts_per_iteration={8 // samples_per_prompt}", "guard.images=8")  # fmt: skip
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     pool = LocalRollouts(config, device="cpu")
-    groups = deal(prompts, iteration=0, run_seed=0, num_prompts=config.rollout.prompts_per_iteration,
+    groups = sample_prompts(prompts, iteration=0, run_seed=0, num_prompts=config.rollout.prompts_per_iteration,
                   samples_per_prompt=samples_per_prompt, stream="calibration")  # fmt: skip
     handles = pool.generate(groups)
 
     class Fallen(LocalRollouts):
-        """The same samples, but each picture is its prompt's first, or the first of all."""
+        """The same samples, but each image is its prompt's first, or the first of all."""
 
         def __init__(self) -> None:
             """Draw nothing."""
@@ -147,16 +147,16 @@ def test_a_collapse_shows_as_lost_diversity(tiny, tmp_path, samples_per_prompt):
             return pool.images(handles, [first[prompt_of[name]] for name in sample_ids])
 
     folder, _ = open_run(config, None)
-    watch = Watch(config, pool, folder, JsonlTracker(folder.metrics), QUIET)
-    watch.calibrate(handles)
-    restored = Watch(config, Fallen(), folder, JsonlTracker(folder.metrics), QUIET)
-    restored.restore(json.loads(json.dumps(watch.to_mapping())))
+    monitor = GuardMonitor(config, pool, folder, JsonlTracker(folder.metrics), QUIET)
+    monitor.calibrate(handles)
+    restored = GuardMonitor(config, Fallen(), folder, JsonlTracker(folder.metrics), QUIET)
+    restored.restore(json.loads(json.dumps(monitor.to_mapping())))
     names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
     scores = {name: {"a": 0.0} for name in names}
     normalisers = dict.fromkeys(names, Normaliser(mean=0.0, std=1.0, sign=1))
     lost = [
-        each.check(0, handles, scores, normalisers, drift_rms=0.0, probe={}).figures["diversity_lost"]
-        for each in (watch, restored)
+        each.check(0, handles, scores, normalisers, drift_rms=0.0, probe={}).metrics["diversity_lost"]
+        for each in (monitor, restored)
     ]
     assert lost == pytest.approx([0, 1], abs=1e-6)
 

@@ -64,7 +64,7 @@ def test_fewer_than_one_in_a_hundred_runs_without_drift_is_stopped_in_500_iterat
 @pytest.mark.parametrize(
     ("fault", "within"),
     [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 2)],
-    ids=["judge falls by one sigma", "the gap opens", "pictures change", "drift doubles"],
+    ids=["judge falls by one sigma", "the gap opens", "images change", "drift doubles"],
 )
 def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
     delays = []
@@ -81,7 +81,7 @@ def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
 @pytest.mark.parametrize(
     ("fault", "within"),
     [({"judge": -2.5}, 2), ({"reward": 3.0}, 2), ({"content": 5.0}, 2), ({"drift": 3.5}, 1)],
-    ids=["judge falls by 2.5 sigmas", "the gap opens wide", "other pictures", "drift 2.8 times its budget"],
+    ids=["judge falls by 2.5 sigmas", "the gap opens wide", "other images", "drift 2.8 times its budget"],
 )
 @pytest.mark.parametrize("begin", [0, 50], ids=["in the warm-up", "later"])
 def test_a_gross_fault_is_met_at_once(fault: dict[str, float], within: int, begin: int):
@@ -122,9 +122,9 @@ def test_running_means_weigh_what_was_seen_to_one():
         assert mean.value == pytest.approx(wanted, rel=1e-12)
 
 
-def levels(figures: list[float], *, patience: int = 2, release: float = 0.5) -> list[str]:
+def levels(metrics: list[float], *, patience: int = 2, release: float = 0.5) -> list[str]:
     state, seen = RuleState(), []
-    for figure in figures:
+    for figure in metrics:
         state = step(state, figure, Limits(warn=1.0, stop=2.0), patience=patience, release=release)
         seen.append(state.level)
     return seen

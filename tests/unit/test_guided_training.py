@@ -67,8 +67,8 @@ def test_the_gradient_through_guidance_is_that_of_the_guided_estimate_written_ou
     found = gradients(model, recipe.loss(batch, model, brightness, 0.0).per_sample.mean())
 
     late = batch.late
-    heads = [model.predict(late.latents, late.timesteps_B, model.encode(text)) for text in (["", ""], PROMPTS)]
-    guided = heads[0] + SCALE * (heads[1] - heads[0])
+    model_outputs = [model.predict(late.latents, late.timesteps_B, model.encode(text)) for text in (["", ""], PROMPTS)]
+    guided = model_outputs[0] + SCALE * (model_outputs[1] - model_outputs[0])
     clean = to_clean(guided, late.latents, late.alpha_bars_B, model.prediction_type)
     wanted = gradients(model, -clean.square().flatten(1).mean(1).mean())
     for name, value in wanted.items():
@@ -87,11 +87,11 @@ def test_each_branch_is_anchored_by_itself():
         drifts = []
         for text in (list(PROMPTS), ["", ""]):
             arguments = batch.late.latents, batch.late.timesteps_B, model.encode(text)
-            head = model.predict(*arguments)
+            model_output = model.predict(*arguments)
             with model.anchored():
-                drifts.append((head - model.predict(*arguments)).square().flatten(1).mean(1))
-    torch.testing.assert_close(loss.figures["anchor/late_null"], drifts[1], rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(loss.figures["anchor/late"], (drifts[0] + drifts[1]) / 2, rtol=1e-4, atol=1e-9)
+                drifts.append((model_output - model.predict(*arguments)).square().flatten(1).mean(1))
+    torch.testing.assert_close(loss.metrics["anchor/late_null"], drifts[1], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(loss.metrics["anchor/late"], (drifts[0] + drifts[1]) / 2, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(loss.per_sample, drifts[0] + drifts[1], rtol=1e-4, atol=1e-9)
 
 
@@ -100,7 +100,7 @@ def test_without_guidance_in_the_rollouts_there_is_one_branch(guidance):
     model = family()
     with torch.no_grad():
         loss = Acpo(Acpo.Config(guidance=guidance)).loss(batch_of(model, 1.0), model, brightness, 0.0)
-    assert "anchor/late_null" not in loss.figures
+    assert "anchor/late_null" not in loss.metrics
 
 
 def test_the_plan_counts_the_second_branch():

@@ -15,7 +15,7 @@ from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.panel import SIGMA, LivePanel, clock, spark
-from acpo_dist.training.run_lock import DRIVER, held
+from acpo_dist.training.run_lock import LOCK_FILE, held
 from tests.helpers.runs import make_run, row
 
 ROWS = [row(i, reward=0.5 + 0.1 * i, judge=0.4, drift=0.1 + 0.01 * i, **{"drift/budget": 0.3}) for i in range(4)]
@@ -130,10 +130,10 @@ def test_watching_ends_when_the_process_that_drives_the_run_does(tmp_path):
     stream, console = terminal()
     with ExitStack() as driving:
         driving.enter_context(held(root))
-        dead = json.loads((root / DRIVER).read_text()) | {"started": 0.0}
+        dead = json.loads((root / LOCK_FILE).read_text()) | {"started": 0.0}
         looks = follow(root, wait_s=600, sleep=lambda seconds: driving.close())
         assert [len(rows) for rows, _, _ in looks] == [2, 0, 0, 0]
-    (root / DRIVER).write_text(json.dumps(dead))
+    (root / LOCK_FILE).write_text(json.dumps(dead))
     show_until_end(read_run(root), Console(rich_console=console), wait_s=600)
     assert "that drove it has ended" in stream.getvalue() and "iteration 2/4" in stream.getvalue()
 

@@ -1,4 +1,4 @@
-"""The anchor's strength at inference: the base's picture at 0, the tuned one's at 1, and drift that grows between."""
+"""The anchor's strength at inference: the base's image at 0, the tuned one's at 1, and drift that grows between."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from acpo_dist.analysis.release.export import export
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ModelError, UsageError
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers
-from acpo_dist.models.lora_scale import AnchorKnob, Range, parse_grid, parse_range
+from acpo_dist.models.lora_scale import LoraScale, Range, parse_grid, parse_range
 from acpo_dist.models.sdxl import SdxlFamily
 from tests.helpers.exports import (
     FAMILIES,
@@ -25,7 +25,7 @@ from tests.helpers.exports import (
     base,
     command,
     finished_run,
-    picture,
+    image,
 )
 
 
@@ -45,18 +45,18 @@ def lora(runs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_at_0_the_knob_gives_the_bases_picture_to_the_bit_and_at_1_the_tuned_ones(lora):
-    untouched = picture(base("sdxl"))
+def test_at_0_the_knob_gives_the_bases_image_to_the_bit_and_at_1_the_tuned_ones(lora):
+    untouched = image(base("sdxl"))
     plain = base("sdxl")
     plain.load_lora_weights(lora)
-    with_knob = base("sdxl")
-    knob = AnchorKnob(with_knob, lora)
-    knob.set(0.0)
-    assert torch.equal(picture(with_knob), untouched)
-    knob.set(1.0)
-    assert torch.equal(picture(with_knob), picture(plain))
-    knob.set(0.0)
-    assert torch.equal(picture(with_knob), untouched)
+    with_lora_scale = base("sdxl")
+    lora_scale = LoraScale(with_lora_scale, lora)
+    lora_scale.set(0.0)
+    assert torch.equal(image(with_lora_scale), untouched)
+    lora_scale.set(1.0)
+    assert torch.equal(image(with_lora_scale), image(plain))
+    lora_scale.set(0.0)
+    assert torch.equal(image(with_lora_scale), untouched)
 
 
 def test_drift_from_the_base_grows_with_every_step_of_the_knob(lora):
@@ -70,41 +70,41 @@ def test_drift_from_the_base_grows_with_every_step_of_the_knob(lora):
             return pipeline.unet(noisy, torch.tensor(200), encoder_hidden_states=states, added_cond_kwargs=added).sample
 
     wanted = predict()
-    knob, drifts = AnchorKnob(pipeline, lora), []
-    for strength in (0.0, 0.25, 0.5, 0.75, 1.0):
-        knob.set(strength)
+    lora_scale, drifts = LoraScale(pipeline, lora), []
+    for scale in (0.0, 0.25, 0.5, 0.75, 1.0):
+        lora_scale.set(scale)
         drifts.append(float((predict() - wanted).square().mean()))
     assert drifts[0] == 0 and all(later > earlier for earlier, later in pairwise(drifts))
 
 
 def test_a_range_of_timesteps_has_a_strength_of_its_own(lora):
     pipeline = base("sdxl")
-    knob = AnchorKnob(pipeline, lora)
-    knob.set(1.0, [Range(low=0, high=1000, strength=0.0)])
-    assert torch.equal(picture(pipeline), picture(base("sdxl")))
-    knob.set(0.0, [parse_range("300:0:1")])
-    assert [knob.at(timestep) for timestep in (301, 300, 150, 0)] == [0, 1, 1, 1]
-    late_only = picture(pipeline)
-    assert not torch.equal(late_only, picture(base("sdxl")))
-    knob.set(1.0)
-    assert not torch.equal(late_only, picture(pipeline))
+    lora_scale = LoraScale(pipeline, lora)
+    lora_scale.set(1.0, [Range(low=0, high=1000, scale=0.0)])
+    assert torch.equal(image(pipeline), image(base("sdxl")))
+    lora_scale.set(0.0, [parse_range("300:0:1")])
+    assert [lora_scale.at(timestep) for timestep in (301, 300, 150, 0)] == [0, 1, 1, 1]
+    late_only = image(pipeline)
+    assert not torch.equal(late_only, image(base("sdxl")))
+    lora_scale.set(1.0)
+    assert not torch.equal(late_only, image(pipeline))
 
 
 def test_kohyas_layout_turns_the_same_knob(runs, lora, tmp_path, monkeypatch, capsys):
     _, report, _ = command(monkeypatch, capsys, "export", runs["sdxl"], "--out", tmp_path / "k", "--format", "kohya")
-    pictures = []
+    images = []
     for file in (lora, Path(report["file"])):
         pipeline = base("sdxl")
-        AnchorKnob(pipeline, file).set(0.5)
-        pictures.append(picture(pipeline))
-    torch.testing.assert_close(pictures[0], pictures[1], rtol=0, atol=1e-4)
+        LoraScale(pipeline, file).set(0.5)
+        images.append(image(pipeline))
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-4)
 
 
 def test_a_lora_of_another_architecture_is_refused_with_both_widths(tmp_path):
     layers = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 768)}
     save_file(kohya_layers(layers, family="sd15", layers_per_block=2), tmp_path / "sd15.safetensors")
     with pytest.raises(ModelError, match=r"width 768 \(Stable Diffusion 1\.x\), and this one reads 64"):
-        AnchorKnob(base("sdxl"), tmp_path / "sd15.safetensors")
+        LoraScale(base("sdxl"), tmp_path / "sd15.safetensors")
 
 
 def test_a_lora_whose_modules_have_no_place_is_refused(tmp_path):
@@ -114,7 +114,7 @@ def test_a_lora_whose_modules_have_no_place_is_refused(tmp_path):
         tmp_path / "deeper.safetensors",
     )
     with pytest.raises(ModelError, match="belongs to another"):
-        AnchorKnob(base("sdxl"), tmp_path / "deeper.safetensors")
+        LoraScale(base("sdxl"), tmp_path / "deeper.safetensors")
 
 
 def test_files_without_low_rank_layers_are_refused(tmp_path):
@@ -122,7 +122,7 @@ def test_files_without_low_rank_layers_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     for name, message in (("broken", "cannot be read"), ("other", "no LoRA layers"), ("absent", "found nothing")):
         with pytest.raises(ModelError, match=message):
-            AnchorKnob(base("sdxl"), tmp_path / f"{name}.safetensors")
+            LoraScale(base("sdxl"), tmp_path / f"{name}.safetensors")
 
 
 @pytest.mark.parametrize("text", ["a:b:c", "0:1", "0:300:1.5"])
@@ -138,13 +138,13 @@ def test_a_grid_is_drawn_over_strengths_by_command(lora, tmp_path, monkeypatch, 
         "--steps", 3, "--out", tmp_path / "grid",
     )  # fmt: skip
     assert code == 0, err
-    assert [row["anchor_strength"] for row in report["pictures"]] == [0.0, 0.5, 1.0]
-    assert len({Path(row["path"]).read_bytes() for row in report["pictures"]}) == 3
+    assert [row["anchor_strength"] for row in report["images"]] == [0.0, 0.5, 1.0]
+    assert len({Path(row["path"]).read_bytes() for row in report["images"]}) == 3
     _, plain, _ = command(
         monkeypatch, capsys, "generate", "toy-sdxl", "--prompt", PROMPT, "--steps", 3, "--out", tmp_path / "base"
     )
     # Strength 0 is what the command draws without any LoRA, to the byte of the file.
-    assert Path(plain["pictures"][0]["path"]).read_bytes() == Path(report["pictures"][0]["path"]).read_bytes()
+    assert Path(plain["images"][0]["path"]).read_bytes() == Path(report["images"][0]["path"]).read_bytes()
 
 
 def test_a_strength_without_a_lora_needs_a_run_that_exported_one(tmp_path, monkeypatch, capsys):
@@ -154,11 +154,11 @@ def test_a_strength_without_a_lora_needs_a_run_that_exported_one(tmp_path, monke
 
 
 def draw(monkeypatch, capsys, out: Path, *asked) -> list[Image.Image]:
-    """Pictures of `acpo generate` in three steps."""
+    """Images of `acpo generate` in three steps."""
     arguments = ["generate", *asked, "--prompt", PROMPT, "--steps", 3, "--out", out]
     code, report, err = command(monkeypatch, capsys, *arguments)
     assert code == 0, err
-    return [Image.open(row["path"]) for row in report["pictures"]]
+    return [Image.open(row["path"]) for row in report["images"]]
 
 
 def test_a_lora_that_is_named_goes_on_what_the_run_tuned_and_not_on_its_export(
@@ -180,9 +180,9 @@ def test_the_base_of_a_runs_strengths_is_opened_as_the_run_opened_it(tmp_path, m
     (folder / "model_index.json").write_text(json.dumps(index | checker))
     run = finished_run("sd15", tmp_path / "run", f"model.path={folder}", "model.variant=fp16")
     export(run, run / "export" / "lora", layout="diffusers-lora", weights="raw")
-    pictures = draw(monkeypatch, capsys, tmp_path / "grid", run, "--grid", "0,1")
+    images = draw(monkeypatch, capsys, tmp_path / "grid", run, "--grid", "0,1")
     [plain] = draw(monkeypatch, capsys, tmp_path / "plain", "toy-sd15")
-    assert pictures[0].tobytes() == plain.tobytes() != pictures[1].tobytes()
+    assert images[0].tobytes() == plain.tobytes() != images[1].tobytes()
 
 
 def test_a_run_draws_in_its_own_size_and_away_from_its_own_negative_prompt(tmp_path, monkeypatch, capsys):
@@ -190,7 +190,7 @@ def test_a_run_draws_in_its_own_size_and_away_from_its_own_negative_prompt(tmp_p
     run = finished_run("sdxl", tmp_path / "run", *own)
     done = export(run, run / "export", layout="merged", weights="raw")
     card = done.card.read_text()
-    assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| picture size | 48 |" in card
+    assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| image size | 48 |" in card
     [found] = draw(monkeypatch, capsys, tmp_path / "own", run)
     asked = ["--size", 48, "--negative-prompt", PROMPT]
     [wanted] = draw(monkeypatch, capsys, tmp_path / "asked", run / "export", *asked)
@@ -218,19 +218,19 @@ def text_lora(tmp_path_factory) -> Path:
 
 
 def test_the_knob_turns_text_encoders_that_the_file_adapts_too(text_lora):
-    untouched, plain, with_knob = base("sdxl"), base("sdxl"), base("sdxl")
+    untouched, plain, with_lora_scale = base("sdxl"), base("sdxl"), base("sdxl")
     plain.load_lora_weights(text_lora)
-    knob, wanted = AnchorKnob(with_knob, text_lora), picture(untouched)
-    knob.set(0.0)
-    assert torch.equal(picture(with_knob), wanted)
-    knob.set(1.0)
-    assert torch.equal(picture(with_knob), picture(plain))
+    lora_scale, wanted = LoraScale(with_lora_scale, text_lora), image(untouched)
+    lora_scale.set(0.0)
+    assert torch.equal(image(with_lora_scale), wanted)
+    lora_scale.set(1.0)
+    assert torch.equal(image(with_lora_scale), image(plain))
     plain.set_adapters(plain.get_active_adapters(), 0.5)
-    knob.set(0.5)
-    torch.testing.assert_close(picture(with_knob), picture(plain), rtol=0, atol=1e-5)
+    lora_scale.set(0.5)
+    torch.testing.assert_close(image(with_lora_scale), image(plain), rtol=0, atol=1e-5)
 
 
 def test_a_range_of_timesteps_is_refused_where_the_text_would_need_one_too(text_lora):
-    knob = AnchorKnob(base("sdxl"), text_lora)
+    lora_scale = LoraScale(base("sdxl"), text_lora)
     with pytest.raises(UsageError, match="adapts text encoders too"):
-        knob.set(1.0, [Range(low=0, high=300, strength=0.5)])
+        lora_scale.set(1.0, [Range(low=0, high=300, scale=0.5)])

@@ -366,7 +366,7 @@ def test_the_same_chunk_gives_the_same_bits(shared: RolloutWorker):
     assert all(torch.equal(a.latents_BCHW, b.latents_BCHW) for a, b in zip(first.late, second.late, strict=True))
 
 
-def test_other_seeds_and_other_prompts_give_other_pictures(shared: RolloutWorker):
+def test_other_seeds_and_other_prompts_give_other_images(shared: RolloutWorker):
     base, other_seed = shared.generate(plans(0, 3)).latents_BCHW
     other_prompt = shared.generate([SamplePlan(sample_id="p", prompt_id=1, prompt=PROMPTS[1], seed=0)]).latents_BCHW[0]
     assert float((base - other_seed).abs().max()) > 1e-2
@@ -404,12 +404,12 @@ def tuned_bundle(version: int) -> WeightBundle:
     return make_bundle(version, trainable_tensors(learner.network))
 
 
-def test_loading_weights_echoes_the_checksum_of_what_is_held_and_changes_the_pictures():
+def test_loading_weights_echoes_the_checksum_of_what_is_held_and_changes_the_images():
     worker = rollout_worker()
     before = worker.generate(plans(0))
     bundle = tuned_bundle(3)
-    echo = worker.load(bundle)
-    assert (echo.worker, echo.version, echo.checksum) == ("rollout/7", 3, bundle.checksum)
+    ack = worker.load(bundle)
+    assert (ack.worker, ack.version, ack.checksum) == ("rollout/7", 3, bundle.checksum)
     after = worker.generate(plans(0))
     assert after.policy_version == 3
     assert float((after.latents_BCHW - before.latents_BCHW).abs().max()) > 1e-3
@@ -506,7 +506,7 @@ def test_the_exported_adapter_gives_the_tuned_answer_on_the_plain_base(kind: str
 
 @on_latents
 @pytest.mark.parametrize("guidance", [5.0, 1.0], ids=["guided", "conditional"])
-def test_plain_diffusers_draws_the_tuned_rollouts_picture_from_the_exported_adapter(
+def test_plain_diffusers_draws_the_tuned_rollouts_image_from_the_exported_adapter(
     kind: str, guidance: float, tmp_path: Path
 ):
     sampler = SAMPLER.model_copy(update={"guidance_scale": guidance})

@@ -51,9 +51,9 @@ def gradients(family: SdxlFamily) -> dict[str, torch.Tensor]:
     for parameter in trainable_tensors(family.network).values():
         with torch.no_grad():
             parameter.add_(0.05)
-    head = family.predict(noise(2, 4, 8, 8), torch.tensor([100, 700]), family.encode(PROMPTS[:2]))
-    clean = family.decode(0.1 * head)
-    (clean.square().mean() + head.square().mean()).backward()
+    model_output = family.predict(noise(2, 4, 8, 8), torch.tensor([100, 700]), family.encode(PROMPTS[:2]))
+    clean = family.decode(0.1 * model_output)
+    (clean.square().mean() + model_output.square().mean()).backward()
     return {name: value.grad.clone() for name, value in trainable_tensors(family.network).items()}
 
 
@@ -65,7 +65,7 @@ def test_recomputed_gradients_of_unet_and_vae_are_the_kept_ones():
         torch.testing.assert_close(again[name], value, rtol=0, atol=1e-6)
 
 
-def test_slicing_decodes_the_same_pictures_and_tiling_nearly_the_same():
+def test_slicing_decodes_the_same_images_and_tiling_nearly_the_same():
     latents = noise(2, 4, 32, 32)
     with torch.no_grad():
         whole = load().decode(latents)
@@ -122,13 +122,13 @@ def test_a_vae_that_is_not_there_is_named():
         load(vae="./nowhere/vae")
 
 
-def test_pictures_come_back_from_latents_and_latents_from_pictures():
+def test_images_come_back_from_latents_and_latents_from_images():
     family = load()
-    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     vae = family._decoder.vae
     with torch.no_grad():
-        wanted = vae.config.scaling_factor * vae.encode(2 * pictures - 1).latent_dist.mean
-    torch.testing.assert_close(family.encode_pictures(pictures), wanted, rtol=0, atol=1e-6)
+        wanted = vae.config.scaling_factor * vae.encode(2 * images - 1).latent_dist.mean
+    torch.testing.assert_close(family.encode_images(images), wanted, rtol=0, atol=1e-6)
     assert family.pixels == 32
 
 
@@ -218,7 +218,7 @@ def test_wrong_time_ids_are_refused_with_what_was_expected():
         family.predict(noise(1, 4, 8, 8), torch.tensor([1]), condition)
 
 
-def test_a_picture_size_that_the_vae_cannot_make_is_refused():
+def test_a_image_size_that_the_vae_cannot_make_is_refused():
     with pytest.raises(ModelError, match=r"image_size \(30\) must be a multiple of 4"):
         load(image_size=30)
 

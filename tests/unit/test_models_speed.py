@@ -30,18 +30,23 @@ def load(kind: str = "sdxl", speed: SpeedConfig | None = None, **options):
 
 
 def answers(family) -> list[torch.Tensor]:
-    """Policy, anchor, picture, and the gradients of a loss on all three."""
+    """Policy, anchor, image, and the gradients of a loss on all three."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainable_tensors(family.network).values():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     noisy, at = torch.randn(2, *family.sample_shape, generator=generator), torch.tensor([100, 700])
-    head = family.predict(noisy, at, family.encode(PROMPTS))
+    model_output = family.predict(noisy, at, family.encode(PROMPTS))
     with torch.no_grad(), family.anchored():
         anchor = family.predict(noisy, at, family.encode(PROMPTS))
-    pixels = family.decode(0.1 * head)
-    (pixels.square().mean() + (head - anchor).square().mean()).backward()
-    return [head.detach(), anchor, pixels.detach(), *(v.grad for v in trainable_tensors(family.network).values())]
+    pixels = family.decode(0.1 * model_output)
+    (pixels.square().mean() + (model_output - anchor).square().mean()).backward()
+    return [
+        model_output.detach(),
+        anchor,
+        pixels.detach(),
+        *(v.grad for v in trainable_tensors(family.network).values()),
+    ]
 
 
 def assert_same(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -121,7 +126,7 @@ def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
     mode = NoWaiting()
     worker._family.predict = watched
     try:
-        end = worker._walk(plans, worker.trajectory, None)
+        end = worker._sample(plans, worker.trajectory, None)
     finally:
         mode.__exit__(None, None, None)
     assert len(steps) >= 4 and end.shape == (2, *worker._family.sample_shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardError
 from acpo_dist.diffusion.prediction import to_clean
-from acpo_dist.objective.anchor import SPACES, anchor_error, head_drift
+from acpo_dist.objective.anchor import SPACES, anchor_error, output_drift
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
 from acpo_dist.objective.perceptual import SHAPES, clip_pixels, shape_reward, surrogate
@@ -57,7 +57,7 @@ class Chain:
         return 4 * self.decoder(clean) + 0.5
 
     def quality(self, pixels: Tensor) -> Tensor:
-        """Smooth, different for every picture, on both sides of the target."""
+        """Smooth, different for every image, on both sides of the target."""
         return 1.6 + 8 * torch.tanh(self.judge(pixels)).mean((1, 2, 3))
 
     def gradient(self) -> Tensor:
@@ -108,7 +108,7 @@ def test_the_surrogate_has_the_gradient_of_the_whole_graph(shape: str, cut: str)
 
 
 def test_the_surrogate_sees_gradients_at_pixels_on_either_side_of_the_gamut():
-    # Guards the test above: its pictures must make the clamp both stop and pass gradients outside [0, 1].
+    # Guards the test above: its images must make the clamp both stop and pass gradients outside [0, 1].
     chain = Chain()
     pixels = chain.decode(chain.clean()).detach().requires_grad_(True)
     (plain,) = torch.autograd.grad(chain.quality(pixels + (pixels.clamp(0, 1) - pixels).detach()).sum(), pixels)
@@ -191,8 +191,8 @@ def test_the_clamp_forwards_clipped_values():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("space", SPACES)
 def test_the_anchor_is_exactly_zero_when_both_heads_are_equal(prediction_type: str, space: str):
-    head = torch.randn(2, 4, 8, 8, generator=rng(0)).half()
-    drift = head_drift(head, head.clone(), torch.tensor([0.004, 0.999]), prediction_type, space)
+    model_output = torch.randn(2, 4, 8, 8, generator=rng(0)).half()
+    drift = output_drift(model_output, model_output.clone(), torch.tensor([0.004, 0.999]), prediction_type, space)
     assert anchor_error(drift).tolist() == [0.0, 0.0]
 
 
@@ -209,7 +209,7 @@ def test_the_anchor_measures_the_same_drift_whatever_the_network_predicts(predic
         answers.append({"epsilon": eps, "sample": clean, "v_prediction": signal * eps - spread * clean})
     policy, base = answers
     own_unit = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[space]
-    drift = head_drift(policy[prediction_type], base[prediction_type], LEVELS, prediction_type, space)
+    drift = output_drift(policy[prediction_type], base[prediction_type], LEVELS, prediction_type, space)
     # float64, factors a, 1 / a, s / a and a / s below 6 here.
     torch.testing.assert_close(drift, policy[own_unit] - base[own_unit], rtol=1e-12, atol=1e-12)
 
@@ -218,7 +218,7 @@ def test_a_tiny_drift_survives_half_precision_heads():
     # Subtracted first, in float32: one float16 step of 2**-10 at 1 is seen whole, at any level.
     base = torch.ones(1, 1, 2, 2, dtype=torch.float16)
     policy = base + 2**-10
-    drift = head_drift(policy, base, torch.tensor([0.25]), "v_prediction", "eps")
+    drift = output_drift(policy, base, torch.tensor([0.25]), "v_prediction", "eps")
     # a = 0.5 exactly.
     assert drift.dtype == torch.float32 and drift.unique().tolist() == [2**-11]
 
@@ -226,7 +226,7 @@ def test_a_tiny_drift_survives_half_precision_heads():
 def test_the_anchor_passes_gradient_to_the_policy_alone():
     policy, base = torch.randn(2, 1, 3, 4, 4, generator=rng(0)).unbind()
     policy.requires_grad_(True), base.requires_grad_(True)
-    anchor_error(head_drift(policy, base, torch.tensor([0.8]), "epsilon")).sum().backward()
+    anchor_error(output_drift(policy, base, torch.tensor([0.8]), "epsilon")).sum().backward()
     assert base.grad is None
     # d/dp mean (p - b)^2 = 2 (p - b) / D, in float32.
     torch.testing.assert_close(policy.grad, 2 * (policy - base).detach() / 48, rtol=1e-5, atol=1e-8)
@@ -240,7 +240,7 @@ def test_the_anchor_error_is_a_mean_over_each_samples_own_elements():
 @pytest.mark.parametrize(("prediction_type", "space"), [("flow", "eps"), ("epsilon", "pixels")])
 def test_the_anchor_refuses_unknown_units(prediction_type: str, space: str):
     with pytest.raises(ValueError, match="unknown"):
-        head_drift(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0.5]), prediction_type, space)
+        output_drift(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0.5]), prediction_type, space)
 
 
 # The anchor weight and its controller

@@ -1,4 +1,4 @@
-"""Preference pairs: from a group's scores, from a file in Pick-a-Pic's layout, and from scored pictures on disk."""
+"""Preference pairs: from a group's scores, from a file in Pick-a-Pic's layout, and from scored images on disk."""
 
 import csv
 import io
@@ -62,12 +62,12 @@ def test_ties_small_margins_and_scores_that_are_not_finite_are_left_out_by_name(
     assert verdicts(q=[1.0, math.nan]) == [("a", "b", Verdict.NON_FINITE)]
 
 
-def test_pictures_that_differ_by_noise_alone_are_nearly_the_same():
+def test_images_that_differ_by_noise_alone_are_nearly_the_same():
     noise = torch.Generator().manual_seed(0)
-    picture = torch.randint(60, 180, (3, 1, 1), generator=noise).expand(3, 64, 64)
-    grainy = (picture + torch.randint(-40, 41, (3, 64, 64), generator=noise)).to(torch.uint8)
-    assert nearly_same(picture.to(torch.uint8), grainy, 0.02)
-    assert not nearly_same(picture.to(torch.uint8), (picture + 30).to(torch.uint8), 0.02)
+    image = torch.randint(60, 180, (3, 1, 1), generator=noise).expand(3, 64, 64)
+    grainy = (image + torch.randint(-40, 41, (3, 64, 64), generator=noise)).to(torch.uint8)
+    assert nearly_same(image.to(torch.uint8), grainy, 0.02)
+    assert not nearly_same(image.to(torch.uint8), (image + 30).to(torch.uint8), 0.02)
 
 
 # From a file
@@ -93,7 +93,7 @@ def test_an_absent_column_is_refused_by_name(tmp_path, missing):
         PairSet(path, 32)
 
 
-def test_the_winner_is_the_picture_that_the_label_names(tmp_path):
+def test_the_winner_is_the_image_that_the_label_names(tmp_path):
     pairs = PairSet(pair_file(tmp_path / "pairs.parquet", [{"label_0": 1.0}, {"label_0": 0.0}]), 40)
     read = pairs.read(["pair:0:w", "pair:0:l", "pair:1:w", "pair:1:l"])
     for row, seed in enumerate((0, 1, 3, 2)):
@@ -105,12 +105,12 @@ def test_the_winner_is_the_picture_that_the_label_names(tmp_path):
 def test_one_pass_takes_every_usable_pair_once_and_the_next_in_another_order(tmp_path):
     path = pair_file(tmp_path / "pairs.parquet", [{"label_0": 0.5} if i == 3 else {} for i in range(11)])
     index = PairSet(path, 32).index()
-    dealt = [index.deal(iteration=i, count=5, run_seed=0) for i in range(4)]
+    dealt = [index.sample_prompts(iteration=i, count=5, run_seed=0) for i in range(4)]
     first, second = dealt[0] + dealt[1], dealt[2] + dealt[3]
     assert sorted(first) == sorted(second) == sorted(f"pair:{i}:{s}" for i in range(11) if i != 3 for s in "wl")
     assert first != second
     # No state: iteration 2 is the same for a run that was resumed there.
-    assert PairSet(path, 32).index().deal(iteration=2, count=5, run_seed=0) == dealt[2]
+    assert PairSet(path, 32).index().sample_prompts(iteration=2, count=5, run_seed=0) == dealt[2]
 
 
 def test_only_absolute_winners_are_kept_where_asked(tmp_path):
@@ -124,8 +124,8 @@ def test_only_absolute_winners_are_kept_where_asked(tmp_path):
     assert index.rows == ((3,),) and index.counts["not_absolute"] == 2
 
 
-def test_a_run_on_pairs_skips_a_broken_picture_and_counts_it(tiny, tmp_path):
-    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no picture"} if i == 2 else {} for i in range(4)])
+def test_a_run_on_pairs_skips_a_broken_image_and_counts_it(tiny, tmp_path):
+    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no image"} if i == 2 else {} for i in range(4)])
     root = tmp_path / "run"
     config = tiny(
         "algorithm={type: dpo}", f"data.pairs={path}", "run.iterations=2", f"run.dir={root}",
@@ -133,13 +133,13 @@ def test_a_run_on_pairs_skips_a_broken_picture_and_counts_it(tiny, tmp_path):
     )  # fmt: skip
     drive(config, open_ports, Console(quiet=True))
     first, second, _ = read_metrics(root / "metrics.jsonl")
-    # Four pairs an iteration are all there are, and one of them is left out for one of its pictures.
+    # Four pairs an iteration are all there are, and one of them is left out for one of its images.
     assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 4
     assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["drift/rms"] > 0
 
 
-# From pictures on disk
+# From images on disk
 
 
 def scored_folder(tmp_path, rows: list[tuple[str, str, str]]):
@@ -150,14 +150,14 @@ def scored_folder(tmp_path, rows: list[tuple[str, str, str]]):
     return tmp_path / "scores.csv"
 
 
-def test_scored_pictures_become_a_file_that_a_run_can_read(tmp_path):
+def test_scored_images_become_a_file_that_a_run_can_read(tmp_path):
     table = scored_folder(
         tmp_path, [("a.png", "cat", "3"), ("b.png", "cat", "9"), ("c.png", "dog", "1"), ("d.png", "", "2")]
     )
-    pictures = read_scores(table, tmp_path, [], "prompt")
-    kept, counts = pair_up(pictures, lower_is_better=["niqe"])
+    images = read_scores(table, tmp_path, [], "prompt")
+    kept, counts = pair_up(images, lower_is_better=["niqe"])
     assert [(pair.winner.path.name, pair.loser.path.name) for pair in kept] == [("a.png", "b.png")]
-    assert counts == {"pictures": 4, "no_prompt": 1, "odd": 1, "kept": 1}
+    assert counts == {"images": 4, "no_prompt": 1, "odd": 1, "kept": 1}
     write_pairs(tmp_path / "out.parquet", kept)
     pairs = PairSet(tmp_path / "out.parquet", 40)
     assert pairs.index(absolute=True).counts["usable"] == 1
@@ -206,31 +206,31 @@ def test_a_table_that_cannot_be_read_as_meant_is_refused_with_its_line(tmp_path,
 def test_a_column_whose_first_cell_is_empty_is_a_score_and_an_unnamed_one_is_not(tmp_path):
     # The column without a name is the index that pandas writes.
     rows = ["0,a,cat,,1,x", "1,b,cat,5,2,y", "2,c,cat,1,9,", "3,d,cat,3,4,z"]
-    pictures = read_text(tmp_path, "\n".join([",path,prompt,q,r,remark", *rows]))
-    assert list(pictures[0].scores) == ["q", "r"] and math.isnan(pictures[0].scores["q"])
+    images = read_text(tmp_path, "\n".join([",path,prompt,q,r,remark", *rows]))
+    assert list(images[0].scores) == ["q", "r"] and math.isnan(images[0].scores["q"])
 
 
-def test_a_picture_without_a_score_is_counted_out_before_the_others_are_paired(tmp_path):
-    pictures = read_text(tmp_path, "path,prompt,q\nb,cat,5\na,cat,\nc,cat,1\n")
-    kept, counts = pair_up(pictures)
+def test_a_image_without_a_score_is_counted_out_before_the_others_are_paired(tmp_path):
+    images = read_text(tmp_path, "path,prompt,q\nb,cat,5\na,cat,\nc,cat,1\n")
+    kept, counts = pair_up(images)
     assert [(pair.winner.path.name, pair.loser.path.name) for pair in kept] == [("b", "c")]
-    assert counts == {"pictures": 3, "no_score": 1, "kept": 1}
+    assert counts == {"images": 3, "no_score": 1, "kept": 1}
 
 
-def test_a_picture_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
-    pictures = read_text(tmp_path, "path,prompt,q\na,cat,1\nb,cat,5\na,dog,9\nc,dog,2\n")
-    kept, _ = pair_up(pictures)
+def test_a_image_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
+    images = read_text(tmp_path, "path,prompt,q\na,cat,1\nb,cat,5\na,dog,9\nc,dog,2\n")
+    kept, _ = pair_up(images)
     assert [(pair.winner.path.name, pair.loser.path.name, pair.winner.prompt) for pair in kept] == [
         ("b", "a", "cat"), ("a", "c", "dog"),
     ]  # fmt: skip
 
 
-def test_a_picture_is_never_paired_with_itself(tmp_path):
+def test_a_image_is_never_paired_with_itself(tmp_path):
     kept, counts = pair_up(read_text(tmp_path, "path,prompt,q\na,cat,1\nx/../a,cat,5\n"), duplicates=0.02)
-    assert kept == [] and counts == {"pictures": 2, "duplicate": 1}
+    assert kept == [] and counts == {"images": 2, "duplicate": 1}
 
 
-def test_pictures_of_different_sizes_can_be_pairs_of_one_prompt(tmp_path):
+def test_images_of_different_sizes_can_be_pairs_of_one_prompt(tmp_path):
     table = scored_folder(tmp_path, [("a.png", "cat", "1"), ("b.png", "cat", "2")])
     (tmp_path / "b.png").write_bytes(png(1, size=56))
     kept, _ = pair_up(read_scores(table, tmp_path, [], "prompt"), duplicates=0.02)
@@ -239,18 +239,18 @@ def test_pictures_of_different_sizes_can_be_pairs_of_one_prompt(tmp_path):
     assert nearly_same(small, torch.full((3, 56, 70), 90, dtype=torch.uint8), 0.02)
 
 
-def test_a_missing_picture_is_named_before_anything_is_written(tmp_path):
+def test_a_missing_image_is_named_before_anything_is_written(tmp_path):
     table = scored_folder(tmp_path, [("a.png", "cat", "1"), ("b.png", "cat", "2")])
     kept, _ = pair_up(read_scores(table, tmp_path, [], "prompt"))
     (tmp_path / "a.png").unlink()
-    with pytest.raises(DataError, match=r"no such picture: .*a\.png"):
+    with pytest.raises(DataError, match=r"no such image: .*a\.png"):
         write_pairs(tmp_path / "out.parquet", kept)
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_a_stand_in_for_a_broken_picture_is_no_drift(tiny, tmp_path):
-    """Seven whole pictures and a black one: the anchor must not see the black one."""
-    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no picture"} if i == 2 else {} for i in range(4)])
+def test_a_stand_in_for_a_broken_image_is_no_drift(tiny, tmp_path):
+    """Seven whole images and a black one: the anchor must not see the black one."""
+    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no image"} if i == 2 else {} for i in range(4)])
     config = tiny("algorithm={type: dpo, anchor: {budget: 0.1}}", f"data.pairs={path}")
     with open_ports(config, JsonlTracker(tmp_path / "metrics.jsonl")) as ports:
         assert isinstance(ports.learner, LocalLearner)
@@ -266,4 +266,4 @@ def test_a_stand_in_for_a_broken_picture_is_no_drift(tiny, tmp_path):
     assert batch.weights_B.tolist().count(0.0) == 2
     gone = int(batch.unreadable_B.int().argmax())
     assert loss.per_sample[gone] == 0 and (loss.per_sample.detach()[~batch.unreadable_B] != 0).all()
-    assert len(loss.figures["anchor/uniform"]) == 7
+    assert len(loss.metrics["anchor/uniform"]) == 7

@@ -199,21 +199,21 @@ def test_each_algorithm_is_counted_by_the_forwards_it_makes():
 
 def test_autocast_is_counted_as_torch_runs_it():
     """The stand-in for autocast against the real one: same types of the results, on real tensors."""
-    weight, picture = torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 8, 8)
+    weight, image = torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 8, 8)
     kernels = Kernels(autocast=True)
     with kernels.active():
-        found = torch.nn.functional.conv2d(picture, weight)
+        found = torch.nn.functional.conv2d(image, weight)
         wide = torch.nn.functional.group_norm(found, 2)
-        heads = torch.nn.functional.scaled_dot_product_attention(*[picture] * 3)
+        heads = torch.nn.functional.scaled_dot_product_attention(*[image] * 3)
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = torch.nn.functional.conv2d(picture, weight)
-        attended = torch.nn.functional.scaled_dot_product_attention(*[picture] * 3)
+        wanted = torch.nn.functional.conv2d(image, weight)
+        attended = torch.nn.functional.scaled_dot_product_attention(*[image] * 3)
     assert found.dtype == wanted.dtype == torch.bfloat16 and torch.equal(found, wanted)
     assert heads.dtype == attended.dtype and torch.equal(heads, attended)
     # As on CUDA; the processor's autocast would leave it narrow.
     assert wide.dtype == torch.float32
     # Everything is back in its place.
-    assert torch.nn.functional.conv2d(picture, weight).dtype == torch.float32
+    assert torch.nn.functional.conv2d(image, weight).dtype == torch.float32
 
 
 def test_8_bit_moments_are_planned_as_the_optimiser_holds_them():

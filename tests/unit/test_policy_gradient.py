@@ -35,8 +35,12 @@ def levels(*values: float) -> Tensor:
 
 def steps(prediction_type: str = "epsilon", eta: float = 0.7):
     """All five steps of the trajectory above at once, one per sample."""
-    head, noisy = noise(5, 3, 4, 4, seed=0), noise(5, 3, 4, 4, seed=1)
-    return head, noisy, transition(head, noisy, levels(*LEVELS[:5]), levels(*LEVELS[1:]), prediction_type, eta=eta)
+    model_output, noisy = noise(5, 3, 4, 4, seed=0), noise(5, 3, 4, 4, seed=1)
+    return (
+        model_output,
+        noisy,
+        transition(model_output, noisy, levels(*LEVELS[:5]), levels(*LEVELS[1:]), prediction_type, eta=eta),
+    )
 
 
 # NFT and reward-weighted regression
@@ -82,13 +86,13 @@ def test_reward_weights_are_the_groups_softmax_with_mean_one():
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_a_draw_from_the_transition_is_the_samplers_own_step(prediction_type: str, eta: float):
-    head, noisy, taken = steps(prediction_type, eta)
+    model_output, noisy, taken = steps(prediction_type, eta)
     draw = noise(5, 3, 4, 4, seed=2)
     found = taken.draw(draw)
     for row in range(5):
         part = slice(row, row + 1)
         wanted = ddim_step(
-            head[part], noisy[part], LEVELS[row], LEVELS[row + 1], prediction_type, eta=eta, noise=draw[part]
+            model_output[part], noisy[part], LEVELS[row], LEVELS[row + 1], prediction_type, eta=eta, noise=draw[part]
         )
         torch.testing.assert_close(found[part], wanted, rtol=1e-12, atol=1e-12)
 
@@ -98,21 +102,21 @@ def test_on_uniform_steps_the_transition_is_diffusers_ddim():
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="leading"
     )
     scheduler.set_timesteps(20)
-    head, noisy, draw = (noise(1, 3, 4, 4, seed=seed) for seed in range(3))
+    model_output, noisy, draw = (noise(1, 3, 4, 4, seed=seed) for seed in range(3))
     alpha_bars = scheduler.alphas_cumprod.double()
     for timestep in (950, 500, 50):
-        wanted = scheduler.step(head, timestep, noisy, eta=0.6, variance_noise=draw).prev_sample
+        wanted = scheduler.step(model_output, timestep, noisy, eta=0.6, variance_noise=draw).prev_sample
         pair = alpha_bars[[timestep]], alpha_bars[[timestep - 50]]
-        found = transition(head, noisy, *pair, "epsilon", eta=0.6).draw(draw)
+        found = transition(model_output, noisy, *pair, "epsilon", eta=0.6).draw(draw)
         # diffusers keeps its levels in float32.
         torch.testing.assert_close(found, wanted.double(), rtol=1e-5, atol=1e-5)
 
 
 def test_at_eta_1_the_transition_is_ddpms_posterior():
-    head, noisy, taken = steps("epsilon", 1.0)
+    model_output, noisy, taken = steps("epsilon", 1.0)
     before, after = (value.reshape(-1, 1, 1, 1) for value in (levels(*LEVELS[:5]), levels(*LEVELS[1:])))
     alpha = before / after
-    mean = (noisy - (1 - alpha) / (1 - before).sqrt() * head) / alpha.sqrt()
+    mean = (noisy - (1 - alpha) / (1 - before).sqrt() * model_output) / alpha.sqrt()
     variance = (1 - after) / (1 - before) * (1 - alpha)
     torch.testing.assert_close(taken.mean, mean, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(taken.std_B, variance.sqrt().flatten(), rtol=1e-12, atol=0)
@@ -126,10 +130,10 @@ def test_log_probabilities_are_those_of_torchs_normal_per_element():
 
 
 def test_the_gradient_of_the_log_probability_is_the_closed_forms():
-    head, noisy = noise(1, 3, 4, 4, seed=0).requires_grad_(True), noise(1, 3, 4, 4, seed=1)
-    taken = transition(head, noisy, levels(0.3), levels(0.5), "epsilon", eta=0.5)
+    model_output, noisy = noise(1, 3, 4, 4, seed=0).requires_grad_(True), noise(1, 3, 4, 4, seed=1)
+    taken = transition(model_output, noisy, levels(0.3), levels(0.5), "epsilon", eta=0.5)
     draw = noise(1, 3, 4, 4, seed=2)
-    (gradient,) = torch.autograd.grad(taken.log_prob(taken.draw(draw)).sum(), head)
+    (gradient,) = torch.autograd.grad(taken.log_prob(taken.draw(draw)).sum(), model_output)
     variance = 0.25 * 0.5 / 0.7 * (1 - 0.3 / 0.5)
     slope = -math.sqrt(0.5) * math.sqrt(0.7 / 0.3) + math.sqrt(0.5 - variance)
     torch.testing.assert_close(gradient, draw / math.sqrt(variance) * slope / 48, rtol=1e-10, atol=1e-14)
@@ -165,9 +169,9 @@ def test_the_first_ratio_is_1_whatever_the_batch_size():
     @torch.no_grad()
     def taken(rows: slice):
         state = noisy[rows]
-        head = family.predict(state, torch.full((len(state),), trajectory.timesteps[step]), family.encode([]))
+        model_output = family.predict(state, torch.full((len(state),), trajectory.timesteps[step]), family.encode([]))
         pair = (torch.full((len(state),), level, dtype=torch.float64) for level in trajectory.alpha_bars[step:][:2])
-        return transition(head, state, *pair, family.prediction_type, eta=1.0)
+        return transition(model_output, state, *pair, family.prediction_type, eta=1.0)
 
     rollout = taken(slice(None))
     after = rollout.draw(draw)
@@ -190,10 +194,14 @@ def test_the_surrogates_first_gradient_is_the_policy_gradient():
     ("shift", "advantage", "passes"),
     [
         # a good sample may become likelier up to the range, a bad one less likely
-        (0.05, 1.0, True), (0.2, 1.0, False), (-0.2, 1.0, True),
-        (-0.05, -1.0, True), (-0.2, -1.0, False), (0.2, -1.0, True),
+        (0.05, 1.0, True),
+        (0.2, 1.0, False),
+        (-0.2, 1.0, True),
+        (-0.05, -1.0, True),
+        (-0.2, -1.0, False),
+        (0.2, -1.0, True),
     ],
-)  # fmt: skip
+)
 def test_the_clip_stops_only_steps_that_have_gone_far_enough(shift: float, advantage: float, passes: bool):
     log_prob = levels(shift).requires_grad_(True)
     term = clipped_surrogate(log_prob, levels(0.0), levels(advantage), 0.1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES, add_noise
-from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics, head_target, noise_statistics
+from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics, noise_statistics, target_output
 from acpo_dist.objective.preference import KINDS, preference_logit, preference_term, split_pairs
 
 LEVELS = torch.tensor([0.05, 0.3, 0.62, 0.9, 0.97, 0.999], dtype=torch.float64)
@@ -59,13 +59,13 @@ def test_the_policys_error_is_the_references_plus_twice_c_plus_a():
 def test_the_statistics_are_those_of_the_noise_whatever_the_network_predicts(prediction_type: str):
     clean, eps = noise(6, 2, 4, 4, seed=0), noise(6, 2, 4, 4, seed=1)
     noisy, signal, spread = add_noise(clean, eps, LEVELS), at(LEVELS.sqrt()), at((1 - LEVELS).sqrt())
-    heads = []
+    model_outputs = []
     for seed in (2, 3):
         estimate = eps + 0.3 * noise(6, 2, 4, 4, seed=seed)
         x0 = (noisy - spread * estimate) / signal
-        heads.append({"epsilon": estimate, "sample": x0, "v_prediction": signal * estimate - spread * x0})
-    policy, reference = heads
-    target = head_target(clean, eps, LEVELS, prediction_type)
+        model_outputs.append({"epsilon": estimate, "sample": x0, "v_prediction": signal * estimate - spread * x0})
+    policy, reference = model_outputs
+    target = target_output(clean, eps, LEVELS, prediction_type)
     found = noise_statistics(policy[prediction_type], reference[prediction_type], target, LEVELS, prediction_type)
     wanted = error_statistics(policy["epsilon"], reference["epsilon"], eps)
     for name in ("cross_B", "drift_B", "reference_error_B"):
@@ -104,7 +104,7 @@ def test_the_statistics_pass_gradient_to_the_policy_alone():
 
 def test_a_target_of_an_unknown_head_is_refused():
     with pytest.raises(ValueError, match=r"'flow'.*epsilon, v_prediction, sample"):
-        head_target(torch.zeros(1, 1), torch.zeros(1, 1), LEVELS[:1], "flow")
+        target_output(torch.zeros(1, 1), torch.zeros(1, 1), LEVELS[:1], "flow")
 
 
 # Pairs and logits

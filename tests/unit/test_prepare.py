@@ -1,4 +1,4 @@
-"""A run that brings neither base model nor metric weights trains them from its own pictures, once."""
+"""A run that brings neither base model nor metric weights trains them from its own images, once."""
 
 import io
 
@@ -24,23 +24,23 @@ OVERRIDES = [
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     """A parquet file of forty real PNG files, as data sets are shipped."""
     rows = []
-    for picture in (templates()[::22] * 255).round().to(torch.uint8):
+    for image in (templates()[::22] * 255).round().to(torch.uint8):
         buffer = io.BytesIO()
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
         rows.append({"bytes": buffer.getvalue(), "path": None})
-    path = tmp_path / "pictures.parquet"
+    path = tmp_path / "images.parquet"
     pq.write_table(
         pa.table({"image": pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}), path
     )
     return path
 
 
-def test_base_model_and_metrics_are_trained_from_the_pictures_and_the_anchor_batch_is_real(tiny, tmp_path, pictures):
+def test_base_model_and_metrics_are_trained_from_the_images_and_the_anchor_batch_is_real(tiny, tmp_path, images):
     root = tmp_path / "run"
-    config = tiny(f"run.dir={root}", f"data.path={pictures}", *OVERRIDES, source="cifar10_ddpm")
+    config = tiny(f"run.dir={root}", f"data.path={images}", *OVERRIDES, source="cifar10_ddpm")
     drive(config, open_ports, QUIET)
     assert (root / "base/ddpm/model_index.json").is_file()
     assert {path.name for path in (root / "base").glob("*.safetensors")} == {
@@ -51,17 +51,17 @@ def test_base_model_and_metrics_are_trained_from_the_pictures_and_the_anchor_bat
     assert row["drift/rms"] == 0.0 and row["data/denoising"] > 0
 
 
-def test_what_was_trained_before_is_used_again(tiny, tmp_path, pictures):
+def test_what_was_trained_before_is_used_again(tiny, tmp_path, images):
     from acpo_dist.training.prepare import prepare
 
-    config = tiny(f"data.path={pictures}", *OVERRIDES, source="cifar10_ddpm")
+    config = tiny(f"data.path={images}", *OVERRIDES, source="cifar10_ddpm")
     first = prepare(config, tmp_path / "base", QUIET)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "base").rglob("*.safetensors")}
     assert prepare(config, tmp_path / "base", QUIET) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "base").rglob("*.safetensors")} == stamps
 
 
-def test_training_without_pictures_is_refused(tiny, tmp_path):
+def test_training_without_images_is_refused(tiny, tmp_path):
     from acpo_dist.training.prepare import prepare
 
     with pytest.raises(ConfigError, match=r"set data\.path"):

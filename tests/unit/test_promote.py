@@ -118,7 +118,7 @@ def test_the_card_loads_the_model_as_it_says_and_names_what_matters(run, tmp_pat
     monkeypatch.chdir(run / "export")
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {})
-    assert (run / "export" / "picture.png").stat().st_size > 100
+    assert (run / "export" / "image.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize("case", ["standing warning", "ended", "no judge"])

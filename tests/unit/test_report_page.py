@@ -126,7 +126,7 @@ def test_tabs_follow_the_arrow_keys_and_charts_read_out_their_figures(runs, brow
     assert said.startswith("iteration 1: reward two_stream ")
 
 
-def test_pictures_are_sorted_worst_first_and_can_be_turned_round(runs, browser):
+def test_images_are_sorted_worst_first_and_can_be_turned_round(runs, browser):
     browser.open(runs[0].path, width=1280)
     texts = "[...document.querySelectorAll('#run-0 .pair .gain')].map(e => e.textContent)"
     gains = f"{texts}.map(text => parseFloat(text.match(/[-+][\\d.]+/)[0]))"
@@ -137,7 +137,7 @@ def test_pictures_are_sorted_worst_first_and_can_be_turned_round(runs, browser):
     assert browser.run(gains) == worst[::-1]
 
 
-def test_pictures_in_the_page_are_the_runs_own_and_scored_as_training_scores_them(runs):
+def test_images_in_the_page_are_the_runs_own_and_scored_as_training_scores_them(runs):
     report, roots = runs
     view = report.views[1]
     config = read_run_config(roots[1])
@@ -147,9 +147,9 @@ def test_pictures_in_the_page_are_the_runs_own_and_scored_as_training_scores_the
     from safetensors.torch import load_file
 
     from acpo_dist.core.weights import make_bundle
-    from acpo_dist.data.prompts import deal, load_prompts
+    from acpo_dist.data.prompts import load_prompts, sample_prompts
 
-    groups = deal(
+    groups = sample_prompts(
         load_prompts("toy", "prompt"), iteration=0, run_seed=0, stream="report", num_prompts=2, samples_per_prompt=2
     )
     ids = [plan.sample_id for group in groups for plan in group.samples]
@@ -159,11 +159,11 @@ def test_pictures_in_the_page_are_the_runs_own_and_scored_as_training_scores_the
         handles = pool.generate(groups)
         images, scores = pool.images(handles, ids), rewards.score(handles, ["two_stream", "strided_judge"])
         for index, sample in enumerate(ids):
-            shot = getattr(view.gallery.pairs[index], which)
-            kept = torch.from_numpy(np.asarray(Image.open(shot.file)).copy()).permute(2, 0, 1)
+            sample = getattr(view.gallery.pairs[index], which)
+            kept = torch.from_numpy(np.asarray(Image.open(sample.file)).copy()).permute(2, 0, 1)
             assert torch.equal(kept, images[index])
             # Convolutions round differently for other memory layouts of the same pixels: some 1e-6 of a score near 1.
-            assert shot.scores == {name: pytest.approx(scores[name][sample], abs=1e-5) for name in scores}
+            assert sample.scores == {name: pytest.approx(scores[name][sample], abs=1e-5) for name in scores}
     # The page holds the same bytes, losslessly.
     page = report.path.read_text()
     inside = [base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)]
@@ -196,7 +196,7 @@ def test_a_second_report_draws_nothing_again(runs, monkeypatch):
 
 
 def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    root = make_run(tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1, **{"learner/refused_steps": 2.0})])
+    root = make_run(tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1, **{"learner/skipped_steps": 2.0})])
     with (root / "metrics.jsonl").open("a") as file:
         file.write("torn")
     monkeypatch.setattr(sys, "argv", ["acpo", "report", str(root), "--json"])
@@ -204,7 +204,7 @@ def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_p
         main()
     assert end.value.code == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["report"] == str(root / "report.html") and answer["runs"][0]["pictures"] == []
+    assert answer["report"] == str(root / "report.html") and answer["runs"][0]["images"] == []
     page = unescape((root / "report.html").read_text())
     for words in ("1 unreadable line", "2 optimiser step", "No whole checkpoint", "Gains by iteration are not known"):
         assert words in page and any(words in note for note in answer["runs"][0]["notes"])

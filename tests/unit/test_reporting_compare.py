@@ -12,7 +12,7 @@ from PIL import Image
 
 from acpo_dist.analysis.report.compare import differences, labels_of, pareto_front, seed_groups
 from acpo_dist.analysis.report.find import gather, runs_below, runs_of_experiment
-from acpo_dist.analysis.report.metrics import figures_of
+from acpo_dist.analysis.report.metrics import metrics_of
 from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
 from acpo_dist.core.errors import UsageError
@@ -43,8 +43,8 @@ def run_cli(monkeypatch, capsys, *arguments):
 
 def test_runs_that_differ_only_in_their_seed_share_a_mean_and_a_spread(four):
     records, problems = runs_below(four)
-    figures = [figures_of(record) for record in records]
-    groups = seed_groups(records, figures, labels_of(records))
+    metrics = [metrics_of(record) for record in records]
+    groups = seed_groups(records, metrics, labels_of(records))
     assert problems == [] and [group.seeds for group in groups] == [(0, 1, 2), (0,)]
     spread = groups[0].gains["two_stream"]
     assert spread.mean == pytest.approx(0.3) and spread.std == pytest.approx(statistics.stdev([0.1, 0.2, 0.6]))
@@ -99,8 +99,8 @@ def test_compare_answers_in_json_and_draws_both_kinds_of_files(four, monkeypatch
     assert code == 0 and len(answer["runs"]) == 4
     # All have the same drift: only the best judge is beaten by nobody.
     assert answer["pareto_front"] == ["toy-sdxl seed 2"]
-    with Image.open(four / "p.png") as picture:
-        assert picture.format == "PNG" and picture.width > 500
+    with Image.open(four / "p.png") as image:
+        assert image.format == "PNG" and image.width > 500
     code, out, _ = run_cli(monkeypatch, capsys, "compare", four, "--out", four / "p.html")
     assert code == 0 and "learner.learning_rate" in out and "toy-sdxl seed 2" in out
     page = (four / "p.html").read_text()
@@ -151,16 +151,16 @@ def test_an_experiment_is_read_from_mlflow_alone_when_the_folders_are_gone(tmp_p
         uri, "e", "tracked", spool=root / "mlflow", params=record.config, tags={"run_dir": str(root)}
     )
     for line in (root / "metrics.jsonl").read_text().splitlines():
-        figures = json.loads(line)
-        tracker.log_metrics(figures.pop("iteration"), figures)
+        metrics = json.loads(line)
+        tracker.log_metrics(metrics.pop("iteration"), metrics)
     tracker.close("FINISHED")
     (here,) = runs_of_experiment("e", uri)
     assert here.root == root
     shutil.move(root, tmp_path / "gone")
     (there,) = runs_of_experiment("e", uri)
     assert there.root is None and there.done == 2 and there.state == "finished"
-    wanted = figures_of(read_run(tmp_path / "gone"))
-    found = figures_of(there)
+    wanted = metrics_of(read_run(tmp_path / "gone"))
+    found = metrics_of(there)
     assert (found.gains, found.drift, found.seed, found.budget) == (
         wanted.gains,
         wanted.drift,
@@ -175,10 +175,10 @@ def test_an_experiment_is_read_from_mlflow_alone_when_the_folders_are_gone(tmp_p
         there.mlflow_run_id,
         page,
         folder="report",
-        figures={"report/diversity": 0.5},
+        metrics={"report/diversity": 0.5},
         step=2,
         tags={"verdict": "v"},
     )
-    assert figures_of(runs_of_experiment("e", uri)[0]).diversity == 0.5
+    assert metrics_of(runs_of_experiment("e", uri)[0]).diversity == 0.5
     with pytest.raises(UsageError, match=r"no experiment `other`.*found: .*e"):
         runs_of_experiment("other", uri)

@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from acpo_dist.analysis.report.metrics import figures_of, verdict
+from acpo_dist.analysis.report.metrics import metrics_of, verdict
 from acpo_dist.analysis.report.record import read_run, require_rows
 from acpo_dist.analysis.report.sample_renderer import chosen_iteration
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.evaluation.suites.subject import find_checkpoint
-from acpo_dist.training.run_lock import DRIVER, held
+from acpo_dist.training.run_lock import LOCK_FILE, held
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from tests.helpers.runs import make_run, row
 
@@ -42,9 +42,9 @@ def test_a_gain_that_the_run_recorded_itself_needs_no_checkpoint(tmp_path):
 
 def test_a_finished_run_shows_its_final_gains_and_an_unfinished_one_the_mean_of_its_last_iterations(tmp_path):
     gains = {"two_stream": 0.7, "strided_judge": 0.3}
-    done = figures_of(read_run(make_run(tmp_path / "done", RISING, gains=gains, checkpoint=4)))
+    done = metrics_of(read_run(make_run(tmp_path / "done", RISING, gains=gains, checkpoint=4)))
     assert done.final and done.gains == gains and done.quality == 0.3 and done.state == "finished"
-    cut = figures_of(read_run(old(make_run(tmp_path / "cut", RISING, "run.iterations=9", checkpoint=4))))
+    cut = metrics_of(read_run(old(make_run(tmp_path / "cut", RISING, "run.iterations=9", checkpoint=4))))
     assert not cut.final and cut.state == "unfinished" and cut.total == 9
     assert cut.gains["two_stream"] == pytest.approx(0.75), "gains 0, 0.5, 1 and 1.5"
     assert cut.seconds == 8.0 and cut.drift == pytest.approx(0.115)
@@ -54,10 +54,10 @@ def test_a_run_is_running_while_it_is_driven_and_unfinished_from_then_on(tmp_pat
     root = make_run(tmp_path / "run", RISING, "run.iterations=9")
     with held(root):
         assert read_run(root).state == "running"
-        here = (root / DRIVER).read_text()
+        here = (root / LOCK_FILE).read_text()
     assert read_run(root).state == "unfinished"
     # Of a driver on another machine only what it wrote last can be seen.
-    (root / DRIVER).write_text(json.dumps(json.loads(here) | {"place": "another machine"}))
+    (root / LOCK_FILE).write_text(json.dumps(json.loads(here) | {"place": "another machine"}))
     assert read_run(root).state == "running" and read_run(old(root)).state == "unfinished"
 
 
@@ -110,16 +110,16 @@ def test_what_is_no_run_is_refused_with_what_was_found(tmp_path, make, words):
 
 def test_a_run_without_metrics_is_listed_but_not_reported(tmp_path):
     record = read_run(make_run(tmp_path / "run", [], "run.iterations=3"))
-    assert record.state == "no metrics" and figures_of(record).gains == {}
+    assert record.state == "no metrics" and metrics_of(record).gains == {}
     with pytest.raises(UsageError, match="has no metrics"):
         require_rows(record)
 
 
 def test_a_guard_that_ended_the_run_is_named_with_its_reason(tmp_path):
     event = {"iteration": 3, "action": "stop", "raised": ["drift"], "reasons": [{"rule": "drift", "value": 1.4}]}
-    figures = figures_of(read_run(make_run(tmp_path / "run", RISING, "run.iterations=9", guard=[event], checkpoint=4)))
-    assert figures.state == "stopped by guard" and figures.guard.text == "stopped at iteration 4 by drift"
-    assert verdict(figures)[0] == "bad"
+    metrics = metrics_of(read_run(make_run(tmp_path / "run", RISING, "run.iterations=9", guard=[event], checkpoint=4)))
+    assert metrics.state == "stopped by guard" and metrics.guard.text == "stopped at iteration 4 by drift"
+    assert verdict(metrics)[0] == "bad"
 
 
 def test_a_stop_that_a_resumed_run_went_on_from_is_history(tmp_path):
@@ -136,7 +136,7 @@ def test_a_stop_that_a_resumed_run_went_on_from_is_history(tmp_path):
 def test_the_verdict_follows_judges_drift_and_guard(tmp_path, judge, drift, share, tone):
     rows = [row(0, reward=0.6, judge=0.4, drift=drift, **{"guard/drift": share, "drift/budget": 0.3})]
     gains = {"two_stream": 0.5, "strided_judge": judge}
-    figures = figures_of(read_run(make_run(tmp_path / "run", rows, gains=gains)))
-    found, sentence = verdict(figures)
+    metrics = metrics_of(read_run(make_run(tmp_path / "run", rows, gains=gains)))
+    found, sentence = verdict(metrics)
     assert found == tone
     assert f"strided_judge {judge:+.2f}" in sentence and f"rms drift {drift:.3g} of a budget of 0.3" in sentence

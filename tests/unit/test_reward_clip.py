@@ -53,12 +53,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def pictures(count: int, size: int = 32) -> Tensor:
+def images(count: int, size: int = 32) -> Tensor:
     return 0.02 + 0.96 * torch.rand(count, 3, size, size, generator=rng(1))
 
 
 def by_transformers(folder: Path, images: Tensor, texts: Sequence[str]) -> Any:
-    """The whole CLIPModel's own forward on pictures that need no resizing."""
+    """The whole CLIPModel's own forward on images that need no resizing."""
     model = CLIPModel.from_pretrained(folder).eval()
     tokens = CLIPTokenizer.from_pretrained(folder)(list(texts), padding=True, truncation=True, return_tensors="pt")
     mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_MEAN, OPENAI_STD))
@@ -70,36 +70,36 @@ def by_transformers(folder: Path, images: Tensor, texts: Sequence[str]) -> Any:
 
 
 def test_clipscore_is_that_of_transformers_own_forward(folder: Path):
-    images, prompts = pictures(6), captions()[:6]
-    output, scale = by_transformers(folder, images, [f"A photo depicts {prompt}" for prompt in prompts])
+    images_BCHW, prompts = images(6), captions()[:6]
+    output, scale = by_transformers(folder, images_BCHW, [f"A photo depicts {prompt}" for prompt in prompts])
     cosine = output.logits_per_image.diagonal() / scale
-    found = ClipScore(ClipScore.Config(weights=str(folder)))(images, prompts)
+    found = ClipScore(ClipScore.Config(weights=str(folder)))(images_BCHW, prompts)
     torch.testing.assert_close(found, 2.5 * cosine.clamp(min=0), rtol=0, atol=1e-5)
 
 
 def test_pickscore_is_the_logit_of_the_model(folder: Path):
-    images, prompts = pictures(6), captions()[::8]
-    output, _ = by_transformers(folder, images, prompts)
-    found = PickScore(PickScore.Config(weights=str(folder)))(images, prompts)
+    images_BCHW, prompts = images(6), captions()[::8]
+    output, _ = by_transformers(folder, images_BCHW, prompts)
+    found = PickScore(PickScore.Config(weights=str(folder)))(images_BCHW, prompts)
     torch.testing.assert_close(found, output.logits_per_image.diagonal(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_the_aesthetic_head_is_applied_to_the_unit_vector(folder: Path, head: Path, activation: Any):
-    images = pictures(5)
-    output, _ = by_transformers(folder, images, ["a"])
+    images_BCHW = images(5)
+    output, _ = by_transformers(folder, images_BCHW, ["a"])
     state = load_file(head)
     hidden = F.linear(output.image_embeds, state["layers.0.weight"], state["layers.0.bias"])
     hidden = {"none": lambda x: x, "relu": F.relu, "gelu": F.gelu}[activation](hidden)
     wanted = F.linear(hidden, state["layers.2.weight"], state["layers.2.bias"])[:, 0]
     config = Aesthetic.Config(weights=str(head), clip=str(folder), activation=activation)
-    torch.testing.assert_close(Aesthetic(config)(images, [""] * 5), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(Aesthetic(config)(images_BCHW, [""] * 5), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_clipscore_below_zero_is_zero(folder: Path):
     metric = ClipScore(ClipScore.Config(weights=str(folder)))
-    scores = metric(pictures(1).expand(48, -1, -1, -1), captions())
-    cosine = metric._cosine(pictures(1).expand(48, -1, -1, -1), [f"A photo depicts {text}" for text in captions()])
+    scores = metric(images(1).expand(48, -1, -1, -1), captions())
+    cosine = metric._cosine(images(1).expand(48, -1, -1, -1), [f"A photo depicts {text}" for text in captions()])
     assert float(scores.min()) >= 0
     torch.testing.assert_close(scores, 2.5 * F.relu(cosine))
 
@@ -120,7 +120,7 @@ def test_resizing_is_pils_up_to_eight_bit_rounding(mode: str, size: tuple[int, i
     assert float((found - wanted).abs().max()) <= 1.5
 
 
-def test_a_wide_picture_is_cropped_to_its_middle(folder: Path):
+def test_a_wide_image_is_cropped_to_its_middle(folder: Path):
     backbone = ClipBackbone(str(folder), name="x", texts=False)
     wide = torch.cat([torch.zeros(1, 3, 64, 32), torch.ones(1, 3, 64, 64), torch.zeros(1, 3, 64, 32)], -1)
     view = backbone.single_view(wide)
@@ -144,9 +144,9 @@ def kinds(folder: Path, head: Path) -> dict[str, Any]:
 def test_the_gradient_is_that_of_finite_differences(name: str, folder: Path, head: Path):
     metric = kinds(folder, head)[name]
     # An odd size, so that resizing and cropping are part of it; a prompt with a cosine above 0 for CLIPScore.
-    images = pictures(1, 41).expand(48, -1, -1, -1)
-    prompt = captions()[int(metric(images, captions()).argmax())]
-    image = images[:1].clone().requires_grad_(True)
+    images_BCHW = images(1, 41).expand(48, -1, -1, -1)
+    prompt = captions()[int(metric(images_BCHW, captions()).argmax())]
+    image = images_BCHW[:1].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(metric(image, [prompt]).sum(), image)
     # The steepest direction, and a random one scaled to a slope that float32 differences resolve.
     for direction in (gradient / gradient.norm(), gradient.sign() * torch.rand(gradient.shape, generator=rng(3))):
@@ -161,12 +161,12 @@ def test_the_gradient_is_that_of_finite_differences(name: str, folder: Path, hea
 
 @pytest.mark.parametrize("name", ["clip_score", "pick_score", "aesthetic", "ipce"])
 def test_a_score_does_not_depend_on_the_batch(name: str, folder: Path, head: Path):
-    metric, images, prompts = kinds(folder, head)[name], pictures(16, 40), captions()[:16]
+    metric, images_BCHW, prompts = kinds(folder, head)[name], images(16, 40), captions()[:16]
     with torch.no_grad():
-        together = metric(images, prompts)
+        together = metric(images_BCHW, prompts)
         assert float(together.std()) > 1e-5
         for size in (1, 4):
-            parts = [metric(images[at : at + size], prompts[at : at + size]) for at in range(0, 16, size)]
+            parts = [metric(images_BCHW[at : at + size], prompts[at : at + size]) for at in range(0, 16, size)]
             torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=1e-4)
 
 
@@ -224,12 +224,12 @@ def test_the_text_cache_forgets_the_oldest(folder: Path, monkeypatch):
 def test_a_text_metric_without_prompts_is_refused(kind: Any, folder: Path):
     metric = kind(kind.Config(weights=str(folder)))
     with pytest.raises(RewardError, match=f"`{metric._config.name}` reads prompts, but 1 of 2 are empty"):
-        metric(pictures(2), ["a red circle on a gray background", " "])
-    with pytest.raises(RewardError, match="one prompt per picture, found 1 for 2 pictures"):
-        metric(pictures(2), ["a"])
+        metric(images(2), ["a red circle on a gray background", " "])
+    with pytest.raises(RewardError, match="one prompt per image, found 1 for 2 images"):
+        metric(images(2), ["a"])
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("name", ["clip_score", "pick_score", "aesthetic", "ipce"])
@@ -238,14 +238,14 @@ def test_a_text_metric_without_prompts_is_refused(kind: Any, folder: Path):
     [
         (torch.rand(3, 32, 32), "found shape"),
         (torch.rand(2, 1, 32, 32), "found shape"),
-        (torch.rand(0, 3, 32, 32), "no pictures at all"),
+        (torch.rand(0, 3, 32, 32), "no images at all"),
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "found torch.uint8"),
         (torch.full((2, 3, 32, 32), 255.0), "found values from 255"),
-        (torch.full((2, 3, 32, 32), math.nan), "2 of 2 pictures .* not finite"),
+        (torch.full((2, 3, 32, 32), math.nan), "2 of 2 images .* not finite"),
     ],
     ids=["rank", "channels", "empty", "uint8", "range", "nan"],
 )
-def test_what_is_no_picture_is_refused_by_name(name: str, images: Tensor, words: str, folder: Path, head: Path):
+def test_what_is_no_image_is_refused_by_name(name: str, images: Tensor, words: str, folder: Path, head: Path):
     with pytest.raises(RewardError, match=f"`{name}`.*{words}"):
         kinds(folder, head)[name](images, ["a"] * len(images))
 
@@ -317,7 +317,7 @@ def test_a_model_without_its_tokenizer_is_refused_and_takes_one_from_elsewhere(f
         PickScore(PickScore.Config(weights=str(copy)))
     borrowed = PickScore(PickScore.Config(weights=str(copy), tokenizer=str(folder)))
     own = PickScore(PickScore.Config(weights=str(folder)))
-    assert torch.equal(borrowed(pictures(2), captions()[:2]), own(pictures(2), captions()[:2]))
+    assert torch.equal(borrowed(images(2), captions()[:2]), own(images(2), captions()[:2]))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyClipRep
 
 
 def by_the_book(folder: Path, image: Tensor, prompt: str, corners: list[tuple[int, int]], side: int) -> float:
-    """One picture, one view, one text at a time, in float64, from MATH's words."""
+    """One image, one view, one text at a time, in float64, from MATH's words."""
     model = CLIPModel.from_pretrained(folder).double().eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     size = model.config.vision_config.image_size
@@ -121,18 +121,18 @@ def test_patches_lie_inside_on_a_grid_that_scales_with_the_model(height: int, wi
     assert all(top + size <= height and left + size <= width for top, left in corners)
 
 
-def test_even_patches_span_the_picture_from_corner_to_corner():
+def test_even_patches_span_the_image_from_corner_to_corner():
     corners = patch_corners(512, 512, size=224, count=15, generator=None)
     assert corners[0] == (0, 0) and corners[-1] == (288, 288) and len(set(corners)) == 15
     assert patch_corners(512, 512, size=224, count=1, generator=None) == [(0, 0)]
 
 
-def test_a_picture_with_few_places_gives_fewer_patches():
+def test_a_image_with_few_places_gives_fewer_patches():
     assert patch_corners(224, 256, size=224, count=8, generator=rng(0)) in ([(0, 0), (0, 32)], [(0, 32), (0, 0)])
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 48), (100, 73), (200, 300)])
-def test_views_have_the_models_size_and_the_whole_picture_comes_last(height: int, width: int):
+def test_views_have_the_models_size_and_the_whole_image_comes_last(height: int, width: int):
     images = torch.rand(2, 3, height, width, generator=rng(0))
     views = ipce_views(images, size=32, short_side=512, count=4, generator=rng(1))
     assert views.shape == (2, 5, 3, 32, 32)
@@ -140,7 +140,7 @@ def test_views_have_the_models_size_and_the_whole_picture_comes_last(height: int
         assert torch.equal(views[:, -1], images)
 
 
-def test_a_large_picture_is_not_resampled_for_its_patches():
+def test_a_large_image_is_not_resampled_for_its_patches():
     images = torch.rand(1, 3, 80, 90, generator=rng(0))
     views = ipce_views(images, size=32, short_side=512, count=1, generator=None)
     assert torch.equal(views[:, 0], images[..., :32, :32])

@@ -42,7 +42,7 @@ def test_every_row_has_every_field_filled():
 
 
 @pytest.mark.parametrize("name", WITHOUT_DOWNLOAD)
-def test_what_needs_no_download_scores_the_smallest_picture_and_none_smaller(name: str):
+def test_what_needs_no_download_scores_the_smallest_image_and_none_smaller(name: str):
     row = next(row for row in LISTING if row["name"] == name)
     kind = resolve("reward", REWARDS, name)
     metric, size = kind(kind.Config()), row["minimum_size"]
@@ -76,7 +76,7 @@ def test_an_unconditional_model_with_a_text_metric_is_refused_before_anything_st
     role: str, kind: str, tiny, tmp_path: Path
 ):
     entry = f"{{type: {kind}, weights: {tmp_path}}}"
-    words = rf"rewards\.{role}\.0 \(`{kind}`\): compares pictures with their prompts"
+    words = rf"rewards\.{role}\.0 \(`{kind}`\): compares images with their prompts"
     with pytest.raises(RewardConfigError, match=words):
         tiny("model={type: ddpm, path: toy-ddpm}", "data.prompts=none", f"rewards.{role}=[{entry}]")
 

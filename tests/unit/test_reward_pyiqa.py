@@ -25,7 +25,7 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def pictures(count: int, size: int = 48) -> Tensor:
+def images(count: int, size: int = 48) -> Tensor:
     """Soft blobs under noise, so that block statistics find something."""
     coarse = torch.rand(count, 3, 5, 5, generator=rng(0))
     smooth = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
@@ -111,53 +111,53 @@ def test_where_pyiqa_is_missing_the_table_answers(monkeypatch):
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_metric_has_a_gradient_exactly_where_the_table_says_so(name: str, built: Callable[[str], PyiqaMetric]):
-    images = pictures(2).requires_grad_(True)
+    images_BCHW = images(2).requires_grad_(True)
     # Asked of the network itself, since our own call switches the gradient off where the table has none.
-    score = built(name)._network(images.clone()).sum()
-    useful = score.requires_grad and bool(torch.autograd.grad(score, images)[0].flatten(1).any(1).all())
+    score = built(name)._network(images_BCHW.clone()).sum()
+    useful = score.requires_grad and bool(torch.autograd.grad(score, images_BCHW)[0].flatten(1).any(1).all())
     assert useful == PYIQA[name].differentiable
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_the_gradient_predicts_the_change_of_the_score(name: str, built: Callable[[str], PyiqaMetric]):
     metric = built(name)
-    images = pictures(1).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(metric(images, [""]).sum(), images)
+    images_BCHW = images(1).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(metric(images_BCHW, [""]).sum(), images_BCHW)
     direction = gradient / gradient.norm()
     step = 0.01
     with torch.no_grad():
-        rise = metric(images + step * direction, [""]) - metric(images - step * direction, [""])
+        rise = metric(images_BCHW + step * direction, [""]) - metric(images_BCHW - step * direction, [""])
     # float32, and pieces of ReLU and maxima that change within the step.
     assert float(rise) / (2 * step) == pytest.approx(float(gradient.norm()), rel=0.1)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_score_does_not_depend_on_the_batch(name: str, built: Callable[[str], PyiqaMetric]):
-    metric, images = built(name), pictures(4 if name == "musiq" else 16)
+    metric, images_BCHW = built(name), images(4 if name == "musiq" else 16)
     with torch.no_grad():
-        together = metric(images, [""] * len(images))
-        assert together.shape == (len(images),) and together.dtype == torch.float32
+        together = metric(images_BCHW, [""] * len(images_BCHW))
+        assert together.shape == (len(images_BCHW),) and together.dtype == torch.float32
         for size in (1, 4):
-            parts = torch.cat([metric(part, [""] * size) for part in images.split(size)])
+            parts = torch.cat([metric(part, [""] * size) for part in images_BCHW.split(size)])
             # Scores of piqe go to 100.
             torch.testing.assert_close(parts, together, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_the_smallest_picture_is_scored_and_none_smaller(name: str, built: Callable[[str], PyiqaMetric]):
+def test_the_smallest_image_is_scored_and_none_smaller(name: str, built: Callable[[str], PyiqaMetric]):
     metric, size = built(name), PYIQA[name].minimum
     with torch.no_grad():
-        assert bool(torch.isfinite(metric(pictures(1, size), [""])).all())
+        assert bool(torch.isfinite(metric(images(1, size), [""])).all())
     if size > 1:
         with pytest.raises(RewardError, match=f"at least {size} x {size}, found {size - 1} x {size - 1}"):
-            metric(pictures(1, size - 1), [""])
+            metric(images(1, size - 1), [""])
 
 
 @pytest.mark.parametrize("name", ["cnniqa", "wadiqam_nr"])
 def test_the_smallest_size_is_the_networks_own(name: str, built: Callable[[str], PyiqaMetric]):
     size = PYIQA[name].minimum - 1
     with pytest.raises((RuntimeError, ValueError, IndexError)):
-        built(name)._network(pictures(1, size))
+        built(name)._network(images(1, size))
 
 
 def test_a_call_leaves_cudnn_alone(built: Callable[[str], PyiqaMetric], monkeypatch):
@@ -166,10 +166,10 @@ def test_a_call_leaves_cudnn_alone(built: Callable[[str], PyiqaMetric], monkeypa
 
     metric = built("cnniqa")
     monkeypatch.setattr(torch.backends.cudnn, "flags", touched)
-    assert metric(pictures(2), [""] * 2).shape == (2,)
+    assert metric(images(2), [""] * 2).shape == (2,)
 
 
-def test_a_metric_for_single_pictures_gets_copies_one_by_one(built: Callable[[str], PyiqaMetric]):
+def test_a_metric_for_single_images_gets_copies_one_by_one(built: Callable[[str], PyiqaMetric]):
     from dataclasses import replace
 
     seen: list[tuple[int, ...]] = []
@@ -181,23 +181,23 @@ def test_a_metric_for_single_pictures_gets_copies_one_by_one(built: Callable[[st
     metric = object.__new__(PyiqaMetric)
     metric._name, metric._metric, metric._network = "x", "x", network
     metric._facts = replace(PYIQA["maclip"], minimum=1)
-    images = pictures(3, 8)
-    before = images.clone()
-    torch.testing.assert_close(metric(images, [""] * 3), 2 * before.mean((1, 2, 3)))
-    assert seen == [(1, 3, 8, 8)] * 3 and torch.equal(images, before)
+    images_BCHW = images(3, 8)
+    before = images_BCHW.clone()
+    torch.testing.assert_close(metric(images_BCHW, [""] * 3), 2 * before.mean((1, 2, 3)))
+    assert seen == [(1, 3, 8, 8)] * 3 and torch.equal(images_BCHW, before)
 
 
 @pytest.mark.parametrize(
     ("images", "words"),
     [
         (torch.rand(1, 1, 48, 48), "found shape"),
-        (torch.rand(0, 3, 48, 48), "no pictures"),
+        (torch.rand(0, 3, 48, 48), "no images"),
         (torch.full((1, 3, 48, 48), 2.0), "found values from 2"),
         (torch.full((1, 3, 48, 48), torch.nan), "not finite"),
     ],
     ids=["channels", "empty", "range", "nan"],
 )
-def test_what_is_no_picture_is_refused_by_name(images: Tensor, words: str, built: Callable[[str], PyiqaMetric]):
+def test_what_is_no_image_is_refused_by_name(images: Tensor, words: str, built: Callable[[str], PyiqaMetric]):
     with pytest.raises(RewardError, match=f"`entropy`.*{words}"):
         built("entropy")(images, [""] * len(images))
 
@@ -216,13 +216,13 @@ def test_local_weights_are_loaded_whatever_their_form(name: str, form: str, weig
         wrapped = {f"module.{key}": value for key, value in state.items()}
         torch.save({"params": {"params": state}, "bare": state, "module": wrapped}[form], path)
     metric = PyiqaMetric(PyiqaMetric.Config(metric=name, weights=str(path)))
-    assert torch.equal(metric(pictures(2), [""] * 2), built(name)(pictures(2), [""] * 2))
+    assert torch.equal(metric(images(2), [""] * 2), built(name)(images(2), [""] * 2))
 
 
 def test_the_ava_form_of_musiq_reads_its_ten_classes_from_a_local_file(weights):
     metric = PyiqaMetric(PyiqaMetric.Config(metric="musiq-ava", weights=str(weights("musiq-ava"))))
     with torch.no_grad():
-        assert 1 <= float(metric(pictures(1), [""])) <= 10
+        assert 1 <= float(metric(images(1), [""])) <= 10
 
 
 def test_weights_of_another_metric_are_refused(weights):
@@ -261,8 +261,8 @@ def test_a_metric_that_reads_no_file_says_so(tmp_path: Path):
     assert "takes no weights from a file" in (PyiqaMetric.unusable(config) or "")
 
 
-@pytest.mark.parametrize(("name", "words"), [("fid", "compares sets of pictures"), ("clipscore", "our own type")])
-def test_what_gives_no_score_to_a_picture_alone_is_refused(name: str, words: str):
+@pytest.mark.parametrize(("name", "words"), [("fid", "compares sets of images"), ("clipscore", "our own type")])
+def test_what_gives_no_score_to_a_image_alone_is_refused(name: str, words: str):
     assert words in (PyiqaMetric.unusable(PyiqaMetric.Config(metric=name)) or "")
 
 

@@ -29,7 +29,7 @@ def rng(seed: int) -> torch.Generator:
 
 
 def noise(count: int = 4, size: int = 16, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Pictures away from the borders of [0, 1]."""
+    """Images away from the borders of [0, 1]."""
     return 0.05 + 0.9 * torch.rand(count, 3, size, size, generator=rng(0), dtype=dtype)
 
 
@@ -62,8 +62,8 @@ def test_colourfulness_of_one_colour_is_its_mean_term_and_of_two_also_their_spre
 
 
 def test_saturation_is_that_of_hsv_and_zero_for_black():
-    picture = torch.cat([flat(0.5, 0.25, 0.25), flat(0, 0, 0), flat(0.3, 0.3, 0.3), flat(0, 0.2, 0)], -1)
-    assert metric("saturation")(picture, [""]).item() == pytest.approx((0.5 + 0 + 0 + 1) / 4, abs=1e-12)
+    image = torch.cat([flat(0.5, 0.25, 0.25), flat(0, 0, 0), flat(0.3, 0.3, 0.3), flat(0, 0.2, 0)], -1)
+    assert metric("saturation")(image, [""]).item() == pytest.approx((0.5 + 0 + 0 + 1) / 4, abs=1e-12)
 
 
 def test_saturation_of_the_darkest_eight_bit_colour_is_exact():
@@ -97,8 +97,8 @@ def test_a_colour_half_way_between_two_centres_counts_as_half_of_each():
 
 def test_all_colours_reach_nine_bits():
     levels = (torch.arange(8, dtype=torch.float64) + 0.5) / 8
-    picture = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 16, 32)
-    assert metric("colour_entropy")(picture, [""]).item() == pytest.approx(9, abs=1e-5)
+    image = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, 16, 32)
+    assert metric("colour_entropy")(image, [""]).item() == pytest.approx(9, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -118,7 +118,7 @@ def test_what_says_it_has_a_gradient_has_one_and_the_rest_have_none(name: str):
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_gradients_of_flat_grey_pictures_are_finite(name: str, value: float):
+def test_gradients_of_flat_grey_images_are_finite(name: str, value: float):
     images = torch.full((1, 3, 8, 8), value, requires_grad=True)
     metric(name)(images, [""]).sum().backward()
     assert images.grad is not None and bool(torch.isfinite(images.grad).all())
@@ -145,17 +145,17 @@ def test_a_statistic_may_be_wanted_higher_or_lower():
     [
         (torch.rand(3, 8, 8), r"shape \(B, 3, H, W\), found shape \(3, 8, 8\)"),
         (torch.rand(1, 4, 8, 8), r"found shape \(1, 4, 8, 8\)"),
-        (torch.rand(0, 3, 8, 8), "no pictures at all"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"floating-point pictures in \[0, 1\], found torch.uint8"),
+        (torch.rand(0, 3, 8, 8), "no images at all"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"floating-point images in \[0, 1\], found torch.uint8"),
         (torch.rand(1, 3, 2, 8), "at least 3 x 3, found 2 x 8"),
         (torch.full((2, 3, 8, 8), 200.0), "found values from 200 to 200"),
         (torch.full((2, 3, 8, 8), -0.5), "found values from -0.5 to -0.5"),
-        (torch.stack([torch.rand(3, 8, 8), torch.full((3, 8, 8), math.nan)]), "1 of 2 pictures .* not finite"),
-        (torch.full((1, 3, 8, 8), math.inf), "1 of 1 pictures .* not finite"),
+        (torch.stack([torch.rand(3, 8, 8), torch.full((3, 8, 8), math.nan)]), "1 of 2 images .* not finite"),
+        (torch.full((1, 3, 8, 8), math.inf), "1 of 1 images .* not finite"),
     ],
     ids=["rank", "channels", "empty", "uint8", "small", "bright", "dark", "nan", "infinite"],
 )
-def test_what_is_no_picture_is_refused_by_name(images: Tensor, words: str):
+def test_what_is_no_image_is_refused_by_name(images: Tensor, words: str):
     with pytest.raises(RewardError, match=f"`sharpness`.*{words}"):
         metric("sharpness")(images, [""] * len(images))
 

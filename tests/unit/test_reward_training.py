@@ -1,4 +1,4 @@
-"""Rewards that are trained on one's own pictures rank held-out ones, and load as rewards."""
+"""Rewards that are trained on one's own images rank held-out ones, and load as rewards."""
 
 import csv
 import json
@@ -33,8 +33,8 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return int(ended.value.code or 0), out, err
 
 
-def save(picture: Tensor, path: Path | BytesIO) -> None:
-    Image.fromarray((picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path, "PNG")
+def save(image: Tensor, path: Path | BytesIO) -> None:
+    Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(path, "PNG")
 
 
 def scenes(count: int) -> list[int]:
@@ -95,7 +95,7 @@ def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(monkeypatch, c
     )  # fmt: skip
     report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
     assert code == 0 and (report["labels"], report["references"], report["held_out_references"]) == ("opinions", 32, 8)
-    assert report["held_out_pictures"] == 24 and report["srcc"] > 0.7
+    assert report["held_out_images"] == 24 and report["srcc"] > 0.7
     metric = TwoStreamMetric(TwoStreamMetric.Config(weights=str(weights)))
     fresh = templates()[scenes(90)[60:]]
     severity = torch.linspace(0, 1, len(fresh))
@@ -103,16 +103,16 @@ def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(monkeypatch, c
     assert spearmanr(scores.numpy(), -severity.numpy()).statistic > 0.6
 
 
-def test_two_stream_training_repeats_itself_from_its_seed_on_pictures_of_several_sizes(tmp_path):
+def test_two_stream_training_repeats_itself_from_its_seed_on_images_of_several_sizes(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    pictures = [
+    images = [
         torch.randint(256, (3, 32 + 8 * (row % 3), 41), dtype=torch.uint8, generator=generator) for row in range(12)
     ]
     for name in ("one", "two"):
-        train_two_stream(pictures, tmp_path / f"{name}.safetensors", QualitySettings(steps=2, batch_size=4))
+        train_two_stream(images, tmp_path / f"{name}.safetensors", QualitySettings(steps=2, batch_size=4))
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     with pytest.raises(DataError, match="below 32 x 32"):
-        train_two_stream([picture[:, :30] for picture in pictures], tmp_path / "no.safetensors", QualitySettings())
+        train_two_stream([image[:, :30] for image in images], tmp_path / "no.safetensors", QualitySettings())
 
 
 def captioned_parquet(path: Path, count: int) -> Path:
@@ -126,7 +126,7 @@ def captioned_parquet(path: Path, count: int) -> Path:
     return path
 
 
-def test_ipce_trains_on_captioned_pictures_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
+def test_ipce_trains_on_captioned_images_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
     torch.manual_seed(0)
     save_tiny_clip(tmp_path / "clip", new_tiny_clip())
     data = captioned_parquet(tmp_path / "set.parquet", 40)
@@ -135,7 +135,7 @@ def test_ipce_trains_on_captioned_pictures_and_loads_as_a_reward(monkeypatch, ca
         "--steps", "3", "--learning-rate", "0.001", "--json",
     )  # fmt: skip
     report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
-    assert code == 0 and report["pictures"] + report["held_out_pictures"] == 40 and 0 <= report["pairs"] <= 1
+    assert code == 0 and report["images"] + report["held_out_images"] == 40 and 0 <= report["pairs"] <= 1
     image, prompt = templates()[:1], [captions()[0]]
     before, after = (
         float(Ipce(Ipce.Config(weights=str(tmp_path / name)))(image, prompt)[0]) for name in ("clip", "ipce")

@@ -14,7 +14,7 @@ def test_half_precision_with_a_scale_is_good_to_half_a_per_mille_at_any_magnitud
     found = unpack(pack(values, "float16"))
     assert found.dtype == torch.float32 and torch.equal(found[3], values[3])
     peak = values.flatten(1).abs().amax(1).reshape(-1, 1, 1, 1)
-    # 11 significant bits round by at most 2**-11 = 4.9e-4; far below a picture's own peak by 2**-25 of the peak.
+    # 11 significant bits round by at most 2**-11 = 4.9e-4; far below an image's own peak by 2**-25 of the peak.
     assert bool(((found - values).abs() <= 5e-4 * values.abs() + 2**-25 * peak).all())
 
 

@@ -90,7 +90,7 @@ class Glare(Brightness):
 
 
 class Root(Brightness):
-    """Its slope at a black picture is infinite, its score is not."""
+    """Its slope at a black image is infinite, its score is not."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Root"
@@ -100,7 +100,7 @@ class Root(Brightness):
 
 
 class Share(Brightness):
-    """Red's share of all light, which a black picture has none of."""
+    """Red's share of all light, which a black image has none of."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Share"
@@ -125,8 +125,8 @@ def worker(metric: MetricConfig | None = None, *, cut: str = "image", wire_dtype
     return RewardWorker(metric or TwoStreamMetric.Config(), model=model, cut=cut, wire_dtype=wire_dtype)
 
 
-def pictures(count: int) -> Tensor:
-    """uint8 pictures of the toy world under noise."""
+def images(count: int) -> Tensor:
+    """uint8 images of the toy world under noise."""
     clean = templates()[torch.randperm(864, generator=rng(0))[:count]]
     return ((clean + 0.1 * torch.randn(clean.shape, generator=rng(1))).clamp(0, 1) * 255).to(torch.uint8)
 
@@ -147,7 +147,7 @@ def test_the_published_size_has_the_published_number_of_parameters():
     assert counted == stream(3) + stream(1) + head == 1_442_801
 
 
-def test_the_gradient_picture_is_sobels_magnitude():
+def test_the_gradient_image_is_sobels_magnitude():
     images = torch.rand(2, 3, 20, 24, generator=rng(0), dtype=torch.float64)
     luminance = np.tensordot(images.numpy(), [0.299, 0.587, 0.114], axes=([1], [0]))
     for found, grey in zip(gradient_magnitude(images)[:, 0], luminance, strict=True):
@@ -157,7 +157,7 @@ def test_the_gradient_picture_is_sobels_magnitude():
         np.testing.assert_allclose(found, np.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-6), rtol=0, atol=1e-12)
 
 
-def test_the_gradient_picture_of_a_flat_picture_is_differentiable():
+def test_the_gradient_image_of_a_flat_image_is_differentiable():
     flat = torch.full((1, 3, 32, 32), 0.4, requires_grad=True)
     gradient_magnitude(flat).sum().backward()
     assert bool(torch.isfinite(flat.grad).all())
@@ -168,11 +168,11 @@ def test_the_gradient_picture_of_a_flat_picture_is_differentiable():
     [(64, 96, [0, 32], [0, 32, 64], [0, 32, 64]), (32, 44, [0], [0, 12], [0])],
     ids=["six tiles", "overlap"],
 )
-def test_large_pictures_score_the_mean_of_their_own_tiles(height: int, width: int, tops, lefts, painted):
+def test_large_images_score_the_mean_of_their_own_tiles(height: int, width: int, tops, lefts, painted):
     torch.manual_seed(0)
     network = TwoStream(TOY).eval().double().requires_grad_(False)
     images = torch.full((2, 3, height, width), 0.5, dtype=torch.float64)
-    # Flat wherever a tile is cut: then a tile's gradient picture is the same alone as within the whole.
+    # Flat wherever a tile is cut: then a tile's gradient image is the same alone as within the whole.
     for top in tops:
         for left in painted:
             images[..., top + 4 : top + 28, left + 16 : left + 28] = torch.rand(2, 3, 24, 12, generator=rng(top + left))
@@ -182,7 +182,7 @@ def test_large_pictures_score_the_mean_of_their_own_tiles(height: int, width: in
         assert float(score) == pytest.approx(float(alone.mean()), abs=1e-12)
 
 
-def test_every_pixel_of_a_picture_that_tiles_do_not_fit_counts():
+def test_every_pixel_of_a_image_that_tiles_do_not_fit_counts():
     torch.manual_seed(0)
     image = torch.rand(1, 3, 37, 50, generator=rng(0)).requires_grad_(True)
     TwoStream(TOY).eval()(image).sum().backward()
@@ -190,8 +190,8 @@ def test_every_pixel_of_a_picture_that_tiles_do_not_fit_counts():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 32), (1, 3, 32, 31), (1, 1, 32, 32), (3, 32, 32)])
-def test_pictures_below_one_tile_or_without_three_channels_are_refused(shape: tuple):
-    with pytest.raises(ValueError, match="RGB pictures of at least 32 x 32"):
+def test_images_below_one_tile_or_without_three_channels_are_refused(shape: tuple):
+    with pytest.raises(ValueError, match="RGB images of at least 32 x 32"):
         TwoStream(TOY)(torch.zeros(shape))
 
 
@@ -224,7 +224,7 @@ def two_stream_graph(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], t
 
 @pytest.fixture(scope="module")
 def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder with nothing but an untrained VAE whose pictures leave [0, 1] on both sides."""
+    """A pipeline folder with nothing but an untrained VAE whose images leave [0, 1] on both sides."""
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     vae = new_vae()
@@ -266,7 +266,7 @@ def test_where_lower_is_better_the_clamp_knows_that_the_score_will_be_lowered():
     slope = 1 / (3 * 32 * 32)
     for metric, passed in ((Brightness.Config(), [1, 1, 0]), (Glare.Config(), [0, 1, 1])):
         answer = worker(metric).value_and_grad(pack(pixels, "float32"), [""] * 3)
-        # Brightening may still reach the dark picture, darkening the bright one; never the other way round.
+        # Brightening may still reach the dark image, darkening the bright one; never the other way round.
         assert unpack(answer.gradient)[:, 0, 0, 0].tolist() == pytest.approx([slope * entry for entry in passed])
 
 
@@ -289,34 +289,34 @@ def test_a_gradient_at_something_of_another_shape_is_refused_with_the_shape_that
         worker(cut=cut).value_and_grad(pack(torch.zeros(shape), "float16"), [""] * shape[0])
 
 
-# Scores depend on their own picture alone
+# Scores depend on their own image alone
 
 
-def test_pictures_reach_the_metric_scaled_to_one():
+def test_images_reach_the_metric_scaled_to_one():
     images = torch.stack([torch.full((3, 32, 32), value, dtype=torch.uint8) for value in (0, 51, 255)])
     assert worker(Brightness.Config()).score(images, [""] * 3) == pytest.approx([0.0, 0.2, 1.0], abs=1e-6)
 
 
 @our_metrics
-def test_a_score_does_not_depend_on_which_pictures_are_asked_together(metric: MetricConfig):
-    images, served = pictures(CHUNK + 5), worker(metric)
-    together = served.score(images, [""] * len(images))
-    backwards = served.score(images.flip(0), [""] * len(images))[::-1]
-    alone = [served.score(images[i : i + 1], [""])[0] for i in range(0, len(images), 5)]
+def test_a_score_does_not_depend_on_which_images_are_asked_together(metric: MetricConfig):
+    images_BCHW, served = images(CHUNK + 5), worker(metric)
+    together = served.score(images_BCHW, [""] * len(images_BCHW))
+    backwards = served.score(images_BCHW.flip(0), [""] * len(images_BCHW))[::-1]
+    alone = [served.score(images_BCHW[i : i + 1], [""])[0] for i in range(0, len(images_BCHW), 5)]
     assert max(together) - min(together) > 0.01
     # float32 convolutions may sum in another order for another batch size.
     assert together == pytest.approx(backwards, abs=2e-6)
     assert together[::5] == pytest.approx(alone, abs=2e-6)
 
 
-def test_a_gradient_does_not_depend_on_which_pictures_are_asked_together():
+def test_a_gradient_does_not_depend_on_which_images_are_asked_together():
     served, values = worker(cut="latent"), torch.randn(6, 4, 8, 8, generator=rng(0))
     together = unpack(served.value_and_grad(pack(values, "float32"), [""] * 6).gradient)
     alone = [unpack(served.value_and_grad(pack(value[None], "float32"), [""]).gradient) for value in values]
     assert relative_error(torch.cat(alone), together) < 1e-5
 
 
-def test_prompts_stay_with_their_pictures_across_chunks():
+def test_prompts_stay_with_their_images_across_chunks():
     prompts = ["x" * length for length in range(2 * CHUNK + 3)]
     images = torch.zeros(len(prompts), 3, 32, 32, dtype=torch.uint8)
     assert worker(PromptLength.Config()).score(images, prompts) == [float(len(prompt)) for prompt in prompts]
@@ -335,7 +335,7 @@ def test_one_nan_among_the_sent_values_is_an_error(metric: MetricConfig, cut: st
         worker(metric, cut=cut, wire_dtype=wire_dtype).value_and_grad(pack(values, wire_dtype), [""] * 3)
 
 
-def test_a_score_of_a_finished_picture_that_is_not_finite_is_an_error_that_counts_them():
+def test_a_score_of_a_finished_image_that_is_not_finite_is_an_error_that_counts_them():
     images = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
     images[2] = 0
     with pytest.raises(NonFiniteScoreError, match="1 of 3 scores are not finite"):
@@ -350,18 +350,18 @@ def test_a_score_of_a_finished_picture_that_is_not_finite_is_an_error_that_count
         (torch.zeros(3, 32, 32, dtype=torch.uint8), r"torch\.uint8 of shape \(3, 32, 32\)"),
     ],
 )
-def test_finished_pictures_of_another_type_or_shape_are_refused_and_left_as_they_are(images: Tensor, found: str):
+def test_finished_images_of_another_type_or_shape_are_refused_and_left_as_they_are(images: Tensor, found: str):
     before = images.clone()
-    with pytest.raises(RewardError, match=f"`two_stream` scores uint8 RGB pictures.*{found}"):
+    with pytest.raises(RewardError, match=f"`two_stream` scores uint8 RGB images.*{found}"):
         worker().score(images, [""] * len(images))
     assert torch.equal(images, before)
 
 
 @our_metrics
-def test_pictures_too_small_for_a_metric_of_ours_are_refused_with_both_sizes(metric: MetricConfig):
+def test_images_too_small_for_a_metric_of_ours_are_refused_with_both_sizes(metric: MetricConfig):
     least = {"two_stream": 32, "strided_judge": 16}[metric.type]
     small = torch.full((1, 3, least, least - 1), 90, dtype=torch.uint8)
-    with pytest.raises(RewardError, match=rf"`{metric.name}` needs pictures of at least {least} x {least}, found"):
+    with pytest.raises(RewardError, match=rf"`{metric.name}` needs images of at least {least} x {least}, found"):
         worker(metric).score(small, [""])
 
 
@@ -423,10 +423,10 @@ def test_the_table_agrees_with_pyiqa_on_names_and_directions():
 
 @needs_pyiqa
 @pytest.mark.parametrize("name", ["piqe", "entropy"])
-def test_metrics_of_pyiqa_that_need_no_download_score_one_picture_like_four(name: str):
-    served, images = worker(PyiqaMetric.Config(metric=name)), pictures(4)
-    together = served.score(images, [""] * 4)
-    alone = [served.score(images[i : i + 1], [""])[0] for i in range(4)]
+def test_metrics_of_pyiqa_that_need_no_download_score_one_image_like_four(name: str):
+    served, images_BCHW = worker(PyiqaMetric.Config(metric=name)), images(4)
+    together = served.score(images_BCHW, [""] * 4)
+    alone = [served.score(images_BCHW[i : i + 1], [""])[0] for i in range(4)]
     assert len(set(together)) > 1
     # Sums of float32 over 1024 pixels, of scores up to 100.
     assert together == pytest.approx(alone, abs=1e-3)
@@ -438,6 +438,6 @@ def test_metrics_listed_without_a_gradient_have_none(name: str):
     import pyiqa
 
     metric = pyiqa.create_metric(name, as_loss=True, loss_reduction="none")
-    images = (pictures(2).float() / 255).requires_grad_(True)
-    score = metric(images).sum()
-    assert not score.requires_grad or not torch.autograd.grad(score, images)[0].any()
+    images_BCHW = (images(2).float() / 255).requires_grad_(True)
+    score = metric(images_BCHW).sum()
+    assert not score.requires_grad or not torch.autograd.grad(score, images_BCHW)[0].any()

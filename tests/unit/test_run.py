@@ -20,7 +20,7 @@ from acpo_dist.workers.learner.checkpoint import CheckpointStore
 QUIET = Console(quiet=True)
 
 
-def _figures(root):
+def _metrics(root):
     """Metrics by iteration without the clock."""
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read_metrics(root / "metrics.jsonl")]
 
@@ -34,7 +34,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bi
     (parts / "samples/000004.png").unlink()
     drive(tiny("run.iterations=4", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET, resume="auto")
     without_requests = [
-        [{k: v for k, v in row.items() if "requests" not in k} for row in _figures(r)] for r in (whole, parts)
+        [{k: v for k, v in row.items() if "requests" not in k} for row in _metrics(r)] for r in (whole, parts)
     ]
     assert without_requests[0] == without_requests[1]
     for name in ("policy", "optimizer", "ema"):
@@ -44,7 +44,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bi
     assert (whole / "samples/000004.png").read_bytes() == (parts / "samples/000004.png").read_bytes()
 
 
-def test_a_run_writes_its_resolved_configuration_metrics_pictures_checkpoint_and_pipeline(tiny, tmp_path):
+def test_a_run_writes_its_resolved_configuration_metrics_images_checkpoint_and_pipeline(tiny, tmp_path):
     root = tmp_path / "run"
     result = drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, QUIET)
     assert result.run_dir == root and result.iterations == 1
@@ -93,8 +93,9 @@ def test_a_full_fine_tuning_run_keeps_a_frozen_anchor(tiny, tmp_path):
     root = tmp_path / "run"
     drive(
         tiny("run.iterations=2", f"run.dir={root}", "model.tuning={method: full}", "learner.learning_rate=1e-4"),
-        open_ports, QUIET,
-    )  # fmt: skip
+        open_ports,
+        QUIET,
+    )
     drift = [row["drift/rms"] for row in read_metrics(root / "metrics.jsonl")[:-1]]
     assert drift[0] == 0.0 and drift[1] > 0.0
 
@@ -115,7 +116,7 @@ def test_an_unconditional_pixel_model_trains_with_the_same_loop(tiny, tmp_path):
 
 
 def test_a_non_finite_loss_stops_before_any_weight_changes(tiny, tmp_path):
-    config = tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}", "learner.max_refused_steps=0")
+    config = tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}", "learner.max_skipped_steps=0")
     checked = {}
 
     def poison(config, ports, prompts):
@@ -190,10 +191,12 @@ def test_resuming_from_a_folder_that_is_no_run_is_refused(tiny, tmp_path):
 
 
 def test_a_sample_is_the_same_in_whichever_chunk_it_is_drawn(tiny):
-    from acpo_dist.data.prompts import deal
+    from acpo_dist.data.prompts import sample_prompts
 
     config = tiny()
-    groups = deal(("a red circle on a white background",), iteration=3, run_seed=0, num_prompts=8, samples_per_prompt=1)
+    groups = sample_prompts(
+        ("a red circle on a white background",), iteration=3, run_seed=0, num_prompts=8, samples_per_prompt=1
+    )
     pool = LocalRollouts(config, device="cpu")
     first, again = pool.generate(groups), pool.generate(groups[4:])
     whole = pool.images(first, [g.samples[0].sample_id for g in groups[4:]])

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from acpo_dist.core.errors import ResumeError, RunTakenError
-from acpo_dist.training import run_lock as tenure
-from acpo_dist.training.run_lock import DRIVER, Driver, Tenure, driver_of, held, sign_of
+from acpo_dist.training import run_lock as lock
+from acpo_dist.training.run_lock import LOCK_FILE, LockHolder, RunLock, held, lock_holder, sign_of
 
 HOLD = """
 import sys
@@ -39,19 +39,19 @@ def other(tmp_path):
         process.kill()
 
 
-def elsewhere(root: Path, **changes) -> Driver:
+def elsewhere(root: Path, **changes) -> LockHolder:
     """Write down a driver on another machine."""
     with held(root):
-        me = driver_of(root)
+        me = lock_holder(root)
         assert me is not None
     driver = replace(me, host="far", place="another machine", token="theirs", **changes)
     root.mkdir(exist_ok=True)
-    (root / DRIVER).write_text(json.dumps(asdict(driver)))
+    (root / LOCK_FILE).write_text(json.dumps(asdict(driver)))
     return driver
 
 
 def test_a_run_that_another_process_drives_is_refused_by_its_name(other, tmp_path):
-    driver = driver_of(tmp_path / "run")
+    driver = lock_holder(tmp_path / "run")
     assert driver is not None and driver.pid == other.pid and sign_of(driver) == "alive"
     with pytest.raises(ResumeError, match=rf"process {other.pid} on .*run\.name"), held(tmp_path / "run", wait=never):
         pass
@@ -65,7 +65,7 @@ def test_a_run_that_another_process_drives_is_refused_by_its_name(other, tmp_pat
 def test_a_driver_that_was_killed_here_is_followed_at_once(other, tmp_path):
     os.kill(other.pid, signal.SIGKILL)
     other.wait()
-    driver = driver_of(tmp_path / "run")
+    driver = lock_holder(tmp_path / "run")
     assert driver is not None and sign_of(driver) == "gone"
     with held(tmp_path / "run", wait=never):
         pass
@@ -73,7 +73,7 @@ def test_a_driver_that_was_killed_here_is_followed_at_once(other, tmp_path):
 
 def test_a_process_that_was_given_the_number_of_a_dead_driver_is_not_taken_for_it(tmp_path):
     with held(tmp_path):
-        me = driver_of(tmp_path)
+        me = lock_holder(tmp_path)
     assert me is not None and sign_of(me) == "alive" and sign_of(replace(me, started=me.started - 100)) == "gone"
 
 
@@ -82,27 +82,27 @@ def test_a_driver_on_another_machine_is_waited_for_and_counts_as_alive_while_it_
     assert sign_of(driver) == "unknown"
 
     def beats(seconds: float) -> None:
-        (tmp_path / "run" / DRIVER).write_text(json.dumps(asdict(replace(driver, beat=driver.beat + 1))))
+        (tmp_path / "run" / LOCK_FILE).write_text(json.dumps(asdict(replace(driver, beat=driver.beat + 1))))
 
     with pytest.raises(ResumeError, match="on far"), held(tmp_path / "run", wait=beats):
         pass
     waited = []
     with held(tmp_path / "run", wait=waited.append):
-        assert waited == [tenure._SILENT_S]
-        now = driver_of(tmp_path / "run")
+        assert waited == [lock._SILENT_S]
+        now = lock_holder(tmp_path / "run")
         assert now is not None and now.pid == os.getpid()
 
 
 def test_a_driver_elsewhere_that_ends_while_it_is_waited_for_is_followed(tmp_path):
     elsewhere(tmp_path / "run")
-    with held(tmp_path / "run", wait=lambda seconds: (tmp_path / "run" / DRIVER).unlink()):
-        now = driver_of(tmp_path / "run")
+    with held(tmp_path / "run", wait=lambda seconds: (tmp_path / "run" / LOCK_FILE).unlink()):
+        now = lock_holder(tmp_path / "run")
         assert now is not None and now.pid == os.getpid()
 
 
 def test_a_file_of_another_version_counts_as_alive_while_it_changes(tmp_path):
     elsewhere(tmp_path / "run")
-    file = tmp_path / "run" / DRIVER
+    file = tmp_path / "run" / LOCK_FILE
     file.write_text('{"later": 1}')
     with pytest.raises(ResumeError, match="another process"):
         with held(tmp_path / "run", wait=lambda seconds: file.write_text('{"later": 2}')):
@@ -111,7 +111,7 @@ def test_a_file_of_another_version_counts_as_alive_while_it_changes(tmp_path):
 
 def test_a_clock_that_is_set_ends_nobody(tmp_path, monkeypatch):
     with held(tmp_path):
-        me = driver_of(tmp_path)
+        me = lock_holder(tmp_path)
         created = psutil.Process.create_time
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 100)
         monkeypatch.setattr(psutil, "boot_time", lambda: 100.0)
@@ -119,9 +119,9 @@ def test_a_clock_that_is_set_ends_nobody(tmp_path, monkeypatch):
 
 
 def test_of_two_that_follow_a_dead_driver_at_once_one_is_refused(tmp_path, other, monkeypatch):
-    driver = driver_of(tmp_path / "run")
+    driver = lock_holder(tmp_path / "run")
     assert driver is not None
-    file, rename = tmp_path / "run" / DRIVER, os.rename
+    file, rename = tmp_path / "run" / LOCK_FILE, os.rename
     living = file.read_bytes()
     file.write_text(json.dumps(asdict(replace(driver, token="dead", started=0.0))))
 
@@ -133,11 +133,11 @@ def test_of_two_that_follow_a_dead_driver_at_once_one_is_refused(tmp_path, other
     monkeypatch.setattr(os, "rename", late)
     with pytest.raises(ResumeError, match=f"process {other.pid}"), held(tmp_path / "run", wait=never):
         pass
-    assert file.read_bytes() == living and [path.name for path in (tmp_path / "run").iterdir()] == [DRIVER]
+    assert file.read_bytes() == living and [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
 
 
 def test_a_beat_that_is_late_does_not_bring_back_who_has_left(tmp_path, monkeypatch):
-    mine = Tenure(tmp_path / "run")
+    mine = RunLock(tmp_path / "run")
     mine.take(never)
     mine.release()
     looks = iter([False, True])
@@ -154,31 +154,31 @@ def test_a_folder_that_was_there_before_stays_though_it_is_empty(tmp_path):
 
 def test_a_file_that_was_cut_short_is_put_aside_after_the_wait(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / DRIVER).write_text('{"token": "a')
+    (tmp_path / "run" / LOCK_FILE).write_text('{"token": "a')
     waited = []
     with held(tmp_path / "run", wait=waited.append):
-        assert len(waited) == 1 and driver_of(tmp_path / "run") is not None
+        assert len(waited) == 1 and lock_holder(tmp_path / "run") is not None
     assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_signs_of_life_go_on_and_stop_when_the_run_was_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(tenure, "_BEAT_S", 0.01)
-    mine = Tenure(tmp_path)
+    monkeypatch.setattr(lock, "_BEAT_S", 0.01)
+    mine = RunLock(tmp_path)
     mine.take(never)
     import threading
 
     thread = threading.Thread(target=mine.beat)
     thread.start()
-    while (now := driver_of(tmp_path)) is None or now.beat < 3:
+    while (now := lock_holder(tmp_path)) is None or now.beat < 3:
         pass
     mine.require()
-    (tmp_path / DRIVER).write_text(json.dumps(asdict(replace(now, token="theirs", host="far"))))
+    (tmp_path / LOCK_FILE).write_text(json.dumps(asdict(replace(now, token="theirs", host="far"))))
     thread.join(timeout=30)
     assert not thread.is_alive()
     with pytest.raises(RunTakenError, match=r"driven by process \d+ on far now"):
         mine.require()
     mine.release()
-    theirs = driver_of(tmp_path)
+    theirs = lock_holder(tmp_path)
     assert theirs is not None and theirs.token == "theirs", "what another process wrote is left alone"
 
 
@@ -191,9 +191,9 @@ def test_a_run_whose_folder_is_taken_saves_nothing_more(tiny, tmp_path):
     config = tiny(f"run.dir={root}", "run.iterations=3", "checkpoint.every=1", "tracking.mlflow=false")
 
     def taken(*arguments) -> None:
-        me = driver_of(root)
+        me = lock_holder(root)
         assert me is not None
-        (root / DRIVER).write_text(json.dumps(asdict(replace(me, token="theirs"))))
+        (root / LOCK_FILE).write_text(json.dumps(asdict(replace(me, token="theirs"))))
 
     with pytest.raises(RunTakenError, match="goes on from the newest checkpoint"):
         drive(config, open_ports, Console(quiet=True), at_start=taken)
@@ -213,9 +213,9 @@ def test_a_run_that_lost_its_workers_and_its_folder_touches_nothing_of_its_follo
     @contextmanager
     def cut_off(config, tracker):
         opened.append(config)
-        me = driver_of(root)
+        me = lock_holder(root)
         assert me is not None
-        (root / DRIVER).write_text(json.dumps(asdict(replace(me, token="theirs", host="far"))))
+        (root / LOCK_FILE).write_text(json.dumps(asdict(replace(me, token="theirs", host="far"))))
         (root / "metrics.jsonl").write_text(theirs)
         raise WorkerLostError("every machine is gone")
         yield
@@ -238,8 +238,8 @@ def test_a_run_leaves_nobody_driving_it_and_a_second_driver_does_not_touch_it(ti
 
     with pytest.raises(ResumeError, match="is driven by"):
         go()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [DRIVER]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [LOCK_FILE]
     other.kill()
     other.wait()
     assert go().iterations == 1
-    assert driver_of(tmp_path / "run") is None and (tmp_path / "run" / "export").is_dir()
+    assert lock_holder(tmp_path / "run") is None and (tmp_path / "run" / "export").is_dir()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from acpo_dist.diffusion.plms import PLMS, adams_bashforth, noise_levels
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
-from acpo_dist.diffusion.sampling import DDIM, Sampler, keep_states, walk
+from acpo_dist.diffusion.sampling import DDIM, Sampler, keep_states, sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
 from acpo_dist.models.schedulers import SAMPLERS, make_sampler
 
@@ -45,7 +45,7 @@ def error(using: Sampler, num_steps: int) -> float:
     start = torch.tensor([[[[1.0, -2.0, 0.3]]]])
     growth = math.sqrt((last**2 + SPREAD) / (first**2 + SPREAD))
     exact = start * growth * math.sqrt(trajectory.alpha_bars[-1] / trajectory.alpha_bars[0])
-    return float((walk(gaussian, start, trajectory, "epsilon", sampler=using) - exact).abs().max())
+    return float((sample(gaussian, start, trajectory, "epsilon", sampler=using) - exact).abs().max())
 
 
 def network(state: Tensor, timesteps: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_the_weights_of_noise_that_ignores_the_state_add_up_to_the_distance(name
     for asked in trajectory.timesteps:
         # One value of eps is 1 and all others are 0: what arrives is, in z, minus that value's weight.
         spike = torch.tensor(asked)
-        arrived = walk(lambda x, t, s=spike: x * 0 + (t[0] == s), start, trajectory, "epsilon", sampler=sampler(name))
+        arrived = sample(lambda x, t, s=spike: x * 0 + (t[0] == s), start, trajectory, "epsilon", sampler=sampler(name))
         weights.append(-float(arrived) / math.sqrt(trajectory.alpha_bars[-1]))
     # Weights of up to 10 in float32, 20 of them, some through logarithms.
     assert sum(weights) == pytest.approx(sigmas[0] - sigmas[-1], abs=1e-4)
@@ -94,7 +94,7 @@ def test_all_prediction_types_of_one_network_arrive_at_the_same_place(name: str)
     trajectory = spaced_trajectory(SDXL_LEVELS, 20, "trailing")
     start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
-    def head(prediction_type: str):
+    def model_output(prediction_type: str):
         def answer(state: Tensor, timesteps: Tensor) -> Tensor:
             level = SDXL_LEVELS[int(timesteps[0])]
             signal, spread = float(level.sqrt()), float((1 - level).sqrt())
@@ -104,7 +104,7 @@ def test_all_prediction_types_of_one_network_arrive_at_the_same_place(name: str)
 
         return answer
 
-    arrived = [walk(head(kind), start, trajectory, kind, sampler=sampler(name)) for kind in PREDICTION_TYPES]
+    arrived = [sample(model_output(kind), start, trajectory, kind, sampler=sampler(name)) for kind in PREDICTION_TYPES]
     for other in arrived[1:]:
         # float32 with 1 / a up to 15 and 1 / s up to 5.
         torch.testing.assert_close(other, arrived[0], rtol=0, atol=5e-5)
@@ -121,7 +121,7 @@ def test_the_network_is_called_as_often_as_the_registry_says_and_first_at_the_vi
         return network(state, timesteps)
 
     start = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    walk(recording, start, trajectory, "epsilon", visit=keep_states(range(6), seen), sampler=sampler(name))
+    sample(recording, start, trajectory, "epsilon", visit=keep_states(range(6), seen), sampler=sampler(name))
     calls = SAMPLERS[name].calls_per_step
     assert len(asked) == 6 * calls - (calls - 1)
     for step, (timestep, state) in enumerate(asked[::calls]):
@@ -132,15 +132,15 @@ def test_the_network_is_called_as_often_as_the_registry_says_and_first_at_the_vi
 def test_two_walks_of_one_sampler_do_not_know_of_each_other(name: str):
     trajectory = spaced_trajectory(SDXL_LEVELS, 8, "trailing")
     using, start = sampler(name), torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    first = walk(network, start, trajectory, "epsilon", sampler=using)
-    assert torch.equal(first, walk(network, start, trajectory, "epsilon", sampler=using))
+    first = sample(network, start, trajectory, "epsilon", sampler=using)
+    assert torch.equal(first, sample(network, start, trajectory, "epsilon", sampler=using))
 
 
 def test_walks_are_ddim_unless_told_otherwise():
     trajectory = spaced_trajectory(SDXL_LEVELS, 8, "trailing")
     start = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    default = walk(network, start, trajectory, "epsilon")
-    assert torch.equal(default, walk(network, start, trajectory, "epsilon", sampler=DDIM()))
+    default = sample(network, start, trajectory, "epsilon")
+    assert torch.equal(default, sample(network, start, trajectory, "epsilon", sampler=DDIM()))
 
 
 # PLMS
@@ -167,9 +167,9 @@ def test_weights_integrate_cubic_polynomials_exactly_over_uneven_nodes():
 def test_plms_of_order_one_is_ddim():
     trajectory = explicit_trajectory(SDXL_LEVELS, [999, 640, 633, 150, 20, 3])
     start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    ours = walk(network, start, trajectory, "v_prediction", sampler=PLMS(order=1))
+    ours = sample(network, start, trajectory, "v_prediction", sampler=PLMS(order=1))
     # The same formula in another grouping: float32 with 1 / a up to 15.
-    torch.testing.assert_close(ours, walk(network, start, trajectory, "v_prediction"), rtol=0, atol=5e-5)
+    torch.testing.assert_close(ours, sample(network, start, trajectory, "v_prediction"), rtol=0, atol=5e-5)
 
 
 def test_plms_is_diffusers_pndm_where_sigma_is_linear_in_the_timestep():
@@ -183,14 +183,14 @@ def test_plms_is_diffusers_pndm_where_sigma_is_linear_in_the_timestep():
     scheduler.set_timesteps(20)
     theirs = [torch.zeros(1, 1, 1, 1)]
     for timestep in scheduler.timesteps:
-        head = torch.sin(timestep / 100).reshape(1, 1, 1, 1)
-        theirs.append(scheduler.step(head, timestep, theirs[-1]).prev_sample)
+        model_output = torch.sin(timestep / 100).reshape(1, 1, 1, 1)
+        theirs.append(scheduler.step(model_output, timestep, theirs[-1]).prev_sample)
     del theirs[1]
     kept: dict[int, Tensor] = {}
     trajectory = explicit_trajectory(levels, [999 - 50 * index - 49 for index in range(20)])
     assert trajectory.timesteps == tuple(float(timestep) for timestep in scheduler.timesteps.unique().flip(0))
     waves = lambda x, t: x * 0 + torch.sin(t / 100)  # noqa: E731
-    walk(waves, theirs[0], trajectory, "epsilon", sampler=PLMS(), visit=keep_states(range(20), kept))
+    sample(waves, theirs[0], trajectory, "epsilon", sampler=PLMS(), visit=keep_states(range(20), kept))
     for step in range(4, 20):
         root, before = (trajectory.alpha_bars[index] ** 0.5 for index in (step, step - 1))
         ours = kept[step] / root - kept[step - 1] / before
@@ -202,4 +202,4 @@ def test_plms_is_diffusers_pndm_where_sigma_is_linear_in_the_timestep():
 def test_orders_that_plms_lacks_are_refused(order: int):
     trajectory = spaced_trajectory(SDXL_LEVELS, 8, "trailing")
     with pytest.raises(ValueError, match="orders 1 to 4"):
-        walk(network, torch.zeros(1, 1, 2, 2), trajectory, "epsilon", sampler=PLMS(order=order))
+        sample(network, torch.zeros(1, 1, 2, 2), trajectory, "epsilon", sampler=PLMS(order=order))

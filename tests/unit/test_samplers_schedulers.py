@@ -18,7 +18,7 @@ from torch import Tensor
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.diffusion.plms import noise_levels
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
-from acpo_dist.diffusion.sampling import walk
+from acpo_dist.diffusion.sampling import sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
 from acpo_dist.models.schedulers import (
     SAMPLERS,
@@ -61,8 +61,8 @@ def plain(scheduler: Any, start: Tensor) -> Tensor:
     scaled = isinstance(scheduler, EulerDiscreteScheduler | HeunDiscreteScheduler)
     state = start * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 if scaled else start
     for timestep in scheduler.timesteps:
-        head = network(scheduler.scale_model_input(state, timestep), timestep.expand(len(state)))
-        state = scheduler.step(head, timestep, state).prev_sample
+        model_output = network(scheduler.scale_model_input(state, timestep), timestep.expand(len(state)))
+        state = scheduler.step(model_output, timestep, state).prev_sample
     return state
 
 
@@ -80,7 +80,7 @@ def test_on_native_timesteps_the_walk_is_plain_diffusers(name: str, prediction_t
         trajectory = Trajectory(
             timesteps=trajectory.timesteps, alpha_bars=(*trajectory.alpha_bars[:-1], float(SDXL_LEVELS[0]))
         )
-    ours = walk(network, noise(), trajectory, prediction_type, sampler=make_sampler(name, SDXL_LEVELS))
+    ours = sample(network, noise(), trajectory, prediction_type, sampler=make_sampler(name, SDXL_LEVELS))
     # diffusers works its levels out in float32; a network slope of 2 and 1 / a of 15 enlarge that.
     torch.testing.assert_close(ours, plain(scheduler, noise()), rtol=0, atol=5e-4)
 
@@ -92,26 +92,26 @@ def test_euler_and_first_order_dpm_solver_are_ddim_on_an_uneven_trajectory(predi
     )
     # Outputs that ignore the state, so that the samplers' rounding is not enlarged by a network.
     still = lambda x, t: torch.sin(t / 100).reshape(-1, 1, 1, 1) * noise(tuple(x.shape), seed=1)  # noqa: E731
-    wanted = walk(still, noise(), UNEVEN, prediction_type)
+    wanted = sample(still, noise(), UNEVEN, prediction_type)
     for using in (make_sampler("euler", SDXL_LEVELS), first_order):
-        ours = walk(still, noise(), UNEVEN, prediction_type, sampler=using)
+        ours = sample(still, noise(), UNEVEN, prediction_type, sampler=using)
         assert float((ours - wanted).norm() / wanted.norm()) < 4e-7
 
 
 def test_second_order_dpm_solver_on_an_uneven_trajectory_is_its_published_recursion():
     sigmas = noise_levels(UNEVEN)
-    heads = [noise(seed=step) for step in range(UNEVEN.num_steps)]
+    model_outputs = [noise(seed=step) for step in range(UNEVEN.num_steps)]
     z, clean_before = noise().double() / UNEVEN.alpha_bars[0] ** 0.5, torch.zeros(())
-    for step, head in enumerate(heads):
-        clean = z - sigmas[step] * head.double()
+    for step, model_output in enumerate(model_outputs):
+        clean = z - sigmas[step] * model_output.double()
         ratio, slope = sigmas[step + 1] / sigmas[step], torch.zeros(())
         # DPM-Solver++ 2M (Lu et al. 2022, algorithm 2) in z; first order at both ends.
-        if 0 < step < len(heads) - 1:
+        if 0 < step < len(model_outputs) - 1:
             log = [float(torch.tensor(sigma, dtype=torch.float64).log()) for sigma in sigmas[step - 1 : step + 2]]
             slope = (clean - clean_before) * (log[1] - log[2]) / (log[0] - log[1]) / 2
         z, clean_before = ratio * z + (1 - ratio) * (clean + slope), clean
-    answers = iter(heads)
-    ours = walk(lambda x, t: next(answers), noise(), UNEVEN, "epsilon", sampler=make_sampler("dpmpp_2m", SDXL_LEVELS))
+    answers = iter(model_outputs)
+    ours = sample(lambda x, t: next(answers), noise(), UNEVEN, "epsilon", sampler=make_sampler("dpmpp_2m", SDXL_LEVELS))
     # float32 with 1 / a up to 11.
     torch.testing.assert_close(ours.double(), z, rtol=0, atol=5e-5)
 
@@ -120,7 +120,7 @@ def test_second_order_dpm_solver_on_an_uneven_trajectory_is_its_published_recurs
 def test_every_sampler_stays_finite_up_to_a_clean_end_with_few_and_many_steps(name: str):
     for num_steps in (1, 2, 3, 15, 40):
         trajectory = spaced_trajectory(SDXL_LEVELS, num_steps, "trailing")
-        arrived = walk(network, noise(), trajectory, "v_prediction", sampler=make_sampler(name, SDXL_LEVELS))
+        arrived = sample(network, noise(), trajectory, "v_prediction", sampler=make_sampler(name, SDXL_LEVELS))
         assert bool(arrived.isfinite().all()) and float(arrived.abs().max()) < 50
 
 

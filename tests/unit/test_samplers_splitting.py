@@ -12,8 +12,8 @@ from torch import Tensor
 
 from acpo_dist.diffusion.plms import PLMS, noise_levels
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
-from acpo_dist.diffusion.sampling import guide, walk
-from acpo_dist.diffusion.splitting import GuidedDenoise, walk_split
+from acpo_dist.diffusion.sampling import guide, sample
+from acpo_dist.diffusion.splitting import GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
 
 SDXL_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
@@ -67,7 +67,7 @@ def reference(branches: dict[str, tuple[float, float]], trajectory: Trajectory, 
 
 
 def error(scheme: str, branches: dict[str, tuple[float, float]], trajectory: Trajectory, weight: float = 5.0) -> float:
-    arrived = walk_split(guided(branches), START, trajectory, "epsilon", guidance_scale=weight, scheme=scheme)
+    arrived = sample_split(guided(branches), START, trajectory, "epsilon", guidance_scale=weight, scheme=scheme)
     return float((arrived - reference(branches, trajectory, weight)).abs().max())
 
 
@@ -104,7 +104,7 @@ def test_strang_is_nearer_than_lie_trotter_on_a_trajectory_that_ends_clean(branc
 def test_splitting_is_stable_under_strong_guidance_in_few_steps_where_plain_plms_is_not(scheme: str):
     trajectory, branches = clean_end(10), {"conditional": (0.8, 0.05), "unconditional": (-0.3, 1.0)}
     model = guided(branches)
-    whole = walk(lambda x, t: guide(*model.both(x, t), 7.5), START, trajectory, "epsilon", sampler=PLMS())
+    whole = sample(lambda x, t: guide(*model.both(x, t), 7.5), START, trajectory, "epsilon", sampler=PLMS())
     plain = float((whole - reference(branches, trajectory, 7.5)).abs().max())
     assert error(scheme, branches, trajectory, weight=7.5) < 0.1 * plain
 
@@ -117,15 +117,15 @@ def test_without_guidance_both_schemes_are_the_plain_plms_walk_at_its_cost(schem
         raise AssertionError("the unconditional branch is not needed")
 
     alone = GuidedDenoise(conditional=model.conditional, both=never)
-    split = walk_split(alone, START, trajectory, "epsilon", guidance_scale=1.0, scheme=scheme)
-    assert torch.equal(split, walk(model.conditional, START, trajectory, "epsilon", sampler=PLMS()))
+    split = sample_split(alone, START, trajectory, "epsilon", guidance_scale=1.0, scheme=scheme)
+    assert torch.equal(split, sample(model.conditional, START, trajectory, "epsilon", sampler=PLMS()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_branches_that_agree_make_both_schemes_the_plain_plms_walk_at_any_scale(scheme: str):
     trajectory, model = uneven(12), guided({"conditional": (0.8, 0.25), "unconditional": (0.8, 0.25)})
-    split = walk_split(model, START, trajectory, "epsilon", guidance_scale=7.0, scheme=scheme)
-    assert torch.equal(split, walk(model.conditional, START, trajectory, "epsilon", sampler=PLMS()))
+    split = sample_split(model, START, trajectory, "epsilon", guidance_scale=7.0, scheme=scheme)
+    assert torch.equal(split, sample(model.conditional, START, trajectory, "epsilon", sampler=PLMS()))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -140,7 +140,7 @@ def test_noise_that_ignores_the_state_moves_by_the_guided_noise_times_the_distan
         return torch.ones_like(state), torch.ones_like(state) - 0.1 * at.reshape(-1, 1, 1, 1)
 
     model = GuidedDenoise(conditional=lambda x, t: torch.ones_like(x), both=both)
-    arrived = walk_split(model, START, trajectory, "epsilon", guidance_scale=5.0, scheme=scheme)
+    arrived = sample_split(model, START, trajectory, "epsilon", guidance_scale=5.0, scheme=scheme)
     z = arrived / math.sqrt(trajectory.alpha_bars[-1]) - START / math.sqrt(trajectory.alpha_bars[0])
     steps = [(left, left - right) for left, right in pairwise(sigmas)]
     at = [left if scheme == "ltsp" else left - width / 2 for left, width in steps]
@@ -152,7 +152,7 @@ def test_noise_that_ignores_the_state_moves_by_the_guided_noise_times_the_distan
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_all_prediction_types_arrive_at_the_same_place(scheme: str):
     arrived = [
-        walk_split(guided(UNEQUAL, kind), START, uneven(12), kind, guidance_scale=5.0, scheme=scheme)
+        sample_split(guided(UNEQUAL, kind), START, uneven(12), kind, guidance_scale=5.0, scheme=scheme)
         for kind in PREDICTION_TYPES
     ]
     for other in arrived[1:]:
@@ -171,7 +171,7 @@ def test_each_level_costs_both_branches_once_and_the_conditional_once_more(schem
 
         return call
 
-    walk_split(
+    sample_split(
         GuidedDenoise(conditional=counted("conditional"), both=counted("both")), START, uneven(9), "epsilon",
         guidance_scale=3.0, scheme=scheme, visit=lambda step, state: seen.append(step),
     )  # fmt: skip
@@ -181,7 +181,7 @@ def test_each_level_costs_both_branches_once_and_the_conditional_once_more(schem
 def test_visitors_of_strang_splitting_see_the_solution_between_the_halves():
     trajectory, seen = uneven(40), {}
     model = guided(EQUAL)
-    walk_split(
+    sample_split(
         model, START, trajectory, "epsilon", guidance_scale=5.0, scheme="stsp",
         visit=lambda step, state: seen.setdefault(step, state),
     )  # fmt: skip
@@ -192,4 +192,4 @@ def test_visitors_of_strang_splitting_see_the_solution_between_the_halves():
 
 def test_an_unknown_scheme_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'yoshida'.*ltsp, stsp"):
-        walk_split(guided(EQUAL), START, uneven(4), "epsilon", guidance_scale=3.0, scheme="yoshida")
+        sample_split(guided(EQUAL), START, uneven(4), "epsilon", guidance_scale=3.0, scheme="yoshida")

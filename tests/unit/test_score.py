@@ -1,4 +1,4 @@
-"""`acpo score` takes whatever holds pictures, and shows how the scores are distributed."""
+"""`acpo score` takes whatever holds images, and shows how the scores are distributed."""
 
 import json
 import sys
@@ -29,9 +29,9 @@ def folder(tmp_path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name in ("a/1.png", "a/2.png", "b/3.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        picture = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(picture.numpy()).save(tmp_path / name)
-    (tmp_path / "a" / "notes.txt").write_text("no picture")
+        image = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(image.numpy()).save(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
     return tmp_path
 
 
@@ -43,7 +43,7 @@ def test_patterns_in_quotes_are_looked_up(folder, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, f"{folder}/**/*", "--reward", "sharpness", "--json")
     assert code == 0 and [Path(name).name for name in paths(out)] == ["1.png", "2.png", "3.png"]
     code, _, err = run(monkeypatch, capsys, f"{folder}/*.jpg", "--reward", "sharpness")
-    assert code == 2 and "matches no picture" in err
+    assert code == 2 and "matches no image" in err
 
 
 def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passed_over(folder, monkeypatch, capsys):
@@ -58,7 +58,7 @@ def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passe
     assert code == 1 and paths(out) == [f"{file}#0", f"{file}#2"] and "row 1" in err
 
 
-def test_a_picture_that_a_reward_cannot_take_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
+def test_a_image_that_a_reward_cannot_take_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
     Image.new("RGB", (32, 32), (0, 200, 0)).save(folder / "a" / "0_green.png")
     for name in ("1.png", "2.png"):
         Image.new("RGB", (32, 32), (150, 80, 90)).save(folder / "a" / name)
@@ -70,8 +70,8 @@ def test_a_picture_that_a_reward_cannot_take_is_named_and_the_others_keep_their_
     assert rows["0_green.png"][0] is None and rows["0_green.png"][1] > 0
     assert rows["9_low.png"][0] == pytest.approx(200 / 255 / 3) and rows["9_low.png"][1] is None
     assert all(None not in rows[name] for name in ("1.png", "2.png"))
-    assert "0_green.png: tests.helpers.judges:FailsOnGreen: ValueError: 1 pictures are green" in err
-    assert "9_low.png: `two_stream` needs pictures of at least 32 x 32, found 20 x 32" in err
+    assert "0_green.png: tests.helpers.judges:FailsOnGreen: ValueError: 1 images are green" in err
+    assert "9_low.png: `two_stream` needs images of at least 32 x 32, found 20 x 32" in err
     assert len((folder / "s.csv").read_text().splitlines()) == 6
 
 
@@ -83,7 +83,7 @@ def test_a_table_that_cannot_be_written_is_refused_before_anything_is_scored(fol
     assert code == 2 and "cannot be written" in err
 
 
-def test_large_pictures_are_stacked_by_fewer_than_small_ones():
+def test_large_images_are_stacked_by_fewer_than_small_ones():
     stacked = [at_once(torch.empty(3, *size), 16) for size in ((512, 512), (1024, 1024), (2048, 2048), (6000, 4000))]
     assert stacked == [16, 16, 4, 1]
 
@@ -94,9 +94,9 @@ def test_the_distribution_is_shown_as_text_and_drawn(folder, monkeypatch, capsys
         monkeypatch, capsys, str(folder / "a"), str(folder / "b"), "--reward", "sharpness", "--reward", "saturation",
         "--histogram", "--plot", str(drawing),
     )  # fmt: skip
-    assert code == 0 and "sharpness, 3 pictures" in err and "█" in err
-    with Image.open(drawing) as picture:
-        assert picture.format == "PNG" and len(picture.convert("L").getcolors() or []) > 3
+    assert code == 0 and "sharpness, 3 images" in err and "█" in err
+    with Image.open(drawing) as image:
+        assert image.format == "PNG" and len(image.convert("L").getcolors() or []) > 3
     code, _, err = run(monkeypatch, capsys, str(folder), "--plot", "scores.doc")
     assert code == 2 and ".png" in err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from acpo_dist.training.run_lock import DRIVER
+from acpo_dist.training.run_lock import LOCK_FILE
 from tests.conftest import TINY
 
 ACPO = Path(sys.executable).parent / "acpo"
@@ -49,7 +49,7 @@ def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_go_on(n
     said = interrupted_by(number, root, process)
     assert process.returncode == code, said
     assert said.endswith(f"{word}; go on with `acpo train ... --resume auto`\n") and "Traceback" not in said
-    assert not (root / DRIVER).exists()
+    assert not (root / LOCK_FILE).exists()
     asked = [str(ACPO), "runs", "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--experiment", "acpo", "--json"]
     listed = subprocess.run(asked, capture_output=True, text=True, check=True)
     assert [run["state"] for run in json.loads(listed.stdout)["runs"]] == ["killed"]

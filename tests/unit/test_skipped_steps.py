@@ -60,7 +60,7 @@ def test_a_refused_step_leaves_weights_averages_and_moments_as_if_it_had_not_bee
     # In the second micro-batch of the last step, when the first has left its gradient.
     handles[-1] = replace(handles[-1], payload=poison(handles[-1].payload, [0]))
     report = learner.train(handles, task_of(ids))
-    assert report.optim_steps == 2 and [(one.step, one.sample_ids) for one in report.refused] == [(2, (ids[20],))]
+    assert report.optim_steps == 2 and [(one.step, one.sample_ids) for one in report.skipped] == [(2, (ids[20],))]
     assert all(value == value for value in report.metrics.values()), "figures of the steps that were taken"
     other, same = learner_of(*how)
     other.train(same, task_of(ids[:16]))
@@ -83,21 +83,21 @@ def test_a_gradient_that_is_not_finite_is_refused_though_every_loss_is(learner_o
 
     monkeypatch.setattr(LocalRewards, "value_and_grad", infinite)
     report = learner.train(handles, task_of(ids_of(handles)))
-    assert report.optim_steps == 0 and len(report.refused) == 3
+    assert report.optim_steps == 0 and len(report.skipped) == 3
     assert all(torch.equal(value, before[name]) for name, value in learner.export(1).tensors.items())
 
 
-def test_refused_steps_in_a_row_are_bounded_across_iterations_and_a_good_one_starts_the_count_again(learner_of):
-    learner, handles = learner_of("learner.max_refused_steps=2")
+def test_skipped_steps_in_a_row_are_bounded_across_iterations_and_a_good_one_starts_the_count_again(learner_of):
+    learner, handles = learner_of("learner.max_skipped_steps=2")
     ids, bad = ids_of(handles), [replace(h, payload=poison(h.payload, [0])) for h in handles]
     assert not learner.train(bad, task_of(ids[:16])).too_many
     assert learner.train(handles, task_of(ids[:8])).optim_steps == 1
     assert not learner.train(bad, task_of(ids[:16])).too_many
     last = learner.train(bad, task_of(ids, iteration=7))
-    assert last.too_many and [one.step for one in last.refused] == [0], "the two after it are not tried"
+    assert last.too_many and [one.step for one in last.skipped] == [0], "the two after it are not tried"
 
 
-def test_too_many_refused_steps_end_a_run_with_all_of_them_recorded(tiny, tmp_path, monkeypatch):
+def test_too_many_skipped_steps_end_a_run_with_all_of_them_recorded(tiny, tmp_path, monkeypatch):
     root, generate = tmp_path / "run", LocalRollouts.generate
 
     def always(self, groups, advance=None):
@@ -106,10 +106,10 @@ def test_too_many_refused_steps_end_a_run_with_all_of_them_recorded(tiny, tmp_pa
         return [replace(h, payload=poison(h.payload, [1])) for h in handles] if training else handles
 
     monkeypatch.setattr(LocalRollouts, "generate", always)
-    config = tiny("run.iterations=9", f"run.dir={root}", "learner.max_refused_steps=1")
-    with pytest.raises(NonFiniteError, match=r"iteration 1: more than learner\.max_refused_steps=1 .*refused\.jsonl"):
+    config = tiny("run.iterations=9", f"run.dir={root}", "learner.max_skipped_steps=1")
+    with pytest.raises(NonFiniteError, match=r"iteration 1: more than learner\.max_skipped_steps=1 .*refused\.jsonl"):
         drive(config, open_ports, QUIET)
-    lines = [json.loads(text) for text in (root / "refused.jsonl").read_text().splitlines()]
+    lines = [json.loads(text) for text in (root / "skipped_steps.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [0, 1] and all(line["samples"] for line in lines)
 
 
@@ -129,14 +129,14 @@ def test_a_run_goes_on_past_a_refused_step_and_says_what_it_left_out(tiny, tmp_p
     config = tiny("run.iterations=3", f"run.dir={root}", "checkpoint.every=1")
     drive(config, open_ports, QUIET)
     rows = read_metrics(root / "metrics.jsonl")
-    assert [row.get("learner/refused_steps") for row in rows[:3]] == [0.0, 1.0, 0.0]
+    assert [row.get("learner/skipped_steps") for row in rows[:3]] == [0.0, 1.0, 0.0]
     # The weights did not move, so neither did what is known of their drift, nor the weight that follows it.
     assert rows[1]["drift/rms"] == rows[0]["drift/rms"] != rows[2]["drift/rms"]
     assert rows[2]["anchor/weight"] == rows[1]["anchor/weight"] != rows[0]["anchor/weight"]
     # What was not finite is gone with its iteration, from figures as from what the guard remembers.
     assert None not in rows[2].values()
     assert "NaN" not in (root / "checkpoints/000003/state.json").read_text()
-    (line,) = [json.loads(text) for text in (root / "refused.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(text) for text in (root / "skipped_steps.jsonl").read_text().splitlines()]
     assert (line["iteration"], line["step"], line["gradient_norm"]) == (1, 0, "nan")
     assert [one["sample_id"] for one in line["samples"]] == drawn and line["samples"][0]["prompt"]
 

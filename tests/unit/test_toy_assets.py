@@ -37,9 +37,9 @@ def test_reward_and_judge_rank_graded_damage(kind, own, least):
     from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 
     metric = {"reward": TwoStreamMetric, "judge": StridedJudgeMetric}[kind]
-    pictures, severity = _pool(own, 600)
+    images, severity = _pool(own, 600)
     with torch.no_grad():
-        scores = metric(metric.Config())(pictures, [""] * 600)
+        scores = metric(metric.Config())(images, [""] * 600)
     assert spearmanr(scores, 1 - severity).statistic >= least
 
 
@@ -53,9 +53,9 @@ def test_the_vae_gives_every_clean_template_back():
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(ASSETS / "toy-sdxl/vae", torch_dtype=torch.float32).eval()
-    pictures = templates()[::4]
+    images = templates()[::4]
     with torch.no_grad():
-        decoded = vae.decode(vae.encode(2 * pictures - 1).latent_dist.mean).sample / 2 + 0.5
+        decoded = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5
     prompts = [captions()[index] for index in caption_index()[::4]]
     report = judge_exactly(decoded.clamp(0, 1), prompts)
     assert report.oracle_psnr >= 37 and report.caption_accuracy == 1.0
@@ -73,21 +73,21 @@ def _draw(source, count, guidance):
         SamplePlan(sample_id=str(k), prompt_id=0, prompt=names[k * 7 % len(names)], seed=55_000 + k)
         for k in range(count)
     ]
-    pictures = torch.cat([worker.generate(plans[k : k + 16]).images_BCHW for k in range(0, count, 16)])
-    return pictures.float() / 255, [plan.prompt for plan in plans]
+    images = torch.cat([worker.generate(plans[k : k + 16]).images_BCHW for k in range(0, count, 16)])
+    return images.float() / 255, [plan.prompt for plan in plans]
 
 
 def test_toy_sdxl_draws_what_the_prompt_says_in_many_ways():
-    pictures, prompts = _draw("toy_sdxl", 144, guidance=1.5)
-    report = judge_exactly(pictures, prompts)
+    images, prompts = _draw("toy_sdxl", 144, guidance=1.5)
+    report = judge_exactly(images, prompts)
     assert report.caption_accuracy >= 0.80
     assert report.oracle_mse <= 0.008
     assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
 
 
 def test_toy_sd15_draws_what_the_prompt_says_in_many_ways():
-    pictures, prompts = _draw("toy_sd15", 144, guidance=1.5)
-    report = judge_exactly(pictures, prompts)
+    images, prompts = _draw("toy_sd15", 144, guidance=1.5)
+    report = judge_exactly(images, prompts)
     assert report.caption_accuracy >= 0.80
     assert report.oracle_mse <= 0.008
     assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
@@ -97,8 +97,8 @@ def test_toy_ddpm_draws_recognisable_scenes(tiny):
     config = tiny(
         "model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image", "sampler.num_steps=25"
     )
-    pictures, _ = _draw(config, 48, guidance=1.0)
-    report = judge_exactly(pictures)
+    images, _ = _draw(config, 48, guidance=1.0)
+    report = judge_exactly(images)
     assert report.oracle_mse <= 0.05
     assert report.template_entropy >= 3.3  # of at most log 48 = 3.87
 

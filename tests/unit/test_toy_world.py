@@ -57,11 +57,11 @@ def test_there_are_48_captions_of_18_templates_each():
 
 
 def test_a_template_shows_its_colour_at_its_place_and_its_background_in_the_corners():
-    for scene, picture in zip(scenes(), templates(), strict=True):
+    for scene, image in zip(scenes(), templates(), strict=True):
         # All four shapes cover the pixel that holds their centre.
         row, column = (int(CENTRES[index]) for index in (scene.row, scene.column))
-        assert picture[:, row, column].tolist() == pytest.approx(COLOURS[scene.colour], abs=1e-6)
-        assert picture[:, 0, 0].tolist() == pytest.approx(BACKGROUNDS[scene.background], abs=1e-6)
+        assert image[:, row, column].tolist() == pytest.approx(COLOURS[scene.colour], abs=1e-6)
+        assert image[:, 0, 0].tolist() == pytest.approx(BACKGROUNDS[scene.background], abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [0, 1])
@@ -83,23 +83,23 @@ def test_the_oracle_finds_every_template_itself_at_distance_zero():
     assert distances.tolist() == [0.0] * 864
 
 
-def test_the_oracle_agrees_with_brute_force_on_any_picture():
+def test_the_oracle_agrees_with_brute_force_on_any_image():
     halves = templates()[torch.randint(864, (2, 24), generator=rng(1))]
-    pictures = torch.cat([torch.rand(24, 3, 32, 32, generator=rng(2)), 0.55 * halves[0] + 0.45 * halves[1]])
-    ids, distances = nearest_template(pictures)
+    images = torch.cat([torch.rand(24, 3, 32, 32, generator=rng(2)), 0.55 * halves[0] + 0.45 * halves[1]])
+    ids, distances = nearest_template(images)
     clean = templates().numpy().astype(np.float64)
-    for picture, found, distance in zip(pictures.numpy().astype(np.float64), ids, distances, strict=True):
-        every = np.mean((clean - picture) ** 2, axis=(1, 2, 3))
+    for image, found, distance in zip(images.numpy().astype(np.float64), ids, distances, strict=True):
+        every = np.mean((clean - image) ** 2, axis=(1, 2, 3))
         assert int(found) == int(every.argmin())
         # float32 of the same mean: relative error at most 6e-8.
         assert float(distance) == pytest.approx(every.min(), rel=1e-6)
 
 
 def test_the_oracle_gives_the_same_in_small_and_large_sets():
-    pictures = torch.rand(300, 3, 32, 32, generator=rng(3))
-    ids, distances = nearest_template(pictures)
-    assert torch.equal(ids[256:], nearest_template(pictures[256:])[0])
-    assert torch.allclose(distances[256:], nearest_template(pictures[256:])[1], rtol=1e-6, atol=0)
+    images = torch.rand(300, 3, 32, 32, generator=rng(3))
+    ids, distances = nearest_template(images)
+    assert torch.equal(ids[256:], nearest_template(images[256:])[0])
+    assert torch.allclose(distances[256:], nearest_template(images[256:])[1], rtol=1e-6, atol=0)
 
 
 def test_small_noise_keeps_the_template_and_is_measured():
@@ -118,10 +118,10 @@ def test_the_oracle_refuses_other_shapes(shape):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_oracle_refuses_pixels_that_are_not_finite(value):
-    pictures = torch.zeros(2, 3, 32, 32)
-    pictures[1, 0, 5, 5] = value
+    images = torch.zeros(2, 3, 32, 32)
+    images[1, 0, 5, 5] = value
     with pytest.raises(ValueError, match="non-finite"):
-        nearest_template(pictures)
+        nearest_template(images)
 
 
 def test_entropy_is_that_of_the_uniform_distribution_when_every_template_appears_once():
@@ -138,15 +138,15 @@ def test_entropy_of_an_uneven_set_is_the_closed_form():
     assert report.template_entropy == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25), rel=1e-12)
 
 
-def test_caption_accuracy_counts_the_pictures_that_show_their_prompt():
+def test_caption_accuracy_counts_the_images_that_show_their_prompt():
     ids = torch.arange(0, 864, 9)
     right = [scenes()[index].caption for index in ids]
     wrong = [captions()[(int(caption_index()[index]) + 1) % 48] for index in ids]
-    pictures = templates()[ids]
-    assert judge_exactly(pictures).caption_accuracy is None
-    assert judge_exactly(pictures, right).caption_accuracy == 1
-    assert judge_exactly(pictures, wrong).caption_accuracy == 0
-    assert judge_exactly(pictures, right[:24] + wrong[24:]).caption_accuracy == 0.25
+    images = templates()[ids]
+    assert judge_exactly(images).caption_accuracy is None
+    assert judge_exactly(images, right).caption_accuracy == 1
+    assert judge_exactly(images, wrong).caption_accuracy == 0
+    assert judge_exactly(images, right[:24] + wrong[24:]).caption_accuracy == 0.25
 
 
 def test_accuracy_ignores_place_and_size():
@@ -184,7 +184,7 @@ def test_blur_and_quantisation_start_with_a_trace(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(ALL_DAMAGE))
-def test_more_severity_means_more_distance_from_the_clean_picture(kind):
+def test_more_severity_means_more_distance_from_the_clean_image(kind):
     clean = some_templates()
     distances = [
         float((ALL_DAMAGE[kind](clean, level(severity, 96), rng(5)) - clean).square().mean())
@@ -195,7 +195,7 @@ def test_more_severity_means_more_distance_from_the_clean_picture(kind):
 
 
 @pytest.mark.parametrize("kind", sorted(ALL_DAMAGE))
-def test_every_picture_gets_its_own_severity(kind):
+def test_every_image_gets_its_own_severity(kind):
     clean = some_templates(4)
     severity = torch.tensor([0.0, 0.3, 0.6, 1.0])
     together = ALL_DAMAGE[kind](clean, severity, rng(6))
@@ -204,7 +204,7 @@ def test_every_picture_gets_its_own_severity(kind):
         assert torch.allclose(together[row], alone, atol=1e-6)
 
 
-def test_gaussian_blur_keeps_a_flat_picture_and_spreads_a_point_to_its_width():
+def test_gaussian_blur_keeps_a_flat_image_and_spreads_a_point_to_its_width():
     flat = torch.full((1, 3, 32, 32), 0.4)
     assert torch.allclose(gaussian_blur(flat, level(1.0, 1), rng(0)), flat, atol=1e-6)
     point = torch.zeros(1, 3, 32, 32)
@@ -215,21 +215,21 @@ def test_gaussian_blur_keeps_a_flat_picture_and_spreads_a_point_to_its_width():
     assert variance == pytest.approx(1.5**2, rel=1e-3)
 
 
-def test_quantisation_with_a_tiny_step_reproduces_the_picture():
-    pictures = torch.rand(4, 3, 32, 32, generator=rng(7))
+def test_quantisation_with_a_tiny_step_reproduces_the_image():
+    images = torch.rand(4, 3, 32, 32, generator=rng(7))
     severity = level((1e-5 - 0.02) / 0.55, 4)
     # An orthonormal basis cannot enlarge the rounding error: 0.5 * 9.4e-5 in each of 64 coefficients is at most 3.8e-4.
-    assert (dct_quantise(pictures, severity, rng(0)) - pictures).abs().max() < 3.8e-4
+    assert (dct_quantise(images, severity, rng(0)) - images).abs().max() < 3.8e-4
 
 
 def test_quantisation_rounds_the_orthonormal_dct_of_each_block():
-    picture = torch.rand(1, 3, 32, 32, generator=rng(8))
+    image = torch.rand(1, 3, 32, 32, generator=rng(8))
     step = (0.02 + 0.55 * 0.4) * (1 + 0.6 * np.add.outer(np.arange(8), np.arange(8)))
-    expected = picture[0].numpy().astype(np.float64)
+    expected = image[0].numpy().astype(np.float64)
     for channel, top, left in np.ndindex(3, 4, 4):
         block = expected[channel, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8]
         block[:] = idctn(np.round(dctn(block, norm="ortho") / step) * step, norm="ortho")
-    found = dct_quantise(picture, level(0.4, 1), rng(0))[0].numpy()
+    found = dct_quantise(image, level(0.4, 1), rng(0))[0].numpy()
     assert np.abs(found - expected).max() < 1e-5
 
 
@@ -238,7 +238,7 @@ def test_spoiling_leaves_the_clean_share_untouched_and_damages_the_rest(family):
     clean = templates().repeat(3, 1, 1, 1)
     spoiled, severity = spoil(clean, family, rng(9))
     untouched = severity == 0
-    # Four standard deviations of a share over 2592 pictures.
+    # Four standard deviations of a share over 2592 images.
     assert float(untouched.double().mean()) == pytest.approx(CLEAN_SHARE, abs=4 * math.sqrt(0.3 * 0.7 / len(clean)))
     assert torch.equal(spoiled[untouched], clean[untouched])
     assert (spoiled[~untouched] != clean[~untouched]).flatten(1).any(1).double().mean() > 0.99
@@ -247,11 +247,11 @@ def test_spoiling_leaves_the_clean_share_untouched_and_damages_the_rest(family):
     assert float(severity[~untouched].mean()) == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize(("share", "clean_pictures"), [(0.0, 0), (1.0, 200)])
-def test_the_clean_share_may_be_none_or_all(share, clean_pictures):
+@pytest.mark.parametrize(("share", "clean_images"), [(0.0, 0), (1.0, 200)])
+def test_the_clean_share_may_be_none_or_all(share, clean_images):
     clean = some_templates().repeat(3, 1, 1, 1)[:200]
     spoiled, severity = spoil(clean, BASE_DAMAGE, rng(10), clean_share=share)
-    assert int((severity == 0).sum()) == clean_pictures
+    assert int((severity == 0).sum()) == clean_images
     assert torch.equal(spoiled, clean) == (share == 1)
 
 

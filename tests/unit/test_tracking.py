@@ -209,14 +209,14 @@ def test_a_spool_torn_by_a_crash_keeps_its_whole_records(tmp_path):
 
 
 def test_a_run_can_be_read_back_from_mlflow(run_dir, tmp_path):
-    picture = tmp_path / "grid-000001.png"
-    Image.new("RGB", (4, 4)).save(picture)
+    image = tmp_path / "grid-000001.png"
+    Image.new("RGB", (4, 4)).save(image)
     tracker = start(run_dir, params={"run": {"seed": 3, "note": "x" * 900}, "rewards": [{"type": "toy"}]})
     tracker.log_text("resolved.yaml", "run: {}\n")
     for iteration in range(3):
         tracker.log_metrics(iteration, {"drift/rms": iteration / 4, "reward/a b(c)/mean": 1.0})
     tracker.log_metrics(3, {"drift/rms": math.nan})
-    tracker.log_image("grid", 1, picture)
+    tracker.log_image("grid", 1, image)
     tracker.set_tags({"checkpoint": "runs/one/checkpoints/3", "gpus": 2})
     tracker.close("FINISHED")
     tracker.close("FAILED")
@@ -231,7 +231,7 @@ def test_a_run_can_be_read_back_from_mlflow(run_dir, tmp_path):
     assert run.data.metrics["reward/a b_c_/mean"] == 1.0
     artifacts = run_dir.parent / "mlartifacts" / tracker.run_id / "artifacts"
     assert (artifacts / "config" / "resolved.yaml").read_text() == "run: {}\n"
-    assert (artifacts / "samples" / "grid-000001.png").read_bytes() == picture.read_bytes()
+    assert (artifacts / "samples" / "grid-000001.png").read_bytes() == image.read_bytes()
     assert waiting(run_dir) == []
 
 
@@ -353,17 +353,17 @@ def test_closing_waits_for_a_silent_server_only_so_long(run_dir, monkeypatch, ca
     assert [record["iteration"] for record in waiting(run_dir)] == [0]
 
 
-def test_a_picture_that_mlflow_cannot_take_does_not_hold_back_the_figures(run_dir, tmp_path, caplog):
-    picture = tmp_path / "grid.png"
-    Image.new("RGB", (4, 4)).save(picture)
+def test_a_image_that_mlflow_cannot_take_does_not_hold_back_the_figures(run_dir, tmp_path, caplog):
+    image = tmp_path / "grid.png"
+    Image.new("RGB", (4, 4)).save(image)
     (run_dir.parent / "mlartifacts").write_text("a file where the artifact folder should be")
     tracker = start(run_dir)
     tracker.log_image("grid", 0, tmp_path / "gone.png")
-    tracker.log_image("grid", 0, picture)
+    tracker.log_image("grid", 0, image)
     tracker.log_metrics(0, {"a": 1.0})
     tracker.close("FINISHED")
     assert history(run_dir, tracker.run_id, "a") == [(0, 1.0)]
-    assert [record["path"] for record in waiting(run_dir)] == [str(picture)]
+    assert [record["path"] for record in waiting(run_dir)] == [str(image)]
     assert "gone.png is gone" in caplog.text and "1 records for MLflow were dropped" in caplog.text
 
 
@@ -438,8 +438,8 @@ def console_on(stream, **options):
 
 
 def test_the_line_of_an_iteration_shows_the_chosen_figures_on_stderr_only(capsys):
-    figures = {"time/iteration": 12.345, "reward/musiq/mean": 0.123456, "reward/musiq/std": 9.0, "drift/rms": math.nan}
-    Console().iteration(7, 100, figures | {"judge/nr/mean": 2e-7, "learner/loss": 1.0})
+    metrics = {"time/iteration": 12.345, "reward/musiq/mean": 0.123456, "reward/musiq/std": 9.0, "drift/rms": math.nan}
+    Console().iteration(7, 100, metrics | {"judge/nr/mean": 2e-7, "learner/loss": 1.0})
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
@@ -496,10 +496,10 @@ def test_a_quiet_console_says_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-# Pictures
+# Images
 
 
-def test_a_grid_has_gaps_and_enlarges_small_pictures_pixel_by_pixel(tmp_path):
+def test_a_grid_has_gaps_and_enlarges_small_images_pixel_by_pixel(tmp_path):
     images = torch.randint(0, 256, (5, 3, 16, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_grid(images, tmp_path / "new" / "grid.png", 3)
     with Image.open(tmp_path / "new" / "grid.png") as grid:
@@ -518,13 +518,13 @@ def test_a_grid_has_gaps_and_enlarges_small_pictures_pixel_by_pixel(tmp_path):
     ],
     ids=["large enough, fewer than columns", "grey, given scale", "scale is whole"],
 )
-def test_a_grid_has_the_size_of_its_pictures(tmp_path, shape, columns, scale, size):
+def test_a_grid_has_the_size_of_its_images(tmp_path, shape, columns, scale, size):
     save_grid(torch.zeros(shape, dtype=torch.uint8), tmp_path / "grid.png", columns, scale=scale)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == size
 
 
-def test_labels_and_title_are_drawn_beside_the_pictures(tmp_path):
+def test_labels_and_title_are_drawn_beside_the_images(tmp_path):
     images = torch.zeros((4, 3, 64, 64), dtype=torch.uint8)
     save_grid(images, tmp_path / "grid.png", 2, labels=["base", "iteration 100"], title="a red square")
     with Image.open(tmp_path / "grid.png") as grid:
@@ -542,7 +542,7 @@ def test_a_grid_refuses_what_it_cannot_show(tmp_path):
         save_grid(images, tmp_path / "x.png", 2, labels=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"uint8 .* found torch.float32"):
         save_grid(images.float(), tmp_path / "x.png", 2)
-    with pytest.raises(ValueError, match="needs a picture"):
+    with pytest.raises(ValueError, match="needs an image"):
         save_grid(images[:0], tmp_path / "x.png", 2)
 
 
@@ -550,8 +550,8 @@ def test_curves_are_drawn_with_gaps_and_without_unknown_names(tmp_path):
     rows = [{"iteration": i, "a": i / 3, "b": None if i == 2 else 1.0} for i in range(5)] + [{"iteration": 5}]
     panels = {"both": ["a", "b", "unknown"], "empty": ["unknown"], "third": ["a"]}
     save_curves(rows, panels, tmp_path / "new" / "curves.png")
-    with Image.open(tmp_path / "new" / "curves.png") as picture:
-        assert picture.size == (2 * 768, 2 * 432)
-        assert len(set(picture.convert("RGB").reduce(2).get_flattened_data())) > 10
+    with Image.open(tmp_path / "new" / "curves.png") as image:
+        assert image.size == (2 * 768, 2 * 432)
+        assert len(set(image.convert("RGB").reduce(2).get_flattened_data())) > 10
     with pytest.raises(ValueError, match="at least one panel"):
         save_curves(rows, {}, tmp_path / "x.png")

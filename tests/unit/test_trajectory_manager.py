@@ -16,7 +16,7 @@ from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.run import drive
 from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, optimise_files, read_schedule, trajectory_to_mapping
 from acpo_dist.training.trajectory.measure import measure, table_drift
-from acpo_dist.training.trajectory.validate import Proof, consider, follow
+from acpo_dist.training.trajectory.validate import Validation, consider, follow
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.timesteps import to_timesteps
 
@@ -86,7 +86,7 @@ def test_a_globally_optimal_but_bad_schedule_fails_the_proof():
         timesteps=tuple(np.interp(np.log(levels), np.log(sigmas_T), np.arange(len(sigmas_T)))),
         alpha_bars=(base.alpha_bars[0], *(1 / (1 + s * s) for s in levels[1:]), 1.0),
     )
-    result = Proof(pool, config, ("",), base, pool.alpha_bars().numpy()).judge(crowded, trust=float("nan"))
+    result = Validation(pool, config, ("",), base, pool.alpha_bars().numpy()).judge(crowded, trust=float("nan"))
     assert result.ratio > 1.5
     assert pool.trajectory() == base
 
@@ -96,7 +96,7 @@ def test_refused_candidates_halve_the_trust_region_and_then_the_old_trajectory_s
     base = pool.trajectory()
     # A proof that nothing passes: the old trajectory is its own reference.
     far = torch.tensor([2.0, 2.0], dtype=torch.float64)
-    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: far / 2 if trajectory == base else far)
+    monkeypatch.setattr(Validation, "_errors", lambda self, trajectory: far / 2 if trajectory == base else far)
     update = consider(pool, config, PROMPTS, sums, base, pool.alpha_bars().numpy(), provenance={})
     assert not update.adopted and pool.trajectory() == base
     tried = [gate.trust for gate in update.gates]
@@ -168,10 +168,10 @@ def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny,
 )
 def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, monkeypatch, new, passes):
     config, pool, _ = measured
-    proof = Proof(pool, config, PROMPTS, pool.trajectory(), pool.alpha_bars().numpy())
-    proof._old = torch.ones(3, dtype=torch.float64)
-    monkeypatch.setattr(Proof, "_errors", lambda self, trajectory: torch.tensor(new, dtype=torch.float64))
-    assert proof.judge(pool.trajectory(), 0.25).passed == passes
+    validation = Validation(pool, config, PROMPTS, pool.trajectory(), pool.alpha_bars().numpy())
+    validation._old = torch.ones(3, dtype=torch.float64)
+    monkeypatch.setattr(Validation, "_errors", lambda self, trajectory: torch.tensor(new, dtype=torch.float64))
+    assert validation.judge(pool.trajectory(), 0.25).passed == passes
 
 
 def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(tiny, tmp_path):

@@ -102,19 +102,19 @@ def test_measuring_writes_an_artefact_that_show_optimize_and_generate_read(monke
         "--json",
     )
     assert code == 0 and again is not None and again["before"]["alpha_bars"] == report["trajectory"]["alpha_bars"]
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     code, drawn, err = run(
         monkeypatch, capsys, "generate", "toy-sdxl", "--prompt", "a red circle on a white background", "--schedule",
         artefact, "--guidance-scale", "1.5", "--out", out, "--json",
     )  # fmt: skip
     assert code == 0 and drawn is not None, err
-    assert Path(drawn["pictures"][0]["path"]).is_file() and Path(drawn["grid"]).is_file()
+    assert Path(drawn["images"][0]["path"]).is_file() and Path(drawn["grid"]).is_file()
 
 
 def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
     import torch
 
-    from acpo_dist.analysis.release.pipeline import arguments_for, open_pipeline, pictures_of
+    from acpo_dist.analysis.release.pipeline import arguments_for, images_of, open_pipeline
     from acpo_dist.core.types import SamplePlan
     from acpo_dist.training.open_model import open_rollouts, source_config
     from acpo_dist.training.trajectory.artefact import trajectory_to_mapping
@@ -128,9 +128,9 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
     plan = SamplePlan(sample_id="x", prompt_id=0, prompt=prompt, seed=5)
     own = pool._worker.generate([plan]).images_BCHW
     pipeline, _ = open_pipeline("toy-sdxl", "euler")
-    walk = arguments_for(pipeline, schedule, 20)
+    sample = arguments_for(pipeline, schedule, 20)
     noise = torch.Generator().manual_seed(5)
-    theirs = pictures_of(pipeline(prompt, guidance_scale=1.5, generator=noise, output_type="np", **walk))
+    theirs = images_of(pipeline(prompt, guidance_scale=1.5, generator=noise, output_type="np", **sample))
     assert (own.int() - theirs.int()).abs().max() <= 1
 
 

@@ -36,8 +36,10 @@ class GaussianDenoiser:
         signal, spread = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
         eps = sigma * (noisy.double() / signal) / (sigma**2 + VARIANCE)
         clean = (noisy.double() - spread * eps) / signal
-        head = {"epsilon": eps, "sample": clean, "v_prediction": signal * eps - spread * clean}[self.prediction_type]
-        return (head * condition.tensors["known"][:, None, None, None]).float()
+        model_output = {"epsilon": eps, "sample": clean, "v_prediction": signal * eps - spread * clean}[
+            self.prediction_type
+        ]
+        return (model_output * condition.tensors["known"][:, None, None, None]).float()
 
 
 def data(count: int, seed: int = 0):

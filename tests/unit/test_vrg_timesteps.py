@@ -17,8 +17,8 @@ DDPM_LEVELS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 @pytest.mark.parametrize("levels", [SDXL_LEVELS, DDPM_LEVELS], ids=["sdxl", "ddpm"])
 def test_sigmas_survive_the_way_to_timesteps_and_back(levels):
-    ends = to_sigmas(levels[[0, -1]])
-    sigmas = np.geomspace(ends[1], ends[0], 333)
+    bounds = to_sigmas(levels[[0, -1]])
+    sigmas = np.geomspace(bounds[1], bounds[0], 333)
     np.testing.assert_allclose(from_timesteps(to_timesteps(sigmas, levels), levels), sigmas, rtol=1e-12)
     timesteps = np.random.default_rng(0).uniform(0, 999, 200)
     np.testing.assert_allclose(to_timesteps(from_timesteps(timesteps, levels), levels), timesteps, atol=1e-8)
@@ -84,5 +84,5 @@ def test_a_level_outside_the_schedule_has_no_timestep(sigmas):
 
 
 def test_an_end_that_went_through_float32_is_still_inside():
-    ends = to_sigmas(SDXL_LEVELS[[-1, 0]]).astype(np.float32)
-    np.testing.assert_allclose(to_timesteps(ends, SDXL_LEVELS), [999, 0], atol=1e-3)
+    bounds = to_sigmas(SDXL_LEVELS[[-1, 0]]).astype(np.float32)
+    np.testing.assert_allclose(to_timesteps(bounds, SDXL_LEVELS), [999, 0], atol=1e-3)

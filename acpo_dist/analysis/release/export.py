@@ -85,7 +85,7 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
     guard = _guard(run, checkpoint)
     facts = _facts(run, config, checkpoint, checksum(tensors), weights) | {"guard": guard or "did not end the run"}
     loads = None if layout == "merged" else file.name
-    text = export_card(config, loads, schedule.name if schedule else None, facts, _figures(run, checkpoint))
+    text = export_card(config, loads, schedule.name if schedule else None, facts, _metrics(run, checkpoint))
     card.write_text(text, encoding="utf-8")
     return Exported(
         folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
@@ -182,7 +182,7 @@ def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path |
     return path
 
 
-def _figures(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
+def _metrics(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
     """Of the last iteration before the checkpoint, and the run's gain where the checkpoint is its end."""
     path = run / METRICS
     rows = read_metrics(path) if path.is_file() else []
@@ -213,10 +213,10 @@ def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weigh
 
 
 def _drawn_with(config: Config) -> dict[str, str]:
-    """Settings of the run's pictures that a pipeline would choose otherwise."""
+    """Settings of the run's images that a pipeline would choose otherwise."""
     said = {
         "revision of the base model": getattr(config.model, "revision", None),
-        "picture size": getattr(config.model, "image_size", None),
+        "image size": getattr(config.model, "image_size", None),
         "negative prompt": getattr(config.model, "negative_prompt", None),
     }
     return {name: str(value) for name, value in said.items() if value is not None}

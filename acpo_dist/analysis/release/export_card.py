@@ -11,7 +11,7 @@ from acpo_dist.config.schema import Config
 
 
 def export_card(
-    config: Config, lora: str | None, schedule: str | None, facts: Mapping[str, str], figures: Mapping[str, float]
+    config: Config, lora: str | None, schedule: str | None, facts: Mapping[str, str], metrics: Mapping[str, float]
 ) -> str:
     """Markdown with a YAML head, as model hubs read it.
 
@@ -30,7 +30,7 @@ def export_card(
     if licence:
         head["license"] = licence
     stated = licence or "not stated by the base model's files; look it up there before you pass the model on"
-    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items())
+    measured = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n",
@@ -71,13 +71,13 @@ def _code(config: Config, lora: str | None, schedule: str | None) -> str:
             ")",
             f'with open("{schedule}") as schedule:',
             '    levels = json.load(schedule)["diffusers"]["EulerDiscreteScheduler"]',
-            f"picture = pipeline({', '.join(_asked(config))}, **levels).images[0]",
+            f"image = pipeline({', '.join(_asked(config))}, **levels).images[0]",
         ]
     return "\n".join([*lines, ""])
 
 
 def _asked(config: Config) -> list[str]:
-    """Arguments of a picture as the run drew it."""
+    """Arguments of an image as the run drew it."""
     size, negative = config.model.image_size, config.model.negative_prompt
     return [
         '"a prompt"',

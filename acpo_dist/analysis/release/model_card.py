@@ -62,7 +62,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def loading_code(config: Config) -> str:
-    """Python that draws one picture with plain diffusers from the folder that the card lies in."""
+    """Python that draws one image with plain diffusers from the folder that the card lies in."""
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
@@ -70,11 +70,11 @@ def loading_code(config: Config) -> str:
     ]
     steps = config.sampler.num_steps
     if config.data.prompts == "none":
-        lines.append(f"picture = pipeline(num_inference_steps={max(steps, 50)}).images[0]")
+        lines.append(f"image = pipeline(num_inference_steps={max(steps, 50)}).images[0]")
     else:
         arguments = f"num_inference_steps={steps}, guidance_scale={config.sampler.guidance_scale:g}"
-        lines.append(f'picture = pipeline("{_example(config)}", {arguments}).images[0]')
-    return "\n".join([*lines, 'picture.save("picture.png")', ""])
+        lines.append(f'image = pipeline("{_example(config)}", {arguments}).images[0]')
+    return "\n".join([*lines, 'image.save("image.png")', ""])
 
 
 def base_licence(config: Config) -> str | None:
@@ -95,7 +95,7 @@ def base_licence(config: Config) -> str | None:
 
 _LORA = (
     '`lora/` holds the adapter alone: `pipeline.load_lora_weights("lora")` on the base model\'s own pipeline gives the '
-    "same pictures up to rounding."
+    "same images up to rounding."
 )
 
 
@@ -150,7 +150,7 @@ def _measured(facts: CardFacts) -> str:
 
 def _evaluation(report: Mapping[str, Any]) -> str:
     suite = report["provenance"].get("suite")
-    on = f"suite `{suite['name']}`, {suite['prompts']} of {suite['of']} prompts" if suite else "pictures"
+    on = f"suite `{suite['name']}`, {suite['prompts']} of {suite['of']} prompts" if suite else "images"
     rows = []
     for one in report["judges"]:
         paired = one.get("paired", {})

@@ -110,7 +110,7 @@ def size_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
     if size is None:
         return {}
     if isinstance(pipeline, DDPMPipeline):
-        raise UsageError("--size: a DDPMPipeline draws pictures of one size; leave the option out")
+        raise UsageError("--size: a DDPMPipeline draws images of one size; leave the option out")
     step = math.lcm(_MULTIPLE, pipeline.vae_scale_factor)
     if size < step or size % step:
         raise UsageError(
@@ -137,7 +137,7 @@ def arguments_for(pipeline: Any, schedule: Path | None, steps: int) -> dict[str,
     return pipeline_arguments(pipeline.scheduler, trajectory)
 
 
-def pictures_of(output: Any) -> Tensor:
-    """Pictures of a pipeline's numpy output as uint8 (B, 3, H, W)."""
+def images_of(output: Any) -> Tensor:
+    """Images of a pipeline's numpy output as uint8 (B, 3, H, W)."""
     array = np.asarray(output.images)
     return torch.from_numpy((array * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

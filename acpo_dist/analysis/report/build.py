@@ -10,10 +10,10 @@ from typing import Any
 from acpo_dist.analysis.report.compare import labels_of
 from acpo_dist.analysis.report.drift_map import from_checkpoints, from_rows
 from acpo_dist.analysis.report.gallery import make_gallery
-from acpo_dist.analysis.report.metrics import RunFigures, figures_of, verdict
+from acpo_dist.analysis.report.metrics import RunMetrics, metrics_of, verdict
 from acpo_dist.analysis.report.page import render_page, write_page
 from acpo_dist.analysis.report.record import RunRecord, read_run, require_rows
-from acpo_dist.analysis.report.sample_renderer import REPORT, Studio, chosen_iteration
+from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer, chosen_iteration
 from acpo_dist.analysis.report.view import RunView
 from acpo_dist.config.schema import TrackingConfig
 from acpo_dist.core.errors import AcpoError, VrgError
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Which pictures a report shows."""
+    """Which images a report shows."""
 
     prompts: int
     per_prompt: int
@@ -53,7 +53,7 @@ def build_report(
 
     Args:
         out: where the page goes; None is `report.html` in the run, or beside the first of several.
-        drawing: None loads no model: no pictures, no drift by timestep but what the run recorded.
+        drawing: None loads no model: no images, no drift by timestep but what the run recorded.
 
     Raises:
         UsageError: a folder is no run, or a run has no metrics; nothing is written then.
@@ -74,34 +74,41 @@ def _view(record: RunRecord, label: str, drawing: Drawing | None, console: Conso
     notes = []
     if record.broken_lines:
         notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were left out.")
-    refused = sum(row.get("learner/refused_steps") or 0 for row in record.rows)
-    if refused:
-        notes.append(f"{refused:.0f} optimiser step(s) were left out, since they were not finite (refused.jsonl).")
+    skipped = sum(row.get("learner/skipped_steps") or 0 for row in record.rows)
+    if skipped:
+        notes.append(
+            f"{skipped:.0f} optimiser step(s) were left out, since they were not finite (skipped_steps.jsonl)."
+        )
     if not record.normalisers and not any(key.endswith("/gain") for key in record.rows[0]):
         notes.append("Gains by iteration are not known: no checkpoint holds what the base model's scores are.")
     gallery, drift = None, from_rows(record)
     if drawing is None:
-        notes.append("Pictures were left out (--no-samples).")
+        notes.append("Images were left out (--no-samples).")
     elif not record.checkpoints:
-        notes.append("No whole checkpoint: pictures, and drift by timestep, need one (checkpoint.every).")
+        notes.append("No whole checkpoint: images, and drift by timestep, need one (checkpoint.every).")
     else:
         iteration = chosen_iteration(record, drawing.at)
         assert iteration is not None and record.root is not None
-        console.message(f"{label}: pictures of iteration {iteration} and of the base model")
-        studio = Studio(record, prompts=drawing.prompts, per_prompt=drawing.per_prompt, console=console)
-        gallery = make_gallery(record, studio, iteration)
-        drift = drift or from_checkpoints(record, studio, console)
-        studio.close()
-        extra = {"judged_gain_of_pictures": sum(pair.gain for pair in gallery.pairs) / len(gallery.pairs)}
+        console.message(f"{label}: images of iteration {iteration} and of the base model")
+        renderer = SampleRenderer(record, prompts=drawing.prompts, per_prompt=drawing.per_prompt, console=console)
+        gallery = make_gallery(record, renderer, iteration)
+        drift = drift or from_checkpoints(record, renderer, console)
+        renderer.close()
+        extra = {"judged_gain_of_images": sum(pair.gain for pair in gallery.pairs) / len(gallery.pairs)}
         if gallery.diversity is not None:
             extra["diversity"] = gallery.diversity
         replace_file(record.root / REPORT / "figures.json", json.dumps(extra).encode())
         record = replace(record, extra=extra)
     trajectories, problems = _trajectories(record)
     return RunView(
-        label=label, record=record, figures=figures_of(record), gallery=gallery, drift=drift, trajectories=trajectories,
+        label=label,
+        record=record,
+        metrics=metrics_of(record),
+        gallery=gallery,
+        drift=drift,
+        trajectories=trajectories,
         notes=[*notes, *problems],
-    )  # fmt: skip
+    )
 
 
 def _trajectories(record: RunRecord) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
@@ -126,9 +133,14 @@ def _track(view: RunView, path: Path, uri: str, console: Console) -> bool:
     assert view.record.mlflow_run_id is not None
     try:
         attach(
-            uri, view.record.mlflow_run_id, path, folder="report", figures=_tracked_figures(view.figures),
-            step=view.figures.iterations, tags={"verdict": verdict(view.figures)[1], "report": f"report/{path.name}"},
-        )  # fmt: skip
+            uri,
+            view.record.mlflow_run_id,
+            path,
+            folder="report",
+            metrics=_tracked_metrics(view.metrics),
+            step=view.metrics.iterations,
+            tags={"verdict": verdict(view.metrics)[1], "report": f"report/{path.name}"},
+        )
     except AcpoError as error:
         # The page is there; that a server is not must not make it a failure.
         console.message(f"not added to MLflow: {error}")
@@ -136,6 +148,6 @@ def _track(view: RunView, path: Path, uri: str, console: Console) -> bool:
     return True
 
 
-def _tracked_figures(figures: RunFigures) -> dict[str, float]:
-    values = {"report/quality": figures.quality, "report/drift": figures.drift, "report/diversity": figures.diversity}
+def _tracked_metrics(metrics: RunMetrics) -> dict[str, float]:
+    values = {"report/quality": metrics.quality, "report/drift": metrics.drift, "report/diversity": metrics.diversity}
     return {name: value for name, value in values.items() if value is not None}

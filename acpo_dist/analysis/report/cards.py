@@ -6,7 +6,7 @@ from typing import Any
 
 from acpo_dist.analysis.report.charts import PHASES
 from acpo_dist.analysis.report.html import duration, short, signed
-from acpo_dist.analysis.report.metrics import GuardView, RunFigures, verdict
+from acpo_dist.analysis.report.metrics import GuardView, RunMetrics, verdict
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.tracking.panel import SIGMA
 
@@ -21,9 +21,9 @@ _NAMED_SHARE = 0.15
 _GUARD_TONES = {"quiet": "good", "near a limit": "caution", "over a limit": "bad", "stopped": "bad", "off": "unknown"}
 
 
-def verdict_banner(figures: RunFigures) -> str:
+def verdict_banner(metrics: RunMetrics) -> str:
     """Sign, two words and a sentence: never colour alone."""
-    tone, sentence = verdict(figures)
+    tone, sentence = verdict(metrics)
     sign, word = _SIGNS[tone]
     return (
         f'<div class="verdict {tone}"><span class="sign" aria-hidden="true">{sign}</span>'
@@ -31,27 +31,27 @@ def verdict_banner(figures: RunFigures) -> str:
     )
 
 
-def summary_cards(figures: RunFigures) -> str:
+def summary_cards(metrics: RunMetrics) -> str:
     """One card per key figure."""
     cards = []
-    when = "final weights" if figures.final else "mean of the last five iterations"
-    for name, value in figures.gains.items():
-        role = figures.roles.get(name, "judge")
+    when = "final weights" if metrics.final else "mean of the last five iterations"
+    for name, value in metrics.gains.items():
+        role = metrics.roles.get(name, "judge")
         cards.append(
             _card(f"{role} gain", f"{signed(value)} {SIGMA}", f"{name}, {when}", key=f"gain/{name}", value=value)
         )
-    budget = f"budget {short(figures.budget)}" if figures.budget is not None else "no budget"
-    meter = _meter(figures.drift, figures.budget)
-    cards.append(_card("rms drift", short(figures.drift), budget + meter, key="drift", value=figures.drift, raw=True))
-    guard = figures.guard
+    budget = f"budget {short(metrics.budget)}" if metrics.budget is not None else "no budget"
+    meter = _meter(metrics.drift, metrics.budget)
+    cards.append(_card("rms drift", short(metrics.drift), budget + meter, key="drift", value=metrics.drift, raw=True))
+    guard = metrics.guard
     cards.append(_card("guard", guard.state, guard.text, tone=_GUARD_TONES[guard.state]))
-    if figures.diversity is not None:
+    if metrics.diversity is not None:
         text = "within-prompt distance, of the base model's"
-        cards.append(_card("diversity", f"{figures.diversity:.0%}", text, key="diversity", value=figures.diversity))
-    each = f"{figures.iterations} iterations, {duration(figures.seconds / figures.iterations)} each" if (
-        figures.seconds is not None and figures.iterations
-    ) else f"{figures.iterations} iterations"  # fmt: skip
-    cards.append(_card("time", duration(figures.seconds), each, key="seconds", value=figures.seconds))
+        cards.append(_card("diversity", f"{metrics.diversity:.0%}", text, key="diversity", value=metrics.diversity))
+    each = f"{metrics.iterations} iterations, {duration(metrics.seconds / metrics.iterations)} each" if (
+        metrics.seconds is not None and metrics.iterations
+    ) else f"{metrics.iterations} iterations"  # fmt: skip
+    cards.append(_card("time", duration(metrics.seconds), each, key="seconds", value=metrics.seconds))
     return f'<div class="cards">{"".join(cards)}</div>'
 
 

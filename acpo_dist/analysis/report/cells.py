@@ -2,7 +2,7 @@
 
 from acpo_dist.analysis.report.compare import SeedGroup, Spread
 from acpo_dist.analysis.report.html import duration, short, signed
-from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import ROLES
 
 COLUMNS = ("run", "seed", "state", "iterations", "quality", "rewards", "judges", "drift", "diversity", "guard", "time")
@@ -10,33 +10,33 @@ LIST_COLUMNS = ("run", "seed", "state", "done", "reward", "judge", "drift", "gua
 SEED_COLUMNS = ("runs", "seeds", "left out", "quality", "drift", "gains", "time")
 
 
-def run_cells(figures: RunFigures) -> list[str]:
+def run_cells(metrics: RunMetrics) -> list[str]:
     """One row of a table of runs, by `COLUMNS`."""
-    total = f"/{figures.total}" if figures.total is not None else ""
+    total = f"/{metrics.total}" if metrics.total is not None else ""
     by_role = {
         role: ", ".join(
             f"{name} {signed(value)}"
-            for name, value in figures.gains.items()
-            if figures.roles.get(name, "judge") == role
+            for name, value in metrics.gains.items()
+            if metrics.roles.get(name, "judge") == role
         )
         for role in ROLES
     }
-    budget = f" of {short(figures.budget)}" if figures.budget is not None else ""
-    diversity = "-" if figures.diversity is None else f"{figures.diversity:.0%}"
+    budget = f" of {short(metrics.budget)}" if metrics.budget is not None else ""
+    diversity = "-" if metrics.diversity is None else f"{metrics.diversity:.0%}"
     return [
-        figures.name, str(figures.seed), figures.state, f"{figures.iterations}{total}", signed(figures.quality),
-        by_role["reward"] or "-", by_role["judge"] or "-", short(figures.drift) + budget, diversity,
-        figures.guard.state, duration(figures.seconds),
+        metrics.name, str(metrics.seed), metrics.state, f"{metrics.iterations}{total}", signed(metrics.quality),
+        by_role["reward"] or "-", by_role["judge"] or "-", short(metrics.drift) + budget, diversity,
+        metrics.guard.state, duration(metrics.seconds),
     ]  # fmt: skip
 
 
-def list_cells(figures: RunFigures) -> list[str]:
+def list_cells(metrics: RunMetrics) -> list[str]:
     """One row of the narrower list of runs, by `LIST_COLUMNS`."""
-    total = f"/{figures.total}" if figures.total is not None else ""
+    total = f"/{metrics.total}" if metrics.total is not None else ""
     return [
-        figures.name, str(figures.seed), figures.state, f"{figures.iterations}{total}",
-        signed(figures.mean_gain("reward")), signed(figures.mean_gain("judge")), short(figures.drift),
-        figures.guard.state, duration(figures.seconds), figures.path or f"mlflow:{figures.mlflow_run_id}",
+        metrics.name, str(metrics.seed), metrics.state, f"{metrics.iterations}{total}",
+        signed(metrics.mean_gain("reward")), signed(metrics.mean_gain("judge")), short(metrics.drift),
+        metrics.guard.state, duration(metrics.seconds), metrics.path or f"mlflow:{metrics.mlflow_run_id}",
     ]  # fmt: skip
 
 

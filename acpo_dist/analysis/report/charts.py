@@ -6,7 +6,7 @@ from typing import Any
 
 from acpo_dist.analysis.report.drift_map import DriftMap
 from acpo_dist.analysis.report.heat import heat_map
-from acpo_dist.analysis.report.metrics import GUARD_KEYS, RunFigures, figures_of
+from acpo_dist.analysis.report.metrics import GUARD_KEYS, RunMetrics, metrics_of
 from acpo_dist.analysis.report.record import ROLES, RunRecord
 from acpo_dist.analysis.report.svg import Limit, Series, Trail, line_chart, scatter_chart, tick_text
 from acpo_dist.tracking.panel import SIGMA
@@ -14,7 +14,7 @@ from acpo_dist.tracking.panel import SIGMA
 SMOOTHING = 0.3
 """Share of the newest iteration in the running means of the scatter plot: the guard's own default."""
 PHASES = ("rollout", "reward", "learn", "sync")
-_DRIFT_UNITS = {"eps": "noise units", "v": "velocity units", "x0": "clean-picture units"}
+_DRIFT_UNITS = {"eps": "noise units", "v": "velocity units", "x0": "clean-image units"}
 _TRAIL_POINTS = 60
 _MOST_TRAJECTORIES = 6
 
@@ -24,14 +24,14 @@ def tradeoff(records: Sequence[RunRecord], labels: Sequence[str]) -> str:
     trails = []
     for index, (record, label) in enumerate(zip(records, labels, strict=True)):
         points = _trail(record)
-        figures = figures_of(record)
+        metrics = metrics_of(record)
         end = None
-        if figures.drift is not None and figures.quality is not None:
-            how = "final weights" if figures.final else "last five iterations"
-            about = f"{label}, {how}: gain {figures.quality:+.3f}, drift {figures.drift:.3g}"
-            end = (figures.drift, figures.quality, about)
+        if metrics.drift is not None and metrics.quality is not None:
+            how = "final weights" if metrics.final else "last five iterations"
+            about = f"{label}, {how}: gain {metrics.quality:+.3f}, drift {metrics.drift:.3g}"
+            end = (metrics.drift, metrics.quality, about)
         trails.append(Trail(name=label, points=points, end=end, tone=index))
-    budgets = {figures_of(record).budget for record in records} - {None}
+    budgets = {metrics_of(record).budget for record in records} - {None}
     limits = [
         Limit(name=f"budget {budget:.3g}", value=budget, upright=True) for budget in budgets if budget is not None
     ]
@@ -59,9 +59,9 @@ def gains_over_time(record: RunRecord) -> str:
     )
 
 
-def drift_over_time(record: RunRecord, figures: RunFigures) -> str:
+def drift_over_time(record: RunRecord, metrics: RunMetrics) -> str:
     """Drift against its budget."""
-    limits = [Limit(name=f"budget {figures.budget:.3g}", value=figures.budget)] if figures.budget is not None else []
+    limits = [Limit(name=f"budget {metrics.budget:.3g}", value=metrics.budget)] if metrics.budget is not None else []
     return line_chart(
         [_series(record, "drift/rms", "rms drift", 0)], x_label="iteration", y_label="rms drift", limits=limits
     )
@@ -117,7 +117,7 @@ def trajectory_chart(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
                 (step, 100 * (now / then - 1)) for step, (now, then) in enumerate(zip(levels, start, strict=True))
             ]
             series.append(Series(name=name, points=points, tone=tone))
-    return line_chart(series, x_label="denoise step, from noise to picture", y_label="change of sigma, %")
+    return line_chart(series, x_label="denoise step, from noise to image", y_label="change of sigma, %")
 
 
 def _sigmas(trajectory: Mapping[str, Any]) -> list[float]:

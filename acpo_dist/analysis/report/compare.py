@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import RunRecord
 
 COSMETIC = ("run.dir", "run.name", "run.seed", "tracking.", "checkpoint.", "cluster.")
@@ -65,7 +65,7 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
 
-def seed_groups(records: Sequence[RunRecord], figures: Sequence[RunFigures], labels: Sequence[str]) -> list[SeedGroup]:
+def seed_groups(records: Sequence[RunRecord], metrics: Sequence[RunMetrics], labels: Sequence[str]) -> list[SeedGroup]:
     """Runs by their parameters without `COSMETIC` ones, in the order of first appearance.
 
     Means are over finished runs alone: what a run that goes on, or that crashed, has reached so far is another figure.
@@ -76,8 +76,8 @@ def seed_groups(records: Sequence[RunRecord], figures: Sequence[RunFigures], lab
         members.setdefault(key, []).append(index)
     groups = []
     for indices in members.values():
-        counted, left_out = _counted(indices, records, figures)
-        chosen = [figures[index] for index in counted]
+        counted, left_out = _counted(indices, records, metrics)
+        chosen = [metrics[index] for index in counted]
         names = [name for each in chosen[:1] for name in each.gains if all(name in other.gains for other in chosen)]
         groups.append(
             SeedGroup(
@@ -105,13 +105,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def _counted(
-    indices: Sequence[int], records: Sequence[RunRecord], figures: Sequence[RunFigures]
+    indices: Sequence[int], records: Sequence[RunRecord], metrics: Sequence[RunMetrics]
 ) -> tuple[list[int], str]:
-    final = [index for index in indices if figures[index].final]
+    final = [index for index in indices if metrics[index].final]
     by_seed: dict[int, int] = {}
     # Of several runs of one seed the last counts; dictionaries keep the place of the first.
     for index in sorted(final, key=lambda index: records[index].last_write or 0.0):
-        by_seed[figures[index].seed] = index
+        by_seed[metrics[index].seed] = index
     counted = sorted(by_seed.values())
     reasons = {"not finished": len(indices) - len(final), "of a seed that is there already": len(final) - len(counted)}
     return counted, ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
-from acpo_dist.analysis.report.sample_renderer import REPORT, Studio
+from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.registry import MODELS, resolve
-from acpo_dist.evaluation.metrics.drift import head_errors
+from acpo_dist.evaluation.metrics.drift import output_errors
 from acpo_dist.models.family import ModelFamily, trainable_tensors
 from acpo_dist.objective.anchor import drift_unit
 from acpo_dist.tracking.console import Console
@@ -56,8 +56,8 @@ def from_rows(record: RunRecord) -> DriftMap | None:
     )  # fmt: skip
 
 
-def from_checkpoints(record: RunRecord, studio: Studio, console: Console) -> DriftMap:
-    """Measure every checkpoint on the same re-noised pictures of the base model, one file per checkpoint kept.
+def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Console) -> DriftMap:
+    """Measure every checkpoint on the same re-noised images of the base model, one file per checkpoint kept.
 
     Raises:
         UsageError: a checkpoint is damaged.
@@ -65,20 +65,20 @@ def from_checkpoints(record: RunRecord, studio: Studio, console: Console) -> Dri
     columns: dict[int, dict[int, float]] = {}
     family: ModelFamily | None = None
     clean = torch.empty(0)
-    groups = studio.groups[:_SAMPLES]
+    groups = renderer.groups[:_SAMPLES]
     prompts = [plan.prompt for group in groups for plan in group.samples][:_SAMPLES]
     for iteration in record.checkpoints:
-        checkpoint = studio.checkpoint(iteration)
-        file = studio.root / REPORT / f"drift-{iteration:06d}.json"
+        checkpoint = renderer.checkpoint(iteration)
+        file = renderer.root / REPORT / f"drift-{iteration:06d}.json"
         stamp = _stamp(checkpoint, prompts)
         kept = _read(file, stamp)
         if kept is None:
             if family is None:
-                handles = studio.draw(None, None, groups, label="drift: base pictures")
+                handles = renderer.draw(None, None, groups, label="drift: base images")
                 clean = torch.cat([handle.payload.latents_BCHW for handle in handles])[:_SAMPLES]
-                studio.close()
-                kind = resolve("model", MODELS, studio.config.model.type)
-                family = kind.load(studio.config.model, device=default_device(), trainable=True)
+                renderer.close()
+                kind = resolve("model", MODELS, renderer.config.model.type)
+                family = kind.load(renderer.config.model, device=default_device(), trainable=True)
             with console.phase(f"drift: iteration {iteration}", None):
                 assert family is not None
                 kept = _measure(family, checkpoint, clean, prompts, anchor_space(record))
@@ -89,7 +89,7 @@ def from_checkpoints(record: RunRecord, studio: Studio, console: Console) -> Dri
         timesteps=timesteps, iterations=list(columns),
         values=[[column.get(timestep) for column in columns.values()] for timestep in timesteps],
         space=anchor_space(record),
-        source=f"measured for this report on {len(prompts)} pictures of the base model, noised again",
+        source=f"measured for this report on {len(prompts)} images of the base model, noised again",
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def _measure(
         parameter.copy_(weights[name])
     total = len(family.alpha_bars)
     timesteps = [min(total - 1, round(share * total)) for share in SHARES]
-    found = head_errors(family, clean, prompts, timesteps).anchor
+    found = output_errors(family, clean, prompts, timesteps).anchor
     return {
         timestep: value * drift_unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()
     }

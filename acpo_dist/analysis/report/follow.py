@@ -8,7 +8,7 @@ from typing import Any
 from acpo_dist.analysis.report.record import RunRecord, read_run
 from acpo_dist.tracking.jsonl import parse_object
 from acpo_dist.training.run_folder import METRICS
-from acpo_dist.training.run_lock import driver_of, sign_of
+from acpo_dist.training.run_lock import lock_holder, sign_of
 
 POLL_S = 1.0
 _LOOKS = 3
@@ -56,7 +56,7 @@ def follow(
     absent = _LOOKS
     while True:
         # Before the rows: what its last moment wrote must not be missed.
-        driver = driver_of(root)
+        driver = lock_holder(root)
         absent = 0 if driver is not None else absent + 1
         left = absent == _LOOKS if driver is None else sign_of(driver) == "gone"
         rows = follower.new_rows()

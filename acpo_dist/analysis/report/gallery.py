@@ -1,4 +1,4 @@
-"""Pairs of pictures, what each gained or lost, and what the whole set says about content and diversity."""
+"""Pairs of images, what each gained or lost, and what the whole set says about content and diversity."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from statistics import fmean, pstdev
 from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
-from acpo_dist.analysis.report.sample_renderer import Shot, Studio, read_pixels
+from acpo_dist.analysis.report.sample_renderer import Sample, SampleRenderer, read_pixels
 from acpo_dist.core.types import Normaliser
 from acpo_dist.evaluation.metrics.content import content_statistics
 from acpo_dist.evaluation.metrics.distances import SampleError
@@ -22,8 +22,8 @@ _MIN_STD = 0.05
 class Pair:
     """One prompt and seed, drawn twice."""
 
-    base: Shot
-    tuned: Shot
+    base: Sample
+    tuned: Sample
     gain: float
     """Mean over the judges (the rewards where there is none) of the change in base standard deviations."""
     reward_gain: float
@@ -38,20 +38,20 @@ class Gallery:
     judged: bool
     """Whether `gain` is the judges'."""
     content: Mapping[str, float]
-    """Statistic -> shift of its mean in standard deviations of the base pictures."""
+    """Statistic -> shift of its mean in standard deviations of the base images."""
     diversity: float | None
     """Within-prompt distance on low-pass features as a share of the base model's; None if it cannot be measured."""
 
 
-def make_gallery(record: RunRecord, studio: Studio, iteration: int) -> Gallery:
-    """Draw (or read) both sets and compare them picture by picture."""
-    checkpoint = studio.checkpoint(iteration)
+def make_gallery(record: RunRecord, renderer: SampleRenderer, iteration: int) -> Gallery:
+    """Draw (or read) both sets and compare them image by image."""
+    checkpoint = renderer.checkpoint(iteration)
     trajectory = checkpoint.state.get("trajectory")
-    base = studio.shots(None, trajectory)
-    tuned = studio.shots(checkpoint, trajectory)
+    base = renderer.samples(None, trajectory)
+    tuned = renderer.samples(checkpoint, trajectory)
     normalisers = {name: Normaliser(**value) for name, value in checkpoint.state["normalisers"].items()}
-    rewards = [entry.name for entry in studio.config.rewards.train]
-    judges = [entry.name for entry in studio.config.rewards.judges]
+    rewards = [entry.name for entry in renderer.config.rewards.train]
+    judges = [entry.name for entry in renderer.config.rewards.judges]
     pairs = [
         Pair(
             base=before, tuned=after, gain=_change(before, after, judges or rewards, normalisers),
@@ -62,12 +62,12 @@ def make_gallery(record: RunRecord, studio: Studio, iteration: int) -> Gallery:
     before, after = read_pixels(base), read_pixels(tuned)
     return Gallery(
         iteration=iteration, pairs=pairs, judged=bool(judges), content=content_shifts(before, after),
-        diversity=diversity_share(before, after, [shot.prompt for shot in base]),
+        diversity=diversity_share(before, after, [sample.prompt for sample in base]),
     )  # fmt: skip
 
 
 def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
-    """Shift of each content statistic's mean, in standard deviations of the base pictures (at least 0.05)."""
+    """Shift of each content statistic's mean, in standard deviations of the base images (at least 0.05)."""
     before, after = content_statistics(base), content_statistics(tuned)
     return {
         name: (fmean(after[name].tolist()) - fmean(values.tolist())) / max(_MIN_STD, pstdev(values.tolist()))
@@ -76,7 +76,7 @@ def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
 
 
 def diversity_share(base: Tensor, tuned: Tensor, prompts: Sequence[str]) -> float | None:
-    """Within-prompt distance of the tuned pictures over that of the base's; None with one seed per prompt."""
+    """Within-prompt distance of the tuned images over that of the base's; None with one seed per prompt."""
     extract = LowPassPixels(8 if min(base.shape[2:]) >= 32 else 4)
     try:
         before, after = (within_prompt_diversity(extract(images).values, prompts) for images in (base, tuned))
@@ -85,7 +85,7 @@ def diversity_share(base: Tensor, tuned: Tensor, prompts: Sequence[str]) -> floa
     return after.mean_distance / before.mean_distance if before.mean_distance > 0 else None
 
 
-def _change(before: Shot, after: Shot, names: Sequence[str], normalisers: Mapping[str, Normaliser]) -> float:
+def _change(before: Sample, after: Sample, names: Sequence[str], normalisers: Mapping[str, Normaliser]) -> float:
     return fmean(
         normalisers[name].normalise(after.scores[name]) - normalisers[name].normalise(before.scores[name])
         for name in names

@@ -35,7 +35,7 @@ class GuardView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFigures:
+class RunMetrics:
     """One line of `acpo runs` and `acpo compare`, and the cards of a report."""
 
     name: str
@@ -81,7 +81,7 @@ class RunFigures:
         }  # fmt: skip
 
 
-def figures_of(record: RunRecord) -> RunFigures:
+def metrics_of(record: RunRecord) -> RunMetrics:
     """Reduce a record."""
     roles = {name: role for role in ROLES for name in record.metrics_by_role[role]}
     gains = dict(record.gains)
@@ -90,7 +90,7 @@ def figures_of(record: RunRecord) -> RunFigures:
         known = {name: [value for value in values if value is not None] for name, values in recent.items()}
         gains = {name: fmean(values) for name, values in known.items() if values}
     seconds = sum(row.get("time/iteration") or 0.0 for row in record.rows) or None
-    return RunFigures(
+    return RunMetrics(
         name=record.name, seed=record.seed, state=record.state, iterations=record.done, total=record.total,
         gains=gains, roles=roles, final=bool(record.gains), drift=record.recent("drift/rms"), budget=_budget(record),
         diversity=record.extra.get("diversity"), guard=guard_view(record),
@@ -128,31 +128,31 @@ def guard_view(record: RunRecord) -> GuardView:
     return GuardView(state="quiet", text=f"{nearest}{since}", rules=tuple(rules))
 
 
-def verdict(figures: RunFigures) -> tuple[Tone, str]:
+def verdict(metrics: RunMetrics) -> tuple[Tone, str]:
     """(tone, one sentence): what was gained at what drift, and what the guard says."""
-    total = f" of {figures.total}" if figures.total is not None else ""
+    total = f" of {metrics.total}" if metrics.total is not None else ""
     gained = " and ".join(
         f"the {role} {name} {value:+.2f} base {SIGMA}"
         for role in ROLES
-        for name, value in figures.gains.items()
-        if figures.roles.get(name, "judge") == role
+        for name, value in metrics.gains.items()
+        if metrics.roles.get(name, "judge") == role
     )
-    budget = f" of a budget of {figures.budget:.3g}" if figures.budget is not None else ", without a budget"
-    drift = f"rms drift {figures.drift:.3g}{budget}" if figures.drift is not None else "unknown drift"
+    budget = f" of a budget of {metrics.budget:.3g}" if metrics.budget is not None else ", without a budget"
+    drift = f"rms drift {metrics.drift:.3g}{budget}" if metrics.drift is not None else "unknown drift"
     what = f"gained {gained}" if gained else f"gains are not known in base {SIGMA}, since no checkpoint is left"
     guard = {"stopped": "the guard stopped it", "off": "no guard was at work"}.get(
-        figures.guard.state, f"the guard is {figures.guard.state}"
+        metrics.guard.state, f"the guard is {metrics.guard.state}"
     )
-    sentence = f"After {figures.iterations}{total} iterations: {what}, at {drift}; {guard}."
-    return _tone(figures), sentence
+    sentence = f"After {metrics.iterations}{total} iterations: {what}, at {drift}; {guard}."
+    return _tone(metrics), sentence
 
 
-def _tone(figures: RunFigures) -> Tone:
-    judged, rewarded = figures.mean_gain("judge"), figures.mean_gain("reward")
-    over = figures.budget is not None and figures.drift is not None and figures.drift > figures.budget
-    if figures.guard.state in ("stopped", "over a limit") or (judged is not None and judged < 0):
+def _tone(metrics: RunMetrics) -> Tone:
+    judged, rewarded = metrics.mean_gain("judge"), metrics.mean_gain("reward")
+    over = metrics.budget is not None and metrics.drift is not None and metrics.drift > metrics.budget
+    if metrics.guard.state in ("stopped", "over a limit") or (judged is not None and judged < 0):
         return "bad"
-    if figures.guard.state == "near a limit" or over or (rewarded is not None and rewarded <= 0):
+    if metrics.guard.state == "near a limit" or over or (rewarded is not None and rewarded <= 0):
         return "caution"
     return "unknown" if rewarded is None else "good"
 

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing beside it: style, script, charts and pictures are inside."""
+"""One HTML file that needs nothing beside it: style, script, charts and images are inside."""
 
 import json
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ def render_page(views: Sequence[RunView]) -> str:
     lead = (
         ", ".join(view.label for view in views)
         if several
-        else f"seed {views[0].figures.seed}, {views[0].figures.state}"
+        else f"seed {views[0].metrics.seed}, {views[0].metrics.state}"
     )
     return _shell(title, lead, body, views)
 
 
 def render_comparison(views: Sequence[RunView]) -> str:
-    """The comparison alone; pictures and curves of each run are in its own report."""
+    """The comparison alone; images and curves of each run are in its own report."""
     lead = ", ".join(view.label for view in views)
     return _shell(f"{len(views)} runs compared", lead, [comparison(views)], views)
 
@@ -51,7 +51,7 @@ def _tabs(views: Sequence[RunView]) -> str:
 
 
 def _shell(title: str, lead: str, body: Sequence[str], views: Sequence[RunView]) -> str:
-    data = {"runs": [{"label": view.label, **view.figures.to_mapping()} for view in views]}
+    data = {"runs": [{"label": view.label, **view.metrics.to_mapping()} for view in views]}
     parts = files("acpo_dist.analysis.report") / "templates"
     style, script, page = (
         (parts / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html")

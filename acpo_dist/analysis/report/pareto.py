@@ -1,18 +1,18 @@
-"""Quality against drift of several runs as one picture file."""
+"""Quality against drift of several runs as one image file."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from acpo_dist.analysis.report.compare import SeedGroup, pareto_front
-from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.metrics import RunMetrics
 
 _MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
 # Colour-blind safe (Okabe and Ito), without its yellow, which white paper swallows.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 
 
-def save_pareto(path: Path, figures: Sequence[RunFigures], groups: Sequence[SeedGroup]) -> int:
+def save_pareto(path: Path, metrics: Sequence[RunMetrics], groups: Sequence[SeedGroup]) -> int:
     """Draw it; runs of one group share colour and marker, their mean carries error bars over seeds.
 
     Returns:
@@ -35,7 +35,7 @@ def save_pareto(path: Path, figures: Sequence[RunFigures], groups: Sequence[Seed
         }
         label = group.label
         for index in group.members:
-            each = figures[index]
+            each = metrics[index]
             if each.drift is not None and each.quality is not None:
                 known[index] = (each.drift, each.quality)
                 axis.plot(*known[index], markersize=5 if len(group.members) > 1 else 9, label=label, **style)
@@ -58,10 +58,10 @@ def save_pareto(path: Path, figures: Sequence[RunFigures], groups: Sequence[Seed
             label="beaten by none",
             zorder=0,
         )
-    for budget in sorted({each.budget for each in figures if each.budget is not None}):
+    for budget in sorted({each.budget for each in metrics if each.budget is not None}):
         axis.axvline(budget, color="0.3", linewidth=1, linestyle=":", label=f"budget {budget:.3g}")
     axis.axhline(0, color="0.7", linewidth=1, zorder=0)
-    judged = all(each.mean_gain("judge") is not None for each in figures)
+    judged = all(each.mean_gain("judge") is not None for each in metrics)
     axis.set(
         xlabel="rms drift from the base model", title="quality against drift",
         ylabel=f"mean gain of the {'judges' if judged else 'rewards'}, base standard deviations",

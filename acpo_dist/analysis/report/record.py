@@ -17,7 +17,7 @@ from acpo_dist.core.types import Normaliser
 from acpo_dist.tracking.jsonl import parse_object, read_metrics
 from acpo_dist.tracking.mlflow_records import flatten
 from acpo_dist.training.run_folder import METRICS, RESOLVED
-from acpo_dist.training.run_lock import Sign, driver_of, sign_of
+from acpo_dist.training.run_lock import Sign, lock_holder, sign_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def read_run(root: Path, *, status: str | None = None) -> RunRecord:
     config = _read_config(root)
     rows, gains, broken = _read_rows(root / METRICS)
     state = _newest_state(root / "checkpoints")
-    run_id, driver = root / "mlflow" / "run_id", driver_of(root)
+    run_id, driver = root / "mlflow" / "run_id", lock_holder(root)
     return RunRecord(
         name=str(config.get("run", {}).get("name", root.name)), seed=int(config.get("run", {}).get("seed", 0)),
         root=root, config=config, params=flatten(config), rows=rows, gains=gains,

@@ -1,4 +1,4 @@
-"""Draws the pictures of a report: base and tuned model, same prompts, same seeds, same trajectory; scored and kept."""
+"""Draws the images of a report: base and tuned model, same prompts, same seeds, same trajectory; scored and kept."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, UsageError
 from acpo_dist.core.types import PromptGroup, RolloutHandle
 from acpo_dist.core.weights import make_bundle
-from acpo_dist.data.prompts import deal, load_prompts
+from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
 from acpo_dist.training.local import LocalRollouts, default_device
@@ -32,15 +32,15 @@ from acpo_dist.workers.reward.worker import RewardWorker
 
 logger = logging.getLogger(__name__)
 
-FIGURES = "pictures.json"
+METRICS = "images.json"
 REPORT = "report"
 _SEED = 0
 """Prompts and seeds are the same for every run, so that reports of several runs show the same scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
-    """One picture."""
+class Sample:
+    """One image."""
 
     prompt: str
     seed: int
@@ -49,7 +49,7 @@ class Shot:
     """Raw, by metric."""
 
 
-class Studio:
+class SampleRenderer:
     """A run's models, opened as late as possible: what was drawn before is read from `RUN/report/`.
 
     Args:
@@ -68,7 +68,7 @@ class Studio:
         self.config = prepare(read_run_config(self.root), self.root / "base", console)
         data = self.config.data
         texts = load_prompts(data.prompts, data.prompt_column)
-        self.groups = deal(
+        self.groups = sample_prompts(
             texts, iteration=0, run_seed=_SEED, stream="report", num_prompts=prompts, samples_per_prompt=per_prompt
         )
         self._store = CheckpointStore(self.root / "checkpoints", keep=self.config.checkpoint.keep)
@@ -85,12 +85,10 @@ class Studio:
         try:
             return self._store.open(iteration)
         except CheckpointError as error:
-            raise UsageError(
-                f"{error}. Name another one with --at, or leave pictures out with --no-samples."
-            ) from error
+            raise UsageError(f"{error}. Name another one with --at, or leave images out with --no-samples.") from error
 
-    def shots(self, checkpoint: Checkpoint | None, trajectory: Any) -> list[Shot]:
-        """Pictures of a checkpoint, or of the base model (None), in the order of the groups.
+    def samples(self, checkpoint: Checkpoint | None, trajectory: Any) -> list[Sample]:
+        """Images of a checkpoint, or of the base model (None), in the order of the groups.
 
         Args:
             trajectory: the checkpoint's mapping, so that both models walk the same one; None takes the spaced one.
@@ -102,7 +100,7 @@ class Studio:
         if kept is not None:
             return kept
         plans = [plan for group in self.groups for plan in group.samples]
-        handles = self.draw(checkpoint, trajectory, self.groups, label=f"pictures: {name}")
+        handles = self.draw(checkpoint, trajectory, self.groups, label=f"images: {name}")
         images = self._open().images(handles, [plan.sample_id for plan in plans])
         scores = self._score(images, [plan.prompt for plan in plans])
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +111,7 @@ class Studio:
             own = {metric: values[index] for metric, values in scores.items()}
             rows.append({"file": file.name, "prompt": plan.prompt, "seed": plan.seed, "scores": own})
         # Written last: a folder without it is not read.
-        replace_file(folder / FIGURES, json.dumps({"shots": rows}, indent=1).encode())
+        replace_file(folder / METRICS, json.dumps({"shots": rows}, indent=1).encode())
         kept = _read(folder)
         assert kept is not None
         return kept
@@ -151,7 +149,7 @@ class Studio:
                 RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=default_device())
                 for entry in entries.values()
             ]
-        with self._console.phase("pictures: score", None):
+        with self._console.phase("images: score", None):
             return {worker.name: worker.score(images, prompts) for worker in self._metrics}
 
     def _digest(self, weights: str, trajectory: Any) -> str:
@@ -198,9 +196,7 @@ def _best(record: RunRecord) -> int:
     assert record.root is not None
     newest = CheckpointStore(record.root / "checkpoints", keep=1).newest()
     if newest is None:
-        raise UsageError(
-            f"{record.root} has no whole checkpoint, so no best one: leave pictures out with --no-samples."
-        )
+        raise UsageError(f"{record.root} has no whole checkpoint, so no best one: leave images out with --no-samples.")
     best = newest.best_iteration
     if best == 0 and 0 not in record.checkpoints:
         raise UsageError(
@@ -209,9 +205,9 @@ def _best(record: RunRecord) -> int:
     return best
 
 
-def read_pixels(shots: Sequence[Shot]) -> Tensor:
-    """Pictures as uint8 (N, 3, H, W)."""
-    arrays = [np.asarray(Image.open(shot.file).convert("RGB")) for shot in shots]
+def read_pixels(samples: Sequence[Sample]) -> Tensor:
+    """Images as uint8 (N, 3, H, W)."""
+    arrays = [np.asarray(Image.open(sample.file).convert("RGB")) for sample in samples]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -224,19 +220,19 @@ def _weights_sum(checkpoint: Checkpoint | None) -> str:
 
 
 def _digest_of(config: Config, weights: str, trajectory: Any, seeds: Sequence[int]) -> str:
-    """Everything that a picture or a score depends on."""
+    """Everything that an image or a score depends on."""
     whole = config.to_mapping()
     metrics = [whole["rewards"]["train"], whole["rewards"]["judges"]]
     parts = [whole["model"], whole["sampler"], metrics, whole["data"], weights, trajectory, list(seeds)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _read(folder: Path) -> list[Shot] | None:
-    file = folder / FIGURES
+def _read(folder: Path) -> list[Sample] | None:
+    file = folder / METRICS
     value = parse_object(file.read_bytes()) if file.is_file() else None
     if value is None or not all((folder / row["file"]).is_file() for row in value["shots"]):
         return None
     return [
-        Shot(prompt=row["prompt"], seed=row["seed"], file=folder / row["file"], scores=row["scores"])
+        Sample(prompt=row["prompt"], seed=row["seed"], file=folder / row["file"], scores=row["scores"])
         for row in value["shots"]
     ]

@@ -9,13 +9,13 @@ from PIL import Image
 
 from acpo_dist.analysis.report.gallery import Gallery, Pair
 from acpo_dist.analysis.report.html import signed
-from acpo_dist.analysis.report.sample_renderer import Shot
+from acpo_dist.analysis.report.sample_renderer import Sample
 from acpo_dist.tracking.panel import SIGMA
 
 LARGEST = 512
 """Pixels of the longer side inside the page; the files in the run's `report/` folder keep their own size."""
 _LOSSLESS = 128
-"""Up to this side pictures go in as PNG."""
+"""Up to this side images go in as PNG."""
 _WORDS = {"+": ("won", "▲ gained"), "-": ("lost", "▼ lost"), "same": ("same", "● same")}
 _ORDERS = (("worst", "worst first"), ("best", "best first"), ("prompt", "by prompt"))
 
@@ -42,21 +42,21 @@ def shelf(gallery: Gallery, index: int) -> str:
     )
     return (
         f'<div class="shelf-bar"><p role="status">{escape(text)}</p><div class="orders" role="group" '
-        f'aria-label="Order of the pictures">{buttons}</div>{everywhere}</div><div class="shelf">{cards}</div>'
+        f'aria-label="Order of the images">{buttons}</div>{everywhere}</div><div class="shelf">{cards}</div>'
     )
 
 
-def embedded(shot: Shot) -> tuple[str, int, int]:
-    """(data address, width, height) of a picture as it goes into the page."""
-    with Image.open(shot.file) as opened:
-        picture = opened.convert("RGB")
-    if max(picture.size) > LARGEST:
-        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+def embedded(sample: Sample) -> tuple[str, int, int]:
+    """(data address, width, height) of an image as it goes into the page."""
+    with Image.open(sample.file) as opened:
+        image = opened.convert("RGB")
+    if max(image.size) > LARGEST:
+        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    kind = "PNG" if max(picture.size) <= _LOSSLESS else "JPEG"
-    picture.save(buffer, format=kind, **({"optimize": True} if kind == "PNG" else {"quality": 88}))
+    kind = "PNG" if max(image.size) <= _LOSSLESS else "JPEG"
+    image.save(buffer, format=kind, **({"optimize": True} if kind == "PNG" else {"quality": 88}))
     text = base64.b64encode(buffer.getvalue()).decode()
-    return f"data:image/{kind.lower()};base64,{text}", *picture.size
+    return f"data:image/{kind.lower()};base64,{text}", *image.size
 
 
 def _card(pair: Pair, name: str, *, worst: int, prompt: int) -> str:
@@ -73,7 +73,7 @@ def _card(pair: Pair, name: str, *, worst: int, prompt: int) -> str:
         f'<img src="{before}" {size} alt="base model: {about}">'
         f'<img class="over" src="{after}" {size} alt="tuned model: {about}">'
         '<span class="tag left" aria-hidden="true">base</span><span class="tag right" aria-hidden="true">tuned</span>'
-        f'<i class="edge" aria-hidden="true"></i><label class="hidden" for="wipe-{name}">How much of the base picture '
+        f'<i class="edge" aria-hidden="true"></i><label class="hidden" for="wipe-{name}">How much of the base image '
         f"is seen: {about}, seed {pair.base.seed}</label>"
         f'<input type="range" min="0" max="100" value="50" id="wipe-{name}"></div>'
         f'<p class="gain"><strong>{word} {shown} {SIGMA}</strong></p>'
@@ -82,8 +82,8 @@ def _card(pair: Pair, name: str, *, worst: int, prompt: int) -> str:
     )
 
 
-def _scores(shots: Sequence[Shot]) -> str:
-    base, tuned = shots
+def _scores(samples: Sequence[Sample]) -> str:
+    base, tuned = samples
     rows = "".join(
         f'<tr><th scope="row">{escape(name).replace("_", "_<wbr>")}</th>'
         f"<td>{base.scores[name]:.3f}</td><td>{tuned.scores[name]:.3f}</td></tr>"

@@ -9,7 +9,7 @@ from acpo_dist.analysis.report.cards import guard_bullets, phase_bar, shift_bars
 from acpo_dist.analysis.report.cells import COLUMNS, SEED_COLUMNS, run_cells, seed_cells
 from acpo_dist.analysis.report.compare import SeedGroup, differences, seed_groups
 from acpo_dist.analysis.report.html import block, figure, folded, grid, short, table
-from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import ROLES, RunRecord
 from acpo_dist.analysis.report.sample_shelf import shelf
 from acpo_dist.analysis.report.view import RunView
@@ -19,10 +19,10 @@ _MOST_ROWS = 500
 
 def comparison(views: Sequence[RunView]) -> str:
     """All runs in one chart and one table, what differs between them, and means over seeds."""
-    records, figures = [view.record for view in views], [view.figures for view in views]
+    records, metrics = [view.record for view in views], [view.metrics for view in views]
     labels = [view.label for view in views]
-    rows = [[label, *run_cells(each)[1:]] for label, each in zip(labels, figures, strict=True)]
-    said = "".join(f"<h3>{escape(view.label)}</h3>{verdict_banner(view.figures)}" for view in views)
+    rows = [[label, *run_cells(each)[1:]] for label, each in zip(labels, metrics, strict=True)]
+    said = "".join(f"<h3>{escape(view.label)}</h3>{verdict_banner(view.metrics)}" for view in views)
     parts = [
         grid(
             figure(
@@ -33,7 +33,7 @@ def comparison(views: Sequence[RunView]) -> str:
         ),
         table(COLUMNS, rows, label="Runs"),
     ]  # fmt: skip
-    groups = [group for group in seed_groups(records, figures, labels) if len(group.members) > 1]
+    groups = [group for group in seed_groups(records, metrics, labels) if len(group.members) > 1]
     if groups:
         parts.append("<h3>Over seeds</h3>" + seed_table(groups))
     found = differences(records)
@@ -46,16 +46,16 @@ def comparison(views: Sequence[RunView]) -> str:
 
 def run_panel(view: RunView, index: int, *, several: bool) -> str:
     """Everything about one run."""
-    record, figures = view.record, view.figures
+    record, metrics = view.record, view.metrics
     notes = "".join(f"<li>{escape(note)}</li>" for note in view.notes)
     parts = [
-        verdict_banner(figures),
-        summary_cards(figures),
+        verdict_banner(metrics),
+        summary_cards(metrics),
         f'<ul class="notes" aria-label="What is missing">{notes}</ul>' if notes else "",
         _quality(view, several=several),
-        _pictures(view, index),
+        _images(view, index),
         _drift(view),
-        _guard(record, figures),
+        _guard(record, metrics),
         _trajectories(view),
         _time(record),
         folded("Figures by iteration", iteration_table(record)),
@@ -98,30 +98,30 @@ def _quality(view: RunView, *, several: bool) -> str:
     return block("Quality", grid(over_time, against))
 
 
-def _pictures(view: RunView, index: int) -> str:
+def _images(view: RunView, index: int) -> str:
     gallery = view.gallery
     if gallery is None:
         return ""
     hint = "Same prompt, same seed, same trajectory, with base and tuned weights. Drag, or use the arrow keys."
-    return block("Pictures", shelf(gallery, index), hint=hint)
+    return block("Images", shelf(gallery, index), hint=hint)
 
 
 def _drift(view: RunView) -> str:
-    parts = [figure("Drift from the base model", charts.drift_over_time(view.record, view.figures))]
+    parts = [figure("Drift from the base model", charts.drift_over_time(view.record, view.metrics))]
     if view.drift is not None:
         source = view.drift.source[0].upper() + view.drift.source[1:] + "."
         parts.append(figure("Where it drifted", charts.drift_heat(view.drift), hint=source))
     if any(row.get("anchor/weight") for row in view.record.rows):
         parts.append(figure("Weight of the anchor", charts.anchor_over_time(view.record)))
     if view.gallery is not None:
-        hint = "How far plain statistics of the gallery's pictures moved, in standard deviations of the base's."
+        hint = "How far plain statistics of the gallery's images moved, in standard deviations of the base's."
         if view.gallery.diversity is not None:
-            hint += f" Pictures of one prompt are {view.gallery.diversity:.0%} as far apart as the base's."
+            hint += f" Images of one prompt are {view.gallery.diversity:.0%} as far apart as the base's."
         parts.append(figure("Content and diversity", shift_bars(view.gallery.content), hint=hint))
     return block("Drift and content", grid(*parts))
 
 
-def _guard(record: RunRecord, figures: RunFigures) -> str:
+def _guard(record: RunRecord, metrics: RunMetrics) -> str:
     spoken = [
         f"<li>iteration {int(event['iteration']) + 1}: {escape(_said(event))}</li>"
         for event in record.guard_events
@@ -130,10 +130,10 @@ def _guard(record: RunRecord, figures: RunFigures) -> str:
     log = folded(f"What the guard said ({len(spoken)})", f"<ul>{''.join(spoken)}</ul>") if spoken else ""
     hint = "Each rule as a share of the limit at which the guard acts; the thin mark is where it warns."
     return block(
-        "Guard", f'<p class="lead">{escape(f"{figures.guard.state}: {figures.guard.text}")}</p>',
+        "Guard", f'<p class="lead">{escape(f"{metrics.guard.state}: {metrics.guard.text}")}</p>',
         grid(
             figure("Rules over time", charts.guard_over_time(record)),
-            figure("Rules at the end", guard_bullets(figures.guard), hint=hint),
+            figure("Rules at the end", guard_bullets(metrics.guard), hint=hint),
         ), log,
     )  # fmt: skip
 
@@ -149,8 +149,8 @@ def _trajectories(view: RunView) -> str:
     rows = []
     for name, artefact in view.trajectories:
         gates = artefact.get("gates") or []
-        proof = f"{gates[-1]['ratio']:.3f}" if gates else "-"
-        rows.append([name, short(artefact.get("j0")), short(artefact.get("j1")), proof, _outcome(artefact)])
+        validation = f"{gates[-1]['ratio']:.3f}" if gates else "-"
+        rows.append([name, short(artefact.get("j0")), short(artefact.get("j1")), validation, _outcome(artefact)])
     columns = ["measured at", "error before", "after", "proof", "outcome"]
     hint = "The proof is the distance to a long reference, new over old: it must be below 1."
     return block(

@@ -6,7 +6,7 @@ from typing import Any
 
 from acpo_dist.analysis.report.drift_map import DriftMap
 from acpo_dist.analysis.report.gallery import Gallery
-from acpo_dist.analysis.report.metrics import RunFigures
+from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import RunRecord
 
 
@@ -16,7 +16,7 @@ class RunView:
 
     label: str
     record: RunRecord
-    figures: RunFigures
+    metrics: RunMetrics
     gallery: Gallery | None = None
     drift: DriftMap | None = None
     trajectories: Sequence[tuple[str, Mapping[str, Any]]] = ()

@@ -1,8 +1,8 @@
 """Graded damage: what lowers the quality of a clean scene by a known amount.
 
-Two disjoint families. `BASE_DAMAGE` spoils the pictures that the base models and the reward are trained on;
+Two disjoint families. `BASE_DAMAGE` spoils the images that the base models and the reward are trained on;
 `JUDGE_DAMAGE` trains the independent judge, so that reward and judge share no artefact by construction.
-Pictures are float32 RGB in [0, 1] of shape (B, 3, 32, 32); severities are in [0, 1] of shape (B,).
+Images are float32 RGB in [0, 1] of shape (B, 3, 32, 32); severities are in [0, 1] of shape (B,).
 """
 
 import math
@@ -70,7 +70,7 @@ def box_blur(images: Tensor, severity: Tensor, generator: torch.Generator) -> Te
 
 
 def fine_noise(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise of single pixels, the same in all channels for half of the pictures."""
+    """Uniform noise of single pixels, the same in all channels for half of the images."""
     noise = 2 * torch.rand(images.shape, generator=generator) - 1
     grey = torch.rand(images.shape[0], generator=generator)[:, None, None, None] < 0.5
     noise = torch.where(grey, noise[:, :1].expand_as(noise), noise)
@@ -162,14 +162,14 @@ def spoil(
     clean_share: float = CLEAN_SHARE,
     severity_exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Damage each picture by one kind of the family with a random severity.
+    """Damage each image by one kind of the family with a random severity.
 
     Args:
-        images: clean pictures (B, 3, 32, 32) in [0, 1].
-        severity_exponent: severities of damaged pictures are U ** exponent: uniform at 1, mostly severe below.
+        images: clean images (B, 3, 32, 32) in [0, 1].
+        severity_exponent: severities of damaged images are U ** exponent: uniform at 1, mostly severe below.
 
     Returns:
-        (pictures clipped to [0, 1], severities of shape (B,); 0 for the clean share).
+        (images clipped to [0, 1], severities of shape (B,); 0 for the clean share).
     """
     count = images.shape[0]
     kind = torch.randint(len(family), (count,), generator=generator)

@@ -10,16 +10,16 @@ from acpo_dist.data.toy.world import IMAGE_SIZE, caption_index, captions, templa
 
 @dataclass(frozen=True, kw_only=True)
 class OracleReport:
-    """Means over a set of pictures."""
+    """Means over a set of images."""
 
     oracle_mse: float
     """Mean squared distance to the nearest template, RGB in [0, 1]; lower is better."""
     oracle_psnr: float
-    """Mean over pictures of -10 log10 of that distance, in dB (distances under 1e-6 count as 60 dB)."""
+    """Mean over images of -10 log10 of that distance, in dB (distances under 1e-6 count as 60 dB)."""
     template_entropy: float
-    """Entropy in nats of the nearest template over the set; at most log(min(864, pictures))."""
+    """Entropy in nats of the nearest template over the set; at most log(min(864, images))."""
     caption_accuracy: float | None
-    """Share of pictures whose nearest template has the prompt's caption; None without prompts."""
+    """Share of images whose nearest template has the prompt's caption; None without prompts."""
 
     def as_dict(self) -> dict[str, float | None]:
         """Plain dictionary for JSON."""
@@ -27,7 +27,7 @@ class OracleReport:
 
 
 def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest clean template of each picture.
+    """Nearest clean template of each image.
 
     Args:
         images: float RGB in [0, 1], shape (B, 3, 32, 32).
@@ -39,7 +39,7 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: another shape, or non-finite pixels.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"the toy oracle needs pictures of shape (B, 3, 32, 32), found {tuple(images.shape)}")
+        raise ValueError(f"the toy oracle needs images of shape (B, 3, 32, 32), found {tuple(images.shape)}")
     if not torch.isfinite(images).all():
         raise ValueError("the toy oracle found non-finite pixels")
     flat = images.flatten(1).double()
@@ -55,10 +55,10 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def judge_exactly(images: Tensor, prompts: list[str] | None = None) -> OracleReport:
-    """Oracle figures of a set of pictures (float RGB in [0, 1]).
+    """Oracle figures of a set of images (float RGB in [0, 1]).
 
     Raises:
-        ValueError: a prompt is no caption of the world, or `nearest_template` refuses the pictures.
+        ValueError: a prompt is no caption of the world, or `nearest_template` refuses the images.
     """
     ids, mse = nearest_template(images)
     share = torch.bincount(ids, minlength=templates().shape[0]).double() / len(ids)

@@ -73,7 +73,7 @@ def caption_index() -> Tensor:
 
 @functools.cache
 def templates() -> Tensor:
-    """Clean pictures of all scenes: float32 RGB in [0, 1], shape (864, 3, 32, 32), anti-aliased."""
+    """Clean images of all scenes: float32 RGB in [0, 1], shape (864, 3, 32, 32), anti-aliased."""
     return torch.stack([_render(scene) for scene in scenes()])
 
 

@@ -1,6 +1,6 @@
-"""What is in a picture, in numbers that no network made: a hacked reward moves them far while it rises.
+"""What is in an image, in numbers that no network made: a hacked reward moves them far while it rises.
 
-Legend: N pictures, H W pixels.
+Legend: N images, H W pixels.
 """
 
 import math
@@ -22,7 +22,7 @@ _LEVELS = 8
 
 
 def content_statistics(images: Tensor) -> dict[str, Tensor]:
-    """Statistics of each picture.
+    """Statistics of each image.
 
     Args:
         images: RGB (N, 3, H, W), uint8 or float in [0, 1] (clipped there); H and W at least 2.
@@ -37,7 +37,7 @@ def content_statistics(images: Tensor) -> dict[str, Tensor]:
             contrast: standard deviation of the luminance.
 
     Raises:
-        ValueError: not such pictures.
+        ValueError: not such images.
     """
     pixels = as_float(images).cpu()
     luminance = (pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)

@@ -16,11 +16,11 @@ from acpo_dist.core.types import LateLatents
 from acpo_dist.diffusion.prediction import add_noise, to_noise
 from acpo_dist.evaluation.metrics.distances import SampleError
 from acpo_dist.models.family import ModelFamily
-from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.anchor import anchor_error, output_drift
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadErrors:
+class OutputErrors:
     """Errors of policy and base on the same forward-noised samples, by timestep."""
 
     anchor: dict[int, float]
@@ -37,10 +37,10 @@ class HeadErrors:
 
 
 @torch.no_grad()
-def head_errors(
+def output_errors(
     family: ModelFamily, clean: Tensor, prompts: Sequence[str], timesteps: Sequence[int],
     *, seed: int = 0, batch_size: int = 16,
-) -> HeadErrors:  # fmt: skip
+) -> OutputErrors:  # fmt: skip
     """Drift and denoising error on forward-noised x_0; held-out data gives the reverse KL's side, see `path_kl`.
 
     The noise of a sample at a timestep depends on the seed, the timestep and the sample's index alone.
@@ -61,14 +61,16 @@ def head_errors(
             noise = torch.stack([_noise(clean.shape[1:], seed, timestep, index) for index in part])
             levels = family.alpha_bars[timestep].cpu().expand(len(part))
             noisy = add_noise(clean[part.start : part.stop].float().cpu(), noise, levels)
-            heads = _heads(family, noisy, float(timestep), prompts[part.start : part.stop])
-            policy, base = (to_noise(head, noisy, levels, family.prediction_type) for head in heads)
-            drift = head_drift(*heads, levels, family.prediction_type)
+            model_outputs = _outputs(family, noisy, float(timestep), prompts[part.start : part.stop])
+            policy, base = (
+                to_noise(model_output, noisy, levels, family.prediction_type) for model_output in model_outputs
+            )
+            drift = output_drift(*model_outputs, levels, family.prediction_type)
             sums["anchor"][timestep] += float(anchor_error(drift).double().sum())
             sums["denoising"][timestep] += float(anchor_error(policy - noise).double().sum())
             sums["base_denoising"][timestep] += float(anchor_error(base - noise).double().sum())
     means = {name: {t: total / len(clean) for t, total in by_t.items()} for name, by_t in sums.items()}
-    return HeadErrors(**means, num_samples=len(clean))
+    return OutputErrors(**means, num_samples=len(clean))
 
 
 @torch.no_grad()
@@ -92,8 +94,8 @@ def drift_on_states(
         for part in _batches(len(latents), batch_size):
             levels = torch.full((len(part),), state.alpha_bar, dtype=torch.float64)
             rows = slice(part.start, part.stop)
-            heads = _heads(family, latents[rows], state.timestep, prompts[rows])
-            total += float(anchor_error(head_drift(*heads, levels, family.prediction_type)).double().sum())
+            model_outputs = _outputs(family, latents[rows], state.timestep, prompts[rows])
+            total += float(anchor_error(output_drift(*model_outputs, levels, family.prediction_type)).double().sum())
         result[state.timestep] = total / len(latents)
     return result
 
@@ -112,7 +114,7 @@ def kl_weights(alpha_bars_T: Tensor) -> Tensor:
 def path_kl(
     drift_by_timestep: Mapping[int, float] | Mapping[float, float], alpha_bars_T: Tensor, num_elements: int
 ) -> float:
-    """Estimate of KL(policy path || base path) of the T-step DDPM, in nats: an upper bound on the KL of its pictures.
+    """Estimate of KL(policy path || base path) of the T-step DDPM, in nats: an upper bound on the KL of its images.
 
     sum_t w_t D E(drift_t), the drift interpolated linearly between the measured timesteps and held beyond them: exact
     if all T were measured. On rollout states it is KL(policy || base), on base or held-out samples the reverse. It is
@@ -137,7 +139,7 @@ def path_kl(
     return float((kl_weights(alpha_bars_T).numpy() * drift).sum()) * num_elements
 
 
-def _heads(family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _outputs(family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Policy's and base's output on the same input, on the CPU."""
     device = next(family.network.parameters()).device
     moved, timesteps = noisy.to(device), torch.full((len(noisy),), timestep, device=device)

@@ -41,27 +41,27 @@ class Extractor(Protocol):
     """From samples to features; the same samples give the same features, whatever batch they come in."""
 
     def __call__(self, samples: Tensor) -> Features:
-        """Features of pictures (N, 3, H, W), uint8 or float in [0, 1]; the U-Net takes x_0 instead."""
+        """Features of images (N, 3, H, W), uint8 or float in [0, 1]; the U-Net takes x_0 instead."""
         ...
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Pictures as float32 RGB in [0, 1], (N, 3, H, W); floats are clipped, as a saved file would be.
+    """Images as float32 RGB in [0, 1], (N, 3, H, W); floats are clipped, as a saved file would be.
 
     Raises:
         ValueError: another shape or type, or pixels that are not finite.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
-        raise ValueError(f"expected RGB pictures (N, 3, H, W), uint8 or float, found {images.dtype} {(*images.shape,)}")
+        raise ValueError(f"expected RGB images (N, 3, H, W), uint8 or float, found {images.dtype} {(*images.shape,)}")
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not torch.isfinite(images).all():
-        raise ValueError("pictures hold pixels that are not finite")
+        raise ValueError("images hold pixels that are not finite")
     return images.float().clamp(0, 1)
 
 
 class LowPassPixels:
-    """Pictures averaged down to a few pixels: layout and colour stay, noise and fine texture vanish."""
+    """Images averaged down to a few pixels: layout and colour stay, noise and fine texture vanish."""
 
     def __init__(self, size: int = 8) -> None:
         """Take the height and width that remain."""
@@ -71,12 +71,12 @@ class LowPassPixels:
         """Features (N, 3 size^2) in [0, 1].
 
         Raises:
-            ValueError: not pictures, or too small: each value must average at least 16 pixels.
+            ValueError: not images, or too small: each value must average at least 16 pixels.
         """
         images = as_float(samples)
         if images.shape[2] * images.shape[3] < _MIN_BLOCK * self._size**2:
             raise ValueError(
-                f"low-pass features of size {self._size} need {_MIN_BLOCK} pixels per value, found pictures of "
+                f"low-pass features of size {self._size} need {_MIN_BLOCK} pixels per value, found images of "
                 f"{images.shape[2]} x {images.shape[3]}; lower the size"
             )
         values = nn.functional.adaptive_avg_pool2d(images, self._size).flatten(1).cpu()
@@ -122,10 +122,10 @@ class MidBlockFeatures:
 
 
 class NetworkFeatures:
-    """Any torch module from pictures to (N, F): an own classifier, or one that the user names."""
+    """Any torch module from images to (N, F): an own classifier, or one that the user names."""
 
     def __init__(self, network: nn.Module, *, name: str, noise_blind: bool = False, batch_size: int = 64) -> None:
-        """Take a module for float pictures in [0, 1]; it is set to `eval`.
+        """Take a module for float images in [0, 1]; it is set to `eval`.
 
         Args:
             name: what the features are called in reports.
@@ -163,16 +163,14 @@ class NetworkFeatures:
         output = self._network(images)
         if not isinstance(output, Tensor) or output.ndim not in (2, 4) or len(output) != len(images):
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ModelError(
-                f"`{self._name}` must give (N, F) or (N, F, h, w) for {len(images)} pictures, gave {found}"
-            )
+            raise ModelError(f"`{self._name}` must give (N, F) or (N, F, h, w) for {len(images)} images, gave {found}")
         return output if output.ndim == 2 else output.mean((2, 3))
 
 
 class InceptionFeatures:
     """The Inception network of published FID figures, from a TorchScript file that the user already has.
 
-    The file is `inception-2015-12-05.pt`, which several public FID tools share: it takes uint8 pictures of any size,
+    The file is `inception-2015-12-05.pt`, which several public FID tools share: it takes uint8 images of any size,
     resizes them itself and, with `return_features=True`, gives (N, 2048).
     """
 

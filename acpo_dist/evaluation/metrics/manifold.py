@@ -34,7 +34,7 @@ def manifold_report(reference: Tensor, generated: Tensor, *, neighbours: int = 3
     """Compare two sets on balls that reach to each sample's k-th nearest neighbour in its own set.
 
     Args:
-        reference: features of base samples or real pictures, (N, F).
+        reference: features of base samples or real images, (N, F).
         generated: features of the samples to be judged, (M, F).
         neighbours: k; 3 to 5 is usual.
 
@@ -42,7 +42,7 @@ def manifold_report(reference: Tensor, generated: Tensor, *, neighbours: int = 3
         SampleError: a set has no more than k samples, or the features do not fit.
 
     Source: precision and recall Kynkaanniemi et al. 2019, density and coverage Naeem et al. 2020. A ball holds its
-    rim, so that copies of one picture (radius 0) lie in each other's balls.
+    rim, so that copies of one image (radius 0) lie in each other's balls.
     """
     if neighbours < 1:
         raise SampleError(f"neighbours must be at least 1, found {neighbours}")

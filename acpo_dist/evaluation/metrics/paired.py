@@ -1,4 +1,4 @@
-"""Is one model better than another on the same prompts and seeds? Intervals resample prompts, not pictures.
+"""Is one model better than another on the same prompts and seeds? Intervals resample prompts, not images.
 
 Samples of one prompt share its difficulty, so the prompt is the unit: each prompt's differences are averaged first, and
 every prompt counts the same.

@@ -1,8 +1,8 @@
-"""How different the pictures of a running run are from each other, cheap enough for every iteration.
+"""How different the images of a running run are from each other, cheap enough for every iteration.
 
-The gauge is the Vendi score less 1 on low-pass features: 0 when all pictures of a block are the same, and blind to
+The gauge is the Vendi score less 1 on low-pass features: 0 when all images of a block are the same, and blind to
 speckle, on which a score of raw pixels rises. A block is what one prompt gave, where prompts get several samples;
-otherwise a fixed number of pictures, since the score grows with their number.
+otherwise a fixed number of images, since the score grows with their number.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from acpo_dist.evaluation.metrics.features import Features, LowPassPixels
 from acpo_dist.evaluation.metrics.manifold import exact_distances
 
 _SIZES = (8, 4, 2)
-"""Low-pass sizes, the finest that the pictures have enough pixels for."""
+"""Low-pass sizes, the finest that the images have enough pixels for."""
 _AT_ONCE = 8
-"""Pictures held as floats at a time."""
+"""Images held as floats at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadGauge:
-    """Set once on base samples; later pictures are measured by the same gauge."""
+    """Set once on base samples; later images are measured by the same gauge."""
 
     bandwidth: float
     """Of the kernel, in feature units: the median distance within the base model's blocks."""
     block: int
-    """Pictures per block."""
+    """Images per block."""
     by_prompt: bool
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> float | None:
@@ -37,7 +37,7 @@ class SpreadGauge:
 
         Args:
             images: RGB (N, 3, H, W).
-            prompts: one per picture.
+            prompts: one per image.
         """
         features = _features(images)
         rows = _blocks(prompts, self.block, by_prompt=self.by_prompt)
@@ -57,12 +57,12 @@ def fit_gauge(
 
     Args:
         images: RGB (N, 3, H, W), drawn by the base model.
-        prompts: one per picture.
+        prompts: one per image.
         samples_per_prompt: of an iteration; from 2 on, only samples of one prompt are compared.
-        per_iteration: pictures that an iteration will have.
+        per_iteration: images that an iteration will have.
 
     Returns:
-        None where nothing can be compared: one picture, pictures of a few pixels, or base samples that are all alike.
+        None where nothing can be compared: one image, images of a few pixels, or base samples that are all alike.
     """
     by_prompt = samples_per_prompt > 1
     block = samples_per_prompt if by_prompt else min(per_iteration, len(images))

@@ -1,1 +1,1 @@
-"""Evaluation of models and pictures on suites of prompts, by judges, resumable and on any backend."""
+"""Evaluation of models and images on suites of prompts, by judges, resumable and on any backend."""

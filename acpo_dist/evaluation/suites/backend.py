@@ -15,7 +15,7 @@ class Backend(Protocol):
 
     name: str
     chunks_at_once: int
-    """Chunks that are drawn before their pictures are fetched; enough to keep every worker busy."""
+    """Chunks that are drawn before their images are fetched; enough to keep every worker busy."""
 
     def open(self) -> AbstractContextManager[Any]:
         """What all pools need, for as long as it is entered."""

@@ -1,4 +1,4 @@
-"""Chunks of pictures on their way to the judges: drawn now, kept from an earlier call, or there from the start."""
+"""Chunks of images on their way to the judges: drawn now, kept from an earlier call, or there from the start."""
 
 import itertools
 from collections import deque
@@ -10,7 +10,7 @@ from torch import Tensor
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, SamplePlan
-from acpo_dist.evaluation.suites.images import EncodedPicture, decode, digest, encode
+from acpo_dist.evaluation.suites.images import EncodedImage, decode, digest, encode
 from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool, PendingJudgement
 from acpo_dist.evaluation.suites.samples import Sample, SampleLog
 from acpo_dist.workers.rollout.chunks import chunks_of
@@ -21,7 +21,7 @@ class Chunk:
     """Samples that are judged together, whatever the number of workers."""
 
     rows: tuple[Sample, ...]
-    pictures: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]
     """uint8 (3, H, W), one per row."""
     judges: tuple[str, ...]
     """Who is asked."""
@@ -34,7 +34,7 @@ def judge_all(
     under_way: deque[tuple[Chunk, PendingJudgement]] = deque()
     for batch in batches:
         for chunk in batch:
-            under_way.append((chunk, PendingJudgement(pool, chunk.judges, chunk.pictures, _prompts(chunk))))
+            under_way.append((chunk, PendingJudgement(pool, chunk.judges, chunk.images, _prompts(chunk))))
         while len(under_way) > in_flight:
             _write(*under_way.popleft(), log, advance)
     while under_way:
@@ -51,60 +51,60 @@ def kept_chunks(
         if not missing:
             advance(len(rows))
             continue
-        pictures = tuple(decode(log.read_picture(row), row.picture) for row in rows)
-        yield [Chunk(rows=tuple(rows), pictures=pictures, judges=missing)]
+        images = tuple(decode(log.read_image(row), row.image) for row in rows)
+        yield [Chunk(rows=tuple(rows), images=images, judges=missing)]
 
 
 def drawn_chunks(
     arm: str, chunks: Sequence[Sequence[SamplePlan]], pool: RolloutPool, log: SampleLog, judges: Sequence[str],
     categories: dict[int, str], *, at_once: int,
 ) -> Iterator[list[Chunk]]:  # fmt: skip
-    """Draw chunks, `at_once` of them at a time, and write their pictures."""
+    """Draw chunks, `at_once` of them at a time, and write their images."""
     for start in range(0, len(chunks), at_once):
         wave = chunks[start : start + at_once]
         plans = [plan for chunk in wave for plan in chunk]
         handles = pool.generate(_groups(plans))
         schedules = {name: handle.schedule_id for handle in handles for name in handle.sample_ids}
         ids = [plan.sample_id for plan in plans]
-        images = dict(zip(ids, pool.images(handles, ids), strict=True))
+        images_BCHW = dict(zip(ids, pool.images(handles, ids), strict=True))
         batch = []
         for chunk in wave:
             rows = []
             for plan in chunk:
-                data = encode(images[plan.sample_id])
-                name = log.picture_path(arm, plan.sample_id)
-                log.write_picture(name, data)
+                data = encode(images_BCHW[plan.sample_id])
+                name = log.image_path(arm, plan.sample_id)
+                log.write_image(name, data)
                 rows.append(
                     Sample(
                         arm=arm, sample_id=plan.sample_id, prompt_id=plan.prompt_id, prompt=plan.prompt,
-                        category=categories[plan.prompt_id], seed=plan.seed, picture=name, sha256=digest(data),
+                        category=categories[plan.prompt_id], seed=plan.seed, image=name, sha256=digest(data),
                         schedule_id=schedules[plan.sample_id],
                     )
                 )  # fmt: skip
-            pictures = tuple(images[plan.sample_id] for plan in chunk)
-            batch.append(Chunk(rows=tuple(rows), pictures=pictures, judges=tuple(judges)))
+            images = tuple(images_BCHW[plan.sample_id] for plan in chunk)
+            batch.append(Chunk(rows=tuple(rows), images=images, judges=tuple(judges)))
         yield batch
 
 
 def found_chunks(
-    arm: str, pictures: Iterable[EncodedPicture], log: SampleLog, judges: Sequence[str], categories: dict[str, str],
+    arm: str, images: Iterable[EncodedImage], log: SampleLog, judges: Sequence[str], categories: dict[str, str],
     advance: Advance,
 ) -> Iterator[list[Chunk]]:  # fmt: skip
-    """Chunks of pictures that were there already; one that cannot be read is a sample without any score."""
-    numbered, first = enumerate(pictures), {}
+    """Chunks of images that were there already; one that cannot be read is a sample without any score."""
+    numbered, first = enumerate(images), {}
     while encoded := list(itertools.islice(numbered, CHUNK)):
         rows, tensors, broken = [], [], []
-        for index, picture in encoded:
+        for index, image in encoded:
             row = Sample(
-                arm=arm, sample_id=picture.key, prompt_id=first.setdefault(picture.prompt or index, index),
-                prompt=picture.prompt, category=categories.get(picture.prompt, ""), seed=None, picture=picture.name,
-                sha256=picture.sha256,
+                arm=arm, sample_id=image.key, prompt_id=first.setdefault(image.prompt or index, index),
+                prompt=image.prompt, category=categories.get(image.prompt, ""), seed=None, image=image.name,
+                sha256=image.sha256,
             )  # fmt: skip
             old = log.find(arm, row.sample_id)
             if old is not None and old.sha256 == row.sha256:
                 row = replace(row, scores=old.scores, errors=old.errors)
             try:
-                tensors.append(decode(picture.data, picture.name))
+                tensors.append(decode(image.data, image.name))
                 rows.append(row)
             except DataError as error:
                 broken.append(replace(row, scores=dict.fromkeys(judges), errors=dict.fromkeys(judges, str(error))))
@@ -113,7 +113,7 @@ def found_chunks(
             advance(len(broken))
         missing = _missing(rows, judges)
         if rows and missing:
-            yield [Chunk(rows=tuple(rows), pictures=tuple(tensors), judges=missing)]
+            yield [Chunk(rows=tuple(rows), images=tuple(tensors), judges=missing)]
         else:
             advance(len(rows))
 

@@ -9,7 +9,7 @@ import torch
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import PromptGroup
 from acpo_dist.evaluation.metrics.arm import DRIFT_TIMESTEPS
-from acpo_dist.evaluation.metrics.drift import head_errors, path_kl
+from acpo_dist.evaluation.metrics.drift import output_errors, path_kl
 from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.subject import ModelSubject, settle
 from acpo_dist.models.family import trainable_tensors
@@ -27,7 +27,7 @@ def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Bac
     """
     with backend.rollouts(subject.config) as pool:
         settle(pool, subject)
-        clean = pool.ends(groups, pool.trajectory())
+        clean = pool.final_latents(groups, pool.trajectory())
     config = subject.config.model
     family = resolve("model", MODELS, config.type).load(config, device=default_device(), trainable=True)
     assert subject.bundle is not None, "only a run's checkpoint can have drifted"
@@ -35,7 +35,7 @@ def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Bac
         for name, parameter in trainable_tensors(family.network).items():
             parameter.copy_(subject.bundle.tensors[name])
     prompts = [plan.prompt for group in groups for plan in group.samples]
-    errors = head_errors(family, clean, prompts, DRIFT_TIMESTEPS)
+    errors = output_errors(family, clean, prompts, DRIFT_TIMESTEPS)
     mean = sum(errors.anchor.values()) / len(errors.anchor)
     return {
         **errors.to_mapping(),

@@ -17,11 +17,11 @@ from acpo_dist.evaluation.metrics.features import Extractor
 from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.chunks import Chunk, drawn_chunks, found_chunks, judge_all, kept_chunks, split_chunks
 from acpo_dist.evaluation.suites.drift import run_drift
-from acpo_dist.evaluation.suites.images import EncodedPicture, read_pictures
+from acpo_dist.evaluation.suites.images import EncodedImage, read_image_files
 from acpo_dist.evaluation.suites.judges import judge_facts, reads_prompts
 from acpo_dist.evaluation.suites.samples import REPORT, Sample, SampleLog
-from acpo_dist.evaluation.suites.set_metrics import judge_figures, set_figures, total_missing
-from acpo_dist.evaluation.suites.subject import ModelSubject, PictureSubject, settle
+from acpo_dist.evaluation.suites.set_metrics import judge_metrics, set_metrics, total_missing
+from acpo_dist.evaluation.suites.subject import ImageSubject, ModelSubject, settle
 from acpo_dist.evaluation.suites.suite import Suite, sample_groups
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import replace_file
@@ -30,7 +30,7 @@ from acpo_dist.training.run_folder import git_commit
 FORMAT = 1
 _SOFTWARE = ("acpo-dist", "torch", "diffusers", "transformers", "peft", "pyiqa")
 
-Subject = ModelSubject | PictureSubject
+Subject = ModelSubject | ImageSubject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Request:
     subject: Subject
     comparison: Subject | None = None
     suite: Suite | None = None
-    """Prompts to draw; of pictures, where their categories are looked up."""
+    """Prompts to draw; of images, where their categories are looked up."""
     sections: tuple[Any, ...]
     """Judges."""
     trained_on: frozenset[str] = frozenset()
@@ -107,8 +107,8 @@ def evaluate(
     with backend.judges(request.sections) as judges:
         # Judges that cannot be built leave nothing behind.
         log.start(plan)
-        if isinstance(request.subject, ModelSubject) and (damaged := log.verify(log.picture_holds)):
-            console.message(f"{damaged} pictures in {folder} are gone or changed, and are drawn again")
+        if isinstance(request.subject, ModelSubject) and (damaged := log.verify(log.image_holds)):
+            console.message(f"{damaged} images in {folder} are gone or changed, and are drawn again")
         before = len(log.rows)
         for arm, subject in request.arms.items():
             what = "draw and judge" if isinstance(subject, ModelSubject) else "judge"
@@ -141,9 +141,9 @@ def _chunks(
     advance: Advance,
 ) -> Iterator[Iterator[list[Chunk]]]:  # fmt: skip
     """Everything of one arm that must be judged; workers are only started where something must be drawn."""
-    if isinstance(subject, PictureSubject):
+    if isinstance(subject, ImageSubject):
         categories = {entry.prompt: entry.category for entry in request.suite.prompts} if request.suite else {}
-        yield found_chunks(arm, _pictures(request, subject), log, names, categories, advance)
+        yield found_chunks(arm, _images(request, subject), log, names, categories, advance)
         return
     assert request.suite is not None
     by_id = {entry.prompt_id: entry.category for entry in request.suite.prompts}
@@ -160,10 +160,10 @@ def _chunks(
         yield itertools.chain(again, drawn)
 
 
-def _pictures(request: Request, subject: PictureSubject) -> Iterator[EncodedPicture]:
+def _images(request: Request, subject: ImageSubject) -> Iterator[EncodedImage]:
     count = min(request.limit or subject.count, subject.count)
     indices = [index * subject.count // count for index in range(count)]
-    return read_pictures(
+    return read_image_files(
         subject.path, indices=indices, image_column=request.image_column, prompt_column=request.prompt_column
     )
 
@@ -185,10 +185,10 @@ def _report(request: Request, log: SampleLog, console: Console) -> dict[str, Any
     arms = {arm: [row for row in log.rows if row.arm == arm] for arm in request.arms}
     rows, others = arms["model"], arms.get("comparison", [])
     categories = [name for name in dict.fromkeys(row.category for row in rows) if name]
-    with console.phase("figures", None):
+    with console.phase("metrics", None):
         judges = [
             {
-                **judge_figures(
+                **judge_metrics(
                     section.name, judge_facts(section)["higher_is_better"], rows, others, categories=categories
                 ),
                 "role": "drove the update" if section.name in request.trained_on else "judge",
@@ -196,10 +196,10 @@ def _report(request: Request, log: SampleLog, console: Console) -> dict[str, Any
             for section in request.sections
         ]
         other = _with_data(request, "comparison", log) if others else None
-        sets = set_figures(_with_data(request, "model", log), other, request.extractor)
+        sets = set_metrics(_with_data(request, "model", log), other, request.extractor)
     missing = total_missing(judges)
     failures = [
-        {"arm": row.arm, "sample_id": row.sample_id, "picture": row.picture, "judge": name, "error": text}
+        {"arm": row.arm, "sample_id": row.sample_id, "image": row.image, "judge": name, "error": text}
         for row in log.rows
         for name, text in row.errors.items()
     ]
@@ -207,15 +207,15 @@ def _report(request: Request, log: SampleLog, console: Console) -> dict[str, Any
 
 
 def _with_data(request: Request, arm: str, log: SampleLog) -> Iterator[tuple[Sample, bytes | None]]:
-    """Samples of an arm with their encoded pictures, one at a time."""
+    """Samples of an arm with their encoded images, one at a time."""
     subject = request.arms[arm]
     if isinstance(subject, ModelSubject):
-        yield from ((row, log.read_picture(row)) for row in log.rows if row.arm == arm)
+        yield from ((row, log.read_image(row)) for row in log.rows if row.arm == arm)
         return
-    for picture in _pictures(request, subject):
-        row = log.find(arm, picture.key)
+    for image in _images(request, subject):
+        row = log.find(arm, image.key)
         if row is not None:
-            yield row, picture.data
+            yield row, image.data
 
 
 def _schedules(log: SampleLog) -> dict[str, list[str]]:
@@ -228,7 +228,7 @@ def _schedules(log: SampleLog) -> dict[str, list[str]]:
 
 
 def _total(request: Request, subject: Subject) -> int:
-    if isinstance(subject, PictureSubject):
+    if isinstance(subject, ImageSubject):
         return min(request.limit or subject.count, subject.count)
     assert request.suite is not None
     return len(request.suite.prompts) * request.samples_per_prompt
@@ -247,10 +247,10 @@ def _check_prompts(request: Request) -> None:
             if isinstance(subject, ModelSubject):
                 missing = not subject.conditional
             else:
-                missing = not next(_pictures(request, subject)).prompt
+                missing = not next(_images(request, subject)).prompt
             if missing:
                 raise UsageError(
-                    f"judge `{section.name}` compares pictures with their prompts, and {subject.source} has none. "
+                    f"judge `{section.name}` compares images with their prompts, and {subject.source} has none. "
                     "Leave it out, or give a parquet file with a column of prompts (--prompt-column)."
                 )
 

@@ -1,4 +1,4 @@
-"""Pictures that are there already, as encoded bytes with their names, prompts and categories.
+"""Images that are there already, as encoded bytes with their names, prompts and categories.
 
 H x W pixels, RGB.
 """
@@ -20,21 +20,21 @@ from torch import Tensor
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.folders import files_below
-from acpo_dist.data.images import PARQUET_SUFFIXES, PICTURE_SUFFIXES, upright
+from acpo_dist.data.images import IMAGE_SUFFIXES, PARQUET_SUFFIXES, upright
 
 _ROWS_AT_ONCE = 64
 _PIXELS_AT_ONCE = 16 * 1024 * 1024
-"""Of the pictures that are stacked: 200 MB as float32, before any network has looked at them."""
+"""Of the images that are stacked: 200 MB as float32, before any network has looked at them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedPicture:
-    """One picture file, or one row of a parquet file, not decoded yet."""
+class EncodedImage:
+    """One image file, or one row of a parquet file, not decoded yet."""
 
     name: str
     """Path relative to the folder that was named; for a row `FILE#ROW`."""
     key: str
-    """What pairs it with a picture of another set: the path without its ending, or the row."""
+    """What pairs it with an image of another set: the path without its ending, or the row."""
     prompt: str
     """Empty where none is known."""
     data: bytes | None = field(repr=False)
@@ -51,25 +51,25 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def holds_pictures(path: Path) -> bool:
-    """Whether a path is a picture, a parquet file or a folder with a picture at any depth."""
+def holds_images(path: Path) -> bool:
+    """Whether a path is an image, a parquet file or a folder with an image at any depth."""
     if path.is_file():
-        return path.suffix.lower() in PICTURE_SUFFIXES | PARQUET_SUFFIXES
-    return path.is_dir() and any(_is_picture(file) for file in files_below(path))
+        return path.suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES
+    return path.is_dir() and any(_is_image(file) for file in files_below(path))
 
 
-def count_pictures(path: Path) -> int:
-    """Pictures, or rows of a parquet file."""
+def count_image_files(path: Path) -> int:
+    """Images, or rows of a parquet file."""
     return _open(path).metadata.num_rows if path.suffix.lower() in PARQUET_SUFFIXES else len(_files(path))
 
 
-def read_pictures(
+def read_image_files(
     path: Path, *, indices: Sequence[int], image_column: str = "image", prompt_column: str = "prompt"
-) -> Iterator[EncodedPicture]:
-    """The pictures at `indices` (ascending) of all that `path` holds, in sorted or row order.
+) -> Iterator[EncodedImage]:
+    """The images at `indices` (ascending) of all that `path` holds, in sorted or row order.
 
     Raises:
-        DataError: the path is missing, holds no picture or has no such column, or something cannot be read.
+        DataError: the path is missing, holds no image or has no such column, or something cannot be read.
     """
     if path.suffix.lower() in PARQUET_SUFFIXES:
         yield from _rows(path, frozenset(indices), image_column, prompt_column)
@@ -86,42 +86,42 @@ def read_pictures(
             data = files[index].read_bytes()
         except OSError as error:
             raise DataError(f"{files[index]} cannot be read: {error}") from error
-        yield EncodedPicture(name=name.as_posix(), key=key.as_posix(), prompt="", data=data)
+        yield EncodedImage(name=name.as_posix(), key=key.as_posix(), prompt="", data=data)
 
 
 def decode(data: bytes | None, name: str) -> Tensor:
     """uint8 RGB of shape (3, H, W), as viewers show it; transparency is dropped.
 
     Raises:
-        DataError: the bytes are no readable 8-bit picture; names it.
+        DataError: the bytes are no readable 8-bit image; names it.
     """
     try:
         if not data:
             raise ValueError("it is empty")
         with Image.open(BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"only 8-bit pictures are supported, found mode {image.mode}")
+                raise ValueError(f"only 8-bit images are supported, found mode {image.mode}")
             image.load()
             pixels = np.array(upright(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read as a picture: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def at_once(picture: Tensor, most: int) -> int:
-    """How many pictures of this size, (3, H, W), are stacked: `most`, or fewer if these would take too much memory."""
-    return max(1, min(most, _PIXELS_AT_ONCE // (picture.shape[1] * picture.shape[2])))
+def at_once(image: Tensor, most: int) -> int:
+    """How many images of this size, (3, H, W), are stacked: `most`, or fewer if these would take too much memory."""
+    return max(1, min(most, _PIXELS_AT_ONCE // (image.shape[1] * image.shape[2])))
 
 
-def encode(picture: Tensor) -> bytes:
-    """PNG bytes of a uint8 RGB picture (3, H, W); the same picture gives the same bytes."""
+def encode(image: Tensor) -> bytes:
+    """PNG bytes of a uint8 RGB image (3, H, W); the same image gives the same bytes."""
     buffer = BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _files(path: Path) -> list[Path]:
@@ -129,9 +129,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}")
-    found = [file for file in files_below(path) if _is_picture(file)]
+    found = [file for file in files_below(path) if _is_image(file)]
     if not found:
-        raise DataError(f"{path} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
+        raise DataError(f"{path} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return found
 
 
@@ -142,7 +142,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _rows(path: Path, wanted: frozenset[int], image_column: str, prompt_column: str) -> Iterator[EncodedPicture]:
+def _rows(path: Path, wanted: frozenset[int], image_column: str, prompt_column: str) -> Iterator[EncodedImage]:
     with _open(path) as file:
         names = file.schema_arrow.names
         if image_column not in names:
@@ -161,13 +161,13 @@ def _rows(path: Path, wanted: frozenset[int], image_column: str, prompt_column: 
             raise DataError(f"{path} is damaged: {error}") from error
 
 
-def _row(path: Path, index: int, row: dict, image_column: str, prompt_column: str) -> EncodedPicture:
+def _row(path: Path, index: int, row: dict, image_column: str, prompt_column: str) -> EncodedImage:
     value = row[image_column]
     data = value.get("bytes") if isinstance(value, dict) else value
     if data is not None and not isinstance(data, bytes):
         raise DataError(
-            f"{path}: column `{image_column}` holds {type(data).__name__}; expected encoded pictures as binary, or a "
+            f"{path}: column `{image_column}` holds {type(data).__name__}; expected encoded images as binary, or a "
             "struct with a binary field `bytes`."
         )
     prompt = str(row.get(prompt_column) or "")
-    return EncodedPicture(name=f"{path.name}#{index}", key=f"row {index:06d}", prompt=prompt, data=data)
+    return EncodedImage(name=f"{path.name}#{index}", key=f"row {index:06d}", prompt=prompt, data=data)

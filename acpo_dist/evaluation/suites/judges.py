@@ -18,7 +18,7 @@ from acpo_dist.evaluation.suites.images import at_once
 from acpo_dist.workers.reward.worker import RewardWorker
 
 CHUNK = 16
-"""Pictures per request: fixed, so that a score does not depend on how many workers there are."""
+"""Images per request: fixed, so that a score does not depend on how many workers there are."""
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".txt"})
 
 
@@ -26,7 +26,7 @@ class JudgePool(Protocol):
     """Judges that are loaded somewhere."""
 
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        """Begin to score pictures of one size, uint8 (B, 3, H, W).
+        """Begin to score images of one size, uint8 (B, 3, H, W).
 
         Returns:
             What waits for the scores. It raises whatever the judge raises, and WorkerError where the pool is lost.
@@ -55,7 +55,7 @@ class LocalJudges:
 
 @dataclass
 class Judgement:
-    """What the judges said of one picture."""
+    """What the judges said of one image."""
 
     scores: dict[str, float | None] = field(default_factory=dict)
     """None where a judge failed."""
@@ -64,26 +64,26 @@ class Judgement:
 
 
 class PendingJudgement:
-    """Requests for one chunk of pictures, all of them under way."""
+    """Requests for one chunk of images, all of them under way."""
 
     def __init__(
-        self, pool: JudgePool, judges: Sequence[str], pictures: Sequence[Tensor], prompts: Sequence[str]
+        self, pool: JudgePool, judges: Sequence[str], images: Sequence[Tensor], prompts: Sequence[str]
     ) -> None:
-        """Send them: one per judge and run of pictures of one size."""
-        self._pool, self._pictures, self._prompts = pool, pictures, prompts
+        """Send them: one per judge and run of images of one size."""
+        self._pool, self._images, self._prompts = pool, images, prompts
         self._requests = [
-            (judge, rows, self._submit(judge, rows)) for rows in _runs_of_one_size(pictures) for judge in judges
+            (judge, rows, self._submit(judge, rows)) for rows in _runs_of_one_size(images) for judge in judges
         ]
 
     def result(self) -> list[Judgement]:
-        """One judgement per picture, in their order.
+        """One judgement per image, in their order.
 
-        A request that fails is asked again picture by picture: the picture at fault is known, the others keep theirs.
+        A request that fails is asked again image by image: the image at fault is known, the others keep theirs.
 
         Raises:
-            WorkerError: the pool is lost, which says nothing about any picture.
+            WorkerError: the pool is lost, which says nothing about any image.
         """
-        found = [Judgement() for _ in self._pictures]
+        found = [Judgement() for _ in self._images]
         for judge, rows, wait in self._requests:
             scores, error = _try(wait)
             if error is None:
@@ -100,7 +100,7 @@ class PendingJudgement:
 
     def _submit(self, judge: str, rows: range) -> Callable[[], list[float]]:
         return self._pool.submit(
-            judge, torch.stack([self._pictures[row] for row in rows]), [self._prompts[row] for row in rows]
+            judge, torch.stack([self._images[row] for row in rows]), [self._prompts[row] for row in rows]
         )
 
 
@@ -133,7 +133,7 @@ def check_names(sections: Sequence[Any]) -> None:
 
 
 def reads_prompts(section: Any) -> bool:
-    """Whether the judge compares the picture with its prompt."""
+    """Whether the judge compares the image with its prompt."""
     return bool(getattr(resolve("reward", REWARDS, section.type), "needs_prompts", False))
 
 
@@ -183,12 +183,12 @@ def _section(text: str) -> Any:
     return section
 
 
-def _runs_of_one_size(pictures: Sequence[Tensor]) -> Iterator[range]:
-    """Consecutive rows of one size, fewer of large pictures: it depends on nothing but the pictures."""
+def _runs_of_one_size(images: Sequence[Tensor]) -> Iterator[range]:
+    """Consecutive rows of one size, fewer of large images: it depends on nothing but the images."""
     start = 0
-    for row in range(1, len(pictures) + 1):
-        full = row - start == at_once(pictures[start], CHUNK)
-        if row == len(pictures) or full or pictures[row].shape != pictures[start].shape:
+    for row in range(1, len(images) + 1):
+        full = row - start == at_once(images[start], CHUNK)
+        if row == len(images) or full or images[row].shape != images[start].shape:
             yield range(start, row)
             start = row
 

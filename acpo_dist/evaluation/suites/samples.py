@@ -18,7 +18,7 @@ REPORT = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One picture of one arm, and what the judges said of it."""
+    """One image of one arm, and what the judges said of it."""
 
     arm: str
     """`model` or `comparison`."""
@@ -28,11 +28,11 @@ class Sample:
     prompt: str
     category: str
     seed: int | None
-    """None for a picture that was there already."""
-    picture: str
-    """Path below the evaluation folder; for a picture that was there already its name there."""
+    """None for an image that was there already."""
+    image: str
+    """Path below the evaluation folder; for an image that was there already its name there."""
     sha256: str
-    """Of the encoded picture."""
+    """Of the encoded image."""
     schedule_id: str | None = None
     """Trajectory that it was drawn along."""
     scores: dict[str, float | None] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Sample:
 
 
 class SampleLog:
-    """`samples.jsonl` and the pictures of an evaluation folder."""
+    """`samples.jsonl` and the images of an evaluation folder."""
 
     def __init__(self, folder: Path) -> None:
         """Use a folder; `start` comes next."""
@@ -92,7 +92,7 @@ class SampleLog:
                 self._rows[row.arm, row.sample_id] = row
 
     def verify(self, holds: Callable[[Sample], bool]) -> int:
-        """Forget the samples whose picture does not hold; returns how many."""
+        """Forget the samples whose image does not hold; returns how many."""
         broken = [key for key, row in self._rows.items() if not holds(row)]
         for key in broken:
             del self._rows[key]
@@ -118,24 +118,24 @@ class SampleLog:
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         replace_file(self.folder / SAMPLES, text.encode())
 
-    def picture_path(self, arm: str, sample_id: str) -> str:
-        """Where a drawn picture lies, below the folder."""
-        return f"pictures/{arm}/{sample_id}.png"
+    def image_path(self, arm: str, sample_id: str) -> str:
+        """Where a drawn image lies, below the folder."""
+        return f"images/{arm}/{sample_id}.png"
 
-    def write_picture(self, name: str, data: bytes) -> None:
-        """Write the bytes of a picture."""
+    def write_image(self, name: str, data: bytes) -> None:
+        """Write the bytes of an image."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
-    def read_picture(self, row: Sample) -> bytes:
-        """The bytes of a drawn picture, or nothing if the file is gone."""
-        path = self.folder / row.picture
+    def read_image(self, row: Sample) -> bytes:
+        """The bytes of a drawn image, or nothing if the file is gone."""
+        path = self.folder / row.image
         return path.read_bytes() if path.is_file() else b""
 
-    def picture_holds(self, row: Sample) -> bool:
-        """Whether a drawn picture is what was judged."""
-        return digest(self.read_picture(row)) == row.sha256
+    def image_holds(self, row: Sample) -> bool:
+        """Whether a drawn image is what was judged."""
+        return digest(self.read_image(row)) == row.sha256
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

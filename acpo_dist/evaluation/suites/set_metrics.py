@@ -1,4 +1,4 @@
-"""Figures of a finished evaluation: per judge with intervals over prompts, and of the two sets of pictures."""
+"""Figures of a finished evaluation: per judge with intervals over prompts, and of the two sets of images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,11 +24,11 @@ RESAMPLES = 10_000
 _KID_SUBSET = 1000
 _STACK = 16
 
-Picture = tuple[Sample, bytes | None]
-"""A sample and its encoded picture."""
+Image = tuple[Sample, bytes | None]
+"""A sample and its encoded image."""
 
 
-def judge_figures(
+def judge_metrics(
     judge: str, higher_is_better: bool, rows: Sequence[Sample], others: Sequence[Sample], *, categories: Sequence[str]
 ) -> dict[str, Any]:
     """One judge's figures: means, the paired comparison where there is one, and both by category.
@@ -48,17 +48,17 @@ def judge_figures(
     return {"judge": judge, "higher_is_better": higher_is_better, **whole, "categories": parts}
 
 
-def set_figures(rows: Iterable[Picture], others: Iterable[Picture] | None, extractor: Extractor) -> dict[str, Any]:
+def set_metrics(rows: Iterable[Image], others: Iterable[Image] | None, extractor: Extractor) -> dict[str, Any]:
     """Diversity and content of each set, and the distances between the two; what cannot be had says why.
 
     Args:
-        rows: samples of the model with their encoded pictures.
+        rows: samples of the model with their encoded images.
         others: of the comparison; None without one.
     """
     features, report = {}, {}
-    for arm, pictures in (("model", rows), ("comparison", others)):
-        if pictures is not None:
-            features[arm], report[arm] = _one_set(pictures, extractor)
+    for arm, images in (("model", rows), ("comparison", others)):
+        if images is not None:
+            features[arm], report[arm] = _one_set(images, extractor)
     reference = features.get("comparison") or features["model"]
     bandwidth = _median_distance(reference) if reference is not None else 0.0
     for arm, found in features.items():
@@ -101,10 +101,10 @@ def open_extractor(text: str) -> Extractor:
 
 
 def _judge_once(judge: str, higher_is_better: bool, rows: Sequence[Sample], others: Sequence[Sample]) -> dict[str, Any]:
-    figures: dict[str, Any] = {"model": _mean(judge, rows)}
+    metrics: dict[str, Any] = {"model": _mean(judge, rows)}
     if not others:
-        return figures
-    figures["comparison"] = _mean(judge, others)
+        return metrics
+    metrics["comparison"] = _mean(judge, others)
     by_id = {row.sample_id: row for row in others}
     pairs = [
         (row.prompt_id, row.scores.get(judge), by_id[row.sample_id].scores.get(judge))
@@ -113,14 +113,14 @@ def _judge_once(judge: str, higher_is_better: bool, rows: Sequence[Sample], othe
     ]
     whole = [(unit, mine, theirs) for unit, mine, theirs in pairs if mine is not None and theirs is not None]
     sign = 1.0 if higher_is_better else -1.0
-    figures["paired"] = _or_reason(
+    metrics["paired"] = _or_reason(
         lambda: compare_paired(
             [sign * mine for _, mine, _ in whole], [sign * theirs for _, _, theirs in whole],
             [str(unit) for unit, _, _ in whole], confidence=CONFIDENCE, resamples=RESAMPLES,
         ).to_mapping()
     )  # fmt: skip
-    figures["num_unpaired"] = len(rows) + len(others) - 2 * len(whole)
-    return figures
+    metrics["num_unpaired"] = len(rows) + len(others) - 2 * len(whole)
+    return metrics
 
 
 def _of_category(rows: Sequence[Sample], name: str) -> list[Sample]:
@@ -140,27 +140,27 @@ def _mean(judge: str, rows: Sequence[Sample]) -> dict[str, Any]:
     return {"mean": interval.value, "low": interval.low, "high": interval.high, "method": interval.method, **counts}
 
 
-def _one_set(pictures: Iterable[Picture], extractor: Extractor) -> tuple[Features | None, dict[str, Any]]:
+def _one_set(images: Iterable[Image], extractor: Extractor) -> tuple[Features | None, dict[str, Any]]:
     """Features of a set, and its own figures."""
     parts: list[Features] = []
     prompts: list[str] = []
     sums: dict[str, float] = {}
     refusal: str | None = None
-    for stack, ids in _stacks(pictures):
+    for stack, ids in _stacks(images):
         try:
             parts.append(extractor(stack))
         except (ValueError, ModelError) as error:
-            # Such as pictures too small for it; the judges' figures must not be lost for that.
+            # Such as images too small for it; the judges' figures must not be lost for that.
             refusal = f"{error} (--features)"
         prompts += ids
         for name, values in content_statistics(stack).items():
             sums[name] = sums.get(name, 0.0) + float(values.double().sum())
     content = {name: total / len(prompts) for name, total in sums.items()}
     if not parts or refusal:
-        return None, {"num_pictures": len(prompts), "content": content, "not_given": refusal or "no picture"}
+        return None, {"num_images": len(prompts), "content": content, "not_given": refusal or "no image"}
     features = replace(parts[0], values=torch.cat([part.values for part in parts]))
     return features, {
-        "num_pictures": len(prompts),
+        "num_images": len(prompts),
         "features": features.source,
         "within_prompt_diversity": _or_reason(lambda: _diversity(features, prompts)),
         "mean_distance": _or_reason(lambda: {"value": mean_pairwise_distance(features.values)}),
@@ -168,19 +168,19 @@ def _one_set(pictures: Iterable[Picture], extractor: Extractor) -> tuple[Feature
     }
 
 
-def _stacks(pictures: Iterable[Picture]) -> Iterator[tuple[Tensor, list[str]]]:
-    """Consecutive pictures of one size as uint8 (N, 3, H, W), with their prompts' ids."""
+def _stacks(images: Iterable[Image]) -> Iterator[tuple[Tensor, list[str]]]:
+    """Consecutive images of one size as uint8 (N, 3, H, W), with their prompts' ids."""
     tensors: list[Tensor] = []
     ids: list[str] = []
-    for row, data in pictures:
+    for row, data in images:
         try:
-            picture = decode(data, row.picture)
+            image = decode(data, row.image)
         except DataError:
             continue  # it has no score either, and is counted there
-        if tensors and (len(tensors) == at_once(tensors[0], _STACK) or picture.shape != tensors[0].shape):
+        if tensors and (len(tensors) == at_once(tensors[0], _STACK) or image.shape != tensors[0].shape):
             yield torch.stack(tensors), ids
             tensors, ids = [], []
-        tensors.append(picture)
+        tensors.append(image)
         ids.append(str(row.prompt_id))
     if tensors:
         yield torch.stack(tensors), ids
@@ -208,26 +208,26 @@ def _or_reason(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         return {"not_given": str(error)}
 
 
-def counts_of(figures: Mapping[str, Any]) -> list[str]:
+def counts_of(metrics: Mapping[str, Any]) -> list[str]:
     """What a judge's figures are made from, for people: samples, scores that are missing, pairs, and what has none."""
-    missing = sum(figures[arm]["num_missing"] for arm in ("model", "comparison") if arm in figures)
-    unpaired = figures.get("num_unpaired", 0)
+    missing = sum(metrics[arm]["num_missing"] for arm in ("model", "comparison") if arm in metrics)
+    unpaired = metrics.get("num_unpaired", 0)
     return [
-        f"{figures['model']['num_samples']} samples",
+        f"{metrics['model']['num_samples']} samples",
         *([f"{missing} missing"] if missing else []),
-        *([f"{figures['paired']['num_samples']} pairs"] if "num_samples" in figures.get("paired", {}) else []),
+        *([f"{metrics['paired']['num_samples']} pairs"] if "num_samples" in metrics.get("paired", {}) else []),
         *([f"{unpaired} unpaired"] if unpaired else []),
     ]
 
 
-def reasons_of(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def reasons_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Why there is no paired comparison where there is none, a line per reason.
 
     Args:
         figures: name -> what `judge_figures` or one of its categories says.
     """
     names: dict[str, list[str]] = {}
-    for name, one in figures.items():
+    for name, one in metrics.items():
         if reason := one.get("paired", {}).get("not_given"):
             names.setdefault(reason, []).append(name)
     return [f"no difference for {', '.join(those)}: {reason}" for reason, those in names.items()]
@@ -235,4 +235,4 @@ def reasons_of(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def total_missing(judges: Iterable[Mapping[str, Any]]) -> int:
     """Scores that judges did not give, over all judges and arms."""
-    return sum(figures[arm]["num_missing"] for figures in judges for arm in ("model", "comparison") if arm in figures)
+    return sum(metrics[arm]["num_missing"] for metrics in judges for arm in ("model", "comparison") if arm in metrics)

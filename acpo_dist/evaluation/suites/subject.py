@@ -1,4 +1,4 @@
-"""What is evaluated: a model with its weights and trajectory, or pictures that are there already."""
+"""What is evaluated: a model with its weights and trajectory, or images that are there already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,9 +12,9 @@ from acpo_dist.core.errors import ConfigError, ModelError, UsageError
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
-from acpo_dist.core.weights import make_bundle, require_echoes
+from acpo_dist.core.weights import make_bundle, require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.evaluation.suites.images import count_pictures
+from acpo_dist.evaluation.suites.images import count_image_files
 from acpo_dist.evaluation.suites.judges import weights_digest
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.training.open_model import keeps_own_trajectory, prepared, source_config
@@ -48,8 +48,8 @@ class ModelSubject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureSubject:
-    """Pictures that are there already."""
+class ImageSubject:
+    """Images that are there already."""
 
     source: str
     path: Path
@@ -57,13 +57,13 @@ class PictureSubject:
     facts: dict[str, Any]
 
 
-def open_pictures(source: str) -> PictureSubject:
-    """A folder of pictures, one picture, or a parquet file."""
+def open_images(source: str) -> ImageSubject:
+    """A folder of images, one image, or a parquet file."""
     path = Path(source)
-    count = count_pictures(path)
+    count = count_image_files(path)
     if not count:
-        raise UsageError(f"{source} holds no picture.")
-    return PictureSubject(source=source, path=path, count=count, facts={"kind": "pictures", "source": source})
+        raise UsageError(f"{source} holds no image.")
+    return ImageSubject(source=source, path=path, count=count, facts={"kind": "images", "source": source})
 
 
 def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompted: bool) -> ModelSubject:
@@ -124,7 +124,7 @@ def settle(pool: RolloutPool, subject: ModelSubject) -> None:
         WeightSyncError: a worker does not hold the weights.
     """
     if subject.bundle is not None:
-        require_echoes(subject.bundle.version, subject.bundle.checksum, pool.load(subject.bundle))
+        require_acks(subject.bundle.version, subject.bundle.checksum, pool.load(subject.bundle))
     trajectory, sampler = subject.trajectory, subject.config.sampler
     if trajectory is None:
         trajectory = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())

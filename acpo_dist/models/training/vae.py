@@ -1,4 +1,4 @@
-"""Train a small `AutoencoderKL` on pictures."""
+"""Train a small `AutoencoderKL` on images."""
 
 import logging
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PictureBatch = Callable[[int, torch.Generator], Tensor]
-"""(count, generator) -> pictures (B, 3, H, W) in [0, 1]."""
+ImageBatch = Callable[[int, torch.Generator], Tensor]
+"""(count, generator) -> images (B, 3, H, W) in [0, 1]."""
 
 
 def train_vae(
-    vae: Any, draw: PictureBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 3e-3
+    vae: Any, draw: ImageBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 3e-3
 ) -> None:
     """Train in place: squared error, finite differences of it (edges), and a small KL to the unit Gaussian.
 

@@ -8,7 +8,7 @@ import torch
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import AcpoError, ModelError
 from acpo_dist.core.registry import MODELS, resolve
-from acpo_dist.data.images import load_pictures
+from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.models.loading import looks_local
@@ -17,7 +17,7 @@ from acpo_dist.preflight.doctor.storage import check_runs
 from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
-from acpo_dist.workers.reward.canary import KnownPicture
+from acpo_dist.workers.reward.canary import Canary
 from acpo_dist.workers.reward.wire import pack, unpack
 from acpo_dist.workers.reward.worker import RewardWorker
 
@@ -79,21 +79,21 @@ def check_folder(config: Config) -> Iterator[Finding]:
 
 
 def check_data(config: Config) -> Iterator[Finding]:
-    """Prompts, pictures and pairs."""
+    """Prompts, images and pairs."""
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     if config.data.prompts != "none":
         yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
     if config.data.path is not None:
-        picture = load_pictures(config.data.path, config.data.image_column, 1, None)
-        size = " x ".join(str(side) for side in picture.tensor.shape[-2:])
-        yield Finding("pictures", "ok", f"{config.data.path}, the first is {size}")
+        image = load_images(config.data.path, config.data.image_column, 1, None)
+        size = " x ".join(str(side) for side in image.tensor.shape[-2:])
+        yield Finding("images", "ok", f"{config.data.path}, the first is {size}")
     if config.data.pairs is not None:
         counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
         yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def check_rewards(config: Config) -> Iterator[Finding]:
-    """Every reward and judge scores the known picture; one that trains by its gradient gives that too."""
+    """Every reward and judge scores the known image; one that trains by its gradient gives that too."""
     training = {entry.name for entry in config.rewards.train}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for entry in (*config.rewards.train, *config.rewards.judges):
@@ -103,12 +103,12 @@ def check_rewards(config: Config) -> Iterator[Finding]:
             continue
         try:
             worker = RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=device)
-            known = KnownPicture(worker)
+            known = Canary(worker)
             started = time.monotonic()
             known.check()
-            found = f"scores the known picture {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
+            found = f"scores the known image {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
             if role == "reward" and config.algorithm.pathwise:
-                pixels = pack(known.picture.float() / 255, "float32")
+                pixels = pack(known.image.float() / 255, "float32")
                 gradient = unpack(worker.value_and_grad(pixels, ("a photograph",)).gradient)
                 found += f", gradient of norm {float(gradient.norm()):.3g}"
         except Exception as error:

@@ -100,10 +100,10 @@ def learner(setting: Setting, batch: int) -> Trace:
         if setting.prepared:
             with torch.no_grad():
                 policy.predict(noisy, condition)
-        head = policy.predict(noisy, condition)
-        loss = (noisy - head).square().mean()
+        model_output = policy.predict(noisy, condition)
+        loss = (noisy - model_output).square().mean()
         if setting.pathwise and decoder is not None:
-            _through(decoder, _cropped((noisy - head)[:batch].detach(), setting).requires_grad_(True))
+            _through(decoder, _cropped((noisy - model_output)[:batch].detach(), setting).requires_grad_(True))
         policy.anchor(noisy, condition)
         if setting.uniform:
             part, prompts = noisy[:batch], new_condition(setting.architecture, batch, DTYPES[setting.model.dtype])

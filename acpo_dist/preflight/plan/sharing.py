@@ -73,7 +73,7 @@ def _workers(config: Config, gib: Mapping[str, float], context: float) -> dict[s
     replicas = []
     for entry in (*rewards.train, *rewards.judges):
         pool = rewards.pool_of(entry.name)
-        # A judge scores finished pictures and holds no decoder.
+        # A judge scores finished images and holds no decoder.
         amount = gib["reward"] if entry in rewards.train else context
         replicas += [(pool.gpus or 0.0, amount)] * pool.bounds[1]
     return {

@@ -1,6 +1,6 @@
-"""Fine-tune a CLIP for IPCE on captioned pictures, with people's opinions or without.
+"""Fine-tune a CLIP for IPCE on captioned images, with people's opinions or without.
 
-Without opinions the label is 5 for a picture with its own caption and 0 with another picture's. Source of loss and
+Without opinions the label is 5 for an image with its own caption and 0 with another image's. Source of loss and
 optimiser: Peng et al. (CVPRW 2024): L1, AdamW, weight decay 1e-3, all weights but the temperature.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.ports import Advance
-from acpo_dist.data.images import read_images, real_pictures
+from acpo_dist.data.images import read_images, real_images
 from acpo_dist.rewards.clip_backbone import ClipBackbone
 from acpo_dist.rewards.ipce import LEVELS, ipce_quality, ipce_views, level_texts
 from acpo_dist.rewards.training.iqa import agreement
@@ -28,13 +28,13 @@ _TOP = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Captioned:
-    """Pictures with their captions."""
+    """Images with their captions."""
 
-    pictures: list[Tensor]
+    images: list[Tensor]
     """uint8 RGB, each (3, H, W)."""
     prompts: list[str]
     opinions: list[float] | None
-    """How well each picture matches its caption, scaled to 0 to 5; None where nobody was asked."""
+    """How well each image matches its caption, scaled to 0 to 5; None where nobody was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class CorrespondenceSettings:
 class CorrespondenceReport:
     """How well IPCE tells held-out captions apart."""
 
-    pictures: int
-    held_out_pictures: int
+    images: int
+    held_out_images: int
     pairs: float
-    """Share of held-out pictures that score higher with their own caption than with another one's."""
+    """Share of held-out images that score higher with their own caption than with another one's."""
     pairs_before: float
     """The same before training."""
     srcc: float | None
@@ -69,25 +69,25 @@ class CorrespondenceReport:
 
 
 def read_captioned(path: Path, *, column: str, prompt_column: str, most: int) -> Captioned:
-    """Captioned pictures of a parquet file, or of a CSV file with the columns `path`, the captions', and maybe `mos`.
+    """Captioned images of a parquet file, or of a CSV file with the columns `path`, the captions', and maybe `mos`.
 
     Raises:
-        DataError: a file, picture or column is missing, or a caption is empty.
+        DataError: a file, image or column is missing, or a caption is empty.
     """
     labels = None
     if path.suffix.lower() == ".csv":
         rows = csv_rows(path, ("path", prompt_column), most)
         prompts = [row[prompt_column] or "" for row in rows]
-        pictures = [next(read_images([path.parent / row["path"]]))[1] for row in rows]
+        images = [next(read_images([path.parent / row["path"]]))[1] for row in rows]
         if "mos" in rows[0]:
             labels = [_TOP * label for label in opinions(rows, path)]
     else:
         prompts = _parquet_prompts(path, prompt_column, most)
-        pictures = real_pictures(path, column=column, most=most)
+        images = real_images(path, column=column, most=most)
     empty = [row for row, prompt in enumerate(prompts) if not prompt.strip()]
     if empty:
         raise DataError(f"{path}: {len(empty)} captions are empty, the first in row {empty[0]} (counted from 0).")
-    return Captioned(pictures=pictures, prompts=prompts, opinions=labels)
+    return Captioned(images=images, prompts=prompts, opinions=labels)
 
 
 def train_ipce(
@@ -115,7 +115,7 @@ def train_ipce(
     out.mkdir(parents=True, exist_ok=True)
     trainer.clip.save(out)
     report = CorrespondenceReport(
-        pictures=len(train), held_out_pictures=len(held_out), pairs=trainer.pairs(held_out), pairs_before=before,
+        images=len(train), held_out_images=len(held_out), pairs=trainer.pairs(held_out), pairs_before=before,
         srcc=found.srcc if found else None, plcc=found.plcc if found else None, seconds=time.monotonic() - started,
         weights=str(out),
     )  # fmt: skip
@@ -180,7 +180,7 @@ class _Trainer:
         return others[int(torch.randint(len(others), (1,), generator=generator))]
 
     def _scores(self, rows: Sequence[int], texts: list[str]) -> Tensor:
-        # The same patches for every picture and text, as the metric has it.
+        # The same patches for every image and text, as the metric has it.
         seed = self._settings.seed
         return torch.cat([
             self._quality([row], [text], torch.Generator().manual_seed(seed))
@@ -190,7 +190,7 @@ class _Trainer:
     def _quality(self, rows: Sequence[int], texts: list[str], generator: torch.Generator) -> Tensor:
         views = torch.cat([
             ipce_views(
-                self._data.pictures[row][None].float() / 255, size=self.clip.image_size,
+                self._data.images[row][None].float() / 255, size=self.clip.image_size,
                 short_side=self._settings.short_side, count=self._settings.patches, generator=generator,
             )
             for row in rows

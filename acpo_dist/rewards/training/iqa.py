@@ -14,7 +14,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 LabelledBatch = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-"""(count, generator) -> (pictures (B, 3, H, W) in [0, 1], severities (B,))."""
+"""(count, generator) -> (images (B, 3, H, W) in [0, 1], severities (B,))."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ def train_iqa(
     network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3,
     held_out: LabelledBatch | None = None,
 ) -> IqaReport:  # fmt: skip
-    """Train in place with L1 plus a tenth of a pairwise ranking loss; report on 1,000 fresh pictures.
+    """Train in place with L1 plus a tenth of a pairwise ranking loss; report on 1,000 fresh images.
 
     Args:
-        draw: training pictures.
-        held_out: pictures to report on, from references that `draw` never gives; None draws fresh damage.
+        draw: training images.
+        held_out: images to report on, from references that `draw` never gives; None draws fresh damage.
 
     Source: TwoStream-IQA's training (L1 on the label, Adam 1e-3), with a hinge on pairs for the order.
     """
@@ -77,7 +77,7 @@ def fit_iqa(
 
 @torch.no_grad()
 def measure_iqa(network: nn.Module, draw: LabelledBatch, *, seed: int, count: int = 1000) -> IqaReport:
-    """Rank correlation and error on `count` pictures drawn with a seed that training never used."""
+    """Rank correlation and error on `count` images drawn with a seed that training never used."""
     network.eval()
     images, severity = draw(count, torch.Generator().manual_seed(seed))
     score = torch.cat([network(chunk) for chunk in images.split(100)])

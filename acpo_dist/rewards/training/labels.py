@@ -1,4 +1,4 @@
-"""Pictures with opinions in CSV files, brought to one scale, and split so that no reference is on both sides."""
+"""Images with opinions in CSV files, brought to one scale, and split so that no reference is on both sides."""
 
 import csv
 import math

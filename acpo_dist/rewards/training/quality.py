@@ -1,6 +1,6 @@
-"""Train TwoStream for pictures of one's own: on damage of known severity, or on opinions that people gave.
+"""Train TwoStream for images of one's own: on damage of known severity, or on opinions that people gave.
 
-The pictures are split by reference: nothing of a picture that is trained on, however damaged, is reported on.
+The images are split by reference: nothing of an image that is trained on, however damaged, is reported on.
 """
 
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.ports import Advance
-from acpo_dist.data.images import read_images, real_pictures
+from acpo_dist.data.images import read_images, real_images
 from acpo_dist.data.toy.damage import Damage, dct_quantise, gaussian_blur, grain, pixelate, spoil
 from acpo_dist.rewards.training.iqa import IqaReport, LabelledBatch, agreement, fit_iqa
 from acpo_dist.rewards.training.labels import csv_rows, opinions, split_by_reference
@@ -24,7 +24,7 @@ SIZES = {"toy": TOY, "published": PUBLISHED}
 DAMAGE: dict[str, Damage] = {
     "gaussian_blur": gaussian_blur, "grain": grain, "dct_quantise": dct_quantise, "pixelate": pixelate
 }  # fmt: skip
-"""No lowered contrast: real pictures come with any, so how much was taken away cannot be seen without the reference."""
+"""No lowered contrast: real images come with any, so how much was taken away cannot be seen without the reference."""
 _CLEAN_SHARE = 0.1
 _BLOCK = 8
 """Damage works on blocks of so many pixels."""
@@ -37,9 +37,9 @@ _VERSIONS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Opinions:
-    """Pictures with labels in [0, 1], higher is better, and the reference that each was made from."""
+    """Images with labels in [0, 1], higher is better, and the reference that each was made from."""
 
-    pictures: list[Tensor]
+    images: list[Tensor]
     """uint8 RGB, each (3, H, W)."""
     labels: list[float]
     references: list[str]
@@ -67,7 +67,7 @@ class QualityReport:
     """`damage` or `opinions`."""
     references: int
     held_out_references: int
-    held_out_pictures: int
+    held_out_images: int
     srcc: float
     plcc: float
     mean_absolute_error: float
@@ -76,22 +76,22 @@ class QualityReport:
 
 
 def read_opinions(path: Path, *, lower_is_better: bool = False, most: int | None = None) -> Opinions:
-    """Pictures and mean opinion scores of a CSV file.
+    """Images and mean opinion scores of a CSV file.
 
     Args:
         path: file with the columns `path` (relative ones are meant from the file's folder), `mos`, and optionally
-            `reference` (what the picture was made from; without it every picture is its own).
+            `reference` (what the image was made from; without it every image is its own).
         lower_is_better: as in DMOS.
         most: use the first so many rows.
 
     Raises:
-        DataError: the file or a picture is missing, a column is absent, a score is no number, or all are the same.
+        DataError: the file or an image is missing, a column is absent, a score is no number, or all are the same.
     """
     rows = csv_rows(path, ("path", "mos"), most)
     labels = opinions(rows, path, lower_is_better=lower_is_better)
-    pictures = [next(read_images([path.parent / row["path"]]))[1] for row in rows]
+    images = [next(read_images([path.parent / row["path"]]))[1] for row in rows]
     return Opinions(
-        pictures=pictures,
+        images=images,
         labels=labels,
         references=[row.get("reference") or row["path"] for row in rows],
     )
@@ -103,55 +103,53 @@ def train_two_stream(
     """Train, report on held-out references, and write weights that `{type: two_stream, weights: FILE}` loads.
 
     Args:
-        data: pictures without visible flaws, which are damaged here (uint8, each (3, H, W)); or opinions.
+        data: images without visible flaws, which are damaged here (uint8, each (3, H, W)); or opinions.
         out: safetensors file; the report lies beside it as JSON.
         progress: called with 1 after every step.
 
     Raises:
-        DataError: too few references, or a picture below 32 x 32.
+        DataError: too few references, or an image below 32 x 32.
     """
     started = time.monotonic()
-    pictures, references = (data, None) if isinstance(data, list) else (data.pictures, data.references)
-    _check_sizes(pictures)
+    images, references = (data, None) if isinstance(data, list) else (data.images, data.references)
+    _check_sizes(images)
     train, held_out = split_by_reference(
-        references or [str(row) for row in range(len(pictures))], settings.held_out, settings.seed
+        references or [str(row) for row in range(len(images))], settings.held_out, settings.seed
     )
     torch.manual_seed(settings.seed)
     network = TwoStream(SIZES[settings.network])
     labels = None if isinstance(data, list) else torch.tensor(data.labels)
     fit_iqa(
-        network, _windows(pictures, train, labels), steps=settings.steps, batch_size=settings.batch_size,
+        network, _windows(images, train, labels), steps=settings.steps, batch_size=settings.batch_size,
         seed=settings.seed, learning_rate=settings.learning_rate, progress=progress,
     )  # fmt: skip
     if isinstance(data, list):
         held_out = held_out[:_MOST_HELD_OUT]
-        found, count = _measure_damage(network, [pictures[row] for row in held_out], settings.seed)
+        found, count = _measure_damage(network, [images[row] for row in held_out], settings.seed)
     else:
         found, count = _measure_opinions(network, data, held_out), len(held_out)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, out)
-    of = references or list(map(str, range(len(pictures))))
+    of = references or list(map(str, range(len(images))))
     report = QualityReport(
         labels="damage" if isinstance(data, list) else "opinions",
         references=len({of[row] for row in train}), held_out_references=len({of[row] for row in held_out}),
-        held_out_pictures=count, weights=str(out), **asdict(replace(found, seconds=time.monotonic() - started)),
+        held_out_images=count, weights=str(out), **asdict(replace(found, seconds=time.monotonic() - started)),
     )  # fmt: skip
     out.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
-def _windows(pictures: list[Tensor], rows: list[int], labels: Tensor | None) -> LabelledBatch:
+def _windows(images: list[Tensor], rows: list[int], labels: Tensor | None) -> LabelledBatch:
     """Random windows of a tile's size, damaged unless there are labels: (windows, severities)."""
-    smallest = min(min(pictures[row].shape[1:]) for row in rows)
+    smallest = min(min(images[row].shape[1:]) for row in rows)
     margin = _MARGIN if labels is None and smallest >= PATCH + 2 * _MARGIN else 0
     whole = PATCH + 2 * margin
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         chosen = [rows[index] for index in torch.randint(len(rows), (count,), generator=generator).tolist()]
         places = torch.rand(count, 2, generator=generator).tolist()
-        windows = torch.stack(
-            [_window(pictures[row], whole, *place) for row, place in zip(chosen, places, strict=True)]
-        )
+        windows = torch.stack([_window(images[row], whole, *place) for row, place in zip(chosen, places, strict=True)])
         if labels is not None:
             return windows, 1 - labels[chosen]
         flip = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
@@ -163,21 +161,21 @@ def _windows(pictures: list[Tensor], rows: list[int], labels: Tensor | None) -> 
     return draw
 
 
-def _window(picture: Tensor, side: int, down: float, right: float) -> Tensor:
-    """Square of a picture as float32 in [0, 1]; `down` and `right` in [0, 1) say where."""
+def _window(image: Tensor, side: int, down: float, right: float) -> Tensor:
+    """Square of an image as float32 in [0, 1]; `down` and `right` in [0, 1) say where."""
     top, left = (
-        int(place * (length - side + 1)) for place, length in ((down, picture.shape[1]), (right, picture.shape[2]))
+        int(place * (length - side + 1)) for place, length in ((down, image.shape[1]), (right, image.shape[2]))
     )
-    return picture[:, top : top + side, left : left + side].float() / 255
+    return image[:, top : top + side, left : left + side].float() / 255
 
 
 @torch.no_grad()
 def _measure_damage(network: TwoStream, references: list[Tensor], seed: int) -> tuple[IqaReport, int]:
     generator = torch.Generator().manual_seed(seed + 1_000_003)
     scores, labels = [], []
-    for picture in references:
-        height, width = (length // _BLOCK * _BLOCK for length in picture.shape[1:])
-        versions = (picture[None, :, :height, :width].float() / 255).expand(_VERSIONS, -1, -1, -1)
+    for image in references:
+        height, width = (length // _BLOCK * _BLOCK for length in image.shape[1:])
+        versions = (image[None, :, :height, :width].float() / 255).expand(_VERSIONS, -1, -1, -1)
         spoiled, severity = spoil(versions, DAMAGE, generator, clean_share=_CLEAN_SHARE)
         scores.append(network(spoiled))
         labels.append(1 - severity)
@@ -186,21 +184,21 @@ def _measure_damage(network: TwoStream, references: list[Tensor], seed: int) -> 
 
 @torch.no_grad()
 def _measure_opinions(network: TwoStream, data: Opinions, rows: list[int]) -> IqaReport:
-    scores = torch.cat([network(data.pictures[row][None].float() / 255) for row in rows])
+    scores = torch.cat([network(data.images[row][None].float() / 255) for row in rows])
     return agreement(scores, torch.tensor([data.labels[row] for row in rows]))
 
 
-def _check_sizes(pictures: list[Tensor]) -> None:
-    small = [tuple(picture.shape[1:]) for picture in pictures if min(picture.shape[1:]) < PATCH]
+def _check_sizes(images: list[Tensor]) -> None:
+    small = [tuple(image.shape[1:]) for image in images if min(image.shape[1:]) < PATCH]
     if small:
         raise DataError(
-            f"{len(small)} of {len(pictures)} pictures are below {PATCH} x {PATCH} pixels, such as {small[0][0]} x "
+            f"{len(small)} of {len(images)} images are below {PATCH} x {PATCH} pixels, such as {small[0][0]} x "
             f"{small[0][1]} (height x width). Leave them out."
         )
 
 
 def load_training_data(path: Path, *, column: str, most: int | None, lower_is_better: bool) -> list[Tensor] | Opinions:
-    """What `train_two_stream` takes, from a CSV file of opinions, or a folder or parquet file of clean pictures."""
+    """What `train_two_stream` takes, from a CSV file of opinions, or a folder or parquet file of clean images."""
     if path.suffix.lower() == ".csv":
         return read_opinions(path, lower_is_better=lower_is_better, most=most)
-    return real_pictures(path, column=column, most=most)
+    return real_images(path, column=column, most=most)

@@ -1,6 +1,6 @@
 """A CLIP of the toy world: trained contrastively on its captioned scenes, then as IPCE on graded agreement.
 
-The second stage needs no human scores: a picture is shown with the caption of a scene that shares none, one, two or all
+The second stage needs no human scores: an image is shown with the caption of a scene that shares none, one, two or all
 three of shape, colour and background with it, and the label is 5/3 per shared word. Scenes whose place and size are
 held out are never trained on; the report ranks true captions against wrong ones on them.
 """
@@ -92,7 +92,7 @@ def train_tiny_clip(
     Args:
         folder: where to write.
         steps: of the contrastive stage, each of all 48 captions with one scene each.
-        ipce_steps: of the IPCE stage, each of 24 pictures; 0 leaves IPCE zero-shot.
+        ipce_steps: of the IPCE stage, each of 24 images; 0 leaves IPCE zero-shot.
         progress: called after every step with its number, the number of steps of both stages, and the loss.
     """
     started = time.monotonic()
@@ -168,7 +168,7 @@ class _Stages:
         return shown, _GRADES * wanted
 
     def quality(self, images: Tensor, shown: Tensor, *, patches: int, generator: torch.Generator) -> Tensor:
-        """IPCE (B,) of pictures with the captions of these numbers."""
+        """IPCE (B,) of images with the captions of these numbers."""
         views = ipce_views(images, size=IMAGE_SIZE, short_side=_SHORT_SIDE, count=patches, generator=generator)
         vectors = self.images(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         known, place = shown.unique(return_inverse=True)
@@ -186,8 +186,8 @@ class _Stages:
         return F.normalize(self._model.text_projection(pooled), dim=-1)
 
     def _noisy(self, images: Tensor) -> Tensor:
-        strength = 0.05 * torch.rand(len(images), 1, 1, 1, generator=self._generator)
-        return (images + strength * torch.randn(images.shape, generator=self._generator)).clamp(0, 1)
+        scale = 0.05 * torch.rand(len(images), 1, 1, 1, generator=self._generator)
+        return (images + scale * torch.randn(images.shape, generator=self._generator)).clamp(0, 1)
 
 
 def _descend(

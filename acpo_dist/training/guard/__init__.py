@@ -1,1 +1,1 @@
-"""Watches a run for reward hacking, on figures alone: judges, statistics of pictures, drift."""
+"""Watches a run for reward hacking, on figures alone: judges, statistics of images, drift."""

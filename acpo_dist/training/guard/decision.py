@@ -14,7 +14,7 @@ WORDING = {
     "judge_fall": "judge `{what}` has fallen {value:.2f} base standard deviations from the best of this run",
     "diversity_lost": "{value:.0%} of the base model's diversity is gone",
     "recall_lost": "{value:.0%} of the base model's recall is gone",
-    "content_shift": "`{what}` of the pictures has moved {value:.2f} base standard deviations",
+    "content_shift": "`{what}` of the images has moved {value:.2f} base standard deviations",
     "drift": "drift is {value:.2f} times its budget",
 }
 """How each kind of rule speaks; `what` is the judge or statistic."""
@@ -49,7 +49,7 @@ class Decision:
     """All rules at `warn` or `stop`, the worst first."""
     raised: tuple[str, ...]
     """Rules that rose at this check: what a log line is due for."""
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     """Rule -> smoothed figure, higher is worse."""
     stop_shares: Mapping[str, float]
     """Rule -> figure as a share of its stop limit (warn limit if it has none): 1 is the line in a plot."""

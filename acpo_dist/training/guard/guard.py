@@ -58,16 +58,16 @@ class Guard:
             for name, value in smoothed.items():
                 if name.startswith("judge/"):
                     self._best_judges[name] = max(value, self._best_judges.get(name, value))
-        figures, alone = self._figures(smoothed), self._figures(now)
-        raised = self._hold(figures, alone)
+        metrics, alone = self._metrics(smoothed), self._metrics(now)
+        raised = self._hold(metrics, alone)
         # What stopped a rule at once is said, not the mean that lags behind it.
-        figures |= {name: alone[name] for name in alone if self._is_gross(name)}
+        metrics |= {name: alone[name] for name in alone if self._is_gross(name)}
         # Reasons first: a lowering makes the rules begin anew.
-        reasons = self._reasons(figures)
+        reasons = self._reasons(metrics)
         action = self._act()
         return Decision(
-            iteration=iteration, action=action, reasons=reasons, raised=raised, figures=figures,
-            stop_shares={name: value / _line(self._limit(name)) for name, value in figures.items()},
+            iteration=iteration, action=action, reasons=reasons, raised=raised, metrics=metrics,
+            stop_shares={name: value / _line(self._limit(name)) for name, value in metrics.items()},
             reward_scale=self.reward_scale, best_iteration=self.best_iteration,
         )  # fmt: skip
 
@@ -128,32 +128,32 @@ class Guard:
         state = self._rules.get(rule)
         return state is not None and state.over_gross >= _gross_patience(rule)
 
-    def _figures(self, smoothed: Mapping[str, float]) -> dict[str, float]:
+    def _metrics(self, smoothed: Mapping[str, float]) -> dict[str, float]:
         """Figures of the rules that are switched on, higher is worse."""
         rewards = [value for name, value in smoothed.items() if name.startswith("reward/")]
         judges = {name: value for name, value in smoothed.items() if name.startswith("judge/")}
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         if rewards and judges:
-            figures["hacking_gap"] = sum(rewards) / len(rewards) - sum(judges.values()) / len(judges)
+            metrics["hacking_gap"] = sum(rewards) / len(rewards) - sum(judges.values()) / len(judges)
         for name, value in judges.items():
-            figures[f"judge_below_base/{name[6:]}"] = -value
-            figures[f"judge_fall/{name[6:]}"] = self._best_judges.get(name, value) - value
+            metrics[f"judge_below_base/{name[6:]}"] = -value
+            metrics[f"judge_fall/{name[6:]}"] = self._best_judges.get(name, value) - value
         for name, value in smoothed.items():
             if name.startswith("content/"):
-                figures[f"content_shift/{name[8:]}"] = abs(value)
+                metrics[f"content_shift/{name[8:]}"] = abs(value)
         for name in ("diversity", "recall"):
             if name in smoothed:
-                figures[f"{name}_lost"] = 1 - smoothed[name]
+                metrics[f"{name}_lost"] = 1 - smoothed[name]
         if "drift" in smoothed:
-            figures["drift"] = smoothed["drift"]
-        return {name: value for name, value in figures.items() if self._limits[_kind(name)] is not None}
+            metrics["drift"] = smoothed["drift"]
+        return {name: value for name, value in metrics.items() if self._limits[_kind(name)] is not None}
 
-    def _hold(self, figures: Mapping[str, float], alone: Mapping[str, float]) -> tuple[str, ...]:
+    def _hold(self, metrics: Mapping[str, float], alone: Mapping[str, float]) -> tuple[str, ...]:
         """Check every rule, on its running mean and on this iteration alone; return those that rose."""
         if self._checks <= self._quiet_until:
             return ()
         config, raised = self._config, []
-        for name, figure in figures.items():
+        for name, figure in metrics.items():
             before = after = self._rules.get(name, RuleState())
             limits = self._limit(name)
             if self._counts(name):
@@ -183,12 +183,12 @@ class Guard:
         self._quiet_until = self._checks + self._config.cooldown
         return "lower_reward"
 
-    def _reasons(self, figures: Mapping[str, float]) -> tuple[Reason, ...]:
+    def _reasons(self, metrics: Mapping[str, float]) -> tuple[Reason, ...]:
         found = []
         for name, state in self._rules.items():
-            if state.level != "ok" and name in figures:
+            if state.level != "ok" and name in metrics:
                 warn, stop = self._limit(name).warn, self._limit(name).stop
-                found.append(Reason(rule=name, level=state.level, value=figures[name], warn=warn, stop=stop))
+                found.append(Reason(rule=name, level=state.level, value=metrics[name], warn=warn, stop=stop))
         return tuple(sorted(found, key=lambda reason: -_RANK[reason.level]))
 
 

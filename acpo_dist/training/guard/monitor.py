@@ -23,8 +23,8 @@ from acpo_dist.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 
-class Watch:
-    """Asked by the loop after each iteration. It sees judges, rewards, pictures and drift; never an oracle."""
+class GuardMonitor:
+    """Asked by the loop after each iteration. It sees judges, rewards, images and drift; never an oracle."""
 
     def __init__(
         self, config: Config, pool: RolloutPool, folder: RunFolder, tracker: Tracker, console: Console
@@ -50,12 +50,12 @@ class Watch:
         return self._guard.best_iteration
 
     def calibrate(self, handles: Sequence[RolloutHandle]) -> None:
-        """Take the statistics of the base model's pictures as what is normal."""
-        images, prompts = self._pictures(handles)
+        """Take the statistics of the base model's images as what is normal."""
+        images, prompts = self._images(handles)
         rollout = self._config.rollout
         self._gauge = fit_gauge(
             images, prompts, samples_per_prompt=rollout.samples_per_prompt,
-            per_iteration=min(self._config.guard.pictures, rollout.prompts_per_iteration * rollout.samples_per_prompt),
+            per_iteration=min(self._config.guard.images, rollout.prompts_per_iteration * rollout.samples_per_prompt),
         )  # fmt: skip
         self._reference = fit_reference(
             _content(images), diversity=self._gauge.measure(images, prompts) if self._gauge else None, recall=None,
@@ -63,7 +63,7 @@ class Watch:
         )  # fmt: skip
 
     def probe(self, learner: LearnerGroup, handles: Sequence[RolloutHandle]) -> dict[int, float]:
-        """Drift of the learner's weights of now, which no worker has drawn with yet, on the pictures of one chunk.
+        """Drift of the learner's weights of now, which no worker has drawn with yet, on the images of one chunk.
 
         Returns:
             timestep -> mean squared drift in the anchor's own units, noised forward; empty if it is switched off.
@@ -90,7 +90,7 @@ class Watch:
             probe: of the updated weights, from `probe`; the larger of the two counts.
         """
         assert self._reference is not None, "calibrate or restore first"
-        rewards, (images, prompts) = self._config.rewards, self._pictures(handles)
+        rewards, (images, prompts) = self._config.rewards, self._images(handles)
         budget = self._config.guard.drift_budget or getattr(self._anchor, "budget", None)
         signals = measure_signals(
             train=[entry.name for entry in rewards.train], judges=[entry.name for entry in rewards.judges],
@@ -140,10 +140,10 @@ class Watch:
     def _anchor(self) -> Any:
         return getattr(self._config.algorithm, "anchor", None)
 
-    def _pictures(self, handles: Sequence[RolloutHandle]) -> tuple[Tensor, list[str]]:
-        """The first `guard.pictures` pictures, with their prompts."""
+    def _images(self, handles: Sequence[RolloutHandle]) -> tuple[Tensor, list[str]]:
+        """The first `guard.images` images, with their prompts."""
         found = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
-        found = found[: self._config.guard.pictures]
+        found = found[: self._config.guard.images]
         return self._pool.images(handles, [sample_id for sample_id, _ in found]), [prompt for _, prompt in found]
 
 

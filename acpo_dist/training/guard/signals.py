@@ -47,17 +47,17 @@ class Signals:
         Raises:
             ValueError: a figure is not finite.
         """
-        figures = {
+        metrics = {
             **{f"reward/{name}": value for name, value in self.reward_gains.items()},
             **{f"judge/{name}": value for name, value in self.judge_gains.items()},
             **{f"content/{name}": value for name, value in self.content_shifts.items()},
         }
         rest = (("diversity", self.diversity), ("recall", self.recall), ("drift", self.drift))
-        figures |= {name: value for name, value in rest if value is not None}
-        broken = {name: value for name, value in figures.items() if not math.isfinite(value)}
+        metrics |= {name: value for name, value in rest if value is not None}
+        broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if broken:
             raise ValueError(f"the guard needs finite figures, found {broken}")
-        return figures
+        return metrics
 
 
 def fit_reference(

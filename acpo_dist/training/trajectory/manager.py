@@ -24,7 +24,7 @@ from acpo_dist.training.trajectory.validate import Update, consider, describe, f
 logger = logging.getLogger(__name__)
 
 
-class TrajectoryKeeper:
+class TrajectoryManager:
     """Asked by the loop before the first iteration and between two; never within one."""
 
     def __init__(

@@ -7,7 +7,7 @@ import numpy as np
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.types import PromptGroup
-from acpo_dist.data.prompts import deal
+from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.vrg.levels import FloatArray, to_sigmas
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.vrg.table import ErrorTable
@@ -49,6 +49,6 @@ def single_samples(
     config: Config, prompts: Sequence[str], count: int, stream: str, iteration: int
 ) -> list[PromptGroup]:
     """One sample per prompt, the same for every policy version."""
-    return deal(
+    return sample_prompts(
         prompts, iteration=iteration, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
     )

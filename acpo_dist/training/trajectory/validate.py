@@ -61,7 +61,7 @@ class Update:
     def metrics(self) -> dict[str, float]:
         """Figures for tracking."""
         known = self.table.standard_errors
-        figures = {
+        metrics = {
             "vrg/adopted": float(self.adopted), "vrg/j0": self.j0, "vrg/j1": self.j1,
             "vrg/saturation": self.saturation, "vrg/gates": float(len(self.gates)),
             "vrg/bias_ratio": max(self.diagnostics["bias_ratio"]),
@@ -69,13 +69,13 @@ class Update:
             "vrg/lag1_correlation": float(np.nanmax(self.diagnostics["lag1_correlation"])),
         }  # fmt: skip
         if known is not None:
-            figures["vrg/standard_error"] = float((known / self.table.v).max())
+            metrics["vrg/standard_error"] = float((known / self.table.v).max())
         if self.gates:
             last = self.gates[-1]
-            figures |= {
+            metrics |= {
                 "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio, "vrg/trust": last.trust,
             }  # fmt: skip
-        return figures
+        return metrics
 
 
 def consider(
@@ -100,7 +100,7 @@ def consider(
     # A rule without a closed response is charged as the first-order one; the proof walks the real rule.
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
     trust, gates, adopted = config.vrg.trust, [], False
-    proof: Proof | None = None
+    validation: Validation | None = None
     for _ in range(config.vrg.halvings + 1):
         found = optimize(
             to_sigmas(base.alpha_bars[:-1]), table, trust=trust, sigma_min=float(to_sigmas(alpha_bars)[0]),
@@ -109,7 +109,7 @@ def consider(
         if found.j1 > found.j0 * (1 - config.vrg.min_gain):
             logger.info("the optimum promises %.2f %%: not worth a change", 100 * (1 - found.j1 / found.j0))
             break
-        candidate = retimed(base, found.sigmas, alpha_bars)
+        candidate = trajectory_metrics(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
             break
         if candidate.timesteps[-1] > config.sampler.t_max * len(alpha_bars):
@@ -120,8 +120,8 @@ def consider(
             follow(pool, candidate)
             current, adopted = candidate, True
             break
-        proof = proof or Proof(pool, config, prompts, current, alpha_bars)
-        gates.append(proof.judge(candidate, trust))
+        validation = validation or Validation(pool, config, prompts, current, alpha_bars)
+        gates.append(validation.judge(candidate, trust))
         if gates[-1].passed:
             follow(pool, candidate)
             current, adopted = candidate, True
@@ -133,7 +133,7 @@ def consider(
     )  # fmt: skip
 
 
-class Proof:
+class Validation:
     """Ends of the trajectory in use and of a long reference, from the same noise; candidates are held against them."""
 
     def __init__(
@@ -145,7 +145,7 @@ class Proof:
         steps = config.vrg.reference_steps or max(100, 4 * current.num_steps)
         self._reference_steps = min(steps, len(alpha_bars))
         long = spaced_trajectory(torch.from_numpy(alpha_bars), self._reference_steps, "trailing")
-        self._reference = pool.ends(self._groups, long)
+        self._reference = pool.final_latents(self._groups, long)
         self._old = self._errors(current)
 
     def judge(self, candidate: Trajectory, trust: float) -> GateResult:
@@ -162,8 +162,8 @@ class Proof:
 
     def _errors(self, trajectory: Trajectory) -> torch.Tensor:
         """Mean squared distance by sample, float64 (B,)."""
-        ends = self._pool.ends(self._groups, trajectory)
-        return (ends - self._reference).double().square().flatten(1).mean(1)
+        final_latents = self._pool.final_latents(self._groups, trajectory)
+        return (final_latents - self._reference).double().square().flatten(1).mean(1)
 
 
 def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
@@ -177,7 +177,7 @@ def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
         raise WeightSyncError(f"workers follow {sorted(set(answers))} instead of trajectory {trajectory.schedule_id}")
 
 
-def retimed(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
+def trajectory_metrics(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
     """The base trajectory with other levels (N sigmas, falling); where it starts and ends stays."""
     levels = to_alpha_bars(np.asarray(sigmas))
     # The noisy end is the base's own, bit for bit.

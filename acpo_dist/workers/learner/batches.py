@@ -11,7 +11,7 @@ from acpo_dist.algorithms.base import LateStates, MicroBatch
 from acpo_dist.config.schema import DataConfig, LearnerConfig, RewardsConfig, SamplerConfig
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import TrainTask
-from acpo_dist.data.images import PictureSet, load_pictures
+from acpo_dist.data.images import ImageSet, load_images
 from acpo_dist.data.pairs import PairSet, is_pair_id
 from acpo_dist.models.family import ModelFamily
 from acpo_dist.workers.learner.samples import SampleStore
@@ -70,10 +70,10 @@ class BatchMaker:
             DataError: it cannot be read.
         """
         self._spec, self._family, self._device = spec, family, device
-        self._pictures = self._open_pictures()
+        self._images = self._open_images()
         self._pairs = PairSet(spec.data.pairs, family.pixels) if spec.data.pairs is not None else None
         self.broken: list[str] = []
-        """Samples of pairs left out since `take_broken` because a picture of the pair could not be decoded."""
+        """Samples of pairs left out since `take_broken` because an image of the pair could not be decoded."""
 
     def make(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
         """One micro-batch.
@@ -101,8 +101,8 @@ class BatchMaker:
         else:
             states = self._to_device(store.late(ids, keys, stochastic=spec.algorithm.needs_noise))
             clean, prompts = store.clean(ids), store.prompts(ids)
-            if self._pictures is not None:
-                clean, real = 2 * self._pictures.batch([key % len(self._pictures) for key in keys]) - 1, True
+            if self._images is not None:
+                clean, real = 2 * self._images.batch([key % len(self._images) for key in keys]) - 1, True
         return MicroBatch(
             sample_ids=ids,
             prompts=prompts,
@@ -129,7 +129,7 @@ class BatchMaker:
 
     @torch.no_grad()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:
-        return self._family.encode_pictures(pixels_BCHW.to(self._device))
+        return self._family.encode_images(pixels_BCHW.to(self._device))
 
     def _to_device(self, late: LateStates) -> LateStates:
         following, levels = late.following, late.following_alpha_bars_B
@@ -141,9 +141,9 @@ class BatchMaker:
             following_alpha_bars_B=levels.to(self._device) if levels is not None else None,
         )
 
-    def _open_pictures(self) -> PictureSet | None:
+    def _open_images(self) -> ImageSet | None:
         data = self._spec.data
         anchor = getattr(self._spec.algorithm, "anchor", None)
         if data.path is None or getattr(anchor, "source", "rollout") != "data":
             return None
-        return load_pictures(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])
+        return load_images(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])

@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 @dataclass
-class FigureSums:
+class MetricSums:
     """Running sums by name."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, figures: Mapping[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Add per-sample values."""
-        for name, values in figures.items():
+        for name, values in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(values.detach().double().sum())
             self.counts[name] = self.counts.get(name, 0) + values.numel()
 
@@ -24,9 +24,9 @@ class FigureSums:
         return {name: self.sums[name] / self.counts[name] for name in sorted(self.sums) if self.counts[name]}
 
     @staticmethod
-    def merge(parts: Iterable["FigureSums"]) -> "FigureSums":
+    def merge(parts: Iterable["MetricSums"]) -> "MetricSums":
         """Join the sums of several ranks."""
-        whole = FigureSums()
+        whole = MetricSums()
         for part in parts:
             for name, value in part.sums.items():
                 whole.sums[name] = whole.sums.get(name, 0.0) + value

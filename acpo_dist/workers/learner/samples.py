@@ -59,7 +59,7 @@ class SampleStore:
         for sample_id, key in zip(ids, keys, strict=True):
             batch, row = self._at[sample_id]
             kept = [late for late in batch.late if not stochastic or late.following_alpha_bar < 1]
-            # The low bits choose the picture of the data batch; these choose the state.
+            # The low bits choose the image of the data batch; these choose the state.
             chosen.append((_take(kept, (key >> 32) % 2**24 / 2**24), row))
         following = [late.following_BCHW[row] for late, row in chosen if late.following_BCHW is not None]
         levels = torch.tensor([late.following_alpha_bar for late, _ in chosen], dtype=torch.float64)

@@ -75,8 +75,8 @@ class PooledReward:
                 sent = self._decode(clean)
         good_B = torch.isfinite(sent).flatten(1).all(1)
         if not good_B.all() and self._refusable:
-            refused = self._refused(whole, good_B)
-            return lambda: refused
+            skipped = self._refused(whole, good_B)
+            return lambda: skipped
         if not good_B.all():
             raise NonFiniteError(
                 "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"

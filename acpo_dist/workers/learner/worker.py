@@ -16,15 +16,15 @@ from acpo_dist.core.files import on_storage, sync_file
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
-from acpo_dist.core.types import RefusedStep, RewardTerm, RolloutBatch, TrainTask, WeightBundle
+from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.loading import held_dtype
-from acpo_dist.objective.anchor import anchor_error, head_drift
+from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, memory_remedy
 from acpo_dist.workers.learner.engine import Engine, TorchEngine
-from acpo_dist.workers.learner.metrics import FigureSums
+from acpo_dist.workers.learner.metrics import MetricSums
 from acpo_dist.workers.learner.network import PolicyNetwork
 from acpo_dist.workers.learner.samples import SampleStore
 from acpo_dist.workers.learner.signal import GradientSource, PooledReward
@@ -45,7 +45,7 @@ class LearnerWorker:
         self._engine: Engine | None = None
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
-        self._refused_in_a_row = 0
+        self._skipped_in_a_row = 0
 
     @property
     def num_elements(self) -> int:
@@ -75,12 +75,12 @@ class LearnerWorker:
         if not self._average:
             self._average = {name: value.clone() for name, value in self._weights.items()}
 
-    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
+    def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep]]:
         """One iteration; every rank calls it with its own samples' batches and the same task.
 
         Returns:
             (figures of this rank's samples, number of optimiser steps taken, those refused with this rank's samples).
-            More than `learner.max_refused_steps` refused in a row end the iteration, on every rank at the same step.
+            More than `learner.max_skipped_steps` refused in a row end the iteration, on every rank at the same step.
 
         Raises:
             DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
@@ -90,20 +90,20 @@ class LearnerWorker:
         ):
             return self._train(batches, task)
 
-    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[FigureSums, int, list[RefusedStep]]:
+    def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep]]:
         engine = self._ready()
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
         crop = derive_seed("crop", self._spec.seed, task.iteration, engine.rank)
         reward = self._reward(task.rewards, crop, refusable=True)
-        sums = FigureSums()
+        sums = MetricSums()
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
-        refused: list[RefusedStep] = []
+        skipped: list[SkippedStep] = []
         tried = 0
         for step, ids in enumerate(steps):
             started = time.monotonic()
-            found, bad = FigureSums(), []
+            found, bad = MetricSums(), []
             for index, part in enumerate(self._own(ids)):
                 batch = self._batches.make(store, part, task, step)
                 loss = self._algorithm.loss(
@@ -116,38 +116,38 @@ class LearnerWorker:
                     # So that the gradient, and with it the step of all ranks, certainly is not finite either.
                     mean = mean * torch.nan
                 engine.backward(mean)
-                found.add(loss.figures)
+                found.add(loss.metrics)
             norm = engine.step()
             if math.isfinite(norm):
-                self._refused_in_a_row = 0
+                self._skipped_in_a_row = 0
                 found.add({"learner/grad_norm": torch.tensor([norm])})
-                sums = FigureSums.merge((sums, found))
+                sums = MetricSums.merge((sums, found))
             else:
-                refused.append(RefusedStep(step=step, gradient_norm=norm, sample_ids=tuple(bad)))
-                self._refused_in_a_row += 1
+                skipped.append(SkippedStep(step=step, gradient_norm=norm, sample_ids=tuple(bad)))
+                self._skipped_in_a_row += 1
             tried += 1
             sums.add({"time/optim_step": torch.tensor([time.monotonic() - started])})
-            if self.refused_too_many:
+            if self.skipped_too_many:
                 break
         if reward.waited_s:
             sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
         if self._spec.data.pairs is not None:
             broken = self._batches.take_broken()
             if broken:
-                logger.warning("pairs left out, since a picture cannot be decoded: %s", ", ".join(broken[:5]))
+                logger.warning("pairs left out, since an image cannot be decoded: %s", ", ".join(broken[:5]))
             own = len(steps) * self._spec.learner.global_batch // engine.world_size
             share = torch.zeros(own)
             share[: len(broken)] = 1
             sums.add({"pairs/broken_share": share})
         self._weights = engine.weights()
-        taken = tried - len(refused)
+        taken = tried - len(skipped)
         self._update_average(taken)
-        return sums, taken, refused
+        return sums, taken, skipped
 
     @property
-    def refused_too_many(self) -> bool:
+    def skipped_too_many(self) -> bool:
         """Whether more steps in a row were refused than may be: the same on every rank."""
-        return self._refused_in_a_row > self._spec.learner.max_refused_steps
+        return self._skipped_in_a_row > self._spec.learner.max_skipped_steps
 
     @torch.no_grad()
     def _prepare(
@@ -173,11 +173,11 @@ class LearnerWorker:
         store = SampleStore(batches, policy_version=None)
         found: dict[str, list[float]] = {}
         for part, counts in self._share(store.sample_ids):
-            figures = self._algorithm.observe(self._batches.make(store, part, None, 0), self._network)
-            if not figures:
+            metrics = self._algorithm.observe(self._batches.make(store, part, None, 0), self._network)
+            if not metrics:
                 return {}
             if counts:
-                for name, values in figures.items():
+                for name, values in metrics.items():
                     found.setdefault(name, []).extend(values.tolist())
         return found
 
@@ -193,8 +193,8 @@ class LearnerWorker:
         for part, counts in self._share(store.sample_ids):
             batch = self._batches.make(store, part, None, 0)
             late, condition = batch.late, self._family.encode(batch.prompts)
-            head = self._family.predict(late.latents, late.timesteps_B, condition)
-            clean = to_clean(head, late.latents, late.alpha_bars_B, self._family.prediction_type)
+            model_output = self._family.predict(late.latents, late.timesteps_B, condition)
+            clean = to_clean(model_output, late.latents, late.alpha_bars_B, self._family.prediction_type)
             gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
             if self._spec.algorithm.anchor.space != "x0":
                 # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
@@ -204,10 +204,10 @@ class LearnerWorker:
         return norms
 
     @torch.no_grad()
-    def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> FigureSums:
+    def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> MetricSums:
         """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep."""
         store = SampleStore(batches, policy_version=None)
-        sums = FigureSums()
+        sums = MetricSums()
         for part, counts in self._share(store.sample_ids):
             clean = store.clean(part).to(self._device)
             condition = self._family.encode(store.prompts(part))
@@ -219,10 +219,10 @@ class LearnerWorker:
                 alpha_bars = self._family.alpha_bars[[timestep] * len(part)]
                 noisy = add_noise(clean, noise.to(clean), alpha_bars)
                 at = torch.full((len(part),), timestep, device=clean.device)
-                head = self._family.predict(noisy, at, condition)
+                model_output = self._family.predict(noisy, at, condition)
                 with self._family.anchored():
                     anchor = self._family.predict(noisy, at, condition)
-                drift = head_drift(head, anchor, alpha_bars, self._family.prediction_type)
+                drift = output_drift(model_output, anchor, alpha_bars, self._family.prediction_type)
                 if counts:
                     sums.add({str(timestep): anchor_error(drift)})
         return sums

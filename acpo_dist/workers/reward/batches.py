@@ -9,13 +9,13 @@ from acpo_dist.workers.reward.wire import WireTensor, join
 from acpo_dist.workers.reward.worker import RewardWorker, ScoredGradient
 
 ScoreRequest = tuple[Tensor, tuple[str, ...]]
-"""uint8 pictures (B, 3, H, W), and one prompt per picture."""
+"""uint8 images (B, 3, H, W), and one prompt per image."""
 GradientRequest = tuple[WireTensor, tuple[str, ...]]
-"""What `RewardWorker.value_and_grad` takes, and one prompt per picture."""
+"""What `RewardWorker.value_and_grad` takes, and one prompt per image."""
 
 
 def score_together(worker: RewardWorker, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-    """Scores per request; all pictures have one size."""
+    """Scores per request; all images have one size."""
     scores = worker.score(torch.cat([images for images, _ in requests]), _prompts(requests))
     return [scores[start:stop] for start, stop in _ranges([len(images) for images, _ in requests])]
 

@@ -1,4 +1,4 @@
-"""A picture whose score is known: what tells a sick replica from a picture that cannot be scored."""
+"""An image whose score is known: what tells a sick replica from an image that cannot be scored."""
 
 from math import isfinite
 
@@ -12,34 +12,34 @@ from acpo_dist.workers.reward.worker import RewardWorker
 _SIZES = (64, 32, 224, 512)
 """Side lengths that are tried in turn: the first that the metric scores is kept, small because it is asked often."""
 _TOLERANCE = 1e-3
-"""Largest relative difference between two scores of the picture: far above rounding on other hardware."""
+"""Largest relative difference between two scores of the image: far above rounding on other hardware."""
 _PROMPT = "a photograph"
 
 
-class KnownPicture:
+class Canary:
     """Scored when the worker starts, and again whenever someone doubts it."""
 
     def __init__(self, worker: RewardWorker) -> None:
         """Find the size and take the first score.
 
         Raises:
-            RewardError: the metric has no finite score for the picture at any size.
+            RewardError: the metric has no finite score for the image at any size.
         """
         self._worker = worker
         problems = []
         for size in _SIZES:
-            self.picture = known_picture(size)
+            self.image = canary(size)
             try:
                 self.reference = self._score()
                 return
             except (AcpoError, RuntimeError, ValueError) as error:
                 problems.append(f"{size} x {size}: {error}")
         raise RewardError(
-            f"reward `{worker.name}` has no finite score for a plain picture, so it cannot serve: {'; '.join(problems)}"
+            f"reward `{worker.name}` has no finite score for a plain image, so it cannot serve: {'; '.join(problems)}"
         )
 
     def check(self) -> None:
-        """Score the picture again and compare.
+        """Score the image again and compare.
 
         Raises:
             RewardError: the score is not finite, is another one than before, or could not be had.
@@ -47,7 +47,7 @@ class KnownPicture:
         self.compare(self.reference, "at the start")
 
     def compare(self, reference: float, where: str) -> None:
-        """Score the picture and compare with a reference.
+        """Score the image and compare with a reference.
 
         Raises:
             RewardError: as in `check`.
@@ -55,25 +55,23 @@ class KnownPicture:
         try:
             found = self._score()
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise RewardError(
-                f"reward `{self._worker.name}` cannot score the known picture any more: {error}"
-            ) from error
+            raise RewardError(f"reward `{self._worker.name}` cannot score the known image any more: {error}") from error
         if not agree(found, reference):
             raise RewardError(
-                f"reward `{self._worker.name}` scores the known picture {found:.6g}, but {reference:.6g} {where}"
+                f"reward `{self._worker.name}` scores the known image {found:.6g}, but {reference:.6g} {where}"
             )
 
     def _score(self) -> float:
-        (score,) = self._worker.score(self.picture, [_PROMPT])
+        (score,) = self._worker.score(self.image, [_PROMPT])
         return score
 
 
 def agree(found: float, reference: float) -> bool:
-    """Whether two scores of the known picture are the same up to the hardware they were computed on."""
+    """Whether two scores of the known image are the same up to the hardware they were computed on."""
     return isfinite(found) and abs(found - reference) <= _TOLERANCE * max(abs(reference), 0.01)
 
 
-def known_picture(size: int) -> Tensor:
+def canary(size: int) -> Tensor:
     """Soft blobs of colour under noise, the same everywhere: uint8 (1, 3, size, size)."""
     generator = torch.Generator().manual_seed(20190819)
     coarse = torch.rand(1, 3, 5, 5, generator=generator)

@@ -21,13 +21,13 @@ class BodyError(RewardError):
     """A body is not what was asked for."""
 
 
-def encode_pictures(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """A request for scores: uint8 pictures (B, 3, H, W) and one prompt per picture."""
+def encode_images(images: Tensor, prompts: Sequence[str]) -> bytes:
+    """A request for scores: uint8 images (B, 3, H, W) and one prompt per image."""
     return _encode({"images": images}, prompts)
 
 
-def decode_pictures(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
-    """What `encode_pictures` wrote.
+def decode_images(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
+    """What `encode_images` wrote.
 
     Raises:
         BodyError: anything else, with what was expected and found.
@@ -117,7 +117,7 @@ def _decode(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], tup
 def _require_prompts(prompts: tuple[str, ...], count: int) -> None:
     if len(prompts) != count:
         raise BodyError(
-            f"the metadata `prompts` must hold one text per picture ({count}), found {len(prompts)}; empty texts will "
+            f"the metadata `prompts` must hold one text per image ({count}), found {len(prompts)}; empty texts will "
             "do for metrics that read none"
         )
 

@@ -1,4 +1,4 @@
-"""A batch that does not fit is halved until it does; one picture that does not fit is an error of its own."""
+"""A batch that does not fit is halved until it does; one image that does not fit is an error of its own."""
 
 import gc
 from collections.abc import Callable
@@ -13,18 +13,18 @@ Part = TypeVar("Part")
 
 
 class OutOfMemoryError(RewardError):
-    """Not even a single picture fits into the memory that is left."""
+    """Not even a single image fits into the memory that is left."""
 
 
 def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: str) -> list[Part]:
     """Answers of `run` for consecutive ranges that cover `start` to `stop`, halved where the memory does not last.
 
     Args:
-        run: answers for the pictures from its first to before its second argument.
+        run: answers for the images from its first to before its second argument.
         name: the metric, for the message.
 
     Raises:
-        OutOfMemoryError: one picture alone does not fit.
+        OutOfMemoryError: one image alone does not fit.
     """
     try:
         return [run(start, stop)]
@@ -37,6 +37,6 @@ def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: s
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if stop - start == 1:
-        raise OutOfMemoryError(f"reward `{name}`: out of memory with a single picture ({reason})")
+        raise OutOfMemoryError(f"reward `{name}`: out of memory with a single image ({reason})")
     middle = (start + stop) // 2
     return in_halves(run, start, middle, name=name) + in_halves(run, middle, stop, name=name)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from acpo_dist.core.errors import RewardError
-from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, decode_answer, encode_pictures, encode_sent
+from acpo_dist.workers.reward.http_wire import MEDIA_TYPE, decode_answer, encode_images, encode_sent
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient
 
@@ -41,12 +41,12 @@ class RemotePool:
         return json.loads(self._ask("/v1/metrics", None))["metrics"]
 
     def score(self, metric: str, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Raw scores of uint8 pictures (B, 3, H, W).
+        """Raw scores of uint8 images (B, 3, H, W).
 
         Raises:
             RewardError: what the server says, or none came within the deadline.
         """
-        return json.loads(self._ask(f"/v1/score/{metric}", encode_pictures(images, prompts)))["scores"]
+        return json.loads(self._ask(f"/v1/score/{metric}", encode_images(images, prompts)))["scores"]
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """See `GradientSource.value_and_grad`."""
@@ -91,7 +91,7 @@ class RemotePool:
         if count > limit:
             raise RewardError(
                 f"{self._url}: 413: the request has {count / 2**20:.3g} MiB, the server takes {limit / 2**20:.3g} "
-                "(rewards.http.max_mib of its run); send fewer pictures at once"
+                "(rewards.http.max_mib of its run); send fewer images at once"
             )
 
 

@@ -1,4 +1,4 @@
-"""Tensors between learner and reward pool: lossless layout, half precision with a power-of-two scale per picture."""
+"""Tensors between learner and reward pool: lossless layout, half precision with a power-of-two scale per image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

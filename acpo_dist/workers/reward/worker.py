@@ -1,4 +1,4 @@
-"""The reward worker: scores pictures, and returns the gradient of a score at x0-hat or at a picture. Stateless."""
+"""The reward worker: scores images, and returns the gradient of a score at x0-hat or at an image. Stateless."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
 Part = TypeVar("Part")
 
 CHUNK = 16
-"""Most pictures per forward unless told otherwise, however many are asked together."""
+"""Most images per forward unless told otherwise, however many are asked together."""
 
 
 class NonFiniteScoreError(RewardError):
-    """The metric answered finite pictures with a score or a gradient that is not finite."""
+    """The metric answered finite images with a score or a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoredGradient:
     gradient: WireTensor
 
     def rows(self, start: int, stop: int) -> "ScoredGradient":
-        """The answer for the pictures from `start` to before `stop`."""
+        """The answer for the images from `start` to before `stop`."""
         return ScoredGradient(self.scores[start:stop], self.gradient.rows(start, stop))
 
 
@@ -47,7 +47,7 @@ class RewardWorker:
             metric: the metric's configuration section.
             model: the model's section; needed for the latent cut of a metric that gives gradients.
             cut: `latent` or `image`.
-            max_batch: most pictures per forward; fewer where the memory does not last.
+            max_batch: most images per forward; fewer where the memory does not last.
         """
         self.name = metric.name
         kind = resolve("reward", REWARDS, metric.type)
@@ -61,25 +61,25 @@ class RewardWorker:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Score finished pictures.
+        """Score finished images.
 
         Args:
             images: uint8 RGB (B, 3, H, W).
 
         Raises:
-            RewardError: the pictures are of another type or shape.
+            RewardError: the images are of another type or shape.
             NonFiniteScoreError: a score is not finite; it is never replaced by a number.
-            OutOfMemoryError: not even one picture fits.
+            OutOfMemoryError: not even one image fits.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            # Floating-point pictures would be divided by 255 although they lie in [0, 1] already.
+            # Floating-point images would be divided by 255 although they lie in [0, 1] already.
             raise RewardError(
-                f"reward `{self.name}` scores uint8 RGB pictures of shape (B, 3, H, W), found {images.dtype} of shape "
+                f"reward `{self.name}` scores uint8 RGB images of shape (B, 3, H, W), found {images.dtype} of shape "
                 f"{tuple(images.shape)}"
             )
 
         def run(start: int, stop: int) -> list[float]:
-            # In place on the copy that another type always is, so the caller's pictures stay as they are.
+            # In place on the copy that another type always is, so the caller's images stay as they are.
             chunk = images[start:stop].to(self._device, torch.float32).div_(255)
             return self._finite(self._metric(chunk, prompts[start:stop]), chunk)
 
@@ -99,7 +99,7 @@ class RewardWorker:
         Raises:
             RewardError: what was sent is of another shape, or a score or gradient is not finite.
             NonFiniteScoreError: and that is not the fault of what was sent.
-            OutOfMemoryError: not even one picture fits.
+            OutOfMemoryError: not even one image fits.
         """
         decoder = self._decoder if self._cut == "latent" else None
         if self._cut == "latent" and decoder is None:
@@ -135,8 +135,8 @@ class RewardWorker:
     def _require_prompts(self, count: int, prompts: Sequence[str]) -> None:
         if count == 0 or count != len(prompts):
             raise RewardError(
-                f"reward `{self.name}` needs at least one picture and one prompt per picture (an empty one where it "
-                f"reads none), found {count} pictures and {len(prompts)} prompts"
+                f"reward `{self.name}` needs at least one image and one prompt per image (an empty one where it "
+                f"reads none), found {count} images and {len(prompts)} prompts"
             )
 
     def _chunks(self, run: Callable[[int, int], Part], count: int) -> list[Part]:
@@ -151,7 +151,7 @@ class RewardWorker:
         numbers = scores.detach().float().cpu()
         bad = int((~torch.isfinite(numbers)).sum())
         if bad:
-            # A picture that is not finite itself says nothing about the metric.
+            # An image that is not finite itself says nothing about the metric.
             kind = NonFiniteScoreError if bool(torch.isfinite(asked).all()) else RewardError
             raise kind(f"reward `{self.name}`: {bad} of {len(numbers)} scores are not finite")
         return numbers.tolist()

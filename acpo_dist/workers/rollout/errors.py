@@ -44,8 +44,8 @@ def measure_errors(
         noisy = add_noise(clean, noise, alpha_bars)
         at = torch.full((len(clean),), float(timestep), device=clean.device)
         for branch, condition in enumerate(branches):
-            head = family.predict(noisy, at, condition)
-            error = to_noise(head, noisy, alpha_bars, family.prediction_type) - noise
+            model_output = family.predict(noisy, at, condition)
+            error = to_noise(model_output, noisy, alpha_bars, family.prediction_type) - noise
             errors[branch].append(error.flatten(2).double().cpu().numpy())
     stacked = [np.stack(branch) for branch in errors]
     return sums_of(sigmas, stacked[0], stacked[1] if len(stacked) > 1 else None)

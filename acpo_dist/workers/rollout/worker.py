@@ -11,10 +11,10 @@ from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
-from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightBundle, WeightEcho
+from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import checksum
-from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, walk
-from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, walk_split
+from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
+from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.schedulers import make_sampler
@@ -90,7 +90,7 @@ class RolloutWorker:
         kept: dict[int, Tensor] = {}
         after = {step + 1 for step in steps} if self._sampler.eta > 0 else set[int]()
         with within_memory(f"{self._name}, sampling {len(plans)} at once", f"Lower rollout.batch_size ({len(plans)})."):
-            clean = self._walk(plans, self.trajectory, keep_states({*steps, *after}, kept))
+            clean = self._sample(plans, self.trajectory, keep_states({*steps, *after}, kept))
         kept[self.trajectory.num_steps] = clean
         with within_memory(
             f"{self._name}, decoding {len(plans)} at once",
@@ -108,9 +108,9 @@ class RolloutWorker:
         )
 
     @torch.no_grad()
-    def ends(self, plans: Sequence[SamplePlan], trajectory: Trajectory) -> Tensor:
+    def final_latents(self, plans: Sequence[SamplePlan], trajectory: Trajectory) -> Tensor:
         """x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the one in use stays."""
-        return self._walk(plans, trajectory, None).float().cpu()
+        return self._sample(plans, trajectory, None).float().cpu()
 
     def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
         """See `acpo_dist.workers.rollout.errors.measure_errors`, on the x_0 of a rollout batch."""
@@ -118,7 +118,7 @@ class RolloutWorker:
             self._family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
         )
 
-    def load(self, bundle: WeightBundle) -> WeightEcho:
+    def load(self, bundle: WeightBundle) -> WeightAck:
         """Copy weights in, then say what the parameters hold.
 
         Raises:
@@ -138,18 +138,18 @@ class RolloutWorker:
                 parameter.copy_(bundle.tensors[name])
         self._version = bundle.version
         held = {name: parameter.detach().to(bundle.tensors[name].dtype) for name, parameter in own.items()}
-        return WeightEcho(worker=self._name, version=bundle.version, checksum=checksum(held))
+        return WeightAck(worker=self._name, version=bundle.version, checksum=checksum(held))
 
-    def _walk(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
+    def _sample(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
         start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
         prompts = tuple(plan.prompt for plan in plans)
         kind, solver = self._family.prediction_type, self._sampler.solver
         if solver in SHARE_AT_END:
             scale = self._guidance_scale()
-            return walk_split(
+            return sample_split(
                 self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit
             )
-        return walk(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
+        return sample(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
 
     def _start(self, seed: int) -> Tensor:
         return torch.randn(self._family.sample_shape, generator=torch.Generator().manual_seed(seed))
@@ -199,8 +199,8 @@ class RolloutWorker:
         joined = family.encode([""] * len(prompts)).join(condition) if self._guidance_scale() != 1 else condition
 
         def both(state: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-            head = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), joined)
-            unconditional, conditional = head.chunk(2)
+            model_output = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), joined)
+            unconditional, conditional = model_output.chunk(2)
             return conditional, unconditional
 
         return GuidedDenoise(

@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  // Sliders: the share of the picture, from the left, that shows the base model.
+  // Sliders: the share of the image, from the left, that shows the base model.
   const wipe = (input) => input.closest(".wipe").style.setProperty("--cut", input.value + "%");
   for (const input of document.querySelectorAll(".wipe input")) {
     wipe(input);
@@ -15,7 +15,7 @@
     });
   }
 
-  // Orders of the pictures.
+  // Orders of the images.
   for (const button of document.querySelectorAll("[data-order]")) {
     button.addEventListener("click", () => {
       for (const other of button.parentElement.children) other.setAttribute("aria-pressed", String(other === button));
