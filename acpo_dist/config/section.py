@@ -15,7 +15,6 @@ from pydantic import (
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest, resolve
 
-
 RENAMED = {
     "guard.pictures": "guard.images",
     "learner.max_refused_steps": "learner.max_skipped_steps",

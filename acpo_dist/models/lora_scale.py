@@ -135,10 +135,10 @@ def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
 
 
 def _turn(layers: Sequence[tuple[Any, float]], scale: float) -> None:
-    for layer, scale in layers:
+    for layer, own in layers:
         # Off, not a weight of 0: the base model's image to the bit.
         layer._disable_adapters = scale == 0
-        layer.scaling[_NAME] = scale * scale
+        layer.scaling[_NAME] = scale * own
 
 
 @contextmanager

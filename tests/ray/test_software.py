@@ -17,7 +17,7 @@ from actors.cluster.software import Software, differences, software
 from actors.reward import pool as reward
 from tests.ray.test_loading import started
 
-ROOT = Path(module.__file__).resolve().parents[1]
+ROOT = Path(module.__file__).resolve().parents[2]
 ELSEWHERE = replace(software(), code="another")
 
 

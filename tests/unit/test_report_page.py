@@ -158,12 +158,12 @@ def test_images_in_the_page_are_the_runs_own_and_scored_as_training_scores_them(
             pool.load(make_bundle(3, load_file(checkpoint.learner_folder / "policy.safetensors")))
         handles = pool.generate(groups)
         images, scores = pool.images(handles, ids), rewards.score(handles, ["two_stream", "strided_judge"])
-        for index, sample in enumerate(ids):
+        for index, sample_id in enumerate(ids):
             sample = getattr(view.gallery.pairs[index], which)
             kept = torch.from_numpy(np.asarray(Image.open(sample.file)).copy()).permute(2, 0, 1)
             assert torch.equal(kept, images[index])
             # Convolutions round differently for other memory layouts of the same pixels: some 1e-6 of a score near 1.
-            assert sample.scores == {name: pytest.approx(scores[name][sample], abs=1e-5) for name in scores}
+            assert sample.scores == {name: pytest.approx(scores[name][sample_id], abs=1e-5) for name in scores}
     # The page holds the same bytes, losslessly.
     page = report.path.read_text()
     inside = [base64.b64decode(text) for text in re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)]
