@@ -28,13 +28,13 @@ def generate(
         int | None, typer.Option(help="Height and width in pixels; default: the run's, or the model's own.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
-    anchor_scale: Annotated[
-        float | None, typer.Option(help="0 the base model, 1 the tuned one; needs --lora, or a run that tuned one.")
+    lora_scale: Annotated[
+        float | None, typer.Option(help="0 base model, 1 tuned model; needs --lora or a run that trained a LoRA.")
     ] = None,
-    scale_range: Annotated[
-        list[str] | None, typer.Option(help="t0:t1:a, another strength for these timesteps; repeat for several.")
+    lora_scale_range: Annotated[
+        list[str] | None, typer.Option(help="t0:t1:scale, LoRA scale for timesteps t0 to t1; repeat for several.")
     ] = None,
-    grid: Annotated[str | None, typer.Option(help="Strengths side by side, such as 0,0.25,0.5,0.75,1.")] = None,
+    grid: Annotated[str | None, typer.Option(help="LoRA scales side by side, such as 0,0.25,0.5,0.75,1.")] = None,
     seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("images"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
@@ -57,16 +57,16 @@ def generate(
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.images import save_grid
 
-    wanted = anchor_scale is not None or bool(scale_range) or grid is not None
+    wanted = lora_scale is not None or bool(lora_scale_range) or grid is not None
     config = run_config(model)
     if wanted and lora is None:
         lora = exported_lora(model)
-    if grid is not None and anchor_scale is not None:
-        raise UsageError("--grid draws several strengths, --anchor-strength one: give one of the two")
-    scales = parse_grid(grid) if grid is not None else (1.0 if anchor_scale is None else anchor_scale,)
+    if grid is not None and lora_scale is not None:
+        raise UsageError("--grid and --lora-scale exclude each other: --grid draws several scales, --lora-scale one")
+    scales = parse_grid(grid) if grid is not None else (1.0 if lora_scale is None else lora_scale,)
     for value in scales:
-        check_scale(value, "--anchor-strength")
-    ranges = [parse_range(text) for text in scale_range or ()]
+        check_scale(value, "--lora-scale")
+    ranges = [parse_range(text) for text in lora_scale_range or ()]
     if config is not None and lora is not None:
         # The run's export holds its LoRA merged in; another one, or a part of it, goes on what the run tuned.
         pipeline, conditional = open_base(config, solver)
@@ -74,7 +74,7 @@ def generate(
         pipeline, conditional = open_pipeline(model, solver)
     if conditional and not prompt:
         raise UsageError("the model draws from prompts: give --prompt, once or more often")
-    lora_scale = LoraScale(pipeline, lora) if lora is not None else None
+    adapter = LoraScale(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
     if config is not None:
         size = getattr(config.model, "image_size", None) if size is None else size
@@ -90,15 +90,15 @@ def generate(
                 if conditional and negative_prompt is not None:
                     asked["negative_prompt"] = negative_prompt
                 for place, scale in enumerate(scales):
-                    if lora_scale is not None:
-                        lora_scale.set(scale, ranges)
+                    if adapter is not None:
+                        adapter.set(scale, ranges)
                     generator = torch.Generator().manual_seed(own)
                     image = images_of(pipeline(**asked, **trajectory_args, generator=generator, output_type="np"))
                     suffix = f"-{place:02d}" if len(scales) > 1 else ""
                     path = out / f"{index:03d}-{sample:03d}{suffix}.png"
                     save_grid(image, path, columns=1, scale=1)
                     row = {"path": str(path), "prompt": text, "seed": own}
-                    rows.append(row | ({"anchor_strength": scale} if lora_scale is not None else {}))
+                    rows.append(row | ({"lora_scale": scale} if adapter is not None else {}))
                     images.append(image)
                     advance(1)
                 labels.append(text or "-")
@@ -107,7 +107,7 @@ def generate(
     save_grid(
         torch.cat(images), sheet, columns=len(scales) if several else num,
         labels=labels if several else labels[::num],
-        title="anchor strength " + ", ".join(f"{value:g}" for value in scales) if several else None,
+        title="LoRA scale " + ", ".join(f"{value:g}" for value in scales) if several else None,
     )  # fmt: skip
     if as_json:
         answer({"images": rows, "grid": str(sheet)})

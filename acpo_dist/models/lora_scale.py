@@ -1,4 +1,4 @@
-"""The anchor's strength at inference: between the base model's weights (0) and the tuned ones (1), also by timestep."""
+"""LoRA scale at inference, from the base model (0) to the tuned model (1), optionally by timestep range."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ _NAME = "tuned"
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """A strength for timesteps from `low` to `high`, both included."""
+    """LoRA scale for timesteps from `low` to `high`, both included."""
 
     low: float
     high: float
@@ -25,58 +25,67 @@ class Range:
 
 
 def parse_range(text: str) -> Range:
-    """`t0:t1:a`, in any order of the timesteps.
+    """Parse `t0:t1:scale`; the two timesteps may come in either order.
 
     Raises:
-        UsageError: not of this form, or the strength is outside 0..1.
+        UsageError: another form, or a scale outside 0..1.
     """
     try:
         first, second, scale = (float(part) for part in text.split(":"))
     except ValueError as error:
-        raise UsageError(f"--strength-range must read t0:t1:a, such as 0:300:0.5, found `{text}`") from error
-    check_scale(scale, "--strength-range")
+        raise UsageError(f"--lora-scale-range must read t0:t1:scale, such as 0:300:0.5, found `{text}`") from error
+    check_scale(scale, "--lora-scale-range")
     return Range(low=min(first, second), high=max(first, second), scale=scale)
 
 
 def parse_grid(text: str) -> tuple[float, ...]:
-    """Strengths with commas between them.
+    """Parse comma-separated LoRA scales.
 
     Raises:
-        UsageError: no numbers, or one outside 0..1.
+        UsageError: not numbers, or a scale outside 0..1.
     """
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"--grid must read as numbers with commas, such as 0,0.5,1, found `{text}`") from error
+        raise UsageError(f"--grid must be comma-separated numbers, such as 0,0.5,1, found `{text}`") from error
     for value in values:
         check_scale(value, "--grid")
     return values
 
 
 def check_scale(value: float, option: str) -> None:
-    """Refuse what is no place between base and tuned.
+    """Refuse a LoRA scale outside 0..1.
+
+    Args:
+        value: the scale.
+        option: command line option that set it, for the message.
 
     Raises:
         UsageError: outside 0..1.
     """
     if not 0 <= value <= 1:
-        raise UsageError(f"{option}: a strength lies between 0 (base model) and 1 (tuned), found {value:g}")
+        raise UsageError(f"{option}: a LoRA scale is between 0 (base model) and 1 (tuned model), found {value:g}")
 
 
 class LoraScale:
-    """LoRA in a pipeline with a strength that may depend on the timestep; at 0 the base model itself answers.
+    """Scales a LoRA loaded into a diffusers pipeline, optionally by timestep; scale 0 is the base model bit for bit.
 
-    Text encoders that the file adapts too have the same strength. They are asked once for all timesteps.
+    Text encoder layers in the file get the same scale. A prompt is encoded once for all timesteps, so they cannot have
+    a scale by timestep.
     """
 
     def __init__(self, pipeline: Any, path: Path) -> None:
-        """Load the file into the pipeline's U-Net, and into its text encoders where it has layers for them.
+        """Load a LoRA file into the U-Net, and into the text encoders if it has layers for them.
+
+        Args:
+            pipeline: a diffusers pipeline with `load_lora_weights`.
+            path: safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
 
         Raises:
-            ModelError: the file cannot be read, or is made for another architecture.
+            ModelError: the file cannot be read, or belongs to another architecture.
         """
         if not hasattr(pipeline, "load_lora_weights"):
-            raise ModelError(f"--lora: a {type(pipeline).__name__} takes no LoRA.")
+            raise ModelError(f"--lora: {type(pipeline).__name__} does not support LoRA.")
         file = _lora_file(path)
         expected, texts = check_lora_file(file, pipeline.unet)
         try:
@@ -84,48 +93,52 @@ class LoraScale:
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_NAME)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"--lora: {file} does not fit the U-Net, it belongs to another one: {reason}") from error
+            raise ModelError(f"--lora: {file} does not fit this U-Net (another architecture): {reason}") from error
         self._layers = _scaled_layers(pipeline.unet)
         encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         self._text_layers = [pair for encoder in encoders if encoder is not None for pair in _scaled_layers(encoder)]
         for found, wanted, what in ((self._layers, expected, "U-Net"), (self._text_layers, texts, "text encoders")):
             if len(found) != wanted:
                 raise ModelError(
-                    f"--lora: {file} holds {wanted} layers for the {what}, but {len(found)} of them have a place here: "
+                    f"--lora: {file} has {wanted} layers for the {what}, and {len(found)} of them exist in this model: "
                     "it belongs to another architecture."
                 )
         self._file, self._scale, self._ranges = file, 1.0, tuple[Range, ...]()
         pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def set(self, scale: float, ranges: Sequence[Range] = ()) -> None:
-        """Use this strength; of several ranges that hold a timestep the last one counts.
+        """Set the scale of the following pipeline calls.
+
+        Args:
+            scale: LoRA scale in 0..1.
+            ranges: scales for ranges of timesteps; the last range that contains a timestep applies.
 
         Raises:
-            UsageError: ranges for a file that adapts text encoders, which know no timestep.
+            UsageError: ranges for a file that also adapts text encoders.
         """
         if ranges and self._text_layers:
             raise UsageError(
-                f"--strength-range: {self._file} adapts text encoders too, and a text is encoded once for all "
-                "timesteps. Use one --anchor-strength, or a LoRA of the U-Net alone."
+                f"--lora-scale-range: {self._file} also adapts text encoders, and a prompt is encoded once for all "
+                "timesteps. Use --lora-scale, or a LoRA of the U-Net only."
             )
         self._scale, self._ranges = scale, tuple(ranges)
         _turn(self._text_layers, scale)
 
     def at(self, timestep: float) -> float:
-        """The strength for a timestep."""
+        """LoRA scale at a timestep."""
         found = [entry.scale for entry in self._ranges if entry.low <= timestep <= entry.high]
         return found[-1] if found else self._scale
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        # One number per call in every pipeline; batches share it.
+        # Pipelines pass one timestep per call for the whole batch.
         scale = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))
         _turn(self._layers, scale)
 
 
 def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
-    """Modules of a network that the file adapts, each with its own scale at full strength."""
-    # LoRA's own attributes are unknown to the type that all tuners share.
+    """(module, its own LoRA scaling) for each module that the file adapts."""
+    # `scaling` is not declared on the base class of peft's tuner layers.
     found: list[Any] = [
         module
         for module in network.modules()
@@ -136,14 +149,14 @@ def _scaled_layers(network: Any) -> list[tuple[Any, float]]:
 
 def _turn(layers: Sequence[tuple[Any, float]], scale: float) -> None:
     for layer, own in layers:
-        # Off, not a weight of 0: the base model's image to the bit.
+        # Disabled rather than multiplied by 0: the image equals the base model's bit for bit.
         layer._disable_adapters = scale == 0
-        layer.scaling[_NAME] = scale * own
+        layer.scaling[_NAME] = own * scale
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers warns at length of text encoders that a U-Net's LoRA says nothing about."""
+    """Silence the warning of diffusers that a U-Net LoRA has no text encoder layers."""
     logger = logging.getLogger("diffusers.loaders.lora_base")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -154,7 +167,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _lora_file(path: Path) -> Path:
-    """A file as it is; of a folder the one file in it that diffusers would take."""
+    """The file itself, or the file that diffusers loads from a folder."""
     if path.is_file():
         return path
     inside = path / "pytorch_lora_weights.safetensors"

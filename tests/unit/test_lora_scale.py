@@ -1,4 +1,4 @@
-"""The anchor's strength at inference: the base's image at 0, the tuned one's at 1, and drift that grows between."""
+"""LoRA scale at inference: the base model's image at 0, the tuned model's at 1, and drift that grows in between."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def lora(runs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_at_0_the_knob_gives_the_bases_image_to_the_bit_and_at_1_the_tuned_ones(lora):
+def test_scale_0_draws_the_image_of_the_base_bit_for_bit_and_scale_1_that_of_the_tuned_model(lora):
     untouched = image(base("sdxl"))
     plain = base("sdxl")
     plain.load_lora_weights(lora)
@@ -59,7 +59,7 @@ def test_at_0_the_knob_gives_the_bases_image_to_the_bit_and_at_1_the_tuned_ones(
     assert torch.equal(image(with_lora_scale), untouched)
 
 
-def test_drift_from_the_base_grows_with_every_step_of_the_knob(lora):
+def test_drift_from_the_base_grows_with_the_scale(lora):
     pipeline = base("sdxl")
     noisy = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     states, _, pooled, _ = pipeline.encode_prompt([PROMPT] * 4, do_classifier_free_guidance=False)
@@ -77,7 +77,7 @@ def test_drift_from_the_base_grows_with_every_step_of_the_knob(lora):
     assert drifts[0] == 0 and all(later > earlier for earlier, later in pairwise(drifts))
 
 
-def test_a_range_of_timesteps_has_a_strength_of_its_own(lora):
+def test_a_range_of_timesteps_has_its_own_scale(lora):
     pipeline = base("sdxl")
     lora_scale = LoraScale(pipeline, lora)
     lora_scale.set(1.0, [Range(low=0, high=1000, scale=0.0)])
@@ -90,7 +90,7 @@ def test_a_range_of_timesteps_has_a_strength_of_its_own(lora):
     assert not torch.equal(late_only, image(pipeline))
 
 
-def test_kohyas_layout_turns_the_same_knob(runs, lora, tmp_path, monkeypatch, capsys):
+def test_the_kohya_layout_draws_the_same_image_as_the_diffusers_layout(runs, lora, tmp_path, monkeypatch, capsys):
     _, report, _ = command(monkeypatch, capsys, "export", runs["sdxl"], "--out", tmp_path / "k", "--format", "kohya")
     images = []
     for file in (lora, Path(report["file"])):
@@ -107,7 +107,7 @@ def test_a_lora_of_another_architecture_is_refused_with_both_widths(tmp_path):
         LoraScale(base("sdxl"), tmp_path / "sd15.safetensors")
 
 
-def test_a_lora_whose_modules_have_no_place_is_refused(tmp_path):
+def test_a_lora_with_unknown_modules_is_refused(tmp_path):
     stem = "unet.down_blocks.7.attentions.0.proj_in"
     save_file(
         {f"{stem}.lora_A.weight": torch.zeros(4, 72), f"{stem}.lora_B.weight": torch.zeros(72, 4)},
@@ -126,29 +126,29 @@ def test_files_without_low_rank_layers_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a:b:c", "0:1", "0:300:1.5"])
-def test_ranges_that_say_nothing_are_refused(text):
-    with pytest.raises(UsageError, match="strength"):
+def test_malformed_ranges_are_refused(text):
+    with pytest.raises(UsageError, match="--lora-scale-range"):
         parse_range(text)
 
 
-def test_a_grid_is_drawn_over_strengths_by_command(lora, tmp_path, monkeypatch, capsys):
+def test_the_command_draws_a_grid_over_scales(lora, tmp_path, monkeypatch, capsys):
     assert parse_grid("0,0.5,1") == (0.0, 0.5, 1.0)
     code, report, err = command(
         monkeypatch, capsys, "generate", "toy-sdxl", "--prompt", PROMPT, "--lora", lora, "--grid", "0,0.5,1",
         "--steps", 3, "--out", tmp_path / "grid",
     )  # fmt: skip
     assert code == 0, err
-    assert [row["anchor_strength"] for row in report["images"]] == [0.0, 0.5, 1.0]
+    assert [row["lora_scale"] for row in report["images"]] == [0.0, 0.5, 1.0]
     assert len({Path(row["path"]).read_bytes() for row in report["images"]}) == 3
     _, plain, _ = command(
         monkeypatch, capsys, "generate", "toy-sdxl", "--prompt", PROMPT, "--steps", 3, "--out", tmp_path / "base"
     )
-    # Strength 0 is what the command draws without any LoRA, to the byte of the file.
+    # Scale 0 writes the same file, byte for byte, as the command without a LoRA.
     assert Path(plain["images"][0]["path"]).read_bytes() == Path(report["images"][0]["path"]).read_bytes()
 
 
-def test_a_strength_without_a_lora_needs_a_run_that_exported_one(tmp_path, monkeypatch, capsys):
-    asked = ["generate", "toy-sdxl", "--prompt", PROMPT, "--anchor-strength", 0.5, "--out", tmp_path]
+def test_a_scale_without_a_lora_needs_a_run_that_exported_one(tmp_path, monkeypatch, capsys):
+    asked = ["generate", "toy-sdxl", "--prompt", PROMPT, "--lora-scale", 0.5, "--out", tmp_path]
     code, _, err = command(monkeypatch, capsys, *asked)
     assert code == 2 and "--lora FILE" in err
 
@@ -161,9 +161,7 @@ def draw(monkeypatch, capsys, out: Path, *asked) -> list[Image.Image]:
     return [Image.open(row["path"]) for row in report["images"]]
 
 
-def test_a_lora_that_is_named_goes_on_what_the_run_tuned_and_not_on_its_export(
-    runs, lora, tmp_path, monkeypatch, capsys
-):
+def test_a_given_lora_applies_to_the_base_of_the_run_and_not_to_its_export(runs, lora, tmp_path, monkeypatch, capsys):
     [wanted] = draw(monkeypatch, capsys, tmp_path / "base", "toy-sdxl", "--lora", lora)
     run = Path(shutil.copytree(runs["sdxl"], tmp_path / "run"))
     export(run, run / "export", layout="merged", weights="raw")
@@ -171,7 +169,7 @@ def test_a_lora_that_is_named_goes_on_what_the_run_tuned_and_not_on_its_export(
     assert found.tobytes() == wanted.tobytes()
 
 
-def test_the_base_of_a_runs_strengths_is_opened_as_the_run_opened_it(tmp_path, monkeypatch, capsys):
+def test_the_base_of_a_run_is_opened_as_the_run_opened_it(tmp_path, monkeypatch, capsys):
     # As `hf download --include "*.fp16.safetensors"` leaves Stable Diffusion 1.5: half of the files, and no checker.
     folder = tmp_path / "sd15"
     base("sd15").save_pretrained(folder, variant="fp16")
@@ -185,7 +183,7 @@ def test_the_base_of_a_runs_strengths_is_opened_as_the_run_opened_it(tmp_path, m
     assert images[0].tobytes() == plain.tobytes() != images[1].tobytes()
 
 
-def test_a_run_draws_in_its_own_size_and_away_from_its_own_negative_prompt(tmp_path, monkeypatch, capsys):
+def test_a_run_draws_with_its_own_size_and_negative_prompt(tmp_path, monkeypatch, capsys):
     own = ["model.image_size=48", f"model.negative_prompt={PROMPT}"]
     run = finished_run("sdxl", tmp_path / "run", *own)
     done = export(run, run / "export", layout="merged", weights="raw")
@@ -217,7 +215,7 @@ def text_lora(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_knob_turns_text_encoders_that_the_file_adapts_too(text_lora):
+def test_the_scale_applies_to_text_encoders_that_the_file_adapts(text_lora):
     untouched, plain, with_lora_scale = base("sdxl"), base("sdxl"), base("sdxl")
     plain.load_lora_weights(text_lora)
     lora_scale, wanted = LoraScale(with_lora_scale, text_lora), image(untouched)
@@ -230,7 +228,7 @@ def test_the_knob_turns_text_encoders_that_the_file_adapts_too(text_lora):
     torch.testing.assert_close(image(with_lora_scale), image(plain), rtol=0, atol=1e-5)
 
 
-def test_a_range_of_timesteps_is_refused_where_the_text_would_need_one_too(text_lora):
+def test_a_range_of_timesteps_is_refused_for_a_file_that_adapts_text_encoders(text_lora):
     lora_scale = LoraScale(base("sdxl"), text_lora)
-    with pytest.raises(UsageError, match="adapts text encoders too"):
+    with pytest.raises(UsageError, match="--lora-scale-range"):
         lora_scale.set(1.0, [Range(low=0, high=300, scale=0.5)])
