@@ -30,8 +30,8 @@ import torch
 from acpo_dist.config.load import load_config
 from acpo_dist.evaluation.metrics.arm import evaluate_toy_arm
 from acpo_dist.tracking.console import Console
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import open_ports
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 
 ARMS = ("acpo", "draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")

@@ -36,8 +36,8 @@ from acpo_dist.data.toy.oracle import nearest_template
 from acpo_dist.data.toy.world import caption_index, captions
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import open_ports
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 
 ARMS = {

@@ -24,8 +24,8 @@ import ray
 from acpo_dist.config.load import load_config
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.data.prompts import load_prompts
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalRollouts, default_device, learner_spec
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.workers.learner.signal import PooledReward
 from acpo_dist.workers.learner.worker import LearnerWorker
 from actors.reward.pool import deploy

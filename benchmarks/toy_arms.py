@@ -26,8 +26,8 @@ from acpo_dist.config.load import load_config
 from acpo_dist.evaluation.metrics.arm import evaluate_toy_arm
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_grid
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import open_ports
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 
 ARMS = {name: ",".join(overrides) for name, overrides in demo.ARMS.items()}

@@ -13,7 +13,7 @@ from acpo_dist.core.ports import Ports
 from acpo_dist.evaluation.metrics.arm import ArmReport, evaluate_toy_arm
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_grid
-from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.run import drive
 
 _SHOWN = 12

@@ -1,4 +1,4 @@
-"""What a run finds out about the base model before its first iteration, and what it keeps of it until its last."""
+"""Calibration on samples of the base model: normalisers, first anchor weight, and the state that a run carries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,30 +9,29 @@ import torch
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.schema import Config
-from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
 from acpo_dist.data.images import real_images
 from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
-from acpo_dist.tracking.console import Console
+from acpo_dist.training.context import RunContext
 from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 
 @dataclass
 class LoopState:
-    """What a checkpoint keeps besides the learner's tensors."""
+    """State of the loop that a checkpoint saves besides the learner's tensors."""
 
     iteration: int
     version: int
     controller: DriftController
     normalisers: dict[str, Normaliser]
     constants: dict[str, float]
-    """What the algorithm worked out on base samples."""
+    """Constants that the algorithm computed on base samples."""
     drift: float = 0.0
-    """Mean squared drift of the last iteration in which the weights moved."""
+    """Mean squared drift of the last iteration in which the weights changed."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
@@ -46,12 +45,11 @@ class LoopState:
         }
 
 
-def calibrate(
-    config: Config, ports: Ports, algorithm: Algorithm, prompts: Sequence[str], console: Console, monitor: GuardMonitor
-) -> LoopState:
-    """Normalise every metric on base-model samples and find the first anchor weight."""
-    handles, scores = score_calibration(config, ports, prompts, console, "calibration")
-    monitor.calibrate(handles)
+def calibrate(context: RunContext, algorithm: Algorithm, guard: GuardMonitor) -> LoopState:
+    """Fit a normaliser per metric on base-model samples and compute the first anchor weight."""
+    config, console = context.config, context.console
+    handles, scores = score_calibration(context, "calibration")
+    guard.calibrate(handles)
     quantile = getattr(config.algorithm, "target_quantile", None)
     normalisers = {
         entry.name: fit_normaliser(
@@ -59,10 +57,10 @@ def calibrate(
         )
         for entry in (*config.rewards.train, *config.rewards.judges)
     }
-    # Without ceilings: where most base samples reach one, there is no gradient left to measure, and the anchor would
-    # start at 0, which means off.
-    controller = _controller(config, _first_weight(config, ports, handles, reward_terms(config, normalisers)))
-    normalisers = _with_ceilings(config, ports, handles, normalisers, console)
+    # Without ceilings: where most base samples reach one, the gradient is 0 and the anchor would start at 0, which
+    # means off.
+    controller = _controller(config, _first_weight(context, handles, reward_terms(config, normalisers)))
+    normalisers = _with_ceilings(context, handles, normalisers)
     console.message(
         "calibrated on {} base samples: {}; anchor weight {:.4g}".format(
             len(next(iter(scores.values()))),
@@ -70,17 +68,17 @@ def calibrate(
             controller.weight,
         )
     )
-    constants = algorithm.calibrate(ports.learner.observe(handles))
+    constants = algorithm.calibrate(context.ports.learner.observe(handles))
     if constants:
         console.message("calibrated: " + ", ".join(f"{name} {value:.4g}" for name, value in constants.items()))
     return LoopState(iteration=0, version=0, controller=controller, normalisers=normalisers, constants=constants)
 
 
 def _with_ceilings(
-    config: Config, ports: Ports, handles: Sequence[RolloutHandle], normalisers: dict[str, Normaliser],
-    console: Console,
-) -> dict[str, Normaliser]:  # fmt: skip
-    """Rewards with a `hinge` get its normalised score as ceiling, and as target of an algorithm that shapes by one."""
+    context: RunContext, handles: Sequence[RolloutHandle], normalisers: dict[str, Normaliser]
+) -> dict[str, Normaliser]:
+    """Set the normalised `hinge` score of a reward as its ceiling, and as the target of a hinge-shaped objective."""
+    config, ports, console = context.config, context.ports, context.console
     found = dict(normalisers)
     for entry in config.rewards.train:
         hinge = getattr(entry, "hinge", None)
@@ -88,7 +86,7 @@ def _with_ceilings(
             continue
         ceiling, source = hinge, "as configured"
         if isinstance(hinge, Path):
-            # At the size of the model's own images: a metric may see size, and then nothing else would be compared.
+            # At the size of the model's own images: the score of some metrics depends on the size.
             side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
             images = torch.stack(
                 real_images(hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples)
@@ -99,19 +97,18 @@ def _with_ceilings(
         console.message(f"hinge of {entry.name}: {ceiling:+.3f} base standard deviations, {source}")
         if ceiling <= 0:
             console.message(
-                f"warning: that is no better than the average base sample, so {entry.name} has little left to gain"
+                f"warning: this hinge is not above the average base sample, so {entry.name} has little left to gain"
             )
         found[entry.name] = replace(normalisers[entry.name], target=ceiling, ceiling=ceiling)
     return found
 
 
-def score_calibration(
-    config: Config, ports: Ports, prompts: Sequence[str], console: Console, label: str
-) -> tuple[list[RolloutHandle], ScoreTable]:
-    """Draw the calibration samples, always from the same prompts and seeds, with the weights of now, and score them."""
+def score_calibration(context: RunContext, label: str) -> tuple[list[RolloutHandle], ScoreTable]:
+    """Generate the calibration samples with the present weights and score them; prompts and seeds never change."""
+    config, ports, console = context.config, context.ports, context.console
     per_prompt = config.rollout.samples_per_prompt
     groups = sample_prompts(
-        prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
+        context.prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
         num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
     )  # fmt: skip
     total = sum(len(group.samples) for group in groups)
@@ -122,30 +119,27 @@ def score_calibration(
         return handles, ports.reward.score(handles, names, advance)
 
 
-def measure_gain(
-    config: Config, ports: Ports, state: LoopState, prompts: Sequence[str], console: Console
-) -> dict[str, float]:
-    """Mean normalised score of the final weights on the calibration prompts and seeds: the base model's is 0 there."""
-    _, scores = score_calibration(config, ports, prompts, console, "gain")
+def measure_gain(context: RunContext, state: LoopState) -> dict[str, float]:
+    """Mean normalised score of the present weights on the calibration prompts and seeds, where the base model has 0."""
+    _, scores = score_calibration(context, "gain")
     return {
         f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
         for name, normaliser in state.normalisers.items()
     }
 
 
-def _first_weight(
-    config: Config, ports: Ports, handles: Sequence[RolloutHandle], terms: tuple[RewardTerm, ...]
-) -> float:
+def _first_weight(context: RunContext, handles: Sequence[RolloutHandle], terms: tuple[RewardTerm, ...]) -> float:
+    config = context.config
     anchor = config.algorithm.anchor
     if anchor.weight != "auto":
         return float(anchor.weight)
     if anchor.budget is None:
         return 0.0
-    # With the objective switched off the anchor trains alone, and any weight of its own will do.
+    # Without an objective the anchor trains alone, and any positive weight has the same effect.
     reward_weight = config.algorithm.reward_weight or 1.0
     if not config.algorithm.pathwise:
         return reward_weight * config.algorithm.anchor_unit
-    scale = ports.learner.gradient_scale(handles, terms)
+    scale = context.ports.learner.gradient_scale(handles, terms)
     return initial_anchor_weight(
         reward_weight=reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
@@ -154,7 +148,7 @@ def _first_weight(
 
 def _controller(config: Config, weight: float, last_excess: float | None = None) -> DriftController:
     anchor = config.algorithm.anchor
-    # A weight of 0 means that the anchor is off, not that it should be steered.
+    # A weight of 0 switches the anchor off, so the controller must not change it.
     steered = anchor.budget is not None and weight > 0
     return DriftController(
         weight=weight, budget=anchor.budget if steered else None, rate=anchor.rate, headroom=anchor.headroom,
@@ -176,7 +170,7 @@ def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
 
 
 def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
-    """What trains, with the weights of now: as configured, times what the guard has left of them."""
+    """The rewards that train, with their configured weights times `scale`, the guard's reward scale."""
     return tuple(
         RewardTerm(name=name, weight=scale * weight, normaliser=normalisers[name])
         for name, weight in config.rewards.term_weights().items()
@@ -184,7 +178,7 @@ def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: floa
 
 
 def names_of(entries: Sequence[Any]) -> list[str]:
-    """Names of rewards or judges, in their order."""
+    """Names of rewards or judges, in configuration order."""
     return [entry.name for entry in entries]
 
 

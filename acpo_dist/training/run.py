@@ -31,6 +31,7 @@ from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_curves
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, replace_file, truncate_after
 from acpo_dist.training import loop
+from acpo_dist.training.context import RunContext
 from acpo_dist.training.guard.guard import Decision
 from acpo_dist.training.guard.monitor import ending_of
 from acpo_dist.training.prepare import prepare
@@ -128,10 +129,9 @@ def _attempt(
         status = "FAILED"
         try:
             ports = replace(stack.enter_context(open_ports(effective, tracker)), pairs=pairs)
-            result = loop.run(
-                effective, ports, folder, prompts, console, checkpoint=checkpoint,
-                on_start=(lambda: at_start(effective, ports, prompts)) if at_start else None,
-            )  # fmt: skip
+            context = RunContext(config=effective, ports=ports, folder=folder, prompts=prompts, console=console)
+            on_start = (lambda: at_start(effective, ports, prompts)) if at_start else None
+            result = loop.run(context, checkpoint=checkpoint, on_start=on_start)
             if at_end is not None:
                 at_end(effective, ports, prompts)
             ours.require()

@@ -62,7 +62,7 @@ class Machines:
 def lose_rollout(machines: Machines, folder: Path) -> dict:
     """Samples are drawn, then a node with rollout workers and finished samples goes away."""
     from acpo_dist.tracking.composite import CompositeTracker
-    from acpo_dist.training.loop import fixed_groups
+    from acpo_dist.training.context import fixed_groups
     from actors.launch import open_ports
 
     config = load_config("toy_sdxl", [*TINY, *SMALL])

@@ -6,7 +6,7 @@ import pytest
 
 from acpo_dist.core.registry import ALGORITHMS
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
-from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.context import fixed_groups
 
 pytestmark = pytest.mark.ray
 SMALL = [

@@ -10,7 +10,7 @@ from PIL import Image
 
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
-from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.run import drive
 from tests.conftest import poison
 

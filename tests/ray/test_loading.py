@@ -18,7 +18,7 @@ from acpo_dist.core.weights import make_bundle
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.statistics import Sharpness
-from acpo_dist.training.loop import fixed_groups
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.ray.test_reward_pool import until
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalRewards, LocalRollouts, learner_spec
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.workers.learner.worker import LearnerWorker
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient

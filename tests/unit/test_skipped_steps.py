@@ -10,8 +10,8 @@ from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
-from acpo_dist.training.loop import fixed_groups
 from acpo_dist.training.run import drive
 from tests.conftest import poison
 
