@@ -64,7 +64,7 @@ class Acpo(BaseAlgorithm):
         pathwise: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
-        """Take the recipe."""
+        """Store the configuration."""
         self.config = config
 
     def loss(

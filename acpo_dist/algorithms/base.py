@@ -1,4 +1,4 @@
-"""What an algorithm sees of a micro-batch, and what it returns. It knows no model family, no engine and no pool."""
+"""Inputs and outputs of an algorithm. An algorithm depends on no model family, engine or reward pool."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ from acpo_dist.core.types import ScoredGroups, Selection
 
 
 class Network(Protocol):
-    """The policy with its anchor switch, as the learner hands it over."""
+    """The policy and the frozen base model behind one `predict`."""
 
     @property
     def prediction_type(self) -> str:
@@ -35,17 +35,17 @@ class Network(Protocol):
         ...
 
     def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` answers with the base model."""
+        """While active, `predict` returns the base model's output."""
         ...
 
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Any) -> Sequence[Tensor]:
-        """Features of the frozen base's encoder, float32; only where the algorithm's configuration asks for them."""
+        """Features of the frozen base's encoder, float32; only where the algorithm's configuration has an `encoder`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LateStates:
-    """One state per sample at which a rollout passed."""
+    """One state of each sample's rollout."""
 
     latents: Tensor
     """x_t (B, C, H, W)."""
@@ -67,24 +67,24 @@ class MicroBatch:
     """One seed per sample for all noise drawn in this optimiser step, independent of ranks and micro-batches. The two
     samples of a pair share theirs."""
     states: LateStates | None
-    """Where the policy's own rollouts passed; None for samples that no rollout made."""
+    """States of the policy's own rollouts; None for samples of a data set."""
     clean: Tensor
     """x_0 that states are noised from: the sample's own, or a real image."""
     clean_is_real: bool
-    """Whether `clean` holds real images, so that an ordinary denoising loss on them makes sense."""
+    """Whether `clean` holds real images, on which an ordinary denoising loss makes sense."""
     weights_B: Tensor
     guidance_scale: float = 1.0
-    """Of the rollouts, 1 where only the conditional branch ran."""
+    """Guidance scale of the rollouts; 1 where only the conditional branch ran."""
     eta: float = 0.0
-    """Of the rollouts' steps."""
+    """DDIM eta of the rollouts' steps."""
     constants: Mapping[str, float] = field(default_factory=dict)
-    """What `Algorithm.calibrate` made of the base samples."""
+    """Result of `Algorithm.calibrate`."""
     unreadable_B: Tensor | None = None
-    """bool: the image of a data set could not be decoded, and `clean` is a stand-in; None where all could."""
+    """bool (B,): the sample's image could not be decoded and `clean` is a stand-in; None if all could."""
 
     @property
     def readable(self) -> Tensor:
-        """bool (B,): whose `clean` is an image."""
+        """bool (B,): `clean` is an image and not a stand-in."""
         if self.unreadable_B is None:
             return torch.ones_like(self.weights_B, dtype=torch.bool)
         return ~self.unreadable_B
@@ -94,10 +94,10 @@ class MicroBatch:
         """The rollouts' states.
 
         Raises:
-            RuntimeError: the samples were not made by a rollout; configurations that mix the two are refused earlier.
+            RuntimeError: the samples come from a data set; configurations that mix the two are rejected earlier.
         """
         if self.states is None:
-            raise RuntimeError("this batch holds images of a data set, which passed no rollout state")
+            raise RuntimeError("this batch holds images of a data set, which have no rollout states")
         return self.states
 
 
@@ -113,27 +113,31 @@ class RewardSignal:
 
 
 class RewardGradient(Protocol):
-    """Asks the pool."""
+    """Asynchronous request to the reward pool."""
 
     def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> Callable[[], RewardSignal]:
-        """Ask for quality and gradient at these very tensors.
+        """Request quality and gradient at exactly these tensors.
+
+        Args:
+            clean_estimate: x0-hat (B, C, H, W); only its values are read.
+            prompts: one per sample.
 
         Returns:
-            What waits for the answer: whatever needs no answer is computed before it is called.
+            A function that waits for the response. Do all work that does not depend on it before the call.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What an algorithm returns: a per-sample loss (B,) with the graph, and per-sample figures (B,) without."""
+    """Per-sample loss (B,) with the graph, and detached per-sample metrics (B,)."""
 
     per_sample: Tensor
     metrics: Mapping[str, Tensor]
 
 
 class AnchorConfig(Section):
-    """How the policy is held near the base model."""
+    """The anchor: how closely the policy follows the base model."""
 
     weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Anchor weight; `auto` starts from the budget (and the measured reward gradient, where there is one); 0 is off."""
@@ -150,10 +154,10 @@ class AnchorConfig(Section):
 
 
 class OptionalAnchorConfig(AnchorConfig):
-    """The anchor under a recipe that has none of its own: setting a budget, or a weight, switches it on."""
+    """The anchor of an algorithm that has none by default: a budget or a weight switches it on."""
 
     weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Anchor weight; `auto` is 0 without a budget, and with one a weight of the objective's own size, steered."""
+    """Anchor weight; `auto` is 0 without a budget; with one it starts at the scale of the objective."""
     budget: float | None = Field(default=None, gt=0)
     """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
 
@@ -172,10 +176,10 @@ class EncoderConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """What the rest of the system asks of any algorithm's configuration."""
+    """What the rest of the system reads of any algorithm's configuration."""
 
     pathwise: ClassVar[bool] = False
-    """Whether it needs the gradient of the reward; if not, scores are enough and black boxes will do."""
+    """Whether it needs the gradient of the reward; otherwise scores are enough, and rewards may be black boxes."""
     paired: ClassVar[bool] = False
     """Whether its micro-batches are made of pairs, winner beside loser."""
     needs_groups: ClassVar[bool] = False
@@ -185,24 +189,24 @@ class AlgorithmConfig(Section):
     reward_weight: float = Field(default=1.0, ge=0)
     """Weight of the objective against the anchor."""
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
-    """How the policy is held near the base model."""
+    """The anchor."""
 
     @property
     def encoder(self) -> EncoderConfig | None:
-        """The encoder it needs, or None."""
+        """Frozen encoder whose features the algorithm needs, or None."""
         return None
 
     @property
     def anchor_unit(self) -> float:
-        """Where an `auto` anchor weight starts when there is no reward gradient to work it out from."""
+        """First value of an `auto` anchor weight where no reward gradient is available."""
         return 1.0
 
 
 class Algorithm(Protocol):
-    """One recipe made of objectives."""
+    """Sample selection and loss of one training method."""
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Which samples are trained on, and how much, from their scores."""
+        """Choose and weigh samples by their scores."""
         ...
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
@@ -210,11 +214,11 @@ class Algorithm(Protocol):
         ...
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """Per-sample figures of base samples that `calibrate` works on; empty where nothing is to be found out."""
+        """Per-sample statistics of base samples for `calibrate`; empty if it needs none."""
         ...
 
     def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Constants of the run, from what all ranks observed."""
+        """Constants of the run, from the `observe` results of all ranks."""
         ...
 
     def loss(
@@ -223,27 +227,27 @@ class Algorithm(Protocol):
     ) -> Loss:  # fmt: skip
         """Forward passes and per-sample loss of one micro-batch.
 
-        Its figures hold the drift, `anchor/late` or `anchor/uniform` or both: what is gained has its price beside it.
+        The metrics must include the measured drift as `anchor/late`, `anchor/uniform` or both.
         """
         ...
 
 
 class BaseAlgorithm:
-    """What most algorithms have in common: nothing to select, nothing to prepare, nothing to find out."""
+    """Defaults: all samples with equal weight, nothing to prepare, nothing to calibrate."""
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Every sample counts the same."""
+        """All samples, weight 1."""
         ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
         return Selection(sample_ids=ids, weights=dict.fromkeys(ids, 1.0), metrics={})
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
-        """Nothing."""
+        """None."""
         return None
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Empty."""
         return {}
 
     def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Nothing."""
+        """Empty."""
         return {}

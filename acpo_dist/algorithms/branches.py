@@ -11,7 +11,7 @@ from acpo_dist.algorithms.base import LateStates, Network
 def both_branches(
     network: Network, late: LateStates, prompts: Sequence[str], guidance_scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(conditional head, unconditional head or None where there is nothing to guide)."""
+    """(conditional output, unconditional output or None at guidance scale 1)."""
     condition = network.encode(prompts)
     if guidance_scale == 1:
         return network.predict(late.latents, late.timesteps_B, condition), None

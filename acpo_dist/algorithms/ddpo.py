@@ -41,7 +41,7 @@ class Ddpo(BaseAlgorithm):
         needs_noise: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
-        """Take the recipe."""
+        """Store the configuration."""
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:
@@ -52,8 +52,8 @@ class Ddpo(BaseAlgorithm):
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
         """Log-probability of the transitions under the weights that made them.
 
-        Worked out here and not in the rollout: other batch shapes and lower precision move it by more than the clip
-        range is wide.
+        Computed here and not in the rollout: other batch shapes and lower precision change it by more than the clip
+        range.
         """
         conditional, unconditional = _branches(batch, network)
         _, step = _taken(batch, network, conditional, unconditional)
@@ -66,10 +66,10 @@ class Ddpo(BaseAlgorithm):
         """Clipped surrogate, and the anchor on both branches at the same states.
 
         Raises:
-            RuntimeError: called without what `prepare` gave.
+            RuntimeError: called without the result of `prepare`.
         """
         if prepared_B is None:
-            raise RuntimeError("DDPO needs the log-probabilities that `prepare` worked out before the first step")
+            raise RuntimeError("DDPO needs the log-probabilities that `prepare` computes before the first step")
         late, kind = batch.late, network.prediction_type
         conditional, unconditional = _branches(batch, network)
         with torch.no_grad(), network.anchored():

@@ -1,6 +1,6 @@
-"""Recipes whose whole loss lies in the noise prediction of forward-noised samples: one policy and one base forward.
+"""Algorithms whose loss is a function of the noise prediction: one policy and one base forward on noised samples.
 
-The anchor rides on the same two forwards, so it costs nothing here.
+The anchor uses the same two forwards, so it costs nothing here.
 """
 
 from abc import abstractmethod
@@ -36,7 +36,7 @@ class NoiseSpaceConfig(AlgorithmConfig):
 
 
 class NoiseSpaceAlgorithm(BaseAlgorithm):
-    """Everything but the objective."""
+    """States, forwards and anchor; subclasses add the objective."""
 
     config: Any
 
@@ -58,7 +58,7 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         drift = anchor_error(
             output_drift(model_output, base, states.alpha_bars_B, network.prediction_type, anchor.space)
         )
-        # What stands where an image could not be read is nothing that the policy is to be held on.
+        # An unreadable image has a stand-in, which must not enter the anchor.
         drift = torch.where(batch.readable, drift, torch.zeros_like(drift))
         objective, metrics = self.objective(batch, network, states, model_output, base)
         objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
@@ -71,7 +71,7 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-sample loss (B,), weighted, and figures (B,)."""
+        """Per-sample loss (B,), weighted, and metrics (B,)."""
 
 
 def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class Nft(NoiseSpaceAlgorithm):
             return self.beta
 
     def __init__(self, config: Config) -> None:
-        """Take the recipe."""
+        """Store the configuration."""
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:
@@ -141,7 +141,7 @@ class Rwr(NoiseSpaceAlgorithm):
         needs_groups: ClassVar[bool] = True
 
     def __init__(self, config: Config) -> None:
-        """Take the recipe."""
+        """Store the configuration."""
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.algorithms.base import EncoderConfig, MicroBatch, Network
 from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, both_outputs, statistics_of
@@ -56,18 +57,18 @@ class PreferenceConfig(NoiseSpaceConfig):
     needs_groups: ClassVar[bool] = True
 
     @property
+    @override
     def encoder(self) -> EncoderConfig | None:
-        """See `AlgorithmConfig.encoder`."""
         return self.ncp if self.space == "ncp" else None
 
 
 class Preference(NoiseSpaceAlgorithm):
-    """Everything but the kind of loss."""
+    """Pair selection, errors and calibration; subclasses add the loss of a pair."""
 
     config: PreferenceConfig
 
     def __init__(self, config: PreferenceConfig) -> None:
-        """Take the recipe."""
+        """Store the configuration."""
         self.config = config
 
     @abstractmethod
@@ -127,7 +128,7 @@ class Preference(NoiseSpaceAlgorithm):
         return batch.weights_B * term.loss_P.repeat_interleave(2), metrics
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """For NCP: how far the errors of two samples lie apart, on noise and on features, one figure per pair."""
+        """For NCP: difference between the errors of two samples, on noise and on features, one value per pair."""
         if self.config.space != "ncp":
             return {}
         states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
@@ -196,8 +197,8 @@ class Dpo(Preference):
 
     config: Config
 
+    @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
-        """See `Preference.term`."""
         return preference_term("dpo" if self.config.loss == "sigmoid" else self.config.loss, winner, loser, beta=beta)
 
 
@@ -218,8 +219,8 @@ class Cpo(Preference):
 
     config: Config
 
+    @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
-        """See `Preference.term`."""
         return preference_term("cpo", winner, loser, beta=beta, sft_weight=self.config.sft_weight * beta / 4)
 
 
@@ -233,7 +234,8 @@ class Sft(Preference):
 
     config: Config
 
+    @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
-        """See `Preference.term`; distances count in noise units, so that an anchor keeps its meaning."""
+        # Distances count in noise units, so that an anchor keeps its meaning.
         term = preference_term("sft", winner, loser, beta=beta)
         return replace(term, loss_P=term.loss_P * (beta / self.config.beta))

@@ -100,7 +100,7 @@ class LearnerGroup(Protocol):
     """Updates the policy."""
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
-        """Run the optimiser steps of one iteration; one that is not finite is left out, and told in the report."""
+        """Run the optimiser steps of one iteration; a step that is not finite is skipped and listed in the report."""
         ...
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
@@ -108,7 +108,7 @@ class LearnerGroup(Protocol):
         ...
 
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        """Figures of base samples that the algorithm calibrates itself on: `Algorithm.observe`, all ranks together."""
+        """`Algorithm.observe` on base samples, results of all ranks together."""
         ...
 
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
@@ -148,7 +148,7 @@ class Tracker(Protocol):
     """Records what happens. A tracker that fails says so once and never stops training."""
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of one iteration."""
+        """Record the metrics of one iteration."""
         ...
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:

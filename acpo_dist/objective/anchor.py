@@ -13,12 +13,12 @@ def output_drift(
 ) -> Tensor:
     """Difference of two predictions at the same x_t, expressed in noise, velocity or clean units.
 
-    x_t cancels in the difference, so nothing is divided by a vanishing s and nothing cancels badly: the heads are
-    subtracted first, then scaled. eps = a v (difference), eps = -(a/s) x0 (difference).
+    x_t cancels in the difference, so there is no division by a vanishing s and no cancellation error: the outputs
+    are subtracted first, then scaled. eps = a v (difference), eps = -(a/s) x0 (difference).
 
     Args:
-        policy_head: network output with the gradient, any floating dtype.
-        anchor_head: frozen network's output, same shape.
+        policy_output: network output with the gradient, any floating dtype.
+        anchor_output: frozen network's output, same shape.
         alpha_bar_B: in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         space: `eps`, `v` or `x0`.
@@ -42,7 +42,7 @@ def output_drift(
 
 
 def drift_unit(alpha_bar: float, space: str) -> float:
-    """What turns a mean squared drift in noise units into one in units of `space`; see `head_drift`.
+    """Factor from a mean squared drift in noise units to one in units of `space`; see `output_drift`.
 
     Raises:
         ValueError: unknown space.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from acpo_dist.diffusion.prediction import add_noise, signal_and_noise
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
-from acpo_dist.objective.preference import split_pairs
 
 Features = Callable[[Tensor, Tensor], Sequence[Tensor]]
 """(x_{t'} of shape (B, ...), t' (B,)) -> one or more feature tensors (B, ...), float32 or wider."""
@@ -108,7 +107,7 @@ def ncp_statistics(
     Args:
         features: f with its condition bound, frozen, in full float32.
         noisy: x_t.
-        policy_noise: eps of the policy, with the gradient (`to_noise` for other heads).
+        policy_noise: eps of the policy, with the gradient (`to_noise` for other prediction types).
         reference_noise: eps of the frozen base on the same input.
         noise: the noise that x_t was made with.
         step: see `ncp_step`.
@@ -127,29 +126,3 @@ def ncp_statistics(
         drift_B=torch.stack([stage.drift_B for stage in stages]).mean(0),
         reference_error_B=torch.stack([stage.reference_error_B for stage in stages]).mean(0),
     )
-
-
-def calibrated_beta(beta: float, noise: ErrorStatistics, distances: ErrorStatistics) -> float:
-    """The beta that gives NCP distances the logit scale which `beta` gives noise-space errors, on the base model.
-
-    beta median|w - l|(noise errors) / median|w - l|(distances) over the same pairs, timesteps drawn as in training.
-    Distances are smaller by the square of the step's displacement (1e-5 to 4e-4) times the encoder's gain. The medians
-    are those of the differences within pairs, which is what a logit is made of, and not of the errors themselves:
-    features average over fewer independent elements than noise does, so at equal errors their differences are larger
-    (logits 1.6 to 12 times too large on toy-sdxl, against 0.7 to 3.6 this way).
-
-    Args:
-        beta: noise-space beta, 5000 by convention.
-        noise: noise-space statistics of the base model, P winners and then their P losers.
-        distances: NCP statistics of the same samples.
-
-    Raises:
-        ValueError: an odd number of samples, or a median that is not finite and positive.
-    """
-    medians: list[float] = []
-    for statistics in (noise, distances):
-        winner, loser = split_pairs(statistics)
-        medians.append(float((winner.reference_error_B - loser.reference_error_B).abs().double().median()))
-    if not all(0 < value < float("inf") for value in medians):
-        raise ValueError(f"beta cannot be calibrated on medians {medians[0]:g} (noise) and {medians[1]:g} (distance)")
-    return beta * medians[0] / medians[1]

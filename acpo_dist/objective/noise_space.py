@@ -58,8 +58,8 @@ def error_statistics(policy: Tensor, reference: Tensor, target: Tensor) -> Error
 
     Args:
         policy: carries the gradient; float32 or wider.
-        reference: the frozen base's answer on the same input (or the old policy's, for NFT), constant.
-        target: what a perfect answer would be, constant.
+        reference: output of the frozen base (for NFT of the old policy) on the same input, constant.
+        target: exact value, constant.
     """
     return _statistics(policy - reference.detach(), reference.detach() - target.detach())
 
@@ -75,13 +75,13 @@ def noise_statistics(
 ) -> ErrorStatistics:
     """Statistics of network outputs of any kind, in noise units unless another space is asked for.
 
-    x_t cancels in both differences, so the heads are subtracted first and scaled after. In `eps` space a v-head's
-    error is a^2 mean((v - v*)^2): beta then means the same for every head.
+    x_t cancels in both differences, so the outputs are subtracted first and scaled after. In `eps` space the error
+    of a v-prediction is a^2 mean((v - v*)^2): beta then means the same for every prediction type.
 
     Args:
-        policy_head: network output with the gradient, (B, ...), any floating dtype.
-        reference_head: frozen output on the same x_t, t and condition.
-        target_head: see `head_target`.
+        policy_output: network output with the gradient, (B, ...), any floating dtype.
+        reference_output: frozen output on the same x_t, t and condition.
+        target_output: see `target_output`.
         alpha_bar_B: in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         space: `eps`, `v` or `x0`.
@@ -95,7 +95,7 @@ def noise_statistics(
 
 
 def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """What a perfect head of this kind answers at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
+    """Exact network output at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
 
     Raises:
         ValueError: unknown prediction type.

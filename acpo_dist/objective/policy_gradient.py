@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from acpo_dist.diffusion.prediction import to_clean, to_noise
-from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.objective.noise_space import ErrorStatistics
 
 
@@ -52,7 +51,7 @@ class Transition:
     """The Gaussian of one stochastic reverse step."""
 
     mean: Tensor
-    """(B, ...), float32 or wider, with the gradient of the head."""
+    """(B, ...), float32 or wider, with the gradient of the network output."""
     std_B: Tensor
     """In units of x, > 0."""
 
@@ -86,7 +85,7 @@ def transition(
     Non-uniform trajectories need nothing else: no timestep is worked out from a spacing.
 
     Args:
-        head: network output at x_t, guided if the rollout was guided.
+        model_output: network output at x_t, guided if the rollout was guided.
         noisy: x_t.
         alpha_bar_t_B: level before the step, in (0, 1).
         alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
@@ -113,11 +112,6 @@ def transition(
     variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)
     mean = _per_sample(after.sqrt(), clean) * clean + _per_sample((1 - after - variance).sqrt(), clean) * direction
     return Transition(mean=mean, std_B=variance.sqrt().to(device=mean.device, dtype=mean.dtype))
-
-
-def stochastic_steps(trajectory: Trajectory) -> tuple[int, ...]:
-    """Denoise steps that have a density under eta > 0: all but one that ends clean."""
-    return tuple(step for step, level in enumerate(trajectory.alpha_bars[1:]) if level < 1)
 
 
 @dataclass(frozen=True, kw_only=True)

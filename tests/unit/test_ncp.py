@@ -5,13 +5,14 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from acpo_dist.algorithms.preference import BETA, Dpo
 from acpo_dist.core.errors import ModelError
 from acpo_dist.data.toy.world import captions
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.ncp import NcpEncoder, full_float32
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.tuning import TuningConfig
-from acpo_dist.objective.ncp import calibrated_beta, ncp_statistics, ncp_step
+from acpo_dist.objective.ncp import ncp_statistics, ncp_step
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_logit, preference_term, split_pairs
 
@@ -238,6 +239,17 @@ def test_a_missing_middle_block_is_refused_only_where_it_is_asked_for():
     assert found.shape == (1, 16, 4, 4)
 
 
+def calibrated_beta(noise: ErrorStatistics, distances: ErrorStatistics) -> float:
+    """Beta of `dpo` in NCP space, from the errors of P winners and then their P losers."""
+
+    def gaps(found: ErrorStatistics) -> list[float]:
+        winner, loser = split_pairs(found)
+        return (winner.reference_error_B - loser.reference_error_B).abs().tolist()
+
+    algorithm = Dpo(Dpo.Config(space="ncp", beta=5000.0))
+    return algorithm.calibrate({"noise": gaps(noise), "feature": gaps(distances)})[BETA]
+
+
 # Losses on the encoder
 
 
@@ -258,7 +270,7 @@ def test_calibration_gives_the_real_encoder_logits_of_the_noise_spaces_scale(sdx
     situation = Situation(sdxl, condition, 300)
     distances = situation.statistics(NcpEncoder(sdxl.network), torch.float32)
     errors = error_statistics(situation.policy, situation.reference, situation.noise)
-    beta = calibrated_beta(5000.0, errors, distances)
+    beta = calibrated_beta(errors, distances)
     spread = [
         float(preference_term("dpo", *split_pairs(found), beta=value).logit_P.std())
         for found, value in ((errors, 5000.0), (distances, beta))

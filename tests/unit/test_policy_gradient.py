@@ -10,14 +10,13 @@ from torch.distributions import Independent, Normal
 
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
 from acpo_dist.diffusion.sampling import ddim_step
-from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.diffusion.trajectory import spaced_trajectory
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.objective.noise_space import error_statistics
 from acpo_dist.objective.policy_gradient import (
     clipped_surrogate,
     nft_loss,
     reward_weights,
-    stochastic_steps,
     transition,
 )
 
@@ -149,11 +148,6 @@ def test_no_density_is_made_up_for_an_eta_that_has_none(eta: float):
 def test_no_density_is_made_up_for_a_step_that_has_none(before: float, after: float):
     with pytest.raises(ValueError, match="no density"):
         transition(noise(1, 2, seed=0), noise(1, 2, seed=1), levels(before), levels(after), "epsilon", eta=1.0)
-
-
-def test_only_the_step_that_ends_clean_has_no_density():
-    assert stochastic_steps(Trajectory(timesteps=(900.0, 300.0, 20.0), alpha_bars=(0.1, 0.5, 0.9, 1.0))) == (0, 1)
-    assert stochastic_steps(Trajectory(timesteps=(900.0, 300.0), alpha_bars=(0.1, 0.5, 0.9))) == (0, 1)
 
 
 # The surrogate

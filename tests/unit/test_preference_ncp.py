@@ -7,7 +7,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from acpo_dist.objective.ncp import calibrated_beta, ncp_statistics, ncp_step, reverse_state
+from acpo_dist.algorithms.preference import BETA, Dpo
+from acpo_dist.objective.ncp import ncp_statistics, ncp_step, reverse_state
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_term, split_pairs
 
@@ -153,6 +154,17 @@ def test_ncp_dpo_starts_at_log_2_and_its_gradient_is_that_of_finite_differences(
     assert torch.autograd.gradcheck(loss, (policy,), eps=1e-6, atol=1e-7, rtol=1e-4)
 
 
+def calibrated_beta(noise: ErrorStatistics, distances: ErrorStatistics) -> float:
+    """Beta of `dpo` in NCP space, from the errors of P winners and then their P losers."""
+
+    def gaps(found: ErrorStatistics) -> list[float]:
+        winner, loser = split_pairs(found)
+        return (winner.reference_error_B - loser.reference_error_B).abs().tolist()
+
+    algorithm = Dpo(Dpo.Config(space="ncp", beta=5000.0))
+    return algorithm.calibrate({"noise": gaps(noise), "feature": gaps(distances)})[BETA]
+
+
 # Calibration
 
 
@@ -161,7 +173,7 @@ def test_calibration_gives_noise_space_logits_when_the_features_are_the_state_it
     inputs, step = small_inputs(), ncp_step(torch.tensor([300] * 4), SD_LEVELS, 1)
     distances = ncp_statistics(lambda state, _: [state], **inputs, step=step)
     errors = error_statistics(inputs["policy_noise"], inputs["reference_noise"], inputs["noise"])
-    beta = calibrated_beta(5000.0, errors, distances)
+    beta = calibrated_beta(errors, distances)
     assert beta > 1e8  # the distance is that much smaller
     logits = [
         preference_term("dpo", *split_pairs(found), beta=value).logit_P
@@ -178,4 +190,4 @@ def test_no_beta_is_calibrated_on_useless_distances(distance: float):
         for value in (1.0, distance)
     )
     with pytest.raises(ValueError, match="cannot be calibrated"):
-        calibrated_beta(5000.0, noise_errors, distances)
+        calibrated_beta(noise_errors, distances)

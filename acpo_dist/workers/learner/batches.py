@@ -1,4 +1,4 @@
-"""Micro-batches out of rollouts, or out of pairs of a data set; every number drawn for a sample is its own."""
+"""Micro-batches from rollouts or from pairs of a data set; each sample has its own random stream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class LearnerSpec:
 
 
 def memory_remedy(spec: LearnerSpec) -> str:
-    """What to change when a learner's memory does not last, the cheapest first."""
+    """Settings to change when the learner runs out of memory, the cheapest first."""
     learner, memory = spec.learner, getattr(spec.model, "memory", None)
     ways = [
         text
@@ -61,7 +61,7 @@ def memory_remedy(spec: LearnerSpec) -> str:
 
 
 class BatchMaker:
-    """Finds and draws what belongs to a sample id."""
+    """Builds micro-batches from sample ids."""
 
     def __init__(self, spec: LearnerSpec, family: ModelFamily, *, device: str) -> None:
         """Open the data that the configuration names.
@@ -94,7 +94,7 @@ class BatchMaker:
             assert self._pairs is not None, "pair ids need data.pairs"
             read = self._pairs.read(ids)
             clean, prompts, real = self._encode(read.pixels), read.prompts, True
-            # Both samples of a broken pair are left out, and counted by whoever asks.
+            # Both samples of a broken pair are left out, and counted in `take_broken`.
             weights = weights * read.whole_B
             unreadable = torch.tensor([sample_id in read.broken for sample_id in ids], device=self._device)
             self.broken += [sample_id for sample_id, whole in zip(ids, read.whole_B.tolist(), strict=True) if not whole]

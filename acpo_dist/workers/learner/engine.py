@@ -1,4 +1,4 @@
-"""What moves the weights: plain torch in one process. `zero.py` does the same with DeepSpeed over many."""
+"""Optimiser engines: plain torch in one process here, DeepSpeed over several in `zero.py`."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.models.family import trainable_tensors
@@ -37,8 +38,8 @@ class Engine(Protocol):
         """Average over micro-batches and ranks, clip, update, clear.
 
         Returns:
-            The gradient norm before clipping, the same on every rank. Where it is not finite the step was refused:
-            weights and moments are what they were.
+            The gradient norm before clipping, the same on every rank. Where it is not finite the step is skipped:
+            weights and moments do not change.
         """
         ...
 
@@ -51,7 +52,7 @@ class Engine(Protocol):
         ...
 
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
-        """Put back what `weights` and `optimiser_state` gave, from any number of ranks."""
+        """Restore the results of `weights` and `optimiser_state`, written by any number of ranks."""
         ...
 
     def close(self) -> None:
@@ -72,7 +73,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """One process, no sharding."""
 
     rank = 0
@@ -86,34 +87,35 @@ class TorchEngine:
         self._narrow = narrow
         self._accumulation, self._config, self._device = accumulation, config, device
 
+    @override
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where asked for."""
         if self._config.precision == "float32":
             return nullcontext()
         return torch.autocast(self._device.partition(":")[0], torch.bfloat16)
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
         (loss / self._accumulation).backward()
 
+    @override
     def set_learning_rate(self, value: float) -> None:
-        """See `Engine.set_learning_rate`."""
         set_learning_rate(self._optimiser, value)
 
+    @override
     def step(self) -> float:
-        """See `Engine.step`."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
         if torch.isfinite(norm):
             self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return float(norm)
 
+    @override
     def weights(self) -> StateTensors:
-        """See `Engine.weights`."""
         return {name: _copied(value) for name, value in self._parameters.items()}
 
+    @override
     def optimiser_state(self) -> StateTensors:
-        """See `Engine.optimiser_state`; 8-bit moments have names and scales of their own."""
+        # 8-bit moments have names and scales of their own.
         if self._narrow:
             return eight_bit_state(self._optimiser, self._parameters)
         state: StateTensors = {"step": torch.zeros(())}
@@ -125,15 +127,16 @@ class TorchEngine:
             state["step"] = torch.as_tensor(entry.get("step", 0.0)).float().cpu().clone()
         return state
 
+    @override
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
-        """See `Engine.load`."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(weights[name])
         (put_eight_bit if self._narrow else put_moments)(self._optimiser, self._parameters, optimiser_state)
 
+    @override
     def close(self) -> None:
-        """Nothing to leave."""
+        pass
 
 
 def put_moments(
@@ -148,5 +151,5 @@ def put_moments(
 
 
 def _copied(value: Tensor) -> Tensor:
-    # Whatever the layout here (model.speed.channels_last): files hold plain ones.
+    # Files hold contiguous tensors, also under model.speed.channels_last.
     return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Sums and counts of per-sample figures: they merge exactly over micro-batches and ranks, then are divided once."""
+"""Sums and counts of per-sample metrics: they merge exactly over micro-batches and ranks and are divided once."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class MetricSums:
             self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def means(self) -> dict[str, float]:
-        """Mean of every figure over all that was added."""
+        """Mean of every metric."""
         return {name: self.sums[name] / self.counts[name] for name in sorted(self.sums) if self.counts[name]}
 
     @staticmethod

@@ -5,17 +5,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
-from acpo_dist.algorithms.base import EncoderConfig
+from acpo_dist.algorithms.base import EncoderConfig, Network
 from acpo_dist.models.family import Condition, ModelFamily
 from acpo_dist.models.ncp import NcpEncoder
 
 
-class PolicyNetwork:
-    """Satisfies `algorithms.base.Network`."""
+class PolicyNetwork(Network):
+    """`algorithms.base.Network` on a model family."""
 
     def __init__(self, family: ModelFamily, encoder: EncoderConfig | None) -> None:
-        """Copy the encoder out of the base weights: before a checkpoint is put in, and before DeepSpeed shards them.
+        """Copy the encoder from the base weights, before a checkpoint is loaded and before DeepSpeed shards them.
 
         Raises:
             ModelError: the family's network has no such encoder.
@@ -29,34 +30,35 @@ class PolicyNetwork:
         )
 
     @property
+    @override
     def prediction_type(self) -> str:
-        """See `Network.prediction_type`."""
         return self._family.prediction_type
 
     @property
+    @override
     def alpha_bars(self) -> Tensor:
-        """See `Network.alpha_bars`."""
         return self._family.alpha_bars
 
+    @override
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """See `Network.encode`."""
         return self._family.encode(prompts)
 
+    @override
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """See `Network.predict`."""
         with self.autocast():
             return self._family.predict(noisy, timesteps_B, condition)
 
+    @override
     def anchored(self) -> AbstractContextManager[None]:
-        """See `Network.anchored`."""
         return self._family.anchored()
 
+    @override
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Condition) -> Sequence[Tensor]:
-        """See `Network.features`.
+        """Features of the frozen encoder.
 
         Raises:
-            RuntimeError: the algorithm's configuration asked for no encoder.
+            RuntimeError: the algorithm's configuration has no `encoder`.
         """
         if self._encoder is None:
-            raise RuntimeError("features were asked for, but the algorithm's configuration names no encoder")
+            raise RuntimeError("features need an encoder, and the algorithm's configuration has none")
         return self._encoder.features(latents, timesteps_B, condition)

@@ -1,4 +1,4 @@
-"""From raw scores and gradients of the pool to one normalised quality and its gradient at x0-hat."""
+"""Combine raw scores and gradients of the pool into one normalised quality and its gradient at x0-hat."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ class GradientSource(Protocol):
     """The reward pool as the learner sees it."""
 
     elsewhere: bool
-    """Metrics are computed in other processes, so several may be asked at once."""
+    """Metrics are computed in other processes, so requests may run concurrently."""
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
         """Scores and gradient at `sent`.
 
         Raises:
-            RewardError: not to be had within the deadline.
+            RewardError: no response within the deadline.
         """
         ...
 
@@ -45,24 +45,28 @@ class PooledReward:
         spread: float = 0.0,
         crop: int | None = None,
         seed: int = 0,
-        refusable: bool = False,
+        skippable: bool = False,
     ) -> None:
-        """Take the pool, the terms, for the image cut the decoder, and c of the composition (`compose`).
+        """Store the pool and how its responses combine.
 
         Args:
+            source: the pool.
+            terms: rewards with weights and normalisers.
+            decode: x_0 -> pixels; used by the image cut.
+            spread: c of the composition (`compose`).
             crop: side in elements of the window of x0-hat that is scored instead of all of it; None scores all.
             seed: where the windows lie, call by call.
-            refusable: answer an x0-hat that is not finite with what is not finite either, so that the step is refused
-                on all ranks together; otherwise it is an error.
+            skippable: return a NaN signal for a non-finite x0-hat, so that all ranks skip the step together; otherwise
+                raise.
         """
-        self._source, self._terms, self._decode, self._refusable = source, terms, decode, refusable
+        self._source, self._terms, self._decode, self._skippable = source, terms, decode, skippable
         self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
         self._crop, self._generator = crop, torch.Generator().manual_seed(seed)
         self.waited_s = 0.0
-        """Seconds in which the learner had nothing to do but wait for the pool."""
+        """Seconds that the learner spent waiting for the pool."""
 
     def __call__(self, clean_estimate: Tensor, prompts: Sequence[str]) -> Callable[[], RewardSignal]:
-        """See `RewardGradient`; metrics of this process are computed at once."""
+        """Request the gradient (`RewardGradient`); metrics in this process are computed immediately."""
         whole = clean_estimate.detach()
         rows, columns = self._window(*whole.shape[2:])
         clean = whole[..., rows, columns]
@@ -74,12 +78,12 @@ class PooledReward:
             with torch.enable_grad():
                 sent = self._decode(clean)
         good_B = torch.isfinite(sent).flatten(1).all(1)
-        if not good_B.all() and self._refusable:
-            skipped = self._refused(whole, good_B)
+        if not good_B.all() and self._skippable:
+            skipped = self._not_finite(whole, good_B)
             return lambda: skipped
         if not good_B.all():
             raise NonFiniteError(
-                "the policy's own x0-hat is not finite; the step is refused and no weight leaves the learner"
+                "the policy's own x0-hat is not finite; the step is skipped and no weight leaves the learner"
             )
         wait = self._ask(pack(sent, self._wire_dtype), prompts)
 
@@ -97,7 +101,7 @@ class PooledReward:
 
     def _compose_gradient(self, answers: Sequence[ScoredGradient], sent: Tensor, clean: Tensor) -> Tensor:
         """dq / d x0-hat within the window."""
-        # What the spread's gradient takes of one reward depends on the scores of all, so they all come first.
+        # The slope of one reward depends on the scores of all, so scores come first.
         weights = [term.weight for term in self._terms]
         slopes = composition_slopes(torch.tensor(self._rewards(answers)), weights, self._spread)
         gradient = torch.zeros(sent.shape)
@@ -130,14 +134,14 @@ class PooledReward:
         )
 
     @staticmethod
-    def _refused(whole: Tensor, good_B: Tensor) -> RewardSignal:
-        """What makes the loss of those that are not good not finite; nobody is asked."""
+    def _not_finite(whole: Tensor, good_B: Tensor) -> RewardSignal:
+        """NaN signal for non-finite x0 estimates; the pool is not queried."""
         quality_B = torch.where(good_B, 0.0, torch.nan)
         gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
         return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
 
     def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> Callable[[], list[ScoredGradient]]:
-        """What waits for the answers, in the order of the terms."""
+        """A function that waits for the responses, in the order of the terms."""
 
         def ask(term: RewardTerm) -> ScoredGradient:
             return self._source.value_and_grad(term.name, wire, prompts)
@@ -149,7 +153,7 @@ class PooledReward:
             return lambda: found
         threads = ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient")
         asked = [threads.submit(ask, term) for term in self._terms]
-        # They end with their answers, whether somebody still waits for these or not.
+        # Threads end with their requests, also if nothing reads the results.
         threads.shutdown(wait=False)
         return lambda: [one.result() for one in asked]
 

@@ -1,4 +1,4 @@
-"""One learner rank: cuts its share of micro-batches, asks the algorithm for the loss, moves the weights."""
+"""One learner rank: cuts its micro-batches, computes the algorithm's loss and updates the weights."""
 
 import logging
 import math
@@ -53,7 +53,7 @@ class LearnerWorker:
         return math.prod(self._family.sample_shape)
 
     def start(self, folder: Path | None) -> None:
-        """Build the engine; with a folder, put back weights, moments and averages first."""
+        """Build the engine; with a folder, load weights, moments and averages first."""
         weights = load_file(folder / "policy.safetensors") if folder else None
         if weights is not None:
             self._put_weights(weights)
@@ -79,8 +79,8 @@ class LearnerWorker:
         """One iteration; every rank calls it with its own samples' batches and the same task.
 
         Returns:
-            (figures of this rank's samples, number of optimiser steps taken, those refused with this rank's samples).
-            More than `learner.max_skipped_steps` refused in a row end the iteration, on every rank at the same step.
+            (metrics of this rank's samples, number of optimiser steps taken, skipped steps with this rank's samples).
+            More than `learner.max_skipped_steps` skipped in a row end the iteration, on every rank at the same step.
 
         Raises:
             DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
@@ -95,7 +95,7 @@ class LearnerWorker:
         engine.set_learning_rate(task.learning_rate)
         store = SampleStore(batches, policy_version=task.policy_version)
         crop = derive_seed("crop", self._spec.seed, task.iteration, engine.rank)
-        reward = self._reward(task.rewards, crop, refusable=True)
+        reward = self._reward(task.rewards, crop, skippable=True)
         sums = MetricSums()
         steps = cut(task.sample_ids, self._spec.learner.global_batch) * self._spec.learner.inner_epochs
         prepared = self._prepare(store, task, steps)
@@ -113,7 +113,7 @@ class LearnerWorker:
                 finite = torch.isfinite(loss.per_sample)
                 if not finite.all():
                     bad += [name for name, ok in zip(part, finite, strict=True) if not ok]
-                    # So that the gradient, and with it the step of all ranks, certainly is not finite either.
+                    # Makes the gradient non-finite too, so that all ranks skip the step.
                     mean = mean * torch.nan
                 engine.backward(mean)
                 found.add(loss.metrics)
@@ -146,16 +146,16 @@ class LearnerWorker:
 
     @property
     def skipped_too_many(self) -> bool:
-        """Whether more steps in a row were refused than may be: the same on every rank."""
+        """Whether more steps in a row were skipped than allowed; the same on every rank."""
         return self._skipped_in_a_row > self._spec.learner.max_skipped_steps
 
     @torch.no_grad()
     def _prepare(
         self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
     ) -> list[list[Tensor]] | None:
-        """What the algorithm wants to know of every micro-batch before the weights move; None for most algorithms."""
+        """`Algorithm.prepare` of every micro-batch before the first step; None for most algorithms."""
         if type(self._algorithm).prepare is BaseAlgorithm.prepare:
-            return None  # not even the batches need be made
+            return None
         prepared: list[list[Tensor]] = []
         for step, ids in enumerate(steps):
             row: list[Tensor] = []
@@ -169,7 +169,7 @@ class LearnerWorker:
 
     @torch.no_grad()
     def observe(self, batches: Sequence[RolloutBatch]) -> dict[str, list[float]]:
-        """Figures of base samples that the algorithm calibrates itself on, for this rank's share."""
+        """`Algorithm.observe` on this rank's share of the base samples."""
         store = SampleStore(batches, policy_version=None)
         found: dict[str, list[float]] = {}
         for part, counts in self._share(store.sample_ids):
@@ -263,11 +263,11 @@ class LearnerWorker:
             raise RuntimeError("LearnerWorker.start() must be called first")
         return self._engine
 
-    def _reward(self, terms: Sequence[RewardTerm], seed: int, *, refusable: bool = False) -> PooledReward:
+    def _reward(self, terms: Sequence[RewardTerm], seed: int, *, skippable: bool = False) -> PooledReward:
         rewards = self._spec.rewards
         return PooledReward(
             self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
-            spread=rewards.spread, crop=rewards.latent_crop, seed=seed, refusable=refusable,
+            spread=rewards.spread, crop=rewards.latent_crop, seed=seed, skippable=skippable,
         )  # fmt: skip
 
     def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -278,8 +278,8 @@ class LearnerWorker:
     def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
         """This rank's micro-batches, and whether each counts.
 
-        ZeRO 3 gathers in step, so every rank runs as many forwards: one without a batch of its own repeats the last,
-        and leaves its figures out.
+        ZeRO 3 gathers collectively, so all ranks must run the same number of forwards: a rank without a batch repeats
+        the last one, which does not count.
         """
         engine = self._ready()
         parts = cut(ids, self._spec.learner.micro_batch)

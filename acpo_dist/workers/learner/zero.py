@@ -18,13 +18,21 @@ from deepspeed.utils import (
 )
 from packaging.version import Version
 from torch import Tensor, nn
+from typing_extensions import override
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import UsageError
 from acpo_dist.models.family import trainable_tensors
-from acpo_dist.workers.learner.engine import MOMENTS, StateTensors, make_optimiser, put_moments, set_learning_rate
+from acpo_dist.workers.learner.engine import (
+    MOMENTS,
+    Engine,
+    StateTensors,
+    make_optimiser,
+    put_moments,
+    set_learning_rate,
+)
 
-_REFUSES_SINCE = Version("0.19.8")
+_SKIPS_SINCE = Version("0.19.8")
 
 
 def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> dict[str, Any]:
@@ -50,16 +58,16 @@ def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> d
     }
 
 
-def _require_refusals(found: str) -> None:
-    """Refuse a DeepSpeed that takes a NaN gradient for one of norm 1; a wheel is installed without the lock file."""
-    if Version(found) < _REFUSES_SINCE:
+def _require_skipping(found: str) -> None:
+    """Reject a DeepSpeed version that treats a NaN gradient as one of norm 1; wheels install without the lock file."""
+    if Version(found) < _SKIPS_SINCE:
         raise UsageError(
-            f"DeepSpeed {found} takes optimiser steps whose gradient is not finite; expected {_REFUSES_SINCE} or "
+            f"DeepSpeed {found} takes optimiser steps whose gradient is not finite; expected {_SKIPS_SINCE} or "
             "newer: pip install 'acpo-dist[zero]'"
         )
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """One rank of a DeepSpeed group; the process group comes from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
 
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
@@ -68,7 +76,7 @@ class ZeroEngine:
         Raises:
             UsageError: this DeepSpeed would take steps that are not finite.
         """
-        _require_refusals(deepspeed.__version__)
+        _require_skipping(deepspeed.__version__)
         self._config = config
         if device == "cpu":
             # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
@@ -86,12 +94,13 @@ class ZeroEngine:
         self._parameters = parameters
         self._sharded = hasattr(self._engine.optimizer, "optimizer")
 
+    @override
     def autocast(self) -> AbstractContextManager[None]:
-        """DeepSpeed keeps the network in bfloat16 itself; inputs are cast where the family calls it."""
+        # DeepSpeed keeps the network in bfloat16 itself; inputs are cast where the family calls it.
         return nullcontext()
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """See `Engine.backward`."""
         self._engine.backward(loss)
         # ZeRO 3 counts micro-batches in its wrapper's forward, which a family's `predict` does not go through; without
         # this the second micro-batch's gradient would replace the first one's instead of joining it.
@@ -101,24 +110,26 @@ class ZeroEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
+    @override
     def set_learning_rate(self, value: float) -> None:
-        """See `Engine.set_learning_rate`. DeepSpeed's wrappers share the groups of the optimiser within."""
+        # DeepSpeed's wrappers share the parameter groups of the inner optimiser.
         set_learning_rate(self._engine.optimizer, value)
 
+    @override
     def step(self) -> float:
-        """See `Engine.step`. DeepSpeed's own optimisers refuse a step whose norm is not finite."""
+        # DeepSpeed's own optimisers skip a step whose norm is not finite.
         if not self._sharded:
             return self._unsharded_step()
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(norm or 0.0) if self._engine.was_step_applied() else math.inf
 
+    @override
     def weights(self) -> StateTensors:
-        """See `Engine.weights`."""
         return {name: self._whole(parameter) for name, parameter in self._parameters.items()}
 
+    @override
     def optimiser_state(self) -> StateTensors:
-        """See `Engine.optimiser_state`."""
         state: StateTensors = {"step": self._step_count()}
         # Before the first step DeepSpeed has none, and a checkpoint of that moment is one like any other.
         begun = bool(state["step"] > 0)
@@ -134,8 +145,9 @@ class ZeroEngine:
                 state[f"{moment}.{name}"] = _whole_copy(value, parameter)
         return state
 
+    @override
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
-        """See `Engine.load`. The network must already hold `weights`; the float32 masters and moments are set here."""
+        # The network must already hold `weights`; the float32 masters and moments are set here.
         if not self._sharded:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
@@ -149,14 +161,14 @@ class ZeroEngine:
                 value = self._padded(optimiser_state[f"{moment}.{name}"], parameter)
                 safe_set_full_optimizer_state(parameter, value, moment)
 
+    @override
     def close(self) -> None:
-        """Leave the process group."""
         self._engine.destroy()
         if comm.is_initialized():
             comm.destroy_process_group()
 
     def _unsharded_step(self) -> float:
-        """ZeRO 0 does not report the norm, and leaves the update to torch's optimiser, which refuses nothing."""
+        """ZeRO 0 reports no norm and leaves the update to torch's optimiser, which skips nothing."""
         # Averaged over ranks already.
         gradients = [value.grad for value in self._parameters.values() if value.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
