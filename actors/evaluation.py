@@ -15,6 +15,7 @@ from acpo_dist.config.schema import Config, RewardsConfig
 from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool
+from actors.cluster.control import attempt
 from actors.launch import connected
 from actors.placement import PlacementPlan, Role, await_resources, place
 from actors.reward.client import NoAnswerError, RewardClient
@@ -64,7 +65,7 @@ class RayBackend:
             finally:
                 pool.close()
         finally:
-            remove_placement_group(group)
+            attempt(lambda: remove_placement_group(group), what="release the workers' machines")
 
     @contextmanager
     def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:

@@ -16,7 +16,8 @@ from acpo_dist.core.errors import UsageError
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
-from actors.cluster.connect import join
+from actors.cluster.connect import join, leave
+from actors.cluster.control import attempt, named_failures
 from actors.learner import RayLearner
 from actors.placement import await_resources, node_offers, place, plan_placement
 from actors.reward.gateway import open_gateway, read_tokens
@@ -43,7 +44,7 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         end_orphans()
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
         gang = place(plan.role("learner"), timeout_s=config.cluster.place_timeout_s)
-        stack.callback(remove_placement_group, gang)
+        stack.callback(attempt, lambda: remove_placement_group(gang), what="release the learner's machines")
         # Actors load their models while the reward pool comes up. Rollout workers hold no reservation: each may move.
         rollout = RayRollouts(config, plan.role("rollout"))
         stack.callback(rollout.close)
@@ -73,14 +74,16 @@ def connected(config: Config) -> Iterator[None]:
     """
     _require_own_packages()
     if ray.is_initialized():
-        yield
+        with named_failures():
+            yield
         return
     # `local` even where a cluster runs on this machine: an unnamed one may be anybody's.
     join(config.cluster.address or os.environ.get("RAY_ADDRESS") or "local")
     try:
-        yield
+        with named_failures():
+            yield
     finally:
-        ray.shutdown()
+        leave()
 
 
 def _gradients(config: Config) -> dict[str, bool]:

@@ -106,18 +106,10 @@ def _cluster(address: str | None) -> Iterator[None]:
 
     if not module_available("ray"):
         raise UsageError("reward pools live on Ray, which is not installed: pip install 'acpo-dist[ray]'")
-    import ray
+    from actors.cluster.connect import joined
 
-    if ray.is_initialized():
+    with joined(address or "auto"):
         yield
-        return
-    from actors.cluster.connect import join
-
-    join(address or "auto")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _bounds(pool: dict[str, Any]) -> str:

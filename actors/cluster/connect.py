@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import AuthenticationError
 
 from acpo_dist.core.errors import UsageError
+from actors.ray_private import control_address, forget_cluster
 
 _CONNECT_TIMEOUT_S = 10.0
 TOKEN_HELP = "Set RAY_AUTH_MODE=token and put it into RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
 
 
 def join(address: str) -> None:
-    """Connect this process; `ray.shutdown()` ends that.
+    """Connect this process; `leave` ends that.
 
     Args:
         address: HOST:PORT of the cluster's control service; `auto` for $RAY_ADDRESS, else the cluster of this machine;
@@ -63,7 +63,13 @@ def joined(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        leave()
+
+
+def leave() -> None:
+    """Disconnect this process, and stop a cluster that it has started; a later `join` starts from nothing."""
+    forget_cluster()
+    ray.shutdown()
 
 
 def _require_answer(address: str) -> None:
@@ -73,7 +79,7 @@ def _require_answer(address: str) -> None:
         OSError: there is nobody, or the address cannot be found.
         ValueError: it is none.
     """
-    where = canonicalize_bootstrap_address(address)
+    where = control_address(address)
     if where is None:
         return
     host, _, port = where.rpartition(":")

@@ -119,17 +119,9 @@ def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None
 
 
 def _travels(upload: Upload, file: Path) -> bool:
-    """Whether Ray takes a file or folder along; it reads ignore files on its way down."""
-    from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
+    from actors.ray_private import is_uploaded
 
-    below = file.relative_to(upload.folder).parents
-    ways = [*(upload.folder / part for part in reversed(below)), file]
-    excluded = [_get_excludes(upload.folder, list(upload.excludes))]
-    for way in ways:
-        excluded += get_excludes_from_ignore_files(way, include_gitignore=True)
-        if any(found(way) for found in excluded):
-            return False
-    return True
+    return is_uploaded(file, upload.folder, list(upload.excludes))
 
 
 def connect(address: str | None) -> Any:

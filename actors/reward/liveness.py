@@ -11,6 +11,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ReplicaState
 
+from actors.cluster.control import bounded
+
 logger = logging.getLogger(__name__)
 
 REPLICA = "metric"
@@ -63,8 +65,17 @@ def replica_vitals(handle: Any) -> list[dict[str, Any]]:
     return [answer for answer in answers if isinstance(answer, dict)]
 
 
+def serve_status() -> Any:
+    """Serve's status of all applications.
+
+    Raises:
+        WorkerLostError: Serve's controller is gone or does not respond.
+    """
+    return bounded(serve.status, what="status of Ray Serve")
+
+
 def running_replicas(application: str) -> int:
     """Replicas of an application that take requests; 0 when there is none or no such application."""
-    found = serve.status().applications.get(application)
+    found = serve_status().applications.get(application)
     deployment = found.deployments.get(REPLICA) if found else None
     return int(deployment.replica_states.get(ReplicaState.RUNNING, 0)) if deployment else 0

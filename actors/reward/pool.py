@@ -8,18 +8,19 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.experimental import internal_kv
 from ray.serve.config import AutoscalingConfig
 from torch import Tensor
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.roles import RewardRoleConfig
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import WorkerError
+from acpo_dist.core.errors import WorkerError, WorkerLostError
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import RolloutHandle, ScoreTable
+from actors.cluster.control import attempt, bounded
 from actors.cluster.orphans import forget, orphans, own
 from actors.cluster.software import software
+from actors.ray_private import delete_key
 from actors.reward.client import PoolLink, RewardClient
 from actors.reward.counts import ReplicaClock, mean_batch, utilisation
 from actors.reward.liveness import REPLICA, replica_vitals
@@ -42,7 +43,8 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         UsageError: a metric cannot be built, or its machine runs other software; the replica's own words.
         WorkerError: a replica cannot start, or not in time.
     """
-    serve.start(proxy_location="Disabled")
+    timeout_s = config.cluster.worker_timeout_s
+    bounded(lambda: serve.start(proxy_location="Disabled"), what="start Ray Serve", timeout_s=timeout_s)
     rewards = config.rewards
     training = {entry.name for entry in rewards.train}
     pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
@@ -66,12 +68,19 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         )
     names = [target.name for target in targets]
     try:
-        for name in names:
-            own(name)
+        bounded(lambda: [own(name) for name in names], what="record the owner of the reward pool")
         # Together: every replica loads its model while the others do.
-        serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        await_running(names, timeout_s=config.cluster.worker_timeout_s)
-    except (RuntimeError, WorkerError) as error:
+        bounded(
+            lambda: serve.run_many(
+                targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+            ),
+            what="deploy the reward pool", timeout_s=timeout_s,
+        )  # fmt: skip
+        await_running(names, timeout_s=timeout_s)
+    except WorkerLostError:
+        delete(names)
+        raise
+    except WorkerError as error:
         delete(names)
         raise WorkerError(f"the reward pool could not be started: {error}") from error
     except BaseException:
@@ -121,16 +130,24 @@ def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingCo
 
 
 def delete(applications: Sequence[str]) -> None:
-    """End applications and forget what they shared."""
-    for name in applications:
-        serve.delete(name, _blocking=False)
-        internal_kv._internal_kv_del(reference_key(name))
-        forget(name)
+    """End applications and delete what they have recorded; a cluster that does not respond is logged."""
+
+    def end() -> None:
+        for name in applications:
+            serve.delete(name, _blocking=False)
+            delete_key(reference_key(name))
+            forget(name)
+
+    attempt(end, what="end the reward pool")
 
 
 def end_orphans() -> None:
-    """End applications of runs that died without ending them: they hold machines that others wait for."""
-    if found := orphans():
+    """End applications of runs that died without ending them, which hold resources of the cluster.
+
+    Raises:
+        WorkerLostError: the cluster does not respond.
+    """
+    if found := bounded(orphans, what="find reward pools of ended runs"):
         logger.warning("ended what a run that died has left: %s", ", ".join(found))
         delete(found)
 

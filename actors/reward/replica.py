@@ -12,11 +12,11 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import GetTimeoutError
-from ray.experimental import internal_kv
 
 from acpo_dist.core.errors import RewardError
 from actors.cluster.software import Software, require_same
 from actors.process import set_up
+from actors.ray_private import read_key, write_key
 
 logger = logging.getLogger(__name__)
 
@@ -185,13 +185,11 @@ class RewardReplica:
 
 def shared_reference(app: str, mine: float) -> float:
     """Score of the known image that the first replica of an application found; `mine` for the first."""
-    key = reference_key(app)
-    if not internal_kv._internal_kv_exists(key):
-        internal_kv._internal_kv_put(key, repr(mine).encode(), overwrite=False)
-    found = internal_kv._internal_kv_get(key)
+    write_key(reference_key(app), repr(mine), overwrite=False)
+    found = read_key(reference_key(app))
     return float(found) if found else mine
 
 
-def reference_key(app: str) -> bytes:
+def reference_key(app: str) -> str:
     """Where that score is kept while the application lives."""
-    return f"acpo/{app}/known_score".encode()
+    return f"acpo/{app}/known_score"

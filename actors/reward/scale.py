@@ -8,12 +8,13 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.core.errors import UsageError, WorkerError
 from acpo_dist.core.registry import nearest
-from actors.reward.liveness import REPLICA, replica_vitals, running_replicas
+from actors.cluster.control import CONTROL_TIMEOUT_S, bounded
+from actors.ray_private import reconfigure, replica_bounds, replica_resources
+from actors.reward.liveness import REPLICA, replica_vitals, running_replicas, serve_status
 from actors.reward.pool import autoscaling
 
 _APPLICATION = re.compile(r"(?P<run>acpo-[0-9a-f]{8})-(?P<metric>.+)")
@@ -30,7 +31,7 @@ class LivePool:
 
 def live_pools(run: str | None = None) -> list[LivePool]:
     """Reward applications on the cluster that this process is connected to, of one run or of all."""
-    matches = [(name, _APPLICATION.fullmatch(name)) for name in serve.status().applications]
+    matches = [(name, _APPLICATION.fullmatch(name)) for name in serve_status().applications]
     pools = [LivePool(run=match["run"], metric=match["metric"], application=name) for name, match in matches if match]
     return [pool for pool in pools if run in (None, pool.run)]
 
@@ -58,8 +59,8 @@ def find_pool(metric: str, run: str | None = None) -> LivePool:
 
 def pool_status(pool: LivePool) -> dict[str, Any]:
     """State of an application, and what its replicas say of themselves."""
-    deployment = serve.status().applications[pool.application].deployments.get(REPLICA)
-    fewest, most = _bounds(_deployed(pool.application)[0].deployment_config)
+    deployment = serve_status().applications[pool.application].deployments.get(REPLICA)
+    fewest, most = bounded(lambda: replica_bounds(pool.application, REPLICA), what=f"bounds of {pool.metric}")
     vitals = replica_vitals(serve.get_deployment_handle(REPLICA, pool.application))
     return {
         "run": pool.run, "metric": pool.metric, "application": pool.application,
@@ -97,17 +98,23 @@ def scale(
     Raises:
         WorkerError: not reached within `timeout_s`; the cluster keeps trying.
     """
-    _redeploy(pool.application, fewest, most)
+    application = pool.application
+
+    def change() -> None:
+        reconfigure(application, REPLICA, lambda config: _set_bounds(config, fewest, most), timeout_s=CONTROL_TIMEOUT_S)
+
+    bounded(change, what=f"scale {pool.metric}")
     deadline = time.monotonic() + timeout_s
     while True:
         running = running_replicas(pool.application)
         if fewest <= running <= most:
             return running
         if time.monotonic() >= deadline:
-            needs, free = _deployed(pool.application)[0].replica_config, ray.available_resources()
+            needs = bounded(lambda: replica_resources(application, REPLICA), what="resources of a replica")
+            free = ray.available_resources()
             raise WorkerError(
                 f"`{pool.metric}` has {running} replicas after {timeout_s:g} s, {fewest} to {most} were asked for; a "
-                f"replica needs {needs.ray_actor_options.decode()}, free are {free.get('CPU', 0):g} CPU and "
+                f"replica needs {needs}, free are {free.get('CPU', 0):g} CPU and "
                 f"{free.get('GPU', 0):g} GPU. The cluster goes on trying: add nodes, wait, or scale down again."
             )
         waiting(running)
@@ -115,60 +122,15 @@ def scale(
         time.sleep(0.2)
 
 
-def _redeploy(application: str, fewest: int, most: int) -> None:
-    """Give Serve the application again as it is, code version included, with another number of replicas.
-
-    Serve has public calls for this only where the application is described in a file; `serve.run` would need the
-    driver's objects, and start every replica afresh.
-    """
-    from ray.serve._private.config import DeploymentConfig
-    from ray.serve.generated import serve_pb2
-
-    info, controller = _deployed(application)
-    config = DeploymentConfig.from_proto(info.deployment_config)
+def _set_bounds(config: Any, fewest: int, most: int) -> None:
+    """Write a number of replicas, or its bounds, into Serve's configuration of a deployment."""
     if fewest == most:
         config.autoscaling_config = None
         config.num_replicas = most
-    else:
-        old = config.autoscaling_config
-        config.autoscaling_config = (
-            old.model_copy(update={"min_replicas": fewest, "max_replicas": most, "initial_replicas": None})
-            if old
-            else autoscaling(fewest, most, MetricPoolConfig())
-        )
-    proto = config.to_proto()
-    proto.version = info.version
-    arguments = _message(serve_pb2, "DeploymentArgs")(
-        deployment_name=REPLICA, deployment_config=proto.SerializeToString(), ingress=True,
-        replica_config=info.replica_config.SerializeToString(), deployer_job_id=ray.get_runtime_context().get_job_id(),
-    )  # fmt: skip
-    ray.get(
-        controller.deploy_application.remote(
-            application, [arguments.SerializeToString()], _message(serve_pb2, "ApplicationArgs")().SerializeToString()
-        )
-    )
-
-
-def _deployed(application: str) -> tuple[Any, Any]:
-    """Serve's own record of an application's deployment, and its controller."""
-    from ray.serve.generated import serve_pb2
-
-    client = _get_global_client()
-    assert client is not None, "asked only while Serve runs"
-    controller = client._controller
-    record = ray.get(controller.get_deployment_info.remote(REPLICA, application))
-    return _message(serve_pb2, "DeploymentRoute").FromString(record).deployment_info, controller
-
-
-def _message(module: Any, name: str) -> Any:
-    """A class of a generated protobuf module, which no type checker can see into."""
-    return getattr(module, name)
-
-
-def _bounds(proto: Any) -> tuple[int, int]:
-    if proto.HasField("autoscaling_config"):
-        return proto.autoscaling_config.min_replicas, proto.autoscaling_config.max_replicas
-    return proto.num_replicas, proto.num_replicas
+        return
+    old = config.autoscaling_config
+    bounds = {"min_replicas": fewest, "max_replicas": most, "initial_replicas": None}
+    config.autoscaling_config = old.model_copy(update=bounds) if old else autoscaling(fewest, most, MetricPoolConfig())
 
 
 def _any(names: Any) -> str:

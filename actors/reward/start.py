@@ -5,10 +5,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ray import serve
-
 from acpo_dist.core import errors
 from acpo_dist.core.errors import UsageError, WorkerError
+from actors.reward.liveness import serve_status
 
 _OURS = re.compile(rf"^{re.escape(errors.__name__)}\.(\w+): (.*)", re.MULTILINE | re.DOTALL)
 """The last lines of a traceback that ends in an error of ours."""
@@ -23,7 +22,7 @@ def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        found = serve.status().applications
+        found = serve_status().applications
         states = {name: found[name] for name in applications if name in found}
         for one in states.values():
             _refuse(one)

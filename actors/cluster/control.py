@@ -1,0 +1,79 @@
+"""Calls to a cluster's control services, which have no time limit of their own: each is bounded and named."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TypeVar
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from acpo_dist.core.errors import AcpoError, WorkerLostError
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CONTROL_TIMEOUT_S = 60.0
+"""Seconds that one call may take. Ray itself ends a process whose control service is gone for longer."""
+
+
+def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL_TIMEOUT_S) -> Result:
+    """Result of a call, which runs in a thread of its own.
+
+    Args:
+        call: uses Ray's or Serve's control service.
+        what: names the call in errors.
+
+    Raises:
+        AcpoError: raised by the call itself.
+        WorkerLostError: the call failed in another way, or took longer than `timeout_s`.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: a call that never returns must not keep the process.
+    threading.Thread(target=run, daemon=True, name=f"ray {what}").start()
+    try:
+        return future.result(timeout_s)
+    except AcpoError:
+        raise
+    except TimeoutError as error:
+        raise WorkerLostError(f"the Ray cluster did not respond to `{what}` within {timeout_s:g} s") from error
+    except Exception as error:
+        # Ray and Serve raise bare `Exception` and `RuntimeError` too.
+        raise WorkerLostError(f"the Ray cluster failed in `{what}`: {reason(error)}") from error
+
+
+def attempt(call: Callable[[], object], *, what: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
+    """The same for clean-up: a failure is logged, so that it does not hide why the run ends."""
+    try:
+        bounded(call, what=what, timeout_s=timeout_s)
+    except AcpoError as error:
+        logger.warning("clean-up: %s", error)
+
+
+@contextmanager
+def named_failures() -> Iterator[None]:
+    """Turn an exception of Ray that no other handler has named into a `WorkerLostError`.
+
+    Raises:
+        WorkerLostError: Ray or Serve failed in the block.
+    """
+    try:
+        yield
+    except (RayError, RayServeException) as error:
+        raise WorkerLostError(f"the Ray cluster failed: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Type and last line of an exception, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__

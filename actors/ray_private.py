@@ -1,0 +1,132 @@
+"""Every private or generated Ray name that this project uses, behind plain functions; tried with Ray 2.60.
+
+No other module imports such names, so a new version of Ray is checked here alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import state
+from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
+from ray._private.services import canonicalize_bootstrap_address
+from ray.experimental import internal_kv
+from ray.serve import context
+from ray.serve._private.config import DeploymentConfig
+from ray.serve._private.router import SharedRouterLongPollClient
+from ray.serve.generated import serve_pb2
+
+# The generated module's classes are built at run time, so no type checker sees them.
+_pb: Any = serve_pb2
+
+
+def forget_cluster() -> None:
+    """Drop what Ray Serve caches about the cluster of this process; to be called when the process leaves it.
+
+    Serve recognises a controller of an earlier cluster by the job id, and the first job of every new cluster has the
+    same id. A process that starts its own Ray twice would send its requests to the controller that is gone.
+    """
+    context._set_global_client(None)
+    SharedRouterLongPollClient.get_or_create.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def control_address(address: str) -> str | None:
+    """HOST:PORT of the control service that an address such as `auto` means; None for a cluster yet to be started."""
+    return canonicalize_bootstrap_address(address)
+
+
+def ended_jobs() -> set[str]:
+    """Ids (hexadecimal) of the jobs, submitted or interactive, whose driver process has ended."""
+    return {job["JobID"] for job in state.jobs() if job["IsDead"]}
+
+
+def read_key(key: str) -> str | None:
+    """Value of a key of the cluster's key-value store, or None."""
+    found = internal_kv._internal_kv_get(key.encode())
+    return found.decode() if found else None
+
+
+def write_key(key: str, value: str, *, overwrite: bool = True) -> None:
+    """Set a key of the cluster's key-value store.
+
+    Args:
+        overwrite: False keeps a value that is already there.
+    """
+    internal_kv._internal_kv_put(key.encode(), value.encode(), overwrite=overwrite)
+
+
+def delete_key(key: str) -> None:
+    """Delete a key of the cluster's key-value store, if it exists."""
+    internal_kv._internal_kv_del(key.encode())
+
+
+def is_uploaded(file: Path, folder: Path, excludes: list[str]) -> bool:
+    """Whether Ray uploads a file or folder with a working directory.
+
+    Args:
+        file: absolute path within `folder`.
+        folder: the working directory.
+        excludes: patterns in the syntax of .gitignore, beside those of .gitignore and .rayignore files.
+    """
+    # Ray reads ignore files on its way down.
+    ways = [*(folder / part for part in reversed(file.relative_to(folder).parents)), file]
+    filters: list[Callable[[Path], bool]] = [_get_excludes(folder, excludes)]
+    for way in ways:
+        filters += get_excludes_from_ignore_files(way, include_gitignore=True)
+        if any(excluded(way) for excluded in filters):
+            return False
+    return True
+
+
+def replica_bounds(application: str, deployment: str) -> tuple[int, int]:
+    """Smallest and largest number of replicas of a Serve deployment, as configured."""
+    config = _deployed(application, deployment).deployment_config
+    if config.HasField("autoscaling_config"):
+        return config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas
+    return config.num_replicas, config.num_replicas
+
+
+def replica_resources(application: str, deployment: str) -> str:
+    """Ray options of one replica of a Serve deployment (CPUs, GPUs), as JSON."""
+    return _deployed(application, deployment).replica_config.ray_actor_options.decode()
+
+
+def reconfigure(application: str, deployment: str, change: Callable[[Any], None], *, timeout_s: float) -> None:
+    """Change the configuration of a running Serve deployment without restarting its replicas.
+
+    Serve has public calls for this only where the application is described in a file; `serve.run` would need the
+    driver's objects, and start every replica afresh.
+
+    Args:
+        change: modifies Serve's `DeploymentConfig` in place.
+
+    Raises:
+        RayError: the controller is gone, or does not respond within `timeout_s`.
+    """
+    info = _deployed(application, deployment)
+    config = DeploymentConfig.from_proto(info.deployment_config)
+    change(config)
+    proto: Any = config.to_proto()
+    # The same code version: replicas that stay are not restarted.
+    proto.version = info.version
+    arguments = _pb.DeploymentArgs(
+        deployment_name=deployment, deployment_config=proto.SerializeToString(), ingress=True,
+        replica_config=info.replica_config.SerializeToString(), deployer_job_id=ray.get_runtime_context().get_job_id(),
+    )  # fmt: skip
+    deployed = _controller().deploy_application.remote(
+        application, [arguments.SerializeToString()], _pb.ApplicationArgs().SerializeToString()
+    )
+    ray.get(deployed, timeout=timeout_s)
+
+
+def _deployed(application: str, deployment: str, timeout_s: float = 60.0) -> Any:
+    """Serve's own record of a deployment."""
+    record: Any = ray.get(_controller().get_deployment_info.remote(deployment, application), timeout=timeout_s)
+    return _pb.DeploymentRoute.FromString(record).deployment_info
+
+
+def _controller() -> Any:
+    client = context._get_global_client()
+    assert client is not None, "called only while Serve runs"
+    return client._controller
