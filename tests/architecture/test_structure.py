@@ -183,3 +183,20 @@ def test_nothing_prints():
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert calls == []
+
+
+def test_private_names_of_ray_are_imported_in_one_file_only():
+    private = re.compile(r"^ray\.(.*\.)?(_\w+|generated)(\.|$)|^ray\.(experimental\.internal_kv|core\.generated)(\.|$)")
+    files = [*python_files(), *(ROOT / "benchmarks").rglob("*.py")]
+    found = []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Attribute):
+                names = [ast.unparse(node)]
+            found += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in names if private.search(name)]
+    assert {line.partition(":")[0] for line in found} == {"actors/ray_private.py"}, "\n".join(found)

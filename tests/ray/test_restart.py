@@ -1,0 +1,103 @@
+"""A learner rank that is killed on a run's own Ray: the run restarts it and ends with the metrics of a calm run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.tracking.jsonl import read_metrics
+from tests.conftest import TINY
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+ACPO = "from acpo_dist.cli import main; main()"
+ITERATIONS = 3
+RUN = [
+    *TINY, f"run.iterations={ITERATIONS}", "checkpoint.every=1", "cluster.backend=ray", "learner.num_ranks=2",
+    "learner.zero_stage=2", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
+]  # fmt: skip
+
+
+def started(folder: Path) -> subprocess.Popen[str]:
+    """`acpo train` on a Ray cluster of its own."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", ACPO, "train", "toy_sdxl", *RUN, f"run.dir={folder}"], env=variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def titles(parent: int) -> dict[int, str]:
+    """Process title by process id of all descendants; Ray writes the method that an actor executes into its title."""
+    found: dict[int, tuple[int, str]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                above = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+                found[int(entry.name)] = above, title
+            except OSError:
+                continue
+    family, size = {parent}, 0
+    while size != len(family):
+        size = len(family)
+        family |= {pid for pid, (above, _) in found.items() if above in family}
+    return {pid: found[pid][1] for pid in family if pid in found}
+
+
+def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: int) -> None:
+    """SIGKILL to a learner rank that executes a method, once so many iterations are recorded."""
+    while process.poll() is None:
+        if least == 0 or (rows.exists() and len(read_metrics(rows)) >= least):
+            for pid, title in titles(process.pid).items():
+                if title == f"ray::LearnerActor.{method}":
+                    os.kill(pid, signal.SIGKILL)
+                    return
+        time.sleep(0.002)
+    raise AssertionError(f"no rank was seen in `{method}` before the run ended:\n{process.communicate()[0]}")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Recorded metrics without times and counts of requests."""
+    skip = ("time/", "reward_pool/")
+    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """Metrics of the same run when nothing is killed."""
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    pytest.importorskip("deepspeed", reason="needs the extra `zero`")
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    process = started(folder)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return metrics(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [
+        ("train", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in
+          [("build", 0), ("gradient_norms", 0), ("train", 0), ("save", 1), ("train", 2)]),
+    ],
+)  # fmt: skip
+def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_metric(method, least, calm, tmp_path):
+    folder = tmp_path / "run"
+    process = started(folder)
+    kill_a_rank(process, method, folder / "metrics.jsonl", least)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert "Traceback" not in said and "cluster.max_restarts" in said
+    found = metrics(folder)
+    assert [row["iteration"] for row in found] == [row["iteration"] for row in calm] == list(range(1, ITERATIONS + 1))
+    for mine, theirs in zip(calm, found, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            # Requests that meet at a replica are scored together, and a sum of float32 depends on its batch.
+            assert theirs[name] == pytest.approx(value, rel=2e-3, abs=5e-4), (mine["iteration"], name)
