@@ -1,14 +1,14 @@
 """`acpo compare`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from acpo_dist.cli.app import answer, app
 
 _SIDE_BY_SIDE = 4
-"""Up to so many runs are columns, as their parameters are; more are rows."""
+"""Largest number of runs that are shown as columns; more are shown as rows."""
 
 
 @app.command("compare")
@@ -20,27 +20,31 @@ def compare(
     uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; by default MLFLOW_TRACKING_URI, or runs/mlflow.db.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Quality against drift: FILE.png, or all of it as FILE.html.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file with the comparison and its chart.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the whole comparison.")] = False,
 ) -> None:
     """Compare runs: quality, judges, drift, diversity, cost; what differs between them; means over seeds."""
-    from acpo_dist.analysis.report.cells import COLUMNS, SEED_COLUMNS, run_cells, seed_cells
     from acpo_dist.analysis.report.compare import differences, labels_of, pareto_front, seed_groups
     from acpo_dist.analysis.report.find import gather
     from acpo_dist.analysis.report.metrics import metrics_of
     from acpo_dist.analysis.report.record import require_rows
-    from acpo_dist.analysis.report.terminal import show_table
+    from acpo_dist.analysis.report.tables import COLUMNS, SEED_COLUMNS, difference_table, run_cells, seed_cells
     from acpo_dist.core.errors import UsageError
+    from acpo_dist.tracking.console import print_table
 
-    if out is not None and out.suffix.lower() not in (".png", ".html"):
-        raise UsageError(f"--out must end in .png or .html, found {out}")
+    if out is not None and out.suffix.lower() != ".html":
+        raise UsageError(f"--out must end in .html, found {out}; the page's chart can be saved as an image from there")
     records = [require_rows(record) for record in gather(runs or [], experiment, uri)]
     metrics, labels = [metrics_of(record) for record in records], labels_of(records)
     groups, changed = seed_groups(records, metrics, labels), differences(records)
     if out is not None:
-        _write(out, records, metrics, labels, groups)
+        from acpo_dist.analysis.report.page import RunView, write_page
+
+        views = [
+            RunView(label=label, record=record, metrics=each)
+            for label, record, each in zip(labels, records, metrics, strict=True)
+        ]
+        write_page(out, views, panels=False)
     if as_json:
         points = {
             i: (f.drift, f.quality) for i, f in enumerate(metrics) if f.drift is not None and f.quality is not None
@@ -57,31 +61,15 @@ def compare(
         return
     rows = [[label, *run_cells(each)[1:]] for label, each in zip(labels, metrics, strict=True)]
     if len(rows) <= _SIDE_BY_SIDE:
-        show_table(
-            f"{len(rows)} runs", ["figure", *labels], [list(column) for column in zip(COLUMNS, *rows, strict=True)][1:]
+        print_table(
+            f"{len(rows)} runs", ["metric", *labels], [list(column) for column in zip(COLUMNS, *rows, strict=True)][1:]
         )
     else:
-        show_table(f"{len(rows)} runs", COLUMNS, rows)
+        print_table(f"{len(rows)} runs", COLUMNS, rows)
     several = [group for group in groups if len(group.members) > 1]
     if several:
-        show_table("mean ± standard deviation over seeds", SEED_COLUMNS, [seed_cells(group) for group in several])
+        print_table("mean ± standard deviation over seeds", SEED_COLUMNS, [seed_cells(group) for group in several])
     if changed:
-        rows = [[key, *("-" if value is None else value for value in values)] for key, values in changed.items()]
-        show_table("parameters that differ", ["parameter", *labels], rows)
+        print_table("parameters that differ", *difference_table(labels, changed))
     if out is not None:
         typer.echo(str(out))
-
-
-def _write(out: Path, records: Any, metrics: Any, labels: Any, groups: Any) -> None:
-    from acpo_dist.analysis.report.page import render_comparison, write_page
-    from acpo_dist.analysis.report.pareto import save_pareto
-    from acpo_dist.analysis.report.view import RunView
-
-    if out.suffix.lower() == ".png":
-        save_pareto(out, metrics, groups)
-        return
-    views = [
-        RunView(label=label, record=record, metrics=each)
-        for label, record, each in zip(labels, records, metrics, strict=True)
-    ]
-    write_page(out, render_comparison(views))

@@ -11,14 +11,14 @@ from acpo_dist.cli.app import answer, app
 @app.command("follow")
 def follow(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    once: Annotated[bool, typer.Option(help="Show where it is now, and leave.")] = False,
-    wait_s: Annotated[float, typer.Option(min=1, help="Leave after so many seconds without a new iteration.")] = 600.0,
+    once: Annotated[bool, typer.Option(help="Show the newest metrics and exit.")] = False,
+    wait_s: Annotated[float, typer.Option(min=1, help="Exit after this many seconds without a new iteration.")] = 600.0,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object with where it is now; implies --once.")
+        bool, typer.Option("--json", help="One JSON object with the newest metrics; implies --once.")
     ] = False,
 ) -> None:
-    """Follow a run from outside: gains, drift, guard and times, live on a terminal, else a line per iteration."""
-    from acpo_dist.analysis.report.follow_page import show_now, show_until_end
+    """Follow a run of another process: gains, drift, guard and times, live on a terminal, else a line per iteration."""
+    from acpo_dist.analysis.report.follow import show_now, show_until_end
     from acpo_dist.analysis.report.metrics import metrics_of, verdict
     from acpo_dist.analysis.report.record import read_run, require_rows
     from acpo_dist.tracking.console import Console

@@ -18,10 +18,10 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every run.")] = False,
 ) -> None:
     """List runs: state, iterations, gain of rewards and judges, drift, guard, time."""
-    from acpo_dist.analysis.report.cells import LIST_COLUMNS, list_cells
     from acpo_dist.analysis.report.find import runs_below, runs_of_experiment
     from acpo_dist.analysis.report.metrics import metrics_of
-    from acpo_dist.analysis.report.terminal import show_table
+    from acpo_dist.analysis.report.tables import LIST_COLUMNS, list_cells
+    from acpo_dist.tracking.console import print_table
 
     problems: list[str] = []
     if experiment is not None:
@@ -35,4 +35,4 @@ def runs(
         answer({"runs": [each.to_mapping() for each in metrics], "left_out": problems})
         return
     rows = [list_cells(each) for each in metrics]
-    show_table(f"{len(rows)} runs; gains in standard deviations of base samples", LIST_COLUMNS, rows)
+    print_table(f"{len(rows)} runs; gains in standard deviations of base samples", LIST_COLUMNS, rows)

@@ -1,10 +1,12 @@
 """What the user sees while it runs: progress of each phase, a line or live panel per iteration, tables. On stderr."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+import rich.box
 import rich.console
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -88,28 +90,43 @@ class Console:
             self.rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; long cells are folded on a terminal, and never cut.
+        """Print a table on stderr; see `print_table`."""
+        if not self._quiet:
+            print_table(title, columns, rows, self.rich)
 
-        Raises:
-            ValueError: a row does not have one cell per column.
-        """
-        if self._quiet:
-            return
-        table = Table(title=Text(title), title_justify="left")
-        for column in columns:
-            table.add_column(Text(column), overflow="fold")
-        for row in rows:
-            if len(row) != len(columns):
-                raise ValueError(f"table {title!r}: {len(columns)} columns, but a row with {len(row)} cells: {row!r}")
-            table.add_row(*(Text(_cell(cell)) for cell in row))
-        width = self.rich.width
-        if not self.rich.is_terminal:
-            # Nobody watches: one line per row, lest a number be folded in its middle.
-            self.rich.width = _UNBOUNDED
-        try:
-            self.rich.print(table)
-        finally:
-            self.rich.width = width
+
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    console: rich.console.Console | None = None,
+) -> None:
+    """Print a table: long cells are folded on a terminal; elsewhere every row is one line of any length.
+
+    Args:
+        title: line above the table.
+        columns: names of the columns.
+        rows: one cell per column; floats are shown with four significant digits.
+        console: where to print; None is standard output, for tables that are a command's result.
+
+    Raises:
+        ValueError: a row does not have one cell per column.
+    """
+    console = console or rich.console.Console(file=sys.stdout)
+    table = Table(title=Text(title), title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"table {title!r}: {len(columns)} columns, but a row with {len(row)} cells: {row!r}")
+        table.add_row(*(Text(_cell(cell)) for cell in row))
+    width = console.width
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 class _Rate(ProgressColumn):

@@ -9,8 +9,7 @@ from contextlib import ExitStack
 import pytest
 import rich.console
 
-from acpo_dist.analysis.report.follow import Follower, follow
-from acpo_dist.analysis.report.follow_page import show_until_end
+from acpo_dist.analysis.report.follow import Follower, follow, show_until_end
 from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
 from acpo_dist.tracking.console import Console
@@ -135,7 +134,7 @@ def test_watching_ends_when_the_process_that_drives_the_run_does(tmp_path):
         assert [len(rows) for rows, _, _ in looks] == [2, 0, 0, 0]
     (root / LOCK_FILE).write_text(json.dumps(dead))
     show_until_end(read_run(root), Console(rich_console=console), wait_s=600)
-    assert "that drove it has ended" in stream.getvalue() and "iteration 2/4" in stream.getvalue()
+    assert "its process has ended" in stream.getvalue() and "iteration 2/4" in stream.getvalue()
 
 
 def test_a_silent_run_is_given_up_after_the_wait_with_a_message(tmp_path):

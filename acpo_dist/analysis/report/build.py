@@ -1,4 +1,4 @@
-"""From run folders to a finished report."""
+"""Make a report from run folders."""
 
 import json
 import logging
@@ -11,10 +11,9 @@ from acpo_dist.analysis.report.compare import labels_of
 from acpo_dist.analysis.report.drift_map import from_checkpoints, from_rows
 from acpo_dist.analysis.report.gallery import make_gallery
 from acpo_dist.analysis.report.metrics import RunMetrics, metrics_of, verdict
-from acpo_dist.analysis.report.page import render_page, write_page
+from acpo_dist.analysis.report.page import RunView, write_page
 from acpo_dist.analysis.report.record import RunRecord, read_run, require_rows
 from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer, chosen_iteration
-from acpo_dist.analysis.report.view import RunView
 from acpo_dist.config.schema import TrackingConfig
 from acpo_dist.core.errors import AcpoError, VrgError
 from acpo_dist.tracking.console import Console
@@ -33,7 +32,7 @@ class Drawing:
     prompts: int
     per_prompt: int
     at: str
-    """See `studio.chosen_iteration`."""
+    """`export`, `last`, `best` or an iteration; see `chosen_iteration`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ def build_report(
     records = [require_rows(read_run(root)) for root in roots]
     views = [_view(record, label, drawing, console) for record, label in zip(records, labels_of(records), strict=True)]
     path = out or (roots[0] if len(roots) == 1 else roots[0].parent) / "report.html"
-    write_page(path, render_page(views))
+    write_page(path, views)
     tracked = {}
     for view in views if track else ():
         uri = _tracking_uri(view.record)

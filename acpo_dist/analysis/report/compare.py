@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs between them, means over seeds, and who is beaten by nobody."""
+"""Several runs side by side: parameters that differ, means over seeds, and the Pareto front."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

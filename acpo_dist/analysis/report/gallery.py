@@ -1,9 +1,13 @@
-"""Pairs of images, what each gained or lost, and what the whole set says about content and diversity."""
+"""Pairs of base and tuned images: the gain of each, content shifts and diversity of the set, and images for a page."""
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
+from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
@@ -15,7 +19,11 @@ from acpo_dist.evaluation.metrics.diversity import within_prompt_diversity
 from acpo_dist.evaluation.metrics.features import LowPassPixels
 
 _MIN_STD = 0.05
-"""Least unit of a content shift, as the guard has it."""
+"""Smallest standard deviation that a content shift is divided by; the guard uses the same."""
+_LARGEST = 512
+"""Pixels of the longer side inside a page; the files in the run's `report/` folder keep their own size."""
+_LOSSLESS = 128
+"""Largest side of an image that is embedded as PNG."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,33 @@ def make_gallery(record: RunRecord, renderer: SampleRenderer, iteration: int) ->
         iteration=iteration, pairs=pairs, judged=bool(judges), content=content_shifts(before, after),
         diversity=diversity_share(before, after, [sample.prompt for sample in base]),
     )  # fmt: skip
+
+
+def gallery_cards(gallery: Gallery) -> list[dict[str, Any]]:
+    """The pairs as a page shows them, the worst regression first, with their place in each order."""
+    pairs = gallery.pairs
+    by_gain = sorted(range(len(pairs)), key=lambda index: pairs[index].gain)
+    by_prompt = sorted(range(len(pairs)), key=lambda index: (pairs[index].base.prompt, index))
+    cards = []
+    for rank, index in enumerate(by_gain):
+        gain = round(pairs[index].gain, 2)
+        tone, word = ("same", "● same") if gain == 0 else ("won", "▲ gained") if gain > 0 else ("lost", "▼ lost")
+        cards.append(
+            {"pair": pairs[index], "worst": rank, "prompt": by_prompt.index(index), "tone": tone, "word": word}
+        )
+    return cards
+
+
+def embedded(sample: Sample) -> dict[str, Any]:
+    """Data URL, width, height and whether enlarged pixels stay sharp, of an image inside a page."""
+    with Image.open(sample.file) as opened:
+        image = opened.convert("RGB")
+    image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    kind, options = ("png", {"optimize": True}) if max(image.size) <= _LOSSLESS else ("jpeg", {"quality": 88})
+    image.save(buffer, format=kind, **options)
+    url = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"url": url, "width": image.width, "height": image.height, "sharp": image.width < _LARGEST // 2}
 
 
 def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The few figures that a run comes down to, and one sentence about them."""
+"""The key metrics of a run, and one sentence about them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,8 +9,10 @@ from acpo_dist.analysis.report.record import ROLES, RunRecord
 from acpo_dist.tracking.panel import SIGMA
 
 Tone = Literal["good", "caution", "bad", "unknown"]
+PHASES = ("rollout", "reward", "learn", "sync")
+"""Phases of an iteration; `time/<phase>` holds the seconds of each."""
 GUARD_KEYS = ("guard/reward_scale", "guard/best_iteration")
-"""Figures below `guard/` that are no rule."""
+"""Metrics below `guard/` that are not rules."""
 
 
 @dataclass(frozen=True, kw_only=True)

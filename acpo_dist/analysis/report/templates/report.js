@@ -1,33 +1,89 @@
 "use strict";
 (() => {
-  // Sliders: the share of the image, from the left, that shows the base model.
-  const wipe = (input) => input.closest(".wipe").style.setProperty("--cut", input.value + "%");
-  for (const input of document.querySelectorAll(".wipe input")) {
-    wipe(input);
-    input.addEventListener("input", () => wipe(input));
-  }
-  for (const all of document.querySelectorAll("[data-all]")) {
-    all.addEventListener("input", () => {
-      for (const input of all.closest("section").querySelectorAll(".wipe input")) {
-        input.value = all.value;
-        wipe(input);
-      }
+  const all = (query, within = document) => [...within.querySelectorAll(query)];
+
+  // Charts: the colours of the light scheme in each figure are swapped for those of the reader's scheme.
+  const colours = JSON.parse(document.getElementById("colours").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const swapped = (text) => !dark.matches ? text : Object.entries(colours.light).reduce(
+    (result, [name, colour]) => result.replaceAll(colour, colours.dark[name]), text);
+  const draw = (chart) => {
+    const { data, layout } = JSON.parse(swapped(chart.dataset.chart));
+    Plotly.react(chart, data, layout, { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] });
+  };
+  // A hidden chart has no size, so it is drawn when it is shown.
+  const drawVisible = () => all(".chart").filter((chart) => chart.clientWidth && !chart.data).forEach(draw);
+  dark.addEventListener("change", () => all(".chart").filter((chart) => chart.data).forEach(draw));
+
+  // Read-out under a chart, for the pointer and for arrow keys: one stop per x of curves, one per point otherwise.
+  const number = (value) => (value === null || value === undefined ? "no value" : String(+value.toPrecision(4)));
+  const stops = (chart) => {
+    const points = chart.data.flatMap((trace, curveNumber) => trace.hoverinfo === "skip" ? [] : trace.type === "heatmap"
+      ? trace.customdata.flatMap((row, y) => row.map((text, x) => ({ text, curveNumber, pointNumber: [y, x] })))
+      : trace.y.map((y, pointNumber) => trace.type === "bar"
+        ? { text: `${y}: ${trace.text[pointNumber]}`, curveNumber, pointNumber }
+        : { text: trace.text ? trace.text[pointNumber] : `${trace.name} ${number(y)}`, x: trace.x[pointNumber], y, curveNumber, pointNumber }));
+    if (chart.layout.hovermode !== "x unified") return points.filter((point) => point.text).map((point) => ({ text: point.text, points: [point] }));
+    return [...new Set(points.map((point) => point.x))].sort((a, b) => a - b).map((x) => {
+      const here = points.filter((point) => point.x === x);
+      return {
+        text: `${chart.layout.xaxis.title.text} ${x}: ${here.map((point) => point.text).join(", ")}`,
+        points: here.filter((point) => point.y !== null),
+      };
+    });
+  };
+  for (const chart of all(".chart")) {
+    const output = chart.nextElementSibling;
+    let at = null;
+    const read = (index) => {
+      const known = stops(chart);
+      at = Math.max(0, Math.min(known.length - 1, index));
+      output.textContent = known[at].text;
+      return known[at];
+    };
+    chart.addEventListener("keydown", (event) => {
+      const last = stops(chart).length - 1;
+      const next = { ArrowRight: (at ?? -1) + 1, ArrowLeft: (at ?? last + 1) - 1, Home: 0, End: last }[event.key];
+      if (next === undefined) return;
+      event.preventDefault();
+      const points = read(next).points.map(({ curveNumber, pointNumber }) => ({ curveNumber, pointNumber }));
+      if (points.length) Plotly.Fx.hover(chart, points);
+    });
+    chart.addEventListener("pointermove", () => {
+      const hovered = chart._hoverdata?.[0];
+      if (!hovered) return;
+      const same = ({ curveNumber, pointNumber }) => curveNumber === hovered.curveNumber && String(pointNumber) === String(hovered.pointNumber);
+      const index = stops(chart).findIndex((stop) => stop.points.some(same));
+      if (index >= 0) read(index);
     });
   }
 
+  // Sliders: the share of the image, from the left, that shows the base model.
+  const wipe = (input) => input.closest(".wipe").style.setProperty("--cut", input.value + "%");
+  for (const input of all(".wipe input")) {
+    wipe(input);
+    input.addEventListener("input", () => wipe(input));
+  }
+  for (const master of all("[data-all]")) {
+    master.addEventListener("input", () => all(".wipe input", master.closest("section")).forEach((input) => {
+      input.value = master.value;
+      wipe(input);
+    }));
+  }
+
   // Orders of the images.
-  for (const button of document.querySelectorAll("[data-order]")) {
+  for (const button of all("[data-order]")) {
     button.addEventListener("click", () => {
       for (const other of button.parentElement.children) other.setAttribute("aria-pressed", String(other === button));
-      const shelf = button.closest("section").querySelector(".shelf");
+      const gallery = button.closest("section").querySelector(".gallery");
       const order = button.dataset.order;
       const place = (card) => (order === "prompt" ? +card.dataset.prompt : (order === "best" ? -1 : 1) * +card.dataset.worst);
-      shelf.append(...[...shelf.children].sort((a, b) => place(a) - place(b)));
+      gallery.append(...[...gallery.children].sort((a, b) => place(a) - place(b)));
     });
   }
 
   // Tabs, by the usual keys.
-  const tabs = [...document.querySelectorAll("[role=tab]")];
+  const tabs = all("[role=tab]");
   const show = (chosen) => {
     for (const tab of tabs) {
       const on = tab === chosen;
@@ -35,6 +91,7 @@
       tab.tabIndex = on ? 0 : -1;
       document.getElementById(tab.getAttribute("aria-controls")).hidden = !on;
     }
+    drawVisible();
   };
   tabs.forEach((tab, index) => {
     tab.addEventListener("click", () => show(tab));
@@ -48,33 +105,5 @@
       next.focus();
     });
   });
-
-  // Read-out of a chart under the pointer, or by arrow keys.
-  const text = (value) => (value === null || value === undefined ? "no figure" : String(+value.toPrecision(4)));
-  for (const chart of document.querySelectorAll("svg[data-chart]")) {
-    const data = JSON.parse(chart.dataset.chart);
-    const cursor = chart.querySelector(".cursor");
-    const output = chart.nextElementSibling;
-    let at = data.x.length - 1;
-    const read = (index) => {
-      at = Math.max(0, Math.min(data.x.length - 1, index));
-      cursor.removeAttribute("hidden");
-      cursor.setAttribute("x1", data.at[at]);
-      cursor.setAttribute("x2", data.at[at]);
-      output.textContent = `${data.label} ${data.x[at]}: ` + data.series.map((s) => `${s.name} ${text(s.values[at])}`).join(", ");
-    };
-    chart.addEventListener("pointermove", (event) => {
-      const box = chart.getBoundingClientRect();
-      const x = (event.clientX - box.left) / box.width * chart.viewBox.baseVal.width;
-      let nearest = 0;
-      data.at.forEach((place, index) => { if (Math.abs(place - x) < Math.abs(data.at[nearest] - x)) nearest = index; });
-      read(nearest);
-    });
-    chart.addEventListener("keydown", (event) => {
-      const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: data.x.length - 1 }[event.key];
-      if (next === undefined) return;
-      event.preventDefault();
-      read(next);
-    });
-  }
+  drawVisible();
 })();
