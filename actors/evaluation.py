@@ -9,11 +9,13 @@ from typing import Any
 import ray
 from ray.util.placement_group import remove_placement_group
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.schema import Config, RewardsConfig
 from acpo_dist.core.errors import WorkerError
 from acpo_dist.core.ports import RolloutPool
+from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool
 from actors.cluster.control import attempt
 from actors.launch import connected
@@ -23,15 +25,15 @@ from actors.reward.pool import deploy, end_orphans
 from actors.rollout import RayRollouts
 
 
-class RayBackend:
-    """A cluster: the configured one, or a local one of its own for as long as it is entered."""
+class RayBackend(Backend):
+    """The configured cluster, or a local one that lasts as long as `open`."""
 
     name = "ray"
 
     def __init__(self, config: Config, *, workers: int) -> None:
-        """Take resources and time limits from `config`; enter it before use."""
+        """Take resources and time limits from `config`; `open` comes before any other call."""
         self._config, self._workers = config, workers
-        # One chunk in work and one that waits per worker: none is idle while images are fetched.
+        # One chunk running and one queued per worker, so none is idle while images are fetched.
         self.chunks_at_once = 2 * workers
         self._own = False
 
@@ -43,13 +45,9 @@ class RayBackend:
             end_orphans()
             yield self
 
+    @override
     @contextmanager
     def rollouts(self, config: Config) -> Iterator[RolloutPool]:
-        """See `Backend.rollouts`.
-
-        Raises:
-            PlacementError: the cluster cannot place the workers.
-        """
         rollout, cluster = config.rollout, config.cluster
         role = Role(
             name="rollout", count=self._workers, cpus=self._share(rollout.cpus_per_worker, self._workers),
@@ -67,16 +65,12 @@ class RayBackend:
         finally:
             attempt(lambda: remove_placement_group(group), what="release the workers' machines")
 
+    @override
     @contextmanager
     def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:
-        """See `Backend.judges`.
-
-        Raises:
-            WorkerError: a judge cannot start.
-        """
         rewards = self._config.rewards
         cpus = self._share(rewards.cpus_per_replica, len(sections) * rewards.replicas)
-        # One request at a time in a replica: a score must not depend on who was asked together.
+        # One request at a time per replica: a score must not depend on what it is batched with.
         alone = MetricPoolConfig(
             replicas=rewards.replicas, max_ongoing_requests=1, max_batch=CHUNK, cpus=cpus, gpus=rewards.gpus_per_replica
         )
@@ -92,28 +86,28 @@ class RayBackend:
             pool.close()
 
     def _share(self, cpus: float, count: int) -> float:
-        """CPUs of one worker; on a cluster of our own, workers and judges take at most half of it each."""
+        """CPUs of one worker; on a cluster of its own, workers and judges take at most half of it each."""
         if not self._own:
             return cpus
         return min(cpus, max(0.01, int(50 * ray.cluster_resources().get("CPU", 1.0) / count) / 100))
 
 
-class ServeJudges:
-    """The judges of an evaluation as the driver sees them."""
+class ServeJudges(JudgePool):
+    """The judges of an evaluation, called from the driver."""
 
     def __init__(self, client: RewardClient) -> None:
-        """Ask through this client."""
+        """Send requests through this client."""
         self._client = client
 
+    @override
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        """See `JudgePool.submit`."""
         answer = self._client.submit(judge, "score", [ray.put(images)], tuple(prompts))
 
         def wait() -> list[float]:
             try:
                 return answer.result()
             except NoAnswerError as error:
-                # That is the pool's failure and says nothing about the images.
-                raise WorkerError(f"{error} What was judged so far is kept: go on with --resume.") from error
+                # The pool has failed; the images may be fine.
+                raise WorkerError(f"{error} Scores so far are saved: continue with --resume.") from error
 
         return wait

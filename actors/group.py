@@ -1,4 +1,4 @@
-"""All fan-out in one place: wait for many actors with a deadline, and turn a dead one into one readable error."""
+"""Wait for calls of many actors with a deadline, and turn Ray's exceptions into errors that name the worker."""
 
 import logging
 from collections.abc import Mapping
@@ -17,19 +17,20 @@ def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str
 
     Args:
         calls: worker name -> object reference.
-        what: what they were asked, for the error.
+        timeout_s: seconds without any response.
+        what: names the call in errors.
 
     Raises:
-        AcpoError: what a worker itself raised for the user.
-        WorkerLostError: a worker died, or what it needed was on a machine that is gone; names it.
-        WorkerError: a worker failed, or did not answer in time; names it.
+        AcpoError: raised by a worker itself.
+        WorkerLostError: a worker died, or its arguments were on a machine that is lost; names the worker.
+        WorkerError: a worker failed, or did not respond in time; names it.
     """
     waiting = {reference: name for name, reference in calls.items()}
     results: dict[str, Any] = {}
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
         if not ready:
-            raise WorkerError(f"{', '.join(sorted(waiting.values()))}: no answer to `{what}` within {timeout_s:g} s")
+            raise WorkerError(f"{', '.join(sorted(waiting.values()))}: no response to `{what}` within {timeout_s:g} s")
         name = waiting.pop(ready[0])
         results[name] = fetch(ready[0], name=name, what=what)
     return {name: results[name] for name in calls}
@@ -44,20 +45,20 @@ def fetch(reference: Any, *, name: str, what: str, timeout_s: float | None = Non
         if cause is not None:
             raise cause from None
         if isinstance(error.cause, RayError):
-            raise WorkerLostError(f"{name}: `{what}` needs what is gone: {error.cause}") from error.cause
+            raise WorkerLostError(f"{name}: `{what}` needs data that is lost: {error.cause}") from error.cause
         raise WorkerError(f"{name} failed in `{what}`:\n{error}") from error
     except GetTimeoutError as error:
-        raise WorkerError(f"{name}: no answer to `{what}` within {timeout_s:g} s") from error
+        raise WorkerError(f"{name}: no response to `{what}` within {timeout_s:g} s") from error
     except RayActorError as error:
         raise WorkerLostError(f"{name} died in `{what}`: {error}") from error
     except RayError as error:
-        raise WorkerLostError(f"{name}: `{what}` did not come back: {error}") from error
+        raise WorkerLostError(f"{name}: `{what}` failed in Ray: {error}") from error
 
 
 def kill(handles: Mapping[str, Any]) -> None:
-    """End actors that may be dead already."""
+    """End actors, some of which may be dead already."""
     for name, handle in handles.items():
         try:
             ray.kill(handle)
         except RayError as error:
-            logger.info("%s was gone already: %s", name, error)
+            logger.info("%s had ended already: %s", name, error)

@@ -1,4 +1,4 @@
-"""Plan, place, spawn, hand over to the loop, tear down."""
+"""Open the ports of a run on Ray: plan, place, start the roles, and end them."""
 
 import logging
 import os
@@ -18,6 +18,7 @@ from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
 from actors.cluster.connect import join, leave
 from actors.cluster.control import attempt, named_failures
+from actors.group import kill
 from actors.learner import RayLearner
 from actors.placement import await_resources, node_offers, place, plan_placement
 from actors.reward.gateway import open_gateway, read_tokens
@@ -29,11 +30,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
-    """All ports on Ray; on leaving, everything that was started is ended.
+    """Start all roles of a run on Ray; they are ended when the block is left.
 
     Raises:
         PlacementError: the cluster cannot place the run.
         WorkerError: a worker cannot start.
+        WorkerLostError: a worker or the cluster was lost.
     """
     plan = plan_placement(config)
     http = config.rewards.http
@@ -45,7 +47,7 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
         gang = place(plan.role("learner"), timeout_s=config.cluster.place_timeout_s)
         stack.callback(attempt, lambda: remove_placement_group(gang), what="release the learner's machines")
-        # Actors load their models while the reward pool comes up. Rollout workers hold no reservation: each may move.
+        # Actors load their models while the reward pool starts. Rollout workers hold no reservation, so each may move.
         rollout = RayRollouts(config, plan.role("rollout"))
         stack.callback(rollout.close)
         learner = RayLearner(config, plan.role("learner"), gang)
@@ -56,7 +58,7 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         learner.build(reward)
         if http.enabled:
             gateway, address = open_gateway(reward.link, _gradients(config), config.rewards.cut, http)
-            stack.callback(ray.kill, gateway)
+            stack.callback(kill, {"http": gateway})
             tracker.set_tags({"reward_pool": address})
             logger.warning("the reward pool listens on %s (rewards.http)", address)
         rollout.await_ready()
@@ -67,17 +69,18 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Join the configured cluster, or start a local one and stop it on leaving; a connection that is there is kept.
+    """Join the configured cluster, or start a local one for the block; an existing connection is used and kept.
 
     Raises:
         UsageError: the cluster cannot be joined.
+        WorkerLostError: Ray fails within the block.
     """
     _require_own_packages()
     if ray.is_initialized():
         with named_failures():
             yield
         return
-    # `local` even where a cluster runs on this machine: an unnamed one may be anybody's.
+    # `local` even if a cluster runs on this machine, since it may belong to another user.
     join(config.cluster.address or os.environ.get("RAY_ADDRESS") or "local")
     try:
         with named_failures():
@@ -87,7 +90,7 @@ def connected(config: Config) -> Iterator[None]:
 
 
 def _gradients(config: Config) -> dict[str, bool]:
-    """Which metrics the pool gives gradients of: those that were started for it."""
+    """Whether the pool returns gradients of a metric, by name."""
     training = {entry.name for entry in config.rewards.train}
     return {
         entry.name: entry.name in training and resolve("reward", REWARDS, entry.type).differentiable(entry)
@@ -96,7 +99,7 @@ def _gradients(config: Config) -> dict[str, bool]:
 
 
 def _require_own_packages() -> None:
-    """`actors` is a common name: refuse a stranger that shadows ours."""
+    """Refuse another package named `actors` that shadows this project's."""
     import actors
 
     ours = Path(acpo_dist.__file__).resolve().parent.parent / "actors"

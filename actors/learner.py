@@ -1,4 +1,4 @@
-"""Learner ranks as a gang of actors: all of them, or none."""
+"""Learner ranks as actors that are placed, and fail, together."""
 
 import os
 import socket
@@ -12,10 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError, WorkerError, WorkerLostError
-from acpo_dist.core.ports import Advance
+from acpo_dist.core.ports import Advance, LearnerGroup
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import (
     GradientScale,
@@ -37,27 +38,37 @@ from actors.reward.client import PoolLink
 from actors.reward.pool import ServeRewards
 
 _DEATH_S = 75.0
-"""Longest time that Ray takes to see that a machine is gone whose network was cut."""
+"""Seconds within which Ray detects a machine whose network was cut."""
 
 
 class LearnerActor:
-    """Shell round `LearnerWorker`: rank variables first, then everything heavy."""
+    """Actor around `LearnerWorker`: sets the rank variables before it imports torch."""
 
     def __init__(self, rank: int, world_size: int, model_type: str, cpus: float, gpus: float) -> None:
-        """Set the process up, and import what `build` needs while the rest of the cluster comes up."""
+        """Set up the process and import the model's family while the other roles start."""
         self._device = set_up(cpus=cpus, gpus=gpus)
         # Ray shows each rank its own GPU alone, so the local rank is always 0.
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
         resolve("model", MODELS, model_type)
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks meet: this host and a free port."""
+        """Address of the process group: this host and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def build(self, master: tuple[str, int], spec: Any, link: PoolLink, expected: Software | None) -> int:
-        """Load the model; returns the process id."""
+        """Load the model and return the process id.
+
+        Args:
+            master: host and port of the process group.
+            spec: the learner's part of the configuration.
+            link: the reward pool.
+            expected: the driver's software; None skips the comparison.
+
+        Raises:
+            SoftwareError: this machine runs other software.
+        """
         require_same(expected)
         os.environ.update(MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
         from acpo_dist.workers.learner.worker import LearnerWorker
@@ -68,41 +79,41 @@ class LearnerActor:
         return os.getpid()
 
     def start(self, folder: Path | None) -> int:
-        """See `LearnerWorker.start`; returns D."""
+        """Run `LearnerWorker.start` and return D, the number of elements of x_0."""
         self._worker.start(folder)
         return self._worker.num_elements
 
     def train(self, references: list[Any], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep], bool, int]:
-        """See `LearnerWorker.train`; then whether too many steps were refused, and how often this rank asked again."""
+        """Run `LearnerWorker.train`; adds whether too many steps were skipped, and this rank's retried requests."""
         found = self._worker.train(ray.get(references), task)
         return *found, self._worker.skipped_too_many, self._client.retries
 
     def gradient_norms(self, references: list[Any], terms: Sequence[RewardTerm]) -> list[float]:
-        """See `LearnerWorker.gradient_norms`."""
+        """Run `LearnerWorker.gradient_norms` on batches in the object store."""
         return self._worker.gradient_norms(ray.get(references), terms)
 
     def observe(self, references: list[Any]) -> dict[str, list[float]]:
-        """See `LearnerWorker.observe`."""
+        """Run `LearnerWorker.observe` on batches in the object store."""
         return self._worker.observe(ray.get(references))
 
     def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> MetricSums:
-        """See `LearnerWorker.measure_drift`."""
+        """Run `LearnerWorker.measure_drift` on batches in the object store."""
         return self._worker.measure_drift(ray.get(references), timesteps)
 
     def export(self, version: int, ema: bool) -> tuple[WeightBundle, str]:
-        """The bundle and its checksum, each an object of its own."""
+        """The bundle and its checksum, as two objects of the object store."""
         bundle = self._worker.export(version, ema=ema)
         return bundle, bundle.checksum
 
     def save(self, folder: Path) -> None:
-        """See `LearnerWorker.save`."""
+        """Run `LearnerWorker.save`."""
         self._worker.save(folder)
 
     def ping(self) -> None:
-        """Answer."""
+        """Return, which shows that the process is alive."""
 
     def holds(self, file: Path, content: bytes) -> str:
-        """Empty if the file is the same here, else the address of this machine."""
+        """Empty if this machine reads the same content from the file, else its address."""
         try:
             return "" if file.read_bytes() == content else ray.util.get_node_ip_address()
         except OSError:
@@ -113,8 +124,8 @@ class LearnerActor:
         self._worker.close()
 
 
-class RayLearner:
-    """The gang as the driver sees it. A rank that fails ends the others: half a gang would wait for ever."""
+class RayLearner(LearnerGroup):
+    """All learner ranks, called from the driver. A rank that fails ends the others, which would wait for it forever."""
 
     def __init__(self, config: Config, role: Role, group: Any) -> None:
         """Start the actors; `build` loads the models."""
@@ -143,19 +154,19 @@ class RayLearner:
         self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link, expected))
         self._require_shared_folder()
 
+    @override
     def start(self, folder: Path | None) -> None:
-        """See `LearnerGroup.start`."""
         self._num_elements = self._all("start", lambda actor: actor.start.remote(folder))[0]
 
+    @override
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
-        """See `LearnerGroup.train`."""
         references = _latents(handles)
         answers = self._all("train", lambda actor: actor.train.remote(references, task))
         if self._rewards is not None:
             self._rewards.learner_retries = sum(retries for *_, retries in answers)
         if advance:
             advance(len(task.sample_ids))
-        # Every rank refuses the same steps, and knows the samples of its own.
+        # All ranks skip the same steps, and each reports its own samples.
         skipped = zip(*(steps for _, _, steps, *_ in answers), strict=True)
         return TrainReport(
             metrics=MetricSums.merge(metrics for metrics, *_ in answers).means(), optim_steps=answers[0][1],
@@ -166,15 +177,15 @@ class RayLearner:
             too_many=answers[0][3],
         )  # fmt: skip
 
+    @override
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
-        """See `LearnerGroup.gradient_scale`."""
         references = _latents(handles)
         answers = self._all("gradient scale", lambda actor: actor.gradient_norms.remote(references, rewards))
         norms = [norm for part in answers for norm in part]
         return GradientScale(median_norm=median(norms), num_elements=self._num_elements)
 
+    @override
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        """See `LearnerGroup.observe`."""
         references = _latents(handles)
         merged: dict[str, list[float]] = {}
         for part in self._all("observe", lambda actor: actor.observe.remote(references)):
@@ -182,29 +193,30 @@ class RayLearner:
                 merged.setdefault(name, []).extend(values)
         return merged
 
+    @override
     def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
-        """See `LearnerGroup.measure_drift`."""
         references = _latents(handles)
         answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps))
         return {int(name): value for name, value in MetricSums.merge(answers).means().items()}
 
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
-        """Reference to the bundle, and its checksum; the driver does not open the bundle."""
+        """Object reference of the bundle, and its checksum; the driver does not fetch the bundle."""
         bundle, checksum = self._first.export.options(num_returns=2).remote(version, ema)
         return bundle, fetch(checksum, name="learner/0", what="export", timeout_s=self._timeout_s)
 
+    @override
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """See `LearnerGroup.export`."""
         reference, _ = self.export_reference(version, ema=ema)
         return fetch(reference, name="learner/0", what="export", timeout_s=self._timeout_s)
 
+    @override
     def save(self, folder: Path) -> None:
-        """See `LearnerGroup.save`; the folder must be on storage that rank 0 and the driver share."""
+        # The folder must be on storage that rank 0 and the driver share.
         target = folder.resolve()
         self._all("save", lambda actor: actor.save.remote(target))
 
     def close(self) -> None:
-        """End the gang."""
+        """End all ranks."""
         kill(self._actors)
 
     def _all(self, what: str, call: Any) -> list[Any]:
@@ -214,7 +226,7 @@ class RayLearner:
         except WorkerLostError:
             raise
         except WorkerError as error:
-            # A rank that loses its peer often says so before Ray sees that the peer is gone.
+            # A rank whose peer died often fails before Ray detects that death.
             dead = self._first_dead()
             if dead is None:
                 raise
@@ -235,7 +247,7 @@ class RayLearner:
         return None
 
     def _require_shared_folder(self) -> None:
-        """Refuse a run folder that not every rank sees: the first checkpoint would be lost, hours later.
+        """Refuse a run folder that is not shared by all ranks, since checkpoints would be lost.
 
         Raises:
             UsageError: names the machines.
@@ -244,12 +256,12 @@ class RayLearner:
         if not file.is_file():
             return
         content = file.read_bytes()
-        strangers = {
+        elsewhere = {
             where for where in self._all("see the run", lambda actor: actor.holds.remote(file, content)) if where
         }
-        if strangers:
+        if elsewhere:
             raise UsageError(
-                f"{file.parent} is not the same folder on {', '.join(sorted(strangers))} as here, so checkpoints would "
+                f"{file.parent} is not the same folder on {', '.join(sorted(elsewhere))} as here, so checkpoints would "
                 "be lost. Put runs on storage that all machines share: set ACPO_RUNS on every machine, or run.dir."
             )
 

@@ -1,4 +1,4 @@
-"""Who needs what: a pure plan, and a bounded, logged wait until the cluster has it."""
+"""Resources of every role, and a bounded, logged wait until the cluster can place them."""
 
 import logging
 import time
@@ -30,15 +30,15 @@ class Role:
     count_key: str
     """Configuration key that sets the count."""
     least: int | None = None
-    """The run starts with so many; None wants all."""
+    """Workers with which the run starts; None for all."""
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom resources of one worker."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Labels that its machine must have."""
+    """Labels that the machine must have."""
 
     @property
     def needed(self) -> int:
-        """Workers that there must be at the start."""
+        """Workers that must be placed at the start."""
         return self.count if self.least is None else min(self.count, self.least)
 
     def bundle(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class PlacementPlan:
 
 
 def plan_placement(config: Config) -> PlacementPlan:
-    """The plan of a configuration; nothing is asked of a cluster."""
+    """The roles of a configuration; no cluster is needed."""
     learner, rollout, rewards = config.learner, config.rollout, config.rewards
     roles = config.cluster.roles
     pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
@@ -95,24 +95,24 @@ def plan_placement(config: Config) -> PlacementPlan:
 
 
 def shortfall(plan: PlacementPlan, available: Mapping[str, float]) -> dict[str, float]:
-    """What is missing to start: resource -> amount."""
+    """Resources that a start lacks: name -> amount."""
     missing = {name: need - available.get(name, 0.0) for name, need in plan.needed().items()}
     return {name: amount for name, amount in missing.items() if amount > 1e-9}
 
 
 def await_resources(plan: PlacementPlan, *, timeout_s: float) -> None:
-    """Wait until the cluster has room for what the plan needs to start; its autoscaler is told what is wanted.
+    """Wait until the cluster can place what the run needs to start; its autoscaler sees the request.
 
     Raises:
-        PlacementError: after `timeout_s`, with what is needed, there and missing, and which key to lower.
+        PlacementError: after `timeout_s`; names needed, available and missing resources, and the keys to lower.
     """
     bundles = [role.bundle() or {"CPU": 0.001} for role in plan.roles for _ in range(role.needed)]
     labels = [dict(role.labels) for role in plan.roles for _ in range(role.needed)]
-    # Reserved together for a moment, so that runs which start at once do not each hold half of what both need.
-    wish = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
+    # One reservation for all roles, so that two runs which start together do not each hold half of their needs.
+    reservation = placement_group(bundles, strategy="PACK", bundle_label_selector=labels)
     started = logged = time.monotonic()
     try:
-        while not wish.wait(min(1.0, timeout_s)):
+        while not reservation.wait(min(1.0, timeout_s)):
             now = time.monotonic()
             if now - started >= timeout_s:
                 raise PlacementError(explain(plan, node_offers(), waited_s=timeout_s))
@@ -120,14 +120,14 @@ def await_resources(plan: PlacementPlan, *, timeout_s: float) -> None:
                 logger.warning("waiting for room: %s", explain(plan, node_offers(), waited_s=now - started))
                 logged = now
     finally:
-        remove_placement_group(wish)
+        remove_placement_group(reservation)
 
 
 def place(role: Role, *, timeout_s: float) -> PlacementGroup:
     """Reserve one bundle per worker of a role.
 
     Raises:
-        PlacementError: not placed in time, though registered: other runs hold the resources, or no node is big enough.
+        PlacementError: not placed in time: other runs hold the resources, or no machine is large enough.
     """
     bundle = role.bundle() or {"CPU": 0.001}
     group = placement_group(
@@ -146,7 +146,7 @@ def place(role: Role, *, timeout_s: float) -> PlacementGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeOffer:
-    """What one machine has."""
+    """Resources and labels of one machine."""
 
     address: str
     resources: Mapping[str, float]
@@ -162,12 +162,12 @@ def node_offers() -> list[NodeOffer]:
 
 
 def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether a machine with `labels` is one of those that a selector in Ray's words takes."""
+    """Whether labels satisfy one of Ray's label selectors."""
     return all(_accepts(labels.get(name), condition) for name, condition in wanted.items())
 
 
 def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float) -> str:
-    """What the run needs, what is there and what is missing, role by role where roles choose their machines."""
+    """Message with needed, available and missing resources, by role where roles select machines by label."""
     there: dict[str, float] = {}
     for node in nodes:
         for name, amount in node.resources.items():
@@ -184,7 +184,7 @@ def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float)
         reason = "missing " + "; ".join(short)
     else:
         free = _amounts(ray.available_resources())
-        reason = f"other runs hold what is missing, or no machine is big enough; free now: {free}"
+        reason = f"other runs hold the rest, or no machine is large enough; free now: {free}"
     return (
         f"the run needs {_amounts(plan.needed())}, but after {waited_s:.0f} s the {len(nodes)} machines of the cluster "
         f"have {_amounts(there)} ({reason}). Needed: {needs}. Lower a count, give workers smaller shares (…cpus_per_…, "
@@ -193,7 +193,7 @@ def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float)
 
 
 def lacking(role: Role, nodes: Sequence[NodeOffer]) -> str:
-    """What the machines that a role may use are short of; empty if nothing."""
+    """What the machines that a role may use lack for it; empty if nothing."""
     allowed = [node for node in nodes if matches(node.labels, role.labels)]
     if not allowed:
         return f"a machine with the labels {dict(role.labels)} for {role.name} (cluster.roles)"

@@ -1,4 +1,4 @@
-"""What every shell does first: set its process up, before anything heavy is imported."""
+"""Set up a worker's process before it imports torch."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Rollout workers as actors: spread over machines, restartable, and what is lost is drawn again from the same seeds."""
+"""Rollout workers as restartable actors; lost samples are drawn again from the same seeds."""
 
 import os
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ import ray
 import torch
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WeightSyncError
-from acpo_dist.core.ports import Advance
+from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
@@ -27,23 +28,23 @@ from actors.worker_pool import TASK_RETRIES, Answer, NotLoadedError, WorkerPool
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What a task is done with. It travels with the task, so a process that was restarted, or that does a task again
-    whose result was lost with its machine, draws the same samples."""
+    """Weights and trajectory of a task. They are arguments of the task, so a restarted process, or another one that
+    repeats it, draws the same samples."""
 
     version: int = 0
     bundle: tuple[Any, ...] = ()
-    """Reference to the weights, in a tuple so that Ray does not fetch it unasked; empty for the untouched model."""
+    """Reference to the weights, in a tuple so that Ray does not fetch it with every task; empty for the base model."""
     trajectory: Trajectory | None = None
-    """None is the one of the configuration."""
+    """None for the trajectory of the configuration."""
 
 
 class RolloutActor:
-    """Shell round `RolloutWorker`."""
+    """Actor around `RolloutWorker`."""
 
     def __init__(
         self, model: Any, sampler: Any, name: str, cpus: float, gpus: float, expected: Software | None = None
     ) -> None:
-        """Set the process up, then load the model; why it cannot be is told with the first call."""
+        """Set up the process and load the model; an error is raised by the first call instead."""
         self._process = f"process {os.getpid()} on {ray.util.get_node_ip_address()}"
         self._loaded, self._failed = None, None
         try:
@@ -54,7 +55,7 @@ class RolloutActor:
             self._loaded = RolloutWorker(model, sampler, device=device, name=name)
             self._first = self._loaded.trajectory
         except Exception as error:
-            # Ray would start an actor again and again whose constructor fails, and report it as lost.
+            # Ray restarts an actor whose constructor fails, without end, and reports it as lost.
             self._failed = NotLoadedError(error, self._process)
 
     @property
@@ -64,7 +65,7 @@ class RolloutActor:
         return self._loaded
 
     def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
-        """Draw a chunk: what the driver may know, the latents, the images; each an object of its own."""
+        """Draw a chunk; its handle, the latents and the images are three objects of the object store."""
         self._assume(policy)
         batch = self._worker.generate(plans)
         handle = RolloutHandle(
@@ -74,21 +75,21 @@ class RolloutActor:
         return Answer(self._process, handle), replace(batch, images_BCHW=torch.empty(0)), batch.images_BCHW
 
     def load(self, bundle: WeightBundle) -> Answer:
-        """See `RolloutWorker.load`."""
+        """Run `RolloutWorker.load`."""
         return Answer(self._process, self._worker.load(bundle))
 
     def measure_errors(self, batch: RolloutBatch, sigmas: tuple[float, ...], guidance: bool, policy: Policy) -> Answer:
-        """See `RolloutWorker.measure_errors`."""
+        """Run `RolloutWorker.measure_errors` with the weights and trajectory of `policy`."""
         self._assume(policy)
         return Answer(self._process, self._worker.measure_errors(batch, sigmas, guidance=guidance))
 
     def final_latents(self, plans: tuple[SamplePlan, ...], trajectory: Trajectory, policy: Policy) -> Answer:
-        """See `RolloutWorker.ends`."""
+        """Run `RolloutWorker.final_latents` with the weights and trajectory of `policy`."""
         self._assume(policy)
         return Answer(self._process, self._worker.final_latents(plans, trajectory))
 
     def follow(self, trajectory: Trajectory) -> Answer:
-        """See `RolloutWorker.follow`."""
+        """Run `RolloutWorker.follow`."""
         return Answer(self._process, self._worker.follow(trajectory))
 
     def alpha_bars(self) -> Tensor:
@@ -96,21 +97,20 @@ class RolloutActor:
         return self._worker.alpha_bars
 
     def trajectory(self) -> Trajectory:
-        """The one in use."""
+        """The trajectory in use."""
         return self._worker.trajectory
 
     def ready(self) -> Answer:
-        """Process and machine, once the model is loaded."""
+        """Process id and Ray's node id, once the model is loaded."""
         assert self._worker is not None
         return Answer(self._process, (os.getpid(), ray.get_runtime_context().get_node_id()))
 
     def _assume(self, policy: Policy) -> None:
-        """Take the weights and the trajectory of a task, where they are not those of now."""
+        """Load the weights and the trajectory of a task, unless they are in use already."""
         if policy.version != self._worker.version:
             if not policy.bundle:
                 raise WeightSyncError(
-                    f"samples of the untouched model are to be drawn by a worker that holds version "
-                    f"{self._worker.version}"
+                    f"a worker that holds version {self._worker.version} cannot draw samples of the base model"
                 )
             bundle: Any = ray.get(policy.bundle[0])
             require_acks(policy.version, bundle.checksum, [self._worker.load(bundle)])
@@ -119,15 +119,15 @@ class RolloutActor:
             self._worker.follow(wanted)
 
 
-class RayRollouts:
-    """A pool of rollout actors. The driver holds references; payload is (latents, images)."""
+class RayRollouts(RolloutPool):
+    """A pool of rollout actors. The driver holds object references: the payload of a handle is (latents, images)."""
 
     def __init__(self, config: Config, role: Role, group: Any = None) -> None:
         """Start the actors; `await_ready` waits for them.
 
         Args:
-            group: placement group that holds a bundle for each; None lets Ray spread them, now and when one has to
-                move, and has its autoscaler bring machines for those that find no room.
+            group: placement group with one bundle per actor; None lets Ray place and move them, and its autoscaler add
+                machines for them.
         """
         where = PlacementGroupSchedulingStrategy(group) if group is not None else "SPREAD"
         selector = {} if group is not None else {"label_selector": dict(role.labels)}
@@ -152,15 +152,15 @@ class RayRollouts:
 
     @property
     def redone(self) -> int:
-        """Tasks that were done again because a worker was lost or late."""
+        """Tasks that were repeated because a worker was lost or late."""
         return self._workers.redone
 
     def await_ready(self) -> dict[str, int]:
-        """Wait until the models are loaded; process id by worker that is there."""
+        """Wait until the models are loaded; process id by name of the workers that are ready."""
         return {name: pid for name, (pid, _) in self._ready().items()}
 
     def nodes(self) -> list[str]:
-        """Ray's ids of the machines with rollout workers, once the models are loaded."""
+        """Ray's node ids of the rollout workers, once the models are loaded."""
         return sorted({node for _, node in self._ready().values()})
 
     def _ready(self) -> dict[str, Any]:
@@ -168,8 +168,9 @@ class RayRollouts:
         self._first_least = self._least
         return found
 
+    @override
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
-        """See `RolloutPool.generate`: chunks go to whichever worker is free; what a lost one had is drawn again."""
+        # Chunks go to whichever worker is free; what a lost one had is drawn again.
         chunks, policy = chunks_of(groups, self._chunk), self._policy
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
@@ -182,10 +183,11 @@ class RayRollouts:
         )  # fmt: skip
         return [replace(meta, payload=payload) for meta, payload in done]
 
+    @override
     def measure_errors(
         self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
     ) -> list[ErrorSums]:
-        """See `RolloutPool.measure_errors`; the latents go from worker to worker."""
+        # The latents go from worker to worker.
         policy = self._policy
         done = self._workers.spread(
             [handle.sample_ids[0] for handle in handles],
@@ -196,51 +198,56 @@ class RayRollouts:
         )  # fmt: skip
         return [sums for sums, _ in done]
 
+    @override
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
-        """See `RolloutPool.ends`."""
         chunks, policy = chunks_of(groups, self._chunk), self._policy
         done = self._workers.spread(
             [chunk[0].sample_id for chunk in chunks],
             lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
-            what="walk to the end",
+            what="final latents",
         )  # fmt: skip
         return torch.cat([final_latents for final_latents, _ in done])
 
+    @override
     def follow(self, trajectory: Trajectory) -> list[str]:
-        """See `RolloutPool.follow`; who is late learns it with its next task."""
+        # Who is late learns it with its next task.
         self._policy = replace(self._policy, trajectory=trajectory)
-        ids = self._workers.ask(
-            lambda actor: actor.follow.remote(trajectory), what="follow a trajectory", least=self._least
-        )
+        ids = self._workers.ask(lambda actor: actor.follow.remote(trajectory), what="set trajectory", least=self._least)
         return list(ids.values())
 
+    @override
     def alpha_bars(self) -> Tensor:
-        """See `RolloutPool.alpha_bars`."""
         name, actor = self._anyone()
         return fetch(actor.alpha_bars.remote(), name=name, what="noise schedule", timeout_s=self._timeout_s)
 
+    @override
     def trajectory(self) -> Trajectory:
-        """See `RolloutPool.trajectory`."""
         if self._policy.trajectory is not None:
             return self._policy.trajectory
         name, actor = self._anyone()
         return fetch(actor.trajectory.remote(), name=name, what="trajectory", timeout_s=self._timeout_s)
 
+    @override
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        """See `RolloutPool.load`."""
         return self.load_reference(ray.put(bundle), bundle.version)
 
     def load_reference(self, bundle: Any, version: int) -> list[WeightAck]:
-        """The same with the bundle in the object store; the driver does not open it.
+        """Load weights from the object store; a late worker loads them with its next task.
 
-        Who is late gets the weights with its next task.
+        Args:
+            bundle: object reference of a `WeightBundle`, which the driver does not fetch.
+            version: its version.
+
+        Returns:
+            Acknowledgements of the workers that have responded.
         """
         self._policy = replace(self._policy, version=version, bundle=(bundle,))
         acks = self._workers.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
         return list(acks.values())
 
+    @override
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """See `RolloutPool.images`; only chunks that hold a wanted image are fetched."""
+        # Only chunks that hold a wanted image are fetched.
         wanted = set(sample_ids)
         found: dict[str, Tensor] = {}
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Interchangeable workers that may be lost, late or new: work goes to those who answer, nobody waits for others."""
+"""A pool of interchangeable actors, any of which may be lost, late or new. Tasks go to the responsive ones."""
 
 import logging
 import time
@@ -17,29 +17,29 @@ from actors.group import fetch, kill
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
-"""How often a wait looks up to see who is late."""
+"""Seconds between two checks for late workers."""
 _LOG_EVERY_S = 30.0
-_TOLD = 500
-"""Characters of a worker's end that are told: what failed stands last."""
+_SHOWN = 500
+"""Characters of a worker's last error that are shown, from its end."""
 _MAX_FAILURES = 3
-"""How often a task may end its worker; Ray itself tries it `TASK_RETRIES` times before it counts here."""
+"""Workers that one task may end before the run fails; each is counted after `TASK_RETRIES` retries by Ray."""
 TASK_RETRIES = 3
-"""How often Ray does a task again whose worker or whose result was lost."""
+"""Times that Ray itself repeats a task whose worker or result was lost."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says: which process it is, and its result."""
+    """Result of a call, and the process that computed it."""
 
     process: str
     result: Any
 
 
 class NotLoadedError(Exception):
-    """A worker's process is there, but what it works with could not be loaded."""
+    """A worker's process runs, but its model could not be loaded."""
 
     def __init__(self, cause: Exception, process: str) -> None:
-        """Keep what went wrong; one that does not survive the way to the driver goes as its text."""
+        """Store the cause; one that cannot be pickled for the driver is replaced by its text."""
         known = cause if isinstance(cause, AcpoError) else WorkerError(f"{type(cause).__name__}: {cause}")
         super().__init__(known, process)
         self.cause, self.process = known, process
@@ -54,39 +54,47 @@ class _Running:
 
 
 class WorkerPool:
-    """Actors of one kind, by name. Every call must return an `Answer` in its first object."""
+    """Actors of one kind, by name. The first object that a call returns must be an `Answer`."""
 
     def __init__(
         self, actors: Mapping[str, Any], *, timeout_s: float, late_s: float, ping: Callable[[Any], Any]
     ) -> None:
-        """Take actors that may still be on their way.
+        """Store the actors, which may still be starting.
 
         Args:
-            timeout_s: longest wait in which nobody answers.
-            late_s: how much later than the others a worker may answer before it is left out.
-            ping: asks an actor for a sign of life.
+            timeout_s: seconds without any response before a call fails.
+            late_s: seconds after the other workers' responses until a worker is left out.
+            ping: calls a cheap method of an actor.
         """
         self.actors = dict(actors)
         self._timeout_s, self._late_s, self._ping = timeout_s, late_s, ping
         self._away: dict[Any, str] = {}
-        """Call that a worker has not answered -> its name. It is given nothing more until it does."""
+        """Pending call -> name of a late or lost worker, which gets no tasks until it responds."""
         self._processes: dict[str, str] = {}
         self._lost: dict[str, str] = {}
-        """What was last heard of the end of a worker that was lost."""
+        """Last error of every lost worker."""
         self.redone = 0
-        """Tasks that were done again."""
+        """Tasks that were repeated."""
 
     def present(self) -> list[str]:
-        """Workers that owe no answer."""
-        self._welcome()
+        """Names of the responsive workers."""
+        self._readmit()
         away = set(self._away.values())
         return [name for name in self.actors if name not in away]
 
     def ask(self, call: Callable[[Any], Any], *, what: str, least: int) -> dict[str, Any]:
-        """Ask every present worker; who is late is left out as long as `least` have answered.
+        """Call every responsive worker; late ones are left out once `least` have responded.
+
+        Args:
+            call: actor -> object reference.
+            what: names the call in errors.
+            least: responses that are needed.
+
+        Returns:
+            Result by worker name.
 
         Raises:
-            WorkerLostError: fewer than `least` workers are there in time; names the others.
+            WorkerLostError: fewer than `least` workers responded in time; names the others.
         """
         waiting = {call(self.actors[name]): name for name in self.present()}
         results: dict[str, Any] = {}
@@ -109,13 +117,13 @@ class WorkerPool:
                 logger.warning("`%s`: waiting for %s", what, ", ".join(sorted(waiting.values())))
                 logged = now
         for reference, name in waiting.items():
-            logger.warning("%s has not answered to `%s`; going on without it until it does", name, what)
+            logger.warning("%s has not responded to `%s`; going on without it until it does", name, what)
             self._away[reference] = name
         if len(results) < least:
             raise WorkerLostError(
-                f"{len(results)} workers answered to `{what}` within {time.monotonic() - started:.0f} s, {least} are "
-                f"needed; no answer from {', '.join(sorted(self._away.values())) or 'anybody'}. Add machines or lower "
-                "rollout.num_workers (cluster.roles.rollout.min_workers lets a run begin with fewer)."
+                f"{len(results)} workers responded to `{what}` within {time.monotonic() - started:.0f} s, {least} are "
+                f"needed; no response from {', '.join(sorted(self._away.values())) or 'any'}. Add machines or lower "
+                "rollout.num_workers (cluster.roles.rollout.min_workers lets a run start with fewer)."
                 + "".join(f"\n{name} was lost: ...{text}" for name, text in sorted(self._lost.items()))
             )
         return results
@@ -124,18 +132,18 @@ class WorkerPool:
         self, names: Sequence[str], submit: Callable[[Any, int], tuple[Any, Any]], *, what: str,
         advance: Callable[[int], None] | None = None,
     ) -> list[tuple[Any, Any]]:  # fmt: skip
-        """Tasks go to whoever is free; what a lost or late worker had is done again by another. First answer counts.
+        """Distribute tasks over free workers; tasks of lost or late workers are repeated, and the first result counts.
 
         Args:
             names: one per task, for errors.
-            submit: (actor, index) -> (reference to wait for, payload that the caller only passes on).
-            advance: called with the index of a task that is done.
+            submit: (actor, index) -> (reference to wait for, payload to return with the result).
+            advance: called with the index of a finished task.
 
         Returns:
             (result, payload) per task, in the order of `names`.
 
         Raises:
-            WorkerLostError: nobody answers in time, or a task ends every worker it meets.
+            WorkerLostError: no worker responds in time, or a task ended `_MAX_FAILURES` workers.
         """
         todo = deque(range(len(names)))
         running: dict[Any, _Running] = {}
@@ -171,25 +179,25 @@ class WorkerPool:
                     todo.appendleft(task.index)
             elif not ready and now - heard > self._timeout_s:
                 who = ", ".join(sorted({task.name for task in running.values()} | set(self._away.values())))
-                raise WorkerLostError(f"{who}: no answer to `{what}` within {self._timeout_s:g} s")
+                raise WorkerLostError(f"{who}: no response to `{what}` within {self._timeout_s:g} s")
         for reference, task in running.items():
-            # Somebody else was faster; whatever it says when it comes back, only its return matters.
+            # Another worker was faster; the result is dropped, and the worker returns when it responds.
             self._away[reference] = task.name
         return [done[index] for index in range(len(names))]
 
     def _overdue(self, running: Mapping[Any, _Running], done: Mapping[int, Any], took: Sequence[float]) -> int | None:
-        """A task whose worker is late, and that nobody else has been given yet."""
+        """Index of a task whose worker is late and that no other worker has; None if there is none."""
         limit = self._late_s + 3 * (median(took) if took else self._timeout_s)
         given = Counter(task.index for task in running.values())
         for task in running.values():
             if task.index not in done and given[task.index] == 1 and time.monotonic() - task.since > limit:
-                logger.warning("%s is late (%.0f s); its task is done again elsewhere", task.name, limit)
+                logger.warning("%s is late (%.0f s); its task is repeated by another worker", task.name, limit)
                 self.redone += 1
                 return task.index
         return None
 
     def _result(self, reference: Any, name: str, what: str) -> Answer | None:
-        """The answer; None if the worker was lost, which then is away until it gives a sign of life."""
+        """The answer; None if the worker was lost, which then gets no tasks until it responds to a ping."""
         try:
             answer: Answer = fetch(reference, name=name, what=what)
         except WorkerError as error:
@@ -199,7 +207,7 @@ class WorkerPool:
             if not isinstance(error, WorkerLostError) or not isinstance(error.__cause__, RayActorError):
                 raise
             logger.warning("%s was lost in `%s` (%s)", name, what, type(error.__cause__).__name__)
-            self._lost[name] = " ".join(str(error.__cause__).split())[-_TOLD:]
+            self._lost[name] = " ".join(str(error.__cause__).split())[-_SHOWN:]
             self._away[self._ping(self.actors[name])] = name
             return None
         self._lost.pop(name, None)
@@ -210,55 +218,55 @@ class WorkerPool:
             self.redone += 1
         return answer
 
-    def _welcome(self) -> None:
-        """Take back whoever has answered meanwhile; a worker that is dead for good is forgotten."""
+    def _readmit(self) -> None:
+        """Readmit workers that have responded meanwhile, and remove those that Ray does not restart."""
         if not self._away:
             return
         ready, _ = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
         for reference in ready:
             name = self._away.pop(reference)
             try:
-                answer: Answer = fetch(reference, name=name, what="come back")
+                answer: Answer = fetch(reference, name=name, what="ping")
             except WorkerError as error:
                 if (unloaded := _unloaded(error)) is not None:
                     self._drop(name, unloaded, late=True)
                 elif isinstance(error.__cause__, RayActorError) and self._dead(name):
                     del self.actors[name]
-                    logger.error("%s is gone for good: %s", name, error)
+                    logger.error("%s is not restarted: %s", name, error)
                 continue
             self._processes[name] = answer.process
-            logger.warning("%s is there again", name)
+            logger.warning("%s responds again", name)
         if not self.actors:
-            raise WorkerLostError("every worker is gone for good; see the log for why")
+            raise WorkerLostError("no worker is left; the log says why")
 
     def _drop(self, name: str, error: NotLoadedError, *, late: bool = False) -> None:
-        """Go on without a worker that, on a machine that is new to the run, cannot load what it works with.
+        """Remove a worker that, on a machine that is new to the run, cannot load its model.
 
         Args:
-            late: others have begun without it.
+            late: the run has started without it.
 
         Raises:
-            AcpoError: why, where it was there from the start and never worked, or was the last one.
+            AcpoError: the cause, if the worker was part of the start of the run or is the last one.
         """
         if (name not in self._processes and not late) or len(self.actors) == 1:
             raise error.cause
-        logger.error("%s is gone for good (%s): %s", name, error.process, error.cause)
+        logger.error("%s is removed (%s): %s", name, error.process, error.cause)
         kill({name: self.actors.pop(name)})
 
     def _dead(self, name: str) -> bool:
-        """Whether an actor that was lost does not come back; while it is being restarted, the sign of life waits."""
+        """Whether Ray does not restart a lost actor; a call to one that is being restarted waits."""
         sign = self._ping(self.actors[name])
         if not ray.wait([sign], timeout=_LOOK_S)[0]:
             self._away[sign] = name
             return False
         try:
-            fetch(sign, name=name, what="come back")
+            fetch(sign, name=name, what="ping")
         except WorkerError:
             return True
         return False
 
 
 def _unloaded(error: WorkerError) -> NotLoadedError | None:
-    """What a worker said that has nothing to work with."""
+    """The error of a worker that could not load its model, if that is what was raised."""
     cause = getattr(error.__cause__, "cause", None)
     return cause if isinstance(cause, NotLoadedError) else None

@@ -127,9 +127,9 @@ def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Chec
 
     def placement() -> Iterator["Finding"]:
         from acpo_dist.preflight.doctor.finding import judged
-        from actors.cluster.capacity import survey
+        from actors.cluster.capacity import cluster_capacity
 
-        found = survey(config, where or "auto")
+        found = cluster_capacity(config, where or "auto")
         lacking = [*(f"{amount:g} {name}" for name, amount in found["missing"].items()), *found["missing_by_role"]]
         yield judged(
             not lacking, "placement", f"missing: {'; '.join(lacking)}" if lacking else "every role finds its machines",

@@ -33,9 +33,9 @@ def plan(
         hours = config.run.iterations * found["seconds_per_iteration"] / 3600
         found["cost"] = {"gpu_hours": hours * need["GPU"], "price": hours * need["GPU"] * price}
     if address is not None:
-        from actors.cluster.capacity import survey
+        from actors.cluster.capacity import cluster_capacity
 
-        found["cluster"] = survey(config, address)
+        found["cluster"] = cluster_capacity(config, address)
     if as_json:
         answer(found)
     else:

@@ -1,4 +1,4 @@
-"""A live cluster held against what a run needs, before anything is started: what `acpo plan --address` reports."""
+"""Compare the resources of a live cluster with those a run needs, before anything is started."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,27 +7,40 @@ import ray
 
 from acpo_dist.config.schema import Config
 from actors.cluster.connect import joined
+from actors.cluster.control import bounded
 from actors.placement import NodeOffer, PlacementPlan, lacking, node_offers, plan_placement, shortfall
 
 
-def survey(config: Config, address: str) -> dict[str, Any]:
-    """Machines of a running cluster, what is free there, and whether the run could start; nothing is started.
+def cluster_capacity(config: Config, address: str) -> dict[str, Any]:
+    """Machines of a running cluster, their free resources, and what a run lacks there.
 
     Args:
-        address: Ray's own, such as `auto` on a machine of the cluster or HOST:6379; not that of the job service.
+        config: the run.
+        address: of the cluster's control service, such as `auto` on one of its machines or HOST:6379.
+
+    Returns:
+        As `compare`.
 
     Raises:
         UsageError: the cluster cannot be joined.
+        WorkerLostError: the cluster does not respond.
     """
     with joined(address):
-        return compare(plan_placement(config), node_offers(), dict(ray.available_resources()))
+        nodes = bounded(node_offers, what="list machines")
+        free = bounded(ray.available_resources, what="free resources")
+        return compare(plan_placement(config), nodes, dict(free))
 
 
 def compare(plan: PlacementPlan, nodes: Sequence[NodeOffer], free: dict[str, float]) -> dict[str, Any]:
-    """What `survey` says, as plain data.
+    """Needed, available and missing resources as plain data.
 
     Args:
-        free: what no other run holds.
+        plan: roles of the run.
+        nodes: machines of the cluster.
+        free: resources that no other run holds.
+
+    Returns:
+        `machines`, `needed`, `missing` (from all machines), `missing_by_role`, `missing_now` (from free resources).
     """
     there: dict[str, float] = {}
     for node in nodes:

@@ -1,4 +1,4 @@
-"""Every machine of a live cluster: does it run what this one runs, see the same run folder, and have working GPUs?"""
+"""Checks of every machine of a live cluster: same software, same run folder, working GPUs."""
 
 import os
 import tempfile
@@ -14,18 +14,19 @@ from acpo_dist.core.errors import AcpoError
 from acpo_dist.preflight.doctor.finding import Finding, judged
 from acpo_dist.preflight.doctor.machine import check_devices, check_system
 from actors.cluster.connect import joined
+from actors.cluster.control import bounded
 from actors.cluster.software import Software, differences, software
 from actors.group import fetch
 from actors.placement import node_offers
 
 _TIMEOUT_S = 180.0
-_TOLD = ("open files", "shared memory")
-"""Of what a machine says of itself; the rest is Ray's business there."""
+_REPORTED = ("open files", "shared memory")
+"""Checks of a machine that are reported; the others do not matter to a worker."""
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What one machine says."""
+    """Report of one machine."""
 
     software: Software
     marker: bool
@@ -33,23 +34,25 @@ class _Seen:
 
 
 def check_cluster(address: str, runs: Path) -> Iterator[Finding]:
-    """Look at all machines of a cluster; nothing stays there.
+    """Check all machines of a cluster, and leave nothing there.
 
     Args:
-        address: Ray's own, such as `auto` on a machine of the cluster or HOST:6379; `local` starts one and looks at it.
+        address: of the cluster's control service, such as `auto` on one of its machines or HOST:6379; `local` starts a
+            cluster and checks that.
         runs: folder that every machine must share.
 
     Raises:
         UsageError: the cluster cannot be joined.
+        WorkerLostError: the cluster does not respond.
     """
     with joined(address):
-        yield from _look(runs)
+        yield from _check_machines(runs)
 
 
-def _look(runs: Path) -> Iterator[Finding]:
-    nodes = node_offers()
+def _check_machines(runs: Path) -> Iterator[Finding]:
+    nodes = bounded(node_offers, what="list machines")
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.is_dir())
-    # In a folder of its own, so that a file system which hides what is open shows it too.
+    # In a folder of its own: some network file systems hide files that are open.
     with tempfile.TemporaryDirectory(prefix=".acpo-doctor-", dir=there) as probe:
         marker = Path(probe) / uuid.uuid4().hex
         marker.touch()
@@ -61,7 +64,7 @@ def _look(runs: Path) -> Iterator[Finding]:
             calls[f"machine {node.address} ({node_id[:6]})"] = task.options(
                 num_cpus=0, scheduling_strategy=there_alone
             ).remote(marker, bool(node.resources.get("GPU")))
-        # One after the other, though all work at once: a machine that cannot answer hides no other.
+        # All machines work at once; results are read one by one, so a machine that fails hides no other.
         for name, call in calls.items():
             try:
                 seen: _Seen = fetch(call, name=name, what="doctor", timeout_s=_TIMEOUT_S)
@@ -76,8 +79,8 @@ def _look(runs: Path) -> Iterator[Finding]:
 def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Finding]:
     texts = differences(mine, seen.software)
     yield judged(
-        not texts, name, "; ".join(texts) or f"runs what this machine runs (code {mine.code})",
-        "Install the same on every machine; workers that differ refuse to work (cluster.mixed_software).",
+        not texts, name, "; ".join(texts) or f"same software as this machine (code {mine.code})",
+        "Install the same on every machine; workers with other software refuse to work (cluster.mixed_software).",
         otherwise="failed",
     )  # fmt: skip
     if not seen.marker:
@@ -88,9 +91,9 @@ def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Findi
 
 
 def _report(marker: Path, has_gpu: bool) -> _Seen:
-    findings = [one for one in check_system() if one.check in _TOLD and one.verdict != "ok"]
+    findings = [one for one in check_system() if one.check in _REPORTED and one.verdict != "ok"]
     if has_gpu:
-        # A task without a GPU of its own is shown none.
+        # Ray hides all GPUs from a task that reserves none.
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         findings += check_devices()
     return _Seen(software(), marker.exists(), findings)

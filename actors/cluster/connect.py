@@ -1,4 +1,4 @@
-"""How a process joins a Ray cluster, and what a user is told when it cannot."""
+"""Join and leave a Ray cluster; errors say what is wrong with the address or the token."""
 
 import logging
 import signal
@@ -22,16 +22,16 @@ def join(address: str) -> None:
 
     Args:
         address: HOST:PORT of the cluster's control service; `auto` for $RAY_ADDRESS, else the cluster of this machine;
-            `local` starts one for this process alone, whatever else runs here.
+            `local` starts a cluster for this process, whatever else runs on this machine.
 
     Raises:
-        UsageError: no cluster is there, or it wants a token that this process does not have.
+        UsageError: there is no cluster at the address, or it requires a token that this process does not have.
     """
     dashboard = False if address == "local" else None
     in_charge = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        _require_answer(address)
+        _require_listener(address)
         ray.init(
             address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
             include_dashboard=dashboard,
@@ -40,18 +40,18 @@ def join(address: str) -> None:
         raise UsageError(_explain(address, error)) from error
     except SystemExit as stop:
         if stop.code == signal.SIGTERM and callable(handler):
-            # Ray's own answer to it, which is in place from the first moment of connecting.
+            # Raised by Ray's own handler, which is installed as soon as it connects.
             handler(signal.SIGTERM, None)
         raise
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if in_charge and callable(handler):
-        # Ray puts one of its own into its place, which aborts the process.
+        # Ray has replaced it by one that aborts the process.
         signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """Be connected while the block runs; a connection that is there already is used, and stays.
+    """Stay connected during the block; an existing connection is used and kept.
 
     Raises:
         UsageError: as `join`.
@@ -72,12 +72,12 @@ def leave() -> None:
     ray.shutdown()
 
 
-def _require_answer(address: str) -> None:
-    """Ray itself tries for minutes where nobody listens.
+def _require_listener(address: str) -> None:
+    """Connect to the control service once, since Ray itself retries for minutes.
 
     Raises:
-        OSError: there is nobody, or the address cannot be found.
-        ValueError: it is none.
+        OSError: nothing listens there, or the host is unknown.
+        ValueError: the address has another form.
     """
     where = control_address(address)
     if where is None:
@@ -93,12 +93,12 @@ def _explain(address: str, error: Exception) -> str:
     where = "in RAY_ADDRESS or on this machine" if address == "auto" else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, AuthenticationError):
-        return f"the cluster {where} wants its token: {_ended(reason)} {TOKEN_HELP}"
+        return f"the cluster {where} requires its token: {_ended(reason)} {TOKEN_HELP}"
     if address == "local":
         return f"no local Ray cluster can be started: {_ended(reason)}"
     return (
         f"no Ray cluster {where}: {_ended(reason)} Is it running, and is this its own address (HOST:6379), not that of "
-        f"its job service? `acpo submit` starts a run from outside the cluster. If it wants a token: {TOKEN_HELP}"
+        f"its job service? `acpo submit` starts a run from outside the cluster. If it requires a token: {TOKEN_HELP}"
     )
 
 

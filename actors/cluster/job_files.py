@@ -1,4 +1,4 @@
-"""Which files a configuration names by a relative path: a job looks for them in what was uploaded with it."""
+"""Files that a configuration names by a relative path, which a job reads from its uploaded folder."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,15 +9,15 @@ from pydantic import BaseModel
 from acpo_dist.config.schema import Config
 
 _WRITTEN = ("run.dir", "model.memory.embedding_cache")
-"""Made by the run itself."""
+"""Keys of files that the run itself writes."""
 _NO_FILES = ("toy", "none")
-"""What `data.prompts` may be besides a file."""
+"""Values of `data.prompts` that are no files."""
 
 
 def relative_files(config: Config) -> dict[str, str]:
-    """Key -> relative path of a file or folder that the run will read.
+    """Key -> relative path of a file or folder that the run reads.
 
-    A text that may as well be a name (of a hub's repository, of a shipped file) counts where such a file is here.
+    A text that may also be a name (of a hub repository, of a shipped file) counts if such a file exists here.
     """
     found: dict[str, str] = {}
     for key, value in _leaves(config, ""):

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: what is uploaded, and a thin hold on Ray's own job service."""
+"""Runs as Ray jobs: which files are uploaded, and calls to Ray's job service."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from acpo_dist.core.errors import UsageError, WorkerError
 from actors.cluster.connect import TOKEN_HELP
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-"""Where `ray dashboard cluster.yaml` puts a cluster's job service."""
+"""Address to which `ray dashboard cluster.yaml` forwards a cluster's job service."""
 EXCLUDES = (
     ".git", ".venv", "venv", "node_modules", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", "*.egg-info",
     "runs", "mlruns", "mlartifacts", "mlflow.db*", "build", "dist", "*.pt", "*.ckpt", ".env", ".env.*",
@@ -22,23 +22,23 @@ EXCLUDES = (
     ".git-credentials", ".pypirc", ".npmrc", ".huggingface", ".password-store", "*.pem", "*.key", "id_rsa*", "id_dsa*",
     "id_ecdsa*", "id_ed25519*", "auth_token*", "*_history",
 )  # fmt: skip
-"""Never uploaded: what is made again, what is large, and what may hold secrets. `.gitignore` counts too."""
+"""Never uploaded: generated files, large files and possible secrets, beside the patterns of `.gitignore`."""
 OWN_CODE = ("/acpo_dist", "/actors", "/tests", "/docs", "/benchmarks")
-"""A checkout of this project is not uploaded unasked: the machines have it installed, and two versions must not mix."""
+"""This project's own code is uploaded only on request: it is installed on the machines, and versions must not mix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """Files that travel with a job."""
+    """Files that are uploaded with a job."""
 
     folder: Path
     excludes: tuple[str, ...]
     only: tuple[str, ...] = ()
-    """Files and folders within `folder` that travel alone; empty for all that is not excluded."""
+    """Files and folders within `folder` that are uploaded; empty for all that are not excluded."""
 
     @contextmanager
     def runtime_env(self) -> Iterator[dict[str, Any]]:
-        """In Ray's words, for as long as it takes to upload."""
+        """Ray's runtime environment; staged copies exist as long as the block."""
         if not self.only:
             yield {"working_dir": str(self.folder), "excludes": list(self.excludes)}
             return
@@ -54,15 +54,15 @@ class Upload:
 
 
 def plan_upload(source: str, folder: Path | None, *, ship_code: bool = False) -> tuple[str, Upload | None]:
-    """How the job will call its configuration, and what has to be uploaded for that.
+    """The configuration's name within the job, and the upload that it needs.
 
     Args:
-        source: what `acpo train` takes: a file, or the name of a shipped configuration.
-        folder: what to upload; None takes the current folder if the file lies in it, else the file's own. A shipped
+        source: a configuration file, or the name of a shipped configuration.
+        folder: folder to upload; None takes the current folder if the file lies in it, else the file's own. A shipped
             configuration needs nothing.
 
     Raises:
-        UsageError: the folder does not hold the file, or is a home folder that nobody has named.
+        UsageError: the folder does not hold the file, or would be a home folder that was not named.
     """
     excludes = EXCLUDES if ship_code else EXCLUDES + OWN_CODE
     file = Path(source)
@@ -73,25 +73,25 @@ def plan_upload(source: str, folder: Path | None, *, ship_code: bool = False) ->
     file, here = file.resolve(), Path.cwd().resolve()
     root = _no_home(folder, here if file.is_relative_to(here) else file.parent)
     if not file.is_relative_to(root):
-        raise UsageError(f"{file} is not in --working-dir {root}, so the job would not find it; name a folder above it")
+        raise UsageError(f"{file} is not in --working-dir {root}, so the job would not find it; name its folder")
     return str(file.relative_to(root)), Upload(folder=root, excludes=excludes)
 
 
 def _no_home(folder: Path | None, implied: Path | None = None) -> Path:
-    """The named folder, else the implied one, which must not be one that holds a user's keys and everything else."""
+    """The named folder, else the implied one, unless that holds the user's home folder."""
     if folder is not None:
         return folder.resolve()
     root, home = (implied or Path.cwd()).resolve(), Path.home().resolve()
     if home.is_relative_to(root):
         raise UsageError(
             f"all of {root} would be uploaded. Put the configuration and what it names into a folder of their own, or "
-            "say --working-dir if that is what you want."
+            "name the folder with --working-dir."
         )
     return root
 
 
 def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None:
-    """The upload, held against what the job will look for in it; a shipped configuration takes just these files along.
+    """Check that an upload holds the files that the job reads; a shipped configuration uploads these files alone.
 
     Args:
         files: key of the configuration -> relative path, as `relative_files` finds them.
@@ -107,10 +107,10 @@ def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None
         shared = "Put it there, or give its absolute path on storage that all machines share."
         if not file.is_relative_to(folder) or not file.exists():
             raise UsageError(f"{key}={name} is not in {where}, {folder}, so the job would not find it. {shared}")
-        if upload and not _travels(upload, file):
+        if upload and not _is_uploaded(upload, file):
             raise UsageError(
-                f"{key}={name} is not uploaded: .gitignore, .rayignore or the list of what never is (weights, runs, "
-                f"keys) leaves it out of {folder}, so the job would not find it. Give its absolute path on storage "
+                f"{key}={name} is not uploaded: .gitignore, .rayignore or the built-in list (weights, runs, keys) "
+                f"excludes it from {folder}, so the job would not find it. Give its absolute path on storage "
                 "that all machines share."
             )
     if upload is None and files:
@@ -118,17 +118,17 @@ def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None
     return upload
 
 
-def _travels(upload: Upload, file: Path) -> bool:
+def _is_uploaded(upload: Upload, file: Path) -> bool:
     from actors.ray_private import is_uploaded
 
     return is_uploaded(file, upload.folder, list(upload.excludes))
 
 
 def connect(address: str | None) -> Any:
-    """Ray's job client; the token is read by Ray itself (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or its default file).
+    """Ray's job client; Ray itself reads the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or its default file).
 
     Raises:
-        UsageError: nobody answers there, or the token is missing or wrong.
+        UsageError: there is no job service, or the token is missing or wrong.
     """
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -138,7 +138,7 @@ def connect(address: str | None) -> Any:
         return JobSubmissionClient(where)
     except AuthenticationError as error:
         raise UsageError(
-            f"the cluster at {where} wants its token: {str(error).splitlines()[0]} {TOKEN_HELP}"
+            f"the cluster at {where} requires its token: {str(error).splitlines()[0]} {TOKEN_HELP}"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(
@@ -151,10 +151,18 @@ def submit(
     client: Any, arguments: Sequence[str], *, upload: Upload | None, env: Mapping[str, str], job: str | None = None,
     cpus: float = 0.0, gpus: float = 0.0,
 ) -> str:  # fmt: skip
-    """Start `acpo train ARGUMENTS` as a job; its name.
+    """Start `acpo train ARGUMENTS` as a job and return its name.
 
     Args:
-        cpus: what the driver itself takes; more than 0 lets Ray put it on another machine than the head.
+        client: from `connect`.
+        upload: files for the job, or None.
+        env: environment variables of the job.
+        job: its name; None lets Ray choose.
+        cpus: CPUs of the driver; more than 0 lets Ray place it on another machine than the head.
+        gpus: GPUs of the driver.
+
+    Raises:
+        UsageError: the job service rejects the job.
     """
     import shlex
 
@@ -167,14 +175,14 @@ def submit(
                 metadata={"acpo": "train", "config": arguments[0]},
             )  # fmt: skip
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the job was not taken: {error}") from error
+        raise UsageError(f"the job service rejected the job: {error}") from error
 
 
 def follow(client: Any, job: str, write: Callable[[str], Any]) -> str:
-    """Pass a job's output on until it ends; how it ended, in Ray's words: SUCCEEDED, FAILED or STOPPED.
+    """Pass a job's output to `write` until the job ends; returns Ray's status: SUCCEEDED, FAILED or STOPPED.
 
     Raises:
-        WorkerError: the job service is gone before the job has ended.
+        WorkerError: the connection to the job service was lost before the job has ended.
     """
 
     async def tail() -> None:
@@ -186,7 +194,7 @@ def follow(client: Any, job: str, write: Callable[[str], Any]) -> str:
         return str(client.get_job_status(job).value)
     except (ConnectionError, OSError, RuntimeError) as error:
         raise WorkerError(
-            f"lost sight of {job} ({error}); it may well go on. Look again with `acpo submit --logs {job}`."
+            f"lost the connection to {job} ({error}); the job may still run. See `acpo submit --logs {job}`."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a machine runs: a worker with other code or other libraries draws, scores or learns something else unnoticed."""
+"""Code and library versions of a machine, so that workers which would compute something else refuse to start."""
 
 import hashlib
 import socket
@@ -15,10 +15,10 @@ PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
     "deepspeed", "bitsandbytes", "pyiqa",
 )  # fmt: skip
-"""Those that figures depend on. Ray compares itself and Python when a machine joins."""
+"""Packages that metrics depend on. Ray compares its own version and Python's when a machine joins."""
 _REMEDY = (
     "Install the same on every machine (for code under work, `acpo submit --ship-code`), or set "
-    "cluster.mixed_software=true to go on as it is."
+    "cluster.mixed_software=true to skip this check."
 )
 
 
@@ -29,16 +29,16 @@ class Software:
     code: str
     """Digest of the modules of `acpo_dist` and `actors`, and of the embedded models."""
     packages: Mapping[str, str] = field(default_factory=dict)
-    """Version by distribution; what is not installed is left out."""
+    """Version by distribution; missing ones are left out."""
 
     def code_alone(self) -> "Software":
-        """The same without libraries, for a worker that has an environment of its own."""
+        """The code alone, for a worker with an environment of its own."""
         return replace(self, packages={})
 
 
 @cache
 def software() -> Software:
-    """What this process runs."""
+    """Code and libraries of this process."""
     root = Path(acpo_dist.__file__).resolve().parent
     files = sorted(
         [*root.rglob("*.py"), *(root.parent / "actors").rglob("*.py"), *(root / "data" / "toy" / "assets").rglob("*.*")]
@@ -59,7 +59,7 @@ def software() -> Software:
 
 
 def differences(expected: Software, found: Software) -> list[str]:
-    """What is not the same, one text each. What one of the two lacks is no difference: it fails by itself if needed."""
+    """One text per difference. A package that one side lacks is none: it fails by itself where it is needed."""
     texts = []
     if expected.code != found.code:
         texts.append(f"acpo_dist has other code ({found.code}, not {expected.code})")
@@ -71,13 +71,15 @@ def differences(expected: Software, found: Software) -> list[str]:
 
 
 def require_same(expected: Software | None) -> None:
-    """Refuse to work with other software than the driver's.
+    """Compare this machine's software with the driver's.
 
     Args:
-        expected: the driver's; None takes anything.
+        expected: the driver's; None skips the comparison.
 
     Raises:
-        SoftwareError: names this machine and what differs.
+        SoftwareError: names this machine and the differences.
     """
     if expected is not None and (texts := differences(expected, software())):
-        raise SoftwareError(f"{socket.gethostname()} does not run what the driver runs: {'; '.join(texts)}. {_REMEDY}")
+        raise SoftwareError(
+            f"{socket.gethostname()} runs other software than the driver: {'; '.join(texts)}. {_REMEDY}"
+        )

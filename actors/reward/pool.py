@@ -1,4 +1,4 @@
-"""The reward pool on Ray Serve: one deployment per metric; requests are stateless, so a dead replica means a retry."""
+"""The reward pool on Ray Serve: one deployment per metric. Requests are stateless, so they survive lost replicas."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,13 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.config.pool import MetricPoolConfig
 from acpo_dist.config.roles import RewardRoleConfig
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WorkerError, WorkerLostError
-from acpo_dist.core.ports import Advance
+from acpo_dist.core.ports import Advance, RewardPool
 from acpo_dist.core.types import RolloutHandle, ScoreTable
 from actors.cluster.control import attempt, bounded
 from actors.cluster.orphans import forget, orphans, own
@@ -37,10 +38,10 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
     """Start one Serve application per metric, called `<run_id>-<metric>`.
 
     Args:
-        near: Ray's ids of machines that replicas rather take than others.
+        near: Ray's node ids that replicas prefer.
 
     Raises:
-        UsageError: a metric cannot be built, or its machine runs other software; the replica's own words.
+        UsageError: a metric cannot be built, or its machine runs other software; the replica's message.
         WorkerError: a replica cannot start, or not in time.
     """
     timeout_s = config.cluster.worker_timeout_s
@@ -84,7 +85,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         delete(names)
         raise WorkerError(f"the reward pool could not be started: {error}") from error
     except BaseException:
-        # Interrupted: nobody else would end what was begun, and it would hold its machines.
+        # Interrupted: Serve would keep the applications, and the resources that they hold.
         delete(names)
         raise
     link = PoolLink(
@@ -95,7 +96,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
 
 
 def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
-    """Options that say where a replica may run, and where it rather would."""
+    """Ray options: where a replica may run, and which nodes it prefers."""
     options: dict[str, Any] = {"resources": dict(role.resources)} if role.resources else {}
     labels = dict(role.labels)
     if near:
@@ -121,7 +122,7 @@ def _deployment(pool: MetricPoolConfig, where: Mapping[str, Any]) -> Any:
 
 
 def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingConfig:
-    """Serve's settings for a number of replicas that follows the requests under way."""
+    """Serve's autoscaling between two numbers of replicas, by the number of ongoing requests."""
     return AutoscalingConfig(
         min_replicas=fewest, max_replicas=most, initial_replicas=fewest,
         target_ongoing_requests=pool.target_ongoing_requests, upscale_delay_s=pool.upscale_delay_s,
@@ -148,12 +149,12 @@ def end_orphans() -> None:
         WorkerLostError: the cluster does not respond.
     """
     if found := bounded(orphans, what="find reward pools of ended runs"):
-        logger.warning("ended what a run that died has left: %s", ", ".join(found))
+        logger.warning("ended reward pools of runs that died: %s", ", ".join(found))
         delete(found)
 
 
-class ServeRewards:
-    """The pool as the driver sees it."""
+class ServeRewards(RewardPool):
+    """The reward pool, called from the driver."""
 
     def __init__(self, link: PoolLink, pools: Mapping[str, MetricPoolConfig]) -> None:
         """Connect to running applications."""
@@ -163,10 +164,11 @@ class ServeRewards:
         self._pools = dict(pools)
         self._clocks: dict[str, dict[str, ReplicaClock]] = {}
 
+    @override
     def score(
         self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
     ) -> ScoreTable:
-        """See `RewardPool.score`: as many requests under way as the replicas can hold, Serve spreads them by load."""
+        # As many requests under way as the replicas can hold, Serve spreads them by load.
         with ExitStack() as stack:
             waiting = {}
             for metric in metrics:
@@ -179,14 +181,14 @@ class ServeRewards:
                 scores = request.result()
                 if advance:
                     advance(len(scores))
-        # In the order of the samples, whoever answered first: sums over the table must not depend on it.
+        # In the order of the samples, since sums over the table must not depend on the order of the responses.
         table: dict[str, dict[str, float]] = {metric: {} for metric in metrics}
         for request, (metric, handle) in waiting.items():
             table[metric].update(zip(handle.sample_ids, request.result(), strict=True))
         return table
 
+    @override
     def score_images(self, metric: str, images: Tensor) -> list[float]:
-        """See `RewardPool.score_images`."""
         return [
             score
             for part in images.split(_IMAGES_AT_ONCE)
@@ -194,15 +196,13 @@ class ServeRewards:
         ]
 
     def vitals(self) -> dict[str, list[dict[str, Any]]]:
-        """What every replica says of itself, by metric; one that does not answer at once is left out."""
+        """State of every replica, by metric; a replica that does not respond within 2 s is left out."""
         return {name: replica_vitals(self.client.handle(name)) for name in self.link.applications}
 
+    @override
     def counters(self) -> dict[str, float]:
-        """See `RewardPool.counters`; the learner ranks' own retries are counted in.
-
-        Per metric, over the time since the last call: replicas, requests that wait at them, images per batch, share
-        of their time that they computed, and latency of this process's requests in seconds.
-        """
+        # Per metric, since the last call: replicas, queued requests, images per batch, share of time spent computing,
+        # and latency of this process's requests in seconds. Retries of the learner ranks are included.
         counts = self.client.counts
         metrics = {
             "reward_pool/retries": float(counts.retries + self.learner_retries),
@@ -224,7 +224,7 @@ class ServeRewards:
                 f"reward_pool/{metric}/utilisation": utilisation(before, now),
                 **{f"reward_pool/{metric}/latency_{name}": s for name, s in latencies.get(metric, {}).items()},
             }
-            # One that does not answer now is counted from here when it does.
+            # A replica that did not respond is counted from its last response.
             self._clocks[metric] = before | now
         return metrics
 
@@ -233,7 +233,7 @@ class ServeRewards:
         delete(list(self.link.applications.values()))
 
     def _window(self, metric: str) -> int:
-        """Requests under way at once: enough to fill the replicas, and to show Serve that more are wanted."""
+        """Concurrent requests: enough to fill the replicas, and one more each, which makes Serve scale up."""
         pool = self._pools[metric]
         replicas = max(pool.bounds[1], self.client.replicas(metric))
         return min((pool.max_ongoing_requests + 1) * replicas, pool.max_queued_requests, _MOST_THREADS)

@@ -63,7 +63,7 @@ def token(cluster: Cluster) -> dict[str, Any]:
     strangers = ("RAY_AUTH_TOKEN=wrong" + "0" * 30, "RAY_AUTH_MODE=disabled")
     for env in strangers:
         done = cluster.try_at_desk(f"export {env} && acpo submit --list")
-        assert done.returncode == 2 and "wants its token" in done.stderr, (env, done.returncode, done.stderr)
+        assert done.returncode == 2 and "RAY_AUTH_TOKEN_PATH" in done.stderr, (env, done.returncode, done.stderr)
     code = cluster.desk.run(f"curl -s -o /dev/null -w '%{{http_code}}' {JOBS}/api/jobs/")
     assert code == "401", code
     join = f"python -c \"import ray; ray.init('{cluster.head.address}:6379', log_to_driver=False); print('in')\""

@@ -41,7 +41,7 @@ def other_software(cluster: Cluster) -> dict[str, Any]:
     run = Run(cluster, "other-software", 0, _ONE_ROLE_EACH).submit()
     until(lambda: run.status() == "FAILED", _REFUSED_S, lambda: f"{run.status()}: {run.output()[-4000:]}")
     refused_s, said = time.monotonic() - started, run.output()
-    assert "does not run what the driver runs" in said and "Traceback" not in said, said[-4000:]
+    assert "cluster.mixed_software" in said and "Traceback" not in said, said[-4000:]
     settings.write_text(before)
     shutil.rmtree(other)
     _restart(cluster, host)

@@ -110,4 +110,4 @@ def test_a_machine_with_other_software_that_joins_later_is_left_out_and_the_run_
     while pool._away:
         cluster.wait(list(pool._away), num_returns=1, timeout=30)
         assert pool.present() == ["here"]
-    assert list(pool.actors) == ["here"] and "does not run what the driver runs" in caplog.text
+    assert list(pool.actors) == ["here"] and "cluster.mixed_software" in caplog.text

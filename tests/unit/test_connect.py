@@ -70,5 +70,5 @@ def test_a_missing_token_is_said_in_one_message(listening, tmp_path):
         capture_output=True, text=True, env=variables, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "wants its token" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr
+    assert "RAY_AUTH_MODE" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr
     assert "Traceback" not in done.stderr

@@ -18,11 +18,6 @@ _OPEN_FILES = 8192
 _SHARED_GIB = 2.0
 _FREE_GIB = 4
 _BFLOAT16_ERROR = 0.05
-_CGROUPS = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-"""Limit and use of a container, in both versions of cgroups."""
 _DEVICES = """
 import json, torch
 found = []
