@@ -65,8 +65,6 @@ class GuardConfig(Section):
     """How far a judge has fallen from the best that this run had."""
     diversity_lost: Limits | None = Limits(warn=0.4, stop=0.6)
     """Share of the base model's diversity that is gone."""
-    recall_lost: Limits | None = Limits(warn=0.5, stop=0.75)
-    """Share of the base model's recall that is gone."""
     content_shift: Limits | None = Limits(warn=1.0, stop=1.5)
     """Shift of a content statistic in base standard deviations, either way."""
     drift: Limits | None = Limits(warn=1.0, stop=1.2)

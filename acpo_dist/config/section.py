@@ -20,6 +20,8 @@ RENAMED = {
     "learner.max_refused_steps": "learner.max_skipped_steps",
 }
 """Keys of earlier versions and their present names; the old name fails and the message gives the new one."""
+REMOVED = {"guard.recall_lost": "recall was never measured in training, so the rule had no effect"}
+"""Keys of earlier versions that no longer exist, and why; a configuration that sets one fails with the reason."""
 
 
 class Section(BaseModel):
@@ -83,6 +85,8 @@ def _describe_one(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         if key in RENAMED:
             return f"`{key}` is now `{RENAMED[key]}`: rename it (value {found!r})"
+        if key in REMOVED:
+            return f"`{key}` was removed: {REMOVED[key]}. Delete the key (value {found!r})"
         known = fields_at(model, path[:-1])
         prefix = ".".join(path[:-1])
         suggestion = nearest(path[-1], known)

@@ -1,4 +1,4 @@
-"""Which files lie below a folder: every one of them, or an error."""
+"""List all files below a folder."""
 
 import os
 from pathlib import Path
@@ -9,21 +9,21 @@ from acpo_dist.core.errors import DataError
 def files_below(folder: Path) -> list[Path]:
     """Files at every depth, sorted by path; links to folders are followed, and no folder is entered twice.
 
-    Hidden files are left out; they are never images of the user's: macOS archives put `._name.png` beside each.
+    Hidden files are left out; macOS archives contain a `._name.png` beside each image.
 
     Raises:
         DataError: a folder cannot be listed; it is named.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    # Folders proper come before links, so that a file has its own name where it has one below `folder`.
+    # Real folders come before links, so that a file keeps its own path where it has one below `folder`.
     todo = [folder]
     while todo:
-        todo = [link for start in todo for link in _sample(start, entered, found)]
+        todo = [link for start in todo for link in _walk(start, entered, found)]
     return sorted(found)
 
 
-def _sample(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list[Path]:
+def _walk(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list[Path]:
     """Add the files below `start` and the folders that they lie in; links to folders are returned, in order."""
     links: list[Path] = []
     for place, folders, files in os.walk(start, onerror=_refuse):

@@ -194,7 +194,7 @@ def upright(image: Image.Image) -> Image.Image:
     try:
         return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except _UNDECODABLE:
-        return image  # damaged remarks are no damage to the image
+        return image  # damaged metadata does not affect the pixels
 
 
 def _expand(path: Path, column: str) -> list[Path]:
@@ -231,7 +231,7 @@ def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> It
 def _decode_or_skip(
     source: Path | bytes | None, name: str, where: str, skip: Callable[[str], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    # A generator that raises is over: whoever went on after the error would miss the rows behind it.
+    # A generator that raises is finished: continuing after the error would miss the rows behind it.
     try:
         image = _decode_named(source, where)
     except DataError as error:

@@ -1,7 +1,7 @@
 """Offline preference pairs in Pick-a-Pic's layout: parquet rows with jpg_0, jpg_1, label_0 and caption.
 
-A row's name in a run is `pair:<row>:w` for its winner and `pair:<row>:l` for its loser. Which rows an iteration takes
-follows from seed and iteration alone, so a resumed run goes on where it was, and no rank keeps a position.
+The sample ids of a row are `pair:<row>:w` for its winner and `pair:<row>:l` for its loser. The rows of an iteration
+depend on seed and iteration only, so a resumed run uses the same rows and no rank keeps a position.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ _PREFIX = "pair"
 
 @dataclass(frozen=True, kw_only=True)
 class PairIndex:
-    """Which rows can be trained on, and what became of the others."""
+    """Usable rows, and counts of the rows left out by reason."""
 
     rows: tuple[tuple[int, ...], ...]
     """Usable rows by row group, counted over all files."""
@@ -73,7 +73,7 @@ class PairBatch:
 
 
 class PairSet:
-    """Reads rows as they are asked for; the last row groups stay in memory."""
+    """Reads rows on demand and caches the last two row groups."""
 
     def __init__(self, path: Path, size: int) -> None:
         """Open the files.
@@ -98,7 +98,7 @@ class PairSet:
         self._held: dict[int, dict[str, list[Any]]] = {}
 
     def index(self, *, absolute: bool = False) -> PairIndex:
-        """Look at labels and captions of every row, not at images.
+        """Read labels and captions of every row, but no images.
 
         Args:
             absolute: keep only pairs whose winner never lost and never drew in the whole set.
@@ -149,7 +149,7 @@ class PairSet:
     def _row(self, row: int) -> dict[str, Any]:
         group = next(index for index, start in enumerate(self._starts[1:]) if row < start)
         if group not in self._held:
-            # Two are enough: an iteration crosses one border at most, unless row groups are tiny.
+            # Two suffice: an iteration crosses one border at most, unless row groups are tiny.
             while len(self._held) >= 2:
                 self._held.pop(next(iter(self._held)))
             file, number, _ = self._groups[group]

@@ -1,4 +1,4 @@
-"""Prompts of a run, and which of them an iteration draws."""
+"""Prompts of a run, and the seeded order in which iterations use them."""
 
 import csv
 import logging
@@ -16,9 +16,9 @@ from acpo_dist.data.toy.world import captions
 logger = logging.getLogger(__name__)
 
 _TABLES: dict[str, dict[str, Any]] = {
-    # Strict, because a stray quote would otherwise swallow the lines after it in silence.
+    # Strict, because an unbalanced quote would otherwise silently join the lines after it.
     ".csv": {"delimiter": ",", "strict": True},
-    # TSV knows no quoting: prompts such as `"PEACE" painted on a wall` keep their quotes.
+    # TSV has no quoting: prompts such as `"PEACE" painted on a wall` keep their quotes.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 
@@ -73,7 +73,7 @@ def sample_prompts(
         ValueError: no prompts, a count below 1, or a stream that is not an identifier.
     """
     if not prompts or num_prompts < 1 or samples_per_prompt < 1:
-        raise ValueError(f"nothing to deal: {len(prompts)} prompts, {num_prompts=}, {samples_per_prompt=}")
+        raise ValueError(f"nothing to sample: {len(prompts)} prompts, {num_prompts=}, {samples_per_prompt=}")
     if not stream.isidentifier():
         # An identifier has no dash and starts with no digit: ids of two streams can then never be the same.
         raise ValueError(f"a stream must be named by an identifier, found {stream!r}")

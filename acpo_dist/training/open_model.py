@@ -1,4 +1,4 @@
-"""A model from what a person names: a run, a configuration, or a pipeline folder; opened in this process."""
+"""Open a model in this process from a run folder, a configuration file or a pipeline folder."""
 
 import json
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path |
 
 
 def keeps_own_trajectory(overrides: Sequence[str]) -> bool:
-    """Whether a run's adopted trajectory is still what is asked for: no override names another one."""
+    """Whether the trajectory of a run's checkpoint applies: no override sets another one."""
     keys = {text.partition("=")[0].strip() for text in overrides}
     return not keys & {"sampler", "sampler.num_steps", "sampler.spacing", "sampler.trajectory"}
 
@@ -54,17 +54,17 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
     """A rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
 
     Args:
-        own_sampler: follow the trajectory that the checkpoint was trained along; False follows the configuration's.
+        own_sampler: use the trajectory of the checkpoint; False uses the trajectory of the configuration.
 
     Raises:
-        ModelError: the run has no whole checkpoint.
+        ModelError: the run has no complete checkpoint.
         VrgError: `sampler.trajectory` is unreadable, or not this model's.
     """
     pool = LocalRollouts(prepared(config, run) if run is not None else config, device=default_device())
     if run is not None:
         checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
         if checkpoint is None:
-            raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
+            raise ModelError(f"{run} has no complete checkpoint yet: wait for one, or name a pipeline folder instead.")
         weights = load_file(checkpoint.learner_folder / "policy.safetensors")
         pool.load(make_bundle(int(checkpoint.state["version"]), weights))
         if own_sampler:
@@ -78,15 +78,15 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
 
 
 def prepared(config: Config, run: Path) -> Config:
-    """The run's configuration with what it trained first (`train`) replaced by where that lies.
+    """The run's configuration with every `train` replaced by the path of the trained files.
 
     Raises:
-        ModelError: the run has not got so far.
+        ModelError: the run has not trained its base model yet.
     """
     if getattr(config.model, "path", None) == TRAIN:
         folder = run / "base" / "ddpm"
         if not (folder / "model_index.json").is_file():
-            raise ModelError(f"{run} was to train its base model first, and has not done so: {folder} is not there.")
+            raise ModelError(f"{run} has not finished training its base model: {folder} does not exist.")
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})})
     rewards = {
         role: tuple(_trained(entry, run) for entry in getattr(config.rewards, role)) for role in ("train", "judges")
@@ -101,7 +101,7 @@ def _trained(entry: Any, run: Path) -> Any:
 
 
 def _bare_config(source: str, overrides: Sequence[str]) -> Config:
-    """The schema's defaults round a pipeline; its reward and algorithm are placeholders that nothing here reads."""
+    """Schema defaults for a pipeline folder; its reward and algorithm are placeholders that are not used."""
     from acpo_dist.config.load import merge_overrides
     from acpo_dist.models.loading import resolve_path
 
@@ -112,7 +112,7 @@ def _bare_config(source: str, overrides: Sequence[str]) -> Config:
     family = _FAMILIES[name]
     mapping = {
         "model": {"type": family, "path": source},
-        # A real model must not be measured on the toy's captions unasked: `none` is refused until prompts are named.
+        # A real model must not use the toy's captions by accident: `none` is refused until prompts are set.
         "data": {"prompts": "toy" if source.startswith("toy-") and family != "ddpm" else "none"},
         "rewards": {"train": [{"type": "two_stream"}]},
         "algorithm": {"type": "acpo"},

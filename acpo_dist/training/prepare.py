@@ -1,4 +1,4 @@
-"""What a run trains first when it brings no base model or no metric weights: both from the real images it names."""
+"""Train the base model (`model.path: train`) and metric weights (`weights: train`) of a run on its real images."""
 
 import json
 import logging
@@ -36,10 +36,10 @@ _KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Damage]]] = {
 
 
 def prepare(config: Config, root: Path, console: Console) -> Config:
-    """Train what the configuration says is to be trained, below `root`, once; return it with paths in their place.
+    """Train every part set to `train` into `root` unless it is there; return the configuration with the paths.
 
     Raises:
-        ConfigError: something is to be trained but there are no images.
+        ConfigError: a part is to be trained, but `data.path` is unset.
     """
     wanted = [
         entry for entry in (*config.rewards.train, *config.rewards.judges) if getattr(entry, "weights", None) == TRAIN

@@ -1,4 +1,4 @@
-"""From a configuration to a finished run folder, on whatever ports a backend opens."""
+"""Execute a run from its configuration to the finished run folder, on the ports of any backend."""
 
 import json
 import logging
@@ -45,12 +45,12 @@ EXPORT_FACTS = "acpo.json"
 
 OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
 Hook = Callable[[Config, Ports, tuple[str, ...]], None]
-"""(configuration, ports, prompts) -> None, at a moment of the run."""
+"""(configuration, ports, prompts) -> None; called once during the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run leaves."""
+    """Result of a finished run."""
 
     run_dir: Path
     iterations: int
@@ -60,28 +60,28 @@ class RunResult:
     export: Path
     seconds: float
     guard: Decision | None
-    """Why the guard ended the run early, or None."""
+    """The decision with which the guard ended the run early, or None."""
 
 
 def drive(
     config: Config, open_ports: OpenPorts, console: Console, *, resume: str | None = None,
     at_start: Hook | None = None, at_end: Hook | None = None,
 ) -> RunResult:  # fmt: skip
-    """Run to the end: folder, recipe, prompts, ports, loop, curves, export.
+    """Execute a run: lock, folder, prompts, ports, loop, curves, export.
 
-    When processes or machines are lost that the run cannot do without, all ports are opened again and it goes on from
-    its newest checkpoint, at most `cluster.max_restarts` times.
+    If required processes or hosts are lost, all ports are opened again and the run continues from its newest
+    checkpoint, at most `cluster.max_restarts` times.
 
     Args:
         at_start: called with base weights in place, before the first iteration.
         at_end: called with the final weights in place, before the ports close.
 
     Raises:
-        AcpoError: bad input before anything starts, or a failure that the run cannot carry on from.
+        AcpoError: invalid input before the start, or a failure that the run cannot recover from.
     """
     started, restarts = time.monotonic(), 0
     with on_storage(config.run_dir), ExitStack() as stack:
-        # Once, and not before the input was looked at.
+        # Acquired once, after the input has been checked.
         lock = cache(lambda: stack.enter_context(held(config.run_dir)))
         while True:
             try:
@@ -111,7 +111,7 @@ def _attempt(
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
     ours = lock()
-    # On a restart too: whoever lost its workers may have been cut off, and taken for dead.
+    # Also on a restart: a host that lost its workers may have been disconnected, and its lock taken over.
     ours.require()
     folder, checkpoint = open_run(config, resume)
     folder = replace(folder, require_ours=ours.require)
@@ -142,7 +142,7 @@ def _attempt(
             status = "KILLED"
             raise
         except RunTakenError:
-            # The record is that of whoever drives the run now.
+            # Another process holds the lock and writes the records now.
             status = "RUNNING"
             raise
         finally:
@@ -157,10 +157,10 @@ def _attempt(
 def _ended_before(
     config: Config, folder: RunFolder, checkpoint: Checkpoint, ended: Decision, console: Console, started: float
 ) -> RunResult:
-    """The result of a run that the guard has ended: nothing is trained, and nothing recorded is touched."""
+    """The result of a run that the guard has ended; trains nothing and changes no record."""
     console.message(
-        "the guard has ended this run, so there is nothing to go on with. Change guard.* to go on from its last "
-        f"weights, or name an earlier one of {folder.root / 'checkpoints'} with --resume"
+        "the guard has ended this run. Change guard.* to continue from its last weights, or name an earlier checkpoint "
+        f"of {folder.root / 'checkpoints'} with --resume"
     )
     if read_export_facts(folder.export) is None:
         # Interrupted between the last checkpoint and the export.
@@ -176,9 +176,9 @@ def _ended_before(
 
 
 def _require_images(config: Config) -> None:
-    """Read one image now: a wrong column must not be found after the base model is loaded.
+    """Read one image before the model loads, so that a wrong column is found at once.
 
-    A shipped configuration may leave data.path to the command line, so this is not a relation of the schema.
+    A shipped configuration may leave data.path to the command line, so the schema cannot require it.
     """
     anchor = getattr(config.algorithm, "anchor", None)
     if config.data.path is None and getattr(anchor, "source", "rollout") == "data":
@@ -216,13 +216,13 @@ def _open_tracker(config: Config, folder: RunFolder):
 def _final_weights(
     config: Config, folder: RunFolder, iterations: int, guard: Decision | None
 ) -> tuple[int, WeightBundle]:
-    """(iteration, float32 weights): the last, or after a roll-back those of the checkpoint that the judges liked best.
+    """(iteration, float32 weights): the last ones, or after a roll-back those of the best checkpoint by the judges.
 
-    From the checkpoint and not from the learner, whose bundle is in the type that rollout workers hold.
+    Read from the checkpoint, because the learner exports weights in the dtype of the rollout workers.
     """
     best = guard.best_iteration if guard is not None and guard.action == "roll_back" else iterations
     if best == 0 and not (folder.root / "checkpoints" / "000000").is_dir():
-        # Rolling back was switched on later; the base model is what the model's own files say.
+        # `roll_back` was set after the start, so there is no checkpoint 0; the base weights are in the model's files.
         family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
         return 0, make_bundle(0, {name: value.detach() for name, value in trainable_tensors(family.network).items()})
     found = folder.checkpoints.open(best)
@@ -240,9 +240,9 @@ def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: tuple[in
 
 
 def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle]) -> None:
-    """Write the run's own export, and which weights it holds."""
+    """Write the run's export, and a file that names the weights it holds."""
     iteration, bundle = final
-    # Without these facts an export counts as unfinished.
+    # An export without this file counts as incomplete.
     (folder.export / EXPORT_FACTS).unlink(missing_ok=True)
     export_pipeline(config, bundle, folder.export)
     facts = {"iteration": iteration, "policy_version": bundle.version, "policy_sha256": bundle.checksum}
@@ -250,7 +250,7 @@ def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle
 
 
 def read_export_facts(folder: Path) -> dict[str, Any] | None:
-    """Which weights a run's export holds (`iteration`, `policy_version`, `policy_sha256`); None if it is not whole."""
+    """Weights in a run's export (`iteration`, `policy_version`, `policy_sha256`); None if it is incomplete."""
     try:
         return json.loads((folder / EXPORT_FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -258,7 +258,7 @@ def read_export_facts(folder: Path) -> dict[str, Any] | None:
 
 
 def _panels(config: Config) -> dict[str, list[str]]:
-    """What the curves show."""
+    """Panel title -> metrics of the curves plot."""
     rewards = [f"reward/{entry.name}/mean" for entry in config.rewards.train]
     judges = [f"judge/{entry.name}/mean" for entry in config.rewards.judges]
     return {
@@ -270,13 +270,13 @@ def _panels(config: Config) -> dict[str, list[str]]:
 
 
 def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
-    """Write the tuned model as a pipeline folder that plain diffusers opens, in float32 whatever rollouts run in.
+    """Write the tuned model as a diffusers pipeline folder in float32, whatever the dtype of the rollouts.
 
-    Held in bfloat16, the base model under a LoRA and weights that were tuned as a whole would be rounded to it.
+    In bfloat16 the base weights under a LoRA and fully tuned weights would be rounded.
     """
     changes: dict[str, Any] = {"dtype": "float32"}
     if hasattr(config.model, "memory"):
-        # Nobody asks for embeddings here, and the pipeline that is written brings its own text encoders.
+        # The export encodes no prompts, and the written pipeline includes the text encoders.
         unused = {"free_text_encoders": True, "embedding_cache": None}
         changes["memory"] = config.model.memory.model_copy(update=unused)
     model = config.model.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""A run's folder: its resolved configuration, where it left off, and whether a configuration may continue it."""
+"""Run folder: paths, resolved configuration, checkpoints, and checks that a configuration may continue the run."""
 
 import logging
 import subprocess
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 RESOLVED = "resolved.yaml"
 METRICS = "metrics.jsonl"
 
-# What may change when a run goes on: where it runs and how long, but not what it computes.
+# Keys that may change on resume: where the run executes and for how long, not what it computes.
 _FREE = {
     "run": {"name", "dir", "iterations"},
     "model": {"memory", "speed", "offline"},
-    # Chunks hold independent samples: another size changes rounding alone, and a run that ran out of memory needs it.
+    # Samples of a chunk are independent: another batch size changes rounding only, and a smaller one saves memory.
     "rollout": {"num_workers", "batch_size", "cpus_per_worker", "gpus_per_worker"},
     "rewards": {"replicas", "cpus_per_replica", "gpus_per_replica", "deadline_s", "attempt_timeout_s", "pool", "http"},
     "learner": {
@@ -45,7 +45,7 @@ class RunFolder:
     root: Path
     checkpoints: CheckpointStore
     require_ours: Callable[[], None] = lambda: None
-    """Raises `RunTakenError` once another process drives the run."""
+    """Raises `RunTakenError` if another process holds the run lock."""
 
     @property
     def metrics(self) -> Path:
@@ -54,12 +54,12 @@ class RunFolder:
 
     @property
     def guard(self) -> Path:
-        """One JSON object per decision of the guard that was due for a line."""
+        """One JSON object per guard decision in which a rule rose or an action was taken."""
         return self.root / "guard.jsonl"
 
     @property
     def skipped(self) -> Path:
-        """One JSON object per optimiser step that was left out."""
+        """One JSON object per skipped optimiser step."""
         return self.root / "skipped_steps.jsonl"
 
     @property
@@ -74,16 +74,20 @@ class RunFolder:
 
 
 def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint | None]:
-    """Make or continue the run folder.
+    """Create or continue the run folder.
 
     Args:
-        resume: None starts afresh and refuses a folder that already holds a run; `auto` continues from the newest good
-            checkpoint, or starts afresh if there is none; a path is a run folder or one checkpoint of one, which is
-            copied into the run's own folder where it lies elsewhere. Later checkpoints there are set aside: whatever
-            goes on from the newest one, goes on from the one that was named.
+        resume: None starts a new run and refuses a folder that already holds one. `auto` continues from the newest
+            valid checkpoint, or starts a new run if there is none. A path names a run folder or one of its
+            checkpoints; a checkpoint of another folder is copied into this run's folder. Later checkpoints are set
+            aside, so that the named one is the newest.
+
+    Returns:
+        (run folder, checkpoint to continue from or None).
 
     Raises:
-        ResumeError: the folder is taken, is no run, or its configuration differs in what matters.
+        ResumeError: the folder already holds a run, is not a run, or its configuration differs in keys that affect
+            results.
     """
     root = config.run_dir
     store = CheckpointStore(root / "checkpoints", keep=config.checkpoint.keep)
@@ -100,9 +104,9 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
             _require_free(root)
             checkpoint = _bring_in(checkpoint, store)
         for path in store.set_aside(after=checkpoint.iteration):
-            logger.warning("%s is of later iterations, which are done again: kept as %s", root, path.name)
+            logger.warning("%s belongs to later iterations, which run again: kept as %s", root, path.name)
     root.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: without it the run cannot be gone on with.
+    # Atomic: without this file the run cannot be resumed.
     replace_file(root / RESOLVED, dump(config).encode())
     return RunFolder(root, store), checkpoint
 
@@ -119,7 +123,7 @@ def read_run_config(root: Path) -> Config:
 
 
 def _require_free(root: Path) -> None:
-    # A run that failed before its first iteration holds nothing to lose.
+    # A run that failed before its first iteration has no results to overwrite.
     begun = (root / METRICS).exists() and (root / METRICS).stat().st_size
     if begun or any((root / "checkpoints").glob("[0-9]*")):
         raise ResumeError(
@@ -129,7 +133,7 @@ def _require_free(root: Path) -> None:
 
 
 def _bring_in(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
-    """Copy a checkpoint of another run, and the one that its guard would roll back to."""
+    """Copy a checkpoint of another run, and the checkpoint that its guard would roll back to."""
     best = checkpoint.best_iteration
     if best != checkpoint.iteration and (checkpoint.folder.parent / f"{best:06d}").is_dir():
         store.adopt(open_checkpoint(checkpoint.folder.parent / f"{best:06d}"))
@@ -146,7 +150,7 @@ def _from_path(config: Config, path: Path) -> Checkpoint:
     _require_same(config, path)
     checkpoint = CheckpointStore(path / "checkpoints", keep=config.checkpoint.keep).newest()
     if checkpoint is None:
-        raise ResumeError(f"{path} is a run, but has no whole checkpoint yet; start it afresh in another run.dir")
+        raise ResumeError(f"{path} is a run, but has no complete checkpoint yet; start a new run in another run.dir")
     return checkpoint
 
 
@@ -161,8 +165,8 @@ def _require_same(config: Config, root: Path) -> None:
         raise ResumeError(f"--resume: {root / RESOLVED} cannot be read: {error}") from error
     if not isinstance(old, dict):
         raise ResumeError(
-            f"--resume: {root / RESOLVED} holds no sections, but {type(old).__name__}: it was cut short. Restore it; "
-            "MLflow has a copy of what is recorded there."
+            f"--resume: {root / RESOLVED} holds {type(old).__name__} instead of sections: the file is truncated. "
+            "Restore it; a run that is tracked in MLflow has a copy there."
         )
     differences = list(_differences(old, config.to_mapping()))
     if differences:
@@ -188,7 +192,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]):
 
 
 def git_commit() -> str | None:
-    """Commit of the working tree that this code runs from, with `-dirty` when it has changes; None outside git."""
+    """Commit of this code's git working tree, with `-dirty` if it has changes; None outside git."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Who drives a run: one process at a time, on whatever machine, lest two write into one folder."""
+"""Run lock: at most one process, on any host, writes to a run folder."""
 
 import json
 import logging
@@ -22,42 +22,43 @@ logger = logging.getLogger(__name__)
 LOCK_FILE = "driver.json"
 _BEAT_S = 5.0
 _SILENT_S = 30.0
-"""A driver elsewhere that did not write for so long is gone; several beats, since shared storage may be slow."""
+"""Seconds without a heartbeat after which a holder on another host counts as dead; several heartbeats long, because
+shared storage may be slow."""
 
 Sign = Literal["alive", "gone", "unknown"]
 
 
 @dataclass(frozen=True)
 class LockHolder:
-    """What a driver writes of itself."""
+    """The process that holds the lock, as written to the lock file."""
 
     token: str
     host: str
     place: str
-    """Machine, start of its kernel and its process namespace: where `pid` means something."""
+    """Host name, boot id and process namespace: the scope in which `pid` is unique."""
     pid: int
     started: float
-    """When that process was started, since a number is given again; by a clock that nobody sets."""
+    """Start time of the process on a monotonic clock: distinguishes it from a later process with the same number."""
     beat: int = 0
-    """Grows while it lives. Counted, because the clocks of two machines differ."""
+    """Heartbeat counter. A count and not a time, because the clocks of two hosts differ."""
 
     def __str__(self) -> str:
-        """How a message names it."""
+        """Process and host, for messages."""
         return f"process {self.pid} on {self.host}"
 
 
 def lock_holder(root: Path) -> LockHolder | None:
-    """Who drives a run, or last did without saying that it stops."""
+    """The process in the lock file, alive or not; None without a readable lock file."""
     return _parsed(_content(root / LOCK_FILE))
 
 
-def sign_of(driver: LockHolder) -> Sign:
-    """Whether a driver lives, as far as can be told without waiting, which is not at all on another machine."""
-    if driver.place != _place():
+def sign_of(holder: LockHolder) -> Sign:
+    """Whether the holder is alive, without waiting; `unknown` on another host."""
+    if holder.place != _place():
         return "unknown"
     try:
-        process = psutil.Process(driver.pid)
-        if process.status() == psutil.STATUS_ZOMBIE or _started(process) != driver.started:
+        process = psutil.Process(holder.pid)
+        if process.status() == psutil.STATUS_ZOMBIE or _started(process) != holder.started:
             return "gone"
     except psutil.NoSuchProcess:
         return "gone"
@@ -67,10 +68,10 @@ def sign_of(driver: LockHolder) -> Sign:
 
 
 class RunLock:
-    """The right to write into a run folder, while it is held."""
+    """Exclusive right to write to a run folder; acquired by `held`."""
 
     def __init__(self, root: Path) -> None:
-        """Of this folder; see `held`."""
+        """Prepare the lock of the folder `root`; `take` acquires it."""
         self._path = root / LOCK_FILE
         process = psutil.Process()
         self._me = LockHolder(uuid.uuid4().hex, socket.gethostname(), _place(), process.pid, _started(process))
@@ -80,24 +81,28 @@ class RunLock:
         self._made = False
 
     def require(self) -> None:
-        """Look whether the folder is still ours.
+        """Check that this process still holds the lock.
 
         Raises:
-            RunTakenError: another process drives the run now.
+            RunTakenError: another process holds the lock now.
         """
         if self._lost is None:
             self._look()
         if self._lost is not None:
             raise RunTakenError(
-                f"{self._path.parent} is driven by {self._lost} now, which saw no sign of life of this process for "
-                f"{_SILENT_S:g} s. It goes on from the newest checkpoint; this one ends, and writes nothing more."
+                f"{self._path.parent}: {self._lost} holds the run lock now, because it saw no heartbeat of this "
+                f"process for {_SILENT_S:g} s. It continues from the newest checkpoint; this process ends and writes "
+                "nothing more."
             )
 
     def take(self, wait: Callable[[float], object]) -> None:
-        """Write ourselves down, if nobody else drives the run.
+        """Acquire the lock; a lock file of a dead process is replaced.
+
+        Args:
+            wait: sleeps for a number of seconds, to see whether a holder on another host is alive.
 
         Raises:
-            ResumeError: somebody does.
+            ResumeError: another live process holds the lock.
         """
         self._made = not self._path.parent.is_dir()
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +115,7 @@ class RunLock:
                 self._remove_dead(wait)
 
     def beat(self) -> None:
-        """Give signs of life until `release`, from a thread of its own."""
+        """Write heartbeats until `release`; runs in its own thread."""
         count = 0
         while not self._over.wait(_BEAT_S):
             count += 1
@@ -123,13 +128,13 @@ class RunLock:
                         return
                     self._write(replace(self._me, beat=count))
             except OSError as error:
-                # The storage may come back; if not, the run itself will say so.
+                # The storage may come back; if not, the run itself fails on it.
                 logger.warning("%s cannot be written: %s", self._path, error)
 
     def release(self) -> None:
-        """Let others drive the run."""
+        """Release the lock and remove its file."""
         self._over.set()
-        # A beat that is being written must not bring the file back; one that hangs, on storage that is gone, may.
+        # A heartbeat in progress must not create the file again, unless it hangs on lost storage.
         locked = self._writing.acquire(timeout=_BEAT_S)
         try:
             self._aside.unlink(missing_ok=True)
@@ -141,7 +146,7 @@ class RunLock:
                 self._writing.release()
         if self._made:
             with suppress(OSError):
-                # Empty where nothing was begun after all.
+                # The folder is empty if the run never started.
                 self._path.parent.rmdir()
 
     @property
@@ -150,23 +155,25 @@ class RunLock:
 
     def _look(self) -> None:
         found = lock_holder(self._path.parent)
-        # A file that is gone or cut was taken by nobody; the next beat writes it again.
+        # A missing or truncated file has no other holder; the next heartbeat writes it again.
         if found is not None and found.token != self._me.token:
             self._lost = found
 
-    def _write(self, driver: LockHolder) -> None:
-        self._aside.write_text(json.dumps(asdict(driver)), encoding="utf-8")
+    def _write(self, holder: LockHolder) -> None:
+        self._aside.write_text(json.dumps(asdict(holder)), encoding="utf-8")
         os.replace(self._aside, self._path)
 
     def _remove_dead(self, wait: Callable[[float], object]) -> None:
-        """Put a dead driver's file out of the way; of several that do so at once, one gets through."""
+        """Remove the lock file of a dead holder; of several processes that try at once, one succeeds."""
         root, content = self._path.parent, _content(self._path)
         if content is None:
             return
         found = _parsed(content)
         sign = sign_of(found) if found is not None else "unknown"
         if sign == "unknown":
-            logger.warning("waiting %g s to see whether %s still drives %s", _SILENT_S, found or "a process", root)
+            logger.warning(
+                "waiting %g s for a heartbeat of %s, which holds the lock of %s", _SILENT_S, found or "a process", root
+            )
             wait(_SILENT_S)
             now = _content(self._path)
             if now is None:
@@ -175,15 +182,15 @@ class RunLock:
             content, found = now, _parsed(now) or found
         if sign == "alive":
             raise ResumeError(
-                f"{root} is driven by {found or 'another process'}: two would write into one folder. Let it end, or "
-                "end it; or begin another run with run.name, run.seed or run.dir."
+                f"{root}: {found or 'another process'} holds the run lock, and two processes must not write to one "
+                "folder. Wait for it or end it, or start another run with run.name, run.seed or run.dir."
             )
         try:
             os.rename(self._path, self._aside)
         except FileNotFoundError:
             return
         if _content(self._aside) != content:
-            # Not the dead one's: somebody who came at the same moment was quicker.
+            # The file belongs to another process that acquired the lock in between: restore it.
             with suppress(FileExistsError):
                 os.link(self._aside, self._path)
         self._aside.unlink(missing_ok=True)
@@ -191,14 +198,14 @@ class RunLock:
 
 @contextmanager
 def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterator[RunLock]:
-    """Drive a run alone while the block runs.
+    """Hold the run lock while the block runs.
 
     Raises:
-        ResumeError: another process drives it.
+        ResumeError: another live process holds it.
     """
     lock = RunLock(root)
     lock.take(wait)
-    threading.Thread(target=lock.beat, daemon=True, name="tenure").start()
+    threading.Thread(target=lock.beat, daemon=True, name="run-lock").start()
     try:
         yield lock
     finally:
@@ -206,7 +213,7 @@ def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterato
 
 
 def _content(path: Path) -> bytes | None:
-    """None where there is no file, or it cannot be read now."""
+    """Content of the file; None if it is missing or unreadable."""
     try:
         return path.read_bytes()
     except OSError:
@@ -221,10 +228,10 @@ def _parsed(content: bytes | None) -> LockHolder | None:
 
 
 def _started(process: psutil.Process) -> float:
-    """Ticks since the machine's own start where Linux says them: psutil counts from a wall clock that may be set."""
+    """Start time in ticks since boot on Linux; psutil elsewhere, whose wall clock may be changed."""
     try:
         content = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
-        # The name is in brackets and may hold anything; after it come the fields from the third on, this is the 22nd.
+        # The name in brackets may hold any character; the fields after it start with the third, and this is the 22nd.
         return float(content.rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):
         return process.create_time()

@@ -1,4 +1,4 @@
-"""Prompts are dealt reproducibly and once per pass; images arrive as they are, or not at all."""
+"""Prompts are sampled reproducibly and once per pass; images are decoded without loss or refused."""
 
 import logging
 import os
@@ -134,7 +134,7 @@ def test_a_prompt_file_that_cannot_serve_is_refused(tmp_path, name, content, mes
 # Dealing
 
 
-def test_dealing_twice_gives_the_same():
+def test_sampling_prompts_twice_gives_the_same_groups():
     one, two = (
         sample_prompts(captions(), iteration=7, run_seed=3, num_prompts=5, samples_per_prompt=2) for _ in range(2)
     )
@@ -179,13 +179,13 @@ def test_a_group_names_its_prompt_in_every_sample():
 
 
 def test_no_sample_id_or_seed_is_shared_between_iterations_and_streams():
-    dealt = [
+    sampled = [
         sample_prompts(("a", "b"), iteration=iteration, run_seed=0, num_prompts=3, samples_per_prompt=4, stream=stream)
         for stream in ("train", "calibration", "evaluation")
         for iteration in (-12, -1, 0, 1, 12)
     ]
-    ids = [sample_id for groups in dealt for sample_id in ids_of(groups)]
-    seeds = [seed for groups in dealt for seed in seeds_of(groups)]
+    ids = [sample_id for groups in sampled for sample_id in ids_of(groups)]
+    seeds = [seed for groups in sampled for seed in seeds_of(groups)]
     assert len(set(ids)) == len(set(seeds)) == len(ids) == 15 * 12
 
 
@@ -197,7 +197,7 @@ def test_another_run_seed_changes_the_order_and_every_noise_seed():
     assert not set(seeds_of(one)) & set(seeds_of(two))
 
 
-def test_dealing_never_touches_the_global_generator():
+def test_sampling_prompts_never_changes_the_global_generator():
     before = torch.get_rng_state()
     sample_prompts(captions(), iteration=0, run_seed=0, num_prompts=4, samples_per_prompt=1)
     assert torch.equal(before, torch.get_rng_state())
@@ -208,9 +208,9 @@ def test_dealing_never_touches_the_global_generator():
     [{"num_prompts": 0}, {"samples_per_prompt": 0}, {"stream": "a-b"}, {"stream": ""}, {"prompts": ()}],
     ids=str,
 )
-def test_dealing_nothing_or_an_ambiguous_stream_is_refused(wrong):
+def test_sampling_no_prompts_or_from_an_ambiguous_stream_is_refused(wrong):
     arguments = {"iteration": 0, "run_seed": 0, "num_prompts": 1, "samples_per_prompt": 1, **wrong}
-    with pytest.raises(ValueError, match=r"nothing to deal|identifier"):
+    with pytest.raises(ValueError, match=r"nothing to sample|identifier"):
         sample_prompts(arguments.pop("prompts", ("a",)), **arguments)
 
 
@@ -261,7 +261,7 @@ def test_a_wide_and_a_tall_image_are_cropped_to_their_centre(tmp_path):
     assert torch.equal(images.tensor[1], as_tensor(tall[1:7]))
 
 
-def test_a_image_of_another_size_is_resized_without_aliasing(tmp_path):
+def test_an_image_of_another_size_is_resized_without_aliasing(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 254
     path = write_parquet(tmp_path / "p.parquet", [encode(stripes), encode(image(0, 16, 16))])

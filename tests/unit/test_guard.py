@@ -1,4 +1,4 @@
-"""What the guard decides, why, what it remembers, and that it goes on from a checkpoint as if nothing had happened."""
+"""Decisions of the guard, their reasons, and its state across a checkpoint."""
 
 import json
 import statistics
@@ -10,6 +10,7 @@ from acpo_dist.config.guard import GuardConfig, Limits
 from acpo_dist.core.types import Normaliser
 from acpo_dist.training.guard.guard import Guard
 from acpo_dist.training.guard.signals import Reference, Signals, fit_reference, measure_signals
+from tests.helpers.config import refusal
 
 FAST = GuardConfig(action="stop", warmup=0, patience=1, smoothing=1.0, cooldown=3)
 """Acts on a single iteration, so that tests can say which."""
@@ -40,7 +41,7 @@ def test_gains_are_mean_normalised_scores_with_the_metrics_own_sign():
 
 def test_content_shifts_are_in_base_deviations_and_never_in_vanishing_ones():
     spread, constant = [0.1, 0.3, 0.5, 0.7], [0.2] * 4
-    reference = fit_reference({"edges": spread, "dark": constant}, diversity=None, recall=None, min_std=0.05)
+    reference = fit_reference({"edges": spread, "dark": constant}, diversity=None, min_std=0.05)
     signals = measure_signals(
         train=[], judges=[], scores={}, normalisers={}, content={"edges": [0.6, 0.8], "dark": [0.3, 0.3]},
         reference=reference,
@@ -50,17 +51,17 @@ def test_content_shifts_are_in_base_deviations_and_never_in_vanishing_ones():
 
 
 def test_ratios_are_left_out_where_either_side_is_unknown():
-    reference = fit_reference({}, diversity=4.0, recall=None, min_std=0.05)
+    reference = fit_reference({}, diversity=4.0, min_std=0.05)
     signals = measure_signals(
-        train=[], judges=[], scores={}, normalisers={}, content={}, reference=reference, diversity=3.0, recall=0.5,
+        train=[], judges=[], scores={}, normalisers={}, content={}, reference=reference, diversity=3.0,
         drift_rms=0.1, drift_budget=None,
     )  # fmt: skip
-    assert (signals.diversity, signals.recall, signals.drift) == (0.75, None, None)
+    assert (signals.diversity, signals.drift) == (0.75, None)
     assert signals.flat() == {"diversity": 0.75}
 
 
 def test_a_reference_survives_json():
-    reference = fit_reference({"edges": [0.1, 0.2, 1 / 3]}, diversity=0.7, recall=None, min_std=0.01)
+    reference = fit_reference({"edges": [0.1, 0.2, 1 / 3]}, diversity=0.7, min_std=0.01)
     assert Reference(**json.loads(json.dumps(reference.to_mapping()))) == reference
 
 
@@ -74,7 +75,6 @@ def test_a_reference_survives_json():
         (judged(1.0, reward=2.5), "hacking_gap"),
         (Signals(content_shifts={"dark_share": -2.0, "contrast": 0.1}), "content_shift/dark_share"),
         (Signals(diversity=0.3), "diversity_lost"),
-        (Signals(recall=0.1), "recall_lost"),
         (Signals(drift=1.3), "drift"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -87,10 +87,10 @@ def test_each_fault_stops_by_its_own_rule(signals: Signals, rule: str):
 
 @pytest.mark.parametrize(
     "signals",
-    [judged(2.0, reward=2.5), Signals(diversity=1.5, recall=1.2, drift=0.9), Signals()],
+    [judged(2.0, reward=2.5), Signals(diversity=1.5, drift=0.9), Signals()],
     ids=["honest gain", "more diverse", "nothing measured"],
 )
-def test_what_is_well_is_left_alone(signals: Signals):
+def test_signals_within_all_limits_cause_no_action(signals: Signals):
     decision = Guard(FAST).update(0, signals)
     assert decision.action == "none" and not decision.reasons and not decision.ends
 
@@ -174,9 +174,11 @@ def test_the_reason_names_the_figure_and_both_limits():
 
 
 def test_metrics_are_shares_of_the_stop_limit():
-    metrics = Guard(with_(FAST, recall_lost=Limits(warn=0.5).model_dump())).update(0, Signals(drift=0.6, recall=0.75))
+    metrics = Guard(with_(FAST, diversity_lost=Limits(warn=0.5).model_dump())).update(
+        0, Signals(drift=0.6, diversity=0.75)
+    )
     assert metrics.to_metrics() == {
-        "guard/drift": pytest.approx(0.5), "guard/recall_lost": pytest.approx(0.5), "guard/reward_scale": 1.0,
+        "guard/drift": pytest.approx(0.5), "guard/diversity_lost": pytest.approx(0.5), "guard/reward_scale": 1.0,
         "guard/best_iteration": 0.0,
     }  # fmt: skip
 
@@ -295,3 +297,7 @@ def test_a_guard_restored_from_json_decides_as_if_it_had_never_stopped(cut: int)
     assert first + second == whole
     # The run does something before and after the cut.
     assert {decision.action for decision in whole} >= {"none", "warn", "lower_reward"}
+
+
+def test_a_configuration_that_sets_the_removed_recall_rule_is_refused_with_the_reason(smallest):
+    assert "`guard.recall_lost` was removed" in refusal(smallest, "guard.recall_lost=null")

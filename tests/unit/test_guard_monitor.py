@@ -55,7 +55,7 @@ def test_a_broken_rule_stops_the_run_with_exit_code_3_and_says_why(tiny, tmp_pat
     assert json.loads((root / "guard.jsonl").read_text().splitlines()[0])["action"] == "stop"
 
 
-def test_a_roll_back_exports_the_checkpoint_that_the_judges_liked_best(tiny, tmp_path):
+def test_a_roll_back_exports_the_best_checkpoint_by_the_judges(tiny, tmp_path):
     root = tmp_path / "run"
     result = drive(
         tiny(*TRIPWIRE, "guard.action=roll_back", "run.iterations=5", "checkpoint.keep=1", f"run.dir={root}"),
@@ -89,7 +89,7 @@ def recording(published: list[int]):
 
 
 @pytest.mark.parametrize(("action", "wanted"), [("roll_back", [0]), ("stop", [0, 1])])
-def test_weights_that_drift_grossly_are_taken_back_before_any_worker_draws_with_them(tiny, tmp_path, action, wanted):
+def test_weights_with_gross_drift_are_rolled_back_before_they_are_published(tiny, tmp_path, action, wanted):
     published = []
     result = drive(
         tiny("guard.drift_budget=1e-6", f"guard.action={action}", "run.iterations=5", f"run.dir={tmp_path / 'run'}"),

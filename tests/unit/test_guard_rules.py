@@ -30,17 +30,17 @@ class NoisyRun:
 
         self.z = (means(SAMPLES, length) - means(CALIBRATION, 1)).tolist()
         # Ratios of the toy's base model scatter by so much, a held budget by 5 %.
-        self.ratios = (1 + rng.standard_normal((length, 3)) * [0.06, 0.11, 0.05]).tolist()
+        self.ratios = (1 + rng.standard_normal((length, 2)) * [0.06, 0.05]).tolist()
 
     def at(
         self, iteration: int, *, judge: float = 0.0, reward: float = 0.0, content: float = 0.0, drift: float = 0.8
     ) -> Signals:
-        z, (diversity, recall, budget) = self.z[iteration], self.ratios[iteration]
+        z, (diversity, budget) = self.z[iteration], self.ratios[iteration]
         return Signals(
             reward_gains={"metric": z[0] + reward},
             judge_gains={"held out": z[1] + judge},
             content_shifts={f"statistic {index}": value + content for index, value in enumerate(z[2:])},
-            diversity=diversity, recall=recall, drift=drift * budget,
+            diversity=diversity, drift=drift * budget,
         )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_fewer_than_one_in_a_hundred_runs_without_drift_is_stopped_in_500_iterat
     [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 2)],
     ids=["judge falls by one sigma", "the gap opens", "images change", "drift doubles"],
 )
-def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
+def test_a_fault_is_detected_within_the_stated_iterations(fault: dict[str, float], within: int):
     delays = []
     for seed in range(100):
         guard, noise, begin = Guard(STOPPING), NoisyRun(seed), 50
@@ -84,7 +84,7 @@ def test_a_fault_is_met_within_iterations(fault: dict[str, float], within: int):
     ids=["judge falls by 2.5 sigmas", "the gap opens wide", "other images", "drift 2.8 times its budget"],
 )
 @pytest.mark.parametrize("begin", [0, 50], ids=["in the warm-up", "later"])
-def test_a_gross_fault_is_met_at_once(fault: dict[str, float], within: int, begin: int):
+def test_a_gross_fault_is_detected_at_once(fault: dict[str, float], within: int, begin: int):
     for seed in range(100):
         guard, noise = Guard(STOPPING), NoisyRun(seed, length=begin + within)
         ends = [
@@ -112,7 +112,7 @@ def test_single_iterations_of_few_samples_do_not_make_a_false_stop_either():
     assert stopped[2.0] - stopped[None] <= 1, "gross limits add nothing to what running means report"
 
 
-def test_running_means_weigh_what_was_seen_to_one():
+def test_weights_of_a_running_mean_sum_to_one():
     mean = RunningMean()
     values = [3.0, -1.0, 4.0, 1.0, -5.0]
     for count, value in enumerate(values, 1):

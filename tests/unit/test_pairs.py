@@ -210,14 +210,14 @@ def test_a_column_whose_first_cell_is_empty_is_a_score_and_an_unnamed_one_is_not
     assert list(images[0].scores) == ["q", "r"] and math.isnan(images[0].scores["q"])
 
 
-def test_a_image_without_a_score_is_counted_out_before_the_others_are_paired(tmp_path):
+def test_an_image_without_a_score_is_counted_out_before_the_others_are_paired(tmp_path):
     images = read_text(tmp_path, "path,prompt,q\nb,cat,5\na,cat,\nc,cat,1\n")
     kept, counts = pair_up(images)
     assert [(pair.winner.path.name, pair.loser.path.name) for pair in kept] == [("b", "c")]
     assert counts == {"images": 3, "no_score": 1, "kept": 1}
 
 
-def test_a_image_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
+def test_an_image_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
     images = read_text(tmp_path, "path,prompt,q\na,cat,1\nb,cat,5\na,dog,9\nc,dog,2\n")
     kept, _ = pair_up(images)
     assert [(pair.winner.path.name, pair.loser.path.name, pair.winner.prompt) for pair in kept] == [
@@ -225,7 +225,7 @@ def test_a_image_keeps_its_own_score_for_each_of_its_prompts(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_image_is_never_paired_with_itself(tmp_path):
+def test_an_image_is_never_paired_with_itself(tmp_path):
     kept, counts = pair_up(read_text(tmp_path, "path,prompt,q\na,cat,1\nx/../a,cat,5\n"), duplicates=0.02)
     assert kept == [] and counts == {"images": 2, "duplicate": 1}
 

@@ -51,7 +51,7 @@ def test_base_model_and_metrics_are_trained_from_the_images_and_the_anchor_batch
     assert row["drift/rms"] == 0.0 and row["data/denoising"] > 0
 
 
-def test_what_was_trained_before_is_used_again(tiny, tmp_path, images):
+def test_trained_weights_are_reused(tiny, tmp_path, images):
     from acpo_dist.training.prepare import prepare
 
     config = tiny(f"data.path={images}", *OVERRIDES, source="cifar10_ddpm")

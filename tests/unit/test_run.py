@@ -132,7 +132,7 @@ def test_a_non_finite_loss_stops_before_any_weight_changes(tiny, tmp_path):
     assert all(torch.equal(held[name], value) for name, value in checked["before"].items())
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_previous_one(tiny, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tiny, tmp_path, caplog):
     root = tmp_path / "run"
     drive(tiny("run.iterations=2", f"run.dir={root}", "checkpoint.every=1"), open_ports, QUIET)
     file = root / "checkpoints/000002/learner/policy.safetensors"
@@ -190,7 +190,7 @@ def test_resuming_from_a_folder_that_is_no_run_is_refused(tiny, tmp_path):
         open_run(tiny(f"run.dir={tmp_path / 'run'}"), str(tmp_path / "other"))
 
 
-def test_a_sample_is_the_same_in_whichever_chunk_it_is_drawn(tiny):
+def test_a_sample_does_not_depend_on_its_chunk(tiny):
     from acpo_dist.data.prompts import sample_prompts
 
     config = tiny()
@@ -230,7 +230,7 @@ def test_a_bfloat16_run_that_is_resumed_gives_the_same_weights_bit_for_bit(tiny,
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
 
-def test_bfloat16_arithmetic_is_the_networks_alone(tiny, tmp_path, monkeypatch):
+def test_only_the_network_computes_in_bfloat16(tiny, tmp_path, monkeypatch):
     from acpo_dist.models.text import PromptEmbeddings
     from acpo_dist.workers.reward.worker import RewardWorker
 

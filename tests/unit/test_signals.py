@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run in order: the folder is whole, nobody drives it, and the way on is said."""
+"""Ctrl-C and SIGTERM end a run cleanly: complete folder, released lock, and a message that says how to resume."""
 
 import json
 import os

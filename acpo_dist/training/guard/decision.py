@@ -1,4 +1,4 @@
-"""What the guard decides, and why, for the loop, for tracking and for people."""
+"""The guard's decisions and their reasons, for the loop, for tracking and for messages."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,16 +13,15 @@ WORDING = {
     "judge_below_base": "judge `{what}` is {value:.2f} base standard deviations below the base model",
     "judge_fall": "judge `{what}` has fallen {value:.2f} base standard deviations from the best of this run",
     "diversity_lost": "{value:.0%} of the base model's diversity is gone",
-    "recall_lost": "{value:.0%} of the base model's recall is gone",
     "content_shift": "`{what}` of the images has moved {value:.2f} base standard deviations",
     "drift": "drift is {value:.2f} times its budget",
 }
-"""How each kind of rule speaks; `what` is the judge or statistic."""
+"""Message of each kind of rule; `what` is the judge or statistic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """One rule that has risen."""
+    """One rule at level `warn` or `stop`."""
 
     rule: str
     level: Level
@@ -33,7 +32,7 @@ class Reason:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The reason as a sentence with value and limits."""
         kind, _, what = self.rule.partition("/")
         stop = "no stop limit" if self.stop is None else f"stop at {self.stop:g}"
         return f"{WORDING[kind].format(value=self.value, what=what)} (warns at {self.warn:g}, {stop})"
@@ -41,35 +40,35 @@ class Reason:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to do after an iteration, and why."""
+    """Action after an iteration, and its reasons."""
 
     iteration: int
     action: Action
     reasons: tuple[Reason, ...]
-    """All rules at `warn` or `stop`, the worst first."""
+    """All rules at `warn` or `stop`, highest level first."""
     raised: tuple[str, ...]
-    """Rules that rose at this check: what a log line is due for."""
+    """Rules whose level rose at this check; each gets a log line."""
     metrics: Mapping[str, float]
-    """Rule -> smoothed figure, higher is worse."""
+    """Rule -> smoothed value, higher is worse."""
     stop_shares: Mapping[str, float]
-    """Rule -> figure as a share of its stop limit (warn limit if it has none): 1 is the line in a plot."""
+    """Rule -> value as a share of its stop limit (warn limit if it has none)."""
     reward_scale: float
     """Multiplies every reward weight from the next iteration on."""
     best_iteration: int
-    """Saved checkpoint to roll back to; 0 is the base model."""
+    """Iteration of the checkpoint to roll back to; 0 is the base model."""
 
     @property
     def ends(self) -> bool:
-        """Whether the run stops here, with exit code 3."""
+        """Whether the run ends here, with exit code 3."""
         return self.action in ("stop", "roll_back")
 
     @property
     def text(self) -> str:
-        """Why, in one line per reason."""
+        """One line per reason."""
         return "\n".join(reason.text for reason in self.reasons)
 
     def to_metrics(self) -> dict[str, float]:
-        """For tracking: `guard/<rule>` as shares of the stop limits, and what is in force."""
+        """Metrics for tracking: `guard/<rule>` as shares of the stop limits, reward scale and best iteration."""
         shares = {f"guard/{name}": value for name, value in self.stop_shares.items()}
         return shares | {"guard/reward_scale": self.reward_scale, "guard/best_iteration": float(self.best_iteration)}
 
@@ -79,6 +78,6 @@ class Decision:
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Decision":
-        """The inverse, JSON or not in between."""
+        """Inverse of `to_mapping`, also after JSON."""
         reasons = tuple(Reason(**reason) for reason in data["reasons"])
         return cls(**{**data, "reasons": reasons, "raised": tuple(data["raised"])})

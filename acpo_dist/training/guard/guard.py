@@ -11,10 +11,10 @@ from acpo_dist.training.guard.signals import Signals
 
 
 class Guard:
-    """Keeps running means of the signals, holds every rule against them and remembers the best checkpoint."""
+    """Updates running means of the signals, checks every rule on them, and tracks the best checkpoint by the judges."""
 
     def __init__(self, config: GuardConfig) -> None:
-        """Start with nothing seen."""
+        """Start without any observed iteration."""
         self._config = config
         self._limits: dict[str, Limits | None] = {kind: getattr(config, kind) for kind in WORDING}
         self._iteration = -1
@@ -28,7 +28,7 @@ class Guard:
 
     @property
     def reward_scale(self) -> float:
-        """What `lower_reward` has left of the reward weights."""
+        """Product of all `lower_reward` actions so far; multiplies every reward weight."""
         return self._config.lower_factor**self._lowered
 
     @property
@@ -37,13 +37,13 @@ class Guard:
         return self._best[0]
 
     def update(self, iteration: int, signals: Signals) -> Decision:
-        """Take in one iteration's signals and decide.
+        """Update with one iteration's signals and decide.
 
         Args:
             iteration: higher than at the last call; iterations may be left out.
 
         Raises:
-            ValueError: an iteration seen before, or a figure that is not finite.
+            ValueError: an iteration seen before, or a signal that is not finite.
         """
         if iteration <= self._iteration:
             raise ValueError(f"the guard has seen iteration {self._iteration} already, and was given {iteration}")
@@ -52,7 +52,7 @@ class Guard:
         self._checks += 1
         for name, value in now.items():
             self._means[name] = self._means.get(name, RunningMean()).add(value, self._config.smoothing)
-        # Drift hardly scatters and may run away within two iterations: it is taken as it is.
+        # Drift has little noise and can diverge within two iterations: it is not smoothed.
         smoothed = {name: self._means[name].value if name != "drift" else value for name, value in now.items()}
         if self._checks > self._config.warmup:
             for name, value in smoothed.items():
@@ -60,9 +60,9 @@ class Guard:
                     self._best_judges[name] = max(value, self._best_judges.get(name, value))
         metrics, alone = self._metrics(smoothed), self._metrics(now)
         raised = self._hold(metrics, alone)
-        # What stopped a rule at once is said, not the mean that lags behind it.
+        # A rule that stopped on one iteration reports that value, not the mean that lags behind it.
         metrics |= {name: alone[name] for name in alone if self._is_gross(name)}
-        # Reasons first: a lowering makes the rules begin anew.
+        # Before the action: `lower_reward` resets the rules.
         reasons = self._reasons(metrics)
         action = self._act()
         return Decision(
@@ -72,14 +72,14 @@ class Guard:
         )  # fmt: skip
 
     def saved(self, iteration: int, judge_gains: Mapping[str, float] | None = None) -> None:
-        """A checkpoint of this iteration was saved: it becomes the best if no judge is worse off than at the old best.
+        """Consider the saved checkpoint of this iteration: it becomes the best if its worst judge is at least as good.
 
-        The worst judge counts; the base model's gain is 0. Without judges the newest is the best. Nothing is taken
-        while a rule stands at `stop`.
+        The base model's gain is 0. Without judges the newest checkpoint is the best. No checkpoint is considered while
+        a rule is at `stop`.
 
         Args:
             judge_gains: measured with the saved weights, best on the calibration prompts and seeds, where the base
-                model's gain is exactly 0; None takes the running means, which lag behind by some iterations.
+                model's gain is exactly 0; None uses the running means, which lag behind by some iterations.
         """
         if any(state.level == "stop" for state in self._rules.values()):
             return
@@ -89,7 +89,7 @@ class Guard:
             self._best = (iteration, score)
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint needs, as plain data: floats survive the round trip through JSON exactly."""
+        """Complete state as plain data for a checkpoint; floats survive JSON exactly."""
         return {
             "iteration": self._iteration,
             "checks": self._checks,
@@ -103,13 +103,13 @@ class Guard:
 
     @classmethod
     def restore(cls, config: GuardConfig, state: Mapping[str, Any]) -> "Guard":
-        """Go on from what `state` gave, under the same configuration."""
+        """Rebuild a guard from the result of `state` under the same configuration."""
         guard = cls(config)
         guard._iteration, guard._checks = int(state["iteration"]), int(state["checks"])
         guard._means = {name: RunningMean(**mean) for name, mean in state["means"].items()}
         guard._best_judges = dict(state["best_judges"])
         known = state["rules"].items()
-        # A rule may have been switched off since.
+        # A rule may have been switched off in the meantime.
         guard._rules = {name: RuleState(**rule) for name, rule in known if guard._limits[_kind(name)] is not None}
         guard._quiet_until, guard._lowered = int(state["quiet_until"]), int(state["lowered"])
         guard._best = (int(state["best"][0]), float(state["best"][1]))
@@ -121,7 +121,7 @@ class Guard:
         return limits
 
     def _counts(self, rule: str) -> bool:
-        """Drift counts from the first check on: it is measured on every trained state and hardly scatters."""
+        """Drift is checked from the first iteration on: it is measured on every trained state and has little noise."""
         return rule == "drift" or self._checks > self._config.warmup
 
     def _is_gross(self, rule: str) -> bool:
@@ -129,7 +129,7 @@ class Guard:
         return state is not None and state.over_gross >= _gross_patience(rule)
 
     def _metrics(self, smoothed: Mapping[str, float]) -> dict[str, float]:
-        """Figures of the rules that are switched on, higher is worse."""
+        """Value of every enabled rule, higher is worse."""
         rewards = [value for name, value in smoothed.items() if name.startswith("reward/")]
         judges = {name: value for name, value in smoothed.items() if name.startswith("judge/")}
         metrics: dict[str, float] = {}
@@ -141,15 +141,14 @@ class Guard:
         for name, value in smoothed.items():
             if name.startswith("content/"):
                 metrics[f"content_shift/{name[8:]}"] = abs(value)
-        for name in ("diversity", "recall"):
-            if name in smoothed:
-                metrics[f"{name}_lost"] = 1 - smoothed[name]
+        if "diversity" in smoothed:
+            metrics["diversity_lost"] = 1 - smoothed["diversity"]
         if "drift" in smoothed:
             metrics["drift"] = smoothed["drift"]
         return {name: value for name, value in metrics.items() if self._limits[_kind(name)] is not None}
 
     def _hold(self, metrics: Mapping[str, float], alone: Mapping[str, float]) -> tuple[str, ...]:
-        """Check every rule, on its running mean and on this iteration alone; return those that rose."""
+        """Check every rule on its running mean and on this iteration alone; return the rules that rose."""
         if self._checks <= self._quiet_until:
             return ()
         config, raised = self._config, []
@@ -178,7 +177,7 @@ class Guard:
         if self._lowered == self._config.max_lowered:
             return "stop"
         self._lowered += 1
-        # A weaker reward needs time to show: rules begin anew after the cooldown.
+        # A lower reward weight takes effect slowly: the rules restart after the cooldown.
         self._rules = {}
         self._quiet_until = self._checks + self._config.cooldown
         return "lower_reward"
@@ -193,11 +192,11 @@ class Guard:
 
 
 _DRIFT_PATIENCE = 2
-"""Checks over a limit in a row: a controller that steers drift may overshoot once."""
+"""Consecutive checks over a limit: the drift controller may overshoot once."""
 
 
 def _gross_patience(rule: str) -> int:
-    """Means of one iteration's samples scatter, so that one of them alone proves nothing."""
+    """Means over one iteration are noisy, so rules other than drift need two of them."""
     return 1 if rule == "drift" else 2
 
 

@@ -1,4 +1,4 @@
-"""Holds the guard against a run: what it measures of each iteration, what it remembers, and how it says why."""
+"""Connects the guard to a run: measures the signals of each iteration, and reports and saves the decisions."""
 
 import json
 import logging
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 class GuardMonitor:
-    """Asked by the loop after each iteration. It sees judges, rewards, images and drift; never an oracle."""
+    """Measures judges, rewards, images and drift after each iteration and passes them to the guard."""
 
     def __init__(
         self, config: Config, pool: RolloutPool, folder: RunFolder, tracker: Tracker, console: Console
     ) -> None:
-        """Take the run's parts; `calibrate` or `restore` comes next."""
+        """Store the run's parts; call `calibrate` or `restore` next."""
         self._config, self._pool, self._folder = config, pool, folder
         self._tracker, self._console = tracker, console
         self._guard = Guard(config.guard)
@@ -37,20 +37,20 @@ class GuardMonitor:
         self._gauge: SpreadGauge | None = None
         self._levels: Tensor | None = None
         self.decision: Decision | None = None
-        """The last one."""
+        """The decision of the last check."""
 
     @property
     def reward_scale(self) -> float:
-        """What the guard has left of the reward weights."""
+        """Factor that the guard applies to the reward weights."""
         return self._guard.reward_scale
 
     @property
     def best_iteration(self) -> int:
-        """Saved checkpoint that the judges like best; 0 is the base model."""
+        """Iteration of the best saved checkpoint by the judges; 0 is the base model."""
         return self._guard.best_iteration
 
     def calibrate(self, handles: Sequence[RolloutHandle]) -> None:
-        """Take the statistics of the base model's images as what is normal."""
+        """Set the reference statistics from images of the base model."""
         images, prompts = self._images(handles)
         rollout = self._config.rollout
         self._gauge = fit_gauge(
@@ -58,15 +58,16 @@ class GuardMonitor:
             per_iteration=min(self._config.guard.images, rollout.prompts_per_iteration * rollout.samples_per_prompt),
         )  # fmt: skip
         self._reference = fit_reference(
-            _content(images), diversity=self._gauge.measure(images, prompts) if self._gauge else None, recall=None,
+            _content(images), diversity=self._gauge.measure(images, prompts) if self._gauge else None,
             min_std=self._config.guard.min_content_std,
         )  # fmt: skip
 
     def probe(self, learner: LearnerGroup, handles: Sequence[RolloutHandle]) -> dict[int, float]:
-        """Drift of the learner's weights of now, which no worker has drawn with yet, on the images of one chunk.
+        """Drift of the learner's updated weights before they are published, on the images of one chunk.
 
         Returns:
-            timestep -> mean squared drift in the anchor's own units, noised forward; empty if it is switched off.
+            timestep -> mean squared drift in the anchor's own units, on forward-noised images; empty if
+            `guard.drift_timesteps` is 0.
         """
         count = self._config.guard.drift_timesteps
         if not count:
@@ -82,12 +83,12 @@ class GuardMonitor:
         self, iteration: int, handles: Sequence[RolloutHandle], scores: ScoreTable,
         normalisers: Mapping[str, Normaliser], *, drift_rms: float, probe: Mapping[int, float],
     ) -> Decision:  # fmt: skip
-        """Decide on one iteration, and say and record what has risen.
+        """Decide on one iteration, and report and record the rules that rose.
 
         Args:
-            iteration: the one just done, counted from 0.
-            drift_rms: as the update measured it, in the anchor's own units, which are the budget's too.
-            probe: of the updated weights, from `probe`; the larger of the two counts.
+            iteration: index of the finished iteration, from 0.
+            drift_rms: rms drift during the update, in the units of the anchor and of its budget.
+            probe: result of `probe` for the updated weights; the larger of the two is used.
         """
         assert self._reference is not None, "calibrate or restore first"
         rewards, (images, prompts) = self._config.rewards, self._images(handles)
@@ -103,13 +104,13 @@ class GuardMonitor:
             text = next(reason.text for reason in decision.reasons if reason.rule == name)
             self._console.message(f"guard, iteration {iteration + 1}: {text}")
         if decision.action == "lower_reward":
-            self._console.message(f"guard: reward weights are at {decision.reward_scale:g} of what was set from now on")
+            self._console.message(f"guard: reward weights are multiplied by {decision.reward_scale:g} from now on")
         if decision.raised or decision.action in ("lower_reward", "stop", "roll_back"):
             self._record(decision)
         return decision
 
     def saved(self, iteration: int, judge_gains: Mapping[str, float] | None = None) -> None:
-        """A checkpoint of this iteration is there to roll back to; see `Guard.saved`."""
+        """Consider a saved checkpoint for a roll-back; see `Guard.saved`."""
         self._guard.saved(iteration, judge_gains)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -125,9 +126,11 @@ class GuardMonitor:
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self._guard = Guard.restore(self._config.guard, state["guard"]["state"])
-        self._reference = Reference(**state["guard"]["reference"])
+        reference = dict(state["guard"]["reference"])
+        reference.pop("recall", None)  # written by versions that had the rule `recall_lost`
+        self._reference = Reference(**reference)
         gauge = state["guard"].get("gauge")
         self._gauge = SpreadGauge(**gauge) if gauge else None
 
@@ -150,7 +153,7 @@ class GuardMonitor:
 def ending_of(config: Config, state: Mapping[str, Any]) -> Decision | None:
     """The decision that ended the run with this checkpoint, or None.
 
-    None too under another guard: with other limits, or another action, the run may go on.
+    None also if the guard's configuration has changed since: with other limits or another action the run may continue.
     """
     ended = state["guard"].get("ended")
     if not ended or state["guard"]["config"] != config.guard.model_dump(mode="json"):
@@ -159,7 +162,7 @@ def ending_of(config: Config, state: Mapping[str, Any]) -> Decision | None:
 
 
 def probe_rms(probe: Mapping[int, float]) -> float:
-    """Root mean square over timesteps; 0 of none."""
+    """Root mean square over timesteps; 0 if `probe` is empty."""
     return fmean(probe.values()) ** 0.5 if probe else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Running means, and rules with hysteresis on them. Pure: states go in and come out."""
+"""Running means and rules with hysteresis, as pure functions of their state."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "stop"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunningMean:
-    """Exponentially weighted mean, exact from the first value on: weights of what was seen sum to one."""
+    """Exponentially weighted mean without start-up bias: the weights of the values seen so far sum to one."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -20,12 +20,12 @@ class RunningMean:
         """The mean so far.
 
         Raises:
-            ZeroDivisionError: nothing was seen.
+            ZeroDivisionError: no value was added.
         """
         return self.total / self.weight
 
     def add(self, value: float, smoothing: float) -> "RunningMean":
-        """With one more value, which gets the share `smoothing` of the whole in the long run."""
+        """Mean with one more value, whose weight is `smoothing` in the long run."""
         return RunningMean(
             total=(1 - smoothing) * self.total + smoothing * value, weight=(1 - smoothing) * self.weight + smoothing
         )
@@ -69,10 +69,10 @@ def step(state: RuleState, figure: float, limits: Limits, *, patience: int, rele
 
 
 def step_gross(state: RuleState, figure: float, line: float, *, patience: int) -> RuleState:
-    """The same check once more, after `step`, on the figure of this iteration alone.
+    """The same check once more, after `step`, on the value of this iteration alone.
 
     Args:
-        figure: not smoothed.
+        figure: unsmoothed value.
         line: far beyond the stop limit; the rule goes to `stop` after `patience` consecutive checks at or over it.
     """
     over = state.over_gross + 1 if figure >= line else 0

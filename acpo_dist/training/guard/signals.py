@@ -1,4 +1,4 @@
-"""What the guard sees of one iteration: figures relative to the base model's calibration samples."""
+"""Input of the guard for one iteration: values relative to the base model's calibration samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,7 @@ class Reference:
     content_mean: Mapping[str, float]
     content_std: Mapping[str, float]
     diversity: float | None = None
-    """By the same estimator, features and sample count as in the iterations."""
-    recall: float | None = None
+    """Computed with the same estimator, features and sample count as in the iterations."""
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain data for `state.json`; `Reference(**mapping)` restores it exactly."""
@@ -26,7 +25,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Signals:
-    """Figures of one iteration; what was not measured is left out, and its rules wait."""
+    """Signals of one iteration; a rule whose signal is missing is not checked."""
 
     reward_gains: Mapping[str, float] = field(default_factory=dict)
     """Mean normalised score of each training metric: 0 is the base model, 1 one standard deviation of its samples."""
@@ -36,71 +35,64 @@ class Signals:
     """Shift of each statistic's mean, in base standard deviations."""
     diversity: float | None = None
     """As a ratio to the base model's."""
-    recall: float | None = None
-    """As a ratio to the base model's."""
     drift: float | None = None
     """Rms drift as a multiple of its budget."""
 
     def flat(self) -> dict[str, float]:
-        """All figures by name, as the guard smooths and tracking records them.
+        """All signals by name, as the guard smooths and tracking records them.
 
         Raises:
-            ValueError: a figure is not finite.
+            ValueError: a signal is not finite.
         """
         metrics = {
             **{f"reward/{name}": value for name, value in self.reward_gains.items()},
             **{f"judge/{name}": value for name, value in self.judge_gains.items()},
             **{f"content/{name}": value for name, value in self.content_shifts.items()},
         }
-        rest = (("diversity", self.diversity), ("recall", self.recall), ("drift", self.drift))
+        rest = (("diversity", self.diversity), ("drift", self.drift))
         metrics |= {name: value for name, value in rest if value is not None}
         broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if broken:
-            raise ValueError(f"the guard needs finite figures, found {broken}")
+            raise ValueError(f"the guard needs finite signals, found {broken}")
         return metrics
 
 
-def fit_reference(
-    content: Mapping[str, Sequence[float]], *, diversity: float | None, recall: float | None, min_std: float
-) -> Reference:
+def fit_reference(content: Mapping[str, Sequence[float]], *, diversity: float | None, min_std: float) -> Reference:
     """Statistics of the calibration samples.
 
     Args:
         content: statistic -> one value per calibration sample, each in [0, 1].
-        diversity: of calibration samples, by the estimator and sample count of the iterations.
-        recall: likewise, between two halves of them.
-        min_std: least standard deviation, since base samples may agree in a statistic.
+        diversity: diversity of calibration samples, with the estimator and sample count of the iterations.
+        min_std: smallest standard deviation, because base samples may be constant in a statistic.
 
     Raises:
-        ValueError: no sample, or a diversity or recall that is not positive, so that ratios to it mean nothing.
+        ValueError: no sample, or a diversity that is not positive, so that a ratio to it is not defined.
     """
-    for name, value in (("diversity", diversity), ("recall", recall)):
-        if value is not None and not value > 0:
-            raise ValueError(f"the base model's {name} must be positive, found {value}: leave it out")
+    if diversity is not None and not diversity > 0:
+        raise ValueError(f"the base model's diversity must be positive, found {diversity}: leave it out")
     return Reference(
         content_mean={name: fmean(values) for name, values in content.items()},
         content_std={name: max(min_std, pstdev(values)) for name, values in content.items()},
-        diversity=diversity, recall=recall,
+        diversity=diversity,
     )  # fmt: skip
 
 
 def measure_signals(
     *, train: Sequence[str], judges: Sequence[str], scores: ScoreTable, normalisers: Mapping[str, Normaliser],
     content: Mapping[str, Sequence[float]], reference: Reference, diversity: float | None = None,
-    recall: float | None = None, drift_rms: float | None = None, drift_budget: float | None = None,
+    drift_rms: float | None = None, drift_budget: float | None = None,
 ) -> Signals:  # fmt: skip
-    """Turn one iteration's raw figures into signals.
+    """Compute one iteration's signals from raw scores and statistics.
 
     Args:
         train: names of the metrics that drive the update.
-        judges: names of those that do not.
+        judges: names of the metrics that only measure.
         scores: raw scores of the iteration's samples.
         normalisers: of the calibration samples, by metric.
         content: statistic -> one value per sample of the iteration.
         diversity: raw, by the reference's estimator.
-        recall: raw, likewise.
-        drift_rms: of the iteration, in noise units.
-        drift_budget: what that is measured against; without it there is no drift signal.
+        drift_rms: rms drift of the iteration, in noise units.
+        drift_budget: rms drift that the ratio is relative to; None leaves out the drift signal.
     """
 
     def gain(name: str) -> float:
@@ -114,7 +106,6 @@ def measure_signals(
             for name, values in content.items()
         },
         diversity=_ratio(diversity, reference.diversity),
-        recall=_ratio(recall, reference.recall),
         drift=_ratio(drift_rms, drift_budget),
     )
 
