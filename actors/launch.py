@@ -14,7 +14,6 @@ import acpo_dist
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.ports import Ports, Tracker
-from acpo_dist.core.registry import REWARDS, resolve
 from actors.channel import RayChannel
 from actors.cluster.connect import join, leave
 from actors.cluster.control import attempt, named_failures
@@ -93,7 +92,7 @@ def _gradients(config: Config) -> dict[str, bool]:
     """Whether the pool returns gradients of a metric, by name."""
     training = {entry.name for entry in config.rewards.train}
     return {
-        entry.name: entry.name in training and resolve("reward", REWARDS, entry.type).differentiable(entry)
+        entry.name: entry.name in training and entry.differentiable
         for entry in (*config.rewards.train, *config.rewards.judges)
     }
 

@@ -1,24 +1,21 @@
 """ACPO: raise the perceptual score at late timesteps, hold the noise prediction to the base model's everywhere."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from acpo_dist.algorithms.base import (
-    AlgorithmConfig,
-    AnchorConfig,
     BaseAlgorithm,
     LateStates,
     Loss,
     MicroBatch,
     Network,
-    OptionalAnchorConfig,
     RewardGradient,
     RewardSignal,
 )
 from acpo_dist.algorithms.branches import both_branches
+from acpo_dist.algorithms.config import AcpoConfig, DraftConfig, ReflConfig
 from acpo_dist.algorithms.noising import noise_forward, split_branches
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.diffusion.sampling import guide
@@ -26,44 +23,12 @@ from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.objective.perceptual import shape_reward, surrogate
 
 
-class WideAnchorConfig(AnchorConfig):
-    """The anchor on the reward's own states and on a second batch."""
-
-    uniform: bool = True
-    """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
-    source: Literal["rollout", "data"] = "rollout"
-    """What that batch is noised from: the rollouts' own x_0, or real images (`data.path`, pixel models)."""
-
-
-class OptionalWideAnchorConfig(WideAnchorConfig, OptionalAnchorConfig):
-    """The same, off until a budget or a weight is set."""
-
-    budget: float | None = Field(default=None, gt=0)
-    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
-
-
 class Acpo(BaseAlgorithm):
     """The anchor-constrained perceptual update."""
 
-    class Config(AlgorithmConfig):
-        """Shape of the reward, and the anchor."""
+    Config = AcpoConfig
 
-        type: Literal["acpo"] = "acpo"
-        reward_weight: float = Field(default=1.0, ge=0)
-        """Reward per standard deviation of base samples; 0 leaves the anchor alone."""
-        shape: Literal["identity", "hinge", "softplus"] = "identity"
-        """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
-        target_quantile: float = Field(default=0.9, gt=0, lt=1)
-        """m as a quantile of base-model samples, for `hinge` and `softplus`."""
-        anchor: WideAnchorConfig = WideAnchorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-        guidance: Literal["conditional", "full"] = "conditional"
-        """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
-        anchored by itself; a forward and a way back more."""
-        data_weight: float = Field(default=0.0, ge=0)
-        """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
-        pathwise: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: AcpoConfig) -> None:
         """Store the configuration."""
         self.config = config
 
@@ -137,11 +102,7 @@ class Acpo(BaseAlgorithm):
 class Draft(Acpo):
     """The reward's gradient alone, as in DRaFT with one step: ACPO without its anchor, for comparison."""
 
-    class Config(Acpo.Config):
-        """As `acpo`; setting a budget or a weight switches the anchor on."""
-
-        type: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
-        anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
+    Config = DraftConfig
 
 
 class Refl(Acpo):
@@ -150,17 +111,9 @@ class Refl(Acpo):
     Source: ReFL (Xu et al. 2023, ImageReward), for the hinge and the late range; regime F of the ACPO formulas.
     """
 
-    class Config(Acpo.Config):
-        """As `acpo`; setting a budget or a weight switches the anchor on."""
+    Config = ReflConfig
 
-        type: Literal["refl"] = "refl"  # pyright: ignore[reportIncompatibleVariableOverride]
-        shape: Literal["identity", "hinge", "softplus"] = "hinge"
-        """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
-        t_max: float = Field(default=0.3, gt=0, le=1)
-        """Largest timestep that x_0 is noised to, as a share of the noise schedule."""
-        anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
-
-    config: Config
+    config: ReflConfig
 
     def _late(self, batch: MicroBatch, network: Network) -> LateStates:
         states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from acpo_dist.config.section import Section
 from acpo_dist.core.types import ScoredGroups, Selection
 
 
@@ -134,72 +132,6 @@ class Loss:
 
     per_sample: Tensor
     metrics: Mapping[str, Tensor]
-
-
-class AnchorConfig(Section):
-    """The anchor: how closely the policy follows the base model."""
-
-    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Anchor weight; `auto` starts from the budget (and the measured reward gradient, where there is one); 0 is off."""
-    budget: float | None = Field(default=0.15, gt=0)
-    """Wanted rms drift, in the units of `space`; None holds the weight fixed."""
-    rate: float = Field(default=0.15, ge=0)
-    """Rate of the drift controller; 0 holds the weight fixed."""
-    headroom: float = Field(default=0.8, gt=0, le=1)
-    """Share of the budget that the controller aims at; drift is noisy, so small batches need more room."""
-    null_share: float = Field(default=0.1, ge=0, le=1)
-    """Share of the forward-noised batch that is anchored without its prompt: guidance uses that branch."""
-    space: Literal["eps", "v", "x0"] = "eps"
-    """Units of the anchor; `v` suits v-prediction with zero terminal SNR, where an eps-anchor vanishes."""
-
-
-class OptionalAnchorConfig(AnchorConfig):
-    """The anchor of an algorithm that has none by default: a budget or a weight switches it on."""
-
-    weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """Anchor weight; `auto` is 0 without a budget; with one it starts at the scale of the objective."""
-    budget: float | None = Field(default=None, gt=0)
-    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
-
-
-class EncoderConfig(Section):
-    """The frozen base U-Net's features in which NCP measures errors."""
-
-    stride: int = Field(default=1, ge=1)
-    """Timesteps of the reverse step: 1 is the published method, 20 moves the state ten times as far."""
-    output: Literal["down", "middle", "stages"] = "down"
-    """Features after the down blocks, after the middle block, or of every stage."""
-    deterministic: bool = False
-    """Step by DDIM instead of the posterior with shared noise."""
-    checkpointing: bool = False
-    """Recompute the encoder in the backward pass: less memory, one more encoder forward."""
-
-
-class AlgorithmConfig(Section):
-    """What the rest of the system reads of any algorithm's configuration."""
-
-    pathwise: ClassVar[bool] = False
-    """Whether it needs the gradient of the reward; otherwise scores are enough, and rewards may be black boxes."""
-    paired: ClassVar[bool] = False
-    """Whether its micro-batches are made of pairs, winner beside loser."""
-    needs_groups: ClassVar[bool] = False
-    """Whether it compares samples of the same prompt, and so needs several."""
-    needs_noise: ClassVar[bool] = False
-    """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
-    reward_weight: float = Field(default=1.0, ge=0)
-    """Weight of the objective against the anchor."""
-    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
-    """The anchor."""
-
-    @property
-    def encoder(self) -> EncoderConfig | None:
-        """Frozen encoder whose features the algorithm needs, or None."""
-        return None
-
-    @property
-    def anchor_unit(self) -> float:
-        """First value of an `auto` anchor weight where no reward gradient is available."""
-        return 1.0
 
 
 class Algorithm(Protocol):

@@ -1,22 +1,18 @@
 """DDPO: policy gradient on the rollouts' own stochastic steps, with PPO's clipped surrogate. Scores only."""
 
-from typing import ClassVar, Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from acpo_dist.algorithms.base import (
-    AlgorithmConfig,
     BaseAlgorithm,
     Loss,
     MicroBatch,
     Network,
-    OptionalAnchorConfig,
     RewardGradient,
 )
 from acpo_dist.algorithms.branches import both_branches
-from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
+from acpo_dist.algorithms.config import DdpoConfig
+from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.objective.anchor import anchor_error, output_drift
@@ -29,18 +25,9 @@ class Ddpo(BaseAlgorithm):
     Log-probabilities are means over the elements of a latent, in nats (see `objective.policy_gradient`).
     """
 
-    class Config(AlgorithmConfig):
-        """Advantages and the trust region."""
+    Config = DdpoConfig
 
-        type: Literal["ddpo"] = "ddpo"
-        clip_range: float = Field(default=1e-4, gt=0)
-        """Furthest the per-element probability ratio may move before a sample stops pulling."""
-        advantage: AdvantageConfig = AdvantageConfig()
-        anchor: OptionalAnchorConfig = OptionalAnchorConfig()
-        needs_groups: ClassVar[bool] = True
-        needs_noise: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: DdpoConfig) -> None:
         """Store the configuration."""
         self.config = config
 

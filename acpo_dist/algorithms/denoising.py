@@ -4,35 +4,25 @@ The anchor uses the same two forwards, so it costs nothing here.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from acpo_dist.algorithms.base import (
-    AlgorithmConfig,
     BaseAlgorithm,
     Loss,
     MicroBatch,
     Network,
-    OptionalAnchorConfig,
     RewardGradient,
 )
-from acpo_dist.algorithms.grouping import AdvantageConfig, advantages_of, grouped_selection
+from acpo_dist.algorithms.config import NftConfig, RwrConfig
+from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.objective.noise_space import ErrorStatistics, noise_statistics, target_output
 from acpo_dist.objective.policy_gradient import nft_loss, reward_weights
-
-
-class NoiseSpaceConfig(AlgorithmConfig):
-    """Where the loss looks, and the anchor."""
-
-    t_max: float = Field(default=1.0, gt=0, le=1)
-    """Largest timestep that samples are noised to, as a share of the noise schedule."""
-    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
 
 
 class NoiseSpaceAlgorithm(BaseAlgorithm):
@@ -94,21 +84,9 @@ def statistics_of(
 class Nft(NoiseSpaceAlgorithm):
     """Advantage-weighted denoising (DiffusionNFT): towards the noise of good samples, away from that of bad ones."""
 
-    class Config(NoiseSpaceConfig):
-        """Advantages, and how far one of them may pull."""
+    Config = NftConfig
 
-        type: Literal["nft"] = "nft"
-        beta: float = Field(default=0.1, gt=0)
-        """Strength of the pull back to the base: an advantage A moves the prediction by -(A / beta) of its error."""
-        advantage: AdvantageConfig = AdvantageConfig()
-        needs_groups: ClassVar[bool] = True
-
-        @property
-        def anchor_unit(self) -> float:
-            """Its own pull back to the base."""
-            return self.beta
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: NftConfig) -> None:
         """Store the configuration."""
         self.config = config
 
@@ -131,16 +109,9 @@ class Nft(NoiseSpaceAlgorithm):
 class Rwr(NoiseSpaceAlgorithm):
     """Reward-weighted regression: the denoising loss on the policy's own samples, the better ones heavier."""
 
-    class Config(NoiseSpaceConfig):
-        """Advantages, and how sharply they select."""
+    Config = RwrConfig
 
-        type: Literal["rwr"] = "rwr"
-        temperature: float = Field(default=0.5, gt=0)
-        """Of the softmax over a group's advantages: small keeps the best sample alone, large weights all the same."""
-        advantage: AdvantageConfig = AdvantageConfig()
-        needs_groups: ClassVar[bool] = True
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RwrConfig) -> None:
         """Store the configuration."""
         self.config = config
 

@@ -3,26 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from pydantic import Field
-
-from acpo_dist.config.section import Section
+from acpo_dist.algorithms.config import AdvantageConfig
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.objective.advantage import AdvantageCounts, Advantages, constant_images, group_advantages
-
-
-class AdvantageConfig(Section):
-    """How a sample is compared with the others of its prompt."""
-
-    limit: float = Field(default=5.0, gt=0)
-    """Advantages are clipped to this many standard deviations of the group."""
-    min_std: float = Field(default=1e-3, ge=0)
-    """Groups whose reward spreads less are dropped; in standard deviations of base samples."""
-    veto: bool = True
-    """Drop samples that one reward puts above their group's mean and another below it."""
-    min_vote: float = Field(default=0.0, ge=0)
-    """A reward has a say on samples that it puts at least so many of its group standard deviations off the mean."""
-    drop_constant: bool = True
-    """Drop images of one flat colour."""
 
 
 def flat_images(scored: ScoredGroups) -> frozenset[str]:

@@ -7,18 +7,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from acpo_dist.algorithms.base import EncoderConfig, MicroBatch, Network
-from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, both_outputs, statistics_of
+from acpo_dist.algorithms.base import MicroBatch, Network
+from acpo_dist.algorithms.config import CpoConfig, DpoConfig, PreferenceConfig, SftConfig
+from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, both_outputs, statistics_of
 from acpo_dist.algorithms.grouping import flat_images
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward
-from acpo_dist.config.section import Section
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.prediction import to_noise
@@ -28,38 +26,6 @@ from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 from acpo_dist.objective.preference import PreferenceTerm, preference_term
 
 BETA = "beta"
-
-
-class PairingConfig(Section):
-    """Which pairs of a prompt's samples are trained on."""
-
-    margin: float = Field(default=0.1, ge=0)
-    """Smallest difference of rewards, in standard deviations of base samples."""
-    absolute: bool = True
-    """Leave out pairs whose loser some reward prefers."""
-    duplicates: float = Field(default=0.02, ge=0)
-    """Leave out pairs whose images differ by less than this (rms on an 8 x 8 grid, full range 1); 0 keeps them."""
-    drop_constant: bool = True
-    """Leave out pairs with an image of one flat colour."""
-
-
-class PreferenceConfig(NoiseSpaceConfig):
-    """Where errors are measured, and the pairs."""
-
-    space: Literal["eps", "ncp"] = "eps"
-    """Errors of the predicted noise, or distances between features of the frozen base U-Net (NCP)."""
-    beta: float = Field(default=5000.0, gt=0)
-    """Strength of the preference in noise units, with Diffusion-DPO's factor 1/2. For `ncp` it is calibrated on base
-    samples to the same scale of logits."""
-    ncp: EncoderConfig = EncoderConfig()
-    pairs: PairingConfig = PairingConfig()
-    paired: ClassVar[bool] = True
-    needs_groups: ClassVar[bool] = True
-
-    @property
-    @override
-    def encoder(self) -> EncoderConfig | None:
-        return self.ncp if self.space == "ncp" else None
 
 
 class Preference(NoiseSpaceAlgorithm):
@@ -183,19 +149,9 @@ def _posterior_noise(batch: MicroBatch) -> Tensor:
 class Dpo(Preference):
     """Diffusion-DPO, or NCP-DPO with `space: ncp`."""
 
-    class Config(PreferenceConfig):
-        """The loss on the logit."""
+    Config = DpoConfig
 
-        type: Literal["dpo"] = "dpo"
-        loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
-        """-log sigmoid, squared distance to 1/2 (IPO), or hinge at 1 (SLiC)."""
-
-        @property
-        def anchor_unit(self) -> float:
-            """The slope of the loss at the base, in the same unit as the anchor's."""
-            return self.beta / 4
-
-    config: Config
+    config: DpoConfig
 
     @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
@@ -205,19 +161,9 @@ class Dpo(Preference):
 class Cpo(Preference):
     """CPO: no reference in the preference, and the winner's own error beside it; NCP-CPO with `space: ncp`."""
 
-    class Config(PreferenceConfig):
-        """Weight of the winner's term."""
+    Config = CpoConfig
 
-        type: Literal["cpo"] = "cpo"
-        sft_weight: float = Field(default=1.0, ge=0)
-        """Of the winner's own error, in units of beta / 4; at 0 the loss can fall by making losers worse alone."""
-
-        @property
-        def anchor_unit(self) -> float:
-            """The slope of the loss at the base, in the same unit as the anchor's."""
-            return self.beta / 4
-
-    config: Config
+    config: CpoConfig
 
     @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
@@ -227,12 +173,9 @@ class Cpo(Preference):
 class Sft(Preference):
     """Denoising on winners alone: no loser, no reference; NCP-SFT with `space: ncp`."""
 
-    class Config(PreferenceConfig):
-        """Nothing of its own."""
+    Config = SftConfig
 
-        type: Literal["sft"] = "sft"
-
-    config: Config
+    config: SftConfig
 
     @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:

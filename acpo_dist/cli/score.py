@@ -38,6 +38,7 @@ def score(
     from statistics import fmean
 
     from acpo_dist.data.images import count_images, expand_globs
+    from acpo_dist.rewards.naming import metric_section
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.histogram import save_histogram, text_histogram
     from acpo_dist.workers.reward.worker import RewardWorker
@@ -50,8 +51,9 @@ def score(
     for path in (csv, plot):
         if path is not None:
             _require_writable(path)
+    given = {"weights": weights} if weights else {}
     workers = [
-        RewardWorker(_section(name, weights), model=None, cut="image", wire_dtype="float32")
+        RewardWorker(metric_section(name, "--reward", **given), model=None, cut="image", wire_dtype="float32")
         for name in reward or ["two_stream", "strided_judge"]
     ]
     names = [worker.name for worker in workers]
@@ -150,26 +152,3 @@ def _write_csv(path: Path, header: list[str], rows: list[dict[str, Any]]) -> Non
         writer = csv.DictWriter(file, header)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _section(name: str, weights: str | None) -> Any:
-    """The metric's section; `pyiqa:NAME` is short for type pyiqa, metric NAME."""
-    from acpo_dist.config.section import describe
-    from acpo_dist.core.errors import RewardConfigError
-    from acpo_dist.core.registry import REWARDS, resolve
-
-    kind, _, rest = name.partition(":")
-    values = {"type": "pyiqa", "metric": rest} if kind == "pyiqa" else {"type": name}
-    if weights:
-        values["weights"] = weights
-    metric = resolve("reward", REWARDS, values["type"])
-    from pydantic import ValidationError
-
-    try:
-        section = metric.Config.model_validate(values)
-    except ValidationError as error:
-        raise RewardConfigError(f"--reward {name}: {describe(error, metric.Config)}") from error
-    reason = metric.unusable(section)
-    if reason:
-        raise RewardConfigError(f"--reward {name}: {reason}")
-    return section

@@ -1,52 +1,19 @@
 """Read configuration files: `extends`, `key=value` overrides, and errors that say where a value was set."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
-from yaml.composer import ComposerError
 
 from acpo_dist.config.relations import check_relations
 from acpo_dist.config.schema import Config
 from acpo_dist.config.section import describe
+from acpo_dist.config.yaml_text import read_yaml, write_yaml
 from acpo_dist.core.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number, as every other language does, and refuses a key that is set twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                raise ComposerError(None, None, f"`{key.value}` is set twice", key.start_mark)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that quotes a text such as `1e5`, which `_Loader` would read back as a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-# YAML 1.1 reads 010 as 8 and 1:30 as 90. Here a number is decimal, or hexadecimal with 0x.
-_INTEGER = "tag:yaml.org,2002:int"
-_DECIMAL = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-for _first, _resolvers in list(_Loader.yaml_implicit_resolvers.items()):
-    _Loader.yaml_implicit_resolvers[_first] = [
-        (tag, _DECIMAL if tag == _INTEGER else pattern) for tag, pattern in _resolvers
-    ]
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -127,9 +94,9 @@ def parse_override(text: str) -> dict[str, Any]:
     if not separator or not all(key.split(".")):
         raise ConfigError(f"an override must read `section.key=value`, found `{text}`")
     try:
-        parsed: Any = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of the override `{text}` is not valid YAML: {error}") from error
+        parsed: Any = read_yaml(value)
+    except ConfigError as error:
+        raise ConfigError(f"the value of the override `{text}` is {error}") from error
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return parsed
@@ -137,7 +104,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """The whole configuration as YAML; loading it again gives the same configuration."""
-    return yaml.dump(config.to_mapping(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return write_yaml(config.to_mapping())
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -145,8 +112,8 @@ def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         raise ConfigError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
     try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        mapping = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     mapping = {} if mapping is None else mapping
     if not isinstance(mapping, dict):

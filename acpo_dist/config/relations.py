@@ -4,9 +4,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RewardConfigError
-from acpo_dist.core.registry import MODELS, REWARDS, nearest, resolve
+from acpo_dist.core.registry import nearest
 
 
 def check_relations(config: Config) -> None:
@@ -90,7 +91,7 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    conditional = resolve("model", MODELS, config.model.type).conditional
+    conditional = config.model.conditional
     if conditional and config.data.prompts == "none":
         raise ConfigError(
             "data.prompts is `none`, but the model draws from prompts: set data.prompts to `toy` or a file."
@@ -151,7 +152,7 @@ def _check_pairs(config: Config) -> None:
             f"data.pairs is set, but algorithm `{config.algorithm.type}` does not train on pairs: use dpo, cpo or sft, "
             "or unset data.pairs."
         )
-    if not resolve("model", MODELS, config.model.type).conditional:
+    if not config.model.conditional:
         raise ConfigError(
             "data.pairs holds captioned images, and the model draws without prompts: unset data.pairs to pair up "
             "the rollouts."
@@ -170,7 +171,7 @@ def _check_anchor(config: Config) -> None:
             "Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
         )
     from_data = getattr(anchor, "source", "rollout") == "data"
-    if from_data and not resolve("model", MODELS, config.model.type).pixel_space:
+    if from_data and not config.model.pixel_space:
         raise ConfigError(
             f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
             "images: set algorithm.anchor.source=rollout."
@@ -217,17 +218,16 @@ def _check_rewards(config: Config) -> None:
                 f"rewards.pool.{name}: no reward or judge has this name.{nearest(name, names)} "
                 f"Known: {', '.join(names)}."
             )
-    conditional = resolve("model", MODELS, config.model.type).conditional
+    conditional = config.model.conditional
     pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):
-        metric = resolve("reward", REWARDS, entry.type)
-        reason = _unusable(metric, entry, conditional=conditional)
-        if reason is None and pathwise and not metric.differentiable(entry):
+        reason = _unusable(entry, conditional=conditional)
+        if reason is None and pathwise and not entry.differentiable:
             reason = (
                 f"has no usable gradient, and `{config.algorithm.type}` needs one. "
                 "Move it to rewards.judges, or choose an algorithm that needs scores only"
             )
-        if reason := reason or _bad_hinge(metric, entry):
+        if reason := reason or _bad_hinge(entry):
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
     if config.rewards.latent_crop is not None and not pathwise:
         raise RewardConfigError(
@@ -246,24 +246,24 @@ def _check_rewards(config: Config) -> None:
             f"found {config.rewards.combine}."
         )
     for index, entry in enumerate(config.rewards.judges):
-        reason = _unusable(resolve("reward", REWARDS, entry.type), entry, conditional=conditional)
-        if reason is None and getattr(entry, "hinge", None) is not None:
+        reason = _unusable(entry, conditional=conditional)
+        if reason is None and entry.hinge is not None:
             reason = "has a `hinge`, and a judge is never optimised. Move the hinge to an entry of rewards.train"
         if reason:
             raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")
 
 
-def _unusable(metric: Any, entry: Any, *, conditional: bool) -> str | None:
-    if getattr(metric, "needs_prompts", False) and not conditional:
+def _unusable(entry: MetricConfig, *, conditional: bool) -> str | None:
+    if entry.needs_prompts and not conditional:
         return (
             "compares images with their prompts, and the model draws without any. Choose a metric that sees images "
             "alone, or a model that draws from prompts"
         )
-    return metric.unusable(entry)
+    return entry.unusable()
 
 
-def _bad_hinge(metric: Any, entry: Any) -> str | None:
-    hinge = getattr(entry, "hinge", None)
+def _bad_hinge(entry: MetricConfig) -> str | None:
+    hinge = entry.hinge
     if not isinstance(hinge, Path):
         return None
     if not hinge.exists():
@@ -271,7 +271,7 @@ def _bad_hinge(metric: Any, entry: Any) -> str | None:
             f"`hinge` is `{hinge}`, and there is no such file or folder. Give real images (file, folder, parquet "
             "file), or a normalised score as a number"
         )
-    if getattr(metric, "needs_prompts", False):
+    if entry.needs_prompts:
         return (
             f"`hinge` is `{hinge}`, but `{entry.type}` compares images with prompts, which real images come "
             "without. Give a normalised score as a number"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from acpo_dist.config.guard import GuardConfig
+from acpo_dist.config.plugins import AlgorithmConfig, MetricConfig, ModelConfig
 from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.roles import RolesConfig
 from acpo_dist.config.section import Section, plugin
@@ -118,7 +119,7 @@ class RolloutConfig(Section):
     gpus_per_worker: float = Field(default=0.0, ge=0)
 
 
-RewardPlugin = plugin("reward", REWARDS)
+RewardPlugin = plugin("reward", REWARDS, MetricConfig)
 
 
 class RewardsConfig(Section):
@@ -260,13 +261,13 @@ class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
-    model: plugin("model", MODELS)  # pyright: ignore[reportInvalidTypeForm]
+    model: plugin("model", MODELS, ModelConfig)  # pyright: ignore[reportInvalidTypeForm]
     data: DataConfig = DataConfig()
     sampler: SamplerConfig = SamplerConfig()
     vrg: VrgConfig = VrgConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: RewardsConfig
-    algorithm: plugin("algorithm", ALGORITHMS)  # pyright: ignore[reportInvalidTypeForm]
+    algorithm: plugin("algorithm", ALGORITHMS, AlgorithmConfig)  # pyright: ignore[reportInvalidTypeForm]
     guard: GuardConfig = GuardConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,6 +1,7 @@
 """Base of every configuration section, and fields that hold a plug-in's own section."""
 
-from typing import Annotated, Any, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -13,7 +14,7 @@ from pydantic import (
 )
 
 from acpo_dist.core.errors import ConfigError
-from acpo_dist.core.registry import nearest, resolve
+from acpo_dist.core.registry import Registry, nearest, resolve_section
 
 RENAMED = {
     "guard.pictures": "guard.images",
@@ -46,28 +47,53 @@ def _takes_truth(annotation: Any) -> bool:
     return annotation in (bool, Any) or any(_takes_truth(part) for part in get_args(annotation))
 
 
-def plugin(kind: str, registry: dict[str, str]) -> Any:
-    """Type of a field whose `type` key picks a class from `registry`; validated by that class's `Config`."""
+_S = TypeVar("_S", bound=Section)
+
+
+def section_class(kind: str, registry: Registry, base: type[_S], name: str) -> type[_S]:
+    """Section class of a plug-in, with its facts.
+
+    Args:
+        base: what the section must subclass.
+
+    Raises:
+        ConfigError: unknown name, import failure, or a class without a section.
+    """
+    found = resolve_section(kind, registry, name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"`{name}` is no {kind}: it has no `Config`, a subclass of `{base.__name__}`")
+    return found
+
+
+def parse_section(kind: str, registry: Registry, base: type[_S], values: object) -> _S:
+    """Validated section of a plug-in from plain data with the key `type`.
+
+    Raises:
+        ConfigError: as `section_class`, or a key is wrong; names the plug-in and the key.
+    """
+    if not isinstance(values, Mapping) or "type" not in values:
+        raise ConfigError(
+            f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {values!r}"
+        )
+    section = section_class(kind, registry, base, str(values["type"]))
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{kind} `{values['type']}`: {describe(error, section)}") from error
+
+
+def plugin(kind: str, registry: Registry, base: type[Section]) -> Any:
+    """Type of a field whose `type` key picks a plug-in from `registry`; validated by that plug-in's section."""
 
     def build(value: object) -> object:
         if isinstance(value, Section):
             return value
-        if not isinstance(value, dict) or "type" not in value:
-            raise ValueError(
-                f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {value!r}"
-            )
         try:
-            config = getattr(resolve(kind, registry, str(value["type"])), "Config", None)
+            return parse_section(kind, registry, base, value)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if not (isinstance(config, type) and issubclass(config, Section)):
-            raise ValueError(f"`{value['type']}` is no {kind}: it has no `Config`, a subclass of `Section`")
-        try:
-            return config.model_validate(value)
-        except ValidationError as error:
-            raise ValueError(f"{kind} `{value['type']}`: {describe(error, config)}") from error
 
-    return Annotated[SerializeAsAny[Section], BeforeValidator(build)]
+    return Annotated[SerializeAsAny[base], BeforeValidator(build)]
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:

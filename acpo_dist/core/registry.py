@@ -1,42 +1,62 @@
-"""The three plug-in axes by name. Strings only: nothing is imported until a configuration asks for it."""
+"""The three kinds of plug-ins by name. Strings only: nothing is imported until a configuration names it."""
 
 import difflib
 import importlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from acpo_dist.core.errors import ConfigError
 
-REWARDS: dict[str, str] = {
-    "two_stream": "acpo_dist.rewards.metrics:TwoStreamMetric",
-    "strided_judge": "acpo_dist.rewards.metrics:StridedJudgeMetric",
-    "sharpness": "acpo_dist.rewards.statistics:Sharpness",
-    "colourfulness": "acpo_dist.rewards.statistics:Colourfulness",
-    "saturation": "acpo_dist.rewards.statistics:Saturation",
-    "edge_density": "acpo_dist.rewards.statistics:EdgeDensity",
-    "soft_edge_density": "acpo_dist.rewards.statistics:SoftEdgeDensity",
-    "colour_entropy": "acpo_dist.rewards.statistics:ColourEntropy",
-    "soft_colour_entropy": "acpo_dist.rewards.statistics:SoftColourEntropy",
-    "clip_score": "acpo_dist.rewards.clip_metrics:ClipScore",
-    "pick_score": "acpo_dist.rewards.clip_metrics:PickScore",
-    "aesthetic": "acpo_dist.rewards.clip_metrics:Aesthetic",
-    "ipce": "acpo_dist.rewards.ipce:Ipce",
-    "pyiqa": "acpo_dist.rewards.pyiqa_metric:PyiqaMetric",
+
+class Plugin(NamedTuple):
+    """Where a plug-in is."""
+
+    target: str
+    """`module:Class` of the implementation."""
+    section: str = ""
+    """`module:Class` of its configuration section, in a module that imports no torch; empty takes `Config` of the
+    implementation, which is then imported to check a configuration."""
+
+
+Registry = Mapping[str, Plugin]
+
+
+def _ours(target: str, section: str) -> Plugin:
+    """A plug-in of this package; both places are below `acpo_dist`."""
+    return Plugin(f"acpo_dist.{target}", f"acpo_dist.{section}")
+
+
+REWARDS: dict[str, Plugin] = {
+    "two_stream": _ours("rewards.metrics:TwoStreamMetric", "rewards.config:TwoStreamConfig"),
+    "strided_judge": _ours("rewards.metrics:StridedJudgeMetric", "rewards.config:StridedJudgeConfig"),
+    "sharpness": _ours("rewards.statistics:Sharpness", "rewards.config:SharpnessConfig"),
+    "colourfulness": _ours("rewards.statistics:Colourfulness", "rewards.config:ColourfulnessConfig"),
+    "saturation": _ours("rewards.statistics:Saturation", "rewards.config:SaturationConfig"),
+    "edge_density": _ours("rewards.statistics:EdgeDensity", "rewards.config:EdgeDensityConfig"),
+    "soft_edge_density": _ours("rewards.statistics:SoftEdgeDensity", "rewards.config:SoftEdgeDensityConfig"),
+    "colour_entropy": _ours("rewards.statistics:ColourEntropy", "rewards.config:ColourEntropyConfig"),
+    "soft_colour_entropy": _ours("rewards.statistics:SoftColourEntropy", "rewards.config:SoftColourEntropyConfig"),
+    "clip_score": _ours("rewards.clip_metrics:ClipScore", "rewards.config:ClipScoreConfig"),
+    "pick_score": _ours("rewards.clip_metrics:PickScore", "rewards.config:PickScoreConfig"),
+    "aesthetic": _ours("rewards.clip_metrics:Aesthetic", "rewards.config:AestheticConfig"),
+    "ipce": _ours("rewards.ipce:Ipce", "rewards.config:IpceConfig"),
+    "pyiqa": _ours("rewards.pyiqa_metric:PyiqaMetric", "rewards.config:PyiqaConfig"),
 }
-MODELS: dict[str, str] = {
-    "sdxl": "acpo_dist.models.sdxl:SdxlFamily",
-    "sd15": "acpo_dist.models.sd15:Sd15Family",
-    "ddpm": "acpo_dist.models.ddpm:DdpmFamily",
+MODELS: dict[str, Plugin] = {
+    "sdxl": _ours("models.sdxl:SdxlFamily", "models.config:SdxlConfig"),
+    "sd15": _ours("models.sd15:Sd15Family", "models.config:Sd15Config"),
+    "ddpm": _ours("models.ddpm:DdpmFamily", "models.config:DdpmConfig"),
 }
-ALGORITHMS: dict[str, str] = {
-    "acpo": "acpo_dist.algorithms.acpo:Acpo",
-    "draft": "acpo_dist.algorithms.acpo:Draft",
-    "refl": "acpo_dist.algorithms.acpo:Refl",
-    "nft": "acpo_dist.algorithms.denoising:Nft",
-    "rwr": "acpo_dist.algorithms.denoising:Rwr",
-    "ddpo": "acpo_dist.algorithms.ddpo:Ddpo",
-    "dpo": "acpo_dist.algorithms.preference:Dpo",
-    "cpo": "acpo_dist.algorithms.preference:Cpo",
-    "sft": "acpo_dist.algorithms.preference:Sft",
+ALGORITHMS: dict[str, Plugin] = {
+    "acpo": _ours("algorithms.acpo:Acpo", "algorithms.config:AcpoConfig"),
+    "draft": _ours("algorithms.acpo:Draft", "algorithms.config:DraftConfig"),
+    "refl": _ours("algorithms.acpo:Refl", "algorithms.config:ReflConfig"),
+    "nft": _ours("algorithms.denoising:Nft", "algorithms.config:NftConfig"),
+    "rwr": _ours("algorithms.denoising:Rwr", "algorithms.config:RwrConfig"),
+    "ddpo": _ours("algorithms.ddpo:Ddpo", "algorithms.config:DdpoConfig"),
+    "dpo": _ours("algorithms.preference:Dpo", "algorithms.config:DpoConfig"),
+    "cpo": _ours("algorithms.preference:Cpo", "algorithms.config:CpoConfig"),
+    "sft": _ours("algorithms.preference:Sft", "algorithms.config:SftConfig"),
 }
 
 
@@ -46,19 +66,41 @@ def nearest(word: str, known: list[str]) -> str:
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
-def resolve(kind: str, registry: dict[str, str], name: str) -> type[Any]:
+def resolve(kind: str, registry: Registry, name: str) -> type[Any]:
     """The class behind a registered name, or behind a `module:Class` that the user wrote.
 
     Raises:
         ConfigError: unknown name, or the module or class cannot be imported.
     """
-    target = registry.get(name, name)
-    module, separator, attribute = target.partition(":")
-    if not separator:
+    return _import(kind, name, _find(kind, registry, name).target)
+
+
+def resolve_section(kind: str, registry: Registry, name: str) -> Any:
+    """The configuration section behind a name, or None where the implementation has no `Config`.
+
+    The implementation is imported only where its entry names no section of its own.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    plugin = _find(kind, registry, name)
+    if plugin.section:
+        return _import(kind, name, plugin.section)
+    return getattr(_import(kind, name, plugin.target), "Config", None)
+
+
+def _find(kind: str, registry: Registry, name: str) -> Plugin:
+    plugin = registry.get(name, Plugin(name))
+    if ":" not in plugin.target:
         known = ", ".join(sorted(registry))
         raise ConfigError(
             f"unknown {kind} `{name}`.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your own."
         )
+    return plugin
+
+
+def _import(kind: str, name: str, target: str) -> Any:
+    module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

@@ -3,27 +3,16 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from pydantic import Field
 from torch import Tensor, nn
 
-from acpo_dist.config.section import Section
+from acpo_dist.models.config import DdpmConfig
 from acpo_dist.models.family import Condition
-from acpo_dist.models.loading import DtypeName, held_dtype, load_part, resolve_path
-from acpo_dist.models.tuning import TunedNetwork, TuningConfig
-
-
-class BaseTrainingConfig(Section):
-    """A short training from scratch on `data.path`, when there is no base model."""
-
-    steps: int = Field(default=4000, ge=1)
-    max_seconds: float | None = Field(default=None, gt=0)
-    """Stop earlier, with the learning rate decayed in time."""
-    batch_size: int = Field(default=64, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0)
+from acpo_dist.models.loading import held_dtype, load_part, resolve_path
+from acpo_dist.models.tuning import TunedNetwork
 
 
 class PixelDecoder:
@@ -37,25 +26,12 @@ class PixelDecoder:
 class DdpmFamily:
     """A `DDPMPipeline` folder with a `UNet2DModel`."""
 
-    conditional: ClassVar[bool] = False
-    pixel_space: ClassVar[bool] = True
+    conditional: ClassVar[bool] = DdpmConfig.conditional
+    pixel_space: ClassVar[bool] = DdpmConfig.pixel_space
 
-    class Config(Section):
-        """Which DDPM, and what trains."""
+    Config = DdpmConfig
 
-        type: Literal["ddpm"] = "ddpm"
-        path: str = "toy-ddpm"
-        """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` for the base recipe below."""
-        revision: str | None = None
-        dtype: DtypeName = "float32"
-        """Type of the frozen weights and of rollouts."""
-        tuning: TuningConfig = TuningConfig(method="full")
-        base: BaseTrainingConfig = BaseTrainingConfig()
-        """Used only with `path: train`."""
-        seed: int = 0
-        """Seed of the adapters' initial values and of the base recipe."""
-
-    def __init__(self, config: Config, *, path: str, device: str, trainable: bool) -> None:
+    def __init__(self, config: DdpmConfig, *, path: str, device: str, trainable: bool) -> None:
         """Load all parts; use `load`."""
         self.config, self.path, self.device = config, path, device
         # Older DDPM folders keep the U-Net's files at the top.
@@ -80,13 +56,13 @@ class DdpmFamily:
         self._decoder = PixelDecoder()
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: DdpmConfig) -> None:
         """See `ModelFamily.check`."""
         if config.path != "train":
             resolve_path(config.path)
 
     @classmethod
-    def load(cls, config: Config, *, device: str, trainable: bool) -> "DdpmFamily":
+    def load(cls, config: DdpmConfig, *, device: str, trainable: bool) -> "DdpmFamily":
         """See `ModelFamily.load`."""
         path = resolve_path(config.path)
         if not Path(path).is_dir():
@@ -95,7 +71,7 @@ class DdpmFamily:
         return cls(config, path=path, device=device, trainable=trainable)
 
     @classmethod
-    def load_decoder(cls, config: Config, *, device: str) -> PixelDecoder:
+    def load_decoder(cls, config: DdpmConfig, *, device: str) -> PixelDecoder:
         """Pixels need no network."""
         return PixelDecoder()
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers.utils.logging
 import torch
@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 
 from acpo_dist.core.errors import ModelError
 
-DtypeName = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Many workers load at once; their bars would only run into each other.
 diffusers.utils.logging.disable_progress_bar()

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
-from acpo_dist.models.tuning import ADAPTER, TuningConfig
+from acpo_dist.models.config import TuningConfig
+from acpo_dist.models.tuning import ADAPTER
 
 # Names of a residual block's parts in the original code base, which kohya's SDXL scripts and the user interfaces use.
 _RESNET = {

@@ -1,14 +1,14 @@
 """Stable Diffusion 1.4, 1.5 and 2.x: one text encoder, latent VAE, noise or velocity prediction."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.config import Sd15Config
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.latent_config import LatentConfig
 from acpo_dist.models.text import Encoders
 
 
@@ -21,15 +21,10 @@ class Sd15Family(LatentFamily):
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     saved_with: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
 
-    class Config(LatentConfig):
-        """Which Stable Diffusion, and what trains."""
-
-        type: Literal["sd15"] = "sd15"
-        path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        """Embedded toy (`toy-sd15`), pipeline folder, or hub id."""
+    Config = Sd15Config
 
     @classmethod
-    def _embedder(cls, config: Config, path: str) -> Any:
+    def _embedder(cls, config: Sd15Config, path: str) -> Any:
         def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
             # The last layer after its norm; the null condition is the encoded empty prompt, never zeros.
             return {"prompt_embeds": encoders[0](prompt or config.negative_prompt or "")[0]}

@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders, pooled and size conditioning, latent VAE."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.config import SdxlConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.latent_config import LatentConfig
 from acpo_dist.models.loading import DTYPES, load_part
 from acpo_dist.models.text import Encoders
 
@@ -27,21 +27,16 @@ class SdxlFamily(LatentFamily):
         ("tokenizer_2", "text_encoder_2", CLIPTextModelWithProjection),
     )
 
-    class Config(LatentConfig):
-        """Which SDXL, and what trains."""
+    Config = SdxlConfig
 
-        type: Literal["sdxl"] = "sdxl"
-        path: str = "stabilityai/stable-diffusion-xl-base-1.0"
-        """Embedded toy (`toy-sdxl`), pipeline folder, or hub id."""
-
-    def __init__(self, config: Config, *, path: str, device: str, trainable: bool) -> None:
+    def __init__(self, config: SdxlConfig, *, path: str, device: str, trainable: bool) -> None:
         """Load all parts; use `load`."""
         super().__init__(config, path=path, device=device, trainable=trainable)
         sizes = [self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]
         self._time_ids = torch.tensor(sizes, dtype=DTYPES[config.dtype], device=device)
 
     @classmethod
-    def _embedder(cls, config: Config, path: str) -> Any:
+    def _embedder(cls, config: SdxlConfig, path: str) -> Any:
         zeros = cls._null_is_zeros(config, path)
 
         def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
@@ -59,7 +54,7 @@ class SdxlFamily(LatentFamily):
         return embed
 
     @classmethod
-    def _null_is_zeros(cls, config: Config, path: str) -> bool:
+    def _null_is_zeros(cls, config: SdxlConfig, path: str) -> bool:
         index = load_part(cls.pipeline.load_config, path, None)
         return bool(index.get("force_zeros_for_empty_prompt", True)) and config.negative_prompt is None
 

@@ -3,31 +3,17 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pydantic import Field
 from torch import nn
 
-from acpo_dist.config.section import Section
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
 
 ADAPTER = "default"
-
-
-class TuningConfig(Section):
-    """Which weights train."""
-
-    method: Literal["lora", "full"] = "lora"
-    """`lora` trains adapters and switches them off for the anchor; `full` trains all weights beside a frozen copy."""
-    rank: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
-    """LoRA scale times rank; None takes the rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the modules that get adapters (suffixes)."""
 
 
 class TunedNetwork:

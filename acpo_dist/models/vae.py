@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from acpo_dist.core.errors import ModelError, NonFiniteError
 from acpo_dist.models.loading import load_part, looks_local
 
-VaeDtypeName = Literal["float32", "bfloat16", "float16"]
 VAE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.rewards.clip_source import clip_unusable, is_downloaded, local_folder
 
 # What OpenAI's models were trained with; a checkpoint's own preprocessor_config.json comes first.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -26,31 +27,6 @@ _TEXT_CHUNK = 64
 _PROBE_TIMEOUT_S = 10.0
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError)
-
-
-def clip_unusable(source: str) -> str | None:
-    """Why no CLIP can be loaded from `source` here, or None if nothing speaks against trying. Cheap.
-
-    Args:
-        source: folder written by `save_pretrained`, or a hub id `owner/name`.
-    """
-    folder = _local_folder(source)
-    if folder is not None:
-        if (folder / "config.json").is_file():
-            return None
-        found = "a folder without config.json" if folder.is_dir() else "nothing"
-        return (
-            f"expected a folder with a transformers CLIP at `{source}`, found {found}. Give a folder written by "
-            "`save_pretrained`, or a hub id (`owner/name`)"
-        )
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE and not _downloaded(source):
-        return (
-            f"`{source}` is not in the hub's cache on this machine, and HF_HUB_OFFLINE is set. Run "
-            f"`hf download {source}` where there is a network, or give the path of a folder that holds it"
-        )
-    return None
 
 
 class ClipBackbone:
@@ -159,36 +135,19 @@ def resize(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _local_folder(source: str) -> Path | None:
-    """The folder that `source` means, or None for a hub id."""
-    folder = Path(source).expanduser()
-    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or folder.exists()
-    return folder if local else None
-
-
-def _downloaded(source: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(source, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
 def _fetch(source: str, name: str, *, weights: bool) -> Path:
     """The folder that holds `source`, downloaded where it must and can be.
 
     What the cache has is used without a word to the network: a machine without one must not hang, and many workers
     must not ask the hub the same thing.
     """
-    folder = _local_folder(source)
+    folder = local_folder(source)
     if folder is not None:
         return folder
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
-        if _downloaded(source):
+        if is_downloaded(source):
             cached = Path(hf_hub_download(source, "config.json", local_files_only=True)).parent
             if not weights or any(any(cached.glob(pattern)) for pattern in _WEIGHTS):
                 return cached

@@ -3,32 +3,19 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
-from acpo_dist.rewards.base import MetricConfig, SmoothQuality
-from acpo_dist.rewards.clip_backbone import ClipBackbone, clip_unusable
+from acpo_dist.rewards.clip_backbone import ClipBackbone
+from acpo_dist.rewards.config import AestheticConfig, ClipScoreConfig, ClipTextConfig, PickScoreConfig
 from acpo_dist.rewards.inputs import check_images, check_prompts
 
 
-class ClipTextConfig(MetricConfig):
-    """Keys of every metric that compares an image with its prompt through a CLIP."""
-
-    weights: str
-    """Folder written by `save_pretrained`, or hub id, of a transformers CLIP."""
-    tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, where `weights` brings none."""
-
-
-class ClipTextMetric(SmoothQuality):
+class ClipTextMetric:
     """Loading and checks of a metric that compares an image with its prompt; the formula is the subclass's."""
-
-    Config: ClassVar[type[MetricConfig]] = ClipTextConfig
-    needs_prompts: ClassVar[bool] = True
 
     def __init__(self, config: ClipTextConfig, *, device: str = "cpu") -> None:
         """Load the model.
@@ -40,12 +27,6 @@ class ClipTextMetric(SmoothQuality):
         self._clip = ClipBackbone(
             config.weights, name=config.name, texts=True, tokenizer=config.tokenizer, device=device
         )
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        """See `Metric.unusable`."""
-        assert isinstance(config, ClipTextConfig)
-        return clip_unusable(config.weights) or (clip_unusable(config.tokenizer) if config.tokenizer else None)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         raise NotImplementedError
@@ -71,13 +52,7 @@ class ClipScore(ClipTextMetric):
     Source: Hessel et al. (EMNLP 2021), eq. 1 and the prefix of its section 3.
     """
 
-    class Config(ClipTextConfig):
-        """Which CLIP, and what stands before the prompt."""
-
-        type: Literal["clip_score"] = "clip_score"
-        weights: str = "openai/clip-vit-base-patch32"
-        prefix: str = "A photo depicts "
-        """Put before every prompt."""
+    Config = ClipScoreConfig
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert isinstance(self._config, self.Config)
@@ -91,39 +66,24 @@ class PickScore(ClipTextMetric):
     PickScore (Kirstain et al. 2023), and any model of that form (HPS) saved as a transformers CLIP.
     """
 
-    class Config(ClipTextConfig):
-        """Which preference model."""
-
-        type: Literal["pick_score"] = "pick_score"
-        weights: str = "yuvalkirstain/PickScore_v1"
+    Config = PickScoreConfig
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._clip.scale * self._cosine(images, prompts)
 
 
-class Aesthetic(SmoothQuality):
+class Aesthetic:
     """A head of linear layers on the unit vector of an image, in the head's own unit (LAION's: about 1 to 10)."""
 
-    class Config(MetricConfig):
-        """Which head on which CLIP."""
+    Config = AestheticConfig
 
-        type: Literal["aesthetic"] = "aesthetic"
-        weights: str
-        """safetensors file of the head: pairs `N.weight`, `N.bias` (any prefix), applied in the order of N."""
-        clip: str = "openai/clip-vit-large-patch14"
-        """Folder or hub id of the transformers CLIP that the head was trained on."""
-        activation: Literal["none", "relu", "gelu"] = "none"
-        """What stands between the layers; LAION's improved predictor has nothing there."""
-
-    needs_prompts: ClassVar[bool] = False
-
-    def __init__(self, config: Config, *, device: str = "cpu") -> None:
+    def __init__(self, config: AestheticConfig, *, device: str = "cpu") -> None:
         """Load head and model.
 
         Raises:
             RewardConfigError: either is missing, or they do not fit each other.
         """
-        if reason := self.unusable(config):
+        if reason := config.unusable():
             raise RewardConfigError(f"`{config.name}`: {reason}.")
         self._name = config.name
         self._head = read_head(Path(config.weights).expanduser(), config.activation, name=config.name).to(device)
@@ -134,14 +94,6 @@ class Aesthetic(SmoothQuality):
                 f"`{config.name}`: the head in {config.weights} takes vectors of {first.in_features} numbers, "
                 f"`{config.clip}` gives {self._clip.width}: set `clip` to the model that the head was trained on."
             )
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        """See `Metric.unusable`."""
-        assert isinstance(config, cls.Config)
-        if not Path(config.weights).expanduser().is_file():
-            return f"no head at `{config.weights}`; set `weights` to a safetensors file with its linear layers"
-        return clip_unusable(config.clip)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`.

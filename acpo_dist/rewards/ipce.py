@@ -12,14 +12,13 @@ Shapes: B images, P patches, V = P + 1 views (the whole image last), S x S pixel
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from acpo_dist.rewards.clip_backbone import resize
-from acpo_dist.rewards.clip_metrics import ClipTextConfig, ClipTextMetric
+from acpo_dist.rewards.clip_metrics import ClipTextMetric
+from acpo_dist.rewards.config import IpceConfig
 
 LEVELS = ("badly", "poorly", "fairly", "well", "perfectly")
 _STANDARD_SIZE = 224
@@ -86,18 +85,7 @@ def ipce_quality(view_vectors_BVD: Tensor, level_vectors_BLD: Tensor, scale: Ten
 class Ipce(ClipTextMetric):
     """IPCE as a metric, 0 to 5; weights fine-tuned for it (`recipes/tiny_clip.py` shows how), or zero-shot."""
 
-    class Config(ClipTextConfig):
-        """Which CLIP, and which patches."""
-
-        type: Literal["ipce"] = "ipce"
-        short_side: int = Field(default=512, ge=_STANDARD_SIZE)
-        """Least length of the shorter side, scaled with the model's own size over 224; the 30K set used 768."""
-        patches: int = Field(default=8, ge=1)
-        """Local views; the paper trains with 8 drawn ones and tests with 15 even ones."""
-        positions: Literal["seeded", "even"] = "seeded"
-        """Drawn from `seed`, the same in every call, or evenly spaced."""
-        seed: int = 0
-        """Of the patch positions."""
+    Config = IpceConfig
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         config = self._config

@@ -1,54 +1,36 @@
 """Metrics of our own: TwoStream-IQA and the differently built judge."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import RewardConfigError
-from acpo_dist.rewards.base import MetricConfig, SmoothQuality
+from acpo_dist.rewards.config import NetworkConfig, StridedJudgeConfig, TwoStreamConfig
 from acpo_dist.rewards.inputs import check_images
-from acpo_dist.rewards.strided_judge import SMALLEST, StridedJudge
-from acpo_dist.rewards.two_stream import PATCH, PATCHES, PUBLISHED, TOY, TwoStream
-
-_ASSETS = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
+from acpo_dist.rewards.strided_judge import StridedJudge
+from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream
 
 
-class _WeightedConfig(MetricConfig):
-    weights: str = "toy"
-    """`toy` for the embedded weights, a safetensors file, or `train` to train on damaged `data.path` first."""
-    train_steps: int = Field(default=800, ge=1)
-    """Steps of that training."""
-
-
-class _NetworkMetric(SmoothQuality):
+class _NetworkMetric:
     """A network of ours with weights from a file."""
 
-    Config: ClassVar[type[MetricConfig]] = _WeightedConfig
-    needs_prompts = False
-    _toy_file: ClassVar[str]
-    _smallest: ClassVar[int]
-    """Least height and width of an image."""
-
-    def __init__(self, config: _WeightedConfig, *, device: str = "cpu") -> None:
+    def __init__(self, config: NetworkConfig, *, device: str = "cpu") -> None:
         """Load the weights.
 
         Raises:
             RewardConfigError: the file is missing or does not fit.
         """
-        reason = self.unusable(config)
+        reason = config.unusable()
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
         if config.weights == "train":
             raise RewardConfigError(
                 f"`{config.name}`: weights `train` need `data.path` and `acpo train`, which trains them first"
             )
-        path = self._file(config)
+        path = config.file
         try:
             state = load_file(path)
             self.network = self._build(state)
@@ -57,28 +39,15 @@ class _NetworkMetric(SmoothQuality):
             raise RewardConfigError(
                 f"`{config.name}`: {path} does not hold weights for `{config.type}`: {error}"
             ) from error
-        self._name = config.name
+        self._name, self._minimum = config.name, config.minimum_size
         # Channels last: the same sums, 1.2 to 1.7 times as fast on a CPU.
         self.network.to(device).eval().requires_grad_(False)
         # torch's stubs know only the other ways to call it.
         self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     @classmethod
-    def _file(cls, config: _WeightedConfig) -> Path:
-        return _ASSETS / cls._toy_file if config.weights == "toy" else Path(config.weights).expanduser()
-
-    @classmethod
     def _build(cls, state: dict[str, Tensor]) -> nn.Module:
         raise NotImplementedError
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        """See `Metric.unusable`."""
-        assert isinstance(config, _WeightedConfig)
-        if config.weights == "train":
-            return None
-        path = cls._file(config)
-        return None if path.is_file() else f"no weights at `{path}`; set `weights` to `toy` or to a safetensors file"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`.
@@ -86,7 +55,7 @@ class _NetworkMetric(SmoothQuality):
         Raises:
             RewardError: images that it cannot take.
         """
-        check_images(images, name=self._name, minimum=self._smallest)
+        check_images(images, name=self._name, minimum=self._minimum)
         return self._score(images)
 
     def _score(self, images: Tensor) -> Tensor:
@@ -96,19 +65,9 @@ class _NetworkMetric(SmoothQuality):
 class TwoStreamMetric(_NetworkMetric):
     """TwoStream-IQA, quality 0 to 1."""
 
-    class Config(_WeightedConfig):
-        """`weights` of the published or of the toy size."""
+    Config = TwoStreamConfig
 
-        type: Literal["two_stream"] = "two_stream"
-        patches: int = Field(default=PATCHES, ge=1)
-        """Most 32 x 32 tiles of an image that are looked at; of more, `seed` draws so many, the same in every call."""
-        seed: int = 0
-        """Of the tiles that are looked at."""
-
-    _toy_file: ClassVar[str] = "two_stream.safetensors"
-    _smallest: ClassVar[int] = PATCH
-
-    def __init__(self, config: Config, *, device: str = "cpu") -> None:
+    def __init__(self, config: TwoStreamConfig, *, device: str = "cpu") -> None:
         """See `_NetworkMetric`."""
         super().__init__(config, device=device)
         self._patches, self._seed = config.patches, config.seed
@@ -125,13 +84,7 @@ class TwoStreamMetric(_NetworkMetric):
 class StridedJudgeMetric(_NetworkMetric):
     """The strided judge, quality 0 to 1."""
 
-    class Config(_WeightedConfig):
-        """`weights` of the judge."""
-
-        type: Literal["strided_judge"] = "strided_judge"
-
-    _toy_file: ClassVar[str] = "judge.safetensors"
-    _smallest: ClassVar[int] = SMALLEST
+    Config = StridedJudgeConfig
 
     @classmethod
     def _build(cls, state: dict[str, Tensor]) -> nn.Module:

@@ -1,8 +1,6 @@
 """No-reference metrics of pyiqa by name: an optional extra under a noncommercial licence; nothing of it is here."""
 
 import contextlib
-import functools
-import importlib.util
 import io
 import pickle
 import re
@@ -11,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acpo_dist.core.errors import RewardConfigError, RewardError
-from acpo_dist.core.registry import nearest
-from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.rewards.config import PyiqaConfig
 from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
@@ -35,28 +32,15 @@ _ANNOUNCED = re.compile(r'Downloading: "(\S+)" to (\S+)')
 class PyiqaMetric:
     """One pyiqa metric, per image, in its own unit and direction."""
 
-    class Config(MetricConfig):
-        """Which metric."""
+    Config = PyiqaConfig
 
-        type: Literal["pyiqa"] = "pyiqa"
-        metric: str
-        """pyiqa's name, such as musiq or piqe; `acpo rewards list` has them all."""
-        weights: str | None = None
-        """File to load instead of a download: a state dict as .pth (bare, or below `params`) or safetensors."""
-
-        def default_name(self) -> str:
-            """The metric's own name."""
-            return self.metric
-
-    needs_prompts: ClassVar[bool] = False
-
-    def __init__(self, config: Config, *, device: str = "cpu") -> None:
+    def __init__(self, config: PyiqaConfig, *, device: str = "cpu") -> None:
         """Build the metric.
 
         Raises:
             RewardConfigError: pyiqa is missing, or its weights cannot be had.
         """
-        reason = self.unusable(config)
+        reason = config.unusable()
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
         self._name, self._metric, self._facts = config.name, config.metric, PYIQA[config.metric]
@@ -64,35 +48,6 @@ class PyiqaMetric:
         self._network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
         self._order = torch.channels_last if self._facts.channels_last else torch.contiguous_format
         self._network.to(memory_format=self._order)
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        """See `Metric.unusable`."""
-        assert isinstance(config, cls.Config)
-        facts = PYIQA.get(config.metric)
-        if facts is None:
-            return f"pyiqa has no no-reference metric `{config.metric}`.{nearest(config.metric, sorted(PYIQA))}"
-        if facts.refused:
-            return f"pyiqa's `{config.metric}` {facts.refused}"
-        if config.weights is not None and facts.local is None:
-            return f"pyiqa's `{config.metric}` takes no weights from a file; leave `weights` out"
-        if config.weights is not None and not Path(config.weights).expanduser().is_file():
-            return f"no weights at `{config.weights}`; set `weights` to a file that exists, or leave it out"
-        if importlib.util.find_spec("pyiqa") is None:
-            return "pyiqa is not installed (noncommercial licence, optional): pip install 'acpo-dist[pyiqa]'"
-        return None
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        """From the table of metrics with a usable gradient."""
-        assert isinstance(config, cls.Config)
-        return config.metric in PYIQA and PYIQA[config.metric].differentiable
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        """pyiqa's own word where it is installed, else our table's."""
-        assert isinstance(config, cls.Config)
-        return -1 if facts_of(config.metric)["lower_better"] else 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`.
@@ -124,32 +79,7 @@ class PyiqaMetric:
         return [part.contiguous(memory_format=self._order) for part in parts]
 
 
-def facts_of(name: str) -> dict[str, Any]:
-    """Direction and range of a metric: pyiqa's own metadata where it is installed, else our table's."""
-    facts = PYIQA[name]
-    ours = {"lower_better": facts.lower_better, "score_range": facts.score_range}
-    theirs = metadata().get(name, {})
-    return ours | {key: theirs[key] for key in ours if key in theirs}
-
-
-@functools.cache
-def metadata() -> dict[str, dict[str, Any]]:
-    """pyiqa's description of its metrics by name; empty where pyiqa is not installed.
-
-    Read from its one file, because importing pyiqa takes seconds.
-    """
-    package = importlib.util.find_spec("pyiqa")
-    folders = package.submodule_search_locations if package else None
-    if not folders:
-        return {}
-    spec = importlib.util.spec_from_file_location("_pyiqa_metadata", Path(folders[0]) / "default_model_configs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return dict(module.DEFAULT_CONFIGS)
-
-
-def _build(config: PyiqaMetric.Config, facts: PyiqaFacts, device: str) -> Any:
+def _build(config: PyiqaConfig, facts: PyiqaFacts, device: str) -> Any:
     said = _Spoken()
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {}
@@ -178,7 +108,7 @@ def _build(config: PyiqaMetric.Config, facts: PyiqaFacts, device: str) -> Any:
     return network
 
 
-def _read_state(path: Path, config: PyiqaMetric.Config) -> dict[str, Tensor]:
+def _read_state(path: Path, config: PyiqaConfig) -> dict[str, Tensor]:
     """Tensors by name. Nothing but tensors is unpickled here, and pyiqa, which would unpickle anything, gets a copy."""
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -192,7 +122,7 @@ def _read_state(path: Path, config: PyiqaMetric.Config) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _build_message(config: PyiqaMetric.Config, facts: PyiqaFacts, error: Exception, said: str) -> str:
+def _build_message(config: PyiqaConfig, facts: PyiqaFacts, error: Exception, said: str) -> str:
     parts = [f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}."]
     if config.weights is not None:
         parts.append(f"Its weights were to come from {config.weights}.")

@@ -6,7 +6,10 @@ Gradient, smallest image and batching were measured on piqe, entropy, cnniqa, mu
 documentation and source.
 """
 
+import functools
+import importlib.util
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 CODE_LICENCE = "code: PolyForm Noncommercial 1.0.0 and S-Lab 1.0"
@@ -164,3 +167,28 @@ PYIQA: dict[str, PyiqaFacts] = {
     "inception_score": replace(_SETS, lower_better=False),
 }  # fmt: skip
 """Every name that pyiqa 0.1.16 files under no-reference metrics."""
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """Direction and range of a metric: pyiqa's own metadata where it is installed, else our table's."""
+    facts = PYIQA[name]
+    ours = {"lower_better": facts.lower_better, "score_range": facts.score_range}
+    theirs = metadata().get(name, {})
+    return ours | {key: theirs[key] for key in ours if key in theirs}
+
+
+@functools.cache
+def metadata() -> dict[str, dict[str, Any]]:
+    """pyiqa's description of its metrics by name; empty where pyiqa is not installed.
+
+    Read from its one file, because importing pyiqa takes seconds.
+    """
+    package = importlib.util.find_spec("pyiqa")
+    folders = package.submodule_search_locations if package else None
+    if not folders:
+        return {}
+    spec = importlib.util.spec_from_file_location("_pyiqa_metadata", Path(folders[0]) / "default_model_configs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return dict(module.DEFAULT_CONFIGS)

@@ -5,12 +5,20 @@ more colourful image); as rewards they are cheap stand-ins with a known optimum.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.config.plugins import MetricConfig
+from acpo_dist.rewards.config import (
+    ColourEntropyConfig,
+    ColourfulnessConfig,
+    EdgeDensityConfig,
+    SaturationConfig,
+    SharpnessConfig,
+    SoftColourEntropyConfig,
+    SoftEdgeDensityConfig,
+)
 from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.two_stream import gradient_magnitude
 
@@ -116,29 +124,8 @@ def _root(squares: Tensor) -> Tensor:
 class _Statistic:
     """A function of images alone as a metric."""
 
-    Config: ClassVar[type[MetricConfig]]
-    needs_prompts: ClassVar[bool] = False
-    minimum_size: ClassVar[int] = 1
-    smooth: ClassVar[bool] = True
-
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
-        self._name = config.name
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        """See `Metric.unusable`: always usable."""
-        return None
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        """Whether the formula has a gradient; the soft forms do where the plain ones count."""
-        return cls.smooth
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        """+1 to have more of it, -1 to have less."""
-        assert isinstance(config, _StatisticConfig)
-        return 1 if config.prefer == "more" else -1
+        self._config = config
 
     @staticmethod
     def _formula(images: Tensor) -> Tensor:
@@ -150,34 +137,22 @@ class _Statistic:
         Raises:
             RewardError: the images are no images, or too small.
         """
-        check_images(images, name=self._name, minimum=self.minimum_size)
+        check_images(images, name=self._config.name, minimum=self._config.minimum_size)
         return self._formula(images)
-
-
-class _StatisticConfig(MetricConfig):
-    prefer: Literal["more", "less"] = "more"
-    """Which way counts as better; a statistic has no better of its own."""
 
 
 class Sharpness(_Statistic):
     """`sharpness` as a metric."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
+    Config = SharpnessConfig
 
-        type: Literal["sharpness"] = "sharpness"
-
-    minimum_size = 3
     _formula = staticmethod(sharpness)
 
 
 class Colourfulness(_Statistic):
     """`colourfulness` as a metric."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
-
-        type: Literal["colourfulness"] = "colourfulness"
+    Config = ColourfulnessConfig
 
     _formula = staticmethod(colourfulness)
 
@@ -185,10 +160,7 @@ class Colourfulness(_Statistic):
 class Saturation(_Statistic):
     """`saturation` as a metric."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
-
-        type: Literal["saturation"] = "saturation"
+    Config = SaturationConfig
 
     _formula = staticmethod(saturation)
 
@@ -196,22 +168,15 @@ class Saturation(_Statistic):
 class EdgeDensity(_Statistic):
     """`edge_density` as a metric: scores only."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
+    Config = EdgeDensityConfig
 
-        type: Literal["edge_density"] = "edge_density"
-
-    smooth = False
     _formula = staticmethod(edge_density)
 
 
 class SoftEdgeDensity(_Statistic):
     """`soft_edge_density` as a metric."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
-
-        type: Literal["soft_edge_density"] = "soft_edge_density"
+    Config = SoftEdgeDensityConfig
 
     _formula = staticmethod(soft_edge_density)
 
@@ -219,21 +184,14 @@ class SoftEdgeDensity(_Statistic):
 class ColourEntropy(_Statistic):
     """`colour_entropy` as a metric: scores only."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
+    Config = ColourEntropyConfig
 
-        type: Literal["colour_entropy"] = "colour_entropy"
-
-    smooth = False
     _formula = staticmethod(colour_entropy)
 
 
 class SoftColourEntropy(_Statistic):
     """`soft_colour_entropy` as a metric."""
 
-    class Config(_StatisticConfig):
-        """Nothing but which way is better."""
-
-        type: Literal["soft_colour_entropy"] = "soft_colour_entropy"
+    Config = SoftColourEntropyConfig
 
     _formula = staticmethod(soft_colour_entropy)

@@ -12,9 +12,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from acpo_dist.rewards.config import PATCHES
+
 PATCH = 32
-PATCHES = 256
-"""Most tiles of an image that are looked at: all up to 512 x 512, a fixed quarter of those of 1024 x 1024."""
 _BINS = 3
 _TILES_AT_ONCE = 256
 """Tiles per forward: what bounds the memory, however large the batch and its images are."""

@@ -9,7 +9,6 @@ import torch
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.schema import Config
-from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
 from acpo_dist.data.images import real_images
 from acpo_dist.data.prompts import sample_prompts
@@ -183,4 +182,4 @@ def names_of(entries: Sequence[Any]) -> list[str]:
 
 
 def _higher(entry: Any) -> bool:
-    return resolve("reward", REWARDS, entry.type).direction(entry) > 0
+    return entry.direction > 0

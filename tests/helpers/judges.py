@@ -6,21 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from acpo_dist.rewards.base import MetricConfig, SmoothQuality
+from acpo_dist.config.plugins import MetricConfig
 
 
-class FailsOnGreen(SmoothQuality):
+class FailsOnGreen:
     """Mean brightness; raises where green is the strongest channel, as anybody's code may."""
 
     Config: ClassVar[type[MetricConfig]] = MetricConfig
-    needs_prompts: ClassVar[bool] = False
 
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
         self._name = config.name
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        return None
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         means = images.mean((2, 3))
@@ -33,7 +28,8 @@ class FailsOnGreen(SmoothQuality):
 class PromptLength(FailsOnGreen):
     """Length of the prompt."""
 
-    needs_prompts: ClassVar[bool] = True
+    class Config(MetricConfig):
+        needs_prompts: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return torch.tensor([float(len(prompt)) for prompt in prompts])

@@ -4,41 +4,30 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from acpo_dist.algorithms.base import AlgorithmConfig
+from acpo_dist.config.plugins import AlgorithmConfig, MetricConfig, ModelConfig
 from acpo_dist.config.section import Section
 
 
 class Smooth:
     """A reward with a usable gradient."""
 
-    class Config(Section):
-        type: str
+    class Config(MetricConfig):
         name: str = "smooth"
-        weight: float = Field(default=1.0, gt=0)
-
-    @staticmethod
-    def unusable(config: Config) -> str | None:
-        return None
-
-    @staticmethod
-    def differentiable(config: Config) -> bool:
-        return True
 
 
-class ScoresOnly(Smooth):
+class ScoresOnly:
     """A reward without a gradient."""
 
-    @staticmethod
-    def differentiable(config: Smooth.Config) -> bool:
-        return False
+    class Config(Smooth.Config):
+        differentiable: ClassVar[bool] = False
 
 
-class Broken(Smooth):
+class Broken:
     """A reward that cannot be used here."""
 
-    @staticmethod
-    def unusable(config: Smooth.Config) -> str | None:
-        return f"needs the package `absent` for `{config.name}`"
+    class Config(Smooth.Config):
+        def unusable(self) -> str | None:
+            return f"needs the package `absent` for `{self.name}`"
 
 
 class WithoutConfig:
@@ -48,13 +37,10 @@ class WithoutConfig:
 class Captioned:
     """A model family that draws from prompts."""
 
-    conditional = True
-
-    class Config(Section):
+    class Config(ModelConfig):
         class Adapter(Section):
             rank: int = Field(default=8, ge=1)
 
-        type: str
         path: str = "somewhere"
         adapter: Adapter = Adapter()
 
@@ -62,10 +48,8 @@ class Captioned:
 class Unprompted:
     """A model family that does not."""
 
-    conditional = False
-
-    class Config(Section):
-        type: str
+    class Config(ModelConfig):
+        conditional: ClassVar[bool] = False
         channels: int = 8
 
 
@@ -74,12 +58,10 @@ class NeedsGradients:
 
     class Config(AlgorithmConfig):
         pathwise: ClassVar[bool] = True
-        type: str
         anchor_weight: float = 0.1
 
 
 class NeedsScores:
     """An algorithm that needs scores only."""
 
-    class Config(AlgorithmConfig):
-        type: str
+    Config = AlgorithmConfig

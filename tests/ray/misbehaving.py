@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from acpo_dist.rewards.base import MetricConfig
+from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.rewards.statistics import Sharpness
 
 FAULTS = ("hang", "nan", "nan_on_requests", "memory", "memory_of_batches")
@@ -34,10 +34,6 @@ class Misbehaving(Sharpness):
         assert isinstance(config, Misbehaving.Config)
         self._folder, self._seconds, self._fault = config.folder, config.seconds, ""
         time.sleep(config.start_seconds)
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        return 1
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         if images.shape[-1] != CANARY:

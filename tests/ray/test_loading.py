@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.core.errors import (
     ConfigError,
     ModelError,
@@ -16,7 +17,6 @@ from acpo_dist.core.errors import (
 )
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.models.family import trainable_tensors
-from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.statistics import Sharpness
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.workers.rollout.worker import RolloutWorker
@@ -142,10 +142,6 @@ class Fails(Sharpness):
 
     def __init__(self, config, *, device="cpu"):
         raise ZeroDivisionError("the reason is here")
-
-    @classmethod
-    def direction(cls, config) -> int:
-        return 1
 
 
 def test_a_metric_that_fails_in_a_way_of_its_own_is_reported_with_its_last_words(cluster, tiny):

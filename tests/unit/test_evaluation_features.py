@@ -10,10 +10,10 @@ from torch import nn
 from acpo_dist.core.errors import ConfigError, ModelError
 from acpo_dist.data.toy.world import templates
 from acpo_dist.evaluation.metrics.features import InceptionFeatures, LowPassPixels, MidBlockFeatures, NetworkFeatures
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 
 FULL, LORA = TuningConfig(method="full"), TuningConfig(rank=2)
 

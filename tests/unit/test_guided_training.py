@@ -11,9 +11,9 @@ from acpo_dist.config.load import load_config
 from acpo_dist.data.toy.world import captions
 from acpo_dist.diffusion.prediction import to_clean
 from acpo_dist.models.architectures import architecture_of
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.preflight.plan import phases
 from acpo_dist.preflight.plan.plan import setting_of
 

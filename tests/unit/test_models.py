@@ -19,11 +19,11 @@ from acpo_dist.core.errors import ModelError, WeightSyncError
 from acpo_dist.core.types import RolloutBatch, SamplePlan, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.toy.world import captions
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.workers.rollout.worker import RolloutWorker
 
 ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"

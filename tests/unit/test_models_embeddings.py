@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.models import text
-from acpo_dist.models.latent_config import MemoryConfig
+from acpo_dist.models.config import MemoryConfig
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.text import fingerprint
 from tests.unit.test_models_memory import PROMPTS, TOY, change_json, copy_of_toy, load

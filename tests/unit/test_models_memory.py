@@ -13,11 +13,10 @@ from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError, NonFiniteError
 from acpo_dist.core.types import SamplePlan
 from acpo_dist.data.toy.world import captions
+from acpo_dist.models.config import MemoryConfig, TuningConfig
 from acpo_dist.models.family import Condition, trainable_tensors
-from acpo_dist.models.latent_config import MemoryConfig
 from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.models.vae import VaeDecoder
 from acpo_dist.workers.rollout.worker import RolloutWorker
 

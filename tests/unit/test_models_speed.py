@@ -7,11 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.types import SamplePlan
 from acpo_dist.data.toy.world import captions
+from acpo_dist.models.config import SpeedConfig, TuningConfig
 from acpo_dist.models.family import trainable_tensors
-from acpo_dist.models.latent_config import SpeedConfig
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import open_ports

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from acpo_dist.algorithms.preference import BETA, Dpo
 from acpo_dist.core.errors import ModelError
 from acpo_dist.data.toy.world import captions
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.ncp import NcpEncoder, full_float32
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.objective.ncp import ncp_statistics, ncp_step
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_logit, preference_term, split_pairs

@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.architectures import PUBLISHED, architecture_of
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
-from acpo_dist.models.tuning import TuningConfig
 from acpo_dist.preflight.plan import phases
 from acpo_dist.preflight.plan.kernels import Kernels
 from acpo_dist.preflight.plan.memory import LearnerState, learner_state

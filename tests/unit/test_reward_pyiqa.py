@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acpo_dist.core.errors import RewardConfigError, RewardError
-from acpo_dist.rewards.pyiqa_metric import PyiqaMetric, facts_of, metadata
-from acpo_dist.rewards.pyiqa_table import PYIQA
+from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
+from acpo_dist.rewards.pyiqa_table import PYIQA, facts_of, metadata
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa (optional extra)")
 
@@ -102,7 +102,7 @@ def test_only_what_needs_no_download_says_so():
 
 
 def test_where_pyiqa_is_missing_the_table_answers(monkeypatch):
-    monkeypatch.setattr("acpo_dist.rewards.pyiqa_metric.metadata", dict)
+    monkeypatch.setattr("acpo_dist.rewards.pyiqa_table.metadata", dict)
     assert facts_of("niqe") == {"lower_better": True, "score_range": "~0, ~100"}
 
 
@@ -250,7 +250,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path):
 
 def test_weights_that_are_not_there_are_named(tmp_path: Path):
     config = PyiqaMetric.Config(metric="musiq", weights=str(tmp_path / "absent.pth"))
-    assert "absent.pth" in (PyiqaMetric.unusable(config) or "")
+    assert "absent.pth" in (config.unusable() or "")
     with pytest.raises(RewardConfigError, match=r"absent\.pth"):
         PyiqaMetric(config)
 
@@ -258,12 +258,12 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path):
 def test_a_metric_that_reads_no_file_says_so(tmp_path: Path):
     (tmp_path / "w.pth").touch()
     config = PyiqaMetric.Config(metric="clipiqa", weights=str(tmp_path / "w.pth"))
-    assert "takes no weights from a file" in (PyiqaMetric.unusable(config) or "")
+    assert "takes no weights from a file" in (config.unusable() or "")
 
 
 @pytest.mark.parametrize(("name", "words"), [("fid", "compares sets of images"), ("clipscore", "our own type")])
 def test_what_gives_no_score_to_a_image_alone_is_refused(name: str, words: str):
-    assert words in (PyiqaMetric.unusable(PyiqaMetric.Config(metric=name)) or "")
+    assert words in (PyiqaMetric.Config(metric=name).unusable() or "")
 
 
 def test_a_download_that_fails_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path: Path, capsys):

@@ -113,7 +113,7 @@ def test_what_says_it_has_a_gradient_has_one_and_the_rest_have_none(name: str):
     kind = resolve("reward", REWARDS, name)
     images = noise().float().requires_grad_(True)
     score = kind(kind.Config())(images, [""] * 4)
-    assert kind.differentiable(kind.Config()) == score.requires_grad == (name in SMOOTH)
+    assert kind.Config().differentiable == score.requires_grad == (name in SMOOTH)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
@@ -136,8 +136,8 @@ def test_a_score_does_not_depend_on_the_batch(name: str):
 
 def test_a_statistic_may_be_wanted_higher_or_lower():
     kind = resolve("reward", REWARDS, "saturation")
-    assert kind.direction(kind.Config()) == 1
-    assert kind.direction(kind.Config(prefer="less")) == -1
+    assert kind.Config().direction == 1
+    assert kind.Config(prefer="less").direction == -1
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from scipy import ndimage
 from torch import Tensor
 
 import acpo_dist.data.toy
+from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.core.errors import RewardConfigError, RewardError
 from acpo_dist.data.toy.world import templates
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.training.toy_models import new_vae
-from acpo_dist.rewards.base import MetricConfig
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
 from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream, gradient_magnitude
@@ -58,23 +58,8 @@ class Brightness:
     class Config(MetricConfig):
         type: str = f"{__name__}:Brightness"
 
-    needs_prompts: ClassVar[bool] = False
-    sign: ClassVar[int] = 1
-
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
         self.device = device
-
-    @classmethod
-    def unusable(cls, config: MetricConfig) -> str | None:
-        return None
-
-    @classmethod
-    def differentiable(cls, config: MetricConfig) -> bool:
-        return True
-
-    @classmethod
-    def direction(cls, config: MetricConfig) -> int:
-        return cls.sign
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.mean((1, 2, 3))
@@ -85,8 +70,7 @@ class Glare(Brightness):
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Glare"
-
-    sign: ClassVar[int] = -1
+        direction: ClassVar[int] = -1
 
 
 class Root(Brightness):
@@ -392,12 +376,12 @@ def test_a_file_that_holds_other_weights_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["piqe", "entropy", "niqe", "ilniqe", "brisque", "nrqm", "pi", "qalign"])
 def test_metrics_of_pyiqa_without_a_usable_gradient_cannot_drive_an_update(name: str):
-    assert not PyiqaMetric.differentiable(PyiqaMetric.Config(metric=name))
+    assert not PyiqaMetric.Config(metric=name).differentiable
 
 
 @pytest.mark.parametrize("name", ["musiq", "maniqa", "cnniqa", "dbcnn", "topiq_nr", "clipiqa+", "hyperiqa"])
 def test_metrics_of_pyiqa_with_a_gradient_can(name: str):
-    assert PyiqaMetric.differentiable(PyiqaMetric.Config(metric=name))
+    assert PyiqaMetric.Config(metric=name).differentiable
 
 
 def test_a_misspelt_metric_of_pyiqa_is_refused_with_a_suggestion():
@@ -406,7 +390,7 @@ def test_a_misspelt_metric_of_pyiqa_is_refused_with_a_suggestion():
 
 
 def known_to_the_table(name: str) -> bool:
-    reason = PyiqaMetric.unusable(PyiqaMetric.Config(metric=name))
+    reason = PyiqaMetric.Config(metric=name).unusable()
     return reason is None or "pyiqa has no" not in reason
 
 
@@ -418,7 +402,7 @@ def test_the_table_agrees_with_pyiqa_on_names_and_directions():
     listed = [name for name in DEFAULT_CONFIGS if known_to_the_table(name)]
     assert len(listed) > 50 and set(listed) <= set(no_reference)
     wanted = {name: -1 if no_reference[name].get("lower_better", False) else 1 for name in listed}
-    assert {name: PyiqaMetric.direction(PyiqaMetric.Config(metric=name)) for name in listed} == wanted
+    assert {name: PyiqaMetric.Config(metric=name).direction for name in listed} == wanted
 
 
 @needs_pyiqa

@@ -18,7 +18,7 @@ from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.chunks import Chunk, drawn_chunks, found_chunks, judge_all, kept_chunks, split_chunks
 from acpo_dist.evaluation.suites.drift import run_drift
 from acpo_dist.evaluation.suites.images import EncodedImage, read_image_files
-from acpo_dist.evaluation.suites.judges import judge_facts, reads_prompts
+from acpo_dist.evaluation.suites.judges import judge_facts
 from acpo_dist.evaluation.suites.samples import REPORT, Sample, SampleLog
 from acpo_dist.evaluation.suites.set_metrics import judge_metrics, set_metrics, total_missing
 from acpo_dist.evaluation.suites.subject import ImageSubject, ModelSubject, settle
@@ -241,7 +241,7 @@ def _check_prompts(request: Request) -> None:
         UsageError: names the judge.
     """
     for section in request.sections:
-        if not reads_prompts(section):
+        if not section.needs_prompts:
             continue
         for subject in request.arms.values():
             if isinstance(subject, ModelSubject):

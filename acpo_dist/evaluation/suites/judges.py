@@ -1,20 +1,18 @@
 """Judges by name, which version of them judges, and scores with the failures named instead of numbered."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from acpo_dist.config.load import parse_override
-from acpo_dist.config.section import describe
+from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.core.errors import RewardConfigError, WorkerError
-from acpo_dist.core.registry import REWARDS, resolve
 from acpo_dist.evaluation.suites.images import at_once
+from acpo_dist.rewards.naming import metric_section
 from acpo_dist.workers.reward.worker import RewardWorker
 
 CHUNK = 16
@@ -132,19 +130,9 @@ def check_names(sections: Sequence[Any]) -> None:
             raise RewardConfigError(f"two judges are called `{name}`: leave one out, or give each its own `name`.")
 
 
-def reads_prompts(section: Any) -> bool:
-    """Whether the judge compares the image with its prompt."""
-    return bool(getattr(resolve("reward", REWARDS, section.type), "needs_prompts", False))
-
-
-def direction(section: Any) -> int:
-    """+1 if a higher score is better, else -1."""
-    return resolve("reward", REWARDS, section.type).direction(section)
-
-
 def judge_facts(section: Any) -> dict[str, Any]:
     """Which judge in which version: its settings, and the SHA-256 of weights that lie on this machine."""
-    facts: dict[str, Any] = {"settings": section.model_dump(mode="json"), "higher_is_better": direction(section) > 0}
+    facts: dict[str, Any] = {"settings": section.model_dump(mode="json"), "higher_is_better": section.direction > 0}
     weights = getattr(section, "weights", None)
     if weights and Path(weights).expanduser().exists():
         facts["weights_sha256"] = weights_digest(Path(weights).expanduser())
@@ -162,22 +150,9 @@ def weights_digest(path: Path) -> str:
     return whole.hexdigest()
 
 
-def _section(text: str) -> Any:
-    """The validated section of one judge."""
-    if text.startswith("{"):
-        values: Mapping[str, Any] = parse_override(f"judge={text}")["judge"]
-    else:
-        kind, _, rest = text.partition(":")
-        values = {"type": "pyiqa", "metric": rest} if kind == "pyiqa" else {"type": text}
-    if "type" not in values:
-        raise RewardConfigError(f"--judges {text}: a section needs the key `type`")
-    metric = resolve("reward", REWARDS, str(values["type"]))
-    try:
-        section = metric.Config.model_validate(values)
-    except ValidationError as error:
-        raise RewardConfigError(f"--judges {text}: {describe(error, metric.Config)}") from error
-    if reason := metric.unusable(section):
-        raise RewardConfigError(f"--judges {text}: {reason}")
+def _section(text: str) -> MetricConfig:
+    """The checked section of one judge."""
+    section = metric_section(text, "--judges")
     if getattr(section, "weights", None) == "train":
         raise RewardConfigError(f"--judges {text}: weights `train` belong to a run; give the file that it trained")
     return section

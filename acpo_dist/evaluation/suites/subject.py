@@ -44,7 +44,7 @@ class ModelSubject:
     @property
     def conditional(self) -> bool:
         """Whether it draws from prompts."""
-        return resolve("model", MODELS, self.config.model.type).conditional
+        return self.config.model.conditional
 
 
 @dataclass(frozen=True, kw_only=True)

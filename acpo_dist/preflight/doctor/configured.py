@@ -38,7 +38,7 @@ def check_model(config: Config) -> Iterator[Finding]:
     try:
         # The decoder alone: it is read through the same door as the rest, and is small beside it.
         family.load_decoder(offline, device="cpu")
-        if not looks_local(model.path) and family.pixel_space:
+        if not looks_local(model.path) and model.pixel_space:
             # Such a decoder reads nothing, so it is the pipeline that must be in the cache.
             family.load(offline, device="cpu", trainable=False)
     except ModelError as error:

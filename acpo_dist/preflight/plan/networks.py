@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from acpo_dist.models.architectures import Architecture
+from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import Condition
-from acpo_dist.models.tuning import TunedNetwork, TuningConfig
+from acpo_dist.models.tuning import TunedNetwork
 
 META = torch.device("meta")
 

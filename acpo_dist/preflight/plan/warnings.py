@@ -13,8 +13,6 @@ _WHO = {
     "all": "one process holds everything: it",
     "shared": "a GPU that workers of several roles share (gpus_per_worker, gpus_per_rank, gpus_per_replica)",
 }
-_OWN = ("two_stream", "strided_judge")
-"""Metrics of a few hundred thousand parameters, next to nothing."""
 
 
 def warnings_for(
@@ -29,11 +27,7 @@ def warnings_for(
             f"model.path `{config.model.path}` is not on this disk: counted on the published architecture of "
             f"`{architecture.family}`. `hf download {config.model.path}` first, then plan again."
         )
-    metrics = [
-        entry.name
-        for entry in (*config.rewards.train, *config.rewards.judges)
-        if entry.type not in _OWN and not entry.type.startswith("acpo_dist.rewards.statistics")
-    ]
+    metrics = [entry.name for entry in (*config.rewards.train, *config.rewards.judges) if not entry.lightweight]
     if metrics:
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
     if config.algorithm.encoder is not None:

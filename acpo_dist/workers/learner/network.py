@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from acpo_dist.algorithms.base import EncoderConfig, Network
+from acpo_dist.algorithms.base import Network
+from acpo_dist.config.plugins import EncoderConfig
 from acpo_dist.models.family import Condition, ModelFamily
 from acpo_dist.models.ncp import NcpEncoder
 

@@ -50,9 +50,8 @@ class RewardWorker:
             max_batch: most images per forward; fewer where the memory does not last.
         """
         self.name = metric.name
-        kind = resolve("reward", REWARDS, metric.type)
-        self._metric = kind(metric, device=device)
-        self._ascend = kind.direction(metric) > 0
+        self._metric = resolve("reward", REWARDS, metric.type)(metric, device=device)
+        self._ascend = metric.direction > 0
         self._decoder = (
             resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
         )

@@ -1,12 +1,27 @@
-"""Configuration of Stable Diffusion's families: which model, and what may be saved in memory."""
+"""Sections of the model families: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from acpo_dist.config.plugins import ModelConfig
 from acpo_dist.config.section import Section
-from acpo_dist.models.loading import DtypeName
-from acpo_dist.models.tuning import TuningConfig
-from acpo_dist.models.vae import VaeDtypeName
+
+DtypeName = Literal["float32", "bfloat16"]
+VaeDtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class TuningConfig(Section):
+    """Which weights train."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains adapters and switches them off for the anchor; `full` trains all weights beside a frozen copy."""
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    """LoRA scale times rank; None takes the rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the modules that get adapters (suffixes)."""
 
 
 class MemoryConfig(Section):
@@ -38,10 +53,9 @@ class SpeedConfig(Section):
     `inductor` makes kernels; `aot_eager` only traces, to try whether a model can be compiled."""
 
 
-class LatentConfig(Section):
+class LatentConfig(ModelConfig):
     """Which model of a family on latents, and what trains."""
 
-    type: str
     path: str
     """Embedded toy, pipeline folder, or hub id."""
     revision: str | None = None
@@ -65,3 +79,48 @@ class LatentConfig(Section):
     speed: SpeedConfig = SpeedConfig()
     seed: int = 0
     """Seed of the adapters' initial values."""
+
+
+class SdxlConfig(LatentConfig):
+    """Which SDXL, and what trains."""
+
+    type: Literal["sdxl"] = "sdxl"
+    path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    """Embedded toy (`toy-sdxl`), pipeline folder, or hub id."""
+
+
+class Sd15Config(LatentConfig):
+    """Which Stable Diffusion, and what trains."""
+
+    type: Literal["sd15"] = "sd15"
+    path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Embedded toy (`toy-sd15`), pipeline folder, or hub id."""
+
+
+class BaseTrainingConfig(Section):
+    """A short training from scratch on `data.path`, when there is no base model."""
+
+    steps: int = Field(default=4000, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0)
+    """Stop earlier, with the learning rate decayed in time."""
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+
+
+class DdpmConfig(ModelConfig):
+    """Which DDPM, and what trains."""
+
+    type: Literal["ddpm"] = "ddpm"
+    path: str = "toy-ddpm"
+    """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` for the base recipe below."""
+    revision: str | None = None
+    dtype: DtypeName = "float32"
+    """Type of the frozen weights and of rollouts."""
+    tuning: TuningConfig = TuningConfig(method="full")
+    base: BaseTrainingConfig = BaseTrainingConfig()
+    """Used only with `path: train`."""
+    seed: int = 0
+    """Seed of the adapters' initial values and of the base recipe."""
+
+    conditional: ClassVar[bool] = False
+    pixel_space: ClassVar[bool] = True

@@ -1,0 +1,186 @@
+"""Sections of the algorithms: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from acpo_dist.config.plugins import AlgorithmConfig, AnchorConfig, EncoderConfig, OptionalAnchorConfig
+from acpo_dist.config.section import Section
+
+
+class AdvantageConfig(Section):
+    """How a sample is compared with the others of its prompt."""
+
+    limit: float = Field(default=5.0, gt=0)
+    """Advantages are clipped to this many standard deviations of the group."""
+    min_std: float = Field(default=1e-3, ge=0)
+    """Groups whose reward spreads less are dropped; in standard deviations of base samples."""
+    veto: bool = True
+    """Drop samples that one reward puts above their group's mean and another below it."""
+    min_vote: float = Field(default=0.0, ge=0)
+    """A reward has a say on samples that it puts at least so many of its group standard deviations off the mean."""
+    drop_constant: bool = True
+    """Drop images of one flat colour."""
+
+
+class WideAnchorConfig(AnchorConfig):
+    """The anchor on the reward's own states and on a second batch."""
+
+    uniform: bool = True
+    """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
+    source: Literal["rollout", "data"] = "rollout"
+    """What that batch is noised from: the rollouts' own x_0, or real images (`data.path`, pixel models)."""
+
+
+class OptionalWideAnchorConfig(WideAnchorConfig, OptionalAnchorConfig):
+    """The same, off until a budget or a weight is set."""
+
+    budget: float | None = Field(default=None, gt=0)
+    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
+
+
+class AcpoConfig(AlgorithmConfig):
+    """Shape of the reward, and the anchor."""
+
+    type: Literal["acpo"] = "acpo"
+    reward_weight: float = Field(default=1.0, ge=0)
+    """Reward per standard deviation of base samples; 0 leaves the anchor alone."""
+    shape: Literal["identity", "hinge", "softplus"] = "identity"
+    """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
+    target_quantile: float = Field(default=0.9, gt=0, lt=1)
+    """m as a quantile of base-model samples, for `hinge` and `softplus`."""
+    anchor: WideAnchorConfig = WideAnchorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    guidance: Literal["conditional", "full"] = "conditional"
+    """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
+    anchored by itself; a forward and a way back more."""
+    data_weight: float = Field(default=0.0, ge=0)
+    """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
+    pathwise: ClassVar[bool] = True
+
+
+class DraftConfig(AcpoConfig):
+    """As `acpo`; setting a budget or a weight switches the anchor on."""
+
+    type: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
+    anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
+
+
+class ReflConfig(AcpoConfig):
+    """As `acpo`; setting a budget or a weight switches the anchor on."""
+
+    type: Literal["refl"] = "refl"  # pyright: ignore[reportIncompatibleVariableOverride]
+    shape: Literal["identity", "hinge", "softplus"] = "hinge"
+    """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
+    t_max: float = Field(default=0.3, gt=0, le=1)
+    """Largest timestep that x_0 is noised to, as a share of the noise schedule."""
+    anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
+
+
+class DdpoConfig(AlgorithmConfig):
+    """Advantages and the trust region."""
+
+    type: Literal["ddpo"] = "ddpo"
+    clip_range: float = Field(default=1e-4, gt=0)
+    """Furthest the per-element probability ratio may move before a sample stops pulling."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
+    needs_groups: ClassVar[bool] = True
+    needs_noise: ClassVar[bool] = True
+
+
+class NoiseSpaceConfig(AlgorithmConfig):
+    """Where the loss looks, and the anchor."""
+
+    t_max: float = Field(default=1.0, gt=0, le=1)
+    """Largest timestep that samples are noised to, as a share of the noise schedule."""
+    anchor: OptionalAnchorConfig = OptionalAnchorConfig()
+
+
+class NftConfig(NoiseSpaceConfig):
+    """Advantages, and how far one of them may pull."""
+
+    type: Literal["nft"] = "nft"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull back to the base: an advantage A moves the prediction by -(A / beta) of its error."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    needs_groups: ClassVar[bool] = True
+
+    @property
+    def anchor_unit(self) -> float:
+        """Its own pull back to the base."""
+        return self.beta
+
+
+class RwrConfig(NoiseSpaceConfig):
+    """Advantages, and how sharply they select."""
+
+    type: Literal["rwr"] = "rwr"
+    temperature: float = Field(default=0.5, gt=0)
+    """Of the softmax over a group's advantages: small keeps the best sample alone, large weights all the same."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    needs_groups: ClassVar[bool] = True
+
+
+class PairingConfig(Section):
+    """Which pairs of a prompt's samples are trained on."""
+
+    margin: float = Field(default=0.1, ge=0)
+    """Smallest difference of rewards, in standard deviations of base samples."""
+    absolute: bool = True
+    """Leave out pairs whose loser some reward prefers."""
+    duplicates: float = Field(default=0.02, ge=0)
+    """Leave out pairs whose images differ by less than this (rms on an 8 x 8 grid, full range 1); 0 keeps them."""
+    drop_constant: bool = True
+    """Leave out pairs with an image of one flat colour."""
+
+
+class PreferenceConfig(NoiseSpaceConfig):
+    """Where errors are measured, and the pairs."""
+
+    space: Literal["eps", "ncp"] = "eps"
+    """Errors of the predicted noise, or distances between features of the frozen base U-Net (NCP)."""
+    beta: float = Field(default=5000.0, gt=0)
+    """Strength of the preference in noise units, with Diffusion-DPO's factor 1/2. For `ncp` it is calibrated on base
+    samples to the same scale of logits."""
+    ncp: EncoderConfig = EncoderConfig()
+    pairs: PairingConfig = PairingConfig()
+    paired: ClassVar[bool] = True
+    needs_groups: ClassVar[bool] = True
+
+    @property
+    @override
+    def encoder(self) -> EncoderConfig | None:
+        return self.ncp if self.space == "ncp" else None
+
+
+class DpoConfig(PreferenceConfig):
+    """The loss on the logit."""
+
+    type: Literal["dpo"] = "dpo"
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """-log sigmoid, squared distance to 1/2 (IPO), or hinge at 1 (SLiC)."""
+
+    @property
+    def anchor_unit(self) -> float:
+        """The slope of the loss at the base, in the same unit as the anchor's."""
+        return self.beta / 4
+
+
+class CpoConfig(PreferenceConfig):
+    """Weight of the winner's term."""
+
+    type: Literal["cpo"] = "cpo"
+    sft_weight: float = Field(default=1.0, ge=0)
+    """Of the winner's own error, in units of beta / 4; at 0 the loss can fall by making losers worse alone."""
+
+    @property
+    def anchor_unit(self) -> float:
+        """The slope of the loss at the base, in the same unit as the anchor's."""
+        return self.beta / 4
+
+
+class SftConfig(PreferenceConfig):
+    """Nothing of its own."""
+
+    type: Literal["sft"] = "sft"
