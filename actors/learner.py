@@ -145,9 +145,14 @@ class RayLearner(LearnerGroup):
     def _first(self) -> Any:
         return self._actors["learner/0"]
 
-    def build(self, rewards: ServeRewards) -> None:
-        """Load the models and connect the ranks to the reward pool."""
-        self._rewards = rewards
+    def build(self, rewards: ServeRewards, config: Config | None = None) -> None:
+        """Load the models and connect the ranks to the reward pool.
+
+        Args:
+            rewards: the pool that answers for gradients of rewards.
+            config: another configuration for the same ranks, which replace what they have loaded.
+        """
+        self._config, self._rewards = config or self._config, rewards
         master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
         spec = ray.put(learner_spec(self._config))
         expected = None if self._config.cluster.mixed_software else software()

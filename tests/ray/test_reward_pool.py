@@ -8,18 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.types import RolloutHandle
+from tests.helpers.data import DATA, needs
 
 pytestmark = pytest.mark.ray
 
 REQUESTS, IMAGES = 200, 3
-REAL = Path(__file__).resolve().parents[2].parent / "shared/data/drawbench_sd14_512px.parquet"
+REAL = DATA / "drawbench_sd14_512px.parquet"
 FAULTY = "faulty"
 
 
@@ -258,7 +258,7 @@ class EndlessLoad:
         self._done.result()
 
 
-@pytest.mark.skipif(not REAL.exists(), reason=f"needs {REAL.name} in ../shared/data")
+@needs(REAL.name)
 def test_real_images_score_the_same_in_one_process_and_on_one_replica_and_three(cluster, plain):
     from acpo_dist.data.images import read_images
     from acpo_dist.rewards.statistics import sharpness

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from acpo_dist.cli.app import main
+from tests.helpers.data import DATA, needs
 
-CIFAR = Path(__file__).resolve().parents[2].parent / "shared/data/cifar10_train.parquet"
+CIFAR = DATA / "cifar10_train.parquet"
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -58,7 +59,7 @@ def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(not CIFAR.exists(), reason=f"needs {CIFAR.name} in ../shared/data")
+@needs(CIFAR.name)
 def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_has(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, _, err = run(monkeypatch, capsys, "train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=image")

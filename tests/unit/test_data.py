@@ -21,14 +21,13 @@ from acpo_dist.data.images import count_images, load_images, read_images
 from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.data.toy.world import captions
 from acpo_dist.evaluation.suites.images import count_image_files, decode, read_image_files
-
-SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
+from tests.helpers.data import DATA
 
 
 def shared(name: str) -> Path:
-    if not (SHARED / name).is_file():
-        pytest.skip(f"needs {SHARED / name}, found nothing there")
-    return SHARED / name
+    if not (DATA / name).is_file():
+        pytest.skip(f"needs {name}: set ACPO_TEST_DATA to a folder that holds it")
+    return DATA / name
 
 
 def image(seed: int, width: int = 6, height: int = 6) -> np.ndarray:

@@ -37,7 +37,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyClipReport]:
     path = tmp_path_factory.mktemp("trained")
-    return path, train_tiny_clip(path, steps=400, ipce_steps=250, seed=0)
+    return path, train_tiny_clip(path, steps=130, ipce_steps=80, seed=0)
 
 
 # The formula
@@ -193,11 +193,17 @@ def test_shared_words_are_counted_as_in_the_captions():
         assert int(shared_words()[one, other]) == same
 
 
-@pytest.mark.slow
 def test_a_tiny_clip_ranks_true_captions_above_wrong_ones_on_held_out_scenes(trained: tuple[Path, TinyClipReport]):
-    path, report = trained
-    assert report.seconds < 180
-    assert report.ipce_pairs >= 0.9 and report.clip_pairs >= 0.9
+    _ranks_true_captions_higher(*trained, least=0.8)
+
+
+@pytest.mark.slow
+def test_a_longer_training_ranks_nine_in_ten_captions_right(tmp_path: Path):
+    _ranks_true_captions_higher(tmp_path, train_tiny_clip(tmp_path, steps=400, ipce_steps=250, seed=0), least=0.9)
+
+
+def _ranks_true_captions_higher(path: Path, report: TinyClipReport, *, least: float) -> None:
+    assert report.ipce_pairs >= least and report.clip_pairs >= least
     # The metric itself, loaded from the folder, on every held-out scene against one wrong caption each.
     scenes = split_scenes(0)[1]
     images = templates()[scenes.flatten()]
@@ -206,10 +212,9 @@ def test_a_tiny_clip_ranks_true_captions_above_wrong_ones_on_held_out_scenes(tra
     for metric in (Ipce(Ipce.Config(weights=str(path))), ClipScore(ClipScore.Config(weights=str(path), prefix=""))):
         with torch.no_grad():
             true, false = (metric(images, [captions()[index] for index in ids]) for ids in (own, wrong))
-        assert float((true > false).float().mean()) >= 0.9
+        assert float((true > false).float().mean()) >= least
 
 
-@pytest.mark.slow
 def test_climbing_the_gradient_of_the_trained_ipce_raises_the_score(trained: tuple[Path, TinyClipReport]):
     metric = Ipce(Ipce.Config(weights=str(trained[0])))
     image = templates()[[10]].clone().requires_grad_(True)

@@ -9,10 +9,11 @@ import pytest
 
 import acpo_dist
 from acpo_dist.cli.app import main
+from tests.helpers.data import DATA, needs
 
-VRG = Path(__file__).resolve().parents[2].parent / "shared/data/vrg"
+VRG = DATA / "vrg"
 TOY_FOLDER = str(Path(acpo_dist.__file__).parent / "data/toy/assets/toy-sdxl")
-needs_published = pytest.mark.skipif(not VRG.is_dir(), reason="the published tables lie in ../shared/data/vrg")
+needs_published = needs("vrg")
 
 
 def run(monkeypatch, capsys, *arguments):

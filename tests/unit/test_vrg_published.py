@@ -1,6 +1,4 @@
-"""The numbers of the VRG publication, from its own table and trajectories (../shared/data/vrg)."""
-
-from pathlib import Path
+"""The numbers of the VRG publication, from its own table and trajectories."""
 
 import numpy as np
 import pytest
@@ -9,9 +7,10 @@ from acpo_dist.vrg.formats import read_error_table, read_trajectory
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.objective import alpha_form, cumulative_error
 from acpo_dist.vrg.optimize import optimize
+from tests.helpers.data import DATA, needs
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared/data/vrg"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs the public VRG files in ../shared/data/vrg")
+VRG = DATA / "vrg"
+pytestmark = needs("vrg")
 
 DDPM_LEVELS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
@@ -25,11 +24,11 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def table():
-    return read_error_table(SHARED / "cifar10_error_table.txt")
+    return read_error_table(VRG / "cifar10_error_table.txt")
 
 
 def published(name: str):
-    return read_trajectory(SHARED / f"trajectory_{name}.txt")
+    return read_trajectory(VRG / f"trajectory_{name}.txt")
 
 
 def test_the_initial_error_of_ten_quadratic_steps_is_the_published_one(table):

@@ -1,0 +1,198 @@
+"""Two DeepSpeed ranks take the steps of one process: every ZeRO stage, every algorithm, and over a checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from acpo_dist.core.registry import ALGORITHMS, resolve
+from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
+from acpo_dist.training.context import fixed_groups
+from tests.conftest import TINY, poison
+
+pytestmark = pytest.mark.ray
+SMALL = [
+    "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
+    "cluster.worker_timeout_s=240", "learner.micro_batch=2", "learner.learning_rate=1e-3", "rewards.judges=[]",
+    "sampler.eta=1", "rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=2",
+]  # fmt: skip
+PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
+CASES = [*ALGORITHMS, "dpo algorithm.space=ncp"]
+
+
+def tiny_config(*overrides: str):
+    from acpo_dist.config.load import load_config
+
+    return load_config("toy_sdxl", [*TINY, *SMALL, *overrides])
+
+
+def two_ranks(stage: int, *overrides: str):
+    return tiny_config("learner.num_ranks=2", f"learner.zero_stage={stage}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def ports(cluster):
+    """Two learner ranks and a reward pool; tests load their models into the same actors, which are slow to start."""
+    from acpo_dist.tracking.composite import CompositeTracker
+    from actors.launch import open_ports
+
+    with open_ports(two_ranks(2), CompositeTracker([])) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def rewards():
+    from acpo_dist.training.local import LocalRewards
+
+    return LocalRewards(tiny_config(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Three global batches of eight samples."""
+    from acpo_dist.training.local import LocalRollouts
+
+    config = tiny_config()
+    return LocalRollouts(config, device="cpu").generate(fixed_groups(config, PROMPTS, 24, stream="test"))
+
+
+def sent(cluster, handles, poisoned_row: int | None = None):
+    """The same handles with their samples in the cluster's object store."""
+    batches = [h.payload if poisoned_row is None else poison(h.payload, [poisoned_row]) for h in handles]
+    return [
+        replace(handle, payload=(cluster.put(batch), cluster.put(batch.images_BCHW)))
+        for handle, batch in zip(handles, batches, strict=True)
+    ]
+
+
+def task_of(handles, *, first: int | None = None, constants: Mapping[str, float] | None = None) -> TrainTask:
+    """Weights of both signs, as advantages have them; pairs count or do not."""
+    ids = tuple(sample_id for handle in handles for sample_id in handle.sample_ids)[:first]
+    signs = {name: 1.0 if index % 4 < 2 else -0.5 for index, name in enumerate(ids)}
+    return TrainTask(
+        iteration=0, policy_version=0, sample_ids=ids, weights=signs, anchor_weight=2.0, constants=constants or {},
+        # Not the configured rate: the loop sets it.
+        learning_rate=5e-4,
+        rewards=(RewardTerm(name="two_stream", weight=1.0, normaliser=Normaliser(mean=0.4, std=0.2, sign=1)),),
+    )  # fmt: skip
+
+
+def one_process(rewards, *overrides: str):
+    from acpo_dist.training.local import LocalLearner, learner_spec
+
+    learner = LocalLearner(learner_spec(tiny_config(*overrides)), rewards, device="cpu")
+    learner.start(None)
+    return learner
+
+
+def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Euclidean distance over all elements."""
+    assert left.keys() == right.keys()
+    return sum(float((left[name] - value).double().square().sum()) for name, value in right.items()) ** 0.5
+
+
+def moments(learner, folder) -> dict[str, Tensor]:
+    """Optimiser state as a checkpoint holds it."""
+    learner.save(folder)
+    return load_file(folder / "optimizer.safetensors")
+
+
+def gradients(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Running means of the clipped gradients: unlike Adam's update, these do not divide by a gradient's size."""
+    return {name: value for name, value in state.items() if name.startswith("exp_avg.")}
+
+
+@pytest.fixture(scope="module")
+def expected(rewards, drawn, tmp_path_factory):
+    """One process: weights before and after 1 + 3 optimiser steps, and the state after the first one."""
+    learner, folder = one_process(rewards), tmp_path_factory.mktemp("one_process")
+    start = {name: value.clone() for name, value in learner.export(0).tensors.items()}
+    learner.train(drawn, task_of(drawn, first=8))
+    first = moments(learner, folder / "first")
+    learner.train(drawn, task_of(drawn))
+    return start, first, learner.export(1).tensors
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_on_two_ranks_takes_the_gradients_and_steps_of_one_process(
+    stage, cluster, ports, drawn, expected, tmp_path
+):
+    start, first, weights = expected
+    learner = ports.learner
+    learner.build(ports.reward, two_ranks(stage))
+    learner.start(None)
+    before = moments(learner, tmp_path / "before")
+    assert not any(bool(value.any()) for value in before.values())
+    handles = sent(cluster, drawn)
+    assert learner.train(handles, task_of(handles, first=8)).optim_steps == 1
+    found, zero = gradients(moments(learner, tmp_path / "first")), gradients(before)
+    assert distance(found, gradients(first)) <= 1e-4 * distance(gradients(first), zero)
+    assert learner.train(handles, task_of(handles)).optim_steps == 3
+    after = learner.export(1).tensors
+    moved = distance(weights, start)
+    # Adam moves an element whose gradient is at float32's rounding by a full step of arbitrary sign.
+    assert moved > 0 and distance(after, weights) <= 0.02 * moved, distance(after, weights)
+    saved = moments(learner, tmp_path / "saved")
+    assert float(saved["step"]) == 4
+    assert {name: value.shape for name, value in before.items()} == {n: value.shape for n, value in saved.items()}
+    _skips_what_is_not_finite(learner, cluster, drawn, after, saved, tmp_path)
+
+
+def _skips_what_is_not_finite(learner, cluster, drawn, weights, saved, folder):
+    """A loss that is not finite on one rank is skipped on both, and weights and moments stay."""
+    # In the second micro-batch of two in every step, so that the first has left its gradient.
+    poisoned = sent(cluster, drawn, poisoned_row=3)
+    task = task_of(poisoned)
+    report = learner.train(poisoned, task)
+    assert report.optim_steps == 0 and [one.step for one in report.skipped] == [0, 1, 2]
+    ids = task.sample_ids
+    assert [one.sample_ids for one in report.skipped] == [(ids[8 * step + 3], ids[8 * step + 7]) for step in range(3)]
+    assert distance(learner.export(2).tensors, weights) == 0
+    assert distance(moments(learner, folder / "skipped"), saved) == 0
+    # A skipped step leaves no gradient behind, and good steps reset the count of skipped ones.
+    good = sent(cluster, drawn)
+    assert learner.train(good, task_of(good)).optim_steps == 3
+    assert not learner.train(poisoned, task).too_many
+    last = learner.train(poisoned, task)
+    assert last.too_many and [one.step for one in last.skipped] == [0]
+
+
+def test_a_checkpoint_of_two_zero_3_ranks_continues_in_one_process(cluster, ports, rewards, drawn, tmp_path):
+    learner = ports.learner
+    learner.build(ports.reward, two_ranks(3))
+    learner.start(None)
+    handles = sent(cluster, drawn)
+    learner.train(handles, task_of(handles))
+    state = moments(learner, tmp_path / "saved")
+    again = replace(task_of(handles, first=8), iteration=1)
+    learner.train(handles, again)
+    alone = one_process(rewards)
+    alone.start(tmp_path / "saved")
+    alone.train(drawn, again)
+    wanted = gradients(moments(learner, tmp_path / "two"))
+    found = moments(alone, tmp_path / "one")
+    assert float(found["step"]) == 4 and float(state["step"]) == 3
+    assert distance(gradients(found), wanted) <= 1e-4 * distance(wanted, gradients(state))
+
+
+def test_every_algorithm_takes_the_same_steps_on_two_ranks_as_in_one_process(cluster, ports, rewards, drawn):
+    handles, of_two_steps = sent(cluster, drawn), 16
+    for case in CASES:
+        name, *rest = case.split()
+        overrides = (f"algorithm={{type: {name}}}", *rest)
+        alone, section = one_process(rewards, *overrides), tiny_config(*overrides).algorithm
+        start = {name: value.clone() for name, value in alone.export(0).tensors.items()}
+        algorithm = resolve("algorithm", ALGORITHMS, section.type)(section)
+        constants = algorithm.calibrate(alone.observe(drawn))
+        alone.train(drawn, task_of(drawn, first=of_two_steps, constants=constants))
+        weights = alone.export(1).tensors
+        ports.learner.build(ports.reward, two_ranks(2, *overrides))
+        ports.learner.start(None)
+        assert algorithm.calibrate(ports.learner.observe(handles)) == pytest.approx(constants, rel=1e-4), case
+        report = ports.learner.train(handles, task_of(handles, first=of_two_steps, constants=constants))
+        assert report.optim_steps == 2, case
+        moved, error = distance(weights, start), distance(ports.learner.export(1).tensors, weights)
+        assert moved > 0, case
+        assert error <= 0.02 * moved, (case, error, moved)
