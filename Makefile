@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-install
 HINT := install Python 3.11 or 3.12, or name one, as in make PYTHON=python3.12 install
+JOBS ?= 3
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # Two torch threads that fight over one core are many times slower than one.
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test cluster-test lint format bench toy clean
+.PHONY: help install venv demo test test-slow cluster-test lint format bench toy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,10 +39,13 @@ venv:
 demo: $(STAMP) ## the whole system at work on a toy, without GPU or network
 	$(BIN)/acpo demo
 
-# Ray starts processes of its own, so its tests run alone, after the others. No such test (pytest's 5) is no failure.
-test: $(STAMP) ## every test; those that start Ray run last, one by one
-	$(BIN)/python -m pytest tests -m "not ray" -n 2 --dist loadgroup
-	$(BIN)/python -m pytest tests -m ray || [ $$? -eq 5 ]
+# One file stays in one process, for the sake of what its tests share; tests/conftest.py starts the longest files first.
+# Tests on Ray mostly wait for processes to start, so a third process keeps two cores busy.
+test: $(STAMP) ## every promise of the project on the CPU; ten minutes on two cores
+	$(BIN)/python -m pytest tests -m "not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+test-slow: $(STAMP) ## what takes long by nature: more cases, long statistics, SDXL at full size (24 GiB of memory)
+	ACPO_FULL_SDXL=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
 
 cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root and half an hour
 	$(BIN)/python -m tests.cluster.bench $(ARGS)

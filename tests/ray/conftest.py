@@ -1,4 +1,4 @@
-"""One local Ray cluster for all tests of this folder."""
+"""One local Ray cluster for all tests of this folder that a pytest process runs."""
 
 import logging
 
@@ -7,9 +7,13 @@ import pytest
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A local cluster with four logical CPUs, whatever the machine has."""
+    """A local cluster with four logical CPUs, whatever the machine has; its ports and folder are its own."""
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
-    ray.init(num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, namespace="acpo")
+    # `local`: RAY_ADDRESS may name a cluster that other processes use.
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        namespace="acpo", object_store_memory=300_000_000,
+    )  # fmt: skip
     yield ray
     ray.shutdown()
 

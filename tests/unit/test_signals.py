@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM end a run cleanly: complete folder, released lock, and a message that says how to resume."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from acpo_dist.training.run_lock import LOCK_FILE
 from tests.conftest import TINY
+from tests.helpers.exports import command
 
 ACPO = Path(sys.executable).parent / "acpo"
 
@@ -43,13 +43,15 @@ def interrupted_by(number: signal.Signals, root: Path, process: subprocess.Popen
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_go_on(number, code, word, tmp_path):
+def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_resume(
+    number, code, word, tmp_path, monkeypatch, capsys
+):
     root = tmp_path / "run"
     process = started(root, "tracking.mlflow=true")
     said = interrupted_by(number, root, process)
     assert process.returncode == code, said
     assert said.endswith(f"{word}; go on with `acpo train ... --resume auto`\n") and "Traceback" not in said
     assert not (root / LOCK_FILE).exists()
-    asked = [str(ACPO), "runs", "--uri", f"sqlite:///{tmp_path / 'mlflow.db'}", "--experiment", "acpo", "--json"]
-    listed = subprocess.run(asked, capture_output=True, text=True, check=True)
-    assert [run["state"] for run in json.loads(listed.stdout)["runs"]] == ["killed"]
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    exit_code, listed, _ = command(monkeypatch, capsys, "runs", "--uri", uri, "--experiment", "acpo")
+    assert exit_code == 0 and [run["state"] for run in listed["runs"]] == ["killed"]

@@ -46,7 +46,6 @@ def test_the_papers_box_starts_where_it_did_and_ends_below_the_published_result(
     assert found.j1 < after
     # Another solver of the same problem found this minimum, to five digits.
     assert found.j1 == pytest.approx(minimum, abs=1e-5)
-    assert found.cpu_seconds < 0.5
 
 
 def test_ten_quadratic_steps_end_at_the_golden_value(table):
@@ -62,7 +61,6 @@ def test_the_trust_region_keeps_the_noisy_end_and_still_gains(name: str, table):
     assert found.sigmas[0] == trajectory.sigmas[0]  # the very bits
     # An independent prototype gave these gains, to the last digit printed.
     assert found.gain == pytest.approx(PUBLISHED[name][3], abs=7e-4)
-    assert found.cpu_seconds < 0.5
 
 
 def test_the_published_table_fits_the_ddpm_schedule_and_counts_from_one(table):
