@@ -22,7 +22,7 @@ from acpo_dist.vrg.timesteps import to_timesteps
 
 QUIET = Console(quiet=True)
 SMALL = ["vrg.enabled=true", "vrg.images=32", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=10"]
-QUICK = ["vrg.images=16", "vrg.gate_samples=4", "vrg.nodes=8", "vrg.reference_steps=12"]
+QUICK = ["vrg.images=16", "vrg.gate_samples=4", "vrg.nodes=8", "vrg.reference_steps=24"]
 """For runs that must do the same twice, whatever the validation says."""
 PROMPTS = load_prompts("toy", "prompt")
 
@@ -184,7 +184,7 @@ def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny,
 def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, new, passes):
     config, pool, _ = measured
     base, levels = pool.trajectory(), pool.alpha_bars().numpy()
-    other = Trajectory(timesteps=base.timesteps, alpha_bars=(*base.alpha_bars[:-2], base.alpha_bars[-2] / 2, 1.0))
+    other = Trajectory(timesteps=base.timesteps, alpha_bars=(*base.alpha_bars[:-2], 0.99 * base.alpha_bars[-2], 1.0))
     ends = Ends(base, old=[1.0, 1.0, 1.0], new=new)
     validation = Validation(ends, config, PROMPTS, base, levels)  # pyright: ignore[reportArgumentType]
     assert validation.judge(other, 0.25).passed == passes
