@@ -101,7 +101,7 @@ class ServeJudges(JudgePool):
 
     @override
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        answer = self._client.submit(judge, "score", [ray.put(images)], tuple(prompts))
+        answer = self._client.submit_scores(judge, ray.put(images), prompts)
 
         def wait() -> list[float]:
             try:

@@ -162,7 +162,7 @@ def pool_speed(rewards: ServeRewards, metric: str, size: int, images: int) -> di
         sent = [pack(batch.float() / 255, "float16") for batch in batches]
 
         def gradients() -> None:
-            asked = [rewards.client.submit(metric, "value_and_grad", part, ("",) * len(part.data)) for part in sent]
+            asked = [rewards.client.submit(metric, part, ("",) * len(part.data)) for part in sent]
             for answer in asked:
                 answer.result()
 
@@ -192,7 +192,7 @@ def cuts(metric: str, weights: Path | None, sizes: list[int]) -> None:
                 def ask(latents: Tensor = latents, cut: str = cut, rewards: ServeRewards = rewards) -> int:
                     clean = latents.clone().requires_grad_(True)
                     sent = pack(clean if cut == "latent" else decoder.decode(clean), "float16")
-                    answer = rewards.client.value_and_grad(metric, sent, ("",))
+                    answer = rewards.client.submit(metric, sent, ("",)).result()
                     if cut == "image":
                         torch.autograd.grad(decoder.decode(clean), clean, unpack(answer.gradient))
                     return sent.nbytes + answer.gradient.nbytes

@@ -1,6 +1,7 @@
 """The ports in one process: laptop, one GPU, debugging, unit tests. The same worker classes, without Ray."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -120,8 +121,6 @@ class LocalRollouts:
 class LocalRewards:
     """One reward worker per metric, called. Also the learner's gradient source."""
 
-    elsewhere = False
-
     def __init__(self, config: Config, *, device: str) -> None:
         """Load every metric; only those that train get the decoder."""
         rewards = config.rewards
@@ -157,10 +156,12 @@ class LocalRewards:
         self._requests += 1
         return self._workers[metric].score(images, ("",) * len(images))
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """See `GradientSource.value_and_grad`."""
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        """Compute scores and gradient (`GradientSource.submit`)."""
         self._requests += 1
-        return self._workers[metric].value_and_grad(sent, prompts)
+        future: Future[ScoredGradient] = Future()
+        future.set_result(self._workers[metric].value_and_grad(sent, prompts))
+        return future
 
     def counters(self) -> dict[str, float]:
         """See `RewardPool.counters`; in process nothing is retried."""

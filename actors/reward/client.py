@@ -1,4 +1,4 @@
-"""Asks the pool, and asks again: within the deadline no request is lost and none is answered by a made-up score."""
+"""Requests to the reward pool, retried until the deadline; no score is ever made up."""
 
 import logging
 import time
@@ -12,8 +12,10 @@ import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from typing_extensions import override
 
 from acpo_dist.core.errors import RewardError
+from acpo_dist.workers.learner.signal import GradientSource
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient
 from actors.reward.counts import RequestCounts
@@ -24,41 +26,40 @@ logger = logging.getLogger(__name__)
 
 
 class NoAnswerError(RewardError):
-    """The pool has no answer now, though the request may be right."""
+    """The pool did not respond in time; the request itself may be valid."""
 
 
 _MAX_FAILURES = {"refused": 3, "nonfinite": 3, "memory": 3, "lost": 20, "timeout": 20, "unfit": 20}
-"""How often a request may fail for one cause: one that no replica can answer must not go round for ever, and one that
-ends every replica it meets must not end them all."""
+"""Failures of one request by cause before it is given up, so that a request that no replica can compute ends, and one
+that ends replicas does not end them all."""
 _OWN_FAULT = ("refused", "nonfinite", "memory")
-"""Causes that, met on one replica after the other, lie in the request itself."""
+"""Causes that lie in the request itself if they occur on one replica after the other."""
 _LOST = (RayError, DeploymentUnavailableError, RequestCancelledError, RayServeException, ConnectionError)
 _PATIENCE = 1.5
-"""A replica ends itself when one batch takes longer than rewards.attempt_timeout_s. After so many times that a caller
-looks whether its request waits for its turn, or for a process that is frozen or a machine that is gone."""
+"""Times rewards.attempt_timeout_s after which a caller checks whether the pool makes progress. A replica whose batch
+takes longer than one such time ends itself, so by then the request is queued, or its process or machine is gone."""
 _LONGEST = 4
-"""Times rewards.deadline_s that one attempt lasts at most, in a pool that answers others."""
+"""Largest duration of one attempt in a pool that makes progress, in units of rewards.deadline_s."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_THREADS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolLink:
-    """What a process needs to ask the pool."""
+    """What a process needs to send requests to the pool."""
 
     applications: Mapping[str, str]
     """Serve application by metric."""
     deadline_s: float
-    """Longest time in which the pool answers nobody."""
+    """Seconds without any response from the pool before a request fails."""
     attempt_timeout_s: float
 
 
-class RewardClient:
-    """A caller of the pool; may be used from several threads."""
-
-    elsewhere = True
+class RewardClient(GradientSource):
+    """A client of the pool; thread-safe."""
 
     def __init__(self, link: PoolLink) -> None:
-        """Connect to the applications."""
+        """Get Serve's handles of the applications."""
         self.link = link
         self._handles = {name: serve.get_deployment_handle(REPLICA, app) for name, app in link.applications.items()}
         self.counts = RequestCounts()
@@ -74,37 +75,45 @@ class RewardClient:
         """Serve's handle of a metric."""
         return self._handles[metric]
 
-    def submit(self, metric: str, method: str, *arguments: Any) -> Future[Any]:
-        """Ask in a thread of its own."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="reward")
-        return self._threads.submit(self.ask, metric, method, *arguments)
+    @override
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        return self._executor().submit(self._request, metric, "value_and_grad", sent, tuple(prompts))
+
+    def submit_scores(self, metric: str, images: Any, prompts: Sequence[str]) -> Future[list[float]]:
+        """The same as `score`, as a future."""
+        return self._executor().submit(self.score, metric, images, prompts)
 
     def score(self, metric: str, images: Any, prompts: Sequence[str]) -> list[float]:
-        """Raw scores of the uint8 images (B, 3, H, W) that an object reference points to."""
-        return self.ask(metric, "score", [images], tuple(prompts))
+        """Raw scores of images.
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """See `GradientSource.value_and_grad`."""
-        return self.ask(metric, "value_and_grad", sent, tuple(prompts))
-
-    def ask(self, metric: str, method: str, *arguments: Any) -> Any:
-        """The answer, from whichever replica has it.
+        Args:
+            metric: name of a reward or judge.
+            images: object reference of uint8 images (B, 3, H, W).
+            prompts: one per image.
 
         Raises:
-            RewardError: none came within the deadline, or replicas failed again and again.
+            RewardError: no response within the deadline, or replicas failed repeatedly.
         """
+        return self._request(metric, "score", [images], tuple(prompts))
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="reward")
+        return self._threads
+
+    def _request(self, metric: str, method: str, *arguments: Any) -> Any:
+        """Response of any replica, with retries."""
         with self.counts.request(metric):
             return _Request(self, metric, method, arguments).answer()
 
     def replicas(self, metric: str) -> int:
-        """Replicas that serve a metric now."""
+        """Number of running replicas of a metric."""
         return running_replicas(self.link.applications[metric])
 
 
 @dataclass
 class _Request:
-    """One request and what has happened to it."""
+    """One request and its failures so far."""
 
     client: RewardClient
     metric: str
@@ -112,34 +121,34 @@ class _Request:
     arguments: tuple[Any, ...]
     failures: Counter[str] = field(default_factory=Counter)
     bad: set[str] = field(default_factory=set)
-    """Replicas that have failed: another is to be asked."""
+    """Replicas that have failed; others are preferred."""
     wrong: set[str] = field(default_factory=set)
-    """Those of them whose answer was not finite."""
-    last: str = "nothing was heard"
+    """Replicas whose response was not finite."""
+    last: str = "no response"
     pause_s: float = _PAUSE_S
 
     def answer(self) -> Any:
         link, liveness = self.client.link, self.client.liveness_records[self.metric]
         started = time.monotonic()
         while True:
-            # Who waits behind others does not wait in vain: the deadline is for a pool that answers nobody.
+            # Any response from the pool extends the deadline, so queued requests do not time out.
             deadline = max(started, liveness.heard) + link.deadline_s
             if time.monotonic() >= deadline:
                 raise NoAnswerError(
-                    f"reward `{self.metric}`: no answer within rewards.deadline_s={link.deadline_s:g} s; the last "
-                    f"attempt: {self.last}. Raise it, add replicas (`acpo rewards scale {self.metric} N`), or see what "
-                    "the replicas say (`acpo rewards status`)."
+                    f"reward `{self.metric}`: no response within rewards.deadline_s={link.deadline_s:g} s; the last "
+                    f"attempt: {self.last}. Raise it, add replicas (`acpo rewards scale {self.metric} N`), or see "
+                    "`acpo rewards status`."
                 )
             try:
                 answer = self._attempt(started)
             except _AttemptError as error:
                 self._failed(error)
-                # Serve queues a request while there is no replica, so this only spares a pool that turns it away.
+                # Serve queues a request while there is no replica; the pause is for a pool that rejects it.
                 time.sleep(max(0.0, min(self.pause_s, deadline - time.monotonic())))
                 self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
                 continue
             liveness.answered()
-            self._convict()
+            self._end_wrong_replicas()
             return answer
 
     def _attempt(self, started: float) -> Any:
@@ -147,7 +156,7 @@ class _Request:
             method = getattr(self.client.handle(self.metric), self.method)
             return self._wait(method.remote(*self.arguments, self._avoided()), started)
         except BackPressureError as error:
-            raise _AttemptError("backpressure", f"too many requests wait ({error})") from error
+            raise _AttemptError("backpressure", f"too many queued requests ({error})") from error
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, ReplicaError):
@@ -161,7 +170,7 @@ class _Request:
             raise _AttemptError("lost", f"the replica died ({type(error).__name__})") from error
 
     def _wait(self, response: Any, started: float) -> Any:
-        """The answer, however many requests are before this one, as long as the pool gets on with them."""
+        """The response, however long it is queued, as long as the pool makes progress."""
         link, liveness = self.client.link, self.client.liveness_records[self.metric]
         patience_s, first = _PATIENCE * link.attempt_timeout_s, time.monotonic()
         while True:
@@ -170,21 +179,21 @@ class _Request:
             try:
                 return response.result(timeout_s=max(0.0, min(patience_s, remaining)))
             except TimeoutError as error:
-                # With every replica at work, and requests answered meanwhile, this one's turn will come: to ask again
-                # would only put it at the end of the queue. An answer that was lost on its way never comes, however.
+                # While all replicas respond and requests complete, this one is queued: another attempt would put it at
+                # the end of the queue. A response that was lost on its way never arrives, so the wait is bounded.
                 waited_s = time.monotonic() - first
                 if (
                     remaining > 0
                     and waited_s < _LONGEST * link.deadline_s
-                    and liveness.look()
+                    and liveness.check()
                     and liveness.heard > asked
                 ):
                     continue
                 response.cancel()
-                raise _AttemptError("timeout", f"no answer within {waited_s:.3g} s") from error
+                raise _AttemptError("timeout", f"no response within {waited_s:.3g} s") from error
 
     def _avoided(self) -> frozenset[str]:
-        """Bad replicas, as long as there are others."""
+        """Replicas to avoid, as long as there are others."""
         if self.bad and self.client.replicas(self.metric) > len(self.bad):
             return frozenset(self.bad)
         return frozenset()
@@ -195,20 +204,20 @@ class _Request:
         self.failures[error.cause] += 1
         limit = _MAX_FAILURES.get(error.cause)
         if error.cause not in ("avoided", "backpressure"):
-            logger.warning("reward %s: %s: %s; asked again", self.metric, error.cause, error)
+            logger.warning("reward %s: %s: %s; retried", self.metric, error.cause, error)
         if limit is not None and self.failures[error.cause] >= limit:
             if error.cause in _OWN_FAULT:
                 named = "" if f"`{self.metric}`" in self.last else f"reward `{self.metric}`: "
-                raise RewardError(f"{named}{self.last} (asked {limit} times)") from error
+                raise RewardError(f"{named}{self.last} ({limit} attempts)") from error
             raise NoAnswerError(f"reward `{self.metric}` failed {limit} times: {error}") from error
 
-    def _convict(self) -> None:
-        """Another replica has scored what these could not: proof that the fault was theirs. Serve replaces them."""
+    def _end_wrong_replicas(self) -> None:
+        """End replicas whose response was not finite, since another replica has computed it. Serve replaces them."""
         for name in self.wrong:
             try:
                 ray.kill(ray.get_actor(name, namespace="serve"))
             except (ValueError, RayError):
-                logger.info("reward %s: replica %s has left already", self.metric, name)
+                logger.info("reward %s: replica %s has ended already", self.metric, name)
 
 
 class _AttemptError(Exception):

@@ -210,7 +210,7 @@ class GatewayActor:
     def _ask(self, metric: str, what: str, sent: Any, prompts: tuple[str, ...]) -> Any:
         if what == "score":
             return self._client.score(metric, ray.put(sent), prompts)
-        return self._client.value_and_grad(metric, sent, prompts)
+        return self._client.submit(metric, sent, prompts).result()
 
 
 def open_gateway(link: PoolLink, metrics: Mapping[str, bool], cut: str, http: HttpConfig) -> tuple[Any, str]:

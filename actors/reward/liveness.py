@@ -1,4 +1,4 @@
-"""What replicas say of themselves, and whether the pool gets on with its work while a request waits for its turn."""
+"""State of the replicas, and whether the pool makes progress while a request is queued."""
 
 import logging
 import math
@@ -18,49 +18,49 @@ logger = logging.getLogger(__name__)
 REPLICA = "metric"
 """Name of the one deployment in every application of the pool."""
 _VITALS_TIMEOUT_S = 2.0
-_LOOK_EVERY_S = 1.0
-"""Many requests that wait look together."""
+_CHECK_EVERY_S = 1.0
+"""Seconds between two checks; concurrent requests share one."""
 
 
 class Liveness:
-    """When the replicas of one metric last answered somebody; may be used from several threads."""
+    """Time of the last response from any replica of a metric; thread-safe."""
 
     def __init__(self, handle: Any, application: str) -> None:
-        """Know nothing yet.
+        """Start without any response.
 
         Args:
             handle: Serve's handle of the application's deployment.
         """
         self._handle, self._application = handle, application
         self._lock = threading.Lock()
-        self._looked, self._all_there = -math.inf, False
+        self._checked, self._all_replied = -math.inf, False
         self.heard = -math.inf
-        """Last sign, on the monotonic clock, that a replica has answered a request of anybody."""
+        """Last response of a replica to any process, on the monotonic clock."""
 
     def answered(self) -> None:
-        """A request of this process was answered."""
+        """Record a response to this process."""
         self.heard = time.monotonic()
 
-    def look(self) -> bool:
-        """Ask the replicas when they last answered, whoever had asked; whether all of them say so."""
+    def check(self) -> bool:
+        """Query the replicas for the time of their last response to any process; whether all of them replied."""
         with self._lock:
-            if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-                # Before they are asked: what they say they did so long ago was not done later than this makes of it.
+            if time.monotonic() - self._checked >= _CHECK_EVERY_S:
+                # Taken before the query, so that a time computed from an age is never too late.
                 now = time.monotonic()
                 found = replica_vitals(self._handle)
                 ages = [one["answered_s_ago"] for one in found if one["answered_s_ago"] is not None]
                 self.heard = max([self.heard, *(now - age for age in ages)])
-                self._all_there = len(found) >= max(1, running_replicas(self._application))
-                self._looked = time.monotonic()
-            return self._all_there
+                self._all_replied = len(found) >= max(1, running_replicas(self._application))
+                self._checked = time.monotonic()
+            return self._all_replied
 
 
 def replica_vitals(handle: Any) -> list[dict[str, Any]]:
-    """What every replica of a deployment says of itself; one that does not answer at once is left out."""
+    """State of every replica of a deployment; one that does not reply within 2 s is left out."""
     try:
         answers = handle.broadcast("vitals").results(timeout_s=_VITALS_TIMEOUT_S, return_exceptions=True)
     except (RayError, RayServeException, TimeoutError) as error:
-        logger.info("replicas do not answer: %s", error)
+        logger.info("replicas do not reply: %s", error)
         return []
     return [answer for answer in answers if isinstance(answer, dict)]
 
@@ -75,7 +75,7 @@ def serve_status() -> Any:
 
 
 def running_replicas(application: str) -> int:
-    """Replicas of an application that take requests; 0 when there is none or no such application."""
+    """Number of replicas of an application that accept requests; 0 without the application."""
     found = serve_status().applications.get(application)
     deployment = found.deployments.get(REPLICA) if found else None
     return int(deployment.replica_states.get(ReplicaState.RUNNING, 0)) if deployment else 0

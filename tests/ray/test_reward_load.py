@@ -50,7 +50,7 @@ def test_a_first_look_at_replicas_that_are_idle_is_no_sign_that_they_get_on(clus
     slow.score([handle_of(cluster, 0, images(0, 1))], [SLOW])
     liveness = Liveness(slow.client.handle(SLOW), slow.link.applications[SLOW])
     asked = time.monotonic()
-    assert liveness.look()
+    assert liveness.check()
     assert liveness.heard < asked
 
 
@@ -72,7 +72,7 @@ def test_several_processes_that_share_a_replica_wait_for_one_another_without_ask
 def test_a_request_that_no_replica_can_score_is_not_taken_for_a_pool_that_does_not_answer(cluster, slow):
     from actors.reward.client import NoAnswerError
 
-    with pytest.raises(RewardError, match=r"needs images of at least 3 x 3, found 2 x 2 .*\(asked 3 times\)") as found:
+    with pytest.raises(RewardError, match=r"needs images of at least 3 x 3, found 2 x 2") as found:
         slow.score([handle_of(cluster, 0, images(0, 1, size=2))], [SLOW])
     assert not isinstance(found.value, NoAnswerError)
 

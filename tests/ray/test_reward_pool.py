@@ -284,7 +284,7 @@ def test_gradients_from_the_pool_are_those_of_autograd_in_one_graph_whoever_shar
     generator = torch.Generator().manual_seed(0)
     sent = [pack(torch.randn(2, 4, 8, 8, generator=generator), "float16") for _ in range(6)]
     # All at once, so that the replica joins them.
-    answers = [plain.client.submit("two_stream", "value_and_grad", part, ("", "")) for part in sent]
+    answers = [plain.client.submit("two_stream", part, ("", "")) for part in sent]
     decoder, metric = (
         SdxlFamily.load_decoder(SdxlFamily.Config(path="toy-sdxl"), device="cpu"),
         TwoStreamMetric(TwoStreamMetric.Config()),

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,16 +47,16 @@ def images(count: int) -> Tensor:
 class Workers:
     """Every metric in this process, with the image cut."""
 
-    elsewhere = False
-
     def __init__(self) -> None:
         self.by_name = {
             kind.Config().name: RewardWorker(kind.Config(), model=None, cut="image", wire_dtype="float32")
             for kind in METRICS
         }
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        return self.by_name[metric].value_and_grad(sent, prompts)
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        future = Future()
+        future.set_result(self.by_name[metric].value_and_grad(sent, prompts))
+        return future
 
 
 def terms() -> list[RewardTerm]:
@@ -99,15 +100,17 @@ def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: 
 class Together(Workers):
     """Answers only when all metrics have been asked."""
 
-    elsewhere = True
-
     def __init__(self) -> None:
         super().__init__()
         self.all_asked = threading.Barrier(len(METRICS), timeout=30)
+        self._threads = ThreadPoolExecutor(len(METRICS))
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        self.all_asked.wait()
-        return super().value_and_grad(metric, sent, prompts)
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        def compute() -> ScoredGradient:
+            self.all_asked.wait()
+            return super(Together, self).submit(metric, sent, prompts).result()
+
+        return self._threads.submit(compute)
 
 
 def test_metrics_that_are_computed_elsewhere_are_asked_at_once_and_mean_the_same():

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,20 +16,22 @@ from tests.unit.test_skipped_steps import PROMPTS, task_of
 
 
 class Elsewhere:
-    """A pool in another place, which answers when it is told that the learner has got on."""
-
-    elsewhere = True
+    """A pool in another thread that responds once the learner has continued."""
 
     def __init__(self, config, *, at_once: bool) -> None:
         self._workers = LocalRewards(config, device="cpu")
+        self._threads = ThreadPoolExecutor(1)
         self.has_got_on = threading.Event()
         if at_once:
             self.has_got_on.set()
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        if not self.has_got_on.wait(timeout=60):
-            raise AssertionError("the learner waits for the answer instead of going on")
-        return self._workers.value_and_grad(metric, sent, prompts)
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        def compute() -> ScoredGradient:
+            if not self.has_got_on.wait(timeout=60):
+                raise AssertionError("the learner waits for the answer instead of going on")
+            return self._workers.submit(metric, sent, prompts).result()
+
+        return self._threads.submit(compute)
 
 
 @pytest.mark.parametrize("how", [[], ["algorithm.guidance=full"], ["algorithm.type=draft"]])

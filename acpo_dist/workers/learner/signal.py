@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
@@ -19,14 +19,16 @@ from acpo_dist.workers.reward.worker import ScoredGradient
 class GradientSource(Protocol):
     """The reward pool as the learner sees it."""
 
-    elsewhere: bool
-    """Metrics are computed in other processes, so requests may run concurrently."""
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        """Request scores and their gradient at `sent`; a pool in this process computes them before it returns.
 
-    def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """Scores and gradient at `sent`.
+        Args:
+            metric: name of a training reward.
+            sent: x0-hat (B, C, h, w), or pixels (B, 3, H, W), by the cut.
+            prompts: one per sample.
 
-        Raises:
-            RewardError: no response within the deadline.
+        Returns:
+            Future of the response; its `result` raises `RewardError` if there was none within the deadline.
         """
         ...
 
@@ -85,11 +87,14 @@ class PooledReward:
             raise NonFiniteError(
                 "the policy's own x0-hat is not finite; the step is skipped and no weight leaves the learner"
             )
-        wait = self._ask(pack(sent, self._wire_dtype), prompts)
+        started = time.monotonic()
+        wire = pack(sent, self._wire_dtype)
+        futures = [self._source.submit(term.name, wire, prompts) for term in self._terms]
+        self.waited_s += time.monotonic() - started
 
         def answer() -> RewardSignal:
             started = time.monotonic()
-            answers = wait()
+            answers = [future.result() for future in futures]
             self.waited_s += time.monotonic() - started
             gradient = self._compose_gradient(answers, sent, clean)
             placed = torch.zeros_like(whole, dtype=gradient.dtype)
@@ -139,23 +144,6 @@ class PooledReward:
         quality_B = torch.where(good_B, 0.0, torch.nan)
         gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
         return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
-
-    def _ask(self, wire: WireTensor, prompts: Sequence[str]) -> Callable[[], list[ScoredGradient]]:
-        """A function that waits for the responses, in the order of the terms."""
-
-        def ask(term: RewardTerm) -> ScoredGradient:
-            return self._source.value_and_grad(term.name, wire, prompts)
-
-        if not self._source.elsewhere:
-            started = time.monotonic()
-            found = [ask(term) for term in self._terms]
-            self.waited_s += time.monotonic() - started
-            return lambda: found
-        threads = ThreadPoolExecutor(len(self._terms), thread_name_prefix="gradient")
-        asked = [threads.submit(ask, term) for term in self._terms]
-        # Threads end with their requests, also if nothing reads the results.
-        threads.shutdown(wait=False)
-        return lambda: [one.result() for one in asked]
 
     def _window(self, height: int, width: int) -> tuple[slice, slice]:
         """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.

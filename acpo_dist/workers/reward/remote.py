@@ -22,8 +22,6 @@ _PAUSE_S = 0.5
 class RemotePool:
     """Asks a pool by address; what it is too busy for is asked again within the deadline."""
 
-    elsewhere = True
-
     def __init__(self, url: str, token: str, *, deadline_s: float = 300.0) -> None:
         """Connect to nothing yet.
 
@@ -49,7 +47,11 @@ class RemotePool:
         return json.loads(self._ask(f"/v1/score/{metric}", encode_images(images, prompts)))["scores"]
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """See `GradientSource.value_and_grad`."""
+        """Raw scores of x0-hat (B, C, h, w) or pixels (B, 3, H, W), by the server's cut, and their gradient.
+
+        Raises:
+            RewardError: the server's message, or no response within the deadline.
+        """
         return decode_answer(self._ask(f"/v1/gradient/{metric}", encode_sent(sent, prompts)))
 
     def _ask(self, path: str, body: bytes | None) -> bytes:
