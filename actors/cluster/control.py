@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 
 CONTROL_TIMEOUT_S = 60.0
 """Seconds that one call may take. Ray itself ends a process whose control service is gone for longer."""
+_INTERRUPTED_S = 5.0
+"""Seconds that an interrupted call may still take."""
 
 
 def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL_TIMEOUT_S) -> Result:
@@ -44,6 +46,10 @@ def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL
     try:
         return future.result(timeout_s)
     except AcpoError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        # Clean-up must see the effects of the call.
+        wait([future], timeout=_INTERRUPTED_S)
         raise
     except TimeoutError as error:
         raise WorkerLostError(f"the Ray cluster did not respond to `{what}` within {timeout_s:g} s") from error

@@ -1,4 +1,4 @@
-"""One thread that computes, and a queue before it: requests that wait together are computed together."""
+"""A queue of requests and one thread that computes them in batches."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class Job:
-    """A request that waits."""
+    """A queued request."""
 
     kind: Hashable
     """Only requests of one kind share a batch: method, size and type of the images."""
@@ -23,18 +23,18 @@ class Job:
 
 @dataclass
 class Vitals:
-    """What a replica has done so far; durations in seconds since it was ready."""
+    """Work of a replica since it was ready; durations in seconds."""
 
     requests: int = 0
     batches: int = 0
     images: int = 0
     busy_s: float = 0.0
     answered: float | None = None
-    """When the last batch was done, on the monotonic clock; None before the first."""
+    """End of the last batch, on the monotonic clock; None before the first."""
 
 
 class Batcher:
-    """Computes in its own thread, so that the event loop stays free to answer health checks."""
+    """Computes in its own thread, so that the event loop stays free for health checks."""
 
     def __init__(
         self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], *, max_images: int, wait_s: float,
@@ -43,10 +43,11 @@ class Batcher:
         """Start the thread.
 
         Args:
-            run: answers per request for requests of one kind.
-            max_images: a batch takes no further request beyond so many; a larger request is a batch of its own.
-            wait_s: how long a batch that is not full waits for more.
-            between: called between batches, and every `pause_s` when there are none.
+            run: (kind, payloads of one kind) -> one result per payload.
+            max_images: most images of a batch; a larger request is a batch of its own.
+            wait_s: seconds that a batch which is not full waits for more requests.
+            between: called between batches, and every `pause_s` seconds without requests.
+            pause_s: seconds.
         """
         self._run, self._max_images, self._wait_s = run, max_images, wait_s
         self._between, self._pause_s = between, pause_s
@@ -57,7 +58,7 @@ class Batcher:
         threading.Thread(target=self._work, daemon=True, name="compute").start()
 
     def submit(self, kind: Hashable, images: int, payload: Any) -> Future[Any]:
-        """Queue a request; its answer comes in the future. A cancelled future is not computed."""
+        """Queue a request and return the future of its result. A cancelled request is not computed."""
         job = Job(kind, images, payload)
         with self._changed:
             self._jobs.append(job)
@@ -66,16 +67,16 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of queued requests."""
         return len(self._jobs)
 
     def running_s(self) -> float:
-        """How long the present batch has been computed; 0 between batches."""
+        """Seconds since the start of the current batch; 0 between batches."""
         started = self._started
         return 0.0 if started is None else time.monotonic() - started
 
     def vitals(self) -> Vitals:
-        """What was done so far; a batch under way counts as far as it has come."""
+        """Work so far, including the time of the current batch."""
         done = self._vitals
         return replace(done, busy_s=done.busy_s + self.running_s())
 
@@ -89,7 +90,7 @@ class Batcher:
             self._started = None
 
     def _gather(self) -> list[Job]:
-        """The next batch: what waits and fits together, in order of arrival; empty when nothing came for a while."""
+        """The next batch: queued requests of one kind, in order of arrival; empty after `pause_s` without requests."""
         with self._changed:
             if not self._jobs and not self._changed.wait(self._pause_s):
                 return []
@@ -121,7 +122,7 @@ class Batcher:
                 return
             answers = None
         if answers is None:
-            # Whose fault is it? The others must not pay for it.
+            # Retry one by one so that only the faulty request fails.
             for job in batch:
                 self._compute([job])
             return
@@ -130,7 +131,7 @@ class Batcher:
             job.future.set_result(answer)
 
     def _count(self, batch: list[Job]) -> None:
-        """Before the answer leaves, so that who has it also finds it counted."""
+        """Count a batch before its results are set, so that a caller which has a result sees it counted."""
         self._vitals.requests += len(batch)
         self._vitals.batches += 1
         self._vitals.images += sum(job.images for job in batch)

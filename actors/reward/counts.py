@@ -1,4 +1,4 @@
-"""What a caller of the pool counts: requests, retries by cause, and how long answers took."""
+"""Metrics of a client of the reward pool: requests, retries by cause, latencies."""
 
 import threading
 import time
@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 CAUSES = ("lost", "timeout", "refused", "nonfinite", "memory", "unfit", "avoided", "backpressure")
-"""Why a request was asked again: the replica or its node died; no answer within the attempt's time; it failed; its
-answer was not finite; it ran out of memory; it was leaving; it was known to be bad; too many requests waited."""
+"""Causes of a retry: the replica or its node died; no response within the attempt's time; the metric failed; the
+response was not finite; out of memory; the replica was ending; the caller avoided it; too many queued requests."""
 _REMEMBERED = 4096
 _RETRIES = frozenset(CAUSES) - {"avoided", "backpressure"}
-"""Attempts that failed; being turned away at the door is none."""
+"""Causes that count as failed attempts."""
 
 
 @dataclass
 class RequestCounts:
-    """Counts of one caller, safe to use from several threads."""
+    """Counts of one client; thread-safe."""
 
     requests: int = 0
     answered: int = 0
@@ -27,7 +27,7 @@ class RequestCounts:
     """Requests that ended in an error."""
 
     def __post_init__(self) -> None:
-        """Latencies since they were last looked at, by metric."""
+        """Create the lock and the latencies, by metric, since they were last taken."""
         self._lock = threading.Lock()
         self._latencies: dict[str, deque[float]] = {}
 
@@ -37,13 +37,13 @@ class RequestCounts:
         return sum(count for cause, count in self.causes.items() if cause in _RETRIES)
 
     def again(self, cause: str) -> None:
-        """A request is asked again."""
+        """Record a retry."""
         with self._lock:
             self.causes[cause] += 1
 
     @contextmanager
     def request(self, metric: str) -> Iterator[None]:
-        """One request from its first attempt to its answer."""
+        """Count and time one request from its first attempt to its response."""
         with self._lock:
             self.requests += 1
         started = time.monotonic()
@@ -58,7 +58,7 @@ class RequestCounts:
             self._latencies.setdefault(metric, deque(maxlen=_REMEMBERED)).append(time.monotonic() - started)
 
     def take_latencies(self) -> dict[str, dict[str, float]]:
-        """Median and 95th percentile in seconds by metric, of the answers since the last call."""
+        """Median and 95th percentile of the latencies in seconds, by metric, since the last call."""
         with self._lock:
             taken, self._latencies = self._latencies, {}
         return {
@@ -66,7 +66,7 @@ class RequestCounts:
         }
 
     def to_metrics(self) -> dict[str, float]:
-        """Figures for tracking."""
+        """Metrics for tracking."""
         return {
             "reward_pool/requests": float(self.requests),
             "reward_pool/unanswered": float(self.unanswered),
@@ -81,7 +81,7 @@ def _quantile(values: deque[float], share: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaClock:
-    """Busy time and age of a replica when it was last asked, in seconds; and its work so far."""
+    """Busy time and age of a replica in seconds at its last report, and its work so far."""
 
     busy_s: float
     up_s: float
@@ -90,7 +90,7 @@ class ReplicaClock:
 
 
 def utilisation(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
-    """Share of their time that the replicas of now computed, since they were last asked or since they started."""
+    """Share of their time that replicas spent computing since their last report or their start."""
     none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
     busy = sum(clock.busy_s - before.get(name, none).busy_s for name, clock in now.items())
     passed = sum(clock.up_s - before.get(name, none).up_s for name, clock in now.items())
@@ -98,7 +98,7 @@ def utilisation(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClo
 
 
 def mean_batch(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
-    """Images per batch over the same time; 0 when nothing was computed."""
+    """Images per batch since the last reports; 0 without batches."""
     none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
     images = sum(clock.images - before.get(name, none).images for name, clock in now.items())
     batches = sum(clock.batches - before.get(name, none).batches for name, clock in now.items())

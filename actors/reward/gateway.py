@@ -1,4 +1,8 @@
-"""The pool's door for other runs and programs: HTTP with tokens, lossless bodies, limits, and no pickle."""
+"""HTTP gateway of the reward pool for other runs and programs: tokens, lossless bodies, limits, no pickle.
+
+Serve's own ingress would run the same application in place of the few lines that start a server here, but its proxies
+listen on one host and port for all runs of a cluster, and outlive the run that has enabled them.
+"""
 
 import asyncio
 import hmac
@@ -24,14 +28,14 @@ from actors.reward.client import NoAnswerError, PoolLink, RewardClient
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32
-"""Requests that are answered at once; more are told to come again."""
+"""Concurrent requests; further ones get status 503."""
 _IDLE_S = 15.0
 _START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer."""
+    """An HTTP response."""
 
     status: int
     body: bytes
@@ -39,36 +43,37 @@ class Reply:
 
 
 class RefusedError(Exception):
-    """A request that gets an error for an answer."""
+    """A request that is answered by an error status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
 
 
-class Door:
-    """The ASGI application. A plain class: it needs something to ask, but no Ray."""
+class Gateway:
+    """The ASGI application. A plain class, which needs no Ray."""
 
     def __init__(
         self, ask: Callable[[str, str, Any, tuple[str, ...]], Any], metrics: Mapping[str, bool], *, cut: str,
         tokens: tuple[str, ...], max_bytes: int, idle_s: float = _IDLE_S,
     ) -> None:  # fmt: skip
-        """Prepare to answer.
+        """Store the pool and the limits.
 
         Args:
-            ask: (metric, `score` or `gradient`, images or what was sent, prompts) -> scores or `ScoredGradient`.
-            metrics: name -> whether it gives gradients.
-            cut: what gradients are asked at: `latent` or `image`.
-            tokens: those who hold one are let in.
-            idle_s: how long a client may send nothing while its request is not whole.
+            ask: (metric, `score` or `gradient`, images or `WireTensor`, prompts) -> scores or `ScoredGradient`.
+            metrics: name -> whether it has gradients.
+            cut: tensor that gradients are with respect to: `latent` or `image`.
+            tokens: accepted tokens.
+            max_bytes: largest body.
+            idle_s: seconds without data after which an incomplete request is rejected.
         """
         self._ask, self._metrics, self._cut = ask, dict(metrics), cut
         self._tokens, self._max_bytes = [token.encode() for token in tokens], max_bytes
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="http")
-        self._under_way, self._idle_s = 0, idle_s
+        self._in_flight, self._idle_s = 0, idle_s
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             return
         try:
@@ -85,7 +90,7 @@ class Door:
 
     async def _answer(self, scope: Any, receive: Any) -> Reply:
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        # Before anything else: a stranger learns neither names nor limits, and no byte of the body is read.
+        # First of all: without a token, no name, no limit and no byte of the body is handled.
         self._require_token(headers.get("authorization", b""))
         parts = scope["path"].strip("/").split("/", 2)
         if parts == ["v1", "metrics"]:
@@ -99,15 +104,15 @@ class Door:
         found = headers.get("content-type", b"").decode("latin-1").split(";")[0].strip()
         if found != MEDIA_TYPE:
             raise RefusedError(415, f"Content-Type must be {MEDIA_TYPE}, found `{found}`")
-        # Before it counts as under way: clients that send nothing more must not keep others out.
+        # Read before it counts as in flight, so that idle clients do not block others.
         body = await self._read(headers, receive)
-        if self._under_way >= _AT_ONCE:
-            raise RefusedError(503, f"{_AT_ONCE} requests are under way: come again")
-        self._under_way += 1
+        if self._in_flight >= _AT_ONCE:
+            raise RefusedError(503, f"server busy: {_AT_ONCE} requests in flight; retry later")
+        self._in_flight += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._work, parts[2], parts[1], body)
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1
 
     def _work(self, metric: str, what: str, body: bytes) -> Reply:
         try:
@@ -130,9 +135,9 @@ class Door:
             try:
                 message = await asyncio.wait_for(receive(), self._idle_s)
             except TimeoutError as error:
-                raise RefusedError(408, f"nothing came for {self._idle_s:g} s and the body is not whole") from error
+                raise RefusedError(408, f"no data for {self._idle_s:g} s, and the body is incomplete") from error
             if message["type"] == "http.disconnect":
-                raise RefusedError(400, "the connection was closed before the body was whole")
+                raise RefusedError(400, "the connection was closed before the body was complete")
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
                 raise RefusedError(413, self._too_large())
@@ -144,7 +149,7 @@ class Door:
 
     def _require_token(self, header: bytes) -> None:
         scheme, _, token = header.partition(b" ")
-        # Every token is compared in full, so that the time taken tells nothing.
+        # All tokens are compared in full, so that the time reveals nothing.
         matches = [hmac.compare_digest(token.strip(), known) for known in self._tokens]
         if scheme.lower() != b"bearer" or not any(matches):
             raise RefusedError(401, "a valid token is needed: Authorization: Bearer TOKEN")
@@ -153,7 +158,7 @@ class Door:
         if metric not in self._metrics:
             raise RefusedError(404, f"no reward or judge is called `{metric}`; known: {', '.join(self._metrics)}")
         if what == "gradient" and not self._metrics[metric]:
-            raise RefusedError(404, f"`{metric}` gives scores only: it is a judge, or has no gradient")
+            raise RefusedError(404, f"`{metric}` has scores only: it is a judge, or not differentiable")
 
 
 def _require_method(scope: Any, method: str) -> None:
@@ -169,7 +174,7 @@ def read_tokens(http: HttpConfig) -> tuple[str, ...]:
     """Tokens from the environment.
 
     Raises:
-        UsageError: there are none, or one is short enough to be guessed.
+        UsageError: there are none, or one has fewer than 16 characters.
     """
     tokens = tuple(token.strip() for token in os.environ.get(http.token_env, "").split(",") if token.strip())
     if not tokens or min(len(token) for token in tokens) < 16:
@@ -182,28 +187,28 @@ def read_tokens(http: HttpConfig) -> tuple[str, ...]:
 
 
 class GatewayActor:
-    """Shell round `Door` and its server."""
+    """Actor around `Gateway` and its server."""
 
     def __init__(
         self, link: PoolLink, metrics: Mapping[str, bool], cut: str, http: HttpConfig, tokens: tuple[str, ...]
     ) -> None:
-        """Listen.
+        """Start the server.
 
         Raises:
-            OSError: the address is taken or not ours.
+            OSError: the address is in use, or not of this machine.
         """
         import uvicorn
 
         self._client = RewardClient(link)
-        door = Door(self._ask, metrics, cut=cut, tokens=tokens, max_bytes=int(http.max_mib * 2**20))
+        gateway = Gateway(self._ask, metrics, cut=cut, tokens=tokens, max_bytes=int(http.max_mib * 2**20))
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((http.host, http.port))
-        server = uvicorn.Server(uvicorn.Config(door, log_level="warning", lifespan="off", access_log=False))
+        server = uvicorn.Server(uvicorn.Config(gateway, log_level="warning", lifespan="off", access_log=False))
         threading.Thread(target=server.run, kwargs={"sockets": [self._socket]}, daemon=True, name="http").start()
 
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """Host and port of the server."""
         host, port = self._socket.getsockname()[:2]
         return host, port
 
@@ -214,11 +219,11 @@ class GatewayActor:
 
 
 def open_gateway(link: PoolLink, metrics: Mapping[str, bool], cut: str, http: HttpConfig) -> tuple[Any, str]:
-    """Start the door on this node; returns the actor, which is to be kept, and its address.
+    """Start the gateway on this node; returns the actor, which must be kept, and its URL.
 
     Raises:
         UsageError: no token is set.
-        WorkerError: it cannot listen there.
+        WorkerError: it cannot listen at the configured address.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = (

@@ -1,4 +1,4 @@
-"""Look at the reward pools of live runs, and change the number of their replicas while requests go on."""
+"""Status of the reward pools of live runs, and changes of their number of replicas."""
 
 import re
 import time
@@ -30,7 +30,7 @@ class LivePool:
 
 
 def live_pools(run: str | None = None) -> list[LivePool]:
-    """Reward applications on the cluster that this process is connected to, of one run or of all."""
+    """Reward applications on the connected cluster, of one run or of all."""
     matches = [(name, _APPLICATION.fullmatch(name)) for name in serve_status().applications]
     pools = [LivePool(run=match["run"], metric=match["metric"], application=name) for name, match in matches if match]
     return [pool for pool in pools if run in (None, pool.run)]
@@ -40,7 +40,7 @@ def find_pool(metric: str, run: str | None = None) -> LivePool:
     """The application of a metric.
 
     Raises:
-        UsageError: there is none, or several runs have one and none is named.
+        UsageError: there is none, or several runs have one and `run` is None.
     """
     pools = live_pools(run)
     found = [pool for pool in pools if pool.metric == metric]
@@ -58,7 +58,7 @@ def find_pool(metric: str, run: str | None = None) -> LivePool:
 
 
 def pool_status(pool: LivePool) -> dict[str, Any]:
-    """State of an application, and what its replicas say of themselves."""
+    """State of an application and of its replicas, as plain data."""
     deployment = serve_status().applications[pool.application].deployments.get(REPLICA)
     fewest, most = bounded(lambda: replica_bounds(pool.application, REPLICA), what=f"bounds of {pool.metric}")
     vitals = replica_vitals(serve.get_deployment_handle(REPLICA, pool.application))
@@ -85,15 +85,19 @@ def pool_status(pool: LivePool) -> dict[str, Any]:
 def scale(
     pool: LivePool, fewest: int, most: int, *, timeout_s: float, waiting: Callable[[int], None] = lambda running: None
 ) -> int:
-    """Set the number of replicas, or its bounds, and wait until it holds. Replicas that stay are not restarted.
+    """Set the number of replicas, or its bounds, and wait until it is reached. Other replicas are not restarted.
 
-    A replica that goes finishes what it has begun; what it cannot finish in time is asked again by its caller.
+    A replica that is removed finishes its requests; callers retry what it cannot finish in time.
 
     Args:
-        waiting: called with the number of running replicas, from time to time.
+        pool: from `find_pool`.
+        fewest: smallest number of replicas.
+        most: largest number; equal to `fewest` for a fixed number.
+        timeout_s: seconds to wait.
+        waiting: called with the number of running replicas while it waits.
 
     Returns:
-        Replicas that run now.
+        Number of running replicas.
 
     Raises:
         WorkerError: not reached within `timeout_s`; the cluster keeps trying.
@@ -113,12 +117,12 @@ def scale(
             needs = bounded(lambda: replica_resources(application, REPLICA), what="resources of a replica")
             free = ray.available_resources()
             raise WorkerError(
-                f"`{pool.metric}` has {running} replicas after {timeout_s:g} s, {fewest} to {most} were asked for; a "
+                f"`{pool.metric}` has {running} replicas after {timeout_s:g} s, {fewest} to {most} are wanted; a "
                 f"replica needs {needs}, free are {free.get('CPU', 0):g} CPU and "
-                f"{free.get('GPU', 0):g} GPU. The cluster goes on trying: add nodes, wait, or scale down again."
+                f"{free.get('GPU', 0):g} GPU. The cluster keeps trying: add machines, wait, or scale down."
             )
         waiting(running)
-        # Serve tells nobody when a replica is ready; there is nothing to block on but time.
+        # Serve has no call that blocks until a replica is ready.
         time.sleep(0.2)
 
 

@@ -1,4 +1,4 @@
-"""Waiting for the reward pool to come up, and saying why it does not."""
+"""Wait until the reward pool runs, and report why it does not."""
 
 import re
 import time
@@ -10,15 +10,15 @@ from acpo_dist.core.errors import UsageError, WorkerError
 from actors.reward.liveness import serve_status
 
 _OURS = re.compile(rf"^{re.escape(errors.__name__)}\.(\w+): (.*)", re.MULTILINE | re.DOTALL)
-"""The last lines of a traceback that ends in an error of ours."""
+"""The last lines of a traceback that ends in one of this project's errors."""
 
 
 def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
-    """Serve itself would wait for ever for a replica that finds no room.
+    """Wait until applications run; Serve itself waits without limit for a replica that cannot be placed.
 
     Raises:
-        UsageError: what a replica itself said that cannot be mended by starting it again.
-        WorkerError: an application failed, or does not run in time; with the reason where there is one.
+        UsageError: raised by a replica itself; a restart would raise it again.
+        WorkerError: an application failed, or does not run in time; with the reason if there is one.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -38,12 +38,12 @@ def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
                 f"{', '.join(reasons)} not ready within {timeout_s:g} s (cluster.worker_timeout_s); see the machines' "
                 "Serve logs"
             )
-        # Serve tells nobody when an application is ready; there is nothing to block on but time.
+        # Serve has no call that blocks until an application is ready.
         time.sleep(0.2)
 
 
 def _refuse(application: Any) -> None:
-    """Raise what a replica said in words meant for the user: Serve would start it twice more to hear the same."""
+    """Raise a replica's error that is meant for the user; Serve would start the replica twice more."""
     for deployment in application.deployments.values():
         said = _OURS.search(deployment.message)
         kind = getattr(errors, said[1], None) if said else None
@@ -52,6 +52,6 @@ def _refuse(application: Any) -> None:
 
 
 def _reason(application: Any) -> str:
-    """Serve's own words name the deployment alone; why it failed stands at the end of a traceback."""
+    """Last line of a replica's traceback, else Serve's own message, which names only the deployment."""
     last = [one.message.strip().splitlines()[-1] for one in application.deployments.values() if one.message.strip()]
     return "; ".join(last) or application.message or str(application.status)

@@ -38,7 +38,7 @@ def workers() -> dict[str, RewardWorker]:
 def port(workers):
     """The door on a real server; behind it the workers of this process in place of the pool."""
     from actors.reward.client import NoAnswerError
-    from actors.reward.gateway import Door
+    from actors.reward.gateway import Gateway
 
     def ask(metric, what, sent, prompts):
         if prompts[0] == "nobody is there":
@@ -47,7 +47,7 @@ def port(workers):
             workers[metric].score(sent, prompts) if what == "score" else workers[metric].value_and_grad(sent, prompts)
         )
 
-    with serving(Door(ask, METRICS, cut="latent", tokens=(OTHER, TOKEN), max_bytes=MAX_BYTES)) as number:
+    with serving(Gateway(ask, METRICS, cut="latent", tokens=(OTHER, TOKEN), max_bytes=MAX_BYTES)) as number:
         yield number
 
 
@@ -189,7 +189,7 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
 
 def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadline(port):
     impatient = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=1.2)
-    with pytest.raises(RewardError, match=r"no answer within 1\.2 s: no replica answers"):
+    with pytest.raises(RewardError, match=r"1\.2 s: no replica answers"):
         impatient.score("two_stream", images(1), ["nobody is there"])
     assert impatient.retries >= 1
 
@@ -211,9 +211,9 @@ def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, p
 
 
 def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_to_go():
-    from actors.reward.gateway import Door
+    from actors.reward.gateway import Gateway
 
-    door = Door(lambda metric, what, sent, prompts: [0.5] * len(sent), METRICS, cut="latent", tokens=(TOKEN,),
+    door = Gateway(lambda metric, what, sent, prompts: [0.5] * len(sent), METRICS, cut="latent", tokens=(TOKEN,),
                 max_bytes=MAX_BYTES, idle_s=3)  # fmt: skip
     with serving(door) as port, ExitStack() as stack:
         head = (
