@@ -36,6 +36,14 @@ class Network(Protocol):
         """While active, `predict` returns the base model's output."""
         ...
 
+    def old(self) -> AbstractContextManager[None]:
+        """While active, `predict` returns the output of the policy that drew the rollouts; without gradient.
+
+        It differs from the policy as of the first optimiser step of an iteration, and between iterations where the
+        algorithm's configuration has a `sampling_decay`.
+        """
+        ...
+
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Any) -> Sequence[Tensor]:
         """Features of the frozen base's encoder, float32; only where the algorithm's configuration has an `encoder`."""
         ...

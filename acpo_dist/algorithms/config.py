@@ -16,8 +16,11 @@ class AdvantageConfig(Section):
     """Advantages are clipped to this many standard deviations of the group."""
     min_std: float = Field(default=1e-3, ge=0)
     """Groups whose reward spreads less are dropped; in standard deviations of base samples."""
-    veto: bool = True
-    """Drop samples that one reward puts above their group's mean and another below it."""
+    std: Literal["group", "global"] = "group"
+    """Divide by the standard deviation of the sample's own group, or of all samples of the iteration."""
+    veto: bool = False
+    """Drop samples that one reward puts above their group's mean and another below it: half of all samples under two
+    independent rewards."""
     min_vote: float = Field(default=0.0, ge=0)
     """A reward has a say on samples that it puts at least so many of its group standard deviations off the mean."""
     drop_constant: bool = True
@@ -98,18 +101,31 @@ class NoiseSpaceConfig(AlgorithmConfig):
 
 
 class NftConfig(NoiseSpaceConfig):
-    """Advantages, and how far one of them may pull."""
+    """Loss, advantages, and the sampling policy."""
 
     type: Literal["nft"] = "nft"
     beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull back to the base: an advantage A moves the prediction by -(A / beta) of its error."""
-    advantage: AdvantageConfig = AdvantageConfig()
+    """Distance of the two branches from the sampling policy: an advantage A moves the prediction by -(A / beta) of its
+    error."""
+    weighting: Literal["x0", "noise"] = "x0"
+    """Branch errors in x0 units, each divided by its own mean absolute value (published), or plain in noise units."""
+    old_decay_rate: float = Field(default=0.001, ge=0)
+    """Growth per iteration of the sampling policy's decay; 0 draws with the policy itself."""
+    old_decay_max: float = Field(default=0.5, ge=0, lt=1)
+    """Largest decay of the sampling policy."""
+    old_decay_start: int = Field(default=0, ge=0)
+    """Iterations before the decay grows."""
+    advantage: AdvantageConfig = AdvantageConfig(std="global")
     needs_groups: ClassVar[bool] = True
 
     @property
+    @override
     def anchor_unit(self) -> float:
-        """Its own pull back to the base."""
         return self.beta
+
+    @override
+    def sampling_decay(self, iteration: int) -> float | None:
+        return min(self.old_decay_max, self.old_decay_rate * max(0, iteration - self.old_decay_start))
 
 
 class RwrConfig(NoiseSpaceConfig):

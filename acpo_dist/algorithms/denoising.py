@@ -20,9 +20,10 @@ from acpo_dist.algorithms.config import NftConfig, RwrConfig
 from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
 from acpo_dist.core.types import ScoredGroups, Selection
+from acpo_dist.diffusion.prediction import to_clean
 from acpo_dist.objective.anchor import anchor_error, output_drift
 from acpo_dist.objective.noise_space import ErrorStatistics, noise_statistics, target_output
-from acpo_dist.objective.policy_gradient import nft_loss, reward_weights
+from acpo_dist.objective.policy_gradient import nft_clean_loss, nft_loss, reward_weights
 
 
 class NoiseSpaceAlgorithm(BaseAlgorithm):
@@ -82,7 +83,13 @@ def statistics_of(
 
 
 class Nft(NoiseSpaceAlgorithm):
-    """Advantage-weighted denoising (DiffusionNFT): towards the noise of good samples, away from that of bad ones."""
+    """DiffusionNFT: denoising towards good samples and away from bad ones, relative to the policy that drew them.
+
+    Three networks meet in the loss: the policy, the sampling policy `old`, and the base, whose drift the anchor holds
+    (the KL term of the publication). The publication draws without guidance: `sampler.guidance_scale=1`.
+
+    Source: DiffusionNFT (Zheng et al. 2025).
+    """
 
     Config = NftConfig
 
@@ -98,12 +105,21 @@ class Nft(NoiseSpaceAlgorithm):
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """2 A c + beta a."""
-        statistics = statistics_of(batch, network, states, model_output, base)
-        loss = nft_loss(statistics, batch.weights_B, self.config.beta)
+        """The two branches; `model_output` and the sampling policy see the same states."""
+        with torch.no_grad(), network.old():
+            old = network.predict(states.latents, states.timesteps_B, states.condition)
+        statistics = statistics_of(batch, network, states, model_output, old)
+        if self.config.weighting == "noise":
+            loss = nft_loss(statistics, batch.weights_B, self.config.beta)
+        else:
+            kind, levels = network.prediction_type, states.alpha_bars_B
+            policy_clean, old_clean = (to_clean(each, states.latents, levels, kind) for each in (model_output, old))
+            loss = nft_clean_loss(policy_clean, old_clean, batch.clean, batch.weights_B, self.config.beta)
         seen = batch.weights_B != 0
-        cross = batch.weights_B * statistics.cross_B
-        return loss, {"nft/loss": loss.detach()[seen], "nft/cross": cross.detach()[seen]}
+        metrics = {
+            "nft/loss": loss, "nft/cross": batch.weights_B * statistics.cross_B, "nft/old_drift": statistics.drift_B,
+        }  # fmt: skip
+        return loss, {name: value.detach()[seen] for name, value in metrics.items()}
 
 
 class Rwr(NoiseSpaceAlgorithm):

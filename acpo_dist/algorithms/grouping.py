@@ -19,7 +19,8 @@ def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
     return group_advantages(
         [[plan.sample_id for plan in group.samples] for group in scored.groups],
         scored.qualities, scored.weights, spread=scored.spread, limit=config.limit, min_std=config.min_std,
-        min_vote=config.min_vote, veto=config.veto, constant=flat_images(scored) if config.drop_constant else (),
+        min_vote=config.min_vote, veto=config.veto, across_groups=config.std == "global",
+        constant=flat_images(scored) if config.drop_constant else (),
     )  # fmt: skip
 
 

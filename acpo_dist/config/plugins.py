@@ -129,6 +129,18 @@ class AlgorithmConfig(Section):
     needs_noise: ClassVar[bool] = False
     """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
 
+    def sampling_decay(self, iteration: int) -> float | None:
+        """Decay of the average of the policy's weights that draws the rollouts of the next iteration.
+
+        Args:
+            iteration: the one just trained, from 0.
+
+        Returns:
+            Share of the previous average that stays; 0 is the policy itself. None for algorithms that do not
+            distinguish the two: the policy draws.
+        """
+        return None
+
     @property
     def encoder(self) -> EncoderConfig | None:
         """Frozen encoder whose features the algorithm needs, or None."""

@@ -121,6 +121,11 @@ def _check_algorithm(config: Config) -> None:
             f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: a trajectory is proved by walking the "
             "same noise along two of them, which needs deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
         )
+    if algorithm.sampling_decay(0) is not None and learner.zero_stage == 3:
+        raise ConfigError(
+            f"learner.zero_stage is 3 and algorithm `{kind}` runs the sampling policy's weights in the learner, which "
+            "ZeRO 3 cannot do with sharded parameters. Set learner.zero_stage to 0, 1 or 2."
+        )
     if config.data.absolute_pairs and config.data.pairs is None:
         raise ConfigError(
             "data.absolute_pairs is true, and data.pairs is unset: there is nothing that it chooses from."

@@ -1,6 +1,6 @@
 """Unconditional DDPM in pixel space."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
@@ -86,6 +86,10 @@ class DdpmFamily:
     def anchored(self) -> AbstractContextManager[None]:
         """See `ModelFamily.anchored`."""
         return self._tuned.anchored()
+
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """See `ModelFamily.substituted`."""
+        return self._tuned.substituted(weights)
 
     def decode(self, clean: Tensor) -> Tensor:
         """See `Decoder.decode`."""

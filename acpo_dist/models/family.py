@@ -89,6 +89,10 @@ class ModelFamily(Protocol):
         """While active, `predict` answers with the frozen base model."""
         ...
 
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """While active, `predict` runs with these values of the trainable weights; without gradient."""
+        ...
+
     def decode(self, clean: Tensor) -> Tensor:
         """As `Decoder.decode`."""
         ...

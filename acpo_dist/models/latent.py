@@ -1,7 +1,7 @@
 """What Stable Diffusion's families share: a U-Net on VAE latents, CLIP conditioning, and how they load and save."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -154,6 +154,10 @@ class LatentFamily:
     def anchored(self) -> AbstractContextManager[None]:
         """See `ModelFamily.anchored`."""
         return self._tuned.anchored()
+
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """See `ModelFamily.substituted`."""
+        return self._tuned.substituted(weights)
 
     def decode(self, clean: Tensor) -> Tensor:
         """See `Decoder.decode`."""

@@ -1,13 +1,14 @@
 """LoRA or full fine-tuning, and the anchor that goes with each."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
@@ -87,6 +88,16 @@ class TunedNetwork:
         with switched(layers, "_disable_adapters", True):
             yield
 
+    @contextmanager
+    def substituted(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While active, the network runs with other values of its trainable weights; for forwards without gradient.
+
+        Args:
+            weights: by name of the trainable parameter, on the network's device.
+        """
+        with switched([self], "active", _Substituted(self.network, weights)):
+            yield
+
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """LoRA weights by peft's names, without the adapter's own name; empty for full fine-tuning."""
         if self.method == "full":
@@ -123,3 +134,14 @@ class TunedNetwork:
         if hasattr(plain, "peft_config"):
             del plain.peft_config
         return plain
+
+
+class _Substituted(nn.Module):
+    """A network called with other values of some of its parameters; its own stay as they are."""
+
+    def __init__(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.network, self._values = network, dict(weights)
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return functional_call(self.network, self._values, args, kwargs)

@@ -60,7 +60,8 @@ def group_advantages(
     limit: float = 5.0,
     min_std: float = 1e-3,
     min_vote: float = 0.0,
-    veto: bool = True,
+    veto: bool = False,
+    across_groups: bool = False,
     constant: Collection[str] = (),
 ) -> Advantages:
     """A = (R - mean of the group) / (std of the group + delta), clipped, with R as in `compose`.
@@ -78,6 +79,7 @@ def group_advantages(
         min_vote: an evaluator has a say on a sample when it puts it at least this many of its own group standard
             deviations off the group's mean; 0 lets the smallest difference count. An evaluator whose qualities spread
             less than `min_std` in the group has no say there.
+        across_groups: divide by the standard deviation over all usable samples instead of the group's own.
         veto: drop samples on whose sign two evaluators disagree. They are counted either way.
         constant: ids of images without content, see `constant_images`.
 
@@ -86,17 +88,23 @@ def group_advantages(
 
     Source: group-relative advantages as in GRPO (Shao et al. 2024) and DDPO's per-prompt statistics.
     """
+
+    def reward(name: str) -> float:
+        return compose([qualities[metric][name] for metric in weights], list(weights.values()), spread)
+
+    overall: float | None = None
+    if across_groups:
+        everyone = [n for group in groups for n in group if n not in constant and _is_finite(n, qualities)]
+        overall = statistics.pstdev([reward(name) for name in everyone]) if everyone else 0.0
     values: dict[str, float] = {}
     kept_groups: list[tuple[str, ...]] = []
     num_constant = num_broken = num_dropped = num_disagreeing = num_small = num_flat = 0
     for group in groups:
         seen = [name for name in group if name not in constant]
-        usable = [name for name in seen if all(math.isfinite(scores[name]) for scores in qualities.values())]
+        usable = [name for name in seen if _is_finite(name, qualities)]
         num_constant += len(group) - len(seen)
         num_broken += len(seen) - len(usable)
-        rewards = [
-            compose([qualities[metric][name] for metric in weights], list(weights.values()), spread) for name in usable
-        ]
+        rewards = [reward(name) for name in usable]
         if len(usable) < 2:
             num_small, num_dropped = num_small + 1, num_dropped + len(usable)
             continue
@@ -105,7 +113,7 @@ def group_advantages(
             continue
         torn = _torn(usable, qualities, min_std, min_vote)
         num_disagreeing += len(torn)
-        advantages = dict(zip(usable, _standardised(rewards), strict=True))
+        advantages = dict(zip(usable, _standardised(rewards, overall), strict=True))
         kept = tuple(name for name in usable if not (veto and name in torn))
         values |= {name: min(limit, max(-limit, advantages[name])) for name in kept}
         if kept:
@@ -133,8 +141,13 @@ def constant_images(images: Tensor, min_std: float = 1 / 255) -> Tensor:
     return ~(spread >= min_std).any(1) | ~spread.isfinite().all(1)
 
 
-def _standardised(values: Sequence[float]) -> list[float]:
-    mean, std = statistics.fmean(values), statistics.pstdev(values)
+def _is_finite(name: str, qualities: Mapping[str, Mapping[str, float]]) -> bool:
+    return all(math.isfinite(scores[name]) for scores in qualities.values())
+
+
+def _standardised(values: Sequence[float], std: float | None = None) -> list[float]:
+    mean = statistics.fmean(values)
+    std = statistics.pstdev(values) if std is None else std
     return [(value - mean) / (std + _DELTA) for value in values]
 
 

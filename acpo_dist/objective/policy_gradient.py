@@ -24,14 +24,47 @@ def nft_loss(statistics: ErrorStatistics, unit_advantage_B: Tensor, beta: float)
     minimum lies at drift = -(A / beta) e.
 
     Args:
-        statistics: reference = the old policy (a snapshot, or the base to share the anchor's forward), on x_t noised
-            from the sample's own x_0 at any t.
+        statistics: reference = the policy that drew the samples, on x_t noised from the sample's own x_0 at any t.
+            With the frozen base instead, the minimiser does not move after the first iteration.
         unit_advantage_B: A in [-1, 1], constant.
         beta: strength of the anchor, > 0; 1 makes the branches those at the policy itself and its mirror image.
 
     Source: DiffusionNFT (Zheng et al. 2025).
     """
     return 2 * unit_advantage_B.detach() * statistics.cross_B + beta * statistics.drift_B
+
+
+def nft_clean_loss(
+    policy_clean: Tensor, old_clean: Tensor, clean: Tensor, unit_advantage_B: Tensor, beta: float
+) -> Tensor:
+    """DiffusionNFT's two branches on x0 estimates, each divided by its own mean absolute error, per sample (B,).
+
+    With r = (1 + A) / 2, y+ = (1 - beta) y_old + beta y and y- = (1 + beta) y_old - beta y:
+
+        (r mean((y+ - x_0)^2) / |y+ - x_0|_1 + (1 - r) mean((y- - x_0)^2) / |y- - x_0|_1) / beta
+
+    The divisors are means over the elements of a sample, at least 1e-5, and constants of the gradient. The published
+    code multiplies the whole by the advantage's limit, which only sets its weight against the KL term.
+
+    Args:
+        policy_clean: x0-hat of the policy (B, ...), with the gradient.
+        old_clean: x0-hat of the policy that drew the samples, on the same input, constant.
+        clean: x_0, constant.
+        unit_advantage_B: A in [-1, 1], constant.
+        beta: > 0.
+
+    Source: DiffusionNFT (Zheng et al. 2025) and its public code.
+    """
+    share_B = (1 + unit_advantage_B.detach()) / 2
+    old_clean, clean = old_clean.detach(), clean.detach()
+
+    def branch(estimate: Tensor) -> Tensor:
+        error = (estimate - clean).flatten(1)
+        return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)
+
+    positive = branch((1 - beta) * old_clean + beta * policy_clean)
+    negative = branch((1 + beta) * old_clean - beta * policy_clean)
+    return (share_B * positive + (1 - share_B) * negative) / beta
 
 
 def reward_weights(advantage_G: Tensor, temperature: float) -> Tensor:

@@ -72,7 +72,7 @@ def test_a_group_with_one_usable_sample_is_dropped():
 def test_samples_on_which_evaluators_disagree_are_vetoed_but_stay_in_the_mean():
     # Both like d and dislike a; b and c split them.
     qualities = {"iqa": dict(a=-2.0, b=-1.0, c=1.0, d=2.0), "text": dict(a=-2.0, b=1.0, c=-1.0, d=2.0)}
-    found = group_advantages([GROUP], qualities, {"iqa": 2.0, "text": 1.0})
+    found = group_advantages([GROUP], qualities, {"iqa": 2.0, "text": 1.0}, veto=True)
     assert set(found.values) == {"a", "d"} and found.counts.disagreeing == 2
     kept = group_advantages([GROUP], qualities, {"iqa": 2.0, "text": 1.0}, veto=False)
     assert set(kept.values) == set(GROUP) and kept.counts.disagreeing == 2
@@ -95,7 +95,7 @@ def test_an_evaluator_that_cannot_tell_the_group_apart_has_no_say():
 
 def test_a_group_whose_every_sample_is_vetoed_leaves_no_empty_group():
     qualities = {"iqa": dict(a=0.0, b=3.0), "text": dict(a=1.0, b=0.0)}
-    found = group_advantages([("a", "b")], qualities, {"iqa": 1.0, "text": 1.0})
+    found = group_advantages([("a", "b")], qualities, {"iqa": 1.0, "text": 1.0}, veto=True)
     assert found.groups == () and found.values == {} and found.counts.disagreeing == 2
 
 
@@ -107,7 +107,7 @@ def test_every_sample_is_counted_exactly_once():
     }
     groups = [names[:4], names[4:6], names[6:8], names[8:]]
     # c is both constant and broken: it counts as constant. On d alone the evaluators disagree.
-    counts = group_advantages(groups, qualities, {"iqa": 1.0, "text": 0.1}, constant={"c"}).counts
+    counts = group_advantages(groups, qualities, {"iqa": 1.0, "text": 0.1}, veto=True, constant={"c"}).counts
     assert counts == AdvantageCounts(
         samples=10, constant=1, non_finite=1, in_dropped_groups=5, disagreeing=1, kept=2, groups=4,
         small_groups=1, flat_groups=2,

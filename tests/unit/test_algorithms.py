@@ -121,7 +121,13 @@ def test_a_pair_shares_noise_and_timestep_and_other_pairs_do_not(tiny):
 
 
 def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
-    config = tiny(*settings("nft"), "learner.global_batch=8", "learner.micro_batch=8", "learner.max_grad_norm=1e9")
+    config = tiny(
+        *settings("nft"),
+        "algorithm.weighting=noise",
+        "learner.global_batch=8",
+        "learner.micro_batch=8",
+        "learner.max_grad_norm=1e9",
+    )
     parts = Parts(config, ["a", "b"])
     advantages = dict(zip(parts.ids, torch.linspace(-1, 1, len(parts.ids)).tolist(), strict=True))
     task = parts.task(advantages)

@@ -1,6 +1,6 @@
 """The policy as an algorithm sees it: a model family, and the frozen encoder where one is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,8 @@ class PolicyNetwork(Network):
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Arithmetic of the network's own forwards, and of nothing else: embeddings, formulas, the decoder and metrics
         in this process would be rounded too, and no longer be those of calibration or of a pool elsewhere."""
+        self.old_weights: Mapping[str, Tensor] | None = None
+        """Trainable weights of the sampling policy, on the device; None while they equal the policy's."""
         self._encoder = (
             NcpEncoder(family.network, output=encoder.output, checkpointing=encoder.checkpointing) if encoder else None
         )
@@ -52,6 +54,10 @@ class PolicyNetwork(Network):
     @override
     def anchored(self) -> AbstractContextManager[None]:
         return self._family.anchored()
+
+    @override
+    def old(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.old_weights is None else self._family.substituted(self.old_weights)
 
     @override
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Condition) -> Sequence[Tensor]:

@@ -45,6 +45,8 @@ class LearnerWorker:
         self._engine: Engine | None = None
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
+        self._old: dict[str, Tensor] = {}
+        """Weights of the sampling policy; empty where the policy itself draws."""
         self._skipped_in_a_row = 0
 
     @property
@@ -72,6 +74,9 @@ class LearnerWorker:
             engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
         self._weights = engine.weights()
+        if self._spec.algorithm.sampling_decay(0) is not None:
+            old = load_file(folder / "old.safetensors") if folder else self._weights
+            self._set_old({name: value.clone() for name, value in old.items()})
         if not self._average:
             self._average = {name: value.clone() for name, value in self._weights.items()}
 
@@ -120,6 +125,8 @@ class LearnerWorker:
             norm = engine.step()
             if math.isfinite(norm):
                 self._skipped_in_a_row = 0
+                self._weights = engine.weights()
+                self._update_average()
                 found.add({"learner/grad_norm": torch.tensor([norm])})
                 sums = MetricSums.merge((sums, found))
             else:
@@ -139,9 +146,10 @@ class LearnerWorker:
             share = torch.zeros(own)
             share[: len(broken)] = 1
             sums.add({"pairs/broken_share": share})
-        self._weights = engine.weights()
         taken = tried - len(skipped)
-        self._update_average(taken)
+        decay = self._spec.algorithm.sampling_decay(task.iteration)
+        if decay is not None:
+            self._set_old({name: value.lerp(self._old[name], decay) for name, value in self._weights.items()})
         return sums, taken, skipped
 
     @property
@@ -228,13 +236,18 @@ class LearnerWorker:
         return sums
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """Weights after the last `train`, the same on every rank."""
+        """Weights that draw the next rollouts, the same on every rank: the policy's, or their average if it draws.
+
+        Args:
+            version: number of the bundle.
+            ema: export the average over optimiser steps (`learner.ema_decay`) instead.
+        """
         # In the type that rollout workers hold them in, so that their echo can be the same bytes.
         model = self._spec.model
         dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=False)
         if model.tuning.method == "lora":
             dtype = torch.float32
-        weights = self._average if ema else self._weights
+        weights = self._average if ema else self._old or self._weights
         return make_bundle(version, {name: value.to(dtype) for name, value in weights.items()})
 
     def save(self, folder: Path) -> None:
@@ -248,7 +261,10 @@ class LearnerWorker:
         if engine.rank == 0:
             with on_storage(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                for name, tensors in (("policy", self._weights), ("ema", self._average), ("optimizer", moments)):
+                parts = {"policy": self._weights, "ema": self._average, "optimizer": moments}
+                if self._old:
+                    parts["old"] = self._old
+                for name, tensors in parts.items():
                     save_file(tensors, folder / f"{name}.safetensors")
                     # Older checkpoints go as soon as this one counts as whole.
                     sync_file(folder / f"{name}.safetensors")
@@ -287,10 +303,16 @@ class LearnerWorker:
             index = start + engine.rank
             yield parts[min(index, len(parts) - 1)], index < len(parts)
 
-    def _update_average(self, optim_steps: int) -> None:
-        decay = self._spec.learner.ema_decay**optim_steps
+    def _update_average(self) -> None:
         for name, value in self._weights.items():
-            self._average[name].lerp_(value, 1 - decay)
+            self._average[name].lerp_(value, 1 - self._spec.learner.ema_decay)
+
+    def _set_old(self, weights: dict[str, Tensor]) -> None:
+        self._old = weights
+        own = trainable_tensors(self._family.network)
+        self._network.old_weights = {
+            name: value.to(device=self._device, dtype=own[name].dtype) for name, value in weights.items()
+        }
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
         own = trainable_tensors(self._family.network)
