@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import state
+from ray._private import state, utils
 from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray._private.services import canonicalize_bootstrap_address
 from ray.experimental import internal_kv
@@ -34,6 +34,11 @@ def forget_cluster() -> None:
 def control_address(address: str) -> str | None:
     """HOST:PORT of the control service that an address such as `auto` means; None for a cluster yet to be started."""
     return canonicalize_bootstrap_address(address)
+
+
+def object_store_bytes() -> int:
+    """Size in bytes of the object store that a cluster started on this machine gets."""
+    return utils.resolve_object_store_memory(utils.estimate_available_memory())
 
 
 def ended_jobs() -> set[str]:

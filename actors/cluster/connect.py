@@ -1,19 +1,29 @@
 """Join and leave a Ray cluster; errors say what is wrong with the address or the token."""
 
 import logging
+import math
+import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from acpo_dist.core.errors import UsageError
-from actors.ray_private import control_address, forget_cluster
+from actors.ray_private import control_address, forget_cluster, object_store_bytes
+
+logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
+_GIB = 2**30
+_SOCKET_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+"""Characters of a socket's path that Ray appends to its temporary folder."""
 TOKEN_HELP = "Set RAY_AUTH_MODE=token and put it into RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."
 
 
@@ -32,6 +42,10 @@ def join(address: str) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         _require_listener(address)
+        if address == "local" and Path("/dev/shm").is_dir():
+            free, needed = shutil.disk_usage("/dev/shm").free, object_store_bytes()
+            if warning := small_shared_memory(free, needed):
+                logger.warning("%s", warning)
         ray.init(
             address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
             include_dashboard=dashboard,
@@ -89,11 +103,36 @@ def _require_listener(address: str) -> None:
         pass
 
 
+def small_shared_memory(free: int, needed: int) -> str:
+    """Warning for a machine whose shared memory is too small for Ray's object store; empty if it is large enough.
+
+    Args:
+        free: free bytes of /dev/shm.
+        needed: bytes of the object store.
+    """
+    if free >= needed:
+        return ""
+    return (
+        f"/dev/shm has {free / _GIB:.2f} GiB free, and Ray's object store needs {needed / _GIB:.2f} GiB: Ray keeps "
+        f"images and latents on disk in {tempfile.gettempdir()} instead, which is slow. Enlarge /dev/shm (docker run "
+        f"--shm-size={math.ceil(needed / _GIB)}g), or lower the object store's size (environment variable "
+        "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES); it must hold the images and latents of one iteration."
+    )
+
+
 def _explain(address: str, error: Exception) -> str:
     where = "in RAY_ADDRESS or on this machine" if address == "auto" else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, AuthenticationError):
         return f"the cluster {where} requires its token: {_ended(reason)} {TOKEN_HELP}"
+    if address == "local" and "AF_UNIX" in reason:
+        key = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+        folder = os.environ.get(key, tempfile.gettempdir())
+        return (
+            f"no local Ray cluster can be started: {key}={folder} has {len(os.fsencode(folder))} characters, and with "
+            f"Ray's own {_SOCKET_PATH} its sockets' paths exceed the system's limit of 107. Set RAY_TMPDIR to a folder "
+            f"of at most {107 - _SOCKET_PATH} characters, such as /tmp."
+        )
     if address == "local":
         return f"no local Ray cluster can be started: {_ended(reason)}"
     return (

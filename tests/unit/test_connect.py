@@ -72,3 +72,22 @@ def test_a_missing_token_is_said_in_one_message(listening, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "RAY_AUTH_MODE" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_long_tmpdir_is_named_with_its_length_and_the_key_that_shortens_it(tmp_path):
+    long = tmp_path / ("a" * 90)
+    long.mkdir()
+    program = "from actors.cluster.connect import join; join('local')"
+    variables = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables | {"TMPDIR": str(long)}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and f"TMPDIR={long}" in done.stderr and "RAY_TMPDIR" in done.stderr
+
+
+def test_small_shared_memory_is_reported_with_its_size_and_the_size_that_ray_needs():
+    gib = 2**30
+    said = joining.small_shared_memory(gib // 16, 3 * gib)
+    assert "0.06 GiB" in said and "3.00 GiB" in said and "--shm-size=3g" in said and len(said) <= 600
+    assert joining.small_shared_memory(4 * gib, 3 * gib) == ""

@@ -1,4 +1,4 @@
-"""Requests of several callers as one batch: joined before the metric, taken apart after it."""
+"""Join requests of several callers into one batch, and split the result."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from acpo_dist.workers.reward.worker import RewardWorker, ScoredGradient
 ScoreRequest = tuple[Tensor, tuple[str, ...]]
 """uint8 images (B, 3, H, W), and one prompt per image."""
 GradientRequest = tuple[WireTensor, tuple[str, ...]]
-"""What `RewardWorker.value_and_grad` takes, and one prompt per image."""
+"""x0-hat or pixels, and one prompt per image."""
 
 
 def score_together(worker: RewardWorker, requests: Sequence[ScoreRequest]) -> list[list[float]]:
@@ -21,7 +21,7 @@ def score_together(worker: RewardWorker, requests: Sequence[ScoreRequest]) -> li
 
 
 def gradients_together(worker: RewardWorker, requests: Sequence[GradientRequest]) -> list[ScoredGradient]:
-    """Scores and gradients per request; all that was sent has one shape and type."""
+    """Scores and gradients per request; all tensors have one shape and type."""
     answer = worker.value_and_grad(join([sent for sent, _ in requests]), _prompts(requests))
     return [answer.rows(start, stop) for start, stop in _ranges([len(sent.data) for sent, _ in requests])]
 

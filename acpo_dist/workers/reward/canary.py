@@ -1,4 +1,4 @@
-"""An image whose score is known: what tells a sick replica from an image that cannot be scored."""
+"""An image with a known score, which tells a faulty replica from an image that cannot be scored."""
 
 from math import isfinite
 
@@ -10,14 +10,14 @@ from acpo_dist.core.errors import AcpoError, RewardError
 from acpo_dist.workers.reward.worker import RewardWorker
 
 _SIZES = (64, 32, 224, 512)
-"""Side lengths that are tried in turn: the first that the metric scores is kept, small because it is asked often."""
+"""Side lengths that are tried in turn until the metric accepts one; small, since the canary is scored often."""
 _TOLERANCE = 1e-3
-"""Largest relative difference between two scores of the image: far above rounding on other hardware."""
+"""Largest relative difference between two scores of the canary, far above rounding between devices."""
 _PROMPT = "a photograph"
 
 
 class Canary:
-    """Scored when the worker starts, and again whenever someone doubts it."""
+    """An image that is scored when the worker starts, and again to check the worker."""
 
     def __init__(self, worker: RewardWorker) -> None:
         """Find the size and take the first score.
@@ -26,23 +26,24 @@ class Canary:
             RewardError: the metric has no finite score for the image at any size.
         """
         self._worker = worker
-        problems = []
+        problems: dict[str, list[str]] = {}
         for size in _SIZES:
             self.image = canary(size)
             try:
                 self.reference = self._score()
                 return
             except (AcpoError, RuntimeError, ValueError) as error:
-                problems.append(f"{size} x {size}: {error}")
+                problems.setdefault(str(error), []).append(f"{size} x {size}")
         raise RewardError(
-            f"reward `{worker.name}` has no finite score for a plain image, so it cannot serve: {'; '.join(problems)}"
+            f"reward `{worker.name}` has no finite score for a plain image, so it cannot serve: "
+            + "; ".join(f"{', '.join(sizes)}: {text}" for text, sizes in problems.items())
         )
 
     def check(self) -> None:
         """Score the image again and compare.
 
         Raises:
-            RewardError: the score is not finite, is another one than before, or could not be had.
+            RewardError: the score is not finite, differs from the first, or cannot be computed.
         """
         self.compare(self.reference, "at the start")
 
@@ -55,10 +56,10 @@ class Canary:
         try:
             found = self._score()
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise RewardError(f"reward `{self._worker.name}` cannot score the known image any more: {error}") from error
+            raise RewardError(f"reward `{self._worker.name}` cannot score the canary any more: {error}") from error
         if not agree(found, reference):
             raise RewardError(
-                f"reward `{self._worker.name}` scores the known image {found:.6g}, but {reference:.6g} {where}"
+                f"reward `{self._worker.name}` scores the canary {found:.6g}, but {reference:.6g} {where}"
             )
 
     def _score(self) -> float:
@@ -67,12 +68,12 @@ class Canary:
 
 
 def agree(found: float, reference: float) -> bool:
-    """Whether two scores of the known image are the same up to the hardware they were computed on."""
+    """Whether two scores of the canary are equal up to differences between devices."""
     return isfinite(found) and abs(found - reference) <= _TOLERANCE * max(abs(reference), 0.01)
 
 
 def canary(size: int) -> Tensor:
-    """Soft blobs of colour under noise, the same everywhere: uint8 (1, 3, size, size)."""
+    """Blobs of colour under noise, always the same: uint8 (1, 3, size, size)."""
     generator = torch.Generator().manual_seed(20190819)
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""What travels over HTTP: safetensors bodies. Lossless, checked while they are read, and nothing is unpickled."""
+"""HTTP bodies of the reward pool: safetensors, lossless, validated when read, no pickle."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _LONGEST_PROMPT = 4096
 
 
 class BodyError(RewardError):
-    """A body is not what was asked for."""
+    """A body has another content than its request needs."""
 
 
 def encode_images(images: Tensor, prompts: Sequence[str]) -> bytes:
@@ -27,10 +27,10 @@ def encode_images(images: Tensor, prompts: Sequence[str]) -> bytes:
 
 
 def decode_images(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
-    """What `encode_images` wrote.
+    """Decode a body of `encode_images`.
 
     Raises:
-        BodyError: anything else, with what was expected and found.
+        BodyError: another content; names expected and found.
     """
     tensors, prompts = _decode(body, ("images",))
     images = tensors["images"]
@@ -48,10 +48,10 @@ def encode_sent(sent: WireTensor, prompts: Sequence[str]) -> bytes:
 
 
 def decode_sent(body: bytes) -> tuple[WireTensor, tuple[str, ...]]:
-    """What `encode_sent` wrote.
+    """Decode a body of `encode_sent`.
 
     Raises:
-        BodyError: anything else, with what was expected and found.
+        BodyError: another content; names expected and found.
     """
     tensors, prompts = _decode(body, ("data", "exponent"))
     sent = _wire(tensors)
@@ -66,10 +66,10 @@ def encode_answer(answer: ScoredGradient) -> bytes:
 
 
 def decode_answer(body: bytes) -> ScoredGradient:
-    """What `encode_answer` wrote.
+    """Decode a body of `encode_answer`.
 
     Raises:
-        BodyError: anything else.
+        BodyError: another content.
     """
     tensors, _ = _decode(body, ("scores", "data", "exponent"))
     return ScoredGradient(tensors["scores"].tolist(), _wire(tensors))
@@ -98,7 +98,7 @@ def _encode(tensors: Mapping[str, Tensor], prompts: Sequence[str]) -> bytes:
 def _decode(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     try:
         tensors = load(body)
-        # `load` has checked the header, but does not hand out its texts.
+        # `load` has validated the header, but does not return its metadata.
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         prompts = json.loads(header.get("__metadata__", {}).get("prompts", "[]"))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:

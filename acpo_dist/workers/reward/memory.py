@@ -1,4 +1,4 @@
-"""A batch that does not fit is halved until it does; one image that does not fit is an error of its own."""
+"""Halve a batch until it fits into memory."""
 
 import gc
 from collections.abc import Callable
@@ -13,18 +13,20 @@ Part = TypeVar("Part")
 
 
 class OutOfMemoryError(RewardError):
-    """Not even a single image fits into the memory that is left."""
+    """A single image does not fit into the free memory."""
 
 
 def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: str) -> list[Part]:
-    """Answers of `run` for consecutive ranges that cover `start` to `stop`, halved where the memory does not last.
+    """Results of `run` for consecutive ranges that cover `start` to `stop`, halved where memory runs out.
 
     Args:
-        run: answers for the images from its first to before its second argument.
+        run: (start, stop) -> result for these images.
+        start: first image.
+        stop: end of the range, exclusive.
         name: the metric, for the message.
 
     Raises:
-        OutOfMemoryError: one image alone does not fit.
+        OutOfMemoryError: a single image does not fit.
     """
     try:
         return [run(start, stop)]

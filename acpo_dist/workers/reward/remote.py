@@ -1,4 +1,4 @@
-"""The pool of another run, over HTTP: scores and gradients without Ray."""
+"""Client of another run's reward pool over HTTP, without Ray."""
 
 import http.client
 import json
@@ -20,29 +20,30 @@ _PAUSE_S = 0.5
 
 
 class RemotePool:
-    """Asks a pool by address; what it is too busy for is asked again within the deadline."""
+    """Requests to a pool by URL; a busy or unreachable server is retried until the deadline."""
 
     def __init__(self, url: str, token: str, *, deadline_s: float = 300.0) -> None:
-        """Connect to nothing yet.
+        """Store the address; the first request connects.
 
         Args:
             url: such as `http://127.0.0.1:8765`.
-            token: one of those that the server was started with.
+            token: one of the server's tokens.
+            deadline_s: seconds after which a request fails.
         """
         self._url, self._token, self._deadline_s = url.rstrip("/"), token, deadline_s
         self._max_bytes: float | None = None
-        """Largest body that the server takes, once it was asked."""
+        """Largest body that the server accepts; None before the first request."""
         self.retries = 0
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Names of the rewards and judges, and whether they give gradients and at what."""
+        """Rewards and judges: `name`, and `gradient_at` (`latent`, `image` or None)."""
         return json.loads(self._ask("/v1/metrics", None))["metrics"]
 
     def score(self, metric: str, images: Tensor, prompts: Sequence[str]) -> list[float]:
         """Raw scores of uint8 images (B, 3, H, W).
 
         Raises:
-            RewardError: what the server says, or none came within the deadline.
+            RewardError: the server's message, or no response within the deadline.
         """
         return json.loads(self._ask(f"/v1/score/{metric}", encode_images(images, prompts)))["scores"]
 
@@ -67,10 +68,10 @@ class RemotePool:
                     raise RewardError(f"{self._url}{path}: {error.code}: {text}") from error
             except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 text = str(error)
-                # Perhaps another server is there next time.
+                # Another server may listen there next time.
                 self._max_bytes = None
             if time.monotonic() + _PAUSE_S >= deadline:
-                raise RewardError(f"{self._url}{path}: no answer within {self._deadline_s:g} s: {text}")
+                raise RewardError(f"{self._url}{path}: no response within {self._deadline_s:g} s: {text}")
             self.retries += 1
             time.sleep(_PAUSE_S)
 
@@ -82,9 +83,9 @@ class RemotePool:
             return answer.read()
 
     def _require_room(self, count: int, deadline: float) -> None:
-        """Learn the server's limit, and whether it takes the token, before a body is sent.
+        """Get the server's limit, and have it check the token, before a body is sent.
 
-        A server closes the connection on a body that it will not read, and its reason may be lost with it.
+        A server that rejects a body closes the connection, and its message may be lost.
         """
         limit = self._max_bytes
         if limit is None:

@@ -1,4 +1,4 @@
-"""Tensors between learner and reward pool: lossless layout, half precision with a power-of-two scale per image."""
+"""Tensors between learner and reward pool, in half precision with a power-of-two scale per sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ _LARGEST_EXPONENT = 126
 
 @dataclass(frozen=True)
 class WireTensor:
-    """A tensor on its way: `data * 2**exponent` per sample."""
+    """A packed tensor: `data * 2**exponent` per sample."""
 
     data: np.ndarray
     exponent: np.ndarray
@@ -21,7 +21,7 @@ class WireTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that travel."""
+        """Bytes that are sent."""
         return self.data.nbytes + self.exponent.nbytes
 
     def rows(self, start: int, stop: int) -> "WireTensor":

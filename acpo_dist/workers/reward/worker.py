@@ -1,13 +1,15 @@
-"""The reward worker: scores images, and returns the gradient of a score at x0-hat or at an image. Stateless."""
+"""The reward worker: scores of images, and gradients of scores at x0-hat or at an image. Stateless."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from acpo_dist.core.errors import RewardError
+from acpo_dist.core.errors import AcpoError, RewardConfigError, RewardError
+from acpo_dist.core.memory import is_out_of_memory
 from acpo_dist.core.registry import MODELS, REWARDS, resolve
 from acpo_dist.objective.perceptual import clip_pixels
 from acpo_dist.workers.reward.memory import in_halves
@@ -16,27 +18,27 @@ from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
 Part = TypeVar("Part")
 
 CHUNK = 16
-"""Most images per forward unless told otherwise, however many are asked together."""
+"""Default of the most images per forward."""
 
 
 class NonFiniteScoreError(RewardError):
-    """The metric answered finite images with a score or a gradient that is not finite."""
+    """The metric returned a score or a gradient for finite images that is not finite."""
 
 
 @dataclass(frozen=True)
 class ScoredGradient:
-    """Raw scores (B,) and their gradient with respect to what was sent, at what was sent."""
+    """Raw scores (B,) and their gradient with respect to the tensor that was sent."""
 
     scores: list[float]
     gradient: WireTensor
 
     def rows(self, start: int, stop: int) -> "ScoredGradient":
-        """The answer for the images from `start` to before `stop`."""
+        """Scores and gradients from `start` to before `stop`."""
         return ScoredGradient(self.scores[start:stop], self.gradient.rows(start, stop))
 
 
 class RewardWorker:
-    """One metric with, for the latent cut, its own copy of the decoder."""
+    """One metric and, for the latent cut, a copy of the decoder."""
 
     def __init__(
         self, metric: Any, *, model: Any | None, cut: str, wire_dtype: str, device: str = "cpu", max_batch: int = CHUNK
@@ -45,12 +47,14 @@ class RewardWorker:
 
         Args:
             metric: the metric's configuration section.
-            model: the model's section; needed for the latent cut of a metric that gives gradients.
+            model: the model's section, for the decoder of the latent cut; None for scores alone.
             cut: `latent` or `image`.
-            max_batch: most images per forward; fewer where the memory does not last.
+            wire_dtype: `float16` or `float32`, of returned gradients.
+            device: where metric and decoder run.
+            max_batch: most images per forward; fewer are used if memory runs out.
         """
         self.name = metric.name
-        self._metric = resolve("reward", REWARDS, metric.type)(metric, device=device)
+        self._metric = self._build(resolve("reward", REWARDS, metric.type), metric, device)
         self._ascend = metric.direction > 0
         self._decoder = (
             resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
@@ -67,8 +71,8 @@ class RewardWorker:
 
         Raises:
             RewardError: the images are of another type or shape.
-            NonFiniteScoreError: a score is not finite; it is never replaced by a number.
-            OutOfMemoryError: not even one image fits.
+            NonFiniteScoreError: a score of a finite image is not finite; it is never replaced by a number.
+            OutOfMemoryError: a single image does not fit.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             # Floating-point images would be divided by 255 although they lie in [0, 1] already.
@@ -80,7 +84,7 @@ class RewardWorker:
         def run(start: int, stop: int) -> list[float]:
             # In place on the copy that another type always is, so the caller's images stay as they are.
             chunk = images[start:stop].to(self._device, torch.float32).div_(255)
-            return self._finite(self._metric(chunk, prompts[start:stop]), chunk)
+            return self._finite(self._compute(chunk, prompts[start:stop]), chunk)
 
         self._require_prompts(len(images), prompts)
         return [number for part in self._chunks(run, len(images)) for number in part]
@@ -96,15 +100,15 @@ class RewardWorker:
             Scores, and the gradient of each with respect to its own entry of `sent`.
 
         Raises:
-            RewardError: what was sent is of another shape, or a score or gradient is not finite.
-            NonFiniteScoreError: and that is not the fault of what was sent.
-            OutOfMemoryError: not even one image fits.
+            RewardError: `sent` has another shape or is not finite, or the metric fails.
+            NonFiniteScoreError: a score or gradient of finite values is not finite.
+            OutOfMemoryError: a single image does not fit.
         """
         decoder = self._decoder if self._cut == "latent" else None
         if self._cut == "latent" and decoder is None:
-            raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot take latents")
+            raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot score latents")
 
-        # A plug-in's decoder need not say what it takes.
+        # A plug-in's decoder may lack `channels`.
         channels = 3 if decoder is None else getattr(decoder, "channels", None)
         if sent.data.ndim != 4 or (channels is not None and sent.data.shape[1] != channels):
             what = "pixels" if decoder is None else "x0-hat"
@@ -116,9 +120,9 @@ class RewardWorker:
         def run(start: int, stop: int) -> tuple[list[float], Tensor]:
             values = unpack(sent.rows(start, stop)).to(self._device).requires_grad_(True)
             pixels = decoder.decode(values) if decoder is not None else values
-            # The score will be raised (lowered where lower is better): at the gamut's border only inward moves pass.
-            scores = self._metric(clip_pixels(pixels, ascend=self._ascend), prompts[start:stop])
-            (gradient,) = torch.autograd.grad(scores.sum(), values)
+            # At the border of the gamut only gradients of the update's direction that point inward pass.
+            scores = self._compute(clip_pixels(pixels, ascend=self._ascend), prompts[start:stop])
+            gradient = self._differentiate(scores, values)
             numbers = self._finite(scores, values)
             if not torch.isfinite(gradient).all():
                 raise NonFiniteScoreError(f"reward `{self.name}`: the gradient is not finite")
@@ -130,6 +134,55 @@ class RewardWorker:
             [number for numbers, _ in parts for number in numbers],
             pack(torch.cat([gradient for _, gradient in parts]), self._wire_dtype),
         )
+
+    def _build(self, kind: Any, metric: Any, device: str) -> Any:
+        """Construct the metric, which may be a plug-in; its own exceptions name neither reward nor key."""
+        try:
+            return kind(metric, device=device)
+        except AcpoError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise RewardConfigError(
+                f"reward `{self.name}` ({metric.type}) cannot be built: {_reason(error)}"
+            ) from error
+
+    def _compute(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of the metric.
+
+        Raises:
+            RewardError: the metric raised an exception, or returned something else than floating-point scores (B,).
+        """
+        try:
+            scores: Any = self._metric(images, prompts)
+        except AcpoError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise RewardError(f"reward `{self.name}` raised {_reason(error)}") from error
+        if isinstance(scores, Tensor) and scores.shape == (len(images),) and scores.is_floating_point():
+            return scores
+        found = (
+            f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        )
+        raise RewardError(
+            f"reward `{self.name}` must return a floating-point tensor of shape ({len(images)},), one score per image; "
+            f"found {found}. Correct the metric's `__call__`."
+        )
+
+    def _differentiate(self, scores: Tensor, values: Tensor) -> Tensor:
+        """Gradient of each score with respect to its own entry of `values`."""
+        if not scores.requires_grad:
+            raise RewardError(
+                f"reward `{self.name}` returned scores without a gradient: they are constant, or were computed under "
+                "torch.no_grad, detached or converted. Correct the metric, or use it as a judge (rewards.judges)."
+            )
+        (gradient,) = torch.autograd.grad(scores.sum(), values, allow_unused=True)
+        if gradient is None:
+            raise RewardError(f"reward `{self.name}` returned scores that do not depend on the images")
+        return gradient
 
     def _require_prompts(self, count: int, prompts: Sequence[str]) -> None:
         if count == 0 or count != len(prompts):
@@ -150,7 +203,17 @@ class RewardWorker:
         numbers = scores.detach().float().cpu()
         bad = int((~torch.isfinite(numbers)).sum())
         if bad:
-            # An image that is not finite itself says nothing about the metric.
+            # For an image that is not finite itself, the metric is not at fault.
             kind = NonFiniteScoreError if bool(torch.isfinite(asked).all()) else RewardError
             raise kind(f"reward `{self.name}`: {bad} of {len(numbers)} scores are not finite")
         return numbers.tolist()
+
+
+def _reason(error: Exception) -> str:
+    """Type and last line of a plug-in's exception, and the line of code that raised it."""
+    lines = str(error).strip().splitlines()
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace is not None else ""
+    return f"{type(error).__name__}{': ' + lines[-1][:300] if lines else ''}{where}"
