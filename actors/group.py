@@ -60,5 +60,5 @@ def kill(handles: Mapping[str, Any]) -> None:
     for name, handle in handles.items():
         try:
             ray.kill(handle)
-        except RayError as error:
+        except (RayError, RuntimeError, ValueError) as error:
             logger.info("%s had ended already: %s", name, error)

@@ -1,4 +1,4 @@
-"""Which backend a run uses, and its ports."""
+"""Backend of a run, and its ports."""
 
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
@@ -7,7 +7,7 @@ from acpo_dist.training.run import OpenPorts
 
 
 def choose_backend(config: Config) -> str:
-    """`auto` takes Ray when an address is known or several processes are asked for, else this process.
+    """`local` or `ray`; `auto` takes Ray if the configuration needs several processes.
 
     Raises:
         ConfigError: Ray is needed but not installed.
@@ -27,7 +27,7 @@ def choose_backend(config: Config) -> str:
 
 
 def ports_for(backend: str) -> OpenPorts:
-    """The function that opens a backend's ports."""
+    """The function that opens the ports of a backend."""
     if backend == "local":
         from acpo_dist.training.local import open_ports
 

@@ -1,4 +1,4 @@
-"""`acpo doctor`: whether this machine, a configuration on it, or a cluster can do what will be asked of it."""
+"""`acpo doctor`: check this machine, a configuration on it, or a cluster."""
 
 import os
 import sys
@@ -20,15 +20,15 @@ _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "failed": "red"}
 def doctor(
     source: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="File, or name of a shipped one.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to look at, such as auto or HOST:6379.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to check, such as auto or HOST:6379.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Look for what would go wrong: libraries, devices, storage; a CONFIG's model and rewards; a cluster's machines."""
+    """Check libraries, devices and storage; the model and rewards of a CONFIG; the machines of a cluster."""
     from acpo_dist.preflight.doctor.finding import run_checks, worst
     from acpo_dist.tracking.console import Console
 
     findings: list[Finding] = []
-    # The lines of the text are its progress.
+    # In text form, the findings themselves show the progress.
     with Console(quiet=not as_json).phase("doctor", None) as advance:
         for check in _checks(source, overrides or [], address):
             for finding in run_checks([check]):
@@ -47,10 +47,10 @@ def doctor(
 
 
 def _checks(source: str | None, overrides: list[str], address: str | None) -> Iterator[tuple[str, "Check"]]:
-    """One after the other, each found out only when those before were shown: what a broken library breaks comes last.
+    """Checks in order; each runs after the findings before it are shown, and the ones that import most come last.
 
     Raises:
-        ConfigError: the configuration itself is wrong; at once.
+        ConfigError: the configuration is wrong; raised before any check.
     """
     from acpo_dist.core.errors import AcpoError
     from acpo_dist.preflight.doctor.finding import Finding
@@ -64,11 +64,11 @@ def _checks(source: str | None, overrides: list[str], address: str | None) -> It
     except AcpoError:
         raise
     except Exception as error:
-        # Reading it imports the model's family, and with it what may be broken here: the checks of libraries say what.
+        # A broken library may prevent reading it; the checks of libraries report which.
         broken = f"{source} cannot be read with these libraries: {type(error).__name__}: {error}".splitlines()[0]
     yield from _of_the_machine()
     if broken:
-        yield "configuration", lambda: [Finding("configuration", "failed", broken, "Mend the libraries above first.")]
+        yield "configuration", lambda: [Finding("configuration", "failed", broken, "Repair the libraries above first.")]
         return
     if config is not None:
         yield from _of_a_configuration(config)
@@ -122,7 +122,7 @@ def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Chec
     def machines() -> Iterator["Finding"]:
         from actors.cluster.checks import check_cluster
 
-        # Without an address a run starts a cluster of its own, so that must work.
+        # Without an address a run starts its own cluster, so that is checked.
         return check_cluster(where or "local", config.run_dir.parent if config else _runs())
 
     def placement() -> Iterator["Finding"]:
@@ -132,8 +132,8 @@ def _of_a_cluster(config: Any, address: str | None) -> Iterator[tuple[str, "Chec
         found = cluster_capacity(config, where or "auto")
         lacking = [*(f"{amount:g} {name}" for name, amount in found["missing"].items()), *found["missing_by_role"]]
         yield judged(
-            not lacking, "placement", f"missing: {'; '.join(lacking)}" if lacking else "every role finds its machines",
-            "Add machines, or ask for fewer workers; `acpo plan --address` has the figures.", otherwise="failed",
+            not lacking, "placement", f"missing: {'; '.join(lacking)}" if lacking else "every role can be placed",
+            "Add machines, or configure fewer workers; `acpo plan --address` shows the resources.", otherwise="failed",
         )  # fmt: skip
 
     yield "cluster", machines

@@ -38,7 +38,7 @@ def status(
         return
     console.table(
         "reward pools",
-        ["run", "metric", "status", "replicas", "asked for", "queue"],
+        ["run", "metric", "status", "replicas", "wanted", "queue"],
         [
             [pool["run"], pool["metric"], pool["status"], pool["states"].get("RUNNING", 0), _bounds(pool),
              pool["queue"]]
@@ -50,7 +50,7 @@ def status(
         ["metric", "replica", "pid", "up s", "requests", "images", "batch", "busy", "queue"],
         [
             [pool["metric"], one["replica"], one["pid"], f"{one['up_s']:.0f}", one["requests"], one["images"],
-             _figure(one["batch"], "{:.1f}"), _figure(one["utilisation"], "{:.0%}"), one["queue"]]
+             _number(one["batch"], "{:.1f}"), _number(one["utilisation"], "{:.0%}"), one["queue"]]
             for pool in pools for one in pool["replicas"]
         ],
     )  # fmt: skip
@@ -96,7 +96,7 @@ def _parse(text: str) -> tuple[int, int]:
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Join a running cluster; never start one.
+    """Join a running cluster.
 
     Raises:
         UsageError: Ray is not installed, or the cluster cannot be joined.
@@ -117,5 +117,5 @@ def _bounds(pool: dict[str, Any]) -> str:
     return f"{fewest}" if fewest == most else f"{fewest} to {most}"
 
 
-def _figure(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)

@@ -31,7 +31,7 @@ def submit(
     logs: Annotated[str | None, typer.Option(metavar="JOB", help="Output of a job until it ends.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Train on a cluster: check the configuration here, upload what it needs, start `acpo train` there."""
+    """Train on a cluster: check the configuration here, upload its files, and start `acpo train` there."""
     from acpo_dist.config.relations import module_available
     from acpo_dist.core.errors import UsageError
 
@@ -39,7 +39,7 @@ def submit(
         raise UsageError("give one of CONFIG, --list, --stop JOB or --logs JOB")
     if not module_available("ray"):
         raise UsageError("jobs need Ray, which is not installed: pip install 'acpo-dist[ray]'")
-    # Before the cluster is asked: a typo must not cost an upload.
+    # Checked before the upload.
     start = _checked(source, overrides or [], resume, working_dir, ship_code, env or []) if source else None
     from actors.cluster import jobs
 
@@ -49,7 +49,7 @@ def submit(
     elif stop is not None:
         jobs.require_job(client, stop)
         client.stop_job(stop)
-        _end({"job": stop, "status": "STOPPING"}, f"{stop} is asked to stop; see --list", as_json)
+        _end({"job": stop, "status": "STOPPING"}, f"{stop} is stopping; see --list", as_json)
     elif logs is not None:
         jobs.require_job(client, logs)
         if follow:
