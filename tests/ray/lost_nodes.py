@@ -1,6 +1,6 @@
-"""Runs on three Ray nodes of this machine of which one is lost; in a process of its own, for the tests beside it.
+"""Runs on Ray nodes of this machine that are lost one after another; in a process of its own, for the tests beside it.
 
-`python -m tests.ray.lost_nodes rollout|learner FOLDER` prints one JSON object as its last line.
+`python -m tests.ray.lost_nodes FOLDER` prints one JSON object as its last line.
 """
 
 import json
@@ -19,6 +19,7 @@ from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from tests.conftest import TINY
 
+ITERATIONS = 3
 METRICS = ["two_stream", "strided_judge"]
 PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
 SMALL = [
@@ -29,7 +30,7 @@ SMALL = [
 
 
 class Machines:
-    """A head, and two nodes for workers, either of which has room for all of them."""
+    """A head, and three nodes for workers, each of which has room for all of them."""
 
     def __init__(self) -> None:
         args = {"include_dashboard": False, "object_store_memory": 150_000_000}
@@ -39,7 +40,7 @@ class Machines:
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="acpo")
         nodes = [
             self._cluster.add_node(num_cpus=2, labels={"acpo-role": "worker"}, object_store_memory=150_000_000)
-            for _ in range(2)
+            for _ in range(3)
         ]
         self._cluster.wait_for_nodes()
         self._nodes = {node.node_id: node for node in nodes}
@@ -59,7 +60,7 @@ class Machines:
         self._cluster.shutdown()
 
 
-def lose_rollout(machines: Machines, folder: Path) -> dict:
+def lose_rollout(machines: Machines) -> dict:
     """Samples are drawn, then a node with rollout workers and finished samples goes away."""
     from acpo_dist.tracking.composite import CompositeTracker
     from acpo_dist.training.context import fixed_groups
@@ -101,13 +102,13 @@ def lose_learner(machines: Machines, folder: Path) -> dict:
     from actors.launch import open_ports
 
     config = load_config(
-        "toy_sdxl", [*TINY, *SMALL, "run.iterations=6", "checkpoint.every=2", f"run.dir={folder / 'run'}"]
+        "toy_sdxl", [*TINY, *SMALL, f"run.iterations={ITERATIONS}", "checkpoint.every=1", f"run.dir={folder / 'run'}"]
     )
     rows = folder / "run" / "metrics.jsonl"
     lost: list[int] = []
 
     def watch() -> None:
-        while not (rows.exists() and len(read_metrics(rows)) >= 3):
+        while not (rows.exists() and len(read_metrics(rows)) >= 2):
             time.sleep(0.1)
         machines.lose(machines.of("LearnerActor")[0])
         lost.append(len(read_metrics(rows)))
@@ -125,7 +126,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     own = Machines()
     try:
-        outcome = {"rollout": lose_rollout, "learner": lose_learner}[sys.argv[1]](own, Path(sys.argv[2]))
+        outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, Path(sys.argv[1]))}
     finally:
         own.close()
     sys.stdout.write(json.dumps(outcome) + "\n")
