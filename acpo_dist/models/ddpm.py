@@ -53,7 +53,7 @@ class DdpmFamily:
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (unet.config["in_channels"], height, width)
         self.pixels = height
-        self._decoder = PixelDecoder()
+        self.decoder = PixelDecoder()
 
     @classmethod
     def check(cls, config: DdpmConfig) -> None:
@@ -93,7 +93,7 @@ class DdpmFamily:
 
     def decode(self, clean: Tensor) -> Tensor:
         """See `Decoder.decode`."""
-        return self._decoder.decode(clean)
+        return self.decoder.decode(clean)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `ModelFamily.encode_images`."""

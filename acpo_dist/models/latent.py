@@ -66,8 +66,8 @@ class LatentFamily:
             self._load_encoders, self._embed, device=device, folder=self._cache_folder(config, path),
             free=config.memory.free_text_encoders,
         )  # fmt: skip
-        self._decoder = self.load_decoder(config, device=device)
-        factor = 2 ** (len(self._decoder.vae.config["block_out_channels"]) - 1)
+        self.decoder = self.load_decoder(config, device=device)
+        factor = 2 ** (len(self.decoder.vae.config["block_out_channels"]) - 1)
         self.pixels = config.image_size or self._own_side(unet) * factor
         if self.pixels % factor:
             raise ModelError(f"model.image_size ({self.pixels}) must be a multiple of {factor}, the VAE's reduction.")
@@ -161,11 +161,11 @@ class LatentFamily:
 
     def decode(self, clean: Tensor) -> Tensor:
         """See `Decoder.decode`."""
-        return self._decoder.decode(clean)
+        return self.decoder.decode(clean)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `ModelFamily.encode_images`."""
-        return self._decoder.encode(pixels.to(self.device))
+        return self.decoder.encode(pixels.to(self.device))
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""

@@ -111,7 +111,7 @@ def test_weights_that_a_worker_takes_with_a_task_are_checked_as_published_ones_a
     # The shell without its process: what it does is asked in this one.
     actor = rollouts.RolloutActor.__new__(rollouts.RolloutActor)
     actor._failed, actor._loaded, actor._first = None, worker, worker.trajectory
-    tensors = {name: value.detach().clone() for name, value in trainable_tensors(worker._family.network).items()}
+    tensors = {name: value.detach().clone() for name, value in trainable_tensors(worker.family.network).items()}
     right = make_bundle(3, tensors)
     wrong = replace(right, version=4, checksum="0" * 64)
     actor._assume(rollouts.Policy(version=3, bundle=(cluster.put(right),)))

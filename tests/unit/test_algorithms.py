@@ -113,8 +113,8 @@ def test_a_preference_starts_at_log_two_in_either_space(tiny, tmp_path, space):
 
 def test_a_pair_shares_noise_and_timestep_and_other_pairs_do_not(tiny):
     parts = Parts(tiny(*settings("dpo")), ["a", "b"])
-    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
-    states = noise_forward(batch, parts.learner._network, lowest=1)
+    batch = parts.learner.batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
+    states = noise_forward(batch, parts.learner.network, lowest=1)
     assert torch.equal(states.noise[::2], states.noise[1::2])
     assert torch.equal(states.timesteps_B[::2], states.timesteps_B[1::2])
     assert not torch.equal(states.noise[0], states.noise[2])
@@ -131,8 +131,8 @@ def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
     parts = Parts(config, ["a", "b"])
     advantages = dict(zip(parts.ids, torch.linspace(-1, 1, len(parts.ids)).tolist(), strict=True))
     task = parts.task(advantages)
-    network, beta = parts.learner._network, parts.config.algorithm.beta
-    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, task, 0)
+    network, beta = parts.learner.network, parts.config.algorithm.beta
+    batch = parts.learner.batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, task, 0)
     states = noise_forward(batch, network, lowest=1)
     with torch.enable_grad():
         model_output, base = both_outputs(network, states)
@@ -146,10 +146,10 @@ def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
         branches = share * plus.square().mean((1, 2, 3)) + (1 - share) * minus.square().mean((1, 2, 3))
         wanted = torch.autograd.grad(
             branches.mean() / beta,
-            [p for p in parts.learner._family.network.parameters() if p.requires_grad],
+            [p for p in parts.learner.family.network.parameters() if p.requires_grad],
             allow_unused=True,
         )
-    names = [n for n, p in parts.learner._family.network.named_parameters() if p.requires_grad]
+    names = [n for n, p in parts.learner.family.network.named_parameters() if p.requires_grad]
     parts.learner.train(parts.batches, task)
     moments = parts.moments()
     largest = max(float(g.abs().max()) for g in wanted if g is not None)
@@ -197,8 +197,8 @@ def test_a_second_pass_of_ddpo_is_held_against_the_weights_that_made_the_rollout
 def test_a_rollout_keeps_the_state_that_its_own_stochastic_step_led_to(tiny):
     parts = Parts(tiny(*settings("ddpo"), "sampler.guidance_scale=2", "sampler.late_per_sample=8"), ["a", "b"])
     store = SampleStore(parts.batches, policy_version=0)
-    batch = parts.learner._batches.make(store, parts.ids, parts.task(), 0)
-    late, network = batch.late, parts.learner._network
+    batch = parts.learner.batches.make(store, parts.ids, parts.task(), 0)
+    late, network = batch.late, parts.learner.network
     assert late.following is not None and late.following_alpha_bars_B is not None
     joined = network.encode([""] * len(batch.prompts)).join(network.encode(batch.prompts))
     with torch.no_grad():
@@ -246,8 +246,8 @@ def test_ncp_calibrates_beta_on_the_base_and_a_resumed_run_keeps_it(tiny, tmp_pa
 
 def test_noise_statistics_of_the_learner_are_the_plain_errors(tiny):
     parts = Parts(tiny(*settings("sft")), ["a", "b"])
-    network = parts.learner._network
-    batch = parts.learner._batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
+    network = parts.learner.network
+    batch = parts.learner.batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
     states = noise_forward(batch, network, lowest=1)
     with torch.no_grad():
         model_output, base = both_outputs(network, states)

@@ -48,7 +48,7 @@ def test_other_errors_pass_as_they_are():
 @pytest.mark.parametrize(("part", "advice"), [("predict", "sampling 2 at once"), ("decode", "vae_slicing=true")])
 def test_a_rollout_says_whether_sampling_or_decoding_did_not_fit(part, advice, monkeypatch):
     worker = RolloutWorker(SdxlFamily.Config(path="toy-sdxl"), SamplerConfig(num_steps=2, t_max=0.9), name="rollout/3")
-    monkeypatch.setattr(worker._family, part, allocate_too_much)
+    monkeypatch.setattr(worker.family, part, allocate_too_much)
     plans = [SamplePlan(sample_id=f"s{seed}", prompt_id=0, prompt="a red circle", seed=seed) for seed in (0, 1)]
     with pytest.raises(
         DeviceMemoryError, match=rf"rollout/3, .*{advice}.*rollout\.batch_size \(2\)|rollout/3, {advice}"

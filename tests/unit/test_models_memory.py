@@ -70,7 +70,7 @@ def test_slicing_decodes_the_same_images_and_tiling_nearly_the_same():
         whole = load().decode(latents)
         sliced = load(MemoryConfig(vae_slicing=True)).decode(latents)
         tiled_family = load(MemoryConfig(vae_tiling=True))
-        tiled_family._decoder.vae.tile_latent_min_size, tiled_family._decoder.vae.tile_sample_min_size = 16, 64
+        tiled_family.decoder.vae.tile_latent_min_size, tiled_family.decoder.vae.tile_sample_min_size = 16, 64
         tiled = tiled_family.decode(latents)
     torch.testing.assert_close(sliced, whole, rtol=0, atol=1e-5)
     assert not torch.equal(tiled, whole)
@@ -79,7 +79,7 @@ def test_slicing_decodes_the_same_images_and_tiling_nearly_the_same():
 
 def test_tiles_are_never_used_where_a_gradient_passes():
     family = load(MemoryConfig(vae_tiling=True, vae_slicing=True))
-    family._decoder.vae.tile_latent_min_size = 4
+    family.decoder.vae.tile_latent_min_size = 4
     latents = noise(2, 4, 8, 8).requires_grad_(True)
     whole = load().decode(latents)
     torch.testing.assert_close(family.decode(latents), whole, rtol=0, atol=1e-5)
@@ -124,7 +124,7 @@ def test_a_vae_that_is_not_there_is_named():
 def test_images_come_back_from_latents_and_latents_from_images():
     family = load()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    vae = family._decoder.vae
+    vae = family.decoder.vae
     with torch.no_grad():
         wanted = vae.config.scaling_factor * vae.encode(2 * images - 1).latent_dist.mean
     torch.testing.assert_close(family.encode_images(images), wanted, rtol=0, atol=1e-6)

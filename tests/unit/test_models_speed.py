@@ -114,7 +114,7 @@ def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
     worker = RolloutWorker(SdxlFamily.Config(path="toy-sdxl"), sampler)
     plans = [SamplePlan(sample_id=f"s{seed}", prompt_id=0, prompt=PROMPTS[0], seed=seed) for seed in (0, 1)]
     steps = []
-    predict = worker._family.predict
+    predict = worker.family.predict
 
     def watched(noisy, timesteps, condition):
         # From the first call on, so that what is worked out once per walk is left out.
@@ -124,9 +124,9 @@ def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
         return predict(noisy, timesteps, condition)
 
     mode = NoWaiting()
-    worker._family.predict = watched
+    worker.family.predict = watched
     try:
         end = worker._sample(plans, worker.trajectory, None)
     finally:
         mode.__exit__(None, None, None)
-    assert len(steps) >= 4 and end.shape == (2, *worker._family.sample_shape)
+    assert len(steps) >= 4 and end.shape == (2, *worker.family.sample_shape)

@@ -44,7 +44,7 @@ def test_the_anchors_forwards_run_before_the_answer_is_there_and_change_nothing(
         source = Elsewhere(config, at_once=at_once)
         learner = LearnerWorker(learner_spec(config), source)
         learner.start(None)
-        predict, calls = learner._family.predict, []
+        predict, calls = learner.family.predict, []
 
         def counted(*arguments, predict=predict, calls=calls, source=source):
             calls.append(torch.is_grad_enabled())
@@ -54,7 +54,7 @@ def test_the_anchors_forwards_run_before_the_answer_is_there_and_change_nothing(
                 source.has_got_on.set()
             return answer
 
-        monkeypatch.setattr(learner._family, "predict", counted)
+        monkeypatch.setattr(learner.family, "predict", counted)
         learner.train(batches, task)
         found.append(learner.export(1).tensors)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

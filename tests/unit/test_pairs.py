@@ -257,11 +257,11 @@ def test_a_stand_in_for_a_broken_image_is_no_drift(tiny, tmp_path):
         worker = ports.learner.worker
         worker.start(None)
         ids = tuple(f"pair:{row}:{side}" for row in range(4) for side in "wl")
-        batch = worker._batches.make(SampleStore([], policy_version=None), ids, None, 0)
+        batch = worker.batches.make(SampleStore([], policy_version=None), ids, None, 0)
         with torch.no_grad():
-            for parameter in trainable_tensors(worker._family.network).values():
+            for parameter in trainable_tensors(worker.family.network).values():
                 parameter.add_(0.01)
-        loss = worker._algorithm.loss(batch, worker._network, None, 1.0)
+        loss = worker.algorithm.loss(batch, worker.network, None, 1.0)
     assert batch.unreadable_B is not None and batch.unreadable_B.sum() == 1
     assert batch.weights_B.tolist().count(0.0) == 2
     gone = int(batch.unreadable_B.int().argmax())

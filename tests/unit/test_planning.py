@@ -68,7 +68,7 @@ def test_parameters_are_those_of_the_loaded_model(tuning):
     trainable = sum(value.numel() for value in trainable_tensors(family.network).values())
     assert planned["trainable"] == trainable
     assert planned["network"] == (whole if tuning == "full" else whole - trainable)
-    assert planned["vae"] == sum(value.numel() for value in family._decoder.vae.parameters())
+    assert planned["vae"] == sum(value.numel() for value in family.decoder.vae.parameters())
 
 
 def learner_step(family, config):

@@ -70,7 +70,7 @@ def test_full_size_sdxl_loads_plans_and_answers_within_24_gib(tmp_path, record_p
     trainable = trainable_tensors(family.network)
     assert sum(value.numel() for value in trainable.values()) == plan.parameters["trainable"]
     encoders = family._embeddings._encoders or ()
-    modules = [family.network, family._decoder.vae, *(encoder.model for encoder in encoders)]
+    modules = [family.network, family.decoder.vae, *(encoder.model for encoder in encoders)]
     held = sum(value.nbytes for module in modules for value in module.parameters()) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     planned = plan.roles["rollout"].weights

@@ -38,10 +38,10 @@ class LearnerWorker:
     def __init__(self, spec: LearnerSpec, source: GradientSource, *, device: str = "cpu") -> None:
         """Load the model and its anchor; `start` builds the optimiser."""
         self._spec, self._source, self._device = spec, source, device
-        self._family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
-        self._algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
-        self._network = PolicyNetwork(self._family, spec.algorithm.encoder)
-        self._batches = BatchMaker(spec, self._family, device=device)
+        self.family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
+        self.algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
+        self.network = PolicyNetwork(self.family, spec.algorithm.encoder)
+        self.batches = BatchMaker(spec, self.family, device=device)
         self._engine: Engine | None = None
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ class LearnerWorker:
     @property
     def num_elements(self) -> int:
         """D, elements of one latent tensor."""
-        return math.prod(self._family.sample_shape)
+        return math.prod(self.family.sample_shape)
 
     def start(self, folder: Path | None) -> None:
         """Build the engine; with a folder, load weights, moments and averages first."""
@@ -67,9 +67,9 @@ class LearnerWorker:
             from acpo_dist.workers.learner.zero import ZeroEngine
 
             kind = ZeroEngine
-        engine: Engine = kind(self._family.network, learner, accumulation=self._spec.accumulation, device=self._device)
+        engine: Engine = kind(self.family.network, learner, accumulation=self._spec.accumulation, device=self._device)
         self._engine = engine
-        self._network.autocast = engine.autocast
+        self.network.autocast = engine.autocast
         if folder and weights is not None:
             engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
@@ -110,9 +110,9 @@ class LearnerWorker:
             started = time.monotonic()
             found, bad = MetricSums(), []
             for index, part in enumerate(self._own(ids)):
-                batch = self._batches.make(store, part, task, step)
-                loss = self._algorithm.loss(
-                    batch, self._network, reward, task.anchor_weight, prepared[step][index] if prepared else None
+                batch = self.batches.make(store, part, task, step)
+                loss = self.algorithm.loss(
+                    batch, self.network, reward, task.anchor_weight, prepared[step][index] if prepared else None
                 )
                 mean = loss.per_sample.mean()
                 finite = torch.isfinite(loss.per_sample)
@@ -139,7 +139,7 @@ class LearnerWorker:
         if reward.waited_s:
             sums.add({"time/reward_gradient": torch.tensor([reward.waited_s])})
         if self._spec.data.pairs is not None:
-            broken = self._batches.take_broken()
+            broken = self.batches.take_broken()
             if broken:
                 logger.warning("pairs left out, since an image cannot be decoded: %s", ", ".join(broken[:5]))
             own = len(steps) * self._spec.learner.global_batch // engine.world_size
@@ -162,13 +162,13 @@ class LearnerWorker:
         self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
     ) -> list[list[Tensor]] | None:
         """`Algorithm.prepare` of every micro-batch before the first step; None for most algorithms."""
-        if type(self._algorithm).prepare is BaseAlgorithm.prepare:
+        if type(self.algorithm).prepare is BaseAlgorithm.prepare:
             return None
         prepared: list[list[Tensor]] = []
         for step, ids in enumerate(steps):
             row: list[Tensor] = []
             for part in self._own(ids):
-                value = self._algorithm.prepare(self._batches.make(store, part, task, step), self._network)
+                value = self.algorithm.prepare(self.batches.make(store, part, task, step), self.network)
                 if value is None:
                     return None
                 row.append(value)
@@ -181,7 +181,7 @@ class LearnerWorker:
         store = SampleStore(batches, policy_version=None)
         found: dict[str, list[float]] = {}
         for part, counts in self._share(store.sample_ids):
-            metrics = self._algorithm.observe(self._batches.make(store, part, None, 0), self._network)
+            metrics = self.algorithm.observe(self.batches.make(store, part, None, 0), self.network)
             if not metrics:
                 return {}
             if counts:
@@ -199,10 +199,10 @@ class LearnerWorker:
         reward = self._reward(terms, derive_seed("crop", self._spec.seed, "calibration", self._ready().rank))
         norms: list[float] = []
         for part, counts in self._share(store.sample_ids):
-            batch = self._batches.make(store, part, None, 0)
-            late, condition = batch.late, self._family.encode(batch.prompts)
-            model_output = self._family.predict(late.latents, late.timesteps_B, condition)
-            clean = to_clean(model_output, late.latents, late.alpha_bars_B, self._family.prediction_type)
+            batch = self.batches.make(store, part, None, 0)
+            late, condition = batch.late, self.family.encode(batch.prompts)
+            model_output = self.family.predict(late.latents, late.timesteps_B, condition)
+            clean = to_clean(model_output, late.latents, late.alpha_bars_B, self.family.prediction_type)
             gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
             if self._spec.algorithm.anchor.space != "x0":
                 # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
@@ -218,19 +218,19 @@ class LearnerWorker:
         sums = MetricSums()
         for part, counts in self._share(store.sample_ids):
             clean = store.clean(part).to(self._device)
-            condition = self._family.encode(store.prompts(part))
+            condition = self.family.encode(store.prompts(part))
             for timestep in timesteps:
                 keys = [derive_seed("drift", sample_id, timestep) for sample_id in part]
                 noise = torch.stack(
                     [torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(k)) for k in keys]
                 )
-                alpha_bars = self._family.alpha_bars[[timestep] * len(part)]
+                alpha_bars = self.family.alpha_bars[[timestep] * len(part)]
                 noisy = add_noise(clean, noise.to(clean), alpha_bars)
                 at = torch.full((len(part),), timestep, device=clean.device)
-                model_output = self._family.predict(noisy, at, condition)
-                with self._family.anchored():
-                    anchor = self._family.predict(noisy, at, condition)
-                drift = output_drift(model_output, anchor, alpha_bars, self._family.prediction_type)
+                model_output = self.family.predict(noisy, at, condition)
+                with self.family.anchored():
+                    anchor = self.family.predict(noisy, at, condition)
+                drift = output_drift(model_output, anchor, alpha_bars, self.family.prediction_type)
                 if counts:
                     sums.add({str(timestep): anchor_error(drift)})
         return sums
@@ -282,7 +282,7 @@ class LearnerWorker:
     def _reward(self, terms: Sequence[RewardTerm], seed: int, *, skippable: bool = False) -> PooledReward:
         rewards = self._spec.rewards
         return PooledReward(
-            self._source, terms, self._family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
+            self._source, terms, self.family.decode, cut=rewards.cut, wire_dtype=rewards.wire_dtype,
             spread=rewards.spread, crop=rewards.latent_crop, seed=seed, skippable=skippable,
         )  # fmt: skip
 
@@ -315,7 +315,7 @@ class LearnerWorker:
         }
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
-        own = trainable_tensors(self._family.network)
+        own = trainable_tensors(self.family.network)
         if set(own) != set(weights):
             raise CheckpointError(
                 f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}"

@@ -34,10 +34,10 @@ class RolloutWorker:
             model: the model's configuration section.
             name: how this worker is called in messages.
         """
-        self._family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
+        self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
-        self.follow(spaced_trajectory(self._family.alpha_bars, sampler.num_steps, sampler.spacing))
+        self.follow(spaced_trajectory(self.family.alpha_bars, sampler.num_steps, sampler.spacing))
 
     @property
     def version(self) -> int:
@@ -47,7 +47,7 @@ class RolloutWorker:
     @property
     def alpha_bars(self) -> Tensor:
         """Cumulative signal fraction by timestep, float64 (T,)."""
-        return self._family.alpha_bars
+        return self.family.alpha_bars
 
     def follow(self, trajectory: Trajectory) -> str:
         """Walk this trajectory from the next sample on.
@@ -66,7 +66,7 @@ class RolloutWorker:
         """
         sampler, trajectory = self._sampler, self.trajectory
         try:
-            late = trajectory.late_steps(sampler.t_max, len(self._family.alpha_bars), sampler.late_per_sample)
+            late = trajectory.late_steps(sampler.t_max, len(self.family.alpha_bars), sampler.late_per_sample)
         except ValueError as error:
             raise ConfigError(f"sampler.t_max: {error}") from error
         if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
@@ -96,7 +96,7 @@ class RolloutWorker:
             f"{self._name}, decoding {len(plans)} at once",
             f"Set model.memory.vae_slicing=true (or vae_tiling), or lower rollout.batch_size ({len(plans)}).",
         ):
-            pixels = self._family.decode(clean).clamp(0, 1)
+            pixels = self.family.decode(clean).clamp(0, 1)
         return RolloutBatch(
             sample_ids=tuple(plan.sample_id for plan in plans),
             prompts=prompts,
@@ -115,7 +115,7 @@ class RolloutWorker:
     def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
         """See `acpo_dist.workers.rollout.errors.measure_errors`, on the x_0 of a rollout batch."""
         return measure_errors(
-            self._family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
+            self.family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
         )
 
     def load(self, bundle: WeightBundle) -> WeightAck:
@@ -124,7 +124,7 @@ class RolloutWorker:
         Raises:
             WeightSyncError: names or shapes are not those of the trainable parameters.
         """
-        own = trainable_tensors(self._family.network)
+        own = trainable_tensors(self.family.network)
         if set(own) != set(bundle.tensors):
             odd = sorted(set(own) ^ set(bundle.tensors))[:5]
             raise WeightSyncError(
@@ -143,7 +143,7 @@ class RolloutWorker:
     def _sample(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
         start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
         prompts = tuple(plan.prompt for plan in plans)
-        kind, solver = self._family.prediction_type, self._sampler.solver
+        kind, solver = self.family.prediction_type, self._sampler.solver
         if solver in SHARE_AT_END:
             scale = self._guidance_scale()
             return sample_split(
@@ -152,7 +152,7 @@ class RolloutWorker:
         return sample(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
 
     def _start(self, seed: int) -> Tensor:
-        return torch.randn(self._family.sample_shape, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(self.family.sample_shape, generator=torch.Generator().manual_seed(seed))
 
     def _late_state(self, step: int, kept: dict[int, Tensor]) -> LateLatents:
         stochastic = self._sampler.eta > 0
@@ -168,8 +168,8 @@ class RolloutWorker:
 
     def _sampling_rule(self, plans: Sequence[SamplePlan]) -> Sampler:
         if self._sampler.eta == 0:
-            return make_sampler(self._sampler.solver, self._family.alpha_bars)
-        shape = self._family.sample_shape
+            return make_sampler(self._sampler.solver, self.family.alpha_bars)
+        shape = self.family.sample_shape
 
         def noise(step: int) -> Tensor:
             draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
@@ -179,7 +179,7 @@ class RolloutWorker:
 
     def _guidance_scale(self) -> float:
         """1, the conditional branch alone, where there is nothing to guide."""
-        return self._sampler.guidance_for(conditional=self._family.conditional)
+        return self._sampler.guidance_for(conditional=self.family.conditional)
 
     def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
         branches, scale = self._branches(prompts), self._guidance_scale()
@@ -193,7 +193,7 @@ class RolloutWorker:
         return guided
 
     def _branches(self, prompts: tuple[str, ...]) -> GuidedDenoise:
-        family = self._family
+        family = self.family
         condition = family.encode(prompts)
         # Both branches in one forward: the null prompt first, as diffusers orders them.
         joined = family.encode([""] * len(prompts)).join(condition) if self._guidance_scale() != 1 else condition
