@@ -70,7 +70,7 @@ class Run:
         return self.cluster.at_desk(f"acpo submit --logs {job or self.name} --no-follow")
 
     def rows(self) -> list[dict[str, float]]:
-        """Its figures, one mapping per iteration."""
+        """Its metrics, one mapping per iteration."""
         file = self._folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -97,7 +97,7 @@ class Run:
 
 
 def largest_difference(calm: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> tuple[float, str]:
-    """The largest relative difference between figures of two runs (absolute below 1), and where it is.
+    """The largest relative difference between metrics of two runs (absolute below 1), and where it is.
 
     Times and what the reward pool says of itself are left out: these may differ.
     """

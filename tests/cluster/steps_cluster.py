@@ -58,7 +58,7 @@ def _reached(host: Host, address: str, ports: list[int]) -> list[int]:
 
 
 def token(cluster: Cluster) -> dict[str, Any]:
-    """Who does not hold the token is refused: the job service through the tunnel, and Ray on the wire."""
+    """Without the token, the job service refuses requests through the tunnel and Ray refuses connections."""
     assert cluster.try_at_desk("acpo submit --list").returncode == 0
     strangers = ("RAY_AUTH_TOKEN=wrong" + "0" * 30, "RAY_AUTH_MODE=disabled")
     for env in strangers:

@@ -97,7 +97,7 @@ def stop(cluster: Cluster) -> dict[str, Any]:
     until(lambda: not any(cluster.places().values()), 60, lambda: f"still there: {cluster.workers()}")
     again = f"acpo submit {run.arguments} --resume auto --name again"
     said = cluster.at_desk(again, timeout=600)
-    found = re.search(r"continuing from \S+ after (\d+) iterations", said)
+    found = re.search(r"checkpoints/0*(\d+)\b", said)
     assert found and int(found[1]) >= 5 and "iteration 40/40" in said, said[-4000:]
     assert [row["iteration"] for row in run.rows()] == list(range(len(run.rows()))), "lines are missing or double"
     return {"stopped_s": stopped_s, "went_on_after": int(found[1])}

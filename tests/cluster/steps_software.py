@@ -36,7 +36,7 @@ def other_software(cluster: Cluster) -> dict[str, Any]:
     settings.write_text(f"{before}export PYTHONPATH={other}\n")
     _restart(cluster, host)
     found = [one for one in _doctor(cluster)["findings"] if one["verdict"] == "failed"]
-    assert len(found) == 1 and host.address in found[0]["check"] and "other code" in found[0]["found"], found
+    assert len(found) == 1 and host.address in found[0]["check"] and "mixed_software" in found[0]["advice"], found
     started = time.monotonic()
     run = Run(cluster, "other-software", 0, _ONE_ROLE_EACH).submit()
     until(lambda: run.status() == "FAILED", _REFUSED_S, lambda: f"{run.status()}: {run.output()[-4000:]}")
