@@ -19,7 +19,7 @@ def found(tmp_path_factory):
     """What happened on a cluster that lost a rollout worker's node, and then a learner's."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ray.lost_nodes", str(tmp_path_factory.mktemp("lost"))], cwd=ROOT,
+        [sys.executable, "-m", "tests.helpers.lost_nodes", str(tmp_path_factory.mktemp("lost"))], cwd=ROOT,
         capture_output=True, text=True, timeout=1100,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip

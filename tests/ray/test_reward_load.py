@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def slow(pool_of, tmp_path_factory):  # noqa: F811
     """One replica that takes its time; five requests at once are more than one attempt's time."""
-    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": SLOW, "seconds": 0.6,
+    metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "seconds": 0.6,
               "folder": str(tmp_path_factory.mktemp("none"))}  # fmt: skip
     return pool_of(
         "acpo-00000003",
@@ -95,7 +95,7 @@ def another_run(cluster, name: str, folder: Path):
     """A process that starts a pool whose metric takes very long to load; entered when Serve knows of it."""
     from ray import serve
 
-    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder), "start_seconds": 600}
+    metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder), "start_seconds": 600}
     overrides = [f"rewards.train={json.dumps([metric])}", "rewards.judges=[]", "rewards.cut=image",
                  "rewards.cpus_per_replica=0.1"]  # fmt: skip
     address = cluster.get_runtime_context().gcs_address

@@ -74,7 +74,7 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def faulty(pool_of, faults):
-    metric = {"type": "tests.ray.misbehaving:Misbehaving", "name": FAULTY, "folder": str(faults), "seconds": 0.01}
+    metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": FAULTY, "folder": str(faults), "seconds": 0.01}
     return pool_of(
         "acpo-00000001",
         {

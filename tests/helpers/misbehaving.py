@@ -21,7 +21,7 @@ class Misbehaving(Sharpness):
     """Sharpness, until a file named after a fault lies in the folder: the first replica asked then keeps the fault."""
 
     class Config(MetricConfig):
-        type: str = "tests.ray.misbehaving:Misbehaving"
+        type: str = "tests.helpers.misbehaving:Misbehaving"
         folder: Path
         seconds: float = 0.0
         """How long a batch takes at least, as it would with a larger network."""

@@ -1,6 +1,6 @@
 """Runs on Ray nodes of this machine that are lost one after another; in a process of its own, for the tests beside it.
 
-`python -m tests.ray.lost_nodes FOLDER` prints one JSON object as its last line.
+`python -m tests.helpers.lost_nodes FOLDER` prints one JSON object as its last line.
 """
 
 import json
