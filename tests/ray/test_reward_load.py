@@ -95,7 +95,8 @@ def another_run(cluster, name: str, folder: Path):
     """A process that starts a pool whose metric takes very long to load; entered when Serve knows of it."""
     from ray import serve
 
-    metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder), "start_seconds": 600}
+    slow = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder)}
+    metric = {**slow, "start_seconds": 600}
     overrides = [f"rewards.train={json.dumps([metric])}", "rewards.judges=[]", "rewards.cut=image",
                  "rewards.cpus_per_replica=0.1"]  # fmt: skip
     address = cluster.get_runtime_context().gcs_address
