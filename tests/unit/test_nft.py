@@ -193,7 +193,7 @@ def test_the_weights_that_workers_draw_with_are_the_old_ones(tiny, tmp_path):
 @pytest.mark.parametrize("how", [["model.tuning.method=full"], []])
 def test_the_old_policy_answers_with_its_weights_and_leaves_the_policys_alone(tiny, how):
     with open_ports(tiny(*COMMON, *how), None) as ports:  # type: ignore[arg-type]
-        family = ports.learner.worker._family
+        family = ports.learner.worker.family
         own = trainable_tensors(family.network)
         other = {
             name: torch.randn(value.shape, generator=torch.Generator().manual_seed(3)) / 20

@@ -113,7 +113,7 @@ def test_where_pyiqa_is_missing_the_table_answers(monkeypatch):
 def test_a_metric_has_a_gradient_exactly_where_the_table_says_so(name: str, built: Callable[[str], PyiqaMetric]):
     images_BCHW = images(2).requires_grad_(True)
     # Asked of the network itself, since our own call switches the gradient off where the table has none.
-    score = built(name)._network(images_BCHW.clone()).sum()
+    score = built(name).network(images_BCHW.clone()).sum()
     useful = score.requires_grad and bool(torch.autograd.grad(score, images_BCHW)[0].flatten(1).any(1).all())
     assert useful == PYIQA[name].differentiable
 
@@ -157,7 +157,7 @@ def test_the_smallest_image_is_scored_and_none_smaller(name: str, built: Callabl
 def test_the_smallest_size_is_the_networks_own(name: str, built: Callable[[str], PyiqaMetric]):
     size = PYIQA[name].minimum - 1
     with pytest.raises((RuntimeError, ValueError, IndexError)):
-        built(name)._network(images(1, size))
+        built(name).network(images(1, size))
 
 
 def test_a_call_leaves_cudnn_alone(built: Callable[[str], PyiqaMetric], monkeypatch):
