@@ -31,6 +31,13 @@ def forget_cluster() -> None:
     SharedRouterLongPollClient.get_or_create.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
 
 
+def end_serve_handles() -> None:
+    """Stop the routers of all Serve handles of this process, which would go on polling the controller."""
+    if context._cached_client_from_current_session():
+        client: Any = context._global_client
+        client.shutdown_cached_handles()
+
+
 def control_address(address: str) -> str | None:
     """HOST:PORT of the control service that an address such as `auto` means; None for a cluster yet to be started."""
     return canonicalize_bootstrap_address(address)

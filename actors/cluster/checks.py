@@ -25,11 +25,12 @@ _REPORTED = ("open files", "shared memory")
 
 
 @dataclass(frozen=True)
-class _Seen:
+class MachineReport:
     """Report of one machine."""
 
     software: Software
     marker: bool
+    """Whether the machine sees a file of this one in the folder of runs."""
     findings: list[Finding]
 
 
@@ -67,16 +68,24 @@ def _check_machines(runs: Path) -> Iterator[Finding]:
         # All machines work at once; results are read one by one, so a machine that fails hides no other.
         for name, call in calls.items():
             try:
-                seen: _Seen = fetch(call, name=name, what="doctor", timeout_s=_TIMEOUT_S)
+                seen: MachineReport = fetch(call, name=name, what="doctor", timeout_s=_TIMEOUT_S)
             except AcpoError as error:
                 said = str(error).strip().splitlines()
                 yield Finding(name, "failed", f"{said[0]} {said[-1] if len(said) > 1 else ''}".strip(),
                               "Is acpo_dist installed there, in the version of this machine?")  # fmt: skip
                 continue
-            yield from _judge(name, seen, software(), there)
+            yield from judge_machine(name, seen, software(), there)
 
 
-def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Finding]:
+def judge_machine(name: str, seen: MachineReport, mine: Software, runs: Path) -> Iterator[Finding]:
+    """Findings of one machine's report.
+
+    Args:
+        name: of the machine.
+        seen: its report.
+        mine: software of this process.
+        runs: folder that the machines must share.
+    """
     texts = differences(mine, seen.software)
     yield judged(
         not texts, name, "; ".join(texts) or f"same software as this machine (code {mine.code})",
@@ -90,10 +99,10 @@ def _judge(name: str, seen: _Seen, mine: Software, runs: Path) -> Iterator[Findi
         yield Finding(f"{name}, {finding.check}", finding.verdict, finding.found, finding.advice)
 
 
-def _report(marker: Path, has_gpu: bool) -> _Seen:
+def _report(marker: Path, has_gpu: bool) -> MachineReport:
     findings = [one for one in check_system() if one.check in _REPORTED and one.verdict != "ok"]
     if has_gpu:
         # Ray hides all GPUs from a task that reserves none.
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         findings += check_devices()
-    return _Seen(software(), marker.exists(), findings)
+    return MachineReport(software(), marker.exists(), findings)

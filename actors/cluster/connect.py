@@ -16,11 +16,13 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from acpo_dist.core.errors import UsageError
-from actors.ray_private import control_address, forget_cluster, object_store_bytes
+from actors.cluster.control import attempt
+from actors.ray_private import control_address, end_serve_handles, forget_cluster, object_store_bytes
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
+_HANDLES_TIMEOUT_S = 10.0
 _GIB = 2**30
 _SOCKET_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Characters of a socket's path that Ray appends to its temporary folder."""
@@ -82,6 +84,7 @@ def joined(address: str) -> Iterator[None]:
 
 def leave() -> None:
     """Disconnect this process, and stop a cluster that it has started; a later `join` starts from nothing."""
+    attempt(end_serve_handles, what="end Serve handles", timeout_s=_HANDLES_TIMEOUT_S)
     forget_cluster()
     ray.shutdown()
 

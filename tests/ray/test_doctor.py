@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
-from actors.cluster import checks as checkup
+from actors.cluster import checks
 from actors.cluster.software import software
 
 pytestmark = pytest.mark.ray
@@ -18,17 +18,17 @@ ACPO = Path(sys.executable).parent / "acpo"
 
 
 def test_every_machine_is_asked_what_it_runs_and_sees(cluster, tmp_path, monkeypatch):
-    (found,) = checkup.check_cluster("auto", tmp_path / "runs")
+    (found,) = checks.check_cluster("auto", tmp_path / "runs")
     assert found.verdict == "ok" and software().code in found.found and list(tmp_path.iterdir()) == []
     assert cluster.is_initialized()
-    monkeypatch.setattr(checkup, "software", lambda: replace(software(), packages={"torch": "1.0"}))
-    (other,) = checkup.check_cluster("auto", tmp_path)
+    monkeypatch.setattr(checks, "software", lambda: replace(software(), packages={"torch": "1.0"}))
+    (other,) = checks.check_cluster("auto", tmp_path)
     assert other.verdict == "failed" and "not 1.0" in other.found and "mixed_software" in other.advice
 
 
 def test_a_run_folder_that_a_machine_does_not_see_is_told(tmp_path):
-    seen = checkup._Seen(software(), marker=False, findings=[])
-    same, folder = checkup._judge("machine a", seen, software(), tmp_path)
+    seen = checks.MachineReport(software(), marker=False, findings=[])
+    same, folder = checks.judge_machine("machine a", seen, software(), tmp_path)
     assert same.verdict == "ok"
     assert folder.verdict == "failed" and str(tmp_path) in folder.found and "ACPO_RUNS" in folder.advice
 
