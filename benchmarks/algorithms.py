@@ -109,7 +109,7 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
         @contextmanager
         def opened(config, tracker):
             with open_ports(config, tracker) as ports:
-                meter = Meter([ports.rollout._worker._family.network, ports.learner.worker._family.network])
+                meter = Meter([ports.rollout.worker.family.network, ports.learner.worker.family.network])
 
                 def evaluate(version: int) -> None:
                     with meter.paused():

@@ -45,9 +45,9 @@ class PyiqaMetric:
             raise RewardConfigError(f"`{config.name}`: {reason}")
         self._name, self._metric, self._facts = config.name, config.metric, PYIQA[config.metric]
         # The network alone: pyiqa's wrapper around it toggles cuDNN and checks the range in every call.
-        self._network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
+        self.network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
         self._order = torch.channels_last if self._facts.channels_last else torch.contiguous_format
-        self._network.to(memory_format=self._order)
+        self.network.to(memory_format=self._order)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See `Metric.__call__`.
@@ -59,7 +59,7 @@ class PyiqaMetric:
         parts = self._parts(images)
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._facts.differentiable):
-                answers = [self._network(part) for part in parts]
+                answers = [self.network(part) for part in parts]
                 scores = [answer[0] if isinstance(answer, (tuple, list)) else answer for answer in answers]
                 return torch.cat([score.reshape(-1) for score in scores]).reshape(len(images)).float()
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:

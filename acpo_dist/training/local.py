@@ -62,14 +62,14 @@ class LocalRollouts:
 
     def __init__(self, config: Config, *, device: str) -> None:
         """Load the worker."""
-        self._worker = RolloutWorker(config.model, config.sampler, device=device)
+        self.worker = RolloutWorker(config.model, config.sampler, device=device)
         self._chunk = config.rollout.batch_size
 
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
         """See `RolloutPool.generate`."""
         handles = []
         for plans in chunks_of(groups, self._chunk):
-            batch = self._worker.generate(plans)
+            batch = self.worker.generate(plans)
             handles.append(
                 RolloutHandle(
                     sample_ids=batch.sample_ids,
@@ -85,29 +85,29 @@ class LocalRollouts:
 
     def trajectory(self) -> Trajectory:
         """See `RolloutPool.trajectory`."""
-        return self._worker.trajectory
+        return self.worker.trajectory
 
     def alpha_bars(self) -> Tensor:
         """See `RolloutPool.alpha_bars`."""
-        return self._worker.alpha_bars
+        return self.worker.alpha_bars
 
     def follow(self, trajectory: Trajectory) -> list[str]:
         """See `RolloutPool.follow`."""
-        return [self._worker.follow(trajectory)]
+        return [self.worker.follow(trajectory)]
 
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
         """See `RolloutPool.ends`."""
-        return torch.cat([self._worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
+        return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
 
     def measure_errors(
         self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
     ) -> list[ErrorSums]:
         """See `RolloutPool.measure_errors`."""
-        return [self._worker.measure_errors(handle.payload, sigmas, guidance=guidance) for handle in handles]
+        return [self.worker.measure_errors(handle.payload, sigmas, guidance=guidance) for handle in handles]
 
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
         """See `RolloutPool.load`."""
-        return [self._worker.load(bundle)]
+        return [self.worker.load(bundle)]
 
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
         """See `RolloutPool.images`."""

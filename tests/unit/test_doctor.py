@@ -49,7 +49,7 @@ def test_a_library_that_does_not_fit_torch_is_found_though_it_is_installed(tmp_p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (vision,) = packages.check_torchvision()
     assert vision.verdict == "failed" and "operator nms does not exist" in vision.found and "torch" in vision.advice
-    zero = packages._check("extra `zero`", packages._wanted()["zero"], "ranks", "zero")
+    zero = packages.compare_installed("extra `zero`", packages.wanted_packages()["zero"], "ranks", "zero")
     assert zero.verdict == "failed" and "ended by signal 6" in zero.found and "acpo-dist[zero]" in zero.advice
 
 
@@ -57,12 +57,12 @@ def test_another_version_than_this_was_written_for_is_told_and_a_missing_extra_i
     (tmp_path / "mlflow-1.0.dist-info").mkdir()
     (tmp_path / "mlflow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    wanted = packages._wanted()
-    old = packages._check("extra `mlflow`", wanted["mlflow"], "MLflow", "mlflow")
+    wanted = packages.wanted_packages()
+    old = packages.compare_installed("extra `mlflow`", wanted["mlflow"], "MLflow", "mlflow")
     assert old.verdict == "warning" and "mlflow 1.0 instead of" in old.found
-    absent = packages._check("x", [packages.Requirement("no-such-distribution>=2")], "nothing", "x")
+    absent = packages.compare_installed("x", [packages.Requirement("no-such-distribution>=2")], "nothing", "x")
     assert absent.verdict == "note" and absent.found == "for nothing: no-such-distribution not installed"
-    needed = packages._check("x", [packages.Requirement("no-such-distribution>=2")], "")
+    needed = packages.compare_installed("x", [packages.Requirement("no-such-distribution>=2")], "")
     assert needed.verdict == "failed"
 
 

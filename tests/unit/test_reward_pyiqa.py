@@ -179,7 +179,7 @@ def test_a_metric_for_single_images_gets_copies_one_by_one(built: Callable[[str]
         return part.mul_(2).mean()
 
     metric = object.__new__(PyiqaMetric)
-    metric._name, metric._metric, metric._network = "x", "x", network
+    metric._name, metric._metric, metric.network = "x", "x", network
     metric._facts = replace(PYIQA["maclip"], minimum=1)
     images_BCHW = images(3, 8)
     before = images_BCHW.clone()

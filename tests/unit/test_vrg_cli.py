@@ -127,7 +127,7 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
     schedule = tmp_path / "schedule.json"
     schedule.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), levels)}))
     plan = SamplePlan(sample_id="x", prompt_id=0, prompt=prompt, seed=5)
-    own = pool._worker.generate([plan]).images_BCHW
+    own = pool.worker.generate([plan]).images_BCHW
     pipeline, _ = open_pipeline("toy-sdxl", "euler")
     sample = arguments_for(pipeline, schedule, 20)
     noise = torch.Generator().manual_seed(5)

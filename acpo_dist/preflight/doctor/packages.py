@@ -28,14 +28,17 @@ _NOT_IMPORTED = {"setuptools"}
 def check_packages() -> Iterator[Finding]:
     """Required libraries together, each extra by itself."""
     try:
-        wanted = _wanted()
+        wanted = wanted_packages()
     except PackageNotFoundError:
         yield Finding("libraries", "note", f"{DISTRIBUTION} runs without being installed, so versions are not compared")
         return
     # Each import is a process of its own, and most of the time that this command takes.
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        found = [threads.submit(_check, "libraries", wanted[""], "")]
-        found += [threads.submit(_check, f"extra `{name}`", wanted[name], use, name) for name, use in _EXTRAS.items()]
+        found = [threads.submit(compare_installed, "libraries", wanted[""], "")]
+        found += [
+            threads.submit(compare_installed, f"extra `{name}`", wanted[name], use, name)
+            for name, use in _EXTRAS.items()
+        ]
         for one in found:
             yield one.result()
 
@@ -56,7 +59,7 @@ def check_torchvision() -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _wanted() -> dict[str, list[Requirement]]:
+def wanted_packages() -> dict[str, list[Requirement]]:
     """Requirements by extra; "" are those of every installation."""
     found: dict[str, list[Requirement]] = {name: [] for name in ("", *_EXTRAS)}
     for text in requires(DISTRIBUTION) or []:
@@ -69,7 +72,8 @@ def _wanted() -> dict[str, list[Requirement]]:
     return found
 
 
-def _check(name: str, wanted: list[Requirement], use: str, extra: str = "") -> Finding:
+def compare_installed(name: str, wanted: list[Requirement], use: str, extra: str = "") -> Finding:
+    """Compare installed distributions with requirements; without `use` they are required, else an optional extra."""
     install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
     there: dict[str, str] = {}
     for requirement in wanted:
