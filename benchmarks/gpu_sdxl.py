@@ -119,7 +119,7 @@ class Bench:
 
     def diffusers(self, steps: int) -> None:
         """Plain diffusers: the pipeline's own call, Euler, guidance 5."""
-        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(self.folder, torch_dtype=self.dtype).to(self.device)
+        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(self.folder, dtype=self.dtype).to(self.device)
         pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         size, batch = (32 if self.options.tiny else 1024), self.options.batch

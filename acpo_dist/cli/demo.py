@@ -49,9 +49,9 @@ def demo(
         "reward and ruins the images; the anchor keeps the gain real."
     )
     console.message(f"images: {report.image}")
-    console.message(
-        f"runs side by side: .venv/bin/mlflow ui --backend-store-uri {report.mlflow_uri}   ({seconds:.0f} s in all)"
-    )
+    console.message(f"done in {seconds:.0f} s: {root}")
+    if report.charts:
+        console.message(f"charts of the runs: {report.charts}")
 
 
 def _new_folder(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from acpo_dist.core.ports import Ports
 from acpo_dist.evaluation.metrics.arm import ArmReport, evaluate_toy_arm
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_grid
+from acpo_dist.tracking.mlflow_query import charts_link
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.run import drive
 
@@ -27,6 +28,8 @@ class DemoReport:
     arms: dict[str, dict[str, float | None]]
     image: Path
     mlflow_uri: str | None
+    charts: str | None
+    """How to open the charts of the runs; see `charts_link`."""
 
 
 def run_demo(
@@ -68,7 +71,10 @@ def run_demo(
     order = ["base", *arms]
     images = torch.cat([reports[name].images[:_SHOWN] for name in order])
     save_grid(images, image, columns=min(_SHOWN, samples), labels=order, scale=2, title="same prompts, same seeds")
-    return DemoReport(arms={name: _row(reports[name], some) for name in order}, image=image, mlflow_uri=uri)
+    charts = charts_link(uri, some.tracking.experiment) if uri else None
+    return DemoReport(
+        arms={name: _row(reports[name], some) for name in order}, image=image, mlflow_uri=uri, charts=charts
+    )
 
 
 def _config(root: Path, name: str, overrides: Sequence[str], seed: int, iterations: int | None) -> Config:

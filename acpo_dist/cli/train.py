@@ -43,7 +43,11 @@ def train(
         raise typer.Exit(3 if result.guard else 0)
     console.message(f"done in {result.seconds:.0f} s: {result.run_dir}; pipeline in {result.export}")
     if result.mlflow_uri:
-        console.message(f"compare runs: mlflow ui --backend-store-uri {result.mlflow_uri}")
+        from acpo_dist.tracking.mlflow_query import charts_link
+
+        link = charts_link(result.mlflow_uri, config.tracking.experiment)
+        if link:
+            console.message(f"charts of the runs: {link}")
     if result.guard:
         kept = (
             f"the export holds iteration {result.guard.best_iteration}, which the judges liked best"

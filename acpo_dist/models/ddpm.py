@@ -40,7 +40,7 @@ class DdpmFamily:
             UNet2DModel.from_pretrained,
             path,
             subfolder,
-            torch_dtype=held_dtype(config.dtype, method=config.tuning.method, trainable=trainable),
+            dtype=held_dtype(config.dtype, method=config.tuning.method, trainable=trainable),
             revision=config.revision,
         )
         unet.to(device).eval()

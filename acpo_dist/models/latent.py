@@ -47,7 +47,7 @@ class LatentFamily:
         self.config, self.path, self.device = config, path, device
         self._options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
         dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
-        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", torch_dtype=dtype, **self._options)
+        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", dtype=dtype, **self._options)
         self._check_unet(unet)
         unet.to(device).eval()
         if config.speed.channels_last:
@@ -230,7 +230,7 @@ class LatentFamily:
             # Read anew for a loaded family too: its own may be narrower, and on another device.
             parts["vae"] = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline)
         return load_part(
-            cls.pipeline.from_pretrained, path, None, torch_dtype=torch.float32, revision=config.revision,
+            cls.pipeline.from_pretrained, path, None, dtype=torch.float32, revision=config.revision,
             variant=config.variant, **parts,
         )  # fmt: skip
 

@@ -127,7 +127,7 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
         if (Path(source) / "vae").is_dir():
             part = "vae"
     vae = load_part(
-        AutoencoderKL.from_pretrained, source, part, key=key, torch_dtype=VAE_DTYPES[dtype], local_files_only=offline,
+        AutoencoderKL.from_pretrained, source, part, key=key, dtype=VAE_DTYPES[dtype], local_files_only=offline,
         **options,
     )  # fmt: skip
     if dtype == "float16" and vae.config.get("force_upcast", True):

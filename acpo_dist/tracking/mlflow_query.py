@@ -1,6 +1,10 @@
 """Runs as MLflow knows them, and files that are added to one afterwards. It says at once when MLflow is not there."""
 
+import logging
+import shlex
+import shutil
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +17,8 @@ from acpo_dist.tracking.mlflow_run import shown_uri, sqlite_file
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
+
+logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 """Longest wait for a tracking server to take a connection; MLflow's own client would try for minutes."""
@@ -63,6 +69,32 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
         raise
     except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
         raise _unusable(uri, error) from error
+
+
+def charts_link(uri: str, experiment: str) -> str | None:
+    """How to open the charts of an experiment's runs in MLflow's web page, for people.
+
+    Args:
+        uri: tracking URI.
+        experiment: its name.
+
+    Returns:
+        An address, after the command that serves it where the URI is not a server's; None if MLflow cannot be used or
+        does not know the experiment.
+    """
+    try:
+        found = connect(uri).get_experiment_by_name(experiment)
+    except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+        logger.debug("no link to the charts of %s: %s", experiment, shown_uri(str(error)))
+        return None
+    if found is None:
+        return None
+    # The address of an experiment alone opens an overview that shows traces of language models, and no runs.
+    page = f"#/experiments/{found.experiment_id}/runs?compareRunsMode=CHART"
+    if urlsplit(uri).scheme in ("http", "https"):
+        return f"{shown_uri(uri).rstrip('/')}/{page}"
+    command = "mlflow" if shutil.which("mlflow") else shlex.quote(str(Path(sys.executable).with_name("mlflow")))
+    return f"{command} ui --backend-store-uri {shlex.quote(uri)}, then open http://127.0.0.1:5000/{page}"
 
 
 def attach(

@@ -104,6 +104,8 @@ def make_sqlite(uri: str, new_client: Callable[..., object]) -> None:
     if file is None or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    # It reports every table that it creates.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=file.parent) as folder:
         part = Path(folder) / file.name
         new_client(tracking_uri=sqlite_uri(part))

@@ -128,7 +128,7 @@ def _load_vae(folder: Path, part: str) -> AutoencoderKL:
     vae_folder = folder / "toy-sdxl" / "vae"
     if not vae_folder.is_dir():
         raise FileNotFoundError(f"toy-{part} needs its VAE in {vae_folder}; build the part `vae` first")
-    return AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval()
+    return AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float32).eval()
 
 
 def _token_ids(folder: Path, texts: Sequence[str]) -> Tensor:

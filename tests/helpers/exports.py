@@ -65,7 +65,7 @@ def command(monkeypatch, capsys, *arguments) -> tuple[int, dict, str]:
 
 
 def base(kind: str):
-    pipeline = DiffusionPipeline.from_pretrained(ASSETS / f"toy-{kind}", torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / f"toy-{kind}", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

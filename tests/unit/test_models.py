@@ -87,7 +87,7 @@ def change_json(path: Path, **changes) -> None:
 
 def open_base(path: Path):
     """A base model in the float32 that the families run it in, whatever its files hold."""
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -457,7 +457,7 @@ def test_a_saved_pipeline_opens_anywhere_and_holds_the_tuned_unet(kind: str, tun
 
 
 def test_a_base_in_half_precision_is_saved_as_a_pipeline_that_runs_as_it_opens(tmp_path: Path):
-    half = DiffusionPipeline.from_pretrained(ASSETS / "toy-sdxl", torch_dtype=torch.float16)
+    half = DiffusionPipeline.from_pretrained(ASSETS / "toy-sdxl", dtype=torch.float16)
     half.save_pretrained(tmp_path / "half")
     family = load("sdxl", path=str(tmp_path / "half"))
     tune(family)

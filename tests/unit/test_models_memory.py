@@ -100,7 +100,7 @@ def test_a_bfloat16_anchor_beside_full_tuning_stays_near_the_base():
 
 
 def test_another_vae_takes_the_pipelines_place_here_and_in_what_is_saved(tmp_path):
-    vae = AutoencoderKL.from_pretrained(TOY / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(TOY / "vae", dtype=torch.float32)
     vae.register_to_config(scaling_factor=0.5)
     with torch.no_grad():
         vae.decoder.conv_out.bias.add_(0.25)
@@ -139,7 +139,7 @@ def test_a_vae_known_to_overflow_is_refused_in_float16(tmp_path):
 
 
 def test_an_overflow_of_the_vae_in_float16_is_noticed_and_explained():
-    vae = AutoencoderKL.from_pretrained(TOY / "vae", torch_dtype=torch.float16).eval()
+    vae = AutoencoderKL.from_pretrained(TOY / "vae", dtype=torch.float16).eval()
     latents = noise(1, 4, 8, 8)
     with torch.no_grad():
         assert torch.isfinite(VaeDecoder(vae).decode(latents)).all()
@@ -158,7 +158,7 @@ def test_a_schedule_with_zero_terminal_signal_walks_as_diffusers_euler_does(tmp_
     )
     kind, levels = read_schedule(str(folder))
     assert kind == "v_prediction" and float(levels[-1]) == NEAR_ZERO
-    theirs = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
     assert torch.allclose(theirs.scheduler.alphas_cumprod.double(), levels)

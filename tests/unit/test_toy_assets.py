@@ -52,7 +52,7 @@ def test_reward_and_judge_are_different_networks_trained_on_different_damage():
 def test_the_vae_gives_every_clean_template_back():
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(ASSETS / "toy-sdxl/vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(ASSETS / "toy-sdxl/vae", dtype=torch.float32).eval()
     images = templates()[::4]
     with torch.no_grad():
         decoded = vae.decode(vae.encode(2 * images - 1).latent_dist.mean).sample / 2 + 0.5

@@ -83,7 +83,7 @@ def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
         if not (path / "export" / "model_index.json").is_file():
             raise UsageError(f"{model} is a run that has exported nothing yet: it does so when it ends.")
         model = str(path / "export")
-    pipeline = load_part(DiffusionPipeline.from_pretrained, resolve_path(model), None, torch_dtype=torch.float32)
+    pipeline = load_part(DiffusionPipeline.from_pretrained, resolve_path(model), None, dtype=torch.float32)
     return _ready(pipeline, solver)
 
 
