@@ -1,6 +1,7 @@
 """Base of every configuration section, and fields that hold a plug-in's own section."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
@@ -13,9 +14,11 @@ from pydantic import (
     field_validator,
 )
 
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, quoted
 from acpo_dist.core.registry import Registry, nearest, resolve_section
 
+_MOST = 3
+"""Problems that one message names."""
 RENAMED = {
     "guard.pictures": "guard.images",
     "learner.max_refused_steps": "learner.max_skipped_steps",
@@ -73,27 +76,48 @@ def parse_section(kind: str, registry: Registry, base: type[_S], values: object)
     """
     if not isinstance(values, Mapping) or "type" not in values:
         raise ConfigError(
-            f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {values!r}"
+            f"expected a mapping with the key `type` (one of {', '.join(sorted(registry))}), found {quoted(values)}"
         )
     section = section_class(kind, registry, base, str(values["type"]))
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{kind} `{values['type']}`: {describe(error, section)}") from error
+        raise ConfigError(f"{kind} {quoted(values['type'])}: {describe(error, section)}") from error
+
+
+@dataclass(frozen=True)
+class PluginField:
+    """Marks a field whose `type` key picks a plug-in, which validates the rest."""
+
+    kind: str
+    registry: Registry
+    base: type[Section]
+
+    def build(self, value: object) -> object:
+        """Validated section, from plain data or as it is."""
+        if isinstance(value, Section):
+            return value
+        try:
+            return parse_section(self.kind, self.registry, self.base, value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    def section_of(self, values: object) -> type[Section] | None:
+        """Section class that the `type` in `values` names; None where it names none."""
+        try:
+            return section_class(self.kind, self.registry, self.base, str(_type_of(values)))
+        except ConfigError:
+            return None
+
+
+def _type_of(values: object) -> object:
+    return values.get("type", "") if isinstance(values, Mapping) else ""
 
 
 def plugin(kind: str, registry: Registry, base: type[Section]) -> Any:
     """Type of a field whose `type` key picks a plug-in from `registry`; validated by that plug-in's section."""
-
-    def build(value: object) -> object:
-        if isinstance(value, Section):
-            return value
-        try:
-            return parse_section(kind, registry, base, value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-
-    return Annotated[SerializeAsAny[base], BeforeValidator(build)]
+    field = PluginField(kind, registry, base)
+    return Annotated[SerializeAsAny[base], BeforeValidator(field.build), field]
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
@@ -101,7 +125,9 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     problems = error.errors()
     # A list whose entries are wrong is also reported as too short, which is only a consequence.
     inner = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
-    return "; ".join(_describe_one(problem, model) for problem in problems if problem["loc"] not in inner)
+    texts = [_describe_one(problem, model) for problem in problems if problem["loc"] not in inner]
+    more = f"; and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
+    return "; ".join(texts[:_MOST]) + more
 
 
 def _describe_one(problem: Any, model: type[BaseModel]) -> str:
@@ -110,20 +136,20 @@ def _describe_one(problem: Any, model: type[BaseModel]) -> str:
     found = problem["input"]
     if problem["type"] == "extra_forbidden":
         if key in RENAMED:
-            return f"`{key}` is now `{RENAMED[key]}`: rename it (value {found!r})"
+            return f"`{key}` is now `{RENAMED[key]}`: rename it (value {quoted(found)})"
         if key in REMOVED:
-            return f"`{key}` was removed: {REMOVED[key]}. Delete the key (value {found!r})"
+            return f"`{key}` was removed: {REMOVED[key]}. Delete the key (value {quoted(found)})"
         known = fields_at(model, path[:-1])
         prefix = ".".join(path[:-1])
         suggestion = nearest(path[-1], known)
         where = f" Known keys of `{prefix}`: " if prefix else " Known: "
-        return f"unknown key `{key}` (value {found!r}).{suggestion}{where}{', '.join(known)}"
+        return f"unknown key {quoted(key)} (value {quoted(found)}).{suggestion}{where}{', '.join(known)}"
     if problem["type"] == "missing":
         return f"`{key}` is required and not set"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"`{key}`: {message}" if key else message
-    return f"`{key}`: {message[0].lower()}{message[1:]}, found {found!r}"
+    return f"`{key}`: {message[0].lower()}{message[1:]}, found {quoted(found)}"
 
 
 def fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, quoted, shorten
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,31 +25,63 @@ class _Dumper(yaml.SafeDumper):
     """Quotes a text such as `1e5`, which `_Loader` would read back as a number."""
 
 
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_PATTERNS = {
+    # YAML 1.1 reads 010 as 8, 1:30 as 90 and 1e-4 as text. Here numbers are decimal, or hexadecimal with 0x.
+    _INTEGER: re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+    _FLOAT: re.compile(
+        r"^([-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+([eE][-+]?[0-9]+)?)"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+    ),
+}
 for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-# YAML 1.1 reads 010 as 8 and 1:30 as 90. Here a number is decimal, or hexadecimal with 0x.
-_INTEGER = "tag:yaml.org,2002:int"
-_DECIMAL = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-for _first, _resolvers in list(_Loader.yaml_implicit_resolvers.items()):
-    _Loader.yaml_implicit_resolvers[_first] = [
-        (tag, _DECIMAL if tag == _INTEGER else pattern) for tag, pattern in _resolvers
-    ]
+    _kept = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _PATTERNS]
+        for first, resolvers in _yaml.yaml_implicit_resolvers.items()
+    }
+    _yaml.yaml_implicit_resolvers = _kept
+    for _tag, _pattern in _PATTERNS.items():
+        _yaml.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str, *, whole: bool = False) -> Any:
     """Plain data from YAML.
+
+    Args:
+        text: one document.
+        whole: refuse a comment behind the value, which YAML would drop.
 
     Raises:
         ConfigError: not YAML, or a key that is set twice; says where.
     """
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        ends = [token.end_mark.index for token in yaml.scan(text, _Loader) if whole and token.end_mark is not None]
+        rest = text[sorted(set(ends))[-2 if len(set(ends)) > 1 else -1] :].strip() if ends else ""
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise ConfigError(f"not valid YAML: {error}") from error
+        reason = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"not valid YAML: {shorten(reason)}{_place(error)}") from error
+    if rest.startswith("#"):
+        raise ConfigError(f"not valid here: {quoted(rest)} follows the value. Put a text with # into quotes.")
+    return value
+
+
+def read_scalar(text: str) -> Any:
+    """A YAML scalar that is all of `text`: null, switch or number; anything else is the text itself."""
+    loader = _Loader("")
+    stripped = text.strip()
+    tag = loader.resolve(yaml.ScalarNode, stripped, (True, False))
+    if tag.rpartition(":")[2] not in ("null", "bool", "int", "float"):
+        return text
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, stripped))
+    except (ValueError, OverflowError):
+        return text
+
+
+def _place(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
 
 
 def write_yaml(value: Any) -> str:

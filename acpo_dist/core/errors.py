@@ -1,5 +1,25 @@
 """Errors for users. Each says what was expected, what was found, where it is set and what to do."""
 
+LONGEST = 600
+"""Most characters of a message about what a user typed."""
+
+
+def shorten(text: str, most: int = 120) -> str:
+    """`text` on one line, cut in the middle to at most `most` characters."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    head = (most - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (most - 5 - head) :]}"
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """A short representation of a value that a user typed."""
+    try:
+        return f"`{shorten(value, most)}`" if isinstance(value, str) else shorten(repr(value), most)
+    except RecursionError:
+        return "a deeply nested value"
+
 
 class AcpoError(Exception):
     """Base of every error that a user can cause or must act on; the command line prints its text alone."""
@@ -14,7 +34,11 @@ class UsageError(AcpoError):
 
 
 class ConfigError(UsageError):
-    """A configuration file or override is wrong."""
+    """A configuration file or override is wrong. The message has at most `LONGEST` characters."""
+
+    def __init__(self, message: str) -> None:
+        """Shorten the message."""
+        super().__init__(message if len(message) <= LONGEST else shorten(message, LONGEST))
 
 
 class ModelError(UsageError):

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, quoted, shorten
 
 
 class Plugin(NamedTuple):
@@ -94,7 +94,8 @@ def _find(kind: str, registry: Registry, name: str) -> Plugin:
     if ":" not in plugin.target:
         known = ", ".join(sorted(registry))
         raise ConfigError(
-            f"unknown {kind} `{name}`.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your own."
+            f"unknown {kind} {quoted(name)}.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your "
+            "own."
         )
     return plugin
 
@@ -103,5 +104,8 @@ def _import(kind: str, name: str, target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{kind} `{name}` cannot be imported from `{target}`: {error}") from error
+    # A module of the user's may raise anything, or end the process, when it is imported.
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"{kind} {quoted(name)} cannot be imported from {quoted(target)}: {shorten(str(error))}"
+        ) from error

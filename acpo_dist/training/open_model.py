@@ -102,7 +102,7 @@ def _trained(entry: Any, run: Path) -> Any:
 
 def _bare_config(source: str, overrides: Sequence[str]) -> Config:
     """Schema defaults for a pipeline folder; its reward and algorithm are placeholders that are not used."""
-    from acpo_dist.config.load import merge_overrides
+    from acpo_dist.config.overrides import merge_overrides
     from acpo_dist.models.loading import resolve_path
 
     index = json.loads((Path(resolve_path(source)) / "model_index.json").read_text(encoding="utf-8"))
@@ -117,4 +117,4 @@ def _bare_config(source: str, overrides: Sequence[str]) -> Config:
         "rewards": {"train": [{"type": "two_stream"}]},
         "algorithm": {"type": "acpo"},
     }
-    return validate(merge_overrides(mapping, overrides), source)
+    return validate(merge_overrides(mapping, overrides, Config), source)
