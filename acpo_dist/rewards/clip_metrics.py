@@ -41,7 +41,8 @@ class ClipTextMetric:
         check_prompts(prompts, len(images), name=self._config.name)
         return self._score(images, prompts)
 
-    def _cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+    def cosine(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosine between each image (B, 3, H, W) and its own text, (B,)."""
         vectors = self._clip.image_vectors(self._clip.single_view(images))
         return (vectors * self._clip.text_vectors(texts)).sum(-1)
 
@@ -57,7 +58,7 @@ class ClipScore(ClipTextMetric):
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         assert isinstance(self._config, self.Config)
         texts = [self._config.prefix + prompt for prompt in prompts]
-        return 2.5 * self._cosine(images, texts).clamp(min=0)
+        return 2.5 * self.cosine(images, texts).clamp(min=0)
 
 
 class PickScore(ClipTextMetric):
@@ -69,7 +70,7 @@ class PickScore(ClipTextMetric):
     Config = PickScoreConfig
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._clip.scale * self._cosine(images, prompts)
+        return self._clip.scale * self.cosine(images, prompts)
 
 
 class Aesthetic:

@@ -98,7 +98,7 @@ def test_the_aesthetic_head_is_applied_to_the_unit_vector(folder: Path, head: Pa
 def test_a_clipscore_below_zero_is_zero(folder: Path):
     metric = ClipScore(ClipScore.Config(weights=str(folder)))
     scores = metric(images(1).expand(48, -1, -1, -1), captions())
-    cosine = metric._cosine(images(1).expand(48, -1, -1, -1), [f"A photo depicts {text}" for text in captions()])
+    cosine = metric.cosine(images(1).expand(48, -1, -1, -1), [f"A photo depicts {text}" for text in captions()])
     assert float(scores.min()) >= 0
     torch.testing.assert_close(scores, 2.5 * F.relu(cosine))
 
@@ -221,8 +221,9 @@ def test_the_text_cache_forgets_the_oldest(folder: Path, monkeypatch):
 
 @pytest.mark.parametrize("kind", TEXT_METRICS)
 def test_a_text_metric_without_prompts_is_refused(kind: Any, folder: Path):
-    metric = kind(kind.Config(weights=str(folder)))
-    with pytest.raises(RewardError, match=f"`{metric._config.name}` reads prompts, but 1 of 2 are empty"):
+    config = kind.Config(weights=str(folder))
+    metric = kind(config)
+    with pytest.raises(RewardError, match=f"`{config.name}` reads prompts, but 1 of 2 are empty"):
         metric(images(2), ["a red circle on a gray background", " "])
     with pytest.raises(RewardError, match="one prompt per image, found 1 for 2 images"):
         metric(images(2), ["a"])
