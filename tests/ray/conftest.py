@@ -1,6 +1,9 @@
 """One local Ray cluster for all tests of this folder that a pytest process runs."""
 
+import contextlib
+import json
 import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -28,3 +31,21 @@ def ports_of(cluster):
 
     with ExitStack() as stack:
         yield lambda config: stack.enter_context(open_ports(config, CompositeTracker([])))
+
+
+@pytest.fixture(scope="module")
+def pool_of(cluster) -> Iterator[Callable]:
+    """Deploy the rewards of a configuration; ended after the module."""
+    from acpo_dist.config.load import load_config
+    from actors.reward.pool import deploy
+    from tests.conftest import TINY
+
+    with contextlib.ExitStack() as stack:
+
+        def deployed(run_id: str, rewards: dict):
+            config = load_config("toy_sdxl", [*TINY, *(f"rewards.{key}={json.dumps(v)}" for key, v in rewards.items())])
+            pool = deploy(config, run_id)
+            stack.callback(pool.close)
+            return pool
+
+        yield deployed

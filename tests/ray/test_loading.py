@@ -20,7 +20,7 @@ from acpo_dist.models.family import trainable_tensors
 from acpo_dist.rewards.statistics import Sharpness
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.workers.rollout.worker import RolloutWorker
-from tests.ray.test_reward_pool import until
+from tests.helpers.pools import until
 
 pytestmark = pytest.mark.ray
 pools = pytest.importorskip("actors.worker_pool", reason="needs the extra `ray`")

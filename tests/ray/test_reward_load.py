@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from acpo_dist.core.errors import RewardError
-from tests.ray.test_reward_pool import handle_of, images, pool_of, until  # noqa: F401  (a fixture)
+from tests.helpers.pools import handle_of, images, until
 
 pytestmark = pytest.mark.ray
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def slow(pool_of, tmp_path_factory):  # noqa: F811
+def slow(pool_of, tmp_path_factory):
     """One replica that takes its time; five requests at once are more than one attempt's time."""
     metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "seconds": 0.6,
               "folder": str(tmp_path_factory.mktemp("none"))}  # fmt: skip

@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,51 +13,13 @@ import torch
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.types import RolloutHandle
 from tests.helpers.data import DATA, needs
+from tests.helpers.pools import IMAGES, handle_of, images, until
 
 pytestmark = pytest.mark.ray
 
-REQUESTS, IMAGES = 200, 3
+REQUESTS = 200
 REAL = DATA / "drawbench_sd14_512px.parquet"
 FAULTY = "faulty"
-
-
-def images(seed: int, count: int = IMAGES, size: int = 48) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(count, 3, size, size, generator=generator) * 255).to(torch.uint8)
-
-
-def until(condition: Callable[[], bool], *, within_s: float = 60.0) -> None:
-    """Wait for a condition of the cluster; nothing there can be waited on but time."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true"
-        time.sleep(0.1)
-
-
-def handle_of(cluster, index: int, images: torch.Tensor) -> RolloutHandle:
-    # A copy: a part of a larger tensor would travel with all of it.
-    return RolloutHandle(
-        sample_ids=tuple(f"{index}/{row}" for row in range(len(images))), prompts=("",) * len(images),
-        policy_version=0, schedule_id="", payload=(None, cluster.put(images.clone())),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pool_of(cluster) -> Iterator[Callable]:
-    """Deploy the rewards of a configuration; ended after the module."""
-    from acpo_dist.config.load import load_config
-    from actors.reward.pool import deploy
-    from tests.conftest import TINY
-
-    with contextlib.ExitStack() as stack:
-
-        def deployed(run_id: str, rewards: dict):
-            config = load_config("toy_sdxl", [*TINY, *(f"rewards.{key}={json.dumps(v)}" for key, v in rewards.items())])
-            pool = deploy(config, run_id)
-            stack.callback(pool.close)
-            return pool
-
-        yield deployed
 
 
 @pytest.fixture(scope="module")

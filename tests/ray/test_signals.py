@@ -5,14 +5,14 @@ import signal
 import pytest
 
 from acpo_dist.training.run_lock import LOCK_FILE
-from tests.unit.test_signals import interrupted_by, started
+from tests.helpers.interrupted import interrupted_by, started
 
 pytestmark = pytest.mark.ray
 
 
 def test_a_run_on_ray_that_is_terminated_ends_in_order(tmp_path):
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    process = started(tmp_path / "run", "cluster.backend=ray", "rollout.cpus_per_worker=0.1")
+    process = started(tmp_path / "run", "cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.judges=[]")
     said = interrupted_by(signal.SIGTERM, tmp_path / "run", process)
     assert process.returncode == 143, said
     assert "terminated; go on with" in said and "SIGTERM received" not in said

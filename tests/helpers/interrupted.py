@@ -1,0 +1,36 @@
+"""`acpo train` in a process of its own that a signal ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import TINY
+
+ACPO = Path(sys.executable).parent / "acpo"
+
+
+def started(root: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run of many iterations."""
+    asked = [*TINY, f"run.dir={root}", "run.iterations=500", "checkpoint.every=1", *overrides]
+    return subprocess.Popen(
+        [str(ACPO), "train", "toy_sdxl", *asked], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell starts what it runs in the background with SIGINT ignored, and the tests with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def interrupted_by(number: signal.Signals, root: Path, process: subprocess.Popen[str]) -> str:
+    """Output of a run that receives a signal after its first iteration."""
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("iteration "):
+            process.send_signal(number)
+            break
+    said += process.stderr.read()
+    process.wait(timeout=600)
+    return said
