@@ -1,6 +1,5 @@
 """From scored images to a file of preference pairs that `data.pairs` reads."""
 
-import csv
 import math
 import os
 import statistics
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.images import read_images
 from acpo_dist.data.pairs import CAPTION, IMAGES, LABEL, UIDS
+from acpo_dist.data.tables import read_table
 from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 
 _ROW_GROUP = 256
@@ -165,28 +165,9 @@ def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]
         raise DataError(
             f"no such file: {table}. `acpo score FOLDER --csv {table.name}` writes one; add a prompt column."
         )
-    header: list[str] = []
-    rows: list[tuple[int, dict[str, str]]] = []
-    line = 1
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            # Strict, because a stray quote would otherwise swallow the lines after it in silence.
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                if not header:
-                    header = _header(table, cells)
-                elif cells:
-                    if len(cells) > len(header):
-                        raise DataError(
-                            f"{table}, line {line}: {len(cells)} cells, the header has {len(header)}. Put values that "
-                            "contain a comma in double quotes."
-                        )
-                    rows.append((line, dict.fromkeys(header, "") | dict(zip(header, cells, strict=False))))
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} is no UTF-8 text: {error}. Save it as UTF-8.") from error
-    except (OSError, csv.Error) as error:
-        raise DataError(f"{table}, line {line}, cannot be read: {error}") from error
+    found = read_table(table)
+    header = _header(table, found.header)
+    rows = [(row.line, dict(zip(header, row.cells, strict=True))) for row in found.rows]
     if not rows:
         raise DataError(f"{table} holds no row below its header.")
     return header, rows

@@ -1,26 +1,18 @@
 """Prompts of a run, and the seeded order in which iterations use them."""
 
-import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import derive_seed, generator
 from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.data.tables import read_lines, read_table
 from acpo_dist.data.toy.world import captions
 
 logger = logging.getLogger(__name__)
-
-_TABLES: dict[str, dict[str, Any]] = {
-    # Strict, because an unbalanced quote would otherwise silently join the lines after it.
-    ".csv": {"delimiter": ",", "strict": True},
-    # TSV has no quoting: prompts such as `"PEACE" painted on a wall` keep their quotes.
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
 
 
 def load_prompts(source: str, column: str) -> tuple[str, ...]:
@@ -106,33 +98,11 @@ def _positions(size: int, start: int, count: int, *, stream: str, run_seed: int)
 
 
 def _read(path: Path, column: str) -> list[str]:
-    table = _TABLES.get(path.suffix.lower())
-    if table is None and path.suffix.lower() != ".txt":
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        return read_lines(path, "data.prompts")
+    if kind not in (".csv", ".tsv"):
         raise DataError(f"data.prompts: expected a .txt, .csv or .tsv file, found `{path}`.")
-    try:
-        with path.open(encoding="utf-8-sig", newline=None if table is None else "") as file:
-            if table is None:
-                return list(file)
-            rows = [row for row in csv.reader(file, **table) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"data.prompts: {path} cannot be read: {error}") from error
-    if not rows:
-        raise DataError(f"data.prompts: {path} is empty; expected a header with the column `{column}`.")
-    index = _column_index(path, rows[0], column)
-    for number, row in enumerate(rows[1:], 1):
-        if any(row[len(rows[0]) :]):
-            raise DataError(
-                f"data.prompts: {path}: row {number} has {len(row)} cells, the header has {len(rows[0])}. "
-                "Put prompts that contain the separator in double quotes (CSV only)."
-            )
-    return [row[index] if index < len(row) else "" for row in rows[1:]]
-
-
-def _column_index(path: Path, header: list[str], column: str) -> int:
-    names = [name.strip() for name in header]
-    if column in names:
-        return names.index(column)
-    folded = [name.casefold() for name in names]
-    if column.casefold() not in folded:
-        raise DataError(f"data.prompt_column: {path} has no column `{column}`. Columns found: {', '.join(names)}.")
-    return folded.index(column.casefold())
+    table = read_table(path, "data.prompts")
+    place = table.place(column, "data.prompt_column")
+    return [row.cells[place] for row in table.rows]

@@ -114,7 +114,7 @@ def test_drawbench_prompts_arrive_complete():
         ("empty.csv", b"", "is empty"),
         ("only_header.csv", b"prompt\n", "holds no prompt"),
         ("other.csv", b"text,category\na,b\n", "no column `prompt`. Columns found: text, category"),
-        ("comma.csv", b"prompt\na cat, sitting\n", "row 1 has 2 cells, the header has 1"),
+        ("comma.csv", b"prompt\na cat, sitting\n", "line 2: 2 cells, the header has 1"),
         ("quote.csv", b'prompt\n"never closed\na dog\n', "cannot be read"),
         ("latin1.txt", "Hündchen".encode("latin-1"), "cannot be read"),
         ("prompts.json", b"[]", "expected a .txt, .csv or .tsv file"),

@@ -61,7 +61,7 @@ def test_a_named_suite_is_found_in_the_data_folder_and_missed_with_instructions(
         ("prompt,category\n", "holds no prompt"),
         ("", "is empty"),
         ("text,category\na,b\n", "no column `prompt`.*Columns found: text, category"),
-        ("prompt,category\na, b, c\n", "row 1 has 3 cells"),
+        ("prompt,category\na, b, c\n", "line 2: 3 cells"),
     ],
 )
 def test_a_file_that_is_no_suite_says_why(tmp_path, content, words):

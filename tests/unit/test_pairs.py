@@ -190,12 +190,12 @@ def read_text(tmp_path, text: str | bytes):
         ('path,q,prompt\na,1,"a\ncat"\n\nb,5,a cat, sitting\n', "line 5: 4 cells"),
         ("q,path,prompt\n1,a,cat\n3\n", "line 3: no path"),
         ('path,q,prompt\na,1,"cat" x\nb,5,cat\n', "line 2, cannot be read"),
-        ("path,q,prompt\na,1,caf\u00e9\n".encode("latin-1"), "no UTF-8 text"),
+        ("path,q,prompt\na,1,caf\u00e9\n".encode("latin-1"), "Save it as UTF-8"),
         ("path,q,q,prompt\na,1,2,cat\n", "column `q` is there twice"),
         ("path,q,prompt\na,1,cat\nb,good,cat\n", "line 3: `q` is 'good', expected a number.*--score"),
         ("path,q,prompt\na,,cat\nb,,cat\n", "no column of scores"),
         ("path,q,prompt\n", "no row"),
-        ("", "no row"),
+        ("", "empty"),
     ],
 )
 def test_a_table_that_cannot_be_read_as_meant_is_refused_with_its_line(tmp_path, text, words):

@@ -1,6 +1,5 @@
 """Suites: prompts with their categories, by name or from any text file, CSV, TSV or parquet file."""
 
-import csv
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.data.tables import read_lines, read_table
 from acpo_dist.data.toy.world import SHAPES, captions
 
 DATA_VARIABLE = "ACPO_DATA"
@@ -22,12 +22,6 @@ NAMED = {"drawbench": ("drawbench.csv",), "parti": ("partiprompts.tsv", "parti_p
 UNCONDITIONAL = "none"
 _UNPROMPTED = 256
 """Samples of the suite `none` when no limit is given."""
-_TABLES: dict[str, dict[str, Any]] = {
-    # Strict, because a stray quote would otherwise swallow the lines after it in silence.
-    ".csv": {"delimiter": ",", "strict": True},
-    # Published TSV files know no quoting: prompts keep their quotes.
-    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,30 +137,21 @@ def _read(path: Path, prompt_column: str, category_column: str) -> list[tuple[st
     kind = path.suffix.lower()
     try:
         if kind == ".txt":
-            return [(line, "") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            return [(line, "") for line in read_lines(path, "--suite")]
         if kind == ".parquet":
             schema = pq.read_schema(path)
             header = list(schema.names)
             places = _places(path, header, prompt_column, category_column)
             table = pq.read_table(path, columns=[header[place] for place in places if place is not None]).to_pylist()
             return [tuple(_text(row, header, place) for place in places) for row in table]  # pyright: ignore[reportReturnType]
-        if kind not in _TABLES:
+        if kind not in (".csv", ".tsv"):
             raise DataError(f"--suite: expected a .txt, .csv, .tsv or .parquet file, found `{path}`.")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file, **_TABLES[kind]) if row]
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        table = read_table(path, "--suite")
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"--suite: {path} cannot be read: {error}") from error
-    if not rows:
-        raise DataError(f"--suite: {path} is empty; expected a header with the column `{prompt_column}`.")
-    header = rows[0]
-    for number, row in enumerate(rows[1:], 1):
-        if any(row[len(header) :]):
-            raise DataError(
-                f"--suite: {path}: row {number} has {len(row)} cells, the header has {len(header)}. Put prompts that "
-                "contain the separator in double quotes (CSV only)."
-            )
+    header = list(table.header)
     prompt, category = _places(path, header, prompt_column, category_column)
-    return [(_cell(row, prompt), _cell(row, category)) for row in rows[1:]]
+    return [(_cell(row.cells, prompt), _cell(row.cells, category)) for row in table.rows]
 
 
 def _places(path: Path, header: list[str], prompt_column: str, category_column: str) -> tuple[int | None, int | None]:
@@ -184,5 +169,5 @@ def _text(row: dict[str, Any], header: list[str], place: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _cell(row: list[str], place: int | None) -> str:
-    return row[place] if place is not None and place < len(row) else ""
+def _cell(row: tuple[str, ...], place: int | None) -> str:
+    return row[place] if place is not None else ""

@@ -1,6 +1,5 @@
 """Images with opinions in CSV files, brought to one scale, and split so that no reference is on both sides."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.tables import read_table
 
 _LEAST_REFERENCES = 10
 
@@ -18,18 +18,13 @@ def csv_rows(path: Path, wanted: Sequence[str], most: int | None = None) -> list
     Raises:
         DataError: the file cannot be read, holds no row, or lacks one of the wanted columns.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if not set(wanted) <= set(columns):
-                raise DataError(
-                    f"{path} needs the columns {' and '.join(f'`{name}`' for name in wanted)} in its first line, found "
-                    f"{', '.join(columns) or 'nothing'}."
-                )
-            rows = list(reader)[:most]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a readable CSV file: {error}") from error
+    table = read_table(path)
+    if not set(wanted) <= set(table.header):
+        raise DataError(
+            f"{path} needs the columns {' and '.join(f'`{name}`' for name in wanted)} in its first line, found "
+            f"{', '.join(table.header)}."
+        )
+    rows = list(table.records())[:most]
     if not rows:
         raise DataError(f"{path} holds no row below its first line.")
     return rows

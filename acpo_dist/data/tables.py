@@ -1,0 +1,152 @@
+"""Text files and tables that people have: UTF-8 or UTF-16, with or without BOM; CSV with commas or semicolons, TSV."""
+
+import codecs
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from acpo_dist.core.errors import DataError
+
+_BOMS = (
+    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
+_SEPARATORS = ",;\t"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a table."""
+
+    line: int
+    """Line of the file that it begins in, counted from 1."""
+    cells: tuple[str, ...]
+    """As many as the header has; cells that a short row lacks are empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Header and rows of a CSV or TSV file; blank lines are left out."""
+
+    path: Path
+    header: tuple[str, ...]
+    """Names without surrounding blanks."""
+    rows: tuple[Row, ...]
+
+    def place(self, column: str, key: str = "") -> int:
+        """Index of a column, in any case; an exact match comes first.
+
+        Args:
+            column: its name.
+            key: configuration key or option that names the column, for the message.
+
+        Raises:
+            DataError: no such column.
+        """
+        folded = [name.casefold() for name in self.header]
+        if column in self.header:
+            return self.header.index(column)
+        if column.casefold() not in folded:
+            raise DataError(
+                f"{_prefix(key)}{self.path} has no column `{column}`. Columns found: {', '.join(self.header)}."
+            )
+        return folded.index(column.casefold())
+
+    def records(self) -> Iterator[dict[str, str]]:
+        """Rows by the names of their columns."""
+        return (dict(zip(self.header, row.cells, strict=True)) for row in self.rows)
+
+
+def read_text(path: Path, key: str = "") -> str:
+    """A text file in UTF-8, UTF-16 or UTF-32, without its BOM.
+
+    UTF-16 without a BOM is recognised by its zero bytes, which text in UTF-8 does not hold.
+
+    Args:
+        path: the file.
+        key: configuration key or option that names the file, for messages.
+
+    Raises:
+        DataError: the file is missing, a folder, or in another encoding.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{_prefix(key)}{path} cannot be read: {error.strerror or error}") from error
+    encoding = next((name for mark, name in _BOMS if raw.startswith(mark)), None)
+    if encoding is None:
+        even, odd = raw[0::2].count(0), raw[1::2].count(0)
+        encoding = "utf-8" if even == odd == 0 else "utf-16-le" if odd > even else "utf-16-be"
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{_prefix(key)}{path} cannot be read: it is neither UTF-8 nor UTF-16 text ({error}). Save it as UTF-8."
+        ) from error
+
+
+def read_lines(path: Path, key: str = "") -> list[str]:
+    """Lines of a text file, without their ends.
+
+    Raises:
+        DataError: as `read_text`.
+    """
+    return [line.rstrip("\n") for line in io.StringIO(read_text(path, key), newline=None)]
+
+
+def read_table(path: Path, key: str = "") -> Table:
+    """A `.tsv` file, whose cells have no quoting, or any other file as CSV.
+
+    CSV is split at the separator that is most frequent in its header (comma, semicolon or tab), or at the one that
+    Excel's first line `sep=;` names.
+
+    Raises:
+        DataError: unreadable, empty, an unbalanced quote, or a row with more cells than the header; names the line.
+    """
+    text = read_text(path, key)
+    first, _, rest = text.partition("\n")
+    line, separator = 1, "\t"
+    is_tsv = path.suffix.lower() == ".tsv"
+    if not is_tsv:
+        separator = _separator(first)
+        if first.strip().lower().startswith("sep=") and len(first.strip()) == 5:
+            line, text, separator = 2, rest, first.strip()[4]
+    # Strict, because an unbalanced quote would otherwise silently join the lines after it.
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator, strict=not is_tsv,
+        quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,
+    )  # fmt: skip
+    header: tuple[str, ...] = ()
+    rows: list[Row] = []
+    begins = line
+    try:
+        for cells in reader:
+            if cells and not header:
+                header = tuple(cell.strip() for cell in cells)
+            elif cells:
+                if len(cells) > len(header):
+                    raise DataError(
+                        f"{_prefix(key)}{path}, line {begins}: {len(cells)} cells, the header has {len(header)}. Put "
+                        f"values that contain the separator {separator!r} in double quotes (CSV only)."
+                    )
+                missing = len(header) - len(cells)
+                rows.append(Row(line=begins, cells=(*cells, *[""] * missing)))
+            begins = line + reader.line_num
+    except csv.Error as error:
+        raise DataError(f"{_prefix(key)}{path}, line {begins}, cannot be read: {error}") from error
+    if not header:
+        raise DataError(f"{_prefix(key)}{path} is empty; expected a header with the names of its columns.")
+    return Table(path=path, header=header, rows=tuple(rows))
+
+
+def _prefix(key: str) -> str:
+    return f"{key}: " if key else ""
+
+
+def _separator(header: str) -> str:
+    counts = Counter(character for character in header if character in _SEPARATORS)
+    return max(_SEPARATORS, key=lambda character: counts[character])
