@@ -67,7 +67,7 @@ def serving(door):
 
 @pytest.fixture
 def pool(port) -> RemotePool:
-    return RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
+    return RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=120)
 
 
 def images(count: int = 3, size: int = 32) -> torch.Tensor:
@@ -75,7 +75,7 @@ def images(count: int = 3, size: int = 32) -> torch.Tensor:
 
 
 def ask(port: int, path: str, body: bytes = b"", method: str = "POST", **headers: str) -> tuple[int, dict, dict]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     sent = {"Authorization": f"Bearer {TOKEN}", "Content-Type": MEDIA_TYPE}
     sent |= {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body=body, headers={name: value for name, value in sent.items() if value})
@@ -172,7 +172,7 @@ def test_wrong_methods_and_types_are_refused(port):
 
 
 def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.putrequest("POST", "/v1/score/two_stream")
     for name, value in (("Authorization", f"Bearer {TOKEN}"), ("Content-Type", MEDIA_TYPE)):
         connection.putheader(name, value)
@@ -204,7 +204,7 @@ def test_the_clients_errors_say_what_the_server_said(pool):
 @pytest.mark.parametrize(("token", "text"), [(TOKEN, r"413: the request has 16 MiB, the server takes 0\.191"),
                                             (TOKEN + "x", "401: a valid token is needed")])  # fmt: skip
 def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, port):
-    pool = RemotePool(f"http://127.0.0.1:{port}", token, deadline_s=20)
+    pool = RemotePool(f"http://127.0.0.1:{port}", token, deadline_s=120)
     with pytest.raises(RewardError, match=text):
         pool.score("two_stream", torch.zeros(64, 3, 296, 296, dtype=torch.uint8), [""] * 64)
     assert pool.retries == 0
@@ -223,7 +223,7 @@ def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_
         stalled = [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(40)]
         for one in stalled:
             one.sendall(head.encode())
-        pool = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=20)
+        pool = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=120)
         assert pool.score("two_stream", images(1), [""]) == [0.5]
         assert pool.retries == 0
         assert all(one.recv(20).startswith(b"HTTP/1.1 408 ") for one in stalled)
@@ -270,7 +270,7 @@ def test_in_front_of_a_real_pool_scores_and_gradients_are_those_of_a_worker_here
             served.link, {"two_stream": True, "strided_judge": False}, config.rewards.cut, http_config
         )
         stack.callback(cluster.kill, gateway)
-        remote = RemotePool(address, TOKEN, deadline_s=60)
+        remote = RemotePool(address, TOKEN, deadline_s=300)
         images_BCHW, prompts = images(5), [""] * 5
         for name in ("two_stream", "strided_judge"):
             wanted = workers[name].score(images_BCHW, prompts)

@@ -117,7 +117,7 @@ def test_a_run_that_is_interrupted_while_its_pool_starts_leaves_no_application(
 
     with another_run(cluster, "acpo-00000004", tmp_path) as process:
         process.send_signal(number)
-        process.wait(timeout=60)
+        process.wait(timeout=600)
         until(lambda: f"acpo-00000004-{SLOW}" not in serve.status().applications)
     assert f"acpo-00000003-{SLOW}" in serve.status().applications
 

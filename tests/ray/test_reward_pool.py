@@ -266,7 +266,7 @@ def test_a_metric_with_bounds_gets_replicas_while_requests_wait(plain, load):
     (status,) = [p for p in acpo("rewards", "status", "--run", "acpo-00000002")["pools"] if p["metric"] == "sharpness"]
     assert (status["min_replicas"], status["max_replicas"]) == (1, 2)
     with contextlib.closing(EndlessLoad(plain, load, "sharpness")):
-        until(lambda: len(plain.vitals()["sharpness"]) == 2, within_s=150)
+        until(lambda: len(plain.vitals()["sharpness"]) == 2, within_s=600)
     acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
 
 

@@ -111,6 +111,6 @@ def test_a_machine_with_other_software_that_joins_later_is_left_out_and_the_run_
     pool._away[actors["late"].ready.remote(gate.remote())] = "late"
     assert pool.ask(lambda actor: actor.ready.remote(None), what="start", least=1) == {"here": "here"}
     while pool._away:
-        cluster.wait(list(pool._away), num_returns=1, timeout=30)
+        cluster.wait(list(pool._away), num_returns=1, timeout=300)
         assert pool.present() == ["here"]
     assert list(pool.actors) == ["here"] and "cluster.mixed_software" in caplog.text

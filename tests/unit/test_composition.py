@@ -102,7 +102,7 @@ class Together(Workers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.all_asked = threading.Barrier(len(METRICS), timeout=30)
+        self.all_asked = threading.Barrier(len(METRICS), timeout=300)
         self._threads = ThreadPoolExecutor(len(METRICS))
 
     def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:

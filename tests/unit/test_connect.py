@@ -67,7 +67,7 @@ def test_a_missing_token_is_said_in_one_message(listening, tmp_path):
     variables |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}
     done = subprocess.run(
         [sys.executable, "-c", "from acpo_dist.cli import main; main()", "rewards", "status", "--address", listening],
-        capture_output=True, text=True, env=variables, timeout=120,
+        capture_output=True, text=True, env=variables, timeout=600,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "RAY_AUTH_MODE" in done.stderr and "RAY_AUTH_TOKEN_PATH" in done.stderr

@@ -27,7 +27,7 @@ class Elsewhere:
 
     def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
         def compute() -> ScoredGradient:
-            if not self.has_got_on.wait(timeout=60):
+            if not self.has_got_on.wait(timeout=300):
                 raise AssertionError("the learner waits for the answer instead of going on")
             return self._workers.submit(metric, sent, prompts).result()
 

@@ -67,7 +67,7 @@ def test_an_offloaded_optimiser_takes_the_plain_ones_steps_and_resumes():
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**os.environ, **variables}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM], env={**os.environ, **variables}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stderr.strip().splitlines()[-1])
