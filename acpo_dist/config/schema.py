@@ -37,11 +37,12 @@ class DataConfig(Section):
     prompt_column: str = "prompt"
     """Column of a CSV or TSV file, case-insensitive."""
     path: Path | None = None
-    """Parquet file of real images; they feed the base recipe, the anchor's forward-noised batch and the data term."""
+    """Real images: a folder (of images or parquet files), a parquet file, a zip archive or an image file. They train a
+    base model or metric set to `train`, and feed the anchor's forward-noised batch and the data term."""
     image_column: str = "image"
-    """Column with the image: encoded bytes, or a struct with the field `bytes`."""
+    """Column of parquet files with the image: encoded bytes, or a struct with the fields `bytes` and `path`."""
     max_images: int | None = Field(default=None, ge=1)
-    """Use only the first so many images."""
+    """Largest number of images used: the first rows of a parquet file, files spread evenly over a folder."""
     pairs: Path | None = None
     """Parquet file, or a folder of them, with preference pairs in Pick-a-Pic's columns; None pairs up the rollouts."""
     absolute_pairs: bool = False

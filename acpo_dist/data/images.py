@@ -1,4 +1,4 @@
-"""Real images: from parquet into memory for training, and one by one from anywhere for scoring.
+"""Real images from files, folders, zip archives and parquet: all into memory for training, or one by one.
 
 N images of H x W pixels, RGB.
 """
@@ -7,30 +7,35 @@ import glob
 import itertools
 import logging
 import os
-import struct
+import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.decoding import UNDECODABLE, decode, fit
 from acpo_dist.data.folders import files_below
+from acpo_dist.data.parquet_images import encoded_rows, open_parquet
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
+    ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
+})  # fmt: skip
+"""Endings that are read as images in a folder or archive; a file named explicitly may have any ending."""
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
-_ROWS_AT_ONCE = 256
-_ORIENTATION = 0x0112
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on damaged files of its various formats."""
+ARCHIVE_SUFFIXES = frozenset({".zip"})
+_SIDECARS = frozenset({".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml"})
+"""Captions and descriptions beside images: not reported as passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +55,39 @@ class ImageSet:
 
 
 def load_images(path: Path, column: str, max_images: int | None = None, size: int | None = None) -> ImageSet:
-    """Decode the images of a parquet file.
+    """Decode the images of a parquet file, a folder (of images or of parquet files), a zip archive or an image file.
 
     Args:
-        column: column with the encoded file, as bytes or as a struct with the field `bytes`.
-        max_images: use only the first so many rows.
+        column: column of parquet files with the encoded image, as bytes or as a struct with the fields `bytes` and
+            `path`.
+        max_images: use only the first so many rows of a parquet file, or so many files spread evenly over a folder.
         size: side in pixels; an image of another size is cropped to its central square and resized.
 
     Raises:
         DataError: the file is missing or no parquet file; the column is absent, of the wrong type or empty; a row
             cannot be decoded; or, without `size`, the images differ in size.
     """
+    if not _is_parquet(path):
+        images = real_images(path, column=column, size=size, most=max_images)
+        sizes = {tuple(image.shape[1:]) for image in images}
+        if len(sizes) > 1:
+            (a, b), (c, d) = sorted(sizes)[:2]
+            raise DataError(
+                f"{path} holds images of different sizes, such as {b}x{a} and {d}x{c}: they need one `size` to be "
+                "brought to."
+            )
+        return ImageSet(tensor=torch.stack(images))
     pixels: np.ndarray | None = None
     bad: list[int] = []
-    with _open_parquet(path, column) as file:
+    with open_parquet(path, column) as file:
         count = min(file.metadata.num_rows, max_images or file.metadata.num_rows)
-        for row, encoded in enumerate(itertools.islice(_encoded_rows(file, path, column), count)):
+        for row, encoded in enumerate(itertools.islice(encoded_rows(file, path, column), count)):
             try:
-                image_CHW = _decode(encoded)
-            except _UNDECODABLE:
+                image_CHW = decode(encoded)
+            except UNDECODABLE:
                 bad.append(row)
                 continue
-            image = _fit(image_CHW, size)
+            image = fit(image_CHW, size)
             if pixels is None:
                 pixels = np.empty((count, *image.shape), np.uint8)
             if image.shape != pixels.shape[1:]:
@@ -82,7 +98,7 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
             pixels[row] = image
     if bad:
         raise DataError(
-            f"{path}: column `{column}` holds {len(bad)} rows that are no readable 8-bit image, the first is row "
+            f"{path}: column `{column}` holds {len(bad)} rows that are no readable image, the first is row "
             f"{bad[0]} (counted from 0). Repair or remove them."
         )
     if pixels is None:
@@ -131,7 +147,8 @@ def expand_globs(paths: Sequence[Path]) -> list[Path]:
             continue
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
         # A pattern such as `*` also meets files that are no images; a file that is named is always tried.
-        matches = [each for each in matches if each.suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES]
+        known = IMAGE_SUFFIXES | PARQUET_SUFFIXES | ARCHIVE_SUFFIXES
+        matches = [each for each in matches if each.suffix.lower() in known]
         if not matches:
             raise DataError(f"the pattern {path} matches no image and no parquet file.")
         found += matches
@@ -145,7 +162,10 @@ def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
         DataError: as `read_images`.
     """
     files = {os.path.abspath(file): file for path in paths for file in _expand(Path(path), column)}.values()
-    return sum(pq.read_metadata(file).num_rows if _is_parquet(file) else 1 for file in files)
+    return sum(
+        pq.read_metadata(file).num_rows if _is_parquet(file) else len(_archived(file)) if _is_archive(file) else 1
+        for file in files
+    )
 
 
 def real_images(path: Path, *, column: str = "image", size: int | None = None, most: int | None = None) -> list[Tensor]:
@@ -171,60 +191,89 @@ def real_images(path: Path, *, column: str = "image", size: int | None = None, m
     if size is None:
         return found
     return [
-        torch.from_numpy(np.ascontiguousarray(_fit(Image.fromarray(image.permute(1, 2, 0).numpy()), size)))
+        torch.from_numpy(np.ascontiguousarray(fit(Image.fromarray(image.permute(1, 2, 0).numpy()), size)))
         for image in found
     ]
 
 
-def decode_square(encoded: bytes | None, size: int) -> Tensor:
-    """One encoded image, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    try:
-        image = _fit(_decode(encoded), size)
-    except _UNDECODABLE as error:
-        raise DataError(f"not a readable image: {error}") from error
-    return torch.from_numpy(np.ascontiguousarray(image)).float() / 255
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """The image as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
-    try:
-        return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
-    except _UNDECODABLE:
-        return image  # damaged metadata does not affect the pixels
-
-
 def _expand(path: Path, column: str) -> list[Path]:
     if path.is_dir():
-        return _images_below(path)
+        return _images_below(path, column)
     if not path.is_file():
         raise DataError(f"no such file or folder: {path}")
     if _is_parquet(path):
-        _open_parquet(path, column).close()
+        open_parquet(path, column).close()
     return [path]
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _images_below(folder: Path, column: str) -> list[Path]:
+    """Image files at every depth; without any, the parquet files or zip archives there. The rest is logged."""
     files = files_below(folder)
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
+    for suffixes in (IMAGE_SUFFIXES, PARQUET_SUFFIXES, ARCHIVE_SUFFIXES):
+        found = [file for file in files if file.suffix.lower() in suffixes]
+        if found:
+            break
+    else:
         raise DataError(
-            f"{folder} holds no image: {len(files)} files, none ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
+            f"{folder} holds no image: {len(files)} files, none ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
+            ".parquet or .zip."
         )
-    if len(images) < len(files):
-        logger.info("%s: %d files skipped that are no images", folder, len(files) - len(images))
+    if _is_parquet(found[0]):
+        open_parquet(found[0], column).close()
+    report_skipped(folder, [str(file.relative_to(folder)) for file in set(files) - set(found)])
+    return found
+
+
+def report_skipped(place: Path, names: Sequence[str]) -> None:
+    """Log how many files of a folder or archive are not read, by ending, with the first names.
+
+    Args:
+        names: names of the files; captions and descriptions (.txt, .json, ...) are not reported.
+    """
+    odd = sorted(name for name in names if Path(name).suffix.lower() not in _SIDECARS)
+    if odd:
+        kinds = Counter(Path(name).suffix.lower() or "no ending" for name in odd)
+        logger.warning(
+            "%s: %d files are not images and are skipped (%s), such as %s", place, len(odd),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())), ", ".join(odd[:3]),
+        )  # fmt: skip
+
+
+def _archived(path: Path) -> list[str]:
+    """Names of the images in a zip archive, in sorted order.
+
+    Raises:
+        DataError: the archive cannot be read, or holds no image.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path} is not a readable zip archive: {error}") from error
+    visible = [name for name in names if not Path(name).name.startswith(".") and not name.startswith("__MACOSX")]
+    images = sorted(name for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise DataError(f"{path} holds no image: {len(names)} files, none of a known image format.")
+    report_skipped(path, sorted(set(visible) - set(images)))
     return images
 
 
 def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:
+    if _is_archive(path):
+        names = _archived(path)
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                try:
+                    content = archive.read(name)
+                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error):
+                    content = b""  # damaged or encrypted: reported as undecodable below
+                yield from _decode_or_skip(content, f"{path}#{name}", f"{path}, entry {name}", skip)
+        return
     if not _is_parquet(path):
         yield from _decode_or_skip(path, str(path), str(path), skip)
         return
-    with _open_parquet(path, column) as file:
-        for row, encoded in enumerate(_encoded_rows(file, path, column)):
+    with open_parquet(path, column) as file:
+        for row, encoded in enumerate(encoded_rows(file, path, column)):
             yield from _decode_or_skip(encoded, f"{path}#{row}", f"{path}, row {row} of column `{column}`", skip)
 
 
@@ -244,83 +293,20 @@ def _decode_or_skip(
 
 def _decode_named(source: Path | bytes | None, name: str) -> Tensor:
     try:
-        pixels = np.asarray(_decode(source))
-    except _UNDECODABLE as error:
+        pixels = np.asarray(decode(source))
+    except UNDECODABLE as error:
         raise DataError(f"{name} cannot be read as an image: {error}") from error
     # Always a copy: Pillow's own memory is not to be written to.
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
-
-
-def _decode(source: Path | bytes | None) -> Image.Image:
-    """RGB image of an encoded file.
-
-    Raises:
-        one of `_UNDECODABLE`.
-    """
-    if source is None:
-        raise ValueError("the row is empty")
-    with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
-        if image.mode.startswith(("I", "F")):
-            # Pillow's conversion would saturate such pixels to white.
-            raise ValueError(f"only 8-bit images are supported, found mode {image.mode}")
-        image.load()
-        image = upright(image)
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _fit(image: Image.Image, size: int | None) -> np.ndarray:
-    """Image as uint8 (3, H, W), brought to `size` if that is given and different."""
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _size_text(image: np.ndarray) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
 
 
+def _is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVE_SUFFIXES
+
+
 def _is_parquet(path: Path) -> bool:
     return path.suffix.lower() in PARQUET_SUFFIXES
-
-
-def _open_parquet(path: Path, column: str) -> pq.ParquetFile:
-    """The file, once its column is known to hold images."""
-    if not Path(path).is_file():
-        raise DataError(f"no such file: {path}")
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
-    schema = file.schema_arrow
-    if schema.names.count(column) != 1:
-        file.close()
-        raise DataError(f"{path} has no column `{column}`. Columns found: {', '.join(schema.names)}.")
-    kind = schema.field(column).type
-    if not _is_bytes(kind.field("bytes").type if _has_bytes(kind) else kind):
-        file.close()
-        raise DataError(
-            f"{path}: column `{column}` is of type {kind}; expected encoded images as binary, or a struct with a "
-            "binary field `bytes`."
-        )
-    return file
-
-
-def _has_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[bytes | None]:
-    try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield value["bytes"] if isinstance(value, dict) else value
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error

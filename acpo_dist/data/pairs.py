@@ -7,7 +7,6 @@ depend on seed and iteration only, so a resumed run uses the same rows and no ra
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import generator
-from acpo_dist.data.images import decode_square
+from acpo_dist.data.decoding import decode_square
 
 IMAGES = ("jpg_0", "jpg_1")
 LABEL, CAPTION = "label_0", "caption"
@@ -34,6 +33,7 @@ class PairIndex:
     """Usable rows by row group, counted over all files."""
     counts: Mapping[str, int]
     """`rows`, `usable`, and by reason: `tie`, `unlabelled`, `no_caption`, `not_absolute`."""
+    _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
         """Ids of `count` pairs, winner and loser side by side.
@@ -45,18 +45,22 @@ class PairIndex:
         ids: list[str] = []
         for position in range(start, start + count):
             epoch, place = divmod(position, total)
-            row = _order(self.rows, epoch, run_seed)[place]
+            row = self._order(epoch, run_seed)[place]
             ids += [f"{_PREFIX}:{row}:w", f"{_PREFIX}:{row}:l"]
         return ids
 
-
-@lru_cache(maxsize=2)
-def _order(rows: tuple[tuple[int, ...], ...], epoch: int, run_seed: int) -> list[int]:
-    draw = generator("pairs", run_seed, epoch)
-    order: list[int] = []
-    for group in torch.randperm(len(rows), generator=draw).tolist():
-        order += [rows[group][place] for place in torch.randperm(len(rows[group]), generator=draw).tolist()]
-    return order
+    def _order(self, epoch: int, run_seed: int) -> list[int]:
+        """All usable rows in the order of one pass; the orders of the last two passes are kept."""
+        if (epoch, run_seed) not in self._orders:
+            draw = generator("pairs", run_seed, epoch)
+            order: list[int] = []
+            for group in torch.randperm(len(self.rows), generator=draw).tolist():
+                rows = self.rows[group]
+                order += [rows[place] for place in torch.randperm(len(rows), generator=draw).tolist()]
+            while len(self._orders) >= 2:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch, run_seed] = order
+        return self._orders[epoch, run_seed]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
         return config
     if config.data.path is None:
         named = [*(entry.name for entry in wanted), *(["model.path"] if train_model else [])]
-        raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real images; set data.path to a parquet file.")
+        raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real images; set data.path (folder, parquet or zip).")
     images = load_images(config.data.path, config.data.image_column, config.data.max_images, IMAGE_SIZE)
     root.mkdir(parents=True, exist_ok=True)
     model = config.model

@@ -183,8 +183,8 @@ def _require_images(config: Config) -> None:
     anchor = getattr(config.algorithm, "anchor", None)
     if config.data.path is None and getattr(anchor, "source", "rollout") == "data":
         raise ConfigError(
-            "algorithm.anchor.source is `data`, but data.path is unset: set it to a parquet file of real images, or "
-            "algorithm.anchor.source=rollout."
+            "algorithm.anchor.source is `data`, but data.path is unset: set it to a folder, a parquet file or a "
+            "zip archive of real images, or algorithm.anchor.source=rollout."
         )
     if config.data.path is not None:
         load_images(config.data.path, config.data.image_column, 1, None)

@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import zipfile
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -289,11 +290,64 @@ def test_damaged_rows_are_counted_and_the_first_is_named(tmp_path):
         load_images(write_parquet(tmp_path / "p.parquet", values), "image")
 
 
-def test_sixteen_bit_images_are_refused_rather_than_saturated(tmp_path):
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_images_are_scaled_to_eight_bits(tmp_path, kind):
+    values = np.array([[0, 257], [128 * 257, 65535]], np.uint16)
     buffer = BytesIO()
-    Image.fromarray(np.full((4, 4), 1000, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(DataError, match="no readable 8-bit image"):
-        load_images(write_parquet(tmp_path / "p.parquet", [buffer.getvalue()]), "image")
+    Image.fromarray(values).save(buffer, kind)
+    found = load_images(write_parquet(tmp_path / "p.parquet", [buffer.getvalue()]), "image").tensor
+    assert found[0, 0].tolist() == [[0, 1], [128, 255]]
+
+
+def test_floating_point_images_are_refused_since_their_range_is_unknown(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "image.tif")
+    with pytest.raises(DataError, match="mode F"):
+        list(read_images([tmp_path / "image.tif"]))
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("avif", "AVIF"), ("jfif", "JPEG"), ("jp2", "JPEG2000"), ("tga", "TGA")])
+def test_a_folder_of_any_image_format_is_training_data(tmp_path, ending, kind):
+    for index in range(3):
+        Image.fromarray(image(index, 32, 32)).save(tmp_path / f"{index}.{ending}", kind)
+    assert load_images(tmp_path, "image").tensor.shape[0] == 3
+    assert load_images(tmp_path, "image", max_images=2).tensor.shape[0] == 2
+
+
+def test_files_that_are_skipped_are_counted_by_ending_and_named(tmp_path, caplog):
+    Image.fromarray(image(0)).save(tmp_path / "0.png")
+    for name in ("0.txt", "clip.mp4", "other.mp4", "raw.cr2"):
+        (tmp_path / name).write_bytes(b"")
+    assert len(load_images(tmp_path, "image")) == 1
+    assert "3 files" in caplog.text and "1 .cr2, 2 .mp4" in caplog.text and "clip.mp4" in caplog.text
+
+
+def test_a_folder_of_parquet_files_is_read_shard_by_shard(tmp_path):
+    for index in range(2):
+        write_parquet(tmp_path / f"part-{index}.parquet", [encode(image(index))])
+    assert [name.rpartition("/")[2] for name, _ in read_images([tmp_path])] == ["part-0.parquet#0", "part-1.parquet#0"]
+
+
+def test_images_of_a_zip_archive_are_read_in_sorted_order(tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for name in ("b/1.png", "a/0.png", "__MACOSX/._0.png", "notes.txt"):
+            archive.writestr(name, encode(image(0)))
+    path = tmp_path / "images.zip"
+    assert [name.rpartition("#")[2] for name, _ in read_images([path])] == ["a/0.png", "b/1.png"]
+    assert count_images([path]) == 2 and len(load_images(path, "image")) == 2
+
+
+def test_a_parquet_row_without_bytes_names_a_file_beside_the_parquet_file(tmp_path):
+    (tmp_path / "files").mkdir()
+    Image.fromarray(image(3)).save(tmp_path / "files/3.png")
+    rows = [{"bytes": None, "path": "files/3.png"}, {"bytes": encode(image(1)), "path": None}]
+    path = write_parquet(tmp_path / "p.parquet", rows)
+    assert len(load_images(path, "image")) == 2
+
+
+def test_a_dictionary_column_is_decoded(tmp_path):
+    column = pa.array([encode(image(0))] * 3).dictionary_encode()
+    pq.write_table(pa.table({"image": column}), tmp_path / "p.parquet")
+    assert len(load_images(tmp_path / "p.parquet", "image")) == 3
 
 
 def test_different_sizes_need_a_common_size(tmp_path):

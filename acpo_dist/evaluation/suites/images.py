@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.decoding import upright
 from acpo_dist.data.folders import files_below
-from acpo_dist.data.images import IMAGE_SUFFIXES, PARQUET_SUFFIXES, upright
+from acpo_dist.data.images import IMAGE_SUFFIXES, PARQUET_SUFFIXES
 
 _ROWS_AT_ONCE = 64
 _PIXELS_AT_ONCE = 16 * 1024 * 1024

@@ -1,0 +1,72 @@
+"""Decode one encoded image to 8-bit RGB."""
+
+import struct
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from acpo_dist.core.errors import DataError
+
+_ORIENTATION = 0x0112
+UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on damaged files of its various formats."""
+
+
+def decode(source: Path | bytes | None) -> Image.Image:
+    """RGB image of an encoded file; grey images of 16 bits per pixel are scaled to 8.
+
+    Raises:
+        one of `UNDECODABLE`.
+    """
+    if source is None:
+        raise ValueError("the row is empty")
+    with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
+        image.load()
+        image = upright(image)
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bit(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int | None) -> np.ndarray:
+    """Image as uint8 (3, H, W), its central square resized to `size` if that is given and different."""
+    if size is not None and image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != size:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def decode_square(encoded: bytes | None, size: int) -> Tensor:
+    """One encoded image, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        image = fit(decode(encoded), size)
+    except UNDECODABLE as error:
+        raise DataError(f"not a readable image: {error}") from error
+    return torch.from_numpy(np.ascontiguousarray(image)).float() / 255
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
+    try:
+        return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
+    except UNDECODABLE:
+        return image  # damaged metadata does not affect the pixels
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Pillow's own conversion clips such values to 255 instead of scaling them."""
+    values = np.asarray(image)
+    if image.mode.startswith("F") or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise ValueError(f"values of mode {image.mode} have no known range; expected 8 or 16 bits per channel")
+    return Image.fromarray(np.round(values / 257).astype(np.uint8))

@@ -1,0 +1,70 @@
+"""Encoded images in a column of a parquet file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from acpo_dist.core.errors import DataError
+
+_ROWS_AT_ONCE = 256
+
+
+def open_parquet(path: Path, column: str) -> pq.ParquetFile:
+    """Open a parquet file and check that its column can hold images.
+
+    Raises:
+        DataError: no such file, not parquet, or the column is absent or of another type.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"no such file: {path}")
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+    schema = file.schema_arrow
+    if schema.names.count(column) != 1:
+        file.close()
+        raise DataError(f"{path} has no column `{column}`. Columns found: {', '.join(schema.names)}.")
+    kind = schema.field(column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not _is_bytes(kind.field("bytes").type if _has_bytes(kind) else kind):
+        file.close()
+        raise DataError(
+            f"{path}: column `{column}` is of type {kind}; expected encoded images as binary, or a struct with a "
+            "binary field `bytes`."
+        )
+    return file
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[bytes | Path | None]:
+    """Encoded image of every row: bytes, the path of a file, or None for an empty cell.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield _encoded(value, path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged: {error}") from error
+
+
+def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
+    """Content of a cell; a struct without bytes names a file, relative to the parquet file."""
+    if not isinstance(value, dict):
+        return value
+    if value["bytes"] is None and value.get("path"):
+        return parquet.parent / value["path"]
+    return value["bytes"]
