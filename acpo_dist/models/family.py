@@ -37,17 +37,38 @@ class Decoder(Protocol):
         ...
 
 
-class ModelFamily(Protocol):
-    """One loaded model: a trainable network, its frozen anchor, its conditioning and its decoder."""
+class Denoiser(Protocol):
+    """The part of a loaded model that a learner runs: network, anchor and conditioning."""
 
-    conditional: ClassVar[bool]
-    pixel_space: ClassVar[bool]
-    """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
     network: nn.Module
     """What trains: given to the optimiser or to DeepSpeed whole."""
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     prediction_type: str
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditioning of prompts, cached; the empty prompt is the null condition."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
+        """Network output in float32, same shape as `noisy`."""
+        ...
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """While active, `predict` answers with the frozen base model."""
+        ...
+
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """While active, `predict` runs with these values of the trainable weights; without gradient."""
+        ...
+
+
+class ModelFamily(Denoiser, Protocol):
+    """One loaded model: a trainable network, its frozen anchor, its conditioning and its decoder."""
+
+    conditional: ClassVar[bool]
+    pixel_space: ClassVar[bool]
+    """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
     device: str
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""
@@ -75,22 +96,6 @@ class ModelFamily(Protocol):
     @classmethod
     def load_decoder(cls, config: Any, *, device: str) -> Decoder:
         """The decoder alone, for a reward worker."""
-        ...
-
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditioning of prompts, cached; the empty prompt is the null condition."""
-        ...
-
-    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """Network output in float32, same shape as `noisy`."""
-        ...
-
-    def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` answers with the frozen base model."""
-        ...
-
-    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """While active, `predict` runs with these values of the trainable weights; without gradient."""
         ...
 
     def decode(self, clean: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ def full_float32(device_type: str) -> Iterator[None]:
     """
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(device_type, enabled=False))
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         # torch 2.9 brought new names for both switches, and refuses a mixture of old and new.
         if hasattr(cudnn, "conv"):
             stack.enter_context(switched([cudnn.conv, cublas], "fp32_precision", "ieee"))

@@ -1,4 +1,4 @@
-"""What a GPU runs where tensors without values would take another way: fused attention, and autocast."""
+"""GPU kernels for meta tensors: fused attention and autocast."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,41 +11,62 @@ from torch.utils._pytree import tree_map
 
 from acpo_dist.models.family import switched
 
-# Entries of CUDA's autocast lists that these networks call.
+# Functions on CUDA's autocast lists that these networks call.
 _NARROW = ("linear", "conv2d")
 _WIDE = ("group_norm", "layer_norm")
 
 
 class Kernels:
-    """Meta tensors have no fused attention (they would write its whole matrix down) and know no autocast.
+    """Makes meta tensors take the kernels of a GPU: fused attention, and autocast to bfloat16.
 
-    Autocast follows CUDA's lists: products in bfloat16, normalisations in float32 (the processor's keeps them narrow),
-    and one cast of each trainable weight until `forget`, as when the region is left.
+    On the meta device attention would write its whole matrix down, and autocast does nothing. Autocast follows CUDA's
+    lists: products in bfloat16, normalisations in float32 (the CPU's keep them narrow), and one cast per trainable
+    weight in each region.
     """
 
     def __init__(self, *, autocast: bool) -> None:
-        """Say whether bfloat16 arithmetic is asked for on the weights as they are held."""
-        self._autocast = autocast
-        self._remembered: dict[int, Tensor] | None = {}
+        """Prepare the replacements.
 
-    def forget(self) -> None:
-        """Leave the region: casts of weights are no longer kept, neither those there are nor those to come."""
-        self._remembered = None
+        Args:
+            autocast: whether the learner computes in bfloat16 on weights as they are held.
+        """
+        self._autocast, self._inside = autocast, False
+        self._remembered: dict[int, Tensor] | None = None
+
+    @contextmanager
+    def region(self) -> Iterator[None]:
+        """Autocast of one forward pass, as `torch.autocast`: casts of trainable weights are kept until it ends."""
+        with switched([self], "_inside", self._autocast), switched([self], "_remembered", {}):
+            yield
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Autocast of the backward pass, in which layers are recomputed: no cast is kept."""
+        with switched([self], "_inside", self._autocast):
+            yield
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Put them in `torch.nn.functional`'s place.
+        """Replace the functions in `torch.nn.functional`.
 
-        Not a torch function mode: those are switched off in the backward pass, where layers are recomputed.
+        Not a torch function mode: autograd switches those off in the backward pass, where layers are recomputed.
         """
         replaced: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": self._attention}
         if self._autocast:
-            replaced |= {name: _before(getattr(F, name), self._narrow) for name in _NARROW}
-            replaced |= {name: _before(getattr(F, name), _widen) for name in _WIDE}
+            replaced |= {name: self._before(getattr(F, name), self._narrow) for name in _NARROW}
+            replaced |= {name: self._before(getattr(F, name), _widen) for name in _WIDE}
         with ExitStack() as stack:
             for name, function in replaced.items():
                 stack.enter_context(switched([F], name, function))
             yield
+
+    def _before(self, function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                args, kwargs = tree_map(change, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return run
 
     def _narrow(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
@@ -60,20 +81,12 @@ class Kernels:
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, **options: Any,
     ) -> Tensor:  # fmt: skip
-        if self._autocast:
+        if self._inside:
             query, key, value = (self._narrow(entry) for entry in (query, key, value))
-        # The processor's kernel: it keeps as much for the way back as a GPU's, the result and one number per row.
+        # The CPU's kernel keeps as much for the backward pass as a GPU's: the result and one number per row.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale")
         )[0]
-
-
-def _before(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(change, (args, kwargs))
-        return function(*args, **kwargs)
-
-    return run
 
 
 def _widen(value: Any) -> Any:

@@ -1,5 +1,7 @@
-"""A configured model's networks on the meta device: every shape and type, no value and no memory."""
+"""The networks of a configured model on the meta device: shapes and types without values or memory."""
 
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,9 +10,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from acpo_dist.models.architectures import Architecture
-from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import Condition
+from acpo_dist.models.loading import DTYPES
+from acpo_dist.models.sdxl import TIME_IDS
 from acpo_dist.models.tuning import TunedNetwork
+from acpo_dist.models.vae import VAE_DTYPES, VaeDecoder
 
 META = torch.device("meta")
 
@@ -41,7 +45,7 @@ def new_text_encoders(architecture: Architecture) -> list[Any]:
 
 
 def _frozen(module: Any, dtype: torch.dtype) -> Any:
-    # Not `module.to`: diffusers warns there of what matters for values alone.
+    # Not `module.to`: its warnings in diffusers concern values.
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module.requires_grad_(False).eval()
@@ -57,60 +61,100 @@ def reduction(architecture: Architecture) -> int:
 
 
 def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
-    """(C, H, W) of x_0."""
+    """(C, H, W) of x_0 for the configured `image_size`, or for the U-Net's own."""
     factor, size = reduction(architecture), architecture.unet["sample_size"]
     pixels = getattr(config, "image_size", None) or (size if isinstance(size, int) else size[0]) * factor
     return architecture.unet["in_channels"], pixels // factor, pixels // factor
 
 
-def new_condition(architecture: Architecture, count: int, dtype: torch.dtype) -> Condition:
-    """Conditioning of `count` prompts."""
-    if architecture.family == "ddpm":
-        return Condition({})
-    width = architecture.unet["cross_attention_dim"]
-    states = torch.zeros(count, architecture.text_length, width, dtype=dtype, device=META)
-    if architecture.family != "sdxl":
-        return Condition({"prompt_embeds": states})
-    pooled = torch.zeros(count, architecture.text_encoders[-1]["projection_dim"], dtype=dtype, device=META)
-    ids = torch.zeros(count, 6, dtype=dtype, device=META)
-    return Condition({"prompt_embeds": states, "text_embeds": pooled, "time_ids": ids})
+class MetaFamily:
+    """A model on the meta device: what `PolicyNetwork` and the phases of a plan call of a `ModelFamily`."""
 
+    device = "meta"
 
-class FakePolicy:
-    """The policy's forward as the families do it."""
-
-    def __init__(self, unet: Any, tuning: TuningConfig, *, checkpointing: bool, narrow: bool) -> None:
-        """Put adapters in, or make all weights trainable.
+    def __init__(self, config: Any, architecture: Architecture, dtype: torch.dtype, *, trainable: bool = True) -> None:
+        """Build the network, with adapters or a frozen copy as `config.tuning` says.
 
         Args:
-            narrow: hold the adapters in the type of the rest, as DeepSpeed does.
+            config: the model's section.
+            dtype: type in which the network's own weights are held.
+            trainable: whether this is the learner's, which keeps the anchor and recomputes.
         """
-        if checkpointing:
+        memory: Any = getattr(config, "memory", None)
+        unet = new_unet(architecture, dtype)
+        if memory is not None and memory.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         self.network: nn.Module = unet
-        self._tuned = TunedNetwork(unet, tuning, seed=0, keep_anchor=False)
-        self._full = tuning.method == "full"
-        if narrow:
-            dtype = self._tuned.dtype
-            for parameter in self.network.parameters():
-                parameter.data = parameter.data.to(dtype)
+        anchor_dtype = DTYPES[memory.anchor_dtype] if memory is not None else torch.float32
+        self._tuned = TunedNetwork(unet, config.tuning, seed=0, keep_anchor=trainable, anchor_dtype=anchor_dtype)
+        self._architecture, self._dtype, self._trainable = architecture, DTYPES[config.dtype], trainable
+        self.sample_shape = sample_shape(config, architecture)
+        self.prediction_type = "epsilon"
+        # Any decreasing levels do: how much is computed does not depend on them.
+        self.alpha_bars = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
+        self.decoder: VaeDecoder | None = None
+        if architecture.vae is not None and memory is not None:
+            # float16 has the size of bfloat16 and is checked for overflow, which needs values.
+            name = config.vae_dtype if config.vae_dtype != "float16" else "bfloat16"
+            self.decoder = VaeDecoder(
+                new_vae(architecture, VAE_DTYPES[name]), checkpointing=memory.vae_checkpointing,
+                slicing=memory.vae_slicing, tiling=memory.vae_tiling,
+            )  # fmt: skip
 
-    def predict(self, noisy: Tensor, condition: Condition) -> Tensor:
-        """One pass, float32 in and out."""
-        dtype = self._tuned.dtype
-        timesteps = torch.zeros(len(noisy), dtype=torch.long, device=noisy.device)
-        tensors = dict(condition.tensors)
-        if not tensors:
-            return self.network(noisy.to(dtype), timesteps, return_dict=False)[0].float()
-        states = tensors.pop("prompt_embeds").to(dtype)
-        return self.network(
-            noisy.to(dtype), timesteps, states, added_cond_kwargs=tensors or None, return_dict=False
-        )[0].float()  # fmt: skip
+    @property
+    def held(self) -> list[Tensor]:
+        """All weights: policy, frozen copy and VAE."""
+        modules = {id(module): module for module in (self.network, *self._anchors(), *self._decoders())}
+        return [parameter for module in modules.values() for parameter in module.parameters()]
 
-    def anchor(self, noisy: Tensor, condition: Condition) -> Tensor:
-        """The base model's pass: a copy of the same shape beside full fine-tuning, adapters off for LoRA."""
-        with torch.no_grad():
-            if self._full:
-                return self.predict(noisy, condition)
-            with self._tuned.anchored():
-                return self.predict(noisy, condition)
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the trainable weights in `dtype` too, as DeepSpeed does."""
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Conditioning of prompts, as a `Condition` with the names and shapes of the family's."""
+        architecture, count = self._architecture, len(prompts)
+        if architecture.family == "ddpm":
+            return Condition({})
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(count, *shape, dtype=self._dtype, device=META)
+
+        tensors = {"prompt_embeds": zeros(architecture.text_length, architecture.unet["cross_attention_dim"])}
+        if architecture.family == "sdxl":
+            tensors["pooled_prompt_embeds"] = zeros(architecture.text_encoders[-1]["projection_dim"])
+            tensors["time_ids"] = zeros(TIME_IDS)
+        return Condition(tensors)
+
+    def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
+        """One U-Net pass, float32 in and out."""
+        dtype, tensors = self._tuned.dtype, condition.tensors
+        arguments: dict[str, Any] = {}
+        if tensors:
+            arguments["encoder_hidden_states"] = tensors["prompt_embeds"].to(dtype)
+        if "time_ids" in tensors:
+            added = {"text_embeds": tensors["pooled_prompt_embeds"], "time_ids": tensors["time_ids"]}
+            arguments["added_cond_kwargs"] = added
+        return self._tuned.active(noisy.to(dtype), timesteps_B, return_dict=False, **arguments)[0].float()
+
+    def anchored(self) -> AbstractContextManager[None]:
+        """While active, `predict` runs the frozen base model."""
+        return self._tuned.anchored()
+
+    def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """While active, `predict` runs with these values of the trainable weights."""
+        return self._tuned.substituted(weights)
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """x_0 to RGB pixels around [0, 1], float32."""
+        return self.decoder.decode(clean) if self.decoder is not None else clean.float() / 2 + 0.5
+
+    def _anchors(self) -> list[nn.Module]:
+        if not (self._trainable and self._tuned.method == "full"):
+            return []
+        with self.anchored():
+            return [self._tuned.active]
+
+    def _decoders(self) -> list[nn.Module]:
+        return [self.decoder.vae] if self.decoder is not None else []

@@ -1,142 +1,169 @@
-"""The computations of one iteration, run on tensors without values in the order in which the workers run them."""
+"""The computations of one iteration, run on meta tensors with the project's own algorithms."""
 
+from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from acpo_dist.algorithms.base import Algorithm, LateStates, MicroBatch
+from acpo_dist.config.schema import Config
+from acpo_dist.core.registry import ALGORITHMS, resolve
+from acpo_dist.core.types import Normaliser, RewardTerm
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.models.family import trainable_tensors
-from acpo_dist.models.loading import DTYPES, held_dtype
-from acpo_dist.models.vae import VAE_DTYPES, VaeDecoder
+from acpo_dist.models.loading import held_dtype
 from acpo_dist.preflight.plan.kernels import Kernels
-from acpo_dist.preflight.plan.networks import META, FakePolicy, new_condition, new_unet, new_vae, sample_shape
+from acpo_dist.preflight.plan.networks import META, MetaFamily
 from acpo_dist.preflight.plan.tracer import Trace, trace
+from acpo_dist.workers.learner.network import PolicyNetwork
+from acpo_dist.workers.learner.signal import PooledReward
+from acpo_dist.workers.reward.wire import WireTensor
+from acpo_dist.workers.reward.worker import ScoredGradient
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the phases need to know of a run."""
+    """A run and the architecture of its model."""
 
-    model: Any
-    """The model's section."""
+    config: Config
     architecture: Architecture
-    guided: bool
-    """Whether rollouts ask for both branches."""
-    image_cut: bool
-    """Whether the learner decodes."""
-    pathwise: bool
-    """Whether the score's gradient is used."""
-    uniform: bool
-    """Whether a second batch is anchored at uniform timesteps."""
-    autocast: bool
-    """bfloat16 arithmetic on the weights as they are held (plain torch)."""
-    branches: bool
-    """Whether the learner asks for both branches at once: policy gradients, and rewards of guided estimates."""
-    prepared: bool
-    """Whether it goes over its samples once more before the weights move."""
-    cast: bool
-    """The network itself is held in bfloat16 (DeepSpeed)."""
-    accumulated: bool
-    """Whether gradients are there from an earlier micro-batch."""
-    crop: int | None
-    """Side of the window of x0-hat that is decoded for the gradient; None for all of it."""
+
+    @cached_property
+    def sampler_family(self) -> MetaFamily:
+        """The model as rollout and reward workers hold it, without an anchor."""
+        return _family(self, trainable=False)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance of the rollouts; 1 where only the conditional branch runs."""
+        return self.config.sampler.guidance_for(conditional=self.architecture.family != "ddpm")
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether gradients of an earlier micro-batch exist in the learner's backward pass."""
+        learner = self.config.learner
+        return learner.global_batch > learner.micro_batch * learner.num_ranks
+
+    @property
+    def anchor_weight(self) -> float:
+        """1 where the algorithm's anchor is on, else 0; `auto` without a budget is off."""
+        anchor = self.config.algorithm.anchor
+        return 0.0 if anchor.weight == 0 or (anchor.weight == "auto" and anchor.budget is None) else 1.0
 
 
 def rollout(setting: Setting, batch: int) -> tuple[Trace, Trace]:
     """One denoiser call, and the decoding of `batch` finished samples; both without gradients."""
-    dtype = held_dtype(setting.model.dtype, method=setting.model.tuning.method, trainable=False)
-    policy = _policy(setting, dtype)
-    shape = sample_shape(setting.model, setting.architecture)
-    rows = 2 * batch if setting.guided else batch
-    condition = new_condition(setting.architecture, rows, DTYPES[setting.model.dtype])
-    noisy = torch.zeros(rows, *shape, device=META)
-    known = [*policy.network.parameters(), noisy, *condition.tensors.values()]
+    family = setting.sampler_family
+    rows = 2 * batch if setting.guidance_scale > 1 else batch
+    condition = family.encode([_PROMPT] * rows)
+    noisy, clean = (torch.zeros(count, *family.sample_shape, device=META) for count in (rows, batch))
+    timesteps = torch.zeros(rows, dtype=torch.long, device=META)
     with torch.no_grad(), Kernels(autocast=False).active():
-        step = trace(lambda: policy.predict(noisy, condition), known)
-        return step, _decoding(setting, batch)
-
-
-def _decoding(setting: Setting, batch: int) -> Trace:
-    clean = torch.zeros(batch, *sample_shape(setting.model, setting.architecture), device=META)
-    if setting.architecture.vae is None:
-        return trace(lambda: (clean / 2 + 0.5).clamp(0, 1), [clean])
-    decoder = _decoder(setting)
-    return trace(lambda: (decoder.decode(clean).clamp(0, 1) * 255).round(), [clean, *decoder.vae.parameters()])
+        known = [*family.held, noisy, timesteps, *condition.tensors.values()]
+        step = trace(lambda: family.predict(noisy, timesteps, condition), known)
+        decode = trace(lambda: (family.decode(clean).clamp(0, 1) * 255).round(), [*family.held, clean])
+    return step, decode
 
 
 def reward(setting: Setting, batch: int) -> Trace | None:
-    """Decoding `batch` estimates and the way back of the score's gradient; None where no decoder is there."""
-    if setting.architecture.vae is None or setting.image_cut or not setting.pathwise:
+    """Decoding of `batch` estimates and the backward pass of the score's gradient in a reward worker.
+
+    Returns:
+        None where reward workers hold no decoder.
+    """
+    rewards = setting.config.rewards
+    if setting.architecture.vae is None or rewards.cut == "image" or not setting.config.algorithm.pathwise:
         return None
-    decoder = _decoder(setting)
-    clean = torch.zeros(batch, *sample_shape(setting.model, setting.architecture), device=META)
-    clean = _cropped(clean, setting).requires_grad_(True)
+    family = setting.sampler_family
+    channels, height, width = family.sample_shape
+    side = rewards.latent_crop
+    clean = torch.zeros(batch, channels, side or height, side or width, device=META, requires_grad=True)
+
+    def run() -> Tensor:
+        (gradient,) = torch.autograd.grad(family.decode(clean).sum(), clean)
+        return gradient
+
     with Kernels(autocast=False).active():
-        return trace(lambda: _through(decoder, clean), [clean, *decoder.vae.parameters()])
+        return trace(run, [*family.held, clean])
 
 
 def learner(setting: Setting, batch: int) -> Trace:
-    """Forward and backward of one micro-batch: policy and anchor, and both again where a second batch is anchored."""
-    dtype = torch.bfloat16 if setting.cast else held_dtype(
-        setting.model.dtype, method=setting.model.tuning.method, trainable=True
+    """Forward and backward passes that the configured algorithm makes for one micro-batch."""
+    config = setting.config
+    narrow = config.learner.precision == "bfloat16"
+    kernels = Kernels(autocast=narrow and config.learner.zero_stage is None)
+    family = _family(setting, trainable=True)
+    network = PolicyNetwork(family, config.algorithm.encoder)
+    if narrow and config.learner.zero_stage is not None:
+        family.cast(torch.bfloat16)
+    network.autocast = kernels.region
+    algorithm: Algorithm = resolve("algorithm", ALGORITHMS, config.algorithm.type)(config.algorithm)
+    rewards = config.rewards
+    pool = PooledReward(
+        _Zeros(), [RewardTerm(name="planned", weight=1.0, normaliser=Normaliser(mean=0.0, std=1.0, sign=1))],
+        family.decode, cut=rewards.cut, wire_dtype="float32", crop=rewards.latent_crop,
     )  # fmt: skip
-    policy = _policy(setting, dtype)
-    decoder = _decoder(setting) if setting.image_cut and setting.architecture.vae is not None else None
-    rows = 2 * batch if setting.branches else batch
-    noisy = torch.zeros(rows, *sample_shape(setting.model, setting.architecture), device=META)
-    condition = new_condition(setting.architecture, rows, DTYPES[setting.model.dtype])
-    known: list[Tensor] = [*policy.network.parameters(), noisy, *condition.tensors.values()]
-    if decoder is not None:
-        known += decoder.vae.parameters()
+    samples = _micro_batch(setting, family, batch)
+    known = [*family.held, *network.encoder_weights, samples.clean, samples.weights_B]
+    known += [value for value in vars(samples.late).values() if value is not None]
     if setting.accumulated:
-        for parameter in trainable_tensors(policy.network).values():
+        for parameter in trainable_tensors(family.network).values():
             parameter.grad = torch.zeros_like(parameter)
             known.append(parameter.grad)
-    kernels = Kernels(autocast=setting.autocast)
 
     def run() -> None:
-        if setting.prepared:
-            with torch.no_grad():
-                policy.predict(noisy, condition)
-        model_output = policy.predict(noisy, condition)
-        loss = (noisy - model_output).square().mean()
-        if setting.pathwise and decoder is not None:
-            _through(decoder, _cropped((noisy - model_output)[:batch].detach(), setting).requires_grad_(True))
-        policy.anchor(noisy, condition)
-        if setting.uniform:
-            part, prompts = noisy[:batch], new_condition(setting.architecture, batch, DTYPES[setting.model.dtype])
-            loss = loss + (policy.predict(part, prompts) - policy.anchor(part, prompts)).square().mean()
-        kernels.forget()
-        loss.backward()
+        with torch.no_grad():
+            prepared = algorithm.prepare(samples, network)
+        loss = algorithm.loss(samples, network, pool, setting.anchor_weight, prepared).per_sample.mean()
+        with kernels.recomputation():
+            loss.backward()
 
     with kernels.active():
         return trace(run, known)
 
 
-def _through(decoder: Any, clean: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(decoder.decode(clean).sum(), clean)
-    return gradient
+_PROMPT = "a prompt"
 
 
-def _cropped(clean: Tensor, setting: Setting) -> Tensor:
-    return clean if setting.crop is None else clean[..., : setting.crop, : setting.crop]
+class _Zeros:
+    """A reward pool in other processes, as a `GradientSource`: scores and gradients of zeros."""
+
+    def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
+        response = Future[ScoredGradient]()
+        zeros = WireTensor(np.zeros_like(sent.data), np.zeros_like(sent.exponent))
+        response.set_result(ScoredGradient([0.0] * len(prompts), zeros))
+        return response
 
 
-def _policy(setting: Setting, dtype: torch.dtype) -> FakePolicy:
-    memory = getattr(setting.model, "memory", None)
-    return FakePolicy(
-        new_unet(setting.architecture, dtype), setting.model.tuning, narrow=setting.cast,
-        checkpointing=bool(memory and memory.gradient_checkpointing),
-    )  # fmt: skip
+def _family(setting: Setting, *, trainable: bool) -> MetaFamily:
+    model = setting.config.model
+    dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=trainable)
+    return MetaFamily(model, setting.architecture, dtype, trainable=trainable)
 
 
-def _decoder(setting: Setting) -> Any:
-    # float16 has the size of bfloat16 and, unlike it, is checked for overflow, which missing values cannot be.
-    name = setting.model.vae_dtype if setting.model.vae_dtype != "float16" else "bfloat16"
-    memory = setting.model.memory
-    return VaeDecoder(
-        new_vae(setting.architecture, VAE_DTYPES[name]), checkpointing=memory.vae_checkpointing,
-        slicing=memory.vae_slicing, tiling=memory.vae_tiling,
+def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch:
+    """Samples of rollouts, all tensors on the meta device."""
+    config = setting.config
+
+    def states() -> Tensor:
+        return torch.zeros(count, *family.sample_shape, device=META)
+
+    def levels() -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=META)
+
+    stochastic = config.algorithm.needs_noise
+    conditional = setting.architecture.family != "ddpm"
+    return MicroBatch(
+        sample_ids=tuple(str(index) for index in range(count)), prompts=(_PROMPT if conditional else "",) * count,
+        noise_keys=tuple(range(count)), clean=states(),
+        states=LateStates(
+            latents=states(), timesteps_B=torch.zeros(count, dtype=torch.long, device=META), alpha_bars_B=levels(),
+            following=states() if stochastic else None, following_alpha_bars_B=levels() if stochastic else None,
+        ),
+        clean_is_real=getattr(config.algorithm.anchor, "source", "rollout") == "data",
+        weights_B=torch.ones(count, device=META), guidance_scale=setting.guidance_scale, eta=config.sampler.eta,
     )  # fmt: skip

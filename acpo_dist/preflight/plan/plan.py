@@ -1,9 +1,11 @@
 """From a configuration to what it needs: parameters, memory by role, batches, time, and warnings in time."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from acpo_dist.config.schema import Config
 from acpo_dist.models.architectures import Architecture, architecture_of
@@ -13,7 +15,7 @@ from acpo_dist.models.schedulers import SAMPLERS
 from acpo_dist.models.vae import VAE_DTYPES
 from acpo_dist.preflight.plan import phases
 from acpo_dist.preflight.plan.memory import GIB, LearnerState, Memory, learner_state
-from acpo_dist.preflight.plan.networks import FakePolicy, new_text_encoders, new_unet, new_vae
+from acpo_dist.preflight.plan.networks import new_text_encoders
 from acpo_dist.preflight.plan.rates import Device, device_for
 from acpo_dist.preflight.plan.sharing import needed_gib, replicas_of, reward_devices, rollout_devices
 from acpo_dist.preflight.plan.tracer import Trace
@@ -86,7 +88,7 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     wants_gpu = max(learner.gpus_per_rank, config.rollout.gpus_per_worker, *shares) > 0
     target = device_for(device, wants_gpu=wants_gpu)
     setting = setting_of(config, architecture)
-    parameters = count_parameters(config, architecture)
+    parameters = count_parameters(setting)
     step, decode = phases.rollout(setting, config.rollout.batch_size)
     traced = _Traced(
         step=step,
@@ -110,46 +112,31 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     )  # fmt: skip
 
 
-def count_parameters(config: Config, architecture: Architecture) -> dict[str, int]:
-    """Parameters by network; `trainable` are the adapters, or all of the network. No weight is read."""
-    policy = FakePolicy(
-        new_unet(architecture, torch.float32), config.model.tuning, checkpointing=False, narrow=False
-    )  # fmt: skip
-    trainable = sum(value.numel() for value in trainable_tensors(policy.network).values())
-    whole = sum(value.numel() for value in policy.network.parameters())
-    frozen = whole if config.model.tuning.method == "full" else whole - trainable
+def count_parameters(setting: phases.Setting) -> dict[str, int]:
+    """Parameters by network, without reading a weight.
+
+    Returns:
+        `network` (frozen, or all of the network in full tuning), `trainable` (adapters, or all of the network),
+        `text_encoders` and `vae`.
+    """
+    family, encoders = setting.sampler_family, new_text_encoders(setting.architecture)
+    trainable = _count([trainable_tensors(family.network).values()])
+    whole = _count([family.network.parameters()])
     return {
-        "network": frozen,
+        "network": whole if setting.config.model.tuning.method == "full" else whole - trainable,
         "trainable": trainable,
-        "text_encoders": sum(
-            value.numel() for module in new_text_encoders(architecture) for value in module.parameters()
-        ),
-        "vae": sum(value.numel() for value in new_vae(architecture, torch.float32).parameters())
-        if architecture.vae
-        else 0,
+        "text_encoders": _count(module.parameters() for module in encoders),
+        "vae": _count([family.decoder.vae.parameters()]) if family.decoder is not None else 0,
     }
+
+
+def _count(groups: Iterable[Iterable[Tensor]]) -> int:
+    return sum(value.numel() for group in groups for value in group)
 
 
 def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
     """What the phases need to know of a run."""
-    learner, anchor = config.learner, getattr(config.algorithm, "anchor", None)
-    narrow = learner.precision == "bfloat16"
-    guided = config.sampler.guidance_for(conditional=architecture.family != "ddpm") > 1
-    return phases.Setting(
-        model=config.model, architecture=architecture, guided=guided,
-        branches=guided and (config.algorithm.needs_noise or getattr(config.algorithm, "guidance", None) == "full"),
-        prepared=config.algorithm.needs_noise,
-        image_cut=config.rewards.cut == "image", pathwise=bool(config.algorithm.pathwise),
-        uniform=getattr(anchor, "uniform", False) and _anchored(anchor),
-        autocast=narrow and learner.zero_stage is None, cast=narrow and learner.zero_stage is not None,
-        accumulated=_accumulation(config) > 1,
-        crop=config.rewards.latent_crop,
-    )  # fmt: skip
-
-
-def _anchored(anchor: Any) -> bool:
-    """Whether the anchor weighs anything: `auto` without a budget is off."""
-    return anchor.weight != 0 and not (anchor.weight == "auto" and anchor.budget is None)
+    return phases.Setting(config=config, architecture=architecture)
 
 
 def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, traced: _Traced) -> dict[str, Memory]:
@@ -168,8 +155,8 @@ def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, 
         eight_bit=learner.optimizer == "adamw_8bit", offloaded=learner.offload_optimizer == "cpu",
     )  # fmt: skip
     weights, gradients, optimizer = learner_state(state)
-    anchor = parameters["network"] * DTYPES[memory.anchor_dtype].itemsize if full and memory is not None else 0
-    anchor = 4 * parameters["network"] if full and memory is None else anchor
+    copied = torch.float32 if memory is None else DTYPES[memory.anchor_dtype]
+    anchor = copied.itemsize * parameters["network"] if full else 0
     # Without an earlier micro-batch the trace makes the gradients itself.
     extra = traced.learn.peak_bytes if setting.accumulated else max(0.0, traced.learn.peak_bytes - gradients)
     sampling = max(traced.step.peak_bytes, traced.decode.peak_bytes)

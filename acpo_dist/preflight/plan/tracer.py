@@ -1,4 +1,4 @@
-"""Live tensor memory of a computation, counted by its storages; on the meta device nothing is computed or allocated."""
+"""Peak tensor memory and floating-point operations of a computation, also of one on the meta device."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_COPY = torch.ops.aten._to_copy.default
+_INDEX = torch.ops.aten.index.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What one computation takes."""
+    """Memory and arithmetic of one computation."""
 
     peak_bytes: int
     """Most bytes alive at once beyond those that were there before."""
@@ -21,25 +26,56 @@ class Trace:
     """Floating-point operations of convolutions, matrix products and attention: two per multiply-add."""
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, for as long as they live.
+@dataclass(frozen=True)
+class _Facts:
+    """A tensor without its storage."""
 
-    Views share their storage and are counted once. What a kernel allocates inside itself is not seen.
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def _facts(value: Any) -> Any:
+    """A tensor's facts; anything else as it is, with its type, since 1, 1.0 and True are equal."""
+    if isinstance(value, torch.Tensor):
+        return _Facts(value.shape, value.stride(), value.dtype, value.device)
+    return type(value), value
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of storages that operations allocate, for as long as they live, and floating-point operations.
+
+    Views share their storage and are counted once. Workspaces inside kernels are not seen. Code under this mode may
+    read values of meta tensors: every number read is 1, every condition true, and a boolean mask selects all rows.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
-        """Leave the storages of `known` (weights, inputs) out."""
+        """Start counting.
+
+        Args:
+            known: tensors that are there already (weights, inputs); only storages on their device are counted.
+        """
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._seen: set[int] = set()
         self._kept = [value.untyped_storage() for value in known]
-        self._seen.update(id(storage) for storage in self._kept)
+        self._device = self._kept[0].device if self._kept else None
+        self._seen = {id(storage) for storage in self._kept}
+        self._shapes: dict[Any, Any] = {}
 
+    @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then look at what it made."""
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        # Not torch's own counting mode: it follows modules with hooks that keep recomputed tensors alive.
+        made = _read(func, args, kwargs)
+        if made is not None:
+            return made
+        if func is _INDEX:
+            args = (args[0], [_all_rows(index) for index in args[1]])
+        made = self._run(func, args, kwargs)
+        # Not torch's own counting mode: its module hooks keep recomputed tensors alive.
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
@@ -48,9 +84,31 @@ class LiveMemory(TorchDispatchMode):
                 self._add(value)
         return made
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation; on the meta device one with the same inputs as before only allocates its results again.
+
+        Shapes are worked out in Python there, and a U-Net repeats the same few hundred operations.
+        """
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if func._schema.is_mutable or not tensors or not all(value.is_meta for value in tensors):
+            return func(*args, **kwargs)
+        key = (func, spec, *map(_facts, leaves))
+        known = self._shapes.get(key)
+        if known is not None:
+            leaves, spec = known
+            return tree_unflatten([facts.empty() if isinstance(facts, _Facts) else facts[1] for facts in leaves], spec)
+        made = func(*args, **kwargs)
+        storages = {id(value.untyped_storage()) for value in tensors}
+        results = [value for value in tree_iter(made) if isinstance(value, torch.Tensor)]
+        if results and not any(id(value.untyped_storage()) in storages for value in results):
+            leaves, spec = tree_flatten(made)
+            self._shapes[key] = ([_facts(leaf) for leaf in leaves], spec)
+        return made
+
     def _add(self, value: torch.Tensor) -> None:
         storage = value.untyped_storage()
-        if id(storage) in self._seen:
+        if id(storage) in self._seen or (self._device is not None and storage.device != self._device):
             return
         size = storage.nbytes()
         self._seen.add(id(storage))
@@ -63,8 +121,28 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation that reads values of a meta tensor gives; None for any other operation."""
+    if func is _ITEM and args[0].is_meta:
+        return 1
+    if func is _COPY and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
+        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+    return None
+
+
+def _all_rows(index: torch.Tensor | None) -> torch.Tensor | None:
+    if index is None or not index.is_meta or index.dtype != torch.bool:
+        return index
+    return torch.arange(len(index), device=index.device)
+
+
 def trace(run: Callable[[], Any], known: Iterable[torch.Tensor] = ()) -> Trace:
-    """Run something once and count."""
+    """Run a computation once.
+
+    Args:
+        run: the computation; its result lives until the end.
+        known: tensors that are there already, which are not counted.
+    """
     with LiveMemory(known) as memory:
         kept = run()
     del kept

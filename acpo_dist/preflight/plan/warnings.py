@@ -30,8 +30,6 @@ def warnings_for(
     metrics = [entry.name for entry in (*config.rewards.train, *config.rewards.judges) if not entry.lightweight]
     if metrics:
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
-    if config.algorithm.encoder is not None:
-        found.append("the NCP encoder (a float32 copy of the U-Net's down blocks) and its activations are not counted.")
     if config.learner.offload_optimizer == "cpu":
         found.append(
             "the optimiser is in the host's memory (12 bytes per trainable weight over all ranks) and steps there."

@@ -9,14 +9,14 @@ from typing_extensions import override
 
 from acpo_dist.algorithms.base import Network
 from acpo_dist.config.plugins import EncoderConfig
-from acpo_dist.models.family import Condition, ModelFamily
+from acpo_dist.models.family import Condition, Denoiser
 from acpo_dist.models.ncp import NcpEncoder
 
 
 class PolicyNetwork(Network):
     """`algorithms.base.Network` on a model family."""
 
-    def __init__(self, family: ModelFamily, encoder: EncoderConfig | None) -> None:
+    def __init__(self, family: Denoiser, encoder: EncoderConfig | None) -> None:
         """Copy the encoder from the base weights, before a checkpoint is loaded and before DeepSpeed shards them.
 
         Raises:
@@ -31,6 +31,11 @@ class PolicyNetwork(Network):
         self._encoder = (
             NcpEncoder(family.network, output=encoder.output, checkpointing=encoder.checkpointing) if encoder else None
         )
+
+    @property
+    def encoder_weights(self) -> list[Tensor]:
+        """Weights of the frozen encoder; empty without one."""
+        return list(self._encoder.network.parameters()) if self._encoder is not None else []
 
     @property
     @override
