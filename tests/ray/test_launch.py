@@ -25,7 +25,7 @@ SMALL = [
     "rollout.cpus_per_worker=0.1",
     "rewards.cpus_per_replica=0.1",
     "learner.cpus_per_rank=0.2",
-    "cluster.worker_timeout_s=240",
+    "cluster.worker_timeout_s=900",
     "rewards.judges=[]",
 ]
 

@@ -15,7 +15,7 @@ from tests.conftest import TINY, poison
 pytestmark = pytest.mark.ray
 SMALL = [
     "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
-    "cluster.worker_timeout_s=240", "learner.micro_batch=2", "learner.learning_rate=1e-3", "rewards.judges=[]",
+    "cluster.worker_timeout_s=900", "learner.micro_batch=2", "learner.learning_rate=1e-3", "rewards.judges=[]",
     "sampler.eta=1", "rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=2",
 ]  # fmt: skip
 PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
