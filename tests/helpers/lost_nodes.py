@@ -25,7 +25,8 @@ PROMPTS = ("a red circle on a white background", "a blue cross on a black backgr
 SMALL = [
     "rollout.cpus_per_worker=0.5", "rollout.num_workers=2", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.5",
     "cluster.roles.learner.labels={acpo-role: worker}", "cluster.roles.rollout.labels={acpo-role: worker}",
-    "cluster.roles.reward.labels={acpo-role: head}", "cluster.roles.rollout.late_s=5", "cluster.place_timeout_s=300", "cluster.worker_timeout_s=900",
+    "cluster.roles.reward.labels={acpo-role: head}", "cluster.roles.rollout.late_s=5", "cluster.place_timeout_s=300",
+    "cluster.worker_timeout_s=900",
 ]  # fmt: skip
 
 
