@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.types import ScoredGroups, Selection
+from acpo_dist.diffusion.clean_rule import CleanRule
 
 
 class Network(Protocol):
@@ -17,6 +18,11 @@ class Network(Protocol):
     @property
     def prediction_type(self) -> str:
         """`epsilon`, `v_prediction` or `sample`."""
+        ...
+
+    @property
+    def clean_rule(self) -> CleanRule:
+        """What the model's scheduler does to x0-hat before a step."""
         ...
 
     @property

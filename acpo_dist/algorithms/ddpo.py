@@ -100,5 +100,6 @@ def _taken(
         late.following_alpha_bars_B,
         network.prediction_type,
         eta=batch.eta,
+        rule=network.clean_rule,
     )
     return step, step.log_prob(late.following)

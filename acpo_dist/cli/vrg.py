@@ -16,10 +16,10 @@ def measure_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder or toy-sdxl.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     out: Annotated[Path, typer.Option(help="Artefact to write; a plot goes beside it.")] = Path("vrg.json"),
-    gate: Annotated[bool, typer.Option(help="Prove the optimum against a long reference, as training does.")] = True,
+    gate: Annotated[bool, typer.Option(help="Validate the optimum against a long reference, as training does.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Measure the error table of a model on its own samples, then optimise and prove a trajectory on it."""
+    """Measure the error table of a model on its own samples, then optimise and validate a trajectory."""
     from acpo_dist.data.prompts import load_prompts
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.open_model import keeps_own_trajectory, open_rollouts, source_config
@@ -35,7 +35,7 @@ def measure_command(
     with console.phase("measure", None):
         sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="measure")
     before = pool.trajectory()
-    with console.phase("optimise and prove", None):
+    with console.phase("optimise and validate", None):
         update = consider(
             pool, config, prompts, sums, before, alpha_bars, prove=gate,
             provenance={"source": source, "seed": config.run.seed, "alpha_bars": alpha_bars.tolist()},
@@ -57,11 +57,11 @@ def optimize_command(
     ] = 0.25,
     lp: Annotated[float, typer.Option(help="paper_box: half width of the box on alpha_i.")] = 0.01,
     reg_lambda: Annotated[float, typer.Option(help="paper_box: weight of the end point's shift.")] = 100.0,
-    solver: Annotated[str, typer.Option(help="Whose response J is worked out for.")] = "first_order",
+    solver: Annotated[str, typer.Option(help="Solver whose response J uses.")] = "first_order",
     out: Annotated[Path | None, typer.Option(help="Artefact to write; a plot goes beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Optimise a trajectory on a table that is already there; takes a fraction of a second."""
+    """Optimise a trajectory on an existing table; takes a fraction of a second."""
     from acpo_dist.training.trajectory.artefact import optimise_files, write_artefact
 
     report, plot = optimise_files(
@@ -78,9 +78,9 @@ def optimize_command(
 @vrg_app.command("show")
 def show_command(
     path: Annotated[Path, typer.Argument(help="Artefact, or a run: its newest.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The artefact as it is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the artefact.")] = False,
 ) -> None:
-    """Show an artefact: the table, the trajectory before and after, what the proof said."""
+    """Show an artefact: the table, the trajectory before and after, and the validation."""
     from acpo_dist.training.trajectory.artefact import newest_artefact, read_artefact
 
     report = read_artefact(newest_artefact(path))
@@ -96,7 +96,7 @@ def _print(report: dict[str, Any]) -> None:
     console = Console()
     now = report["trajectory"]
     if "before" not in report:
-        # What `acpo export` writes beside a model: the trajectory alone.
+        # `acpo export` writes the trajectory alone.
         steps = zip(now["timesteps"], now["alpha_bars"], strict=False)
         cells = [[str(step), f"{t:.1f}", f"{level:.6g}"] for step, (t, level) in enumerate(steps)]
         console.table("trajectory", ["step", "timestep", "alpha_bar"], cells)
@@ -111,6 +111,12 @@ def _print(report: dict[str, Any]) -> None:
     title = f"cumulative error {report['j0']:.6g} -> {report['j1']:.6g}"
     console.table(title, ["step", "timestep before", "alpha_bar before", "timestep", "alpha_bar"], rows)
     for gate in report.get("gates", []):
-        say(f"proof at trust {gate['trust']:g}: distance to {gate['reference_steps']} steps, ratio {gate['ratio']:.3f}")
+        ratio, steps = f"ratio {gate['ratio']:.3f}", f"{gate['reference_steps']} steps"
+        say(f"validation at trust {gate['trust']:g}: distance to {steps}, {ratio}{_clipped(gate)}")
     if "adopted" in report:
         say("adopted" if report["adopted"] else "kept the trajectory before")
+
+
+def _clipped(gate: dict[str, Any]) -> str:
+    share = gate.get("clipped_elements", 0.0)
+    return f"; clipped at {gate['clipped_steps']:.0%} of the steps, {share:.1%} of the elements" if share else ""

@@ -54,8 +54,8 @@ class SamplerConfig(Section):
 
     num_steps: int = Field(default=20, ge=2)
     """Denoise steps of a rollout."""
-    spacing: Literal["trailing", "leading"] = "trailing"
-    """Timestep spacing, in diffusers' words."""
+    spacing: Literal["trailing", "leading", "linspace", "karras", "scheduler"] = "trailing"
+    """Timestep spacing, by diffusers' names; `scheduler` follows the model's own scheduler_config.json."""
     solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
     """Rule of a step, on any trajectory; `heun` asks twice per step, `ltsp` and `stsp` split guidance off."""
     trajectory: Path | None = None

@@ -5,10 +5,10 @@ with nothing else in it, so a multistep rule for it is Adams-Bashforth in sigma:
 through the last k values of eps over the step. The weights depend on the spacing of sigma, which is free; where it is
 even they are the classical ones, (55, -59, 37, -9) / 24.
 
-diffusers' `PNDMScheduler` takes the classical weights always and spaces timesteps evenly. Its mean of eps is one over
+diffusers' `PNDMScheduler` always takes the classical weights and spaces timesteps evenly. Its mean of eps is one over
 timesteps, which it then moves by DDIM's transfer (here: times the difference in sigma). The two coincide where sigma is
 linear in the timestep; elsewhere PNDM's rule is of second order in the timestep, and on an uneven trajectory it is
-wrong. It also spends one call more, on repeating its first step, whereas here the order grows as 1, 2, 3, 4.
+wrong. It also repeats its first step, which costs one more call; here the order grows as 1, 2, 3, 4.
 
 Sources: Liu et al. 2022 (PNDM); Hairer, Norsett and Wanner 1993, III.5 (variable steps).
 """
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.diffusion.prediction import to_noise
-from acpo_dist.diffusion.sampling import Denoise, Stepper
+from acpo_dist.diffusion.sampling import Predict, Sampler, Stepper
 from acpo_dist.diffusion.trajectory import Trajectory
 
 MAX_ORDER = 4
@@ -52,7 +53,7 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> tuple[float, ...]:
 
 
 class Multistep:
-    """The last eps of one walk, and the steps they give."""
+    """The last eps of one trajectory, and the steps that follow from them."""
 
     def __init__(self, trajectory: Trajectory, order: int) -> None:
         """Begin with no history: the first step is of order 1.
@@ -80,7 +81,7 @@ class Multistep:
         return following / signal * state + following * moved
 
     def shift(self, change: Tensor) -> None:
-        """Add `change` to every remembered eps: the walk has jumped, and the history is to continue from there."""
+        """Add `change` to every remembered eps: the state was moved, and the history continues from there."""
         self._history = [value + change for value in self._history]
 
 
@@ -91,7 +92,7 @@ def noise_of(model_output: Tensor, state: Tensor, alpha_bar: float, prediction_t
 
 
 @dataclass(frozen=True)
-class PLMS:
+class PLMS(Sampler):
     """One call per step. Of order 4 where the trajectory is smooth, whatever its spacing.
 
     A step much longer than those before it extrapolates: the weights grow and alternate. On such a trajectory take a
@@ -100,12 +101,8 @@ class PLMS:
 
     order: int = MAX_ORDER
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """See `Sampler.start`.
-
-        Raises:
-            ValueError: order outside 1..4.
-        """
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         multistep = Multistep(trajectory, self.order)
 
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:

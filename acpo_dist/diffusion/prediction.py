@@ -28,12 +28,13 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor) -> Tensor:
 
 
 def to_clean(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """One-step estimate of x_0 from the network's output, never clipped.
+    """One-step estimate of x_0 from the network's output, without any x_0 rule (see `clean_rule`).
 
     Args:
-        head: network output, any floating dtype.
-        noisy: x_t.
-        alpha_bar_B: in (0, 1).
+        model_output: network output, shape (B, ...), any floating dtype.
+        noisy: x_t, same shape.
+        alpha_bar_B: level per sample, in (0, 1).
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
 
     Returns:
         x0-hat in float32 (float64 if both inputs are); late timesteps are well conditioned once the inputs are wide.
@@ -54,7 +55,7 @@ def to_clean(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, predictio
 
 
 def to_noise(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """Estimate of eps from the network's output. For `sample` heads alpha_bar must be below 1 (a division by s).
+    """Estimate of eps from the network's output; arguments as `to_clean`. A `sample` prediction is divided by s.
 
     Raises:
         ValueError: unknown prediction type.

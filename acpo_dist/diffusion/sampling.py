@@ -1,4 +1,4 @@
-"""One reverse step, guidance, and the walk along an explicit trajectory."""
+"""One reverse step, guidance, and sampling along an explicit trajectory."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -6,26 +6,32 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.diffusion.trajectory import Trajectory
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t of shape (B, ...), timesteps (B,)) -> network output of the same shape."""
+Predict = Callable[[int, Tensor], Tensor]
+"""(denoise_step, x_t) -> network output at the step's timestep, after the model's x_0 rule."""
 Visit = Callable[[int, Tensor], None]
 """(denoise_step, x_t before the step) -> None."""
 Stepper = Callable[[int, Tensor, Tensor], Tensor]
-"""(denoise_step, network output, x_t) -> x at the next level. Belongs to one walk and is called in order, from 0."""
+"""(denoise_step, network output, x_t) -> x at the next level. Belongs to one trajectory; called in order, from 0."""
 
 
 class Sampler(Protocol):
-    """A rule that turns network outputs into steps; it keeps nothing between walks, its steppers may."""
+    """A rule that turns network outputs into steps. It is stateless; its steppers may keep a history."""
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """Begin one walk.
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
+        """Begin to sample along a trajectory.
 
         Args:
-            denoise: for rules that ask the network again within a step, at states that no visitor sees.
+            trajectory: levels of all steps.
+            prediction_type: what the network predicts.
+            predict: the network, for rules that evaluate it more than once per step; no visitor sees those states.
 
         Raises:
             ValueError: unknown prediction type, at the latest at the first step.
@@ -45,8 +51,11 @@ def ddim_step(
     """From alpha_bar_t to alpha_bar_prev, both given: non-uniform trajectories need no timestep arithmetic.
 
     Args:
-        head: network output at alpha_bar_t.
-        noisy: x_t.
+        model_output: network output at alpha_bar_t, after the model's x_0 rule, shape (B, ...).
+        noisy: x_t, same shape.
+        alpha_bar_t: level of `noisy`, in (0, 1).
+        alpha_bar_prev: level after the step, above alpha_bar_t.
+        prediction_type: what the network predicts.
         eta: 0 is deterministic; above it `noise` must be given.
 
     Returns:
@@ -70,12 +79,11 @@ def ddim_step(
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
     """Deterministic DDIM, first order: the Euler step of dz/dsigma = eps, z = x / sqrt(alpha_bar)."""
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """See `Sampler.start`."""
-
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
             return ddim_step(model_output, state, level, following, prediction_type)
@@ -84,16 +92,15 @@ class DDIM:
 
 
 @dataclass(frozen=True)
-class StochasticDDIM:
-    """DDIM with eta > 0: every step but one that ends clean adds noise, and so has a density."""
+class StochasticDDIM(Sampler):
+    """DDIM with eta > 0: every step adds noise and has a density, except one that ends at a clean sample."""
 
     eta: float
     noise: Callable[[int], Tensor]
     """Denoise step -> noise of the state's shape."""
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """See `Sampler.start`."""
-
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
             return ddim_step(
@@ -108,24 +115,41 @@ DEFAULT_SAMPLER = DDIM()
 
 def sample(
     denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
-    *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER,
+    *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER, rule: CleanRule = NO_RULE,
 ) -> Tensor:  # fmt: skip
-    """Walk the whole trajectory from `start` (unit Gaussian noise) and return x at its end.
+    """Sample along the whole trajectory and return x at its end.
 
     The network is called once per denoise step, at the state that `visit` sees. Only samplers that say so call it more.
+
+    Args:
+        denoise: the network, guided if the sampler is guided.
+        start: unit Gaussian noise, shape (B, ...); computed in float32, or in float64 if `start` is.
+        trajectory: levels of all steps.
+        prediction_type: what the network predicts.
+        visit: called before every step.
+        sampler: rule of a step.
+        rule: what the model's scheduler does to x0-hat.
+
+    Returns:
+        Same shape as `start`.
     """
-    state = start.float()
-    advance = sampler.start(trajectory, prediction_type, denoise)
-    for step, timestep in enumerate(trajectory.timesteps):
+    state = start if start.dtype == torch.float64 else start.float()
+
+    def predict(step: int, noisy: Tensor) -> Tensor:
+        model_output = denoise(noisy, torch.full((noisy.shape[0],), trajectory.timesteps[step], device=noisy.device))
+        levels = torch.full((noisy.shape[0],), trajectory.alpha_bars[step], dtype=torch.float64, device=noisy.device)
+        return rule.apply(model_output, noisy, levels, prediction_type)
+
+    advance = sampler.start(trajectory, prediction_type, predict)
+    for step in range(trajectory.num_steps):
         if visit is not None:
             visit(step, state)
-        model_output = denoise(state, torch.full((state.shape[0],), timestep, device=state.device))
-        state = advance(step, model_output, state)
+        state = advance(step, predict(step, state), state)
     return state
 
 
 def keep_states(steps: Collection[int], store: dict[int, Tensor]) -> Visit:
-    """A visitor that keeps copies of the states at the given denoise steps."""
+    """A visitor that puts copies of the states at the given denoise steps into `store`, by step."""
 
     def visit(step: int, state: Tensor) -> None:
         if step in steps:

@@ -6,7 +6,7 @@ they suit. In z = x / sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1), class
     dz/dsigma = eps_c + (w - 1) (eps_c - eps_u) = model part + guidance part
 
 and each step solves the two parts one after the other. The model part is the conditional branch, so that both schemes
-become the plain PLMS walk at w = 1, where the guidance part vanishes.
+become the plain PLMS at w = 1, where the guidance part vanishes.
 
     ltsp   Lie-Trotter: guidance over the whole step, then the model over the whole step.
     stsp   Strang: guidance over half the step, the model over all of it, guidance over the other half.
@@ -42,6 +42,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
 from acpo_dist.diffusion.plms import MAX_ORDER, Multistep, noise_levels, noise_of
 from acpo_dist.diffusion.sampling import Denoise, Visit
 from acpo_dist.diffusion.trajectory import Trajectory
@@ -65,8 +66,9 @@ class GuidedDenoise:
 def sample_split(
     denoise: GuidedDenoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, guidance_scale: float, scheme: str, visit: Visit | None = None, order: int = MAX_ORDER,
+    rule: CleanRule = NO_RULE,
 ) -> Tensor:  # fmt: skip
-    """Walk the whole trajectory under guidance from `start` (unit Gaussian noise) and return x at its end.
+    """Sample along the whole trajectory under guidance from `start` (unit Gaussian noise) and return x at its end.
 
     Args:
         denoise: both branches; see the top of this file for how often each is called.
@@ -74,16 +76,23 @@ def sample_split(
         scheme: `ltsp` or `stsp`.
         guidance_scale: w of `sampling.guide`; 1 is the conditional branch alone, 0 the unconditional one.
         order: highest order of the model part, 1 to 4.
+        rule: what the model's scheduler does to x0-hat; only without guidance, since splitting never forms the guided
+            prediction that a scheduler would clip.
         visit: sees the sampler's solution at each level, which for `stsp` is between the two halves of guidance there.
 
     Returns:
         x at the end of the trajectory, float32.
 
     Raises:
-        ValueError: unknown scheme or prediction type, or order outside 1..4.
+        ValueError: unknown scheme or prediction type, order outside 1..4, or guidance together with an x_0 rule.
     """
     if scheme not in SHARE_AT_END:
         raise ValueError(f"unknown splitting scheme {scheme!r}; known: {', '.join(SHARE_AT_END)}")
+    if rule.is_active and guidance_scale != 1:
+        raise ValueError(
+            f"sampler.solver {scheme} never forms the guided prediction that the model's clip_sample or thresholding "
+            f"acts on, and sampler.guidance_scale is {guidance_scale:g}: use another sampler.solver"
+        )
     share, weight = SHARE_AT_END[scheme], guidance_scale - 1
     sigmas, multistep = noise_levels(trajectory), Multistep(trajectory, order)
     state = start.float()
@@ -101,7 +110,9 @@ def sample_split(
         if visit is not None:
             visit(step, state)
         state = state + signal * (1 - share) * (sigmas[step + 1] - sigmas[step]) * guidance
-        noise = noise_of(denoise.conditional(state, at), state, level, prediction_type)
+        levels = torch.full((state.shape[0],), level, dtype=torch.float64, device=state.device)
+        model_output = rule.apply(denoise.conditional(state, at), state, levels, prediction_type)
+        noise = noise_of(model_output, state, level, prediction_type)
         if weight != 0:
             multistep.shift(noise - arrived)
         state = multistep.advance(step, noise, state)

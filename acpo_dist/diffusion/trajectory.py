@@ -1,9 +1,10 @@
-"""Sampling trajectories: explicit noise levels from noisy to clean, never worked out from a spacing rule later."""
+"""Sampling trajectories: explicit noise levels from noisy to clean, never derived from a spacing rule later."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ class Trajectory:
     alpha_bars: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Refuse levels that are not a trajectory.
+        """Check the levels.
 
         Raises:
             ValueError: lengths differ, a level is outside (0, 1], or noise does not fall at every step.
@@ -41,7 +42,7 @@ class Trajectory:
 
     @property
     def schedule_id(self) -> str:
-        """Name that every sample carries: the same levels have the same name on every machine."""
+        """Identifier that every sample carries; equal levels have equal identifiers on every machine."""
         text = ",".join(f"{value:.12g}" for value in (*self.timesteps, *self.alpha_bars))
         return f"{self.num_steps}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -69,12 +70,20 @@ class Trajectory:
         return tuple(late[round(index * (len(late) - 1) / (count - 1))] for index in range(count))
 
 
+SPACINGS = ("trailing", "leading", "linspace", "karras")
+"""Names that `spaced_trajectory` knows, as diffusers uses them."""
+KARRAS_RHO = 7.0
+
+
 def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, steps_offset: int = 1) -> Trajectory:
-    """Evenly spaced timesteps that end at a clean sample.
+    """A trajectory of a named spacing that ends at a clean sample.
 
     Args:
         alpha_bars_T: cumulative signal fraction by timestep, float64, shape (T,).
-        spacing: `trailing` (T-1, T-1-T/N, ...) or `leading` (..., T/N + offset, offset), as diffusers names them.
+        num_steps: denoise steps.
+        spacing: `trailing` (T-1, T-1-T/N, ...), `leading` (..., T/N + offset, offset) and `linspace` (T-1 to 0) are
+            evenly spaced timesteps; `karras` spaces sigma over the whole schedule with rho = 7 (Karras et al. 2022).
+        steps_offset: last timestep of `leading`.
 
     Raises:
         ValueError: unknown spacing, or more steps than timesteps.
@@ -87,9 +96,23 @@ def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, ste
     elif spacing == "leading":
         ratio = total // num_steps
         timesteps = [min(index * ratio + steps_offset, total - 1) for index in reversed(range(num_steps))]
+    elif spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, num_steps).round()[::-1].astype(int).tolist()
+    elif spacing == "karras":
+        return _karras_trajectory(alpha_bars_T, num_steps)
     else:
-        raise ValueError(f"unknown spacing {spacing!r}; known: trailing, leading")
+        raise ValueError(f"unknown spacing {spacing!r}; known: {', '.join(SPACINGS)}")
     return explicit_trajectory(alpha_bars_T, timesteps)
+
+
+def _karras_trajectory(alpha_bars_T: Tensor, num_steps: int) -> Trajectory:
+    sigmas_T = ((1 - alpha_bars_T) / alpha_bars_T).double().sqrt().cpu().numpy()
+    noisy, clean = sigmas_T[-1] ** (1 / KARRAS_RHO), sigmas_T[0] ** (1 / KARRAS_RHO)
+    sigmas = np.linspace(noisy, clean, num_steps) ** KARRAS_RHO
+    timesteps = np.interp(np.log(sigmas), np.log(sigmas_T), np.arange(len(sigmas_T)))
+    # The ends keep their own bits.
+    levels = [float(alpha_bars_T[-1]), *(1 / (1 + sigmas[1:-1] ** 2)).tolist(), float(alpha_bars_T[0])][:num_steps]
+    return Trajectory(timesteps=tuple(timesteps.tolist()), alpha_bars=(*levels, 1.0))
 
 
 def explicit_trajectory(alpha_bars_T: Tensor, timesteps: Sequence[int]) -> Trajectory:

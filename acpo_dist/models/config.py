@@ -100,6 +100,8 @@ class Sd15Config(LatentConfig):
 class BaseTrainingConfig(Section):
     """A short training from scratch on `data.path`, when there is no base model."""
 
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """What the network learns to predict."""
     steps: int = Field(default=4000, ge=1)
     max_seconds: float | None = Field(default=None, gt=0)
     """Stop earlier, with the learning rate decayed in time."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from acpo_dist.models.config import DdpmConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import held_dtype, load_part, resolve_path
+from acpo_dist.models.noise_levels import read_schedule
 from acpo_dist.models.tuning import TunedNetwork
 
 
@@ -46,9 +47,9 @@ class DdpmFamily:
         unet.to(device).eval()
         self._tuned = TunedNetwork(unet, config.tuning, seed=config.seed, keep_anchor=trainable)
         self.network: nn.Module = unet
-        scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler" if subfolder else None)
-        self.alpha_bars = scheduler.alphas_cumprod.double()
-        self.prediction_type = str(scheduler.config["prediction_type"])
+        self.schedule = read_schedule(path, config.revision, "scheduler" if subfolder else None)
+        self.prediction_type, self.alpha_bars = self.schedule.prediction_type, self.schedule.alpha_bars
+        self.clean_rule = self.schedule.rule
         size = unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (unet.config["in_channels"], height, width)

@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from acpo_dist.diffusion.clean_rule import CleanRule
+from acpo_dist.models.noise_levels import NoiseSchedule
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -45,6 +48,8 @@ class Denoiser(Protocol):
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     prediction_type: str
+    clean_rule: CleanRule
+    """What the model's scheduler does to x0-hat before a step."""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditioning of prompts, cached; the empty prompt is the null condition."""
@@ -69,6 +74,8 @@ class ModelFamily(Denoiser, Protocol):
     conditional: ClassVar[bool]
     pixel_space: ClassVar[bool]
     """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
+    schedule: NoiseSchedule
+    """The scheduler's configuration, from which trajectories are made."""
     device: str
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""

@@ -61,7 +61,9 @@ class LatentFamily:
         if config.speed.compile is not None:
             compile_blocks(unet, config.speed.compile)
         self.network: nn.Module = unet
-        self.prediction_type, self.alpha_bars = read_schedule(path, config.revision)
+        self.schedule = read_schedule(path, config.revision)
+        self.prediction_type, self.alpha_bars = self.schedule.prediction_type, self.schedule.alpha_bars
+        self.clean_rule = self.schedule.rule
         self._embeddings = PromptEmbeddings(
             self._load_encoders, self._embed, device=device, folder=self._cache_folder(config, path),
             free=config.memory.free_text_encoders,

@@ -1,38 +1,220 @@
-"""The noise levels that a pipeline folder was trained on."""
+"""A model's own scheduler configuration: every key is obeyed, replaced by a named key of the run, or refused by name.
 
+The scheduler folder says what the network means (levels, prediction type, x_0 rule), which always holds here. It also
+says at which levels a pipeline samples: `sampler.spacing=scheduler` obeys it and any other spacing replaces it. How a
+pipeline steps is replaced by `sampler.solver` and `sampler.eta`.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import diffusers
+import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from acpo_dist.core.errors import ModelError
+from acpo_dist.core.errors import ConfigError, ModelError
+from acpo_dist.diffusion.clean_rule import CleanRule
+from acpo_dist.diffusion.prediction import PREDICTION_TYPES
+from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.loading import load_part
 
+logger = logging.getLogger(__name__)
+
 NEAR_ZERO = 2.0**-24
-"""What stands for a cumulative signal of zero, as in diffusers' Euler scheduler: the first noise level stays finite."""
+"""Stands for a cumulative signal of zero, as in diffusers' Euler scheduler: the first noise level stays finite."""
+
+LEAST_STEP = 1e-4
+"""Smallest relative fall of sigma in a step: below it the quotients of multistep rules are rounding."""
+
+OBEYED = frozenset(
+    "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type "
+    "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value".split()
+)
+"""What the network means: hold in every rollout, training step and measurement."""
+SPACING = frozenset(
+    "timestep_spacing steps_offset set_alpha_to_one final_sigmas_type use_karras_sigmas use_exponential_sigmas "
+    "use_beta_sigmas use_lu_lambdas sigma_min sigma_max interpolation_type lambda_min_clipped".split()
+)
+"""Where a pipeline samples: obeyed by `sampler.spacing=scheduler` (`steps_offset` by `leading` too)."""
+STEPPING = frozenset(
+    "solver_order solver_type algorithm_type lower_order_final euler_at_final predict_x0 disable_corrector solver_p "
+    "skip_prk_steps variance_type".split()
+)
+"""How a pipeline steps: replaced by `sampler.solver` and `sampler.eta`."""
+ONLY: dict[str, tuple[Any, ...]] = {
+    "use_flow_sigmas": (False,), "flow_shift": (1.0,), "use_dynamic_shifting": (False,), "shift_terminal": (None,),
+    "time_shift_type": ("exponential",), "timestep_type": ("discrete",), "prediction_type": PREDICTION_TYPES,
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}  # fmt: skip
+"""Keys of which only these values are supported."""
+SPACED = tuple(
+    f"{name}Scheduler"
+    for name in "DDPM DDIM PNDM EulerDiscrete HeunDiscrete DPMSolverMultistep DEISMultistep UniPCMultistep".split()
+)
+"""Classes whose own configuration `sampler.spacing=scheduler` can follow."""
+OBSOLETE = frozenset(("tensor_format", "timestep_values"))
+"""Keys of old folders that diffusers itself no longer reads."""
 
 
-def read_schedule(path: str, revision: str | None = None) -> tuple[str, Tensor]:
-    """Prediction type, and cumulative signal fraction by timestep (T,) in float64, of a pipeline folder.
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """What a model's scheduler folder says."""
+
+    prediction_type: str
+    """`epsilon`, `v_prediction` or `sample`."""
+    alpha_bars: Tensor
+    """Cumulative signal fraction by timestep, float64, shape (T,)."""
+    rule: CleanRule
+    """What the scheduler does to x0-hat."""
+    scheduler: str
+    """Name of the scheduler's class in diffusers."""
+    config: Mapping[str, Any]
+    """All keys of that class, defaults filled in."""
+
+    def trajectory(self, num_steps: int, spacing: str) -> Trajectory:
+        """Trajectory of a named spacing.
+
+        Args:
+            num_steps: denoise steps.
+            spacing: a name of `diffusion.trajectory.SPACINGS`, or `scheduler` for the scheduler's own configuration.
+
+        Raises:
+            ConfigError: the scheduler does not sample along one trajectory under its own configuration.
+            ValueError: unknown spacing, or more steps than timesteps.
+        """
+        if spacing == "scheduler":
+            return self._own_trajectory(num_steps)
+        return spaced_trajectory(self.alpha_bars, num_steps, spacing, steps_offset=self.config.get("steps_offset", 0))
+
+    def _own_trajectory(self, num_steps: int) -> Trajectory:
+        if self.scheduler not in SPACED:
+            raise ConfigError(
+                f"sampler.spacing is `scheduler`, and the model's scheduler is {self.scheduler}; supported are "
+                f"{', '.join(SPACED)}. Set another sampler.spacing."
+            )
+        scheduler = build(self.scheduler, self.config)
+        scheduler.set_timesteps(num_steps)
+        timesteps = [float(timestep) for timestep in scheduler.timesteps]
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is not None:
+            return self._through_sigmas(timesteps, sigmas[: len(timesteps) + 1].double())
+        # PNDM repeats its first step.
+        timesteps = list(dict.fromkeys(timesteps))
+        stride = len(self.alpha_bars) // num_steps
+        uneven = [early - late for early, late in pairwise(timesteps) if early - late != stride]
+        if self.scheduler in ("DDIMScheduler", "PNDMScheduler") and uneven:
+            raise ConfigError(
+                f"sampler.spacing is `scheduler`, and {self.scheduler} with timestep_spacing "
+                f"{self.config['timestep_spacing']} and {num_steps} steps evaluates the network every {uneven[0]:g} "
+                f"timesteps but always steps by {stride}. Set sampler.spacing to linspace, leading or trailing, or a "
+                "sampler.num_steps that divides the number of timesteps."
+            )
+        end = float(getattr(scheduler, "final_alpha_cumprod", torch.ones(())))
+        levels = [level for level in self.alpha_bars[[int(timestep) for timestep in timesteps]].tolist() if level < end]
+        # With set_alpha_to_one=False a step from timestep 0 ends where it starts.
+        return Trajectory(timesteps=tuple(timesteps[: len(levels)]), alpha_bars=(*levels, end))
+
+    def _through_sigmas(self, timesteps: list[float], sigmas: Tensor) -> Trajectory:
+        # Heun repeats every inner level for its two calls.
+        repeats = self.scheduler == "HeunDiscreteScheduler"
+        first = [step for step in range(len(sigmas)) if not repeats or step == 0 or sigmas[step] != sigmas[step - 1]]
+        distinct = sigmas[first]
+        if bool((distinct[1:] > distinct[:-1] * (1 - LEAST_STEP)).any()):
+            raise ConfigError(
+                f"sampler.spacing is `scheduler`, and {self.scheduler} under its own configuration has steps without "
+                f"length or against the direction: sigmas {distinct.tolist()}. Set another sampler.spacing."
+            )
+        levels = (1 / (1 + distinct**2)).tolist()
+        return Trajectory(timesteps=tuple(timesteps[step] for step in first[:-1]), alpha_bars=tuple(levels))
+
+
+def read_schedule(path: str, revision: str | None = None, subfolder: str | None = "scheduler") -> NoiseSchedule:
+    """Noise schedule of a pipeline folder.
 
     A schedule with zero terminal SNR ends at 2^-24 instead of 0.
 
     Raises:
-        ModelError: unreadable, no discrete noise schedule, or one that its prediction type cannot serve.
+        ModelError: unreadable, no discrete noise schedule, or a key that cannot be obeyed.
     """
-    config = load_part(DDPMScheduler.load_config, path, "scheduler", revision=revision)
+    config = load_part(DDPMScheduler.load_config, path, subfolder, revision=revision)
+    return schedule_of(config, path)
+
+
+def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
+    """Noise schedule of a scheduler configuration.
+
+    Args:
+        config: content of `scheduler_config.json`.
+        path: the model's, for messages.
+
+    Raises:
+        ModelError: see `read_schedule`.
+    """
     kind = str(config.get("_class_name"))
     if kind.startswith(("EDM", "Flow")):
         raise ModelError(
             f"model.path: `{path}` is trained for {kind}, whose noise levels are not those of a discrete "
             "Stable Diffusion schedule; such models cannot be tuned here."
         )
-    scheduler = load_part(DDPMScheduler.from_pretrained, path, "scheduler", revision=revision)
-    prediction_type = str(scheduler.config["prediction_type"])
-    alpha_bars = scheduler.alphas_cumprod.double()
-    if float(alpha_bars[-1]) < NEAR_ZERO:
+    own = _defaults(kind, path)
+    known = OBEYED | SPACING | STEPPING | set(ONLY) | OBSOLETE
+    given = {key: value for key, value in config.items() if not key.startswith("_")}
+    unknown = sorted(key for key in {*own, *given} if key not in known)
+    if unknown:
+        raise ModelError(
+            f"model.path: the scheduler of `{path}` ({kind}) has the key `{unknown[0]}`, which is not supported, so it "
+            "would be ignored. Remove it from scheduler_config.json if the model does not depend on it."
+        )
+    # diffusers ignores keys of other classes, which folders keep from a scheduler that was replaced.
+    full = own | {key: value for key, value in given.items() if key in own}
+    for key, values in ONLY.items():
+        if key in full and full[key] not in values:
+            raise ModelError(
+                f"model.path: the scheduler of `{path}` ({kind}) has {key}={full[key]}; supported are "
+                f"{', '.join(map(str, values))}."
+            )
+    replaced = {key: full[key] for key in sorted(SPACING | STEPPING) if key in full and full[key] != own[key]}
+    if replaced:
+        logger.info("%s: sampler.spacing, .solver and .eta replace the scheduler's %s", path, replaced)
+    try:
+        alpha_bars = build(kind, full).alphas_cumprod.double()
+    except (NotImplementedError, ValueError) as error:
+        raise ModelError(f"model.path: the scheduler of `{path}` cannot be built: {error}") from error
+    prediction_type = str(full["prediction_type"])
+    if float(alpha_bars[-1]) <= NEAR_ZERO:
         if prediction_type == "epsilon":
             raise ModelError(
                 f"model.path: the schedule of `{path}` ends without signal (rescale_betas_zero_snr), where a noise "
                 "prediction says nothing of the image: such a model must predict v. Check its scheduler_config.json."
             )
         alpha_bars[-1] = NEAR_ZERO
-    return prediction_type, alpha_bars
+    return NoiseSchedule(
+        prediction_type=prediction_type, alpha_bars=alpha_bars, rule=_rule_of(full), scheduler=kind, config=full
+    )
+
+
+def build(kind: str, config: Mapping[str, Any]) -> Any:
+    """The diffusers scheduler of that class name and configuration."""
+    return getattr(diffusers, kind)(**config)
+
+
+def _defaults(kind: str, path: str) -> dict[str, Any]:
+    scheduler = getattr(diffusers, kind, None)
+    if scheduler is None or not issubclass(scheduler, diffusers.SchedulerMixin):
+        raise ModelError(
+            f"model.path: the scheduler of `{path}` is `{kind}`, which diffusers {diffusers.__version__} does not "
+            "have. Correct _class_name in scheduler_config.json."
+        )
+    parameters = inspect.signature(scheduler.__init__).parameters
+    return {name: value.default for name, value in parameters.items() if name != "self"}
+
+
+def _rule_of(config: Mapping[str, Any]) -> CleanRule:
+    if config.get("thresholding"):
+        return CleanRule(quantile=config["dynamic_thresholding_ratio"], ceiling=config["sample_max_value"])
+    return CleanRule(limit=config["clip_sample_range"]) if config.get("clip_sample") else CleanRule()

@@ -1,8 +1,9 @@
 """Samplers by name, most of them diffusers' schedulers on explicit trajectories, and trajectories for pipelines.
 
-A scheduler of diffusers can walk any trajectory if its step reads `sigmas` by index. Then its own spacing is written
-over and nothing of it is left. Not so DDIM and PNDM, which work out the previous timestep from an even spacing inside
-the step: overwriting them is silently wrong. For these two there are our own `ddim` and `plms`.
+A scheduler of diffusers can follow any trajectory if its step reads `sigmas` by index: its own spacing is overwritten.
+DDIM and PNDM compute the previous timestep from an even spacing inside the step, so overwriting their timesteps is
+silently wrong; `ddim` and `plms` here are our own. The model's x_0 rule acts on network outputs before they reach a
+sampler (`diffusion.clean_rule`), so schedulers are built without clipping or thresholding.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,11 +19,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest
 from acpo_dist.diffusion.plms import PLMS, noise_levels
-from acpo_dist.diffusion.sampling import DDIM, Denoise, Sampler, Stepper, ddim_step
+from acpo_dist.diffusion.sampling import DDIM, Predict, Sampler, Stepper, ddim_step
 from acpo_dist.diffusion.trajectory import Trajectory
 
 RESPACING_FLAGS = (
@@ -36,8 +38,8 @@ RESPACING_FLAGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduledSampler:
-    """A multistep or Euler scheduler of diffusers with the trajectory's levels written in; one object per walk.
+class ScheduledSampler(Sampler):
+    """A multistep or Euler scheduler of diffusers with the trajectory's levels written in; one object per rollout.
 
     The last step to a clean end is of first order, as diffusers itself does with `final_sigmas_type="zero"`; with fewer
     than 15 steps diffusers lowers the order near the end too (`lower_order_final`).
@@ -52,8 +54,8 @@ class ScheduledSampler:
     clean_by_ddim: bool = False
     """Whether the step to a clean end is ours: the first-order rule where the scheduler's own is 0 times infinity."""
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """See `Sampler.start`."""
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         sigmas = noise_levels(trajectory)
         final = "zero" if sigmas[-1] == 0 else "sigma_min"
         # Only DEIS lacks the option, and it alone cannot reach 0.
@@ -73,19 +75,18 @@ class ScheduledSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeunSampler:
+class HeunSampler(Sampler):
     """Heun's rule of second order, in diffusers' scheduler: two calls per step, one for the last; 2 N - 1 in all.
 
-    Denoise steps are numbered as ever. The first call of a step is at the visited state; the second is at the Euler
-    prediction of the next state with the next timestep, which no visitor sees and which the step then improves. The
-    last step is Euler's: its end has no timestep.
+    The first call of a step is at the visited state; the second is at the Euler prediction of the next state with the
+    next timestep, which no visitor sees. The last step is an Euler step: its end has no timestep.
     """
 
     alpha_bars: Tensor
     """Of the model's training, by timestep, float64, shape (T,)."""
 
-    def start(self, trajectory: Trajectory, prediction_type: str, denoise: Denoise) -> Stepper:
-        """See `Sampler.start`."""
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         scheduler = build_scheduler(HeunDiscreteScheduler, self.alpha_bars, prediction_type)
         sigmas, timesteps = noise_levels(trajectory), trajectory.timesteps
         # Every inner level is a place where the scheduler is called twice: as an end, then as a start.
@@ -98,8 +99,7 @@ class HeunSampler:
             predicted = _scaled_step(scheduler, 2 * step, model_output, state / level**0.5)
             if step + 1 == trajectory.num_steps:
                 return following**0.5 * predicted
-            at = torch.full((state.shape[0],), timesteps[step + 1], device=state.device)
-            second = denoise(following**0.5 * predicted, at)
+            second = predict(step + 1, following**0.5 * predicted)
             return following**0.5 * _scaled_step(scheduler, 2 * step + 1, second, predicted)
 
         return advance
@@ -107,7 +107,7 @@ class HeunSampler:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerEntry:
-    """What a name stands for."""
+    """A sampler by name."""
 
     build: Callable[[Tensor], Sampler]
     """From the model's alpha_bars, float64 (T,), to a sampler for any of its trajectories."""
@@ -134,7 +134,7 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "deis": _solver(DEISMultistepScheduler, clean_by_ddim=True),
     "unipc": _solver(UniPCMultistepScheduler),
 }
-"""For `sampling.walk`. The schemes of `splitting.walk_split` need the branches apart and are not here."""
+"""For `sampling.sample`. The schemes of `splitting.sample_split` need the branches apart and are not listed here."""
 
 
 def make_sampler(name: str, alpha_bars_T: Tensor) -> Sampler:
@@ -179,9 +179,9 @@ def _scaled_step(scheduler: Any, index: int, model_output: Tensor, scaled: Tenso
 
 
 def euler_sigmas(trajectory: Trajectory) -> list[float]:
-    """`sigmas=` for `EulerDiscreteScheduler`: N + 1 values, the last (0 if the end is clean) included.
+    """`sigmas=` for `EulerDiscreteScheduler`: N + 1 values, including the last (0 if the end is clean).
 
-    Without the last one diffusers takes the last real level for the end and silently drops a step.
+    Without the last one diffusers ends at the last real level and silently drops a step.
     """
     return list(noise_levels(trajectory))
 
@@ -206,7 +206,7 @@ def dpmpp_timesteps(trajectory: Trajectory) -> list[int]:
 
 
 def pipeline_arguments(scheduler: Any, trajectory: Trajectory) -> dict[str, list[float] | list[int]]:
-    """The argument that makes a plain diffusers pipeline, or its scheduler's `set_timesteps`, follow a trajectory.
+    """Argument that makes a plain diffusers pipeline, or its scheduler's `set_timesteps`, follow a trajectory.
 
     Args:
         scheduler: the pipeline's; Euler follows exactly, DPM-Solver to the nearest integer timesteps.
@@ -236,12 +236,3 @@ def pipeline_arguments(scheduler: Any, trajectory: Trajectory) -> dict[str, list
             f"{scheduler.config.get('final_sigmas_type')}"
         )
     return {"timesteps": dpmpp_timesteps(trajectory)}
-
-
-def put_trajectory(scheduler: Any, trajectory: Trajectory) -> None:
-    """Make a scheduler follow a trajectory, for a loop of one's own; a pipeline call sets its timesteps anew.
-
-    Raises:
-        ConfigError: as `pipeline_arguments`.
-    """
-    scheduler.set_timesteps(**pipeline_arguments(scheduler, trajectory))

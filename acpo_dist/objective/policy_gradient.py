@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.objective.noise_space import ErrorStatistics
 
@@ -111,6 +112,7 @@ def transition(
     prediction_type: str,
     *,
     eta: float,
+    rule: CleanRule = NO_RULE,
 ) -> Transition:
     """The DDIM(eta) step between two given levels; samples of a batch may be at different steps.
 
@@ -123,6 +125,7 @@ def transition(
         alpha_bar_t_B: level before the step, in (0, 1).
         alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
         eta: in (0, 1]; 1 is DDPM's posterior.
+        rule: what the model's scheduler does to x0-hat; elements that it clips pass no gradient.
 
     Raises:
         ValueError: eta outside (0, 1], or a step without a density: one that ends clean (alpha_bar_prev = 1) or does
@@ -140,6 +143,7 @@ def transition(
             "a stochastic step needs 0 < alpha_bar_t < alpha_bar_prev < 1; a step that ends clean is deterministic and "
             f"has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
         )
+    model_output = rule.apply(model_output, noisy, alpha_bar_t_B, prediction_type)
     clean = to_clean(model_output, noisy, alpha_bar_t_B, prediction_type)
     direction = to_noise(model_output, noisy, alpha_bar_t_B, prediction_type)
     variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)

@@ -88,10 +88,10 @@ def _train_base(model: Any, images: ImageSet, folder: Path, console: Console) ->
         loss = train_denoiser(
             unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
             batch_size=base.batch_size, seed=seed, learning_rate=base.learning_rate, max_seconds=base.max_seconds,
-            progress=lambda step, steps, loss: advance(1),
+            prediction_type=base.prediction_type, progress=lambda step, steps, loss: advance(1),
         )  # fmt: skip
-    save_ddpm(folder, unet, half=False)
-    console.message(f"base model trained on {len(images)} images: noise-prediction error {loss:.4f}; {folder}")
+    save_ddpm(folder, unet, half=False, prediction_type=base.prediction_type)
+    console.message(f"base model trained on {len(images)} images: {base.prediction_type} error {loss:.4f}; {folder}")
     return folder
 
 

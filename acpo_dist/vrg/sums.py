@@ -36,6 +36,8 @@ class ErrorSums:
     """Sum of mean (e_k e_l)."""
     guided_K3: FloatArray
     """Sums of mean e_u^2, e_c^2 and e_u e_c of the two branches; nan where there is no guidance."""
+    clipped_K: FloatArray
+    """Sum of the share of x0-hat's elements that the scheduler's x_0 rule changed."""
 
     def __add__(self, other: "ErrorSums") -> "ErrorSums":
         """Both sets of images.
@@ -61,20 +63,10 @@ class ErrorSums:
         variance = (self.square2_K - self.square_K**2 / self.count) / (self.count - 1)
         return np.sqrt(np.maximum(variance, 0) / self.count)
 
-    def guided_v(self, guidance_scale: float) -> FloatArray:
-        """v of the guided prediction e_u + w (e_c - e_u), (K,).
-
-        There is no ground truth for a guided prediction: noise is the truth of the data, so for w > 1 this measures the
-        displacement by guidance above all.
-
-        Raises:
-            VrgError: measured without guidance branches.
-        """
-        if np.isnan(self.guided_K3).any():
-            raise VrgError("this table was measured on one branch alone: measure with guidance to ask for it.")
-        uu, cc, uc = (self.guided_K3 / self.count).T
-        w = guidance_scale
-        return (1 - w) ** 2 * uu + w**2 * cc + 2 * w * (1 - w) * uc
+    @property
+    def clipped(self) -> FloatArray:
+        """Share of x0-hat's elements that the scheduler's x_0 rule changed, in [0, 1], (K,)."""
+        return self.clipped_K / self.count
 
     def table(self, provenance: Mapping[str, Any]) -> ErrorTable:
         """The measured curve with its standard errors."""
@@ -84,7 +76,7 @@ class ErrorSums:
         )  # fmt: skip
 
     def diagnostics(self) -> dict[str, list[float]]:
-        """Per node: bias ratio and its z-score, lag-1 correlation, excess kurtosis.
+        """Per node: bias ratio and its z-score, lag-1 correlation, excess kurtosis, share of clipped elements.
 
         `bias_ratio` is the squared mean error per channel over v, less what n images of a centred error would give;
         `bias_z` the largest z-score of a channel's mean. `lag1_correlation` belongs to a node and its noisier neighbour
@@ -103,16 +95,21 @@ class ErrorSums:
             "bias_z": z.max(1).tolist(),
             "lag1_correlation": lag.tolist(),
             "excess_kurtosis": (self.fourth_K / n / self.v**2 - 3).tolist(),
+            "clipped": self.clipped.tolist(),
         }
 
 
-def sums_of(sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM: FloatArray | None) -> ErrorSums:
+def sums_of(
+    sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM: FloatArray | None,
+    clipped_KB: FloatArray | None = None,
+) -> ErrorSums:  # fmt: skip
     """Sums of one batch.
 
     Args:
         sigmas: the K nodes, ascending.
         errors_KBCM: e of the (conditional) branch, B images, C channels, M pixels.
         unconditional_KBCM: e of the null branch, or None.
+        clipped_KB: share of x0-hat's elements that the x_0 rule changed; None is 0.
 
     Raises:
         VrgError: a value that is not finite.
@@ -132,5 +129,5 @@ def sums_of(sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM
         sigmas=np.asarray(sigmas, dtype=np.float64), count=e.shape[1], square_K=square_KB.sum(1),
         square2_K=(square_KB**2).sum(1), fourth_K=(e**4).mean((2, 3)).sum(1), channel_KC=channel_KBC.sum(1),
         channel2_KC=(channel_KBC**2).sum(1), gram_KK=np.einsum("kbm,lbm->kl", flat, flat) / flat.shape[2],
-        guided_K3=guided,
+        guided_K3=guided, clipped_K=np.zeros(len(sigmas)) if clipped_KB is None else clipped_KB.sum(1),
     )  # fmt: skip

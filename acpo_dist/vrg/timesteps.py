@@ -37,21 +37,6 @@ def to_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> FloatArray:
     return np.interp(log_sigmas, log_sigmas_T, np.arange(len(log_sigmas_T), dtype=np.float64))
 
 
-def from_timesteps(timesteps: ArrayLike, alpha_bars_T: ArrayLike) -> FloatArray:
-    """Sigmas of fractional timesteps, same shape; the inverse of `to_timesteps`.
-
-    Raises:
-        VrgError: a timestep outside [0, T - 1].
-    """
-    log_sigmas_T = np.log(to_sigmas(checked_schedule(alpha_bars_T)))
-    timesteps = np.asarray(timesteps, dtype=np.float64)
-    if timesteps.min() < 0 or timesteps.max() > len(log_sigmas_T) - 1:
-        raise VrgError(
-            f"timesteps must lie in 0 to {len(log_sigmas_T) - 1}, found {timesteps.min():g} to {timesteps.max():g}."
-        )
-    return np.exp(np.interp(timesteps, np.arange(len(log_sigmas_T)), log_sigmas_T))
-
-
 def to_integer_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> tuple[int, ...]:
     """N whole timesteps, strictly falling, for schedulers and networks that take integers only.
 

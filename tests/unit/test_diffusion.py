@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES, add_noise, to_clean, to_noise
 from acpo_dist.diffusion.sampling import ddim_step, guide, keep_states, sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
@@ -107,6 +108,52 @@ def test_an_unknown_prediction_type_is_refused_by_name(convert):
     state = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"'flow'.*epsilon, v_prediction, sample"):
         convert(state, state, torch.tensor([0.5]), "flow")
+
+
+# The x_0 rule
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "rule", [CleanRule(limit=0.7), CleanRule(quantile=0.9, ceiling=3.0)], ids=["clip", "threshold"]
+)
+@pytest.mark.parametrize("timestep", [1, 500, 999])
+def test_after_a_rule_the_output_means_the_restricted_sample_and_its_own_noise(prediction_type, rule, timestep: int):
+    noisy, model_output = torch.randn(2, 2, 3, 8, 8, generator=rng(0), dtype=torch.float64).unbind()
+    levels = SDXL_LEVELS[[timestep] * 2]
+    ruled = rule.apply(model_output, noisy, levels, prediction_type)
+    clean = rule.restrict(to_clean(model_output, noisy, levels, prediction_type))
+    # float64 with 1 / a up to 15 and 1 / s up to 25.
+    torch.testing.assert_close(to_clean(ruled, noisy, levels, prediction_type), clean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(add_noise(clean, to_noise(ruled, noisy, levels, prediction_type), levels), noisy)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_clip_changes_no_bit_of_what_it_does_not_touch(prediction_type: str):
+    noisy, model_output = torch.randn(2, 2, 3, 8, 8, generator=rng(0)).unbind()
+    levels = SDXL_LEVELS[[200, 400]]
+    clean = to_clean(model_output, noisy, levels, prediction_type)
+    ruled = CleanRule(limit=1.0).apply(model_output, noisy, levels, prediction_type)
+    inside = clean.abs() <= 1
+    assert 0 < int(inside.sum()) < inside.numel()
+    assert torch.equal(ruled[inside], model_output[inside]) and not bool((ruled == model_output)[~inside].any())
+    share = CleanRule(limit=1.0).share_changed(model_output, noisy, levels, prediction_type)
+    torch.testing.assert_close(share, (~inside).flatten(1).double().mean(1))
+
+
+def test_without_a_rule_the_output_is_returned_as_it_is():
+    noisy, model_output = torch.randn(2, 2, 3, 8, 8, generator=rng(0)).unbind()
+    assert NO_RULE.apply(model_output, noisy, SDXL_LEVELS[[200, 400]], "epsilon") is model_output
+
+
+def test_clipped_elements_pass_no_gradient():
+    noisy, model_output = torch.randn(2, 2, 3, 8, 8, generator=rng(0), dtype=torch.float64).unbind()
+    levels, rule = SDXL_LEVELS[[200, 400]], CleanRule(limit=1.0)
+    clipped = to_clean(model_output, noisy, levels, "epsilon").abs() > 1
+    (gradient,) = torch.autograd.grad(
+        rule.apply(model_output.requires_grad_(True), noisy, levels, "epsilon").sum(), model_output
+    )
+    assert float(gradient[clipped].abs().max()) < 1e-12 and bool((gradient[~clipped] == 1).all())
 
 
 # Sampling against diffusers

@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.distributions import Independent, Normal
 
+from acpo_dist.diffusion.clean_rule import CleanRule
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
-from acpo_dist.diffusion.sampling import ddim_step
-from acpo_dist.diffusion.trajectory import spaced_trajectory
+from acpo_dist.diffusion.sampling import StochasticDDIM, ddim_step, sample
+from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.objective.noise_space import error_statistics
 from acpo_dist.objective.policy_gradient import (
@@ -94,6 +95,23 @@ def test_a_draw_from_the_transition_is_the_samplers_own_step(prediction_type: st
             model_output[part], noisy[part], LEVELS[row], LEVELS[row + 1], prediction_type, eta=eta, noise=draw[part]
         )
         torch.testing.assert_close(found[part], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_under_a_clip_the_density_is_that_of_the_samplers_clipped_step(prediction_type: str):
+    rule, eta = CleanRule(limit=0.4), 0.7
+    model_output, noisy, draw = (noise(5, 3, 4, 4, seed=seed) for seed in range(3))
+    before, after = levels(*LEVELS[:5]), levels(*LEVELS[1:])
+    found = transition(model_output, noisy, before, after, prediction_type, eta=eta, rule=rule)
+    free = transition(model_output, noisy, before, after, prediction_type, eta=eta)
+    for row in range(5):
+        step = Trajectory(timesteps=(500.0,), alpha_bars=LEVELS[row : row + 2])
+        wanted = sample(
+            lambda state, at, row=row: model_output[row : row + 1], noisy[row : row + 1], step, prediction_type,
+            sampler=StochasticDDIM(eta, lambda index, row=row: draw[row : row + 1]), rule=rule,
+        )  # fmt: skip
+        torch.testing.assert_close(found.draw(draw)[row : row + 1], wanted, rtol=1e-12, atol=1e-12)
+    assert float((found.mean - free.mean).abs().max()) > 0.1
 
 
 def test_on_uniform_steps_the_transition_is_diffusers_ddim():

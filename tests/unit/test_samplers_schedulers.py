@@ -27,7 +27,6 @@ from acpo_dist.models.schedulers import (
     euler_sigmas,
     make_sampler,
     pipeline_arguments,
-    put_trajectory,
 )
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -135,7 +134,7 @@ def test_an_unknown_sampler_is_refused_with_the_known_names(name: str):
 
 def test_a_pipelines_euler_scheduler_takes_the_trajectorys_levels_exactly():
     scheduler = EulerDiscreteScheduler(**SDXL)
-    put_trajectory(scheduler, UNEVEN)
+    scheduler.set_timesteps(**pipeline_arguments(scheduler, UNEVEN))
     assert len(scheduler.timesteps) == UNEVEN.num_steps
     assert euler_sigmas(UNEVEN)[-1] == 0 and len(euler_sigmas(UNEVEN)) == UNEVEN.num_steps + 1
     torch.testing.assert_close(scheduler.sigmas, torch.tensor(noise_levels(UNEVEN)), rtol=1e-6, atol=0)
@@ -145,8 +144,8 @@ def test_a_pipelines_euler_scheduler_takes_the_trajectorys_levels_exactly():
 def test_a_pipelines_euler_and_dpm_schedulers_recover_the_timesteps_of_native_levels(spacing: str):
     trajectory = spaced_trajectory(SDXL_LEVELS, 25, spacing)
     euler, solver = EulerDiscreteScheduler(**SDXL), DPMSolverMultistepScheduler(**SDXL)
-    put_trajectory(euler, trajectory)
-    put_trajectory(solver, trajectory)
+    for scheduler in (euler, solver):
+        scheduler.set_timesteps(**pipeline_arguments(scheduler, trajectory))
     # Euler looks the timestep up by log sigma, in float32.
     assert euler.timesteps.tolist() == pytest.approx(trajectory.timesteps, abs=0.05)
     assert solver.timesteps.tolist() == list(trajectory.timesteps)
@@ -175,7 +174,7 @@ def test_more_steps_than_integers_are_refused():
 @pytest.mark.parametrize("kind", [DDIMScheduler, PNDMScheduler, UniPCMultistepScheduler])
 def test_pipelines_whose_scheduler_cannot_follow_are_refused_with_the_ones_that_can(kind: type):
     with pytest.raises(ConfigError, match=rf"{kind.__name__} cannot.*EulerDiscreteScheduler.*DPMSolverMultistep"):
-        put_trajectory(kind(**SDXL), UNEVEN)
+        pipeline_arguments(kind(**SDXL), UNEVEN)
 
 
 @pytest.mark.parametrize(

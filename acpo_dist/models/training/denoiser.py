@@ -15,7 +15,7 @@ Example = tuple[Tensor, object]
 ExampleBatch = Callable[[int, torch.Generator], Example]
 """(count, generator) -> (clean x_0 of shape (B, C, H, W), condition that `predict` understands)."""
 Predict = Callable[[nn.Module, Tensor, Tensor, object], Tensor]
-"""(network, x_t, timesteps, condition) -> predicted noise."""
+"""(network, x_t, timesteps, condition) -> network output."""
 Progress = Callable[[int, int, float], None]
 """(step, steps, loss) -> None."""
 
@@ -32,12 +32,14 @@ def train_denoiser(
     learning_rate: float = 1e-3,
     ema_decay: float = 0.999,
     max_seconds: float | None = None,
+    prediction_type: str = "epsilon",
     progress: Progress | None = None,
 ) -> float:
     """Minimise the noise-prediction error over uniform timesteps; leave the averaged weights in the network.
 
     Args:
         alpha_bars: cumulative signal fraction by timestep, shape (T,).
+        prediction_type: what the network learns to predict: `epsilon` or `v_prediction`.
         max_seconds: stop early after so long (the learning-rate decay follows the clock then, so the end is as smooth).
 
     Returns:
@@ -63,7 +65,8 @@ def train_denoiser(
         noise = torch.randn(clean.shape, generator=generator)
         alpha_bar = alpha_bars[timesteps].to(clean.dtype).reshape(-1, *[1] * (clean.ndim - 1))
         noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
-        loss = F.mse_loss(predict(network, noisy, timesteps, condition), noise)
+        target = noise if prediction_type == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+        loss = F.mse_loss(predict(network, noisy, timesteps, condition), target)
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -195,9 +195,11 @@ def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def save_ddpm(folder: Path, unet: UNet2DModel, *, half: bool) -> None:
+def save_ddpm(folder: Path, unet: UNet2DModel, *, half: bool, prediction_type: str = "epsilon") -> None:
     """Write a `DDPMPipeline` folder."""
-    pipeline = DDPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000))
+    pipeline = DDPMPipeline(
+        unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
+    )
     if half:
         pipeline = pipeline.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from acpo_dist.diffusion.clean_rule import NO_RULE
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import DTYPES
@@ -89,7 +90,7 @@ class MetaFamily:
         self._tuned = TunedNetwork(unet, config.tuning, seed=0, keep_anchor=trainable, anchor_dtype=anchor_dtype)
         self._architecture, self._dtype, self._trainable = architecture, DTYPES[config.dtype], trainable
         self.sample_shape = sample_shape(config, architecture)
-        self.prediction_type = "epsilon"
+        self.prediction_type, self.clean_rule = "epsilon", NO_RULE
         # Any decreasing levels do: how much is computed does not depend on them.
         self.alpha_bars = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
         self.decoder: VaeDecoder | None = None

@@ -1,4 +1,4 @@
-"""What a measurement leaves: one JSON file with table, trajectory and proof, and a plot; published text files too."""
+"""Files of a measurement: one JSON with table, trajectory and validation, a plot, and the published text formats."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ clipped to the schedule, and real timesteps are interpolated: both stay far belo
 
 
 def artefact_of(update: Update, before: Trajectory, alpha_bars: ArrayLike) -> dict[str, Any]:
-    """Plain data of one measuring."""
+    """Plain data of one measurement."""
     return {
         "table": table_to_mapping(update.table),
         "before": trajectory_to_mapping(before, alpha_bars),
@@ -53,7 +53,7 @@ def write_artefact(
 
 
 def read_artefact(path: Path) -> dict[str, Any]:
-    """An artefact as it was written.
+    """An artefact as written.
 
     Raises:
         VrgError: missing, no JSON, or no artefact.
@@ -155,7 +155,7 @@ def optimise_files(
     found = optimize(to_sigmas(before.alpha_bars[:-1]), table, **options)
     inside = np.clip(found.sigmas, to_sigmas(schedule[0]), to_sigmas(schedule[-1]))
     timesteps = to_timesteps(inside, schedule)
-    # The trust region holds the noisy end: the bits it came with, not those of a round trip through sigma.
+    # The trust region fixes the noisy end: keep its bits instead of a round trip through sigma.
     levels = list(found.alpha_bars)
     if found.mode == "log_trust":
         levels[0] = before.alpha_bars[0]

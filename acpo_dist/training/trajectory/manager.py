@@ -1,4 +1,4 @@
-"""Keeps the trajectory of a run: the start, the first proof, and a fresh one when the model has moved."""
+"""Trajectory of a run: the configured one, a validated one at the start, and a new one when the model has moved."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrajectoryManager:
-    """Asked by the loop before the first iteration and between two; never within one."""
+    """Changes the trajectory before the first iteration or between two, never within one."""
 
     def __init__(
         self, config: Config, pool: RolloutPool, folder: RunFolder, tracker: Tracker, prompts: Sequence[str],
         console: Console,
     ) -> None:  # fmt: skip
-        """Take the run's parts; `start` or `restore` comes next."""
+        """Hold the run's parts; call `start` or `restore` next."""
         self._config, self._pool, self._folder, self._tracker = config, pool, folder, tracker
         self._prompts, self._console = prompts, console
         self._alpha_bars = pool.alpha_bars().numpy()
@@ -39,15 +39,15 @@ class TrajectoryManager:
         self._table = None
 
     def start(self) -> dict[str, float]:
-        """Follow the configured trajectory, then a better one if there is a proof; figures for the first iteration."""
+        """Use the configured trajectory, then a better one if it passes validation; metrics for the first iteration."""
         self._base = self._configured()
         follow(self._pool, self._base)
         return self._update(0) if self._config.vrg.enabled else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Follow what the run followed when the checkpoint was written; a file that it started from is not read."""
+        """Use the trajectory of the checkpoint; a file that the run started from is not read."""
         base = state.get("base_trajectory")
-        # Checkpoints of before that key: the file says it.
+        # Checkpoints without the key: read the configured file.
         self._base = trajectory_from_mapping(base) if base else self._configured()
         self._table = table_from_mapping(state["table"]) if state["table"] else None
         follow(self._pool, trajectory_from_mapping(state["trajectory"]))
@@ -61,13 +61,13 @@ class TrajectoryManager:
         }
 
     def after(self, iteration: int) -> dict[str, float]:
-        """Look at the table every `vrg.probe_every` iterations, and prove a new trajectory if it has drifted.
+        """Probe the table every `vrg.probe_every` iterations, and validate a new trajectory if it has drifted.
 
         Args:
-            iteration: iterations that are done.
+            iteration: iterations done.
 
         Returns:
-            Figures of what was done, empty for nothing.
+            Metrics, empty if nothing was done.
         """
         vrg = self._config.vrg
         if not vrg.enabled or self._table is None or iteration % vrg.probe_every:
@@ -87,7 +87,7 @@ class TrajectoryManager:
         return {"vrg/table_drift": drift, **self._update(iteration)}
 
     def _update(self, iteration: int) -> dict[str, float]:
-        with self._console.phase("vrg: measure and prove", None):
+        with self._console.phase("vrg: measure and validate", None):
             sums = measure(
                 self._pool, self._config, self._prompts, self._alpha_bars, images=self._config.vrg.images,
                 label=f"full{iteration}",

@@ -1,4 +1,4 @@
-"""The error table of the model in use, measured on its own rollouts by all rollout workers."""
+"""The error table of the current model, measured on its own rollouts by all rollout workers."""
 
 from collections.abc import Sequence
 
@@ -36,7 +36,7 @@ def measure(
 def table_drift(old: ErrorTable, sums: ErrorSums) -> float:
     """Largest |log(v_new / v_old)| over the nodes beyond the common scale and twice its noise.
 
-    A common factor leaves the best trajectory where it is, so it does not count.
+    A common factor does not change the best trajectory, so it does not count.
     """
     change = np.log(sums.v / old.value(sums.sigmas))
     noise = sums.standard_errors / sums.v

@@ -1,4 +1,4 @@
-"""A candidate trajectory: optimised in a trust region, adopted only if its samples end nearer a long reference."""
+"""A candidate trajectory: optimised in a trust region, adopted only if its samples end nearer to a long reference."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,27 @@ from acpo_dist.vrg.timesteps import to_timesteps
 
 logger = logging.getLogger(__name__)
 
+CLIPPED = 1e-3
+"""Share of x0-hat's elements from which on a step counts as clipped: J's linear response does not hold there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """What the proof of one candidate said."""
+    """Validation of one candidate."""
 
     trust: float
     ratio: float
     """Distance of the candidate's samples from the long reference, over that of the trajectory in use."""
     median_ratio: float
-    """Median of the same ratio over single samples: the mean alone is led by few that change what they show."""
+    """Median of the same ratio over samples: few samples that change their content dominate the mean."""
     old_error: float
     """Mean squared distance of the trajectory in use, in x_0 units."""
     new_error: float
     reference_steps: int
+    clipped_elements: float = 0.0
+    """Share of x0-hat's elements that the scheduler's x_0 rule changes, mean over the candidate's steps."""
+    clipped_steps: float = 0.0
+    """Share of the candidate's steps at which the rule changes more than `CLIPPED` of the elements."""
 
     @property
     def passed(self) -> bool:
@@ -45,7 +52,7 @@ class GateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One measuring, with what came of it."""
+    """One measurement and its outcome."""
 
     table: ErrorTable
     trajectory: Trajectory
@@ -59,7 +66,7 @@ class Update:
     diagnostics: Mapping[str, list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """Figures for tracking."""
+        """Metrics for tracking."""
         known = self.table.standard_errors
         metrics = {
             "vrg/adopted": float(self.adopted), "vrg/j0": self.j0, "vrg/j1": self.j1,
@@ -74,6 +81,7 @@ class Update:
             last = self.gates[-1]
             metrics |= {
                 "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio, "vrg/trust": last.trust,
+                "vrg/clipped_elements": last.clipped_elements, "vrg/clipped_steps": last.clipped_steps,
             }  # fmt: skip
         return metrics
 
@@ -82,14 +90,14 @@ def consider(
     pool: RolloutPool, config: Config, prompts: Sequence[str], sums: ErrorSums, base: Trajectory,
     alpha_bars: FloatArray, *, provenance: Mapping[str, Any], prove: bool = True,
 ) -> Update:  # fmt: skip
-    """Optimise within the trust region round the base trajectory, prove the candidate, and follow it if it is better.
+    """Optimise within the trust region around the base trajectory, validate the candidate, and use it if it is better.
 
     A candidate that fails, or has no step that is late enough to train on, is tried again with half the trust region,
     `vrg.halvings` times; then the old one stays.
 
     Args:
-        base: what the trust region is round, whatever is followed now.
-        prove: False adopts the optimum unproved; for looking at it, never in training.
+        base: centre of the trust region, whatever trajectory is in use.
+        prove: False adopts the optimum without validation; never in training.
 
     Raises:
         WeightSyncError: a worker does not follow the adopted trajectory.
@@ -97,7 +105,7 @@ def consider(
     table = sums.table(provenance)
     table.check_against(alpha_bars)
     current = pool.trajectory()
-    # A rule without a closed response is charged as the first-order one; the proof walks the real rule.
+    # Solvers without a closed response count as first order; validation samples with the real solver.
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
     trust, gates, adopted = config.vrg.trust, [], False
     validation: Validation | None = None
@@ -120,7 +128,7 @@ def consider(
             follow(pool, candidate)
             current, adopted = candidate, True
             break
-        validation = validation or Validation(pool, config, prompts, current, alpha_bars)
+        validation = validation or Validation(pool, config, prompts, current, alpha_bars, sums)
         gates.append(validation.judge(candidate, trust))
         if gates[-1].passed:
             follow(pool, candidate)
@@ -134,13 +142,23 @@ def consider(
 
 
 class Validation:
-    """Ends of the trajectory in use and of a long reference, from the same noise; candidates are held against them."""
+    """Compares final latents of candidates with those of a long reference trajectory from the same noise."""
 
     def __init__(
-        self, pool: RolloutPool, config: Config, prompts: Sequence[str], current: Trajectory, alpha_bars: FloatArray
-    ) -> None:
-        """Walk both, once for all candidates."""
-        self._pool = pool
+        self, pool: RolloutPool, config: Config, prompts: Sequence[str], current: Trajectory, alpha_bars: FloatArray,
+        sums: ErrorSums,
+    ) -> None:  # fmt: skip
+        """Sample along both, once for all candidates.
+
+        Args:
+            pool: the rollout workers; they sample under the model's x_0 rule.
+            config: the run's configuration.
+            prompts: the run's prompts.
+            current: the trajectory in use.
+            alpha_bars: the model's levels by timestep.
+            sums: the measurement, for the share of elements that the x_0 rule changes.
+        """
+        self._pool, self._sums = pool, sums
         self._groups = single_samples(config, prompts, config.vrg.gate_samples, "vrg_gate", 0)
         steps = config.vrg.reference_steps or max(100, 4 * current.num_steps)
         self._reference_steps = min(steps, len(alpha_bars))
@@ -149,15 +167,17 @@ class Validation:
         self._old = self._errors(current)
 
     def judge(self, candidate: Trajectory, trust: float) -> GateResult:
-        """Distance of the candidate's ends from the reference's, against that of the trajectory in use."""
+        """Distance of the candidate's final latents from the reference's, relative to the trajectory in use."""
         old, new = self._old, self._errors(candidate)
-        # A trajectory that already ends where the reference does cannot be improved on.
+        # A trajectory that already ends where the reference does cannot be improved.
         ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
         median_ratio = float((new / old).nan_to_num(nan=1.0).median())
+        clipped = np.interp(np.log(to_sigmas(candidate.alpha_bars[:-1])), np.log(self._sums.sigmas), self._sums.clipped)
         logger.info("gate: trust %.3g, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
         return GateResult(
             trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
             new_error=float(new.mean()), reference_steps=self._reference_steps,
+            clipped_elements=float(clipped.mean()), clipped_steps=float((clipped > CLIPPED).mean()),
         )  # fmt: skip
 
     def _errors(self, trajectory: Trajectory) -> torch.Tensor:
@@ -167,10 +187,10 @@ class Validation:
 
 
 def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
-    """Make every worker follow it, and check that each does.
+    """Set the trajectory of every worker, and check it.
 
     Raises:
-        WeightSyncError: a worker answers with another schedule id.
+        WeightSyncError: a worker reports another schedule id.
     """
     answers = pool.follow(trajectory)
     if set(answers) != {trajectory.schedule_id}:
@@ -189,7 +209,7 @@ def trajectory_metrics(base: Trajectory, sigmas: Sequence[float] | np.ndarray, a
 
 
 def describe(update: Update) -> str:
-    """One line for people."""
+    """One line for the console."""
     gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
     gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}) at trust {gate.trust:g}" for gate in update.gates]
     tried = ", ".join(gates) or "no candidate worth one"

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from acpo_dist.algorithms.base import Network
 from acpo_dist.config.plugins import EncoderConfig
+from acpo_dist.diffusion.clean_rule import CleanRule
 from acpo_dist.models.family import Condition, Denoiser
 from acpo_dist.models.ncp import NcpEncoder
 
@@ -41,6 +42,11 @@ class PolicyNetwork(Network):
     @override
     def prediction_type(self) -> str:
         return self._family.prediction_type
+
+    @property
+    @override
+    def clean_rule(self) -> CleanRule:
+        return self._family.clean_rule
 
     @property
     @override

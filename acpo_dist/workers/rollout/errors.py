@@ -1,4 +1,4 @@
-"""Prediction error of the model in use, node by node, on samples that are forward-noised once for all nodes."""
+"""Prediction error of the current model at each node, on samples that are forward-noised with one noise for all."""
 
 from collections.abc import Sequence
 
@@ -21,6 +21,8 @@ def measure_errors(
 ) -> ErrorSums:  # fmt: skip
     """Sums of one batch: e = eps_hat(x_t, t) - eps at every node, the same eps for all nodes of a sample.
 
+    eps_hat is what the sampler steps with: after the scheduler's x_0 rule.
+
     Args:
         clean: x_0 (B, C, H, W), latents or pixels in [-1, 1].
         sample_ids: fix each sample's noise, so that the result does not depend on how samples are shared out.
@@ -38,6 +40,8 @@ def measure_errors(
         branches.append(family.encode([""] * len(prompts)))
     levels = to_alpha_bars(sigmas)
     timesteps = to_timesteps(sigmas, family.alpha_bars.numpy())
+    rule, kind = family.clean_rule, family.prediction_type
+    changed: list[np.ndarray] = []
     errors: list[list[np.ndarray]] = [[] for _ in branches]
     for level, timestep in zip(levels, timesteps, strict=True):
         alpha_bars = torch.full((len(clean),), float(level), dtype=torch.float64, device=clean.device)
@@ -45,7 +49,10 @@ def measure_errors(
         at = torch.full((len(clean),), float(timestep), device=clean.device)
         for branch, condition in enumerate(branches):
             model_output = family.predict(noisy, at, condition)
-            error = to_noise(model_output, noisy, alpha_bars, family.prediction_type) - noise
+            if branch == 0:
+                changed.append(rule.share_changed(model_output, noisy, alpha_bars, kind).cpu().numpy())
+            model_output = rule.apply(model_output, noisy, alpha_bars, kind)
+            error = to_noise(model_output, noisy, alpha_bars, kind) - noise
             errors[branch].append(error.flatten(2).double().cpu().numpy())
     stacked = [np.stack(branch) for branch in errors]
-    return sums_of(sigmas, stacked[0], stacked[1] if len(stacked) > 1 else None)
+    return sums_of(sigmas, stacked[0], stacked[1] if len(stacked) > 1 else None, np.stack(changed))

@@ -1,4 +1,4 @@
-"""The rollout worker: draws samples along a trajectory with guidance, keeps late states; stateless but for weights."""
+"""The rollout worker: samples along a trajectory with guidance and keeps late states; its only state is weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightAc
 from acpo_dist.core.weights import checksum
 from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
-from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.schedulers import make_sampler
 from acpo_dist.vrg.sums import ErrorSums
@@ -25,19 +25,21 @@ BASE_VERSION = 0
 
 
 class RolloutWorker:
-    """One model, one trajectory, many samples."""
+    """Samples from one model along one trajectory."""
 
     def __init__(self, model: Any, sampler: SamplerConfig, *, device: str = "cpu", name: str = "rollout/0") -> None:
         """Load the model with untouched weights (version 0).
 
         Args:
             model: the model's configuration section.
-            name: how this worker is called in messages.
+            sampler: the sampler's section.
+            device: where the model runs.
+            name: of this worker, for messages.
         """
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
-        self.follow(spaced_trajectory(self.family.alpha_bars, sampler.num_steps, sampler.spacing))
+        self.follow(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing))
 
     @property
     def version(self) -> int:
@@ -50,10 +52,10 @@ class RolloutWorker:
         return self.family.alpha_bars
 
     def follow(self, trajectory: Trajectory) -> str:
-        """Walk this trajectory from the next sample on.
+        """Use this trajectory from the next sample on.
 
         Returns:
-            Its schedule id, as every sample will carry it.
+            Its schedule id, which every sample carries.
         """
         self.trajectory = trajectory
         return trajectory.schedule_id
@@ -113,13 +115,16 @@ class RolloutWorker:
         return self._sample(plans, trajectory, None).float().cpu()
 
     def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
-        """See `acpo_dist.workers.rollout.errors.measure_errors`, on the x_0 of a rollout batch."""
+        """Error sums (see `workers.rollout.errors.measure_errors`) on the x_0 of a rollout batch."""
         return measure_errors(
             self.family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
         )
 
     def load(self, bundle: WeightBundle) -> WeightAck:
-        """Copy weights in, then say what the parameters hold.
+        """Copy weights in.
+
+        Returns:
+            Version and checksum of what the parameters hold afterwards.
 
         Raises:
             WeightSyncError: names or shapes are not those of the trainable parameters.
@@ -143,13 +148,16 @@ class RolloutWorker:
     def _sample(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
         start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
         prompts = tuple(plan.prompt for plan in plans)
-        kind, solver = self.family.prediction_type, self._sampler.solver
+        kind, solver, rule = self.family.prediction_type, self._sampler.solver, self.family.clean_rule
         if solver in SHARE_AT_END:
             scale = self._guidance_scale()
             return sample_split(
-                self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit
-            )
-        return sample(self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans))
+                self._branches(prompts), start, trajectory, kind, guidance_scale=scale, scheme=solver, visit=visit,
+                rule=rule,
+            )  # fmt: skip
+        return sample(
+            self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans), rule=rule
+        )
 
     def _start(self, seed: int) -> Tensor:
         return torch.randn(self.family.sample_shape, generator=torch.Generator().manual_seed(seed))
@@ -178,7 +186,7 @@ class RolloutWorker:
         return StochasticDDIM(self._sampler.eta, noise)
 
     def _guidance_scale(self) -> float:
-        """1, the conditional branch alone, where there is nothing to guide."""
+        """1 for an unconditional model."""
         return self._sampler.guidance_for(conditional=self.family.conditional)
 
     def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
