@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-CONTROL_TIMEOUT_S = 60.0
-"""Seconds that one call may take. Ray itself ends a process whose control service is gone for longer."""
+CONTROL_TIMEOUT_S = 300.0
+"""Seconds that one call may take. Serve's controller runs at low priority, so it is slow on an overloaded machine."""
 _INTERRUPTED_S = 5.0
 """Seconds that an interrupted call may still take."""
 

@@ -51,12 +51,15 @@ def titles(parent: int) -> dict[int, str]:
 def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: int) -> None:
     """SIGKILL to a learner rank that executes a method, once so many iterations are recorded."""
     while process.poll() is None:
-        if least == 0 or (rows.exists() and len(read_metrics(rows)) >= least):
-            for pid, title in titles(process.pid).items():
-                if title == f"ray::LearnerActor.{method}":
-                    os.kill(pid, signal.SIGKILL)
-                    return
-        time.sleep(0.002)
+        # Ray's workers run at low priority: a loop without pauses would starve them.
+        if least and not (rows.exists() and len(read_metrics(rows)) >= least):
+            time.sleep(0.2)
+            continue
+        for pid, title in titles(process.pid).items():
+            if title == f"ray::LearnerActor.{method}":
+                os.kill(pid, signal.SIGKILL)
+                return
+        time.sleep(0.02)
     raise AssertionError(f"no rank was seen in `{method}` before the run ended:\n{process.communicate()[0]}")
 
 
