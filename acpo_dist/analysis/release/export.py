@@ -1,7 +1,6 @@
 """A checkpoint as files that others open: LoRA in two layouts, or the merged pipeline, each with a model card."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 
-from acpo_dist.analysis.release.export_card import base_name, export_card
+from acpo_dist.analysis.release.model_card import CardFacts, loading_code, model_card
 from acpo_dist.analysis.release.verdict import guard_ending
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ModelError, UsageError
@@ -28,7 +27,6 @@ from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, op
 Format = Literal["diffusers-lora", "kohya", "merged"]
 FORMATS: tuple[Format, ...] = ("diffusers-lora", "kohya", "merged")
 WEIGHTS = {"raw": "policy", "ema": "ema"}
-_SHOWN = re.compile(r"(reward|judge)/[^/]+/mean|drift/.*|gain/.*")
 _SD2_WIDTH = 1024
 """Of the text that Stable Diffusion 2.x reads; 1.x reads 768."""
 
@@ -82,14 +80,19 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
         file = _write_lora(config, layers, out, layout, weights, checkpoint)
     schedule = _write_schedule(config, checkpoint, out)
     card = out / "README.md"
-    guard = _guard(run, checkpoint)
-    facts = _facts(run, config, checkpoint, checksum(tensors), weights) | {"guard": guard or "did not end the run"}
-    loads = None if layout == "merged" else file.name
-    text = export_card(config, loads, schedule.name if schedule else None, facts, _metrics(run, checkpoint))
+    guard, digest = _guard(run, checkpoint), checksum(tensors)
+    facts = CardFacts(
+        config=config, name=config.run.name, iteration=checkpoint.iteration, metrics=_metrics(run, checkpoint),
+        provenance=_provenance(config, digest, weights), guard=guard or "It did not end the run.",
+        code=loading_code(
+            config, lora=None if layout == "merged" else file.name, schedule=schedule.name if schedule else None
+        ),
+    )  # fmt: skip
+    text = model_card(facts)
     card.write_text(text, encoding="utf-8")
     return Exported(
         folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
-        checksum=facts["weights sha256"], guard=guard,
+        checksum=digest, guard=guard,
     )  # fmt: skip
 
 
@@ -192,20 +195,14 @@ def _metrics(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
         # The row after the last iteration holds the gain alone; any other is of newer weights.
         if row["iteration"] < checkpoint.iteration or all(n.startswith(("gain/", "iteration")) for n in row):
             merged |= row
-    return {name: value for name, value in merged.items() if _SHOWN.fullmatch(name) and isinstance(value, float)}
+    return {name: value for name, value in merged.items() if isinstance(value, float)}
 
 
-def _facts(run: Path, config: Config, checkpoint: Checkpoint, digest: str, weights: str) -> dict[str, str]:
+def _provenance(config: Config, digest: str, weights: str) -> dict[str, str]:
     commit = git_commit()
     return {
-        "base model": base_name(config),
-        "algorithm": config.algorithm.type,
-        "rewards (drove the update)": ", ".join(entry.name for entry in config.rewards.train),
-        "judges (held out)": ", ".join(entry.name for entry in config.rewards.judges) or "none",
-        "iterations": f"{checkpoint.iteration} of {config.run.iterations}",
-        "weights": "averaged over optimiser steps" if weights == "ema" else "of the last optimiser step",
-        "seed": str(config.run.seed),
         "run": config.run.name,
+        "weights": "averaged over optimiser steps" if weights == "ema" else "of the last optimiser step",
         **_drawn_with(config),
         "weights sha256": digest,
         **({"code": commit} if commit else {}),

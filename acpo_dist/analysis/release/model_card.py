@@ -1,18 +1,20 @@
-"""The model card: what it was tuned on and from, what was measured, under which licences, and how to load it."""
+"""The model card beside an export or a promoted model: origin, tuning, measurements, licences and how to load it."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from acpo_dist.analysis.release.verdict import Verdict
 from acpo_dist.config.schema import Config
 from acpo_dist.evaluation.suites.set_metrics import counts_of, reasons_of
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.rewards.listing import reward_listing
 
+_SHOWN = re.compile(r"(reward|judge)/.+/mean|drift/(rms|budget)|gain/.+")
 _UNKNOWN = "not stated by the base model's files; look it up there before you pass the model on"
 
 
@@ -23,58 +25,97 @@ class CardFacts:
     config: Config
     name: str
     iteration: int
-    verdict: Verdict
-    forced: bool
     metrics: Mapping[str, float]
     """Of the iteration before the checkpoint."""
-    gains: Mapping[str, float]
-    """Of the run's last weights; empty if the card is about other ones."""
-    evaluations: Sequence[Mapping[str, Any]]
-    policy_sha256: str
     provenance: Mapping[str, str]
-    lora: bool
+    """Run, checksum and code, by name."""
+    guard: str
+    """What the guard reported, as Markdown."""
+    code: str
+    """Python that draws an image with plain diffusers; see `loading_code`."""
+    gains: Mapping[str, float] = field(default_factory=dict)
+    """Of the run's last weights; empty for a card of other weights."""
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    objections: Sequence[str] = ()
+    """Why the guard was not clean, for a run that was promoted by force."""
+    lora_folder: bool = False
+    """Whether the adapter alone lies in `lora/`."""
 
 
 def model_card(facts: CardFacts) -> str:
     """Markdown with a YAML head, as model hubs read it."""
-    base = _base(facts.config)
+    base = base_name(facts.config)
     licence = base_licence(facts.config)
     head = {
         "library_name": "diffusers", "base_model": base, "tags": ["acpo-dist", facts.config.algorithm.type],
         **({"license": licence} if licence else {}),
     }  # fmt: skip
-    origin = [*facts.provenance.items(), ("weights sha256", facts.policy_sha256)]
+    reasons = "\n".join(f"> - {text}" for text in facts.objections)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {facts.name}",
         f"`{base}`, tuned by `{facts.config.algorithm.type}` on {_rewards(facts.config)} for {facts.iteration} "
-        "iterations with acpo_dist. Rewards drove the update; judges did not, and watched.",
-        *([_warning(facts)] if facts.forced else []),
-        f"## Use\n\n```python\n{loading_code(facts.config)}```",
-        *([_LORA] if facts.lora else []),
+        "iterations with acpo_dist. Rewards drove the update; judges are held out and did not.",
+        *([f"> **Promoted by force.** The guard was not clean:\n{reasons}"] if reasons else []),
+        f"## Use\n\n```python\n{facts.code}```",
+        *([_LORA] if facts.lora_folder else []),
         f"## Tuning\n\n{_table(('what', 'value'), _tuning(facts))}",
         f"## Measured\n\n{_measured(facts)}",
-        f"## Guard\n\n{_guard(facts)}",
+        f"## Guard\n\n{facts.guard}",
         f"## Licences\n\n{_table(('part', 'licence'), _licences(facts.config, licence))}",
-        f"## Provenance\n\n{_table(('what', 'value'), origin)}",
+        "Tuning adds no right to them.",
+        f"## Provenance\n\n{_table(('what', 'value'), list(facts.provenance.items()))}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def loading_code(config: Config) -> str:
-    """Python that draws one image with plain diffusers from the folder that the card lies in."""
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipeline = DiffusionPipeline.from_pretrained(".")  # this folder, or where you downloaded it',
-    ]
+def loading_code(config: Config, *, lora: str | None = None, schedule: str | None = None) -> str:
+    """Python that draws one image with plain diffusers from the folder that the card lies in.
+
+    Args:
+        config: of the run.
+        lora: name of the LoRA file in the folder; None for a whole pipeline.
+        schedule: name of the trajectory's file in the folder; None for evenly spaced steps.
+    """
+    revision = getattr(config.model, "revision", None)
+    opened = json.dumps(base_name(config)) if lora else '"."'
+    opened += f", revision={json.dumps(revision)}" if lora and revision else ""
+    lines = [f"pipeline = DiffusionPipeline.from_pretrained({opened})"]
+    if lora:
+        lines.append(f'pipeline.load_lora_weights(".", weight_name="{lora}")')
+    if schedule:
+        # Euler is equal to DDIM on the same levels; with this spacing diffusers starts it from unit noise.
+        lines += [
+            "pipeline.scheduler = EulerDiscreteScheduler.from_config(",
+            '    pipeline.scheduler.config, timestep_spacing="leading"',
+            ")",
+            f'with open("{schedule}") as schedule:',
+            '    levels = json.load(schedule)["diffusers"]["EulerDiscreteScheduler"]',
+        ]
+    lines += [f"image = pipeline({', '.join(_arguments(config, schedule))}).images[0]", 'image.save("image.png")', ""]
+    names = "DiffusionPipeline, EulerDiscreteScheduler" if schedule else "DiffusionPipeline"
+    return "\n".join([*(["import json", ""] if schedule else []), f"from diffusers import {names}", "", *lines])
+
+
+def _arguments(config: Config, schedule: str | None) -> list[str]:
+    """Arguments of the pipeline's call for an image as the run draws it."""
     steps = config.sampler.num_steps
     if config.data.prompts == "none":
-        lines.append(f"image = pipeline(num_inference_steps={max(steps, 50)}).images[0]")
-    else:
-        arguments = f"num_inference_steps={steps}, guidance_scale={config.sampler.guidance_scale:g}"
-        lines.append(f'image = pipeline("{_example(config)}", {arguments}).images[0]')
-    return "\n".join([*lines, 'image.save("image.png")', ""])
+        return [f"num_inference_steps={max(steps, 50)}"]
+    size, negative = config.model.image_size, config.model.negative_prompt
+    return [
+        json.dumps(_example(config)),
+        *([f"height={size}, width={size}"] if size else []),
+        *([f"negative_prompt={json.dumps(negative)}"] if negative is not None else []),
+        f"guidance_scale={config.sampler.guidance_scale:g}",
+        "**levels" if schedule else f"num_inference_steps={steps}",
+    ]
+
+
+def base_name(config: Config) -> str:
+    """A hub id, or the name of a folder without its path, which does not belong on a card."""
+    path = config.model.path
+    return Path(path).name if Path(path).is_dir() else path
 
 
 def base_licence(config: Config) -> str | None:
@@ -99,22 +140,18 @@ _LORA = (
 )
 
 
-def _warning(facts: CardFacts) -> str:
-    reasons = "\n".join(f"> - {text}" for text in facts.verdict.objections)
-    return f"> **Promoted by force.** The guard was not clean:\n{reasons}"
-
-
 def _tuning(facts: CardFacts) -> list[tuple[str, object]]:
     config = facts.config
     anchor = getattr(config.algorithm, "anchor", None)
     rows: list[tuple[str, object]] = [
-        ("base model", _base(config)),
+        ("base model", base_name(config)),
         ("prompts", "none (unconditional)" if config.data.prompts == "none" else Path(config.data.prompts).name),
         ("rewards (drove the update)", _rewards(config)),
         ("judges (held out)", ", ".join(f"`{entry.name}`" for entry in config.rewards.judges) or "none"),
         (
             "tuned weights",
-            f"{config.model.tuning.method}" + (f", rank {config.model.tuning.rank}" if facts.lora else ""),
+            config.model.tuning.method
+            + (f", rank {config.model.tuning.rank}" if config.model.tuning.method == "lora" else ""),
         ),
         (
             "sampler",
@@ -130,13 +167,8 @@ def _tuning(facts: CardFacts) -> list[tuple[str, object]]:
 
 
 def _measured(facts: CardFacts) -> str:
-    rows = [
-        (name, f"{value:.4g}")
-        for name, value in facts.metrics.items()
-        if name.startswith(("reward/", "judge/")) and name.endswith("/mean")
-    ]
-    rows += [(name, f"{facts.metrics[name]:.4g}") for name in ("drift/rms", "drift/budget") if name in facts.metrics]
-    text = f"In the last iteration before these weights:\n\n{_table(('figure', 'value'), rows)}"
+    rows = [(name, f"{value:.4g}") for name, value in facts.metrics.items() if _SHOWN.fullmatch(name)]
+    text = f"In the last iteration before these weights:\n\n{_table(('metric', 'value'), rows)}"
     if facts.gains:
         gains = [(name, f"{value:+.2f}") for name, value in facts.gains.items()]
         text += (
@@ -169,14 +201,6 @@ def _evaluation(report: Mapping[str, Any]) -> str:
     return "\n\n".join([text, *reasons_of({one["judge"]: one for one in report["judges"]})])
 
 
-def _guard(facts: CardFacts) -> str:
-    verdict = facts.verdict
-    text = "Clean: no rule stood and none ended the run." if verdict.clean else "Not clean, see above."
-    if verdict.remarks:
-        text += " Reported during the run:\n\n" + "\n".join(f"- {remark}" for remark in verdict.remarks)
-    return text
-
-
 def _licences(config: Config, base: str | None) -> list[tuple[str, object]]:
     known = {(row["type"], row["name"]): row["licence"] for row in reward_listing()}
     rows: list[tuple[str, object]] = [("base model", base or _UNKNOWN)]
@@ -188,12 +212,6 @@ def _licences(config: Config, base: str | None) -> list[tuple[str, object]]:
 
 def _rewards(config: Config) -> str:
     return ", ".join(f"`{entry.name}`" for entry in config.rewards.train)
-
-
-def _base(config: Config) -> str:
-    """The base model by name: a folder's own name, since where it lies is nobody's business."""
-    path = config.model.path
-    return Path(path).name if Path(path).is_dir() else path
 
 
 def _example(config: Config) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from acpo_dist.analysis.release.model_card import CardFacts, model_card
+from acpo_dist.analysis.release.model_card import CardFacts, loading_code, model_card
 from acpo_dist.analysis.release.verdict import Verdict, gains_of, judge_run, metrics_at, read_evaluation
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
@@ -70,16 +70,16 @@ def promote(
         _require_of(path, report, chosen)
     folder = _export(run, config, chosen, verdict)
     title = name or config.run.name
-    facts = _facts(run, config, chosen, newest, verdict, title, folder, reports, forced=not verdict.clean)
+    facts = _facts(run, config, chosen, newest, verdict, title, folder, reports)
     card = folder / "README.md"
     replace_file(card, model_card(facts).encode())
     version = register(
         uri=uri or config.tracking.mlflow_uri, run_dir=run, experiment=config.tracking.experiment,
         run_name=config.run.name, model=title, folder=folder, description=card.read_text(encoding="utf-8"),
-        tags=_tags(config, facts), alias=None if facts.forced else "promoted",
+        tags=_tags(config, chosen, verdict), alias=None if not verdict.clean else "promoted",
     )  # fmt: skip
     return Promotion(
-        folder=folder, iteration=chosen.iteration, card=card, version=version, verdict=verdict, forced=facts.forced
+        folder=folder, iteration=chosen.iteration, card=card, version=version, verdict=verdict, forced=not verdict.clean
     )
 
 
@@ -113,32 +113,39 @@ def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> 
 
 def _facts(
     run: Path, config: Config, chosen: Checkpoint, newest: Checkpoint, verdict: Verdict, title: str, folder: Path,
-    reports: Sequence[Mapping[str, Any]], *, forced: bool,
+    reports: Sequence[Mapping[str, Any]],
 ) -> CardFacts:  # fmt: skip
+    text = (
+        "Clean: no rule was over a limit at the end and none ended the run."
+        if verdict.clean
+        else "Not clean, see above."
+    )
+    if verdict.remarks:
+        text += " Reported during the run:\n\n" + "\n".join(f"- {remark}" for remark in verdict.remarks)
+    best = ", the best by its judges" if chosen.iteration == verdict.best else ""
     return CardFacts(
-        config=config, name=title, iteration=chosen.iteration, verdict=verdict, forced=forced,
-        metrics=metrics_at(run, chosen.iteration),
-        gains=gains_of(run) if chosen.iteration == newest.iteration else {},
-        evaluations=reports, policy_sha256=_bundle(chosen).checksum,
+        config=config, name=title, iteration=chosen.iteration, objections=verdict.objections, guard=text,
+        metrics=metrics_at(run, chosen.iteration), code=loading_code(config),
+        gains=gains_of(run) if chosen.iteration == newest.iteration else {}, evaluations=reports,
         provenance={
             "run": config.run.name,
-            "checkpoint": f"iteration {chosen.iteration}"
-            + (", the best by its judges" if chosen.iteration == verdict.best else ""),
+            "checkpoint": f"iteration {chosen.iteration}{best}",
             "code": git_commit() or "not a git checkout",
+            "weights sha256": _bundle(chosen).checksum,
         },
-        lora=(folder / "lora").is_dir(),
+        lora_folder=(folder / "lora").is_dir(),
     )  # fmt: skip
 
 
-def _tags(config: Config, facts: CardFacts) -> dict[str, str]:
+def _tags(config: Config, chosen: Checkpoint, verdict: Verdict) -> dict[str, str]:
     tags = {
-        "acpo.iteration": str(facts.iteration),
-        "acpo.best_iteration": str(facts.verdict.best),
-        "acpo.guard": "clean" if facts.verdict.clean else "not clean",
-        "acpo.policy_sha256": facts.policy_sha256,
+        "acpo.iteration": str(chosen.iteration),
+        "acpo.best_iteration": str(verdict.best),
+        "acpo.guard": "clean" if verdict.clean else "not clean",
+        "acpo.policy_sha256": _bundle(chosen).checksum,
         "acpo.rewards": ", ".join(entry.name for entry in config.rewards.train),
         "acpo.judges": ", ".join(entry.name for entry in config.rewards.judges),
     }
-    if facts.forced:
-        tags |= {"acpo.forced": "true", "acpo.objections": "; ".join(facts.verdict.objections)}
+    if not verdict.clean:
+        tags |= {"acpo.forced": "true", "acpo.objections": "; ".join(verdict.objections)}
     return tags
