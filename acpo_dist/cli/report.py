@@ -21,16 +21,16 @@ def report(
     ] = "export",
     samples: Annotated[bool, typer.Option(help="Draw images and measure drift by timestep.")] = True,
     mlflow: Annotated[bool, typer.Option(help="Add the page to the runs in MLflow.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the figures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the metrics.")] = False,
 ) -> None:
     """One HTML file about runs: quality against drift, judges, guard, time, base | tuned images. Works offline."""
-    from acpo_dist.analysis.report.build import Drawing, build_report
+    from acpo_dist.analysis.report.build import GalleryOptions, build_report
     from acpo_dist.analysis.report.metrics import verdict
     from acpo_dist.tracking.console import Console
 
     console = Console()
-    drawing = Drawing(prompts=prompts, per_prompt=per_prompt, at=at) if samples else None
-    made = build_report(runs, out, drawing, track=mlflow, console=console)
+    options = GalleryOptions(prompts=prompts, per_prompt=per_prompt, at=at) if samples else None
+    made = build_report(runs, out, options, track=mlflow, console=console)
     if as_json:
         rows = [
             {

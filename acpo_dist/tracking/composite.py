@@ -1,4 +1,4 @@
-"""Several trackers behind one; none can disturb the run or the others."""
+"""Several trackers behind one; an error in one affects neither the run nor the others."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ class CompositeTracker:
         self._failed: set[int] = set()
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of one iteration everywhere."""
+        """Record the metrics of one iteration everywhere."""
         self._each("log_metrics", lambda tracker: tracker.log_metrics(iteration, metrics))
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:

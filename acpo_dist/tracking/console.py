@@ -1,4 +1,4 @@
-"""What the user sees while it runs: progress of each phase, a line or live panel per iteration, tables. On stderr."""
+"""Console output of a run, on stderr: progress of each phase, a line or a live panel per iteration, tables."""
 
 import math
 import sys
@@ -23,11 +23,11 @@ _UNBOUNDED = 10_000
 
 
 class Console:
-    """Speaks to the user on stderr, so that stdout holds nothing but what a command returns.
+    """Writes to stderr, so that stdout holds only the result of a command.
 
     Args:
-        quiet: say nothing at all.
-        live: on a terminal, a panel with the key figures takes the place of the line per iteration.
+        quiet: print nothing.
+        live: on a terminal, a panel with the key metrics replaces the line per iteration.
         rich_console: where to write; None is stderr. Its terminal decides whether progress is shown live.
     """
 
@@ -44,7 +44,7 @@ class Console:
         """Show a phase while the block runs: count, rate and time left, on a terminal; otherwise nothing.
 
         Args:
-            name: what is going on, such as `rollout`.
+            name: what is shown, such as `rollout`.
             total: number of samples; None when it is not known.
 
         Yields:
@@ -69,11 +69,11 @@ class Console:
                 progress.stop()
 
     def iteration(self, iteration: int, total: int, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """One plain line with the figures named in `SHOWN`; or the panel, which stays on the screen at the end.
+        """Print one line with the metrics named in `SHOWN`, or update the panel, which stays on the screen at the end.
 
         Args:
-            iteration: iterations that are done.
-            last: the run ends here, though more were asked for.
+            iteration: number of completed iterations.
+            last: the run ends after this iteration, although `total` is larger.
         """
         if self._panel is not None and not self._quiet:
             self._panel.add(iteration, total, metrics)
@@ -81,8 +81,8 @@ class Console:
                 self.rich.print(self._panel)
             return
         names = dict.fromkeys(name for pattern in SHOWN for name in metrics if fnmatchcase(name, pattern))
-        figures = [f"{name} {_figure(name, metrics[name])}" for name in names]
-        self.message("  ".join([f"iteration {iteration:>{len(str(total))}}/{total}", *figures]))
+        values = [f"{name} {_value(name, metrics[name])}" for name in names]
+        self.message("  ".join([f"iteration {iteration:>{len(str(total))}}/{total}", *values]))
 
     def message(self, text: str) -> None:
         """Plain text: brackets are not markup, and long lines are left to the terminal to wrap."""
@@ -136,15 +136,15 @@ class _Rate(ProgressColumn):
 
 
 class _PanelProgress(Progress):
-    """Progress bars below the key figures. The panel lives as long as a phase does, so nothing is left to close."""
+    """Progress bars below the key metrics; the panel is shown while a phase runs."""
 
     def __init__(self, *columns: ProgressColumn, panel: LivePanel | None, console: rich.console.Console) -> None:
-        self._key_figures = panel
+        self._key_metrics = panel
         super().__init__(*columns, console=console, transient=True)
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        if self._key_figures:
-            yield self._key_figures
+        if self._key_metrics:
+            yield self._key_metrics
         yield self.make_tasks_table(self.tasks)
 
 
@@ -154,10 +154,10 @@ def _new_progress(console: rich.console.Console, panel: LivePanel | None) -> Pro
 
 
 def _ignore(count: int) -> None:
-    """Progress that nobody sees."""
+    """Ignores progress."""
 
 
-def _figure(name: str, value: float) -> str:
+def _value(name: str, value: float) -> str:
     return f"{value:.1f} s" if name.startswith("time/") and math.isfinite(value) else _cell(value)
 
 

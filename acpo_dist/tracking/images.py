@@ -1,4 +1,4 @@
-"""Images for people: grids of samples and curves over iterations."""
+"""Image files: grids of samples and curves over iterations."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 GAP = 2
 """Pixels between images."""
 MIN_SIDE = 64
-"""Smaller images are scaled up until their shorter side has so many pixels."""
+"""Smaller images are scaled up until their shorter side has this many pixels."""
 _MARGIN = 6
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
@@ -73,8 +73,8 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     """Draw metrics over iterations, one panel per entry, two panels side by side.
 
     Args:
-        rows: as `read_metrics` gives them; a null figure leaves a gap in its curve, a missing one does not.
-        keys_by_panel: metric names by the title of their panel; names without any figure are left out.
+        rows: as `read_metrics` gives them; a null value leaves a gap in its curve, a missing one does not.
+        keys_by_panel: metric names by the title of their panel; names without any value are left out.
         path: the image; its ending decides the format, its folder is made.
 
     Raises:
@@ -116,7 +116,7 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
     if drawn:
         axis.legend(fontsize=9)
     else:
-        axis.text(0.5, 0.5, "no figures", ha="center", va="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "no values", ha="center", va="center", transform=axis.transAxes)
 
 
 def _checked(images_BCHW: Tensor, columns: int) -> Tensor:

@@ -30,9 +30,9 @@ class JsonlTracker:
         self._file = path.open("ab", buffering=0)
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Append the figures of one iteration and force them to disk.
+        """Append the metrics of one iteration and force them to disk.
 
-        Figures that are not finite are written as null, because JSON has no NaN, and named in a warning.
+        Metrics that are not finite are written as null, because JSON has no NaN, and named in a warning.
 
         Raises:
             OSError: the disk is full or gone; the file ends with the last complete line.
@@ -52,7 +52,7 @@ class JsonlTracker:
         """Do nothing: the text is a file of the run already."""
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Do nothing: lines hold figures only."""
+        """Do nothing: lines hold metrics only."""
 
     def close(self, status: str) -> None:
         """Close the file; a second call does nothing."""
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, iteration: int) -> int:
-    """Forget what a resumed run is about to do again: iteration `iteration` and everything later.
+    """Drop the rows of iteration `iteration` and later, which a resumed run repeats.
 
     The file is replaced whole, so a crash leaves the old or the new one. Unreadable lines go too.
 

@@ -1,4 +1,4 @@
-"""Runs as MLflow knows them, and files that are added to one afterwards. It says at once when MLflow is not there."""
+"""Read runs from MLflow and add files to them; fails at once when MLflow cannot be reached."""
 
 import logging
 import shlex
@@ -34,9 +34,9 @@ class TrackedRun:
     params: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
-    """Last value of each figure."""
+    """Last value of each metric."""
     rows: Sequence[Mapping[str, Any]]
-    """One mapping per step with the figures that were asked for, and `iteration`."""
+    """One mapping per step with the requested metrics, and `iteration`."""
     seconds: float | None
 
 
@@ -44,7 +44,7 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
     """Runs of an experiment, oldest first.
 
     Args:
-        histories: beginnings of the figures whose whole history is fetched, one request each.
+        histories: prefixes of the metrics whose whole history is fetched, one request each.
 
     Raises:
         UsageError: MLflow is not installed, cannot be reached, or has no such experiment.
@@ -72,7 +72,7 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
 
 
 def charts_link(uri: str, experiment: str) -> str | None:
-    """How to open the charts of an experiment's runs in MLflow's web page, for people.
+    """How to open the charts of an experiment's runs in MLflow's web page.
 
     Args:
         uri: tracking URI.
@@ -100,7 +100,7 @@ def charts_link(uri: str, experiment: str) -> str | None:
 def attach(
     uri: str, run_id: str, file: Path, *, folder: str, metrics: Mapping[str, float], step: int, tags: Mapping[str, str]
 ) -> None:
-    """Add a file, figures and tags to a run that may have ended; doing it again replaces the file.
+    """Add a file, metrics and tags to a run that may have ended; doing it again replaces the file.
 
     Raises:
         UsageError: MLflow is not installed, cannot be reached, or does not know the run.

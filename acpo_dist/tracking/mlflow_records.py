@@ -31,7 +31,7 @@ class UndeliverableError(Exception):
 
 
 def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Figures of one iteration as JSON-ready data with the present time."""
+    """Metrics of one iteration as JSON-ready data with the present time."""
     values = {legal_name(name): plain_number(value) for name, value in metrics.items()}
     # JSON has no NaN, but MLflow does: as text it survives the way.
     texts = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
@@ -39,7 +39,7 @@ def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, An
 
 
 def lane(record: Mapping[str, Any]) -> str:
-    """Artifacts may live on another server than figures, so neither waits for the other."""
+    """Artifacts may be on another server than metrics, so neither waits for the other."""
     return "artifacts" if record.get("kind") in ("image", "text") else "metrics"
 
 

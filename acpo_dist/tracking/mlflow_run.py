@@ -65,7 +65,7 @@ def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
     except Exception as error:  # MLflow raises whatever its store raises
         if not is_refusal(error):
             raise
-        # `resolved.yaml` says the same; the figures must not wait for params that this server will never take.
+        # `resolved.yaml` says the same; metrics must not wait for params that this server will never take.
         logger.warning("MLflow refused params or tags of run %s, which lacks some now: %s", run.info.run_id, error)
 
 

@@ -89,7 +89,7 @@ class MlflowTracker:
         return self._run_id or None
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the figures of one iteration; they arrive as one batch with `iteration` as step."""
+        """Record the metrics of one iteration; they arrive as one batch with `iteration` as step."""
         self._put(metrics_record(iteration, metrics))
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The key figures of a running run on a few lines of a terminal; `acpo train` and `acpo follow` show the same."""
+"""The key metrics of a run on a few lines of a terminal; `acpo train` and `acpo follow` show the same."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _PLAIN = "_.-=+*#"
 _WIDTH = 28
 """Iterations that a spark line shows."""
 _RECENT = 10
-"""Iterations whose mean time the estimate goes by."""
+"""Number of last iterations whose mean time gives the estimate."""
 _NO_RULE = ("guard/reward_scale", "guard/best_iteration")
 _PHASES = ("rollout", "reward", "learn", "sync")
 
@@ -33,13 +33,13 @@ class LivePanel:
         """
         self._name, self._rows, self._total = name, [], 0
         self.note = ""
-        """A last line, such as how old the figures are."""
+        """A last line, such as the age of the metrics."""
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
     def add(self, iteration: int, total: int, row: Mapping[str, Any]) -> None:
-        """Take the figures of an iteration; going back starts afresh, as another run does.
+        """Add the metrics of an iteration; an iteration that is not newer starts again, as for another run.
 
         Args:
             iteration: iterations that are done.
@@ -56,8 +56,8 @@ class LivePanel:
         body.add_column(no_wrap=True)
         body.add_column(no_wrap=True, justify="right")
         body.add_column(no_wrap=True)
-        for what, figure, extra in self._lines(blocks):
-            body.add_row(Text(what), Text(figure, style="bold"), Text(extra))
+        for what, value, extra in self._lines(blocks):
+            body.add_row(Text(what), Text(value, style="bold"), Text(extra))
         if self.note:
             body.add_row("", "", Text(self.note, style="dim"))
         yield rich.panel.Panel(body, title=Text(self._title()), title_align="left", expand=False)

@@ -59,12 +59,12 @@ def test_runs_that_are_not_finished_and_seeds_that_are_there_twice_stay_out_of_t
     code, out, _ = run_cli(monkeypatch, capsys, "compare", four, "--json")
     group = json.loads(out)["seed_groups"][0]
     assert code == 0 and len(group["members"]) == 5 and group["seeds"] == [0, 1, 2]
-    assert group["left_out"] == "1 not finished, 1 of a seed that is there already"
+    assert group["left_out"] == "1 not finished, 1 with a duplicate seed"
     # Of the two runs of seed 1 the newer one counts.
     assert group["quality"]["mean"] == pytest.approx(statistics.fmean([0.1, 0.4, 0.6]))
     assert group["quality"]["std"] == pytest.approx(statistics.stdev([0.1, 0.4, 0.6]))
     code, out, _ = run_cli(monkeypatch, capsys, "compare", four)
-    assert "1 not finished, 1 of a seed that is there already" in out
+    assert "1 not finished, 1 with a duplicate seed" in out
     shutil.rmtree(four / "a1")
     code, out, _ = run_cli(monkeypatch, capsys, "compare", four / "crashed", four / "a0", "--json")
     (group,) = json.loads(out)["seed_groups"]

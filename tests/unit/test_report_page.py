@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acpo_dist.analysis.report.build import Drawing, build_report
+from acpo_dist.analysis.report.build import GalleryOptions, build_report
 from acpo_dist.analysis.report.charts import DARK, LIGHT
 from acpo_dist.analysis.report.record import read_run
 from acpo_dist.cli.app import main
@@ -26,7 +26,7 @@ from tests.helpers.browser import Browser
 from tests.helpers.runs import make_run, row
 
 QUIET = Console(quiet=True)
-DRAWING = Drawing(prompts=2, per_prompt=2, at="export")
+OPTIONS = GalleryOptions(prompts=2, per_prompt=2, at="export")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
         common = ["run.iterations=3", "checkpoint.every=2", f"run.dir={folder / name}", f"run.name={name}"]
         drive(load_config("toy_sdxl", [*TINY, *common, *overrides]), open_ports, QUIET)
     roots = [folder / name for name in arms]
-    return build_report(roots, folder / "both.html", DRAWING, track=True, console=QUIET), roots
+    return build_report(roots, folder / "both.html", OPTIONS, track=True, console=QUIET), roots
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_a_second_report_draws_nothing_again(runs, monkeypatch):
 
     monkeypatch.setattr("acpo_dist.analysis.report.sample_renderer.open_rollouts", refuse)
     report, roots = runs
-    again = build_report(roots, report.path.with_name("again.html"), DRAWING, track=False, console=QUIET)
+    again = build_report(roots, report.path.with_name("again.html"), OPTIONS, track=False, console=QUIET)
     assert [v.gallery for v in again.views] == [v.gallery for v in report.views]
     assert [v.drift for v in again.views] == [v.drift for v in report.views]
 
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(runs, at)
     from acpo_dist.core.errors import UsageError
 
     with pytest.raises(UsageError, match="found 2, 3" if at == "7" else "export, last, best"):
-        build_report(runs[1][:1], None, Drawing(prompts=1, per_prompt=1, at=at), track=False, console=QUIET)
+        build_report(runs[1][:1], None, GalleryOptions(prompts=1, per_prompt=1, at=at), track=False, console=QUIET)
 
 
 @pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])

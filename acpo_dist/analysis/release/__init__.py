@@ -1,1 +1,1 @@
-"""Whether a run may be promoted, its model card, and its way into the model registry."""
+"""Exports, model cards and promotion to the model registry."""

@@ -28,7 +28,7 @@ Format = Literal["diffusers-lora", "kohya", "merged"]
 FORMATS: tuple[Format, ...] = ("diffusers-lora", "kohya", "merged")
 WEIGHTS = {"raw": "policy", "ema": "ema"}
 _SD2_WIDTH = 1024
-"""Of the text that Stable Diffusion 2.x reads; 1.x reads 768."""
+"""Text width of Stable Diffusion 2.x; 1.x has 768."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ def promote(
         uri: MLflow tracking URI; None takes the run's.
         checkpoint: `best` (by the judges), `newest`, or an iteration.
         force: register although the guard is not clean; tags and card say so.
-        evaluations: folders of `acpo eval` whose figures belong on the card.
+        evaluations: folders of `acpo eval` whose results go on the card.
 
     Raises:
         ResumeError: the folder is no run.

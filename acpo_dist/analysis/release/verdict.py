@@ -1,4 +1,4 @@
-"""May a run be promoted? What the guard wrote and where its rules stood when the run ended."""
+"""Whether a run may be promoted, from the guard's decisions and the state of its rules at the end."""
 
 import json
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _ENDING = ("stop", "roll_back")
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What speaks against a run."""
+    """Objections against a run."""
 
     objections: tuple[str, ...]
     """Empty if the guard is clean."""
     remarks: tuple[str, ...]
-    """What was reported during the run, whether it passed or not."""
+    """Guard decisions during the run, including those that passed."""
     exported: str | None
     """SHA-256 of the weights that the run's export holds."""
     best: int
@@ -31,24 +31,24 @@ class Verdict:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing speaks against it."""
+        """Whether there is no objection."""
         return not self.objections
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How the guard ended a run before its time."""
+    """How the guard ended a run early."""
 
     action: str
     """`stop` or `roll_back`."""
     best: int
     """Iteration of the checkpoint that the judges liked best then; 0 is the base model."""
     text: str
-    """For people."""
+    """Message for the user."""
 
 
 def guard_ending(run: Path, iterations: int) -> Ending | None:
-    """How the guard ended a run that has done so many iterations; None if it did not, or the run went on since."""
+    """How the guard ended a run after `iterations` iterations; None if it did not, or the run was resumed since."""
     records = guard_records(run)
     if not records or records[-1]["action"] not in _ENDING or records[-1]["iteration"] + 1 < iterations:
         return None
@@ -74,7 +74,7 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
     records = guard_records(run)
     state = newest.state["guard"]["state"]
     objections = [_ended(record) for record in records if record["action"] in _ENDING]
-    # An ending says the same in more words.
+    # A decision that ended the run covers the rules.
     if not objections:
         objections += [
             f"the guard's rule `{name}` stood at `{rule['level']}` when the run ended"
@@ -90,7 +90,7 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
 
 
 def metrics_at(run: Path, iteration: int) -> dict[str, float]:
-    """Figures of the last iteration that the weights of a checkpoint have seen, by name."""
+    """Metrics of the last iteration before a checkpoint, by name."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["iteration"] < iteration]
     found = rows[-1] if rows else {}
     return {name: float(value) for name, value in found.items() if name != "iteration" and value is not None}
@@ -107,7 +107,7 @@ def gains_of(run: Path) -> dict[str, float]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What `acpo eval` found.
+    """Read the result of `acpo eval`.
 
     Raises:
         UsageError: the folder holds no finished evaluation.

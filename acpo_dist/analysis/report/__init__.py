@@ -1,1 +1,1 @@
-"""What people look at after and while a run goes: reports, comparisons, lists of runs."""
+"""Reports, comparisons and lists of runs."""

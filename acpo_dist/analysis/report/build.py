@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """Which images a report shows."""
+class GalleryOptions:
+    """Images of a report: how many, and of which checkpoint."""
 
     prompts: int
     per_prompt: int
@@ -37,7 +37,7 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was made."""
+    """A written report."""
 
     path: Path
     views: Sequence[RunView]
@@ -46,19 +46,25 @@ class Report:
 
 
 def build_report(
-    roots: Sequence[Path], out: Path | None, drawing: Drawing | None, *, track: bool, console: Console
+    roots: Sequence[Path], out: Path | None, gallery_options: GalleryOptions | None, *, track: bool, console: Console
 ) -> Report:
-    """Read runs, draw what is not drawn yet, write one page, and add it to the runs in MLflow.
+    """Read runs, render missing images, write one page, and add it to the runs in MLflow.
 
     Args:
-        out: where the page goes; None is `report.html` in the run, or beside the first of several.
-        drawing: None loads no model: no images, no drift by timestep but what the run recorded.
+        roots: run folders.
+        out: path of the page; None is `report.html` in the run, or beside the first of several.
+        gallery_options: None loads no model: no images, and drift by timestep only where the run recorded it.
+        track: add the page to the runs in MLflow.
+        console: shows progress.
 
     Raises:
         UsageError: a folder is no run, or a run has no metrics; nothing is written then.
     """
     records = [require_rows(read_run(root)) for root in roots]
-    views = [_view(record, label, drawing, console) for record, label in zip(records, labels_of(records), strict=True)]
+    views = [
+        _view(record, label, gallery_options, console)
+        for record, label in zip(records, labels_of(records), strict=True)
+    ]
     path = out or (roots[0] if len(roots) == 1 else roots[0].parent) / "report.html"
     write_page(path, views)
     tracked = {}
@@ -69,7 +75,7 @@ def build_report(
     return Report(path=path, views=views, tracked=tracked)
 
 
-def _view(record: RunRecord, label: str, drawing: Drawing | None, console: Console) -> RunView:
+def _view(record: RunRecord, label: str, gallery_options: GalleryOptions | None, console: Console) -> RunView:
     notes = []
     if record.broken_lines:
         notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were left out.")
@@ -81,22 +87,24 @@ def _view(record: RunRecord, label: str, drawing: Drawing | None, console: Conso
     if not record.normalisers and not any(key.endswith("/gain") for key in record.rows[0]):
         notes.append("Gains by iteration are not known: no checkpoint holds what the base model's scores are.")
     gallery, drift = None, from_rows(record)
-    if drawing is None:
+    if gallery_options is None:
         notes.append("Images were left out (--no-samples).")
     elif not record.checkpoints:
         notes.append("No whole checkpoint: images, and drift by timestep, need one (checkpoint.every).")
     else:
-        iteration = chosen_iteration(record, drawing.at)
+        iteration = chosen_iteration(record, gallery_options.at)
         assert iteration is not None and record.root is not None
         console.message(f"{label}: images of iteration {iteration} and of the base model")
-        renderer = SampleRenderer(record, prompts=drawing.prompts, per_prompt=drawing.per_prompt, console=console)
+        renderer = SampleRenderer(
+            record, prompts=gallery_options.prompts, per_prompt=gallery_options.per_prompt, console=console
+        )
         gallery = make_gallery(record, renderer, iteration)
         drift = drift or from_checkpoints(record, renderer, console)
         renderer.close()
         extra = {"judged_gain_of_images": sum(pair.gain for pair in gallery.pairs) / len(gallery.pairs)}
         if gallery.diversity is not None:
             extra["diversity"] = gallery.diversity
-        replace_file(record.root / REPORT / "figures.json", json.dumps(extra).encode())
+        replace_file(record.root / REPORT / "summary.json", json.dumps(extra).encode())
         record = replace(record, extra=extra)
     trajectories, problems = _trajectories(record)
     return RunView(
@@ -121,7 +129,7 @@ def _trajectories(record: RunRecord) -> tuple[list[tuple[str, dict[str, Any]]], 
 
 
 def _tracking_uri(record: RunRecord) -> str | None:
-    """Where the run was tracked; None when it was not."""
+    """Tracking URI of the run; None if it was not tracked."""
     tracking = record.config.get("tracking") or {}
     if record.mlflow_run_id is None or record.root is None or not tracking.get("mlflow", TrackingConfig().mlflow):
         return None
@@ -141,7 +149,7 @@ def _track(view: RunView, path: Path, uri: str, console: Console) -> bool:
             tags={"verdict": verdict(view.metrics)[1], "report": f"report/{path.name}"},
         )
     except AcpoError as error:
-        # The page is there; that a server is not must not make it a failure.
+        # The page is written, so an unreachable server is not a failure.
         console.message(f"not added to MLflow: {error}")
         return False
     return True

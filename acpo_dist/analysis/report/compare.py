@@ -9,7 +9,7 @@ from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import RunRecord
 
 COSMETIC = ("run.dir", "run.name", "run.seed", "tracking.", "checkpoint.", "cluster.")
-"""Parameters that do not make two runs different experiments: what they are called, their seed, where they are kept."""
+"""Parameters that do not make two runs different experiments: name, seed and place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class SeedGroup:
     members: tuple[int, ...]
     """Positions in the list of runs."""
     counted: tuple[int, ...]
-    """Those in the means: finished runs, of each seed the one that was written last."""
+    """Members in the means: finished runs, the one written last of each seed."""
     seeds: tuple[int, ...]
-    """Of the runs that are counted."""
+    """Seeds of the counted runs."""
     left_out: str
-    """How many are not, and why; empty if none."""
+    """How many members are not counted, and why; empty if none."""
     gains: Mapping[str, Spread]
     quality: Spread | None
     drift: Spread | None
@@ -45,7 +45,7 @@ class SeedGroup:
 
 
 def labels_of(records: Sequence[RunRecord]) -> list[str]:
-    """A short name for each run that no other has: its name, with seed, folder or number where that is not enough."""
+    """A short unique label per run: its name, with seed, folder or MLflow run id where the name is not unique."""
     labels = [record.name for record in records]
     seeds = [f"seed {record.seed}" for record in records]
     folders = [f"({record.root.name if record.root else str(record.mlflow_run_id)[:8]})" for record in records]
@@ -57,7 +57,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
 
 
 def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
-    """Parameters that are not the same in all runs, with each run's value; None where a run does not have it."""
+    """Parameters that are not the same in all runs, with the value of each run; None where a run does not have it."""
     keys = sorted({key for record in records for key in record.params})
     columns = {
         key: [record.params.get(key) for record in records] for key in keys if key not in ("run.dir", "run.name")
@@ -66,9 +66,9 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
 
 
 def seed_groups(records: Sequence[RunRecord], metrics: Sequence[RunMetrics], labels: Sequence[str]) -> list[SeedGroup]:
-    """Runs by their parameters without `COSMETIC` ones, in the order of first appearance.
+    """Group runs by their parameters without `COSMETIC` ones, in the order of first appearance.
 
-    Means are over finished runs alone: what a run that goes on, or that crashed, has reached so far is another figure.
+    Means are over finished runs only: metrics of a run that is not finished are of another iteration.
     """
     members: dict[frozenset[tuple[str, str]], list[int]] = {}
     for index, record in enumerate(records):
@@ -93,7 +93,7 @@ def seed_groups(records: Sequence[RunRecord], metrics: Sequence[RunMetrics], lab
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the (drift, quality) points that no other beats: less drift at no less quality, or the reverse."""
+    """Positions of the (drift, quality) points that no other point dominates in both values."""
     return [
         index
         for index, (drift, quality) in enumerate(points)
@@ -113,7 +113,7 @@ def _counted(
     for index in sorted(final, key=lambda index: records[index].last_write or 0.0):
         by_seed[metrics[index].seed] = index
     counted = sorted(by_seed.values())
-    reasons = {"not finished": len(indices) - len(final), "of a seed that is there already": len(final) - len(counted)}
+    reasons = {"not finished": len(indices) - len(final), "with a duplicate seed": len(final) - len(counted)}
     return counted, ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
 
 

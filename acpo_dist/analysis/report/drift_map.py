@@ -23,7 +23,7 @@ from acpo_dist.training.local import default_device
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 KEY = "drift/at/"
-"""Metrics below this name are mean squared drift at a timestep."""
+"""Prefix of the metrics that are mean squared drift at a timestep."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
 """Where drift is measured, as shares of the noise schedule."""
 _SAMPLES = 16
@@ -40,11 +40,11 @@ class DriftMap:
     space: str
     """Units: `eps`, `v` or `x0`."""
     source: str
-    """How it was measured, for people."""
+    """How it was measured, as text for the page."""
 
 
 def from_rows(record: RunRecord) -> DriftMap | None:
-    """What the run recorded itself; None if it did not."""
+    """The drift that the run recorded while it trained; None if it recorded none."""
     rows = [row for row in record.rows if any(key.startswith(KEY) for key in row)]
     if not rows:
         return None
@@ -57,7 +57,7 @@ def from_rows(record: RunRecord) -> DriftMap | None:
 
 
 def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Console) -> DriftMap:
-    """Measure every checkpoint on the same re-noised images of the base model, one file per checkpoint kept.
+    """Measure every checkpoint on the same re-noised images of the base model; each result is kept in a file.
 
     Raises:
         UsageError: a checkpoint is damaged.

@@ -13,14 +13,14 @@ from acpo_dist.tracking.mlflow_tracker import default_uri
 from acpo_dist.training.run_folder import RESOLVED
 
 _NO_RUNS = ("mlartifacts", "mlruns")
-"""MLflow's own folders: they hold copies of `resolved.yaml`."""
+"""Folders of MLflow, which hold copies of `resolved.yaml`."""
 MAX_DEPTH = 4
-"""Folders below the one that is named."""
+"""Levels of folders below the given one."""
 _HISTORIES = ("reward/", "judge/", "gain/", "drift/", "guard/", "time/iteration")
 
 
 def runs_below(folder: Path) -> tuple[list[RunRecord], list[str]]:
-    """Every run in a folder, itself included, by path; and what is wrong with those that cannot be read.
+    """Every run in a folder, itself included, by path, and a message for each that cannot be read.
 
     Raises:
         UsageError: no such folder, or no run in it.
@@ -44,7 +44,7 @@ def runs_below(folder: Path) -> tuple[list[RunRecord], list[str]]:
 
 
 def runs_of_experiment(experiment: str, uri: str | None) -> list[RunRecord]:
-    """Runs that MLflow knows; those whose folder is here are read from it, since it has more.
+    """Runs of an MLflow experiment; a run whose folder is on this machine is read from the folder.
 
     Args:
         uri: None takes MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
@@ -60,7 +60,7 @@ def runs_of_experiment(experiment: str, uri: str | None) -> list[RunRecord]:
 
 
 def tracking_uri(uri: str | None) -> str:
-    """What was asked for, else what the environment says, else the store beside the default run folders."""
+    """The given URI, else MLFLOW_TRACKING_URI, else the database beside the default run folders."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path("runs") / "any")
 
 
@@ -74,7 +74,7 @@ def gather(paths: Sequence[Path], experiment: str | None, uri: str | None) -> li
         raise UsageError("name run folders, or --experiment for the runs that MLflow knows")
     found: list[RunRecord] = []
     for path in paths:
-        # A folder of runs stands for all of them; anything else is meant to be a run, and says so if it is none.
+        # A folder of runs stands for all of them; any other path must be a run, or reading it fails.
         inside = sorted(_roots(path, MAX_DEPTH)) if path.is_dir() else []
         found.extend(read_run(root) for root in inside or [path])
     if experiment is not None:
@@ -97,7 +97,7 @@ def _roots(folder: Path, depth: int) -> Iterator[Path]:
 def _record(run: TrackedRun) -> RunRecord:
     root = Path(run.tags.get("run_dir", ""))
     own = root / "mlflow" / "run_id"
-    # A folder of the same path may since hold another run: only its own id makes it this one.
+    # The folder of this path may hold another run since: the run id decides.
     if run.tags.get("run_dir") and own.is_file() and own.read_text().strip() == run.run_id:
         return read_run(root, status=run.status)
     rows, gains = split_rows([_finite(row) for row in run.rows])
@@ -121,7 +121,7 @@ def _guard(run: TrackedRun) -> list[dict[str, Any]]:
 
 
 def _nested(params: Any) -> dict[str, Any]:
-    """The few values that figures need, out of the flat texts that MLflow keeps."""
+    """The configuration values that metrics need, from the flat texts in MLflow."""
     limits: dict[str, Any] = {}
     for key, text in params.items():
         section, _, rest = key.partition(".")

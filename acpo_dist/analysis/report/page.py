@@ -101,7 +101,7 @@ def _verdict(metrics: RunMetrics) -> dict[str, str]:
 
 
 def _cards(metrics: RunMetrics) -> list[dict[str, Any]]:
-    """One card per key metric; `value` is exact, `shown` is for people."""
+    """One card per key metric; `value` is exact, `shown` is rounded."""
     when = "final weights" if metrics.final else "mean of the last five iterations"
     cards: list[dict[str, Any]] = [
         {

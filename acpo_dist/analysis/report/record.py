@@ -1,4 +1,4 @@
-"""A run as its folder tells it: configuration, figures by iteration, guard, checkpoints. Nothing here loads a model."""
+"""Read a run folder: configuration, metrics by iteration, guard, checkpoints. No model is loaded."""
 
 import json
 import logging
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("reward", "judge")
 _RECENT_ITERATIONS = 5
-"""Iterations that the figures of an unfinished run are a mean of."""
+"""Number of last iterations whose mean stands for an unfinished run."""
 _QUIET_S = 120.0
-"""A run that wrote nothing for so long, and for five of its iterations, is not taken for running."""
+"""Seconds without a new row after which a run on another host no longer counts as running; at least five iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """Everything that lists, comparisons and reports need of one run."""
+    """One run, as lists, comparisons and reports need it."""
 
     name: str
     seed: int
@@ -41,7 +41,7 @@ class RunRecord:
     params: Mapping[str, str]
     """The configuration flat, by the keys that overrides use."""
     rows: Sequence[Mapping[str, Any]]
-    """Training iterations in order; a figure that was not finite is None."""
+    """Training iterations in order; a metric that was not finite is None."""
     gains: Mapping[str, float]
     """Gain of the final weights in base standard deviations, by metric; empty until the run has ended."""
     normalisers: Mapping[str, Normaliser]
@@ -50,16 +50,16 @@ class RunRecord:
     checkpoints: Sequence[int] = ()
     broken_lines: int = 0
     status: str | None = None
-    """MLflow's status, where MLflow was asked."""
+    """Status in MLflow; None where it was not read from there."""
     mlflow_run_id: str | None = None
-    driving: Sign | None = None
-    """Of who drives the run, or last did without saying that it stops; None is nobody."""
+    holder_sign: Sign | None = None
+    """Whether the process in the run lock is alive; None without a run lock."""
     last_write: float | None = None
     """Seconds since the epoch."""
     seconds: float | None = None
-    """Wall time, where something else than the rows says it."""
+    """Wall time in seconds, where it is known from something other than the rows."""
     extra: Mapping[str, float] = field(default_factory=dict)
-    """Figures of an earlier report, such as `diversity`."""
+    """Metrics of an earlier report, such as `diversity`."""
 
     @cached_property
     def metrics_by_role(self) -> dict[str, list[str]]:
@@ -73,34 +73,34 @@ class RunRecord:
 
     @property
     def done(self) -> int:
-        """Iterations that are done."""
+        """Number of completed iterations."""
         return int(self.rows[-1]["iteration"]) + 1 if self.rows else 0
 
     @property
     def total(self) -> int | None:
-        """Iterations that were asked for."""
+        """Number of iterations in the configuration."""
         value = self.config.get("run", {}).get("iterations")
         return int(value) if value is not None else None
 
     @property
     def guard_end(self) -> Mapping[str, Any] | None:
-        """The decision that ended the run, if the guard did; not one that a resumed run went on from."""
+        """The guard decision that ended the run; None if it did not, or if the run was resumed since."""
         last = self.guard_events[-1] if self.guard_events else {}
         ended = last.get("action") in ("stop", "roll_back") and int(last.get("iteration", self.done)) + 1 >= self.done
         return last if ended else None
 
     @property
     def state(self) -> str:
-        """`finished`, `stopped by guard`, `running`, `unfinished`, `no metrics`, or MLflow's own word for a failure."""
+        """`finished`, `stopped by guard`, `running`, `unfinished`, `no metrics`, `failed` or `killed`."""
         if self.guard_end is not None:
             return "stopped by guard"
         if self.status in ("FAILED", "KILLED"):
             return str(self.status).lower()
         if self.gains:
             return "finished"
-        if self.driving == "alive":
+        if self.holder_sign == "alive":
             return "running"
-        if self.last_write is not None and self.rows and self.driving == "unknown":
+        if self.last_write is not None and self.rows and self.holder_sign == "unknown":
             each = fmean(row.get("time/iteration") or 0.0 for row in self.rows[-_RECENT_ITERATIONS:])
             if time.time() - self.last_write < max(_QUIET_S, _RECENT_ITERATIONS * each):
                 return "running"
@@ -122,7 +122,7 @@ class RunRecord:
         return fmean(known) if known and len(known) == len(values) else None
 
     def recent(self, key: str) -> float | None:
-        """Mean of a figure over the last iterations."""
+        """Mean of a metric over the last iterations."""
         values = [row[key] for row in self.rows[-_RECENT_ITERATIONS:] if row.get(key) is not None]
         return fmean(values) if values else None
 
@@ -145,21 +145,21 @@ def read_run(root: Path, *, status: str | None = None) -> RunRecord:
     config = _read_config(root)
     rows, gains, broken = _read_rows(root / METRICS)
     state = _newest_state(root / "checkpoints")
-    run_id, driver = root / "mlflow" / "run_id", lock_holder(root)
+    run_id, holder = root / "mlflow" / "run_id", lock_holder(root)
     return RunRecord(
         name=str(config.get("run", {}).get("name", root.name)), seed=int(config.get("run", {}).get("seed", 0)),
         root=root, config=config, params=flatten(config), rows=rows, gains=gains,
         normalisers={name: Normaliser(**value) for name, value in state.get("normalisers", {}).items()},
         guard_events=_read_lines(root / "guard.jsonl"), checkpoints=checkpoint_iterations(root), broken_lines=broken,
         status=status, mlflow_run_id=run_id.read_text().strip() or None if run_id.is_file() else None,
-        driving=sign_of(driver) if driver is not None else None,
+        holder_sign=sign_of(holder) if holder is not None else None,
         last_write=(root / METRICS).stat().st_mtime if (root / METRICS).is_file() else None,
-        extra=_read_extra(root / "report" / "figures.json"),
+        extra=_read_extra(root / "report" / "summary.json"),
     )  # fmt: skip
 
 
 def require_rows(record: RunRecord) -> RunRecord:
-    """The record, if it has something to show.
+    """Return the record if it has metrics.
 
     Raises:
         UsageError: no iteration was recorded.

@@ -1,4 +1,4 @@
-"""Draws the images of a report: base and tuned model, same prompts, same seeds, same trajectory; scored and kept."""
+"""Renders the images of a report: base and tuned model, same prompts, seeds and trajectory; scored and kept."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from acpo_dist.workers.reward.worker import RewardWorker
 
 logger = logging.getLogger(__name__)
 
-METRICS = "images.json"
+_INDEX = "images.json"
 REPORT = "report"
 _SEED = 0
 """Prompts and seeds are the same for every run, so that reports of several runs show the same scenes."""
@@ -50,12 +50,13 @@ class Sample:
 
 
 class SampleRenderer:
-    """A run's models, opened as late as possible: what was drawn before is read from `RUN/report/`.
+    """Renders samples of a run and keeps them in `RUN/report/`; models are opened only for missing samples.
 
     Args:
         record: a run with a folder.
-        prompts: how many prompts.
-        per_prompt: seeds of each.
+        prompts: number of prompts.
+        per_prompt: seeds per prompt.
+        console: shows progress.
 
     Raises:
         ResumeError: the folder is no run.
@@ -77,10 +78,10 @@ class SampleRenderer:
         self._metrics: list[RewardWorker] | None = None
 
     def checkpoint(self, iteration: int) -> Checkpoint:
-        """A checkpoint, verified.
+        """Open a checkpoint and verify it.
 
         Raises:
-            UsageError: damaged or gone.
+            UsageError: it is damaged or missing.
         """
         try:
             return self._store.open(iteration)
@@ -91,7 +92,7 @@ class SampleRenderer:
         """Images of a checkpoint, or of the base model (None), in the order of the groups.
 
         Args:
-            trajectory: the checkpoint's mapping, so that both models walk the same one; None takes the spaced one.
+            trajectory: the checkpoint's mapping, so that both models use the same one; None is evenly spaced.
         """
         weights = _weights_sum(checkpoint)
         name = "base" if checkpoint is None else f"{checkpoint.iteration:06d}"
@@ -110,8 +111,8 @@ class SampleRenderer:
             Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy()).save(file)
             own = {metric: values[index] for metric, values in scores.items()}
             rows.append({"file": file.name, "prompt": plan.prompt, "seed": plan.seed, "scores": own})
-        # Written last: a folder without it is not read.
-        replace_file(folder / METRICS, json.dumps({"shots": rows}, indent=1).encode())
+        # Written last, so that an incomplete folder is not read.
+        replace_file(folder / _INDEX, json.dumps({"samples": rows}, indent=1).encode())
         kept = _read(folder)
         assert kept is not None
         return kept
@@ -120,7 +121,7 @@ class SampleRenderer:
         self, checkpoint: Checkpoint | None, trajectory: Any, groups: Sequence[PromptGroup], *, label: str
     ) -> list[RolloutHandle]:
         """Samples of a checkpoint's weights, or of the base model's."""
-        # Weights cannot be unloaded: the base model after a tuned one is opened anew.
+        # Weights cannot be unloaded, so the base model is opened again after a tuned one.
         pool = self._open(fresh=checkpoint is None and self._tuned)
         pool.follow(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
         if checkpoint is not None:
@@ -131,7 +132,7 @@ class SampleRenderer:
             return pool.generate(groups, advance)
 
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Free the memory of the models."""
         self._pool = self._metrics = None
 
     def _open(self, *, fresh: bool = False) -> LocalRollouts:
@@ -157,7 +158,7 @@ class SampleRenderer:
 
 
 def chosen_iteration(record: RunRecord, at: str) -> int | None:
-    """Which checkpoint stands for the run; None when it has none.
+    """Iteration of the checkpoint that a report shows; None if the run has no checkpoint.
 
     Args:
         at: `export` (the last, or the best after a roll-back), `last`, `best` (by the judges), or an iteration.
@@ -188,7 +189,7 @@ def chosen_iteration(record: RunRecord, at: str) -> int | None:
 
 
 def _best(record: RunRecord) -> int:
-    """As `acpo eval` and `acpo promote` find it.
+    """The best checkpoint, as `acpo eval` and `acpo promote` find it.
 
     Raises:
         UsageError: there is none.
@@ -228,11 +229,11 @@ def _digest_of(config: Config, weights: str, trajectory: Any, seeds: Sequence[in
 
 
 def _read(folder: Path) -> list[Sample] | None:
-    file = folder / METRICS
+    file = folder / _INDEX
     value = parse_object(file.read_bytes()) if file.is_file() else None
-    if value is None or not all((folder / row["file"]).is_file() for row in value["shots"]):
+    if value is None or "samples" not in value or not all((folder / row["file"]).is_file() for row in value["samples"]):
         return None
     return [
         Sample(prompt=row["prompt"], seed=row["seed"], file=folder / row["file"], scores=row["scores"])
-        for row in value["shots"]
+        for row in value["samples"]
     ]
