@@ -12,10 +12,12 @@ from acpo_dist.config.schema import Config
 from acpo_dist.config.section import describe
 from acpo_dist.config.yaml_text import read_yaml, write_yaml
 from acpo_dist.core.errors import LONGEST, ConfigError, RewardConfigError, shorten
+from acpo_dist.core.version import own_version
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ORIGIN = 160
 """Longest description of where a configuration comes from, in characters of a message."""
+_WRITER = "# acpo_dist "
 _SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
 
 
@@ -31,7 +33,16 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = find_config(source)
     merged = merge_overrides(_read_chain(path, ()), overrides, Config)
     origin = str(source) + (f" with {' '.join(overrides)}" if overrides else "")
-    return validate(merged, origin)
+    try:
+        return validate(merged, origin)
+    except ConfigError as error:
+        writer = writer_of(path)
+        if writer in (None, own_version()):
+            raise
+        raise ConfigError(
+            f"{path} was written by acpo_dist {writer}, this is {own_version()}: use that version, or edit the file. "
+            f"{error}"
+        ) from error
 
 
 def validate(mapping: dict[str, Any], origin: str) -> Config:
@@ -77,8 +88,20 @@ def shipped_configs() -> list[str]:
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML; loading it again gives the same configuration."""
-    return write_yaml(config.to_mapping())
+    """The whole configuration as YAML, with this version in the first line; loading it gives the same configuration."""
+    return f"{_WRITER}{own_version()}\n{write_yaml(config.to_mapping())}"
+
+
+def writer_of(path: Path) -> str | None:
+    """Version of acpo_dist that wrote a configuration file with `dump`; None for a file of a user's own.
+
+    A run's `resolved.yaml` without a version is of a version that did not write it.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline(200)
+    if first.startswith(_WRITER):
+        return first.removeprefix(_WRITER).strip()
+    return "of an earlier development version" if path.name == "resolved.yaml" else None
 
 
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

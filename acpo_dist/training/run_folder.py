@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from acpo_dist.config.load import dump, load_config
+from acpo_dist.config.load import dump, load_config, writer_of
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ResumeError
+from acpo_dist.core.version import own_version
 from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 
@@ -170,8 +171,10 @@ def _require_same(config: Config, root: Path) -> None:
         )
     differences = list(_differences(old, config.to_mapping()))
     if differences:
+        writer = writer_of(root / RESOLVED)
+        by = "" if writer == own_version() else f" and acpo_dist {writer} (this is {own_version()})"
         raise ResumeError(
-            f"--resume: {root} was started with another configuration: {'; '.join(differences[:5])}. Restore these "
+            f"--resume: {root} was started with another configuration{by}: {'; '.join(differences[:5])}. Restore these "
             "values, or start a new run in another run.dir."
         )
 

@@ -1,12 +1,13 @@
 """A configuration is read whole or refused with the key, the value and what was known."""
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from acpo_dist.config.load import dump, find_config, load_config, shipped_configs, validate
+from acpo_dist.config.load import dump, find_config, load_config, shipped_configs, validate, writer_of
 from tests.helpers.config import PLUGINS, SMALLEST, refusal, write
 
 HERE = Path(__file__).resolve().parent
@@ -314,3 +315,17 @@ def test_whole_numbers_are_decimal():
 )
 def test_a_renamed_key_is_refused_and_the_message_gives_the_new_name(smallest, old, new):
     assert f"is now `{new}`" in refusal(smallest, old)
+
+
+@pytest.mark.parametrize("first", ["# acpo_dist 0.0.7\n", ""])
+def test_a_run_of_another_version_that_does_not_load_names_that_version(tmp_path, smallest, first):
+    text = dump(load_config(smallest)).partition("\n")[2].replace("max_skipped_steps", "max_refused_steps")
+    said = refusal(write(tmp_path / "resolved.yaml", first + text))
+    assert "learner.max_skipped_steps" in said
+    assert ("0.0.7" if first else "earlier") in said
+
+
+def test_a_dumped_configuration_names_the_version_that_wrote_it(tmp_path, smallest):
+    path = write(tmp_path / "resolved.yaml", dump(load_config(smallest)))
+    assert writer_of(path) == version("acpo-dist")
+    assert writer_of(smallest) is None
