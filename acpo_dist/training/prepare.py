@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.data.images import ImageSet, load_images
-from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage, spoil
+from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage
 from acpo_dist.data.toy.world import IMAGE_SIZE
 from acpo_dist.models.training.denoiser import train_denoiser
 from acpo_dist.models.training.toy_models import new_ddpm, save_ddpm
 from acpo_dist.rewards.strided_judge import StridedJudge
-from acpo_dist.rewards.training.iqa import LabelledBatch, train_iqa
+from acpo_dist.rewards.training.damaged import damaged_windows, native_images
+from acpo_dist.rewards.training.iqa import train_iqa
 from acpo_dist.rewards.two_stream import TOY, TwoStream
 from acpo_dist.tracking.console import Console
 
@@ -50,14 +51,25 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
     if config.data.path is None:
         named = [*(entry.name for entry in wanted), *(["model.path"] if train_model else [])]
         raise ConfigError(f"{', '.join(named)}: `{TRAIN}` needs real images; set data.path (folder, parquet or zip).")
-    images = load_images(config.data.path, config.data.image_column, config.data.max_images, IMAGE_SIZE)
+    data = config.data
     root.mkdir(parents=True, exist_ok=True)
     model = config.model
     if train_model:
+        images = load_images(config.data.path, data.image_column, data.max_images, IMAGE_SIZE)
         model = model.model_copy(update={"path": str(_train_base(model, images, root / "ddpm", console))})
+    missing = [entry for entry in wanted if not _weights_of(entry, root).is_file()]
+    if missing:
+        native = native_images(config.data.path, data.image_column, data.max_images)
+        if len(native) < 2:
+            raise ConfigError(f"data.path: {config.data.path} holds {len(native)} images; training a metric needs two.")
+        for entry in missing:
+            _train_metric(entry, native, _weights_of(entry, root), console)
     rewards = config.rewards.model_copy(
         update={
-            role: tuple(_with_weights(entry, images, root, console) for entry in getattr(config.rewards, role))
+            role: tuple(
+                entry.model_copy(update={"weights": str(_weights_of(entry, root))}) if entry in wanted else entry
+                for entry in getattr(config.rewards, role)
+            )
             for role in ("train", "judges")
         }
     )
@@ -95,34 +107,22 @@ def _train_base(model: Any, images: ImageSet, folder: Path, console: Console) ->
     return folder
 
 
-def _with_weights(entry: Any, images: ImageSet, root: Path, console: Console) -> Any:
-    if getattr(entry, "weights", None) != TRAIN:
-        return entry
-    path = root / f"{entry.name}.safetensors"
-    if not path.is_file():
-        build, family = _KINDS[entry.type]
-        seed = derive_seed("iqa", entry.name) % 2**31
-        torch.manual_seed(seed)
-        network = build()
-        console.message(f"training metric {entry.name} on damaged images, {entry.train_steps} steps")
-        held_out = int(len(images) * _HELD_OUT)
-        with console.phase(f"metric {entry.name}", None):
-            report = train_iqa(
-                network, _damaged(images, family, held_out), steps=entry.train_steps, batch_size=64, seed=seed,
-                held_out=_damaged(images, family, -held_out),
-            )  # fmt: skip
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
-        path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-        console.message(f"metric {entry.name}: SRCC {report.srcc:.3f} on damaged held-out images; {path}")
-    return entry.model_copy(update={"weights": str(path)})
+def _weights_of(entry: Any, root: Path) -> Path:
+    return root / f"{entry.name}.safetensors"
 
 
-def _damaged(images: ImageSet, family: dict[str, Damage], split: int) -> LabelledBatch:
-    """Images from row `split` on for training; the first `-split` rows for a negative one (held out)."""
-    low, high = (split, len(images)) if split > 0 else (0, -split)
-
-    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = torch.randint(low, high, (count,), generator=generator)
-        return spoil(images.batch(rows), family, generator)
-
-    return draw
+def _train_metric(entry: Any, images: Sequence[Tensor], path: Path, console: Console) -> None:
+    build, family = _KINDS[entry.type]
+    seed = derive_seed("iqa", entry.name) % 2**31
+    torch.manual_seed(seed)
+    network = build()
+    console.message(f"training metric {entry.name} on damaged images, {entry.train_steps} steps")
+    held_out = max(1, int(len(images) * _HELD_OUT))
+    with console.phase(f"metric {entry.name}", None):
+        report = train_iqa(
+            network, damaged_windows(images, family, held_out, len(images)), steps=entry.train_steps, batch_size=64,
+            seed=seed, held_out=damaged_windows(images, family, 0, held_out),
+        )  # fmt: skip
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, path)
+    path.with_suffix(".json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    console.message(f"metric {entry.name}: SRCC {report.srcc:.3f} on damaged held-out images; {path}")

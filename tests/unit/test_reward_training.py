@@ -16,10 +16,11 @@ from torch import Tensor
 
 from acpo_dist.cli.app import main
 from acpo_dist.core.errors import DataError
-from acpo_dist.data.toy.damage import grain
+from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, grain, spoil
 from acpo_dist.data.toy.world import caption_index, captions, templates
 from acpo_dist.rewards.ipce import Ipce
 from acpo_dist.rewards.metrics import TwoStreamMetric
+from acpo_dist.rewards.training.damaged import damaged_windows, native_images
 from acpo_dist.rewards.training.labels import csv_rows, opinions, split_by_reference
 from acpo_dist.rewards.training.quality import QualitySettings, train_two_stream
 from acpo_dist.rewards.training.tiny_clip import new_tiny_clip, save_tiny_clip
@@ -150,3 +151,37 @@ def test_ipce_without_a_model_or_captions_says_what_is_missing(monkeypatch, caps
     save_tiny_clip(tmp_path / "clip", new_tiny_clip())
     code, _, err = run(monkeypatch, capsys, "ipce", data, "--clip", str(tmp_path / "clip"), "--prompt-column", "text")
     assert code == 2 and "no column `text`" in err
+
+
+# Evaluators of a run, on its own images
+
+
+def test_windows_are_cut_at_the_images_own_resolution(tmp_path):
+    stripes = torch.zeros(3, 80, 64, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    for name in "abc":
+        Image.fromarray(stripes.permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+    images = native_images(tmp_path, "image")
+    assert [tuple(image.shape) for image in images] == [(3, 80, 64)] * 3
+    keep = {"none": lambda images, severity, generator: images}
+    windows, severity = damaged_windows(images, keep, 0, 3)(8, torch.Generator().manual_seed(0))
+    assert windows.shape == (8, 3, 32, 32) and severity.shape == (8,)
+    # Stripes of one pixel would be grey in an image shrunk to 32.
+    assert set(windows.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("family", [BASE_DAMAGE, JUDGE_DAMAGE])
+def test_images_of_a_windows_size_are_damaged_whole_as_ever(family):
+    images = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    first, second = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    windows, severity = damaged_windows(images, family, 2, 12)(16, first)
+    rows = torch.randint(2, 12, (16,), generator=second)
+    wanted, labels = spoil(images[rows].float() / 255, family, second)
+    assert torch.equal(windows, wanted) and torch.equal(severity, labels)
+
+
+@pytest.mark.parametrize("family", [BASE_DAMAGE, JUDGE_DAMAGE])
+def test_every_damage_works_on_windows_of_larger_images(family):
+    images = [torch.full((3, 90, 70), 100, dtype=torch.uint8), torch.full((3, 64, 200), 50, dtype=torch.uint8)]
+    windows, _ = damaged_windows(images, family, 0, 2)(64, torch.Generator().manual_seed(0))
+    assert windows.shape == (64, 3, 32, 32) and bool(torch.isfinite(windows).all())
