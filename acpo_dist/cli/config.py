@@ -6,19 +6,21 @@ import typer
 
 from acpo_dist.cli.app import answer, app
 
-config_app = typer.Typer(no_args_is_help=True, help="Look at configuration files.")
+config_app = typer.Typer(no_args_is_help=True, help="Show configurations.")
 app.add_typer(config_app, name="config")
 
 
 @config_app.callback()
 def _group() -> None:
-    """Look at configuration files."""
+    """Show configurations."""
 
 
 @config_app.command("show")
 def show(
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or name of a shipped configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as learner.learning_rate=1e-4.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Print the resolved configuration: every key with the value that a run would use."""

@@ -30,7 +30,7 @@ def demo(
     samples: Annotated[int, typer.Option(min=8, help="Evaluation samples per arm.")] = EVALUATION_SAMPLES,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Show the whole system at work without a GPU or a network: a toy, and honestly labelled as one."""
+    """Train a toy on the reward alone and with ACPO, and compare both with the base; no GPU or network needed."""
     from acpo_dist.cli.demo_run import run_demo
     from acpo_dist.tracking.console import Console
 

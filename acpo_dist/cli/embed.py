@@ -9,11 +9,13 @@ from acpo_dist.cli.app import answer, app
 
 @app.command("embed")
 def embed(
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or name of a shipped configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as learner.learning_rate=1e-4.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Fill model.memory.embedding_cache with every prompt of a run; what is there already is left alone."""
+    """Encode every prompt of a run into model.memory.embedding_cache; cached prompts are not encoded again."""
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.registry import MODELS, resolve

@@ -41,7 +41,7 @@ def evaluate_command(
     image_column: Annotated[str, typer.Option(help="Column of images in a parquet file.")] = "image",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Draw a suite with a model, or take images that are there, and have judges score them.
+    """Score samples of a prompt suite, or existing images, with judges.
 
     Every judge gets a mean with its 95 % interval over prompts; with --compare the paired difference on the same seeds
     and the win rate. A judge that fails is named with its sample, counted as missing, and makes the exit code 1.

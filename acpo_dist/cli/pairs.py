@@ -13,7 +13,7 @@ def pairs(
     scores: Annotated[Path, typer.Argument(help="CSV with the columns path, prompt, and one per score.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write, for data.pairs.")],
     folder: Annotated[
-        Path | None, typer.Option(help="What relative paths are relative to; default: the CSV's.")
+        Path | None, typer.Option(help="Folder of relative paths; default: the folder of the CSV.")
     ] = None,
     score: Annotated[
         list[str] | None, typer.Option(help="Score column to use; repeat. Default: all columns of numbers.")
@@ -25,7 +25,7 @@ def pairs(
     duplicates: Annotated[float, typer.Option(min=0, help="Leave out near-duplicates (rms on 8 x 8); 0: keep.")] = 0.02,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with scores used and counts.")] = False,
 ) -> None:
-    """Pair best with worst within each prompt; what is left out is counted, by reason."""
+    """Make preference pairs from scored images: best and worst of each prompt; omissions are counted by reason."""
     from acpo_dist.core.errors import DataError
     from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 

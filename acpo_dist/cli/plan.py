@@ -9,8 +9,10 @@ from acpo_dist.cli.app import answer, app
 
 @app.command("plan")
 def plan(
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or name of a shipped configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as learner.learning_rate=1e-4.")
+    ] = None,
     device: Annotated[str, typer.Option(help="h200, h100, a100-80, a100-40, l40s, rtx4090, cpu or auto.")] = "auto",
     price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour, in any currency.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to hold the plan against, such as auto.")] = None,

@@ -20,7 +20,7 @@ def _group() -> None:
 def list_rewards(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every metric and its facts.")] = False,
 ) -> None:
-    """Every metric by name: download, gradient, range, direction, smallest image, licence."""
+    """List every metric: download, gradient, range, direction, smallest image, licence."""
     import rich.console
 
     from acpo_dist.rewards.listing import reward_listing

@@ -27,11 +27,11 @@ def score(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one size scored at once.")] = 8,
     csv: Annotated[Path | None, typer.Option(help="Write the scores to a CSV file too.")] = None,
-    histogram: Annotated[bool, typer.Option("--histogram", help="Show how the scores are distributed.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw that into an image file (.png, .svg, .pdf).")] = None,
+    histogram: Annotated[bool, typer.Option("--histogram", help="Print a histogram of the scores.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write the histogram to an image file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every score.")] = False,
 ) -> None:
-    """Score real images, losslessly, each on its own; raw scores in the reward's own unit.
+    """Score image files with rewards; raw scores in the unit of each reward.
 
     Images that cannot be read, or that a reward cannot score, are named and left out: exit code 1.
     """

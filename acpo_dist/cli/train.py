@@ -9,13 +9,19 @@ from acpo_dist.cli.app import answer, app
 
 @app.command("train")
 def train(
-    source: Annotated[str, typer.Argument(metavar="CONFIG", help="File, or name of a shipped one.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides.")] = None,
-    backend: Annotated[str | None, typer.Option(help="local, ray or auto; overrides cluster.backend.")] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, a run folder, or a checkpoint folder.")] = None,
+    source: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or name of a shipped configuration.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as learner.learning_rate=1e-4.")
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="local, ray or auto; default: cluster.backend of the configuration.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue: auto (run.dir), a run folder, or a checkpoint folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Train a model: rollouts, rewards, anchored updates, verified weights."""
+    """Train a model on rewards of its own samples, with an anchor to the base model."""
     from acpo_dist.cli.backend import choose_backend, ports_for
     from acpo_dist.config.load import load_config
     from acpo_dist.tracking.console import Console

@@ -8,11 +8,12 @@ from acpo_dist.config.section import Section
 
 
 class Limits(Section):
-    """Where a rule begins to warn, and where it acts."""
+    """Limits of one rule."""
 
     warn: float = Field(gt=0)
+    """Value from which the rule warns."""
     stop: float | None = None
-    """None lets the rule warn only."""
+    """Value from which the guard acts; None only warns."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Limits":
@@ -29,9 +30,9 @@ class GuardConfig(Section):
     """
 
     action: Literal["none", "warn", "lower_reward", "stop", "roll_back"] = "warn"
-    """What a rule over its `stop` limit does; `roll_back` stops and keeps the best checkpoint by the judges."""
+    """Action of a rule over its `stop` limit; `roll_back` stops and keeps the best checkpoint by the judges."""
     images: int = Field(default=64, ge=1)
-    """Most images per iteration whose content and diversity are measured; they travel to the driver."""
+    """Most images per iteration whose content and diversity are measured; they are sent to the driver."""
     drift_timesteps: int = Field(default=4, ge=0)
     """Timesteps at which the drift of freshly updated weights is measured before they are published, on the images of
     one rollout chunk; 0 leaves drift to what the update itself measured, which is half an iteration behind."""
@@ -46,11 +47,11 @@ class GuardConfig(Section):
     """At so many times its `stop` limit in an iteration taken alone, a rule stops without patience or warm-up: drift,
     which hardly scatters, at the first such check, any other rule at the second in a row. None waits as ever."""
     release: float = Field(default=0.8, gt=0, le=1)
-    """A rule falls back once its figure is under this share of its `warn` limit."""
+    """A rule is released once its value is under this share of its `warn` limit."""
     lower_factor: float = Field(default=0.5, gt=0, lt=1)
     """`lower_reward` multiplies the reward weight by this."""
     max_lowered: int = Field(default=3, ge=1)
-    """After so many lowerings the next one stops the run."""
+    """Most lowerings of the reward weight; the next one stops the run."""
     cooldown: int = Field(default=10, ge=0)
     """Checks after a lowering during which no rule counts."""
     drift_budget: float | None = Field(default=None, gt=0)

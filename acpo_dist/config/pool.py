@@ -1,4 +1,4 @@
-"""How the reward pool serves one metric, and whether others may ask it."""
+"""How the reward pool serves one metric, and its HTTP endpoint."""
 
 from pydantic import Field, model_validator
 
@@ -9,7 +9,7 @@ class RuntimeEnvConfig(Section):
     """What Ray prepares for the replicas of one metric alone."""
 
     pip: tuple[str, ...] = ()
-    """Packages in pip's words, installed for these replicas only; the rest of the run does not see them."""
+    """pip requirements, installed for these replicas only."""
     env_vars: dict[str, str] = Field(default={})
     """Environment variables of these replicas; no secrets, since the configuration is written into the run's folder."""
 
@@ -22,21 +22,21 @@ class MetricPoolConfig(Section):
     min_replicas: int | None = Field(default=None, ge=1)
     """Fewest replicas; set together with max_replicas, in place of a fixed number."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """Most replicas; between the two the number follows the requests under way."""
+    """Most replicas; between the two the number follows the ongoing requests."""
     target_ongoing_requests: float = Field(default=2.0, gt=0)
-    """Requests under way per replica that the number of replicas is steered to."""
+    """Ongoing requests per replica that autoscaling aims at."""
     upscale_delay_s: float = Field(default=5.0, ge=0)
-    """How long there must be more requests than that before a replica is added."""
+    """Seconds with more requests than that before a replica is added."""
     downscale_delay_s: float = Field(default=60.0, ge=0)
-    """How long there must be fewer before one is taken away."""
+    """Seconds with fewer requests before a replica is removed."""
     max_ongoing_requests: int = Field(default=4, ge=1)
     """Requests that a replica holds at once: one batch is computed while the next gathers."""
     max_queued_requests: int = Field(default=128, ge=1)
-    """Requests that wait per caller; further ones are turned away and come again later."""
+    """Requests that wait per caller; further ones are rejected and retried."""
     max_batch: int = Field(default=16, ge=1)
-    """Most images per forward, from however many requests; halved where the memory does not last."""
+    """Most images per forward, over all requests; halved when memory runs out."""
     batch_wait_s: float = Field(default=0.0, ge=0)
-    """How long a batch that is not full waits for more; 0 takes what is there."""
+    """Seconds that an incomplete batch waits for more requests; 0 runs it at once."""
     cpus: float | None = Field(default=None, ge=0)
     """CPUs per replica; null takes rewards.cpus_per_replica."""
     gpus: float | None = Field(default=None, ge=0)

@@ -17,16 +17,16 @@ Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
 
 
 class RunConfig(Section):
-    """What the run is called, how long it is and where it is kept."""
+    """Name, length and folder of the run."""
 
     name: str = "run"
     """Name in tracking and of the default folder."""
     dir: Path | None = None
     """Folder of the run; None makes `runs/<name>-<seed>`, or `<name>-<seed>` in the folder that ACPO_RUNS names."""
     iterations: int = Field(default=100, ge=1)
-    """Rollout, reward, update and sync cycles."""
+    """Number of rollout, reward, update and publish cycles."""
     seed: int = 0
-    """Root of every random number in the run."""
+    """Root seed of every random number in the run."""
 
 
 class DataConfig(Section):
@@ -50,14 +50,14 @@ class DataConfig(Section):
 
 
 class SamplerConfig(Section):
-    """How rollouts walk from noise to image."""
+    """How rollouts sample from noise to image."""
 
     num_steps: int = Field(default=20, ge=2)
-    """Denoise steps of a rollout."""
+    """Denoising steps of a rollout."""
     spacing: Literal["trailing", "leading", "linspace", "karras", "scheduler"] = "trailing"
     """Timestep spacing, by diffusers' names; `scheduler` follows the model's own scheduler_config.json."""
     solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
-    """Rule of a step, on any trajectory; `heun` asks twice per step, `ltsp` and `stsp` split guidance off."""
+    """Measure, optimise and validate a trajectory before the first iteration, and again after drift of the model."""
     trajectory: Path | None = None
     """File of a trajectory that replaces the spacing: what `acpo vrg optimize` wrote, or the published text format."""
     eta: float = Field(default=0.0, ge=0, le=1)
@@ -75,56 +75,60 @@ class SamplerConfig(Section):
 
 
 class VrgConfig(Section):
-    """Whether the trajectory is optimised on the measured prediction error (Variance-Reduction Guidance)."""
+    """Trajectory optimisation on the measured prediction error (Variance-Reduction Guidance)."""
 
     enabled: bool = False
-    """Measure, optimise and prove a trajectory before the first iteration, and again when the model has moved."""
+    """Measure, optimise and validate a trajectory before the first iteration, and again after the model drifted."""
     trust: float = Field(default=0.25, gt=0, lt=0.5)
-    """Furthest a level may move, as a share of the gap to its neighbour in log sigma; the noisy end never moves."""
+    """Largest shift of a level, as a share of the gap to its neighbour in log sigma; the noisy end never moves."""
     nodes: int = Field(default=14, ge=8, le=64)
     """Noise levels at which the error is measured."""
     batch: int = Field(default=32, ge=2)
     """Samples measured at once."""
     images: int = Field(default=256, ge=8)
-    """Most samples measured; fewer when every node's standard error is small enough."""
+    """Most samples that are measured; fewer when every node's standard error is small enough."""
     standard_error: float = Field(default=0.05, gt=0)
     """Relative standard error per node at which measuring stops."""
     guidance: bool = False
     """Measure the null branch too, at twice the cost: diagnostics of guidance, not the trajectory, depend on it."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
-    """Smallest promised gain in cumulative error that is worth a proof."""
+    """Smallest predicted relative gain in cumulative error for which a trajectory is validated."""
     gate_samples: int = Field(default=32, ge=2)
-    """Samples walked along old, new and reference trajectories, from the same noise."""
+    """Samples drawn along the old, new and reference trajectories from the same noise, for the validation."""
     reference_steps: int | None = Field(default=None, ge=2)
     """Steps of the reference; None takes 4 times the sampler's, at least 100."""
     halvings: int = Field(default=2, ge=0)
-    """How often a refused candidate is tried again with half the trust region."""
+    """Retries of a rejected candidate, each with half the trust region."""
     probe_every: int = Field(default=20, ge=1)
-    """Iterations between looks at whether the error table has drifted."""
+    """Iterations between checks of the error table."""
     probe_images: int = Field(default=64, ge=8)
-    """Samples of such a look."""
+    """Samples of such a check."""
     max_drift: float = Field(default=0.1, gt=0)
-    """Change of log v at any node, beyond the common scale and its noise, that asks for a new measurement."""
+    """Change of log v at any node, beyond the common scale and its noise, after which it is measured again."""
 
 
 class RolloutConfig(Section):
-    """Who draws samples, and how many per iteration."""
+    """Rollout workers, and samples per iteration."""
 
     num_workers: int = Field(default=1, ge=1)
     """Rollout workers (Ray); one in process."""
     batch_size: int = Field(default=16, ge=1)
     """Samples drawn at once; chunks of this size do not depend on the number of workers, so neither do the images."""
     prompts_per_iteration: int = Field(default=32, ge=1)
+    """Prompts of an iteration."""
     samples_per_prompt: int = Field(default=1, ge=1)
+    """Samples of each prompt; algorithms that compare samples of one prompt need 2 or more."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
+    """CPUs that Ray reserves per rollout worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves per rollout worker; a share of one lets workers share it."""
 
 
 RewardPlugin = plugin("reward", REWARDS, MetricConfig)
 
 
 class RewardsConfig(Section):
-    """What is rewarded, who judges, and how the pool serves it."""
+    """Rewards, judges, and how the pool serves them."""
 
     train: tuple[RewardPlugin, ...] = Field(min_length=1)  # pyright: ignore[reportInvalidTypeForm]
     """Metrics that drive the update."""
@@ -144,11 +148,13 @@ class RewardsConfig(Section):
     replicas: int = Field(default=1, ge=1)
     """Replicas per metric."""
     cpus_per_replica: float = Field(default=1.0, ge=0)
+    """CPUs that Ray reserves per replica."""
     gpus_per_replica: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves per replica, also a share of one."""
     deadline_s: float = Field(default=300.0, gt=0)
-    """Longest time in which the pool answers nobody; while it answers others, one attempt may wait 4 times as long."""
+    """Seconds without any response from the pool before a request fails; 4 times as long while others succeed."""
     attempt_timeout_s: float = Field(default=60.0, gt=0)
-    """A replica that computes longer than this on one batch hangs: it is replaced, its requests go elsewhere."""
+    """Seconds on one batch after which a replica counts as hung: it is replaced and its requests are sent again."""
     pool: dict[str, MetricPoolConfig] = Field(default={})
     """Replicas, batches, resources and environment by metric name, where they differ from the above."""
     http: HttpConfig = HttpConfig()
@@ -179,7 +185,7 @@ class RewardsConfig(Section):
 
 
 class LearnerConfig(Section):
-    """Who updates the policy, and the optimiser."""
+    """Learner ranks and the optimiser."""
 
     num_ranks: int = Field(default=1, ge=1)
     """Learner ranks; more than one needs Ray."""
@@ -190,31 +196,37 @@ class LearnerConfig(Section):
     global_batch: int = Field(default=32, ge=1)
     """Samples per optimiser step over all ranks; accumulation follows."""
     inner_epochs: int = Field(default=1, ge=1)
-    """How often an iteration's samples are gone over, each time with other states and noise."""
+    """Passes over an iteration's samples, each with other states and noise."""
     learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
     lr_warmup: int = Field(default=0, ge=0)
-    """Iterations over which the learning rate rises to its height."""
+    """Iterations over which the learning rate rises linearly from 0."""
     lr_decay_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Share of `run.iterations`, at the end, over which it falls to 0; a run resumed to go on longer falls later."""
+    """Share of `run.iterations`, at the end, over which it falls to 0; more iterations on resume move it."""
     lr_decay_type: Literal["linear", "cosine"] = "linear"
-    """How it falls."""
+    """Shape of that decay."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     """`adamw_8bit` holds the moments in 8 bits per element (bitsandbytes), a quarter; one process only."""
     offload_optimizer: Literal["none", "cpu"] = "none"
     """`cpu` keeps moments and float32 masters in the host's memory and steps there (DeepSpeed, ZeRO stage 1 or 2)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Norm to which the gradient of an optimiser step is clipped."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the network; formulas, losses and master weights stay float32."""
     max_skipped_steps: int = Field(default=3, ge=0)
-    """Optimiser steps in a row that may be left out because a loss or gradient is not finite; one more ends the run."""
+    """Consecutive optimiser steps that may be skipped for a non-finite loss or gradient; one more ends the run."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the averaged weights per optimiser step; 0 switches averaging off."""
     cpus_per_rank: float = Field(default=1.0, ge=0)
+    """CPUs that Ray reserves per learner rank."""
     gpus_per_rank: float = Field(default=0.0, ge=0)
+    """GPUs that Ray reserves per learner rank."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest time that the driver waits for one learner call."""
+    """Longest wait in seconds for one learner call."""
 
 
 class CheckpointConfig(Section):
@@ -223,17 +235,18 @@ class CheckpointConfig(Section):
     every: int = Field(default=20, ge=1)
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
 
 
 class TrackingConfig(Section):
-    """Where figures and images go besides `metrics.jsonl`."""
+    """Where metrics and images are recorded besides `metrics.jsonl`."""
 
     mlflow: bool = True
     """Record in MLflow too."""
     mlflow_uri: str | None = None
     """Tracking URI; None uses MLFLOW_TRACKING_URI, or else SQLite beside the run folder (`mlflow.db`)."""
     experiment: str = "acpo"
+    """MLflow experiment."""
     images_every: int = Field(default=20, ge=1)
     """Iterations between sample grids."""
     num_images: int = Field(default=24, ge=1)
@@ -241,20 +254,20 @@ class TrackingConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where the run lives."""
+    """Where the run executes."""
 
     backend: Literal["auto", "local", "ray"] = "auto"
     """`local`: one process; `ray`: actors; `auto`: Ray when an address is known or the run needs it, else local."""
     address: str | None = None
     """Ray address; `auto` joins this machine's cluster. None uses RAY_ADDRESS, or starts one for this run alone."""
     place_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest wait for resources before the run gives up with a list of what is missing."""
+    """Longest wait in seconds for resources; then the run ends with a list of what is missing."""
     worker_timeout_s: float = Field(default=600.0, gt=0)
-    """Longest wait for one rollout or reward call."""
+    """Longest wait in seconds for one rollout or reward call."""
     max_restarts: int = Field(default=3, ge=0)
-    """How often the run goes on from its newest checkpoint after losing a learner rank, its machine or all rollouts."""
+    """Restarts from the newest checkpoint after the loss of a learner rank, its node or all rollout workers."""
     mixed_software: bool = False
-    """Take workers whose machine has other code or other versions of libraries than the driver's."""
+    """Accept workers on nodes with other code or library versions than the driver."""
     roles: RolesConfig = RolesConfig()
 
 
