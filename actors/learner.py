@@ -96,9 +96,9 @@ class LearnerActor:
         """Run `LearnerWorker.observe` on batches in the object store."""
         return self._worker.observe(ray.get(references))
 
-    def measure_drift(self, references: list[Any], timesteps: Sequence[int]) -> MetricSums:
+    def measure_drift(self, references: list[Any], timesteps: Sequence[int], space: str) -> MetricSums:
         """Run `LearnerWorker.measure_drift` on batches in the object store."""
-        return self._worker.measure_drift(ray.get(references), timesteps)
+        return self._worker.measure_drift(ray.get(references), timesteps, space=space)
 
     def export(self, version: int, ema: bool) -> tuple[WeightBundle, str]:
         """The bundle and its checksum, as two objects of the object store."""
@@ -199,9 +199,11 @@ class RayLearner(LearnerGroup):
         return merged
 
     @override
-    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
+    def measure_drift(
+        self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
+    ) -> dict[int, float]:
         references = _latents(handles)
-        answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps))
+        answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps, space))
         return {int(name): value for name, value in MetricSums.merge(answers).means().items()}
 
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:

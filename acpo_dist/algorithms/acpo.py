@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.algorithms.base import (
     BaseAlgorithm,
@@ -17,6 +18,7 @@ from acpo_dist.algorithms.base import (
 from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.config import AcpoConfig, DraftConfig, ReflConfig
 from acpo_dist.algorithms.noising import noise_forward, split_branches
+from acpo_dist.algorithms.tail import low_variance_tail, passed_states, sample_tail, states_at
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.objective.anchor import anchor_error, output_drift
@@ -36,19 +38,19 @@ class Acpo(BaseAlgorithm):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """One policy and one base forward on the late states; the same again at uniform timesteps."""
+        """One policy and one base forward on states of the rollouts; the same again at uniform timesteps."""
         condition = network.encode(batch.prompts)
-        late = self._late(batch, network)
-        scale = batch.guidance_scale if self.config.guidance == "full" else 1.0
-        model_output, null = both_branches(network, late, batch.prompts, scale)
         metrics: dict[str, Tensor] = {}
-        total = torch.zeros(len(batch.sample_ids), device=model_output.device)
-        clean, answer = None, None
+        total = torch.zeros(len(batch.sample_ids), device=batch.clean.device)
+        late, scale, outputs, clean = self._scored(batch, network)
+        answer = None
         if self.config.reward_weight > 0:
-            guided = model_output if null is None else guide(model_output, null, scale)
-            clean = to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
             # The pool decodes, scores and differentiates while the anchor's forwards run here.
-            answer = reward(clean, batch.prompts)
+            answer = reward(clean, batch.prompts * (len(clean) // len(batch.prompts)))
+        if outputs is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and anchor_weight > 0):
+                outputs = both_branches(network, late, batch.prompts, scale)
+        model_output, null = outputs
         # Without an anchor the drift is still measured on the rollouts: it is the price of what is gained.
         with torch.no_grad(), network.anchored():
             anchor, null_anchor = both_branches(network, late, batch.prompts, scale)
@@ -62,23 +64,37 @@ class Acpo(BaseAlgorithm):
         metrics["anchor/late"] = drift.detach()
         if anchor_weight > 0:
             total = total + anchor_weight * drift
+        learns_data = self.config.data_weight > 0 and batch.clean_is_real
+        if (anchor_weight > 0 and self.config.anchor.uniform) or learns_data:
+            uniform, denoising, is_null = self._uniform(batch, network, condition)
             if self.config.anchor.uniform:
-                uniform, denoising, is_null = self._uniform(batch, network, condition)
                 total = total + anchor_weight * uniform
-                metrics["anchor/uniform"] = uniform.detach()
-                metrics |= split_branches(uniform.detach(), is_null)
-                if batch.clean_is_real:
-                    total = total + self.config.data_weight * denoising
-                    metrics["data/denoising"] = denoising.detach()
-        if clean is not None and answer is not None:
+            metrics["anchor/uniform"] = uniform.detach()
+            metrics |= split_branches(uniform.detach(), is_null)
+            if batch.clean_is_real:
+                total = total + self.config.data_weight * denoising
+                metrics["data/denoising"] = denoising.detach()
+        if answer is not None:
             term, seen = self._perceptual(clean, answer())
+            term = term.reshape(-1, len(batch.sample_ids)).mean(0)
             total = total + self.config.reward_weight * batch.weights_B * term
             metrics |= seen
         return Loss(per_sample=total, metrics=metrics)
 
-    def _late(self, batch: MicroBatch, network: Network) -> LateStates:
-        """Where the reward acts."""
-        return batch.late
+    def _scored(
+        self, batch: MicroBatch, network: Network
+    ) -> tuple[LateStates, float, tuple[Tensor, Tensor | None] | None, Tensor]:
+        """States to anchor, guidance scale, the outputs there if they are known, and what the reward scores."""
+        if batch.tail is None:
+            late, scale = batch.late, batch.guidance_scale if self.config.guidance == "full" else 1.0
+            outputs = both_branches(network, late, batch.prompts, scale)
+            guided = outputs[0] if outputs[1] is None else guide(outputs[0], outputs[1], scale)
+            return late, scale, outputs, to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
+        sampled = sample_tail(network, batch.tail, batch.prompts, batch.guidance_scale)
+        late = passed_states(sampled, batch.tail, batch.noise_keys)
+        # After the first step, outputs depend on the weights through their states too, which an anchor must not.
+        outputs = sampled.outputs if batch.tail.trajectory.num_steps == 1 else None
+        return late, batch.guidance_scale, outputs, sampled.clean
 
     def _perceptual(self, clean: Tensor, signal: RewardSignal) -> tuple[Tensor, dict[str, Tensor]]:
         value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)
@@ -100,21 +116,35 @@ class Acpo(BaseAlgorithm):
 
 
 class Draft(Acpo):
-    """The reward's gradient alone, as in DRaFT with one step: ACPO without its anchor, for comparison."""
+    """The reward's gradient through the last sampler steps, without an anchor: DRaFT-K, DRaFT-LV and AlignProp.
+
+    Source: DRaFT (Clark et al. 2023); AlignProp (Prabhudesai et al. 2023) for `gradient_steps: random`.
+    """
 
     Config = DraftConfig
+    config: DraftConfig
+
+    @override
+    def _scored(
+        self, batch: MicroBatch, network: Network
+    ) -> tuple[LateStates, float, tuple[Tensor, Tensor | None] | None, Tensor]:
+        count = self.config.low_variance_samples
+        if count == 1 or batch.tail is None:
+            return super()._scored(batch, network)
+        tail = low_variance_tail(batch, batch.tail, count)
+        sampled = sample_tail(network, tail, batch.prompts * count, batch.guidance_scale)
+        size = len(batch.sample_ids)
+        conditional, null = sampled.outputs
+        outputs = conditional[:size], None if null is None else null[:size]
+        return states_at(tail.latents[:size], tail.trajectory, 0), batch.guidance_scale, outputs, sampled.clean
 
 
 class Refl(Acpo):
-    """ReFL's data regime: late states noised forward from x_0 instead of those that rollouts passed; hinge, no anchor.
+    """ReFL: one late state of each rollout, its x0-hat from the conditional branch, and a hinge; no anchor.
 
-    Source: ReFL (Xu et al. 2023, ImageReward), for the hinge and the late range; regime F of the ACPO formulas.
+    The publication's denoising loss on real images is `data_weight` with `anchor.source: data`.
+
+    Source: ReFL (Xu et al. 2023, ImageReward).
     """
 
     Config = ReflConfig
-
-    config: ReflConfig
-
-    def _late(self, batch: MicroBatch, network: Network) -> LateStates:
-        states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
-        return LateStates(latents=states.latents, timesteps_B=states.timesteps_B, alpha_bars_B=states.alpha_bars_B)

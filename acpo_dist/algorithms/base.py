@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.clean_rule import CleanRule
+from acpo_dist.diffusion.trajectory import Trajectory
 
 
 class Network(Protocol):
@@ -70,6 +71,16 @@ class LateStates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TailStates:
+    """States of rollouts before the last K steps, through which the reward's gradient goes."""
+
+    latents: Tensor
+    """x before the first of the K steps, (B, C, H, W)."""
+    trajectory: Trajectory
+    """The K steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """B samples of one forward. Tensors on the network's device."""
 
@@ -80,6 +91,8 @@ class MicroBatch:
     samples of a pair share theirs."""
     states: LateStates | None
     """States of the policy's own rollouts; None for samples of a data set."""
+    tail: TailStates | None = None
+    """Set where the algorithm's configuration has `gradient_steps`."""
     clean: Tensor
     """x_0 that states are noised from: the sample's own, or a real image."""
     clean_is_real: bool

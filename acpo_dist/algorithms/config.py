@@ -1,6 +1,6 @@
 """Sections of the algorithms: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import override
@@ -54,29 +54,36 @@ class AcpoConfig(AlgorithmConfig):
     target_quantile: float = Field(default=0.9, gt=0, lt=1)
     """m as a quantile of base-model samples, for `hinge` and `softplus`."""
     anchor: WideAnchorConfig = WideAnchorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    gradient_steps: Annotated[int, Field(ge=1)] | Literal["estimate", "random"] = "estimate"
+    """What the reward scores: `estimate` the x0-hat of one late rollout state; a number K the finished image, with the
+    gradient through the last K sampler steps; `random` K drawn for every optimiser step."""
+    max_gradient_steps: Annotated[int, Field(ge=1)] | None = None
+    """Largest K that `random` draws; None takes all steps whose states the rollouts keep."""
     guidance: Literal["conditional", "full"] = "conditional"
-    """What the reward's x0-hat is made of: the conditional branch alone, or both, guided as the rollouts were, each
-    anchored by itself; a forward and a way back more."""
+    """Branches of an `estimate`: the conditional one alone, or both, guided as the rollouts were, each anchored by
+    itself; one forward and backward pass more. Sampler steps always use the rollouts' guidance."""
     data_weight: float = Field(default=0.0, ge=0)
     """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
     pathwise: ClassVar[bool] = True
 
 
 class DraftConfig(AcpoConfig):
-    """As `acpo`; setting a budget or a weight switches the anchor on."""
+    """The sampler steps that carry the gradient; a budget or a weight switches the anchor on."""
 
     type: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
+    gradient_steps: Annotated[int, Field(ge=1)] | Literal["estimate", "random"] = 1
+    """K of DRaFT-K: gradient through the last K sampler steps; `random` is AlignProp's randomised truncation."""
+    low_variance_samples: int = Field(default=1, ge=1)
+    """n of DRaFT-LV: above 1, the last step runs from n fresh noisings of the rollout's x_0, not from its state."""
     anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
 
 
 class ReflConfig(AcpoConfig):
-    """As `acpo`; setting a budget or a weight switches the anchor on."""
+    """As `acpo` with a hinge; a budget or a weight switches the anchor on."""
 
     type: Literal["refl"] = "refl"  # pyright: ignore[reportIncompatibleVariableOverride]
     shape: Literal["identity", "hinge", "softplus"] = "hinge"
     """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
-    t_max: float = Field(default=0.3, gt=0, le=1)
-    """Largest timestep that x_0 is noised to, as a share of the noise schedule."""
     anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
 
 
@@ -197,6 +204,8 @@ class CpoConfig(PreferenceConfig):
 
 
 class SftConfig(PreferenceConfig):
-    """Nothing of its own."""
+    """Weight of the timesteps."""
 
     type: Literal["sft"] = "sft"
+    min_snr_gamma: float | None = Field(default=None, gt=0)
+    """gamma of min-SNR weighting, 5 in the publication; None weighs all timesteps the same. For `space: eps`."""

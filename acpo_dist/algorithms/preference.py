@@ -21,7 +21,7 @@ from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.prediction import to_noise
 from acpo_dist.objective.ncp import ncp_statistics, ncp_step
-from acpo_dist.objective.noise_space import ErrorStatistics
+from acpo_dist.objective.noise_space import ErrorStatistics, min_snr_weight
 from acpo_dist.objective.pairs import Verdict, nearly_same, pair_group
 from acpo_dist.objective.preference import PreferenceTerm, preference_term
 
@@ -176,6 +176,15 @@ class Sft(Preference):
     Config = SftConfig
 
     config: SftConfig
+
+    @override
+    def objective(
+        self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().objective(batch, network, states, model_output, base)
+        if self.config.min_snr_gamma is not None:
+            loss = loss * min_snr_weight(states.alpha_bars_B, self.config.min_snr_gamma).to(loss)
+        return loss, metrics
 
     @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:

@@ -84,8 +84,9 @@ class AnchorConfig(Section):
     """Share of the budget that the controller aims at; drift is noisy, so small batches need more room."""
     null_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the forward-noised batch that is anchored without its prompt: guidance uses that branch."""
-    space: Literal["eps", "v", "x0"] = "eps"
-    """Units of the anchor; `v` suits v-prediction with zero terminal SNR, where an eps-anchor vanishes."""
+    space: Literal["auto", "eps", "v", "x0"] = "auto"
+    """Units of the anchor. `auto` is `v` for v-prediction and `eps` otherwise; `eps` vanishes at zero terminal SNR and
+    is rejected there."""
 
 
 class OptionalAnchorConfig(AnchorConfig):

@@ -121,6 +121,24 @@ def _check_algorithm(config: Config) -> None:
             f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: a trajectory is proved by walking the "
             "same noise along two of them, which needs deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
         )
+    steps = getattr(algorithm, "gradient_steps", "estimate")
+    if steps != "estimate" and (config.sampler.eta > 0 or config.sampler.solver != "ddim"):
+        raise ConfigError(
+            f"algorithm.gradient_steps is {steps}: the learner repeats the last sampler steps, and can repeat those of "
+            f"sampler.solver=ddim with sampler.eta=0; found {config.sampler.solver} and {config.sampler.eta:g}. Set "
+            "these, or algorithm.gradient_steps=estimate."
+        )
+    if isinstance(steps, int) and config.sampler.late_per_sample < steps:
+        raise ConfigError(
+            f"algorithm.gradient_steps is {steps} and sampler.late_per_sample is {config.sampler.late_per_sample}: the "
+            f"state before the last {steps} steps would not be kept. Set sampler.late_per_sample={steps} or more."
+        )
+    if getattr(algorithm, "low_variance_samples", 1) > 1 and steps != 1:
+        raise ConfigError(
+            f"algorithm.low_variance_samples is {algorithm.low_variance_samples} and "
+            f"algorithm.gradient_steps is {steps}: fresh noise replaces the state of the last step alone. Set "
+            "algorithm.gradient_steps=1."
+        )
     if algorithm.sampling_decay(0) is not None and learner.zero_stage == 3:
         raise ConfigError(
             f"learner.zero_stage is 3 and algorithm `{kind}` runs the sampling policy's weights in the learner, which "
@@ -181,21 +199,11 @@ def _check_anchor(config: Config) -> None:
             f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
             "images: set algorithm.anchor.source=rollout."
         )
-    if getattr(config.algorithm, "data_weight", 0) > 0:
-        missing = [
-            text
-            for text, holds in (
-                ("algorithm.anchor.source=data", from_data),
-                ("algorithm.anchor.uniform=true", anchor.uniform),
-                ("algorithm.anchor.weight above 0", anchor.weight != 0),
-            )
-            if not holds
-        ]
-        if missing:
-            raise ConfigError(
-                f"algorithm.data_weight is {config.algorithm.data_weight}, and the denoising loss shares the anchor's "
-                f"batch of real images, which needs {', '.join(missing)}."
-            )
+    if getattr(config.algorithm, "data_weight", 0) > 0 and not from_data:
+        raise ConfigError(
+            f"algorithm.data_weight is {config.algorithm.data_weight}, and the denoising loss needs a batch of real "
+            "images: set algorithm.anchor.source=data and data.path."
+        )
 
 
 def _anchor_is_off(algorithm: Any) -> bool:

@@ -111,8 +111,10 @@ class LearnerGroup(Protocol):
         """`Algorithm.observe` on base samples, results of all ranks together."""
         ...
 
-    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
-        """Mean squared noise-space drift at each timestep, on forward-noised x_0 of the given samples."""
+    def measure_drift(
+        self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
+    ) -> dict[int, float]:
+        """Mean squared drift at each timestep, in units of `space`, on forward-noised x_0 of the given samples."""
         ...
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:

@@ -8,6 +8,13 @@ from acpo_dist.diffusion.prediction import signal_and_noise
 SPACES = ("eps", "v", "x0")
 
 
+def resolve_space(space: str, prediction_type: str) -> str:
+    """`auto` as the space that suits the prediction type: `v` for v-prediction, `eps` otherwise."""
+    if space != "auto":
+        return space
+    return "v" if prediction_type == "v_prediction" else "eps"
+
+
 def output_drift(
     policy_output: Tensor, anchor_output: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps"
 ) -> Tensor:
@@ -21,7 +28,7 @@ def output_drift(
         anchor_output: frozen network's output, same shape.
         alpha_bar_B: in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
-        space: `eps`, `v` or `x0`.
+        space: `auto`, `eps`, `v` or `x0`.
 
     Returns:
         The difference in float32 or wider.
@@ -34,6 +41,7 @@ def output_drift(
     signal, spread = signal_and_noise(alpha_bar_B, difference)
     to_eps = {"epsilon": 1.0, "v_prediction": signal, "sample": -signal / spread}
     from_eps = {"eps": 1.0, "v": 1 / signal, "x0": -spread / signal}
+    space = resolve_space(space, prediction_type)
     if prediction_type not in to_eps:
         raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(to_eps)}")
     if space not in from_eps:

@@ -37,7 +37,11 @@ def compose(qualities: Sequence[float], weights: Sequence[float], spread: float 
 
 
 def composition_slopes(qualities_KB: Tensor, weights: Sequence[float], spread: float = 0.0) -> Tensor:
-    """dq / dq_k of every sample, shape (K, B)."""
+    """dq / dq_k of every sample, at least 0, shape (K, B).
+
+    Where c (q_k - m) / s exceeds 1 the derivative is negative: q would rise by making the best reward worse. Such a
+    reward gets slope 0.
+    """
     shares = torch.tensor(weights, dtype=qualities_KB.dtype, device=qualities_KB.device)[:, None]
     slopes = shares.expand_as(qualities_KB)
     if spread == 0:
@@ -45,4 +49,4 @@ def composition_slopes(qualities_KB: Tensor, weights: Sequence[float], spread: f
     offsets = qualities_KB - (shares * qualities_KB).sum(0) / shares.sum()
     deviation = ((shares * offsets.square()).sum(0) / shares.sum()).sqrt()
     leaning = torch.where(deviation > _FLAT, offsets / deviation.clamp(min=_FLAT), 0.0)
-    return slopes * (1 - spread * leaning)
+    return slopes * (1 - spread * leaning).clamp(min=0)

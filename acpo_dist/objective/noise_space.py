@@ -110,6 +110,17 @@ def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_
     raise ValueError(f"unknown prediction_type {prediction_type!r}; known: epsilon, v_prediction, sample")
 
 
+def min_snr_weight(alpha_bar_B: Tensor, gamma: float) -> Tensor:
+    """min(SNR, gamma) / SNR, the weight of an error in noise units, (B,), float64.
+
+    For v-prediction the publication weighs the velocity error by min(SNR, gamma) / (SNR + 1), which is the same.
+
+    Source: min-SNR weighting (Hang et al. 2023).
+    """
+    snr_B = alpha_bar_B.double() / (1 - alpha_bar_B.double())
+    return snr_B.clamp(max=gamma) / snr_B
+
+
 def _statistics(drift: Tensor, error: Tensor) -> ErrorStatistics:
     return ErrorStatistics(
         cross_B=(error * drift).flatten(1).mean(1),

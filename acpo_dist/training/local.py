@@ -200,9 +200,13 @@ class LocalLearner:
         """See `LearnerGroup.observe`."""
         return self.worker.observe([handle.payload for handle in handles])
 
-    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int]) -> dict[int, float]:
+    def measure_drift(
+        self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
+    ) -> dict[int, float]:
         """See `LearnerGroup.measure_drift`."""
-        metrics: Mapping[str, float] = self.worker.measure_drift([h.payload for h in handles], timesteps).means()
+        metrics: Mapping[str, float] = self.worker.measure_drift(
+            [h.payload for h in handles], timesteps, space=space
+        ).means()
         return {int(name): value for name, value in metrics.items()}
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:

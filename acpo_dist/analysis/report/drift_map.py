@@ -16,7 +16,7 @@ from acpo_dist.core.errors import UsageError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.evaluation.metrics.drift import output_errors
 from acpo_dist.models.family import ModelFamily, trainable_tensors
-from acpo_dist.objective.anchor import drift_unit
+from acpo_dist.objective.anchor import drift_unit, resolve_space
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
 from acpo_dist.training.local import default_device
@@ -96,7 +96,7 @@ def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Conso
 def anchor_space(record: RunRecord) -> str:
     """Units of the run's anchor and budget."""
     anchor = (record.config.get("algorithm") or {}).get("anchor") or {}
-    return str(anchor.get("space", "eps"))
+    return str(anchor.get("space", "auto"))
 
 
 @torch.no_grad()
@@ -111,6 +111,7 @@ def _measure(
         parameter.copy_(weights[name])
     total = len(family.alpha_bars)
     timesteps = [min(total - 1, round(share * total)) for share in SHARES]
+    space = resolve_space(space, family.prediction_type)
     found = output_errors(family, clean, prompts, timesteps).anchor
     return {
         timestep: value * drift_unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()

@@ -14,7 +14,6 @@ from acpo_dist.core.ports import LearnerGroup, RolloutPool, Tracker
 from acpo_dist.core.types import Normaliser, RolloutHandle, ScoreTable
 from acpo_dist.evaluation.metrics.content import content_statistics
 from acpo_dist.evaluation.metrics.spread import SpreadGauge, fit_gauge
-from acpo_dist.objective.anchor import drift_unit
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.guard.guard import Decision, Guard
 from acpo_dist.training.guard.signals import Reference, fit_reference, measure_signals
@@ -75,9 +74,8 @@ class GuardMonitor:
         if self._levels is None:
             self._levels = self._pool.alpha_bars()
         total = len(self._levels)
-        found = learner.measure_drift(handles[:1], [total * (2 * index + 1) // (2 * count) for index in range(count)])
-        space = getattr(self._anchor, "space", "eps")
-        return {at: value * drift_unit(float(self._levels[at]), space) for at, value in found.items()}
+        timesteps = [total * (2 * index + 1) // (2 * count) for index in range(count)]
+        return learner.measure_drift(handles[:1], timesteps, space=getattr(self._anchor, "space", "auto"))
 
     def check(
         self, iteration: int, handles: Sequence[RolloutHandle], scores: ScoreTable,

@@ -1,5 +1,6 @@
 """Micro-batches from rollouts or from pairs of a data set; each sample has its own random stream."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acpo_dist.algorithms.base import LateStates, MicroBatch
+from acpo_dist.algorithms.base import LateStates, MicroBatch, TailStates
 from acpo_dist.config.schema import DataConfig, LearnerConfig, RewardsConfig, SamplerConfig
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import TrainTask
@@ -89,6 +90,7 @@ class BatchMaker:
         weights = torch.tensor([task.weights[sample_id] if task else 1.0 for sample_id in ids])
         states: LateStates | None = None
         unreadable: Tensor | None = None
+        tail: TailStates | None = None
         real = False
         if is_pair_id(ids[0]):
             assert self._pairs is not None, "pair ids need data.pairs"
@@ -100,6 +102,7 @@ class BatchMaker:
             self.broken += [sample_id for sample_id, whole in zip(ids, read.whole_B.tolist(), strict=True) if not whole]
         else:
             states = self._to_device(store.late(ids, keys, stochastic=spec.algorithm.needs_noise))
+            tail = self._tail(store, ids, task, step)
             clean, prompts = store.clean(ids), store.prompts(ids)
             if self._images is not None:
                 clean, real = 2 * self._images.batch([key % len(self._images) for key in keys]) - 1, True
@@ -108,6 +111,7 @@ class BatchMaker:
             prompts=prompts,
             noise_keys=tuple(keys),
             states=states,
+            tail=tail,
             clean=clean.to(self._device),
             clean_is_real=real,
             weights_B=weights.to(self._device),
@@ -126,6 +130,18 @@ class BatchMaker:
         owners = [ids[index - index % 2] for index in range(len(ids))] if self._spec.algorithm.paired else ids
         iteration = task.iteration if task else -1
         return [derive_seed("learner", self._spec.seed, iteration, step, owner) for owner in owners]
+
+    def _tail(self, store: SampleStore, ids: Sequence[str], task: TrainTask | None, step: int) -> TailStates | None:
+        steps: Any = getattr(self._spec.algorithm, "gradient_steps", "estimate")
+        if steps == "estimate":
+            return None
+        if steps == "random":
+            # The same for all ranks and micro-batches of an optimiser step: collectives count forwards.
+            longest = min(store.longest_tail(ids), self._spec.algorithm.max_gradient_steps or sys.maxsize)
+            seed = derive_seed("gradient_steps", self._spec.seed, task.iteration if task else -1, step)
+            steps = 1 + seed % max(1, longest)
+        tail = store.tail(ids, steps)
+        return TailStates(latents=tail.latents.to(self._device), trajectory=tail.trajectory)
 
     @torch.no_grad()
     def _encode(self, pixels_BCHW: Tensor) -> Tensor:

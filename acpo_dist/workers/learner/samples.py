@@ -7,9 +7,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from acpo_dist.algorithms.base import LateStates
-from acpo_dist.core.errors import WeightSyncError
+from acpo_dist.algorithms.base import LateStates, TailStates
+from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.core.types import LateLatents, RolloutBatch
+from acpo_dist.diffusion.trajectory import Trajectory
 
 
 class SampleStore:
@@ -70,6 +71,46 @@ class SampleStore:
             following=torch.stack(following) if stochastic else None,
             following_alpha_bars_B=levels if stochastic else None,
         )
+
+    def tail(self, ids: Sequence[str], steps: int) -> TailStates:
+        """Each sample's state before the last `steps` denoise steps, and their levels.
+
+        Raises:
+            ConfigError: the rollouts do not keep the states of that many last steps.
+        """
+        chosen: list[Tensor] = []
+        kept: list[LateLatents] = []
+        for sample_id in ids:
+            batch, row = self._at[sample_id]
+            kept = last_steps(batch)
+            if len(kept) < steps:
+                raise ConfigError(
+                    f"algorithm.gradient_steps is {steps}, and rollouts keep the states of the last {len(kept)} steps "
+                    f"without a gap. Raise sampler.late_per_sample (and sampler.t_max), or lower it."
+                )
+            kept = kept[-steps:]
+            chosen.append(kept[0].latents_BCHW[row])
+        trajectory = Trajectory(
+            timesteps=tuple(late.timestep for late in kept),
+            alpha_bars=(*(late.alpha_bar for late in kept), kept[-1].following_alpha_bar),
+        )
+        return TailStates(latents=torch.stack(chosen), trajectory=trajectory)
+
+    def longest_tail(self, ids: Sequence[str]) -> int:
+        """Number of last steps whose states are kept without a gap."""
+        return min(len(last_steps(self._at[sample_id][0])) for sample_id in ids)
+
+
+def last_steps(batch: RolloutBatch) -> list[LateLatents]:
+    """The kept states that lead to the end of the trajectory without a gap, in its order."""
+    found: list[LateLatents] = []
+    for late in reversed(batch.late):
+        if late.denoise_step != (found[0].denoise_step - 1 if found else late.denoise_step):
+            break
+        if not found and late.following_alpha_bar < 1:
+            break
+        found.insert(0, late)
+    return found
 
 
 def _take(kept: Sequence[LateLatents], share: float) -> LateLatents:

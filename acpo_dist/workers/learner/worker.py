@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
-from acpo_dist.core.errors import CheckpointError
+from acpo_dist.algorithms.branches import both_branches
+from acpo_dist.algorithms.tail import states_at
+from acpo_dist.core.errors import CheckpointError, ConfigError
 from acpo_dist.core.files import on_storage, sync_file
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
@@ -19,9 +21,10 @@ from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.diffusion.sampling import guide
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.loading import held_dtype
-from acpo_dist.objective.anchor import anchor_error, output_drift
+from acpo_dist.objective.anchor import anchor_error, output_drift, resolve_space
 from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, memory_remedy
 from acpo_dist.workers.learner.engine import Engine, TorchEngine
 from acpo_dist.workers.learner.metrics import MetricSums
@@ -31,6 +34,9 @@ from acpo_dist.workers.learner.signal import GradientSource, PooledReward
 
 logger = logging.getLogger(__name__)
 
+ZERO_SNR = 1e-6
+"""alpha_bar below which the last level counts as pure noise; ordinary schedules end at 4e-5 or more."""
+
 
 class LearnerWorker:
     """Plain class; an actor is a thin shell round it."""
@@ -39,6 +45,12 @@ class LearnerWorker:
         """Load the model and its anchor; `start` builds the optimiser."""
         self._spec, self._source, self._device = spec, source, device
         self.family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
+        space, last = spec.algorithm.anchor.space, float(self.family.alpha_bars[-1])
+        if space == "eps" and last < ZERO_SNR:
+            raise ConfigError(
+                f"algorithm.anchor.space is eps, and the last level of `{spec.model.path}` has alpha_bar {last:.3g}, "
+                "zero terminal SNR: drift in noise units vanishes there. Set algorithm.anchor.space=auto or v."
+            )
         self.algorithm: Algorithm = resolve("algorithm", ALGORITHMS, spec.algorithm.type)(spec.algorithm)
         self.network = PolicyNetwork(self.family, spec.algorithm.encoder)
         self.batches = BatchMaker(spec, self.family, device=device)
@@ -193,18 +205,29 @@ class LearnerWorker:
     def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
         """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples.
 
-        For an anchor in units of x0 it is that of dq / d x0-hat.
+        For an anchor in units of x0 it is the norm of dq / d x0-hat. Under guidance w both branches carry the gradient,
+        w g and (1 - w) g, and the anchor is the mean of their drifts: the norm is then
+        sqrt(2 (w^2 + (1 - w)^2)) |g|, so that `initial_anchor_weight` gives sqrt(D) sqrt((|g_c|^2 + |g_u|^2) / 2) / r.
         """
         store = SampleStore(batches, policy_version=None)
         reward = self._reward(terms, derive_seed("crop", self._spec.seed, "calibration", self._ready().rank))
+        space = resolve_space(self._spec.algorithm.anchor.space, self.family.prediction_type)
         norms: list[float] = []
         for part, counts in self._share(store.sample_ids):
             batch = self.batches.make(store, part, None, 0)
-            late, condition = batch.late, self.family.encode(batch.prompts)
-            model_output = self.family.predict(late.latents, late.timesteps_B, condition)
+            late, full = batch.late, getattr(self._spec.algorithm, "guidance", "conditional") == "full"
+            if batch.tail is not None:
+                full = True
+                if batch.tail.trajectory.num_steps == 1:
+                    late = states_at(batch.tail.latents, batch.tail.trajectory, 0)
+            scale = batch.guidance_scale if full else 1.0
+            conditional, null = both_branches(self.network, late, batch.prompts, scale)
+            model_output = conditional if null is None else guide(conditional, null, scale)
             clean = to_clean(model_output, late.latents, late.alpha_bars_B, self.family.prediction_type)
             gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
-            if self._spec.algorithm.anchor.space != "x0":
+            if null is not None:
+                gradient = gradient * math.sqrt(2 * (scale**2 + (1 - scale) ** 2))
+            if space != "x0":
                 # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
                 gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)
             if counts:
@@ -212,8 +235,16 @@ class LearnerWorker:
         return norms
 
     @torch.no_grad()
-    def measure_drift(self, batches: Sequence[RolloutBatch], timesteps: Sequence[int]) -> MetricSums:
-        """Noise-space drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep."""
+    def measure_drift(
+        self, batches: Sequence[RolloutBatch], timesteps: Sequence[int], *, space: str = "eps"
+    ) -> MetricSums:
+        """Drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep.
+
+        Args:
+            batches: rollouts whose x_0 is noised.
+            timesteps: integers in [0, T).
+            space: units, see `AnchorConfig.space`.
+        """
         store = SampleStore(batches, policy_version=None)
         sums = MetricSums()
         for part, counts in self._share(store.sample_ids):
@@ -230,7 +261,7 @@ class LearnerWorker:
                 model_output = self.family.predict(noisy, at, condition)
                 with self.family.anchored():
                     anchor = self.family.predict(noisy, at, condition)
-                drift = output_drift(model_output, anchor, alpha_bars, self.family.prediction_type)
+                drift = output_drift(model_output, anchor, alpha_bars, self.family.prediction_type, space)
                 if counts:
                     sums.add({str(timestep): anchor_error(drift)})
         return sums
@@ -309,8 +340,8 @@ class LearnerWorker:
 
     def _set_old(self, weights: dict[str, Tensor]) -> None:
         self._old = weights
-        own = trainable_tensors(self._family.network)
-        self._network.old_weights = {
+        own = trainable_tensors(self.family.network)
+        self.network.old_weights = {
             name: value.to(device=self._device, dtype=own[name].dtype) for name, value in weights.items()
         }
 
