@@ -57,7 +57,7 @@ class SamplerConfig(Section):
     spacing: Literal["trailing", "leading", "linspace", "karras", "scheduler"] = "trailing"
     """Timestep spacing, by diffusers' names; `scheduler` follows the model's own scheduler_config.json."""
     solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
-    """Measure, optimise and validate a trajectory before the first iteration, and again after drift of the model."""
+    """Rule of a step, on any trajectory; `heun` calls the network twice per step, `ltsp`, `stsp` split guidance off."""
     trajectory: Path | None = None
     """File of a trajectory that replaces the spacing: what `acpo vrg optimize` wrote, or the published text format."""
     eta: float = Field(default=0.0, ge=0, le=1)
@@ -202,7 +202,7 @@ class LearnerConfig(Section):
     lr_warmup: int = Field(default=0, ge=0)
     """Iterations over which the learning rate rises linearly from 0."""
     lr_decay_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Share of `run.iterations`, at the end, over which it falls to 0; more iterations on resume move it."""
+    """Share of `run.iterations`, at the end, over which it falls to 0; later if resumed with more iterations."""
     lr_decay_type: Literal["linear", "cosine"] = "linear"
     """Shape of that decay."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"

@@ -18,6 +18,7 @@ class TuningConfig(Section):
     method: Literal["lora", "full"] = "lora"
     """`lora` trains adapters and switches them off for the anchor; `full` trains all weights beside a frozen copy."""
     rank: int = Field(default=16, ge=1)
+    """LoRA rank."""
     alpha: float | None = Field(default=None, gt=0)
     """LoRA scale times rank; None takes the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -103,10 +104,13 @@ class BaseTrainingConfig(Section):
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """What the network learns to predict."""
     steps: int = Field(default=4000, ge=1)
+    """Optimiser steps."""
     max_seconds: float | None = Field(default=None, gt=0)
     """Stop earlier, with the learning rate decayed in time."""
     batch_size: int = Field(default=64, ge=1)
+    """Images per step."""
     learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
 
 
 class DdpmConfig(ModelConfig):
@@ -116,6 +120,7 @@ class DdpmConfig(ModelConfig):
     path: str = "toy-ddpm"
     """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` for the base recipe below."""
     revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     dtype: DtypeName = "float32"
     """Type of the frozen weights and of rollouts."""
     tuning: TuningConfig = TuningConfig(method="full")
