@@ -123,6 +123,25 @@ def trainable_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
+@torch.no_grad()
+def copy_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy values into the trainable parameters of a network.
+
+    Args:
+        network: its parameters keep their type and device.
+        weights: values by parameter name.
+
+    Raises:
+        ValueError: names or shapes are not those of the trainable parameters; nothing is copied then.
+    """
+    own = trainable_tensors(network)
+    odd = sorted(set(own) ^ set(weights)) or [name for name, value in own.items() if weights[name].shape != value.shape]
+    if odd:
+        raise ValueError(f"names or shapes differ from those of the trainable parameters, such as {odd[:5]}")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+
+
 @contextmanager
 def switched(attribute_owners: Sequence[Any], attribute: str, value: object) -> Iterator[None]:
     """Set an attribute on several objects, and put the old values back."""

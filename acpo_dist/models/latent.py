@@ -10,10 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from typing_extensions import override
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.compiling import compile_blocks
-from acpo_dist.models.family import Condition
+from acpo_dist.models.family import Condition, ModelFamily
 from acpo_dist.models.loading import (
     DTYPES,
     held_dtype,
@@ -28,7 +29,7 @@ from acpo_dist.models.tuning import TunedNetwork
 from acpo_dist.models.vae import VaeDecoder, load_vae
 
 
-class LatentFamily:
+class LatentFamily(ModelFamily):
     """A U-Net with what conditions and decodes it; a subclass says which pipeline, and how prompts condition it."""
 
     conditional: ClassVar[bool] = True
@@ -76,18 +77,19 @@ class LatentFamily:
         self.sample_shape = (unet.config["in_channels"], self.pixels // factor, self.pixels // factor)
 
     @classmethod
+    @override
     def check(cls, config: Any) -> None:
-        """See `ModelFamily.check`."""
         path = resolve_path(config.path)
         if Path(path).is_dir():
             cls._check_folder(path, config)
 
     @classmethod
+    @override
     def load(cls, config: Any, *, device: str, trainable: bool) -> Any:
-        """See `ModelFamily.load`."""
         return cls(config, path=cls.locate(config), device=device, trainable=trainable)
 
     @classmethod
+    @override
     def load_decoder(cls, config: Any, *, device: str) -> VaeDecoder:
         """The VAE alone."""
         memory = config.memory
@@ -139,10 +141,12 @@ class LatentFamily:
             folder=cls._cache_folder(config, path), free=True,
         )  # fmt: skip
 
+    @override
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Conditioning of prompts, each encoded once; the empty prompt is the null condition or `negative_prompt`."""
         return Condition(self._embeddings(prompts) | self._extra(len(prompts)))
 
+    @override
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
         """One U-Net pass; in and out float32 whatever the weights are."""
         # What the network holds now: DeepSpeed may have cast it.
@@ -153,22 +157,23 @@ class LatentFamily:
         )
         return output[0].float()
 
+    @override
     def anchored(self) -> AbstractContextManager[None]:
-        """See `ModelFamily.anchored`."""
         return self._tuned.anchored()
 
+    @override
     def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """See `ModelFamily.substituted`."""
         return self._tuned.substituted(weights)
 
+    @override
     def decode(self, clean: Tensor) -> Tensor:
-        """See `Decoder.decode`."""
         return self.decoder.decode(clean)
 
+    @override
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """See `ModelFamily.encode_images`."""
         return self.decoder.encode(pixels.to(self.device))
 
+    @override
     def save_pipeline(self, folder: Path) -> None:
         """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
         pipeline = self._whole(self.config, self.path, unet=self._tuned.merged())

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from acpo_dist.config.load import load_config, validate
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ModelError, UsageError
-from acpo_dist.core.weights import make_bundle
 from acpo_dist.training.local import LocalRollouts, default_device
 from acpo_dist.training.prepare import TRAIN
 from acpo_dist.training.run_folder import RESOLVED, read_run_config
@@ -65,8 +62,7 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
         checkpoint = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
         if checkpoint is None:
             raise ModelError(f"{run} has no complete checkpoint yet: wait for one, or name a pipeline folder instead.")
-        weights = load_file(checkpoint.learner_folder / "policy.safetensors")
-        pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+        pool.load(checkpoint.bundle())
         if own_sampler:
             pool.follow(trajectory_from_mapping(checkpoint.state["trajectory"]))
             return pool

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RunTakenError, WorkerLostError
 from acpo_dist.core.files import on_storage
+from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
@@ -25,7 +24,7 @@ from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_curves
@@ -226,7 +225,7 @@ def _final_weights(
         family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
         return 0, make_bundle(0, {name: value.detach() for name, value in trainable_tensors(family.network).items()})
     found = folder.checkpoints.open(best)
-    return best, make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
+    return best, found.bundle()
 
 
 def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: tuple[int, WeightBundle]) -> None:
@@ -281,17 +280,10 @@ def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
         changes["memory"] = config.model.memory.model_copy(update=unused)
     model = config.model.model_copy(update=changes)
     family = resolve("model", MODELS, model.type).load(model, device="cpu", trainable=False)
-    with torch.no_grad():
-        for name, parameter in trainable_tensors(family.network).items():
-            parameter.copy_(bundle.tensors[name])
+    copy_weights(family.network, bundle.tensors)
     family.save_pipeline(folder)
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("acpo-dist", "diffusers", "transformers", "peft", "ray", "deepspeed"):
-        try:
-            found[f"version.{name}"] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = installed_versions(("acpo-dist", "diffusers", "transformers", "peft", "ray", "deepspeed"))
+    return {f"version.{name}": number for name, number in found.items()}

@@ -5,11 +5,11 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import acpo_dist
 from acpo_dist.core.errors import SoftwareError
+from acpo_dist.core.packages import installed_versions
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow",
@@ -49,12 +49,9 @@ def software() -> Software:
         digest.update(f"{path.relative_to(root.parent).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     found = {}
-    for name in PACKAGES:
-        try:
-            # `+cpu` and `+cu128` are builds of one version, and a head needs no GPU.
-            found[name] = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            continue
+    for name, number in installed_versions(PACKAGES).items():
+        # `+cpu` and `+cu128` are builds of one version, and a head needs no GPU.
+        found[name] = number.partition("+")[0]
     return Software(digest.hexdigest()[:12], found)
 
 

@@ -21,7 +21,7 @@ from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.toy.world import captions
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.ddpm import DdpmFamily
-from acpo_dist.models.family import Condition, trainable_tensors
+from acpo_dist.models.family import Condition, copy_weights, trainable_tensors
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.workers.rollout.worker import RolloutWorker
@@ -623,3 +623,14 @@ def test_a_hub_id_that_cannot_be_had_is_an_error_that_says_what_to_do(kind: str,
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"`someone/absent` cannot be loaded.*download it first"):
         load(kind, path="someone/absent")
+
+
+def test_weights_of_another_network_are_not_copied():
+    network = torch.nn.Linear(2, 2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    copy_weights(network, {name: value + 1 for name, value in before.items()})
+    assert all(torch.equal(network.state_dict()[name], value + 1) for name, value in before.items())
+    for weights in ({"weight": torch.zeros(2, 2)}, before | {"bias": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="bias"):
+            copy_weights(network, weights)
+    assert all(torch.equal(network.state_dict()[name], value + 1) for name, value in before.items())

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from acpo_dist.analysis.release.model_card import CardFacts, loading_code, model_card
 from acpo_dist.analysis.release.verdict import guard_ending
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ModelError, UsageError
 from acpo_dist.core.registry import MODELS, resolve
-from acpo_dist.core.weights import checksum, make_bundle
 from acpo_dist.models.architectures import architecture_of, prediction_type_of
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers, text_width
 from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
@@ -70,20 +69,20 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
     if out.is_dir() and any(out.iterdir()):
         raise UsageError(f"--out: {out} is not empty; name a folder that does not exist yet")
     run, config, checkpoint = _find(source)
-    tensors = load_file(checkpoint.learner_folder / f"{WEIGHTS[weights]}.safetensors")
+    bundle = checkpoint.bundle(WEIGHTS[weights])
     if layout == "merged":
-        export_pipeline(config, make_bundle(int(checkpoint.state["version"]), tensors), out)
+        export_pipeline(config, bundle, out)
         file = out / "model_index.json"
     else:
-        layers = adapter_layers(tensors, config.model.tuning)
+        layers = adapter_layers(bundle.tensors, config.model.tuning)
         out.mkdir(parents=True, exist_ok=True)
         file = _write_lora(config, layers, out, layout, weights, checkpoint)
     schedule = _write_schedule(config, checkpoint, out)
     card = out / "README.md"
-    guard, digest = _guard(run, checkpoint), checksum(tensors)
+    guard = _guard(run, checkpoint)
     facts = CardFacts(
         config=config, name=config.run.name, iteration=checkpoint.iteration, metrics=_metrics(run, checkpoint),
-        provenance=_provenance(config, digest, weights), guard=guard or "It did not end the run.",
+        provenance=_provenance(config, bundle.checksum, weights), guard=guard or "It did not end the run.",
         code=loading_code(
             config, lora=None if layout == "merged" else file.name, schedule=schedule.name if schedule else None
         ),
@@ -92,7 +91,7 @@ def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported
     card.write_text(text, encoding="utf-8")
     return Exported(
         folder=out, file=file, card=card, schedule=schedule, iteration=checkpoint.iteration,
-        checksum=digest, guard=guard,
+        checksum=bundle.checksum, guard=guard,
     )  # fmt: skip
 
 

@@ -5,14 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from acpo_dist.analysis.release.model_card import CardFacts, loading_code, model_card
 from acpo_dist.analysis.release.verdict import Verdict, gains_of, judge_run, metrics_at, read_evaluation
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
-from acpo_dist.core.types import WeightBundle
-from acpo_dist.core.weights import make_bundle
 from acpo_dist.evaluation.suites.subject import BEST, NEWEST, find_checkpoint, prepared
 from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.mlflow_registry import ModelVersion, register
@@ -90,20 +86,16 @@ def _require_of(path: Path, report: Mapping[str, Any], chosen: Checkpoint) -> No
         UsageError: it is of others.
     """
     found = report["provenance"]["arms"]["model"].get("policy_sha256")
-    if found != _bundle(chosen).checksum:
+    if found != chosen.bundle().checksum:
         raise UsageError(
             f"--evaluation {path} is of other weights than iteration {chosen.iteration}, which is to be promoted. "
             f"Evaluate that one: `acpo eval RUN --checkpoint {chosen.iteration} …`."
         )
 
 
-def _bundle(chosen: Checkpoint) -> WeightBundle:
-    return make_bundle(int(chosen.state["version"]), load_file(chosen.learner_folder / "policy.safetensors"))
-
-
 def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> Path:
     """The run's own export where it holds this checkpoint, else one of its own beside it."""
-    bundle = _bundle(chosen)
+    bundle = chosen.bundle()
     if bundle.checksum == verdict.exported:
         return run / "export"
     folder = run / f"export-{chosen.iteration:06d}"
@@ -131,7 +123,7 @@ def _facts(
             "run": config.run.name,
             "checkpoint": f"iteration {chosen.iteration}{best}",
             "code": git_commit() or "not a git checkout",
-            "weights sha256": _bundle(chosen).checksum,
+            "weights sha256": chosen.bundle().checksum,
         },
         lora_folder=(folder / "lora").is_dir(),
     )  # fmt: skip
@@ -142,7 +134,7 @@ def _tags(config: Config, chosen: Checkpoint, verdict: Verdict) -> dict[str, str
         "acpo.iteration": str(chosen.iteration),
         "acpo.best_iteration": str(verdict.best),
         "acpo.guard": "clean" if verdict.clean else "not clean",
-        "acpo.policy_sha256": _bundle(chosen).checksum,
+        "acpo.policy_sha256": chosen.bundle().checksum,
         "acpo.rewards": ", ".join(entry.name for entry in config.rewards.train),
         "acpo.judges": ", ".join(entry.name for entry in config.rewards.judges),
     }

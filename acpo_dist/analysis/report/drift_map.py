@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
@@ -15,7 +14,7 @@ from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.evaluation.metrics.drift import output_errors
-from acpo_dist.models.family import ModelFamily, trainable_tensors
+from acpo_dist.models.family import ModelFamily, copy_weights
 from acpo_dist.objective.anchor import drift_unit, resolve_space
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
@@ -103,12 +102,12 @@ def anchor_space(record: RunRecord) -> str:
 def _measure(
     family: ModelFamily, checkpoint: Checkpoint, clean: Tensor, prompts: Sequence[str], space: str
 ) -> dict[int, float]:
-    weights = load_file(checkpoint.learner_folder / "policy.safetensors")
-    own = trainable_tensors(family.network)
-    if own.keys() != weights.keys():
-        raise UsageError(f"{checkpoint.folder}: its weights are not those of the model in the run's configuration")
-    for name, parameter in own.items():
-        parameter.copy_(weights[name])
+    try:
+        copy_weights(family.network, checkpoint.bundle().tensors)
+    except ValueError as error:
+        raise UsageError(
+            f"{checkpoint.folder} belongs to another model than the run's configuration: {error}"
+        ) from error
     total = len(family.alpha_bars)
     timesteps = [min(total - 1, round(share * total)) for share in SHARES]
     space = resolve_space(space, family.prediction_type)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from acpo_dist.analysis.report.drift_map import DriftMap
 from acpo_dist.analysis.report.gallery import Gallery, embedded, gallery_cards
 from acpo_dist.analysis.report.metrics import RunMetrics, verdict
 from acpo_dist.analysis.report.record import RunRecord
+from acpo_dist.core.packages import installed_versions
 from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.panel import SIGMA
 
@@ -132,8 +132,5 @@ def _cards(metrics: RunMetrics) -> list[dict[str, Any]]:
 
 
 def _made_by() -> str:
-    try:
-        number = version("acpo-dist")
-    except PackageNotFoundError:
-        number = "(unknown version)"
+    number = installed_versions(["acpo-dist"]).get("acpo-dist", "(unknown version)")
     return f"Made by acpo {number} on {datetime.now():%Y-%m-%d %H:%M}."

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, UsageError
 from acpo_dist.core.types import PromptGroup, RolloutHandle
-from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object, replace_file
@@ -125,8 +123,7 @@ class SampleRenderer:
         pool = self._open(fresh=checkpoint is None and self._tuned)
         pool.follow(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
         if checkpoint is not None:
-            weights = load_file(checkpoint.learner_folder / "policy.safetensors")
-            pool.load(make_bundle(int(checkpoint.state["version"]), weights))
+            pool.load(checkpoint.bundle())
             self._tuned = True
         with self._console.phase(label, sum(len(group.samples) for group in groups)) as advance:
             return pool.generate(groups, advance)

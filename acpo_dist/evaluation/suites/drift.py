@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
-
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import PromptGroup
 from acpo_dist.evaluation.metrics.arm import DRIFT_TIMESTEPS
 from acpo_dist.evaluation.metrics.drift import output_errors, path_kl
 from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.subject import ModelSubject, settle
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights
 from acpo_dist.training.local import default_device
 
 
@@ -31,9 +29,7 @@ def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Bac
     config = subject.config.model
     family = resolve("model", MODELS, config.type).load(config, device=default_device(), trainable=True)
     assert subject.bundle is not None, "only a run's checkpoint can have drifted"
-    with torch.no_grad():
-        for name, parameter in trainable_tensors(family.network).items():
-            parameter.copy_(subject.bundle.tensors[name])
+    copy_weights(family.network, subject.bundle.tensors)
     prompts = [plan.prompt for group in groups for plan in group.samples]
     errors = output_errors(family, clean, prompts, DRIFT_TIMESTEPS)
     mean = sum(errors.anchor.values()) / len(errors.anchor)

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from acpo_dist.core.errors import UsageError
+from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import PromptGroup
 from acpo_dist.evaluation.metrics.features import Extractor
@@ -256,10 +256,4 @@ def _check_prompts(request: Request) -> None:
 
 
 def _software() -> dict[str, str]:
-    found = {}
-    for name in _SOFTWARE:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(_SOFTWARE)

@@ -5,14 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, ModelError, UsageError
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
-from acpo_dist.core.weights import make_bundle, require_acks
+from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.evaluation.suites.images import count_image_files
 from acpo_dist.evaluation.suites.judges import weights_digest
@@ -89,7 +87,7 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
     if run is None:
         return subject
     found = find_checkpoint(run, config, checkpoint)
-    bundle = make_bundle(int(found.state["version"]), load_file(found.learner_folder / "policy.safetensors"))
+    bundle = found.bundle()
     own_sampler = keeps_own_trajectory(overrides)
     return replace(
         subject, bundle=bundle, trajectory=trajectory_from_mapping(found.state["trajectory"]) if own_sampler else None,

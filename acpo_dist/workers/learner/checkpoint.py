@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from acpo_dist.core.errors import CheckpointError
+from acpo_dist.core.types import WeightBundle
+from acpo_dist.core.weights import make_bundle
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,14 @@ class Checkpoint:
     def learner_folder(self) -> Path:
         """What the learner wrote."""
         return self.folder / LEARNER
+
+    def bundle(self, kind: str = "policy") -> WeightBundle:
+        """Trainable weights with the version that the checkpoint holds.
+
+        Args:
+            kind: `policy`, or `ema` for their moving average.
+        """
+        return make_bundle(int(self.state["version"]), load_file(self.learner_folder / f"{kind}.safetensors"))
 
     @property
     def best_iteration(self) -> int:

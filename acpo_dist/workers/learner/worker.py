@@ -22,7 +22,7 @@ from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTas
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.diffusion.prediction import add_noise, to_clean
 from acpo_dist.diffusion.sampling import guide
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.models.loading import held_dtype
 from acpo_dist.objective.anchor import anchor_error, output_drift, resolve_space
 from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, memory_remedy
@@ -346,14 +346,10 @@ class LearnerWorker:
         }
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
-        own = trainable_tensors(self.family.network)
-        if set(own) != set(weights):
-            raise CheckpointError(
-                f"the checkpoint's weights are not those of this model: {sorted(set(own) ^ set(weights))[:5]}"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
+        try:
+            copy_weights(self.family.network, weights)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
 
 
 def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:

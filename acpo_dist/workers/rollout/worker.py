@@ -16,7 +16,7 @@ from acpo_dist.core.weights import checksum
 from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.models.schedulers import make_sampler
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.rollout.errors import measure_errors
@@ -129,19 +129,12 @@ class RolloutWorker:
         Raises:
             WeightSyncError: names or shapes are not those of the trainable parameters.
         """
-        own = trainable_tensors(self.family.network)
-        if set(own) != set(bundle.tensors):
-            odd = sorted(set(own) ^ set(bundle.tensors))[:5]
-            raise WeightSyncError(
-                f"{self._name}: the bundle's names differ from the trainable parameters, such as {odd}"
-            )
-        bent = [name for name, parameter in own.items() if bundle.tensors[name].shape != parameter.shape]
-        if bent:
-            raise WeightSyncError(f"{self._name}: the bundle's shapes differ from the parameters', such as {bent[:5]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(bundle.tensors[name])
+        try:
+            copy_weights(self.family.network, bundle.tensors)
+        except ValueError as error:
+            raise WeightSyncError(f"{self._name}: weights of version {bundle.version}: {error}") from error
         self._version = bundle.version
+        own = trainable_tensors(self.family.network)
         held = {name: parameter.detach().to(bundle.tensors[name].dtype) for name, parameter in own.items()}
         return WeightAck(worker=self._name, version=bundle.version, checksum=checksum(held))
 
