@@ -144,6 +144,11 @@ def _check_algorithm(config: Config) -> None:
             f"learner.zero_stage is 3 and algorithm `{kind}` runs the sampling policy's weights in the learner, which "
             "ZeRO 3 cannot do with sharded parameters. Set learner.zero_stage to 0, 1 or 2."
         )
+    if config.rollout.every > 1 and config.data.pairs is None:
+        raise ConfigError(
+            f"rollout.every is {config.rollout.every}, and data.pairs is unset: every iteration trains on its own "
+            "rollouts then. Set rollout.every=1, or data.pairs to train on pairs of a file."
+        )
     if config.data.absolute_pairs and config.data.pairs is None:
         raise ConfigError(
             "data.absolute_pairs is true, and data.pairs is unset: there is nothing that it chooses from."

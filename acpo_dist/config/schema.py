@@ -118,6 +118,8 @@ class RolloutConfig(Section):
     """Prompts of an iteration."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Samples of each prompt; algorithms that compare samples of one prompt need 2 or more."""
+    every: int = Field(default=1, ge=1)
+    """With `data.pairs`: iterations from one set of rollouts to the next. They only serve judges and guard there."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
     """CPUs that Ray reserves per rollout worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)

@@ -14,6 +14,7 @@ from acpo_dist.data.images import real_images
 from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
+from acpo_dist.training.base_check import check_base
 from acpo_dist.training.context import RunContext
 from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.workers.learner.checkpoint import Checkpoint
@@ -47,7 +48,10 @@ class LoopState:
 def calibrate(context: RunContext, algorithm: Algorithm, guard: GuardMonitor) -> LoopState:
     """Fit a normaliser per metric on base-model samples and compute the first anchor weight."""
     config, console = context.config, context.console
-    handles, scores = score_calibration(context, "calibration")
+    handles = _generate_calibration(context, "calibration")
+    # Before the scores: a broken base model is reported as such, and not as a metric that fails on its images.
+    check_base(context, handles)
+    scores = _score(context, handles, "calibration")
     guard.calibrate(handles)
     quantile = getattr(config.algorithm, "target_quantile", None)
     normalisers = {
@@ -102,25 +106,29 @@ def _with_ceilings(
     return found
 
 
-def score_calibration(context: RunContext, label: str) -> tuple[list[RolloutHandle], ScoreTable]:
-    """Generate the calibration samples with the present weights and score them; prompts and seeds never change."""
-    config, ports, console = context.config, context.ports, context.console
+def _generate_calibration(context: RunContext, label: str) -> list[RolloutHandle]:
+    """Generate the calibration samples with the present weights; prompts and seeds never change."""
+    config = context.config
     per_prompt = config.rollout.samples_per_prompt
     groups = sample_prompts(
         context.prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
         num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
     )  # fmt: skip
     total = sum(len(group.samples) for group in groups)
-    names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
-    with console.phase(f"{label}: rollout", total) as advance:
-        handles = ports.rollout.generate(groups, advance)
-    with console.phase(f"{label}: reward", total * len(names)) as advance:
-        return handles, ports.reward.score(handles, names, advance)
+    with context.console.phase(f"{label}: rollout", total) as advance:
+        return context.ports.rollout.generate(groups, advance)
+
+
+def _score(context: RunContext, handles: Sequence[RolloutHandle], label: str) -> ScoreTable:
+    names = [*names_of(context.config.rewards.train), *names_of(context.config.rewards.judges)]
+    total = sum(len(handle.sample_ids) for handle in handles) * len(names)
+    with context.console.phase(f"{label}: reward", total) as advance:
+        return context.ports.reward.score(handles, names, advance)
 
 
 def measure_gain(context: RunContext, state: LoopState) -> dict[str, float]:
     """Mean normalised score of the present weights on the calibration prompts and seeds, where the base model has 0."""
-    _, scores = score_calibration(context, "gain")
+    scores = _score(context, _generate_calibration(context, "gain"), "gain")
     return {
         f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
         for name, normaliser in state.normalisers.items()

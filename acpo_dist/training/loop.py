@@ -111,32 +111,38 @@ class Trainer:
         )
 
     def iterate(self) -> dict[str, float]:
-        """Run one rollout, reward, update and sync cycle, and return its metrics."""
+        """Run one rollout, reward, update and sync cycle, and return its metrics.
+
+        Training on pairs of a data set needs no rollouts: judges and guard get them every `rollout.every` iterations.
+        """
         config, ports, state = self._config, self._ports, self._state
         clock = PhaseClock()
         groups = sample_prompts(
             self._prompts, iteration=state.iteration, run_seed=config.run.seed,
             num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
         )  # fmt: skip
-        total = sum(len(group.samples) for group in groups)
-        with clock.phase("rollout"), self._console.phase("rollout", total) as advance:
-            handles = ports.rollout.generate(groups, advance)
-        names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
-        with clock.phase("reward"), self._console.phase("reward", total * len(names)) as advance:
-            scores = ports.reward.score(handles, names, advance)
+        handles: list[RolloutHandle] = []
+        scores: ScoreTable = {}
+        if self._needs_rollouts:
+            total = sum(len(group.samples) for group in groups)
+            with clock.phase("rollout"), self._console.phase("rollout", total) as advance:
+                handles = ports.rollout.generate(groups, advance)
+            names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
+            with clock.phase("reward"), self._console.phase("reward", total * len(names)) as advance:
+                scores = ports.reward.score(handles, names, advance)
         selection = self._select(groups, handles, scores)
         task = self._task(selection)
         with clock.phase("learn"), self._console.phase("learn", len(task.sample_ids)) as advance:
             report = ports.learner.train(handles, task, advance)
         with clock.phase("probe"):
-            probe = self._guard.probe(ports.learner, handles)
+            probe = self._guard.probe(ports.learner, handles) if handles else {}
         self._folder.require_ours()
         if report.skipped:
             self._record_skipped(report, handles)
         moved = report.optim_steps > 0
         drift = drift_of(config, report.metrics) if moved else state.drift
         metrics = {
-            **score_metrics(config, scores, state.normalisers),
+            **(score_metrics(config, scores, state.normalisers) if handles else {}),
             **report.metrics,
             **selection.metrics,
             "anchor/weight": state.controller.weight,
@@ -148,19 +154,21 @@ class Trainer:
         }
         if state.controller.budget is not None:
             metrics["drift/budget"] = state.controller.budget
-        with clock.phase("guard"):
-            decision = self._guard.check(
-                state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5, probe=probe
-            )
+        if handles:
+            with clock.phase("guard"):
+                decision = self._guard.check(
+                    state.iteration, handles, scores, state.normalisers, drift_rms=drift**0.5, probe=probe
+                )
+            metrics |= decision.to_metrics()
         # Rolled-back weights are never published: the workers keep the weights of the iteration before.
-        if decision.action != "roll_back":
+        if self._ended is None or self._ended.action != "roll_back":
             with clock.phase("sync"):
                 ports.weights.publish(state.version + 1)
             state.version += 1
         if moved:
             state.controller, state.drift = state.controller.update(drift), drift
         state.iteration += 1
-        return metrics | decision.to_metrics() | {"sync/version": float(state.version)} | clock.metrics()
+        return metrics | {"sync/version": float(state.version)} | clock.metrics()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present iteration; an incomplete one is removed if writing fails."""
@@ -192,6 +200,12 @@ class Trainer:
         path = self._folder.samples / f"{self._state.iteration:06d}.png"
         save_grid(self._ports.rollout.images(handles, ids), path, columns=min(8, len(ids)))
         self._ports.tracker.log_image("samples", self._state.iteration, path)
+
+    @property
+    def _needs_rollouts(self) -> bool:
+        config, iteration = self._config, self._state.iteration
+        last = iteration == config.run.iterations - 1
+        return self._ports.pairs is None or iteration % config.rollout.every == 0 or last
 
     @property
     def _ended(self) -> Decision | None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
@@ -137,6 +138,22 @@ def test_a_run_on_pairs_skips_a_broken_image_and_counts_it(tiny, tmp_path):
     assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 4
     assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["drift/rms"] > 0
+
+
+def test_rollouts_only_every_few_iterations_train_the_same_weights_on_pairs(tiny, tmp_path):
+    path, weights, rows = pair_file(tmp_path / "pairs.parquet", [{} for _ in range(4)]), {}, {}
+    for every in (1, 3):
+        root = tmp_path / str(every)
+        drive(
+            tiny("algorithm={type: dpo}", f"data.pairs={path}", "run.iterations=3", f"run.dir={root}",
+                 f"rollout.every={every}", "rollout.prompts_per_iteration=8"),
+            open_ports, Console(quiet=True),
+        )  # fmt: skip
+        weights[every] = load_file(root / "checkpoints/000003/learner/policy.safetensors")
+        rows[every] = read_metrics(root / "metrics.jsonl")
+    assert all(torch.equal(value, weights[3][name]) for name, value in weights[1].items())
+    assert ["judge/strided_judge/mean" in row for row in rows[3]] == [True, False, True, False]
+    assert rows[3][1]["drift/rms"] == rows[1][1]["drift/rms"]
 
 
 # From images on disk

@@ -15,6 +15,9 @@ from acpo_dist.models.loading import looks_local
 from acpo_dist.preflight.doctor.finding import Finding
 from acpo_dist.preflight.doctor.storage import check_runs
 from acpo_dist.preflight.plan.plan import make_plan
+from acpo_dist.training.base_check import FATAL, describe_problems
+from acpo_dist.training.context import fixed_groups
+from acpo_dist.training.local import LocalRollouts, default_device
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from acpo_dist.workers.reward.canary import Canary
@@ -22,6 +25,7 @@ from acpo_dist.workers.reward.wire import pack, unpack
 from acpo_dist.workers.reward.worker import RewardWorker
 
 _GIB = 2**30
+_BASE_SAMPLES = 8
 _SAVED_BYTES = 16
 """Per trainable weight in a checkpoint: itself, its average and Adam's two moments in float32."""
 
@@ -90,6 +94,26 @@ def check_data(config: Config) -> Iterator[Finding]:
     if config.data.pairs is not None:
         counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
         yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def check_base_samples(config: Config) -> Iterator[Finding]:
+    """Samples of the base model, checked as at the start of a run; only where a few of them take seconds."""
+    device = default_device()
+    quick = config.model.path.startswith("toy-") or (device == "cuda" and looks_local(config.model.path))
+    if config.model.path == "train" or not quick:
+        yield Finding("base samples", "note", "checked by the run before it trains; its samples/base.png shows them")
+        return
+    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    groups = fixed_groups(config, prompts, _BASE_SAMPLES, stream="doctor")
+    rollouts = LocalRollouts(config, device=device)
+    handles = rollouts.generate(groups)
+    images = rollouts.images(handles, [plan.sample_id for group in groups for plan in group.samples])
+    problems = describe_problems(images, rollouts.final_latents(groups[:4], rollouts.trajectory()), config)
+    for name, text in problems.items():
+        found, _, advice = text.partition("; ")
+        yield Finding("base samples", "failed" if name in FATAL else "warning", found, advice)
+    if not problems:
+        yield Finding("base samples", "ok", f"{_BASE_SAMPLES} samples look like images (no noise, no single colour)")
 
 
 def check_rewards(config: Config) -> Iterator[Finding]:
