@@ -64,10 +64,18 @@ class SamplerConfig(Section):
     """Noise of `ddim` steps: 0 deterministic, 1 as much as DDPM's posterior. Policy gradients need it above 0."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Classifier-free guidance; 1 or less runs the conditional branch alone."""
-    t_max: float = Field(default=0.3, gt=0, le=1)
-    """Largest training timestep as a share of the noise schedule: late steps only, so that composition stays."""
+    t_max: float | None = Field(default=None, gt=0, le=1)
+    """Largest training timestep as a share of the noise schedule. None is 0.3, late steps only, so that composition
+    stays; with `eta` above 0 it is 1, since a policy gradient sums over all transitions."""
     late_per_sample: int = Field(default=4, ge=1)
     """States kept per sample among the steps at or below t_max, spread evenly."""
+
+    @property
+    def latest_share(self) -> float:
+        """`t_max`, or its default."""
+        if self.t_max is not None:
+            return self.t_max
+        return 1.0 if self.eta > 0 else 0.3
 
     def guidance_for(self, *, conditional: bool) -> float:
         """The scale that rollouts use: 1, the conditional branch alone, where there is nothing to guide."""

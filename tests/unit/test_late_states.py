@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import LateLatents, RolloutBatch
@@ -15,11 +16,13 @@ from acpo_dist.workers.learner.samples import SampleStore
 ALPHA_BARS = torch.linspace(0.999, 0.001, 1000, dtype=torch.float64)
 
 
-def make_store(trajectory) -> SampleStore:
+def make_store(trajectory, *, stochastic: bool = False) -> SampleStore:
     late = tuple(
         LateLatents(
             denoise_step=step, timestep=trajectory.timesteps[step], alpha_bar=trajectory.alpha_bars[step],
             width=trajectory.width(step), latents_BCHW=torch.zeros(1, 1, 1, 1),
+            following_BCHW=torch.zeros(1, 1, 1, 1) if stochastic else None,
+            following_alpha_bar=trajectory.alpha_bars[step + 1],
         )
         for step in range(trajectory.num_steps)
     )  # fmt: skip
@@ -38,6 +41,23 @@ def test_a_state_is_taken_as_often_as_its_step_covers_timesteps(timesteps):
         expected = (timestep - after) / 1000
         error = (expected * (1 - expected) / len(keys)) ** 0.5
         assert abs(float((taken == timestep).double().mean()) - expected) < 4 * error
+
+
+@pytest.mark.parametrize("timesteps", [[999, 949, 899, 500, 100, 20], [999, 300, 299, 4]])
+def test_every_transition_that_has_a_density_is_taken_equally_often(timesteps):
+    keys = [derive_seed("test", index) for index in range(20_000)]
+    store = make_store(explicit_trajectory(ALPHA_BARS, timesteps), stochastic=True)
+    taken = store.late(["a"] * len(keys), keys, stochastic=True).timesteps_B
+    # The last step ends clean and has none.
+    expected = 1 / (len(timesteps) - 1)
+    error = (expected * (1 - expected) / len(keys)) ** 0.5
+    for timestep in timesteps[:-1]:
+        assert abs(float((taken == timestep).double().mean()) - expected) < 4 * error
+
+
+def test_a_policy_gradient_trains_on_all_transitions_unless_told_otherwise():
+    assert SamplerConfig(eta=1.0).latest_share == 1.0 and SamplerConfig().latest_share == 0.3
+    assert SamplerConfig(eta=1.0, t_max=0.4).latest_share == 0.4
 
 
 def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():

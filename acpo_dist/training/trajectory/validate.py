@@ -120,7 +120,7 @@ def consider(
         candidate = trajectory_metrics(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
             break
-        if candidate.timesteps[-1] > config.sampler.t_max * len(alpha_bars):
+        if candidate.timesteps[-1] > config.sampler.latest_share * len(alpha_bars):
             logger.info("trust %.3g: no step at or below sampler.t_max is left", trust)
             trust /= 2
             continue

@@ -49,19 +49,24 @@ class SampleStore:
         return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
 
     def late(self, ids: Sequence[str], keys: Sequence[int], *, stochastic: bool = False) -> LateStates:
-        """One of each sample's kept late states, chosen by the sample's key, in proportion to the timesteps it covers.
+        """One of each sample's kept late states, chosen by the sample's key.
 
-        So what is trained, and the drift that is measured, is a mean over timesteps whatever the trajectory's spacing.
+        A state is chosen in proportion to the timesteps that its step covers: the objective and the measured drift are
+        means over timesteps whatever the trajectory's spacing. Transitions are chosen with equal probability: a policy
+        gradient is a sum over the steps, each with weight 1.
 
         Args:
-            stochastic: choose among the steps that have a density, and give the states after them too.
+            ids: samples.
+            keys: random integer per sample.
+            stochastic: choose a transition, among the steps that have a density, and return the states after them too.
         """
         chosen: list[tuple[LateLatents, int]] = []
         for sample_id, key in zip(ids, keys, strict=True):
             batch, row = self._at[sample_id]
             kept = [late for late in batch.late if not stochastic or late.following_alpha_bar < 1]
             # The low bits choose the image of the data batch; these choose the state.
-            chosen.append((_take(kept, (key >> 32) % 2**24 / 2**24), row))
+            widths = [1.0 if stochastic else late.width for late in kept]
+            chosen.append((kept[_take(widths, (key >> 32) % 2**24 / 2**24)], row))
         following = [late.following_BCHW[row] for late, row in chosen if late.following_BCHW is not None]
         levels = torch.tensor([late.following_alpha_bar for late, _ in chosen], dtype=torch.float64)
         return LateStates(
@@ -113,7 +118,7 @@ def last_steps(batch: RolloutBatch) -> list[LateLatents]:
     return found
 
 
-def _take(kept: Sequence[LateLatents], share: float) -> LateLatents:
-    """The state in which this share (0 to below 1) of all the widths ends."""
-    ends = list(accumulate(late.width for late in kept))
-    return kept[bisect_right(ends, share * ends[-1])]
+def _take(widths: Sequence[float], share: float) -> int:
+    """Index of the entry in which this share (0 to below 1) of all the widths ends."""
+    ends = list(accumulate(widths))
+    return bisect_right(ends, share * ends[-1])

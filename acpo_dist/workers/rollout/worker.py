@@ -68,7 +68,7 @@ class RolloutWorker:
         """
         sampler, trajectory = self._sampler, self.trajectory
         try:
-            late = trajectory.late_steps(sampler.t_max, len(self.family.alpha_bars), sampler.late_per_sample)
+            late = trajectory.late_steps(sampler.latest_share, len(self.family.alpha_bars), sampler.late_per_sample)
         except ValueError as error:
             raise ConfigError(f"sampler.t_max: {error}") from error
         if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
