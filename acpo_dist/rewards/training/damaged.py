@@ -35,7 +35,7 @@ def native_images(path: Path, column: str, most: int | None = None) -> Sequence[
     """
     first = next(iter(read_images([path], column=column)))[1]
     if min(first.shape[1:]) < PATCH or tuple(first.shape[1:]) == (PATCH, PATCH):
-        return load_images(path, column, most, PATCH).tensor
+        return list(load_images(path, column, most, PATCH).tensor)
     images: list[Tensor] = []
     small = used = 0
     for number, (_, image) in enumerate(read_images([path], column=column)):
