@@ -1,4 +1,4 @@
-"""`acpo plan`: what a run needs, before a device is touched."""
+"""`acpo plan`: resources that a run needs, without using a device."""
 
 from typing import Annotated, Any
 
@@ -15,10 +15,10 @@ def plan(
     ] = None,
     device: Annotated[str, typer.Option(help="h200, h100, a100-80, a100-40, l40s, rtx4090, cpu or auto.")] = "auto",
     price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour, in any currency.")] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to hold the plan against, such as auto.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to compare the plan with, such as auto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Work out parameters, memory by role, batches and time of a run, and warn before it runs out of memory."""
+    """Show parameters, memory by role, batches and time of a run, and warn if it will run out of memory."""
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
     from acpo_dist.preflight.plan.plan import make_plan
@@ -60,7 +60,7 @@ def _text(found: dict[str, Any], iterations: int) -> str:
     seconds = found["seconds"]
     lines += [
         "",
-        f"device: {device['name']}, {limit}; needed with what the library takes: {needs} GiB",
+        f"device: {device['name']}, {limit}; needed with library overhead: {needs} GiB",
         "batch: {samples_per_iteration} samples, {optimizer_steps} optimiser steps of {global_batch} = {micro_batch} x "
         "{accumulation} x {ranks} ranks".format(**found["batch"]),
         f"time: about {found['seconds_per_iteration']:.3g} s per iteration (rollout {seconds['rollout']:.3g}, reward "

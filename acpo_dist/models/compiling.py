@@ -1,4 +1,4 @@
-"""torch.compile of the blocks that a U-Net repeats: one compilation serves all that are alike."""
+"""torch.compile of the blocks that a U-Net repeats: one compilation serves all blocks of a kind."""
 
 import torch
 from diffusers import UNet2DConditionModel

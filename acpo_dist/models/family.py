@@ -1,4 +1,4 @@
-"""What a model family must offer; rollout, learner and reward workers know nothing else of a model."""
+"""The interface of model families that rollout, learner and reward workers use."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,7 +28,7 @@ class Condition:
         return Condition(mixed)
 
     def join(self, other: "Condition") -> "Condition":
-        """Both batches, one after the other."""
+        """Concatenate two batches."""
         return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
 
 
@@ -44,7 +44,7 @@ class Denoiser(Protocol):
     """The part of a loaded model that a learner runs: network, anchor and conditioning."""
 
     network: nn.Module
-    """What trains: given to the optimiser or to DeepSpeed whole."""
+    """The network that trains, as the optimiser or DeepSpeed gets it."""
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     prediction_type: str
@@ -60,7 +60,7 @@ class Denoiser(Protocol):
         ...
 
     def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` answers with the frozen base model."""
+        """While active, `predict` runs the frozen base model."""
         ...
 
     def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
@@ -84,10 +84,10 @@ class ModelFamily(Denoiser, Protocol):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuse, without loading anything, a path that cannot be a model.
+        """Refuse a path that cannot be a model, without loading anything.
 
         Raises:
-            ModelError: says what was expected there.
+            ModelError: found and expected kind of path.
         """
         ...
 

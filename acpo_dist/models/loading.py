@@ -1,4 +1,4 @@
-"""Where a model comes from: an embedded toy, a folder, or a hub id; and errors that say what to do."""
+"""Locate and load models: embedded toys, pipeline folders and hub ids."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def resolve_path(path: str) -> str:
 
 
 def embedded_models() -> list[str]:
-    """Names of the toys that the package brings."""
+    """Names of the embedded toys."""
     return sorted(entry.name for entry in _EMBEDDED.glob("toy-*"))
 
 
@@ -120,7 +120,7 @@ def _needed_files(kind: str) -> tuple[tuple[str, ...], str | None]:
 
 
 def _missing_words(folder: Path) -> list[str]:
-    """A CLIP tokenizer without its words loads all the same, and takes every prompt for the same one."""
+    """Missing vocabulary files: without them a CLIP tokenizer loads and encodes every prompt alike."""
     if (folder / "tokenizer.json").is_file():
         return []
     return [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
@@ -168,7 +168,7 @@ def load_part(
 
 
 def _advice(error: BaseException, path: str) -> str:
-    """What to do, from what the hub's client says underneath."""
+    """Remedy, by the underlying error of the hub client."""
     if Path(path).exists():
         return "Check that the download is whole, and that the folder is of this kind of model."
     causes = list(_chain(error))
@@ -178,7 +178,7 @@ def _advice(error: BaseException, path: str) -> str:
             f"`hf download {path}`."
         )
     if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
-        return "There is no such revision: check model.revision."
+        return "The revision does not exist: check model.revision."
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return (
             "The hub has no such model, or you may not read it: check the name, or `hf auth login`; then "

@@ -1,4 +1,4 @@
-"""Embeddings of prompts: remembered, kept on disk, or made by text encoders that may be freed in between."""
+"""Prompt embeddings: cached in memory and on disk; text encoders may be freed between uses."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from acpo_dist.models.loading import load_part
 REMEMBERED = 1024
 """Prompts whose embeddings stay on the device (0.3 MB each for SDXL in bfloat16)."""
 _WHOLE = 64 << 20
-"""Files up to this size are read whole to tell them apart, larger ones in blocks."""
+"""Files up to this size are hashed whole, larger ones in blocks."""
 _BLOCK, _BLOCKS = 64 << 10, 1024
 
 
@@ -32,7 +32,7 @@ class Encoder:
     model: Any
 
     def __call__(self, prompt: str, *, hidden: bool = False) -> Any:
-        """The model's output for one prompt, cut and padded as diffusers does it."""
+        """Output of the text model for one prompt, truncated and padded as in diffusers."""
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
@@ -83,9 +83,9 @@ class PromptEmbeddings:
 
         Args:
             load: loads the encoders.
-            embed: asks them.
+            embed: runs them on one prompt.
             folder: keeps one file per prompt; None keeps nothing on disk.
-            free: load the encoders only for prompts that are not known yet, and free them afterwards.
+            free: load the encoders only for prompts that are not cached, and free them afterwards.
         """
         self._load, self._embed, self._device = load, embed, device
         self.folder, self._free = folder, free
@@ -94,7 +94,7 @@ class PromptEmbeddings:
 
     @property
     def resident(self) -> bool:
-        """Whether the encoders are in memory now."""
+        """Whether the encoders are in memory."""
         return self._encoders is not None
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class PromptEmbeddings:
         return {name: torch.cat([found[prompt][name] for prompt in prompts]) for name in names}
 
     def fill(self, prompts: Sequence[str], advance: Callable[[int], None] | None = None) -> int:
-        """Write what the folder lacks of these prompts; what is there and readable is left as it is.
+        """Write the embeddings of these prompts that the folder lacks.
 
         Returns:
             Number of prompts that had to be encoded.
@@ -156,7 +156,7 @@ class PromptEmbeddings:
         try:
             return load_file(self._path(prompt), device=self._device)
         except (SafetensorError, OSError):
-            # Cut short by something that writes less carefully than we do: made again.
+            # Truncated by another writer: encode again.
             return None
 
     def _path(self, prompt: str) -> Path:
@@ -165,7 +165,7 @@ class PromptEmbeddings:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], prompt: str) -> None:
-    """Whole or not at all, whoever else writes the same prompt at the same time."""
+    """Write atomically; several processes may write the same prompt."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{secrets.token_hex(8)}.partial")
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata={"prompt": prompt})
@@ -173,9 +173,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], prompt: str) -> None:
 
 
 def fingerprint(folder: str, parts: Sequence[str], **facts: Any) -> str:
-    """Name of an embedding folder: changes with what the files of the text parts hold, and with all else that is named.
+    """Name of an embedding folder: a hash of the contents of the text parts' files and of `facts`.
 
-    Times of files say nothing: a copy keeps them or not, whatever it holds.
+    File times are not used, since a copy of a model may keep them or not.
     """
     found = []
     for part in parts:
@@ -188,7 +188,7 @@ def fingerprint(folder: str, parts: Sequence[str], **facts: Any) -> str:
 def _content(path: Path) -> str:
     """SHA-256 of a file's size and bytes; of a large one, of blocks spread evenly from its first byte to its last.
 
-    Training moves all weights of a text encoder, or a layer at least, and a layer is larger than the gaps.
+    Training changes at least one layer, which is larger than the gaps between blocks.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

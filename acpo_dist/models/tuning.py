@@ -1,4 +1,4 @@
-"""LoRA or full fine-tuning, and the anchor that goes with each."""
+"""LoRA and full fine-tuning with their anchors."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,7 @@ class TunedNetwork:
         """
         self.network = network
         self.active: nn.Module = network
-        """The network that answers now: the policy, or the base within `anchored`."""
+        """The network of `predict`: the policy, or the base model within `anchored`."""
         self.method = config.method
         self._copy: nn.Module | None = None
         self._scale = (config.alpha or config.rank) / config.rank
@@ -67,12 +67,12 @@ class TunedNetwork:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the frozen weights of whatever answers now; adapters may be wider."""
+        """Type of the frozen weights of the active network; adapters may be wider."""
         return next(parameter for parameter in self.active.parameters()).dtype
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """While active, the frozen base answers: the copy, or the network with its adapters off.
+        """While active, the frozen base model runs: the copy, or the network with its adapters off.
 
         Raises:
             RuntimeError: full fine-tuning, loaded without a copy.

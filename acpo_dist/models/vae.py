@@ -1,4 +1,4 @@
-"""The VAE of latent models: from scaled latents to pixels, with the switches that save memory."""
+"""The VAE of latent models, with the settings that save memory."""
 
 import functools
 from collections.abc import Callable
@@ -26,13 +26,13 @@ class VaeDecoder:
     def __init__(
         self, vae: AutoencoderKL, *, checkpointing: bool = False, slicing: bool = False, tiling: bool = False
     ) -> None:
-        """Take a loaded VAE; its encoder may be absent.
+        """Use a loaded VAE; its encoder may be absent.
 
         Args:
             checkpointing: recompute the decoder's layers in the backward pass.
-            slicing: decode one sample after the other where no gradient is wanted.
-            tiling: decode in overlapping tiles where no gradient is wanted; the image differs a little from one that
-                is decoded whole, since normalisation sees a tile at a time.
+            slicing: decode samples one by one if no gradient is needed.
+            tiling: decode in overlapping tiles if no gradient is needed; the image differs a little from one decoded
+                whole, since normalisation is per tile.
         """
         self.vae: Any = vae
         self._slicing, self._tiling = slicing, tiling
@@ -88,7 +88,7 @@ class VaeDecoder:
 
 
 def recompute_layers(decoder: nn.Module) -> None:
-    """Keep the inputs of residual layers and upsamplers alone for the backward pass.
+    """Recompute residual layers and upsamplers in the backward pass and keep their inputs only.
 
     diffusers' own switch recomputes whole blocks, and the last one of SDXL's holds 10 GiB per 1024 px image while it
     does: three residual layers at full resolution.
@@ -139,7 +139,7 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
 
 
 def _moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor] | None:
-    """Per-channel mean and deviation of the latents, which a few VAEs state."""
+    """Per-channel mean and standard deviation of the latents, if the VAE's configuration has them."""
     mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return None

@@ -280,7 +280,7 @@ def test_a_run_that_does_not_fit_gets_a_warning_with_remedies(monkeypatch):
     small = Device(name="small", memory_gib=1.02, peak_tflops={"float32": 1.0})
     monkeypatch.setitem(DEVICES, "h100", small)
     plan = make_plan(load_config("toy_sdxl", ["model.image_size=128"]), device="h100")
-    assert plan.warnings[0].startswith("out of memory ahead") and "Try " in plan.warnings[0]
+    assert plan.warnings[0].startswith("out of memory") and "Try " in plan.warnings[0]
     fits = planned("toy_sdxl", device="h200")
     assert not any("out of memory" in text for text in fits.warnings)
 

@@ -1,1 +1,1 @@
-"""What a run will need, worked out before it starts: parameters, memory per role, arithmetic and time."""
+"""Resources of a run before it starts: parameters, memory per role, operations and time."""

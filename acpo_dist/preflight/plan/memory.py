@@ -1,4 +1,4 @@
-"""Bytes that one worker of each role holds: weights and optimiser by arithmetic, the rest from the traced phases."""
+"""Memory of one worker per role: weights and optimiser by arithmetic, activations from the traced phases."""
 
 from dataclasses import asdict, dataclass
 
@@ -9,7 +9,7 @@ BUCKET = 500_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """GiB of one worker."""
+    """Memory of one worker in GiB."""
 
     weights: float
     gradients: float = 0.0
@@ -19,7 +19,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it at the worst moment."""
+        """Sum of all parts at the peak."""
         return self.weights + self.gradients + self.optimizer + self.anchor + self.activations
 
     def to_mapping(self) -> dict[str, float]:
@@ -29,7 +29,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerState:
-    """What decides over the learner's static bytes."""
+    """What the learner's memory for weights, gradients and optimiser depends on."""
 
     frozen: int
     """Parameters of the network that do not train."""
@@ -42,13 +42,13 @@ class LearnerState:
     eight_bit: bool = False
     """Whether moments take 8 bits per element and a float32 scale per 256."""
     offloaded: bool = False
-    """Whether moments and masters are in the host's memory."""
+    """Whether moments and float32 masters are in host memory."""
     narrow: bool
-    """Whether DeepSpeed holds the network in bfloat16, with float32 masters beside it."""
+    """Whether DeepSpeed holds the network in bfloat16, with float32 masters."""
 
 
 def learner_state(state: LearnerState) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer) in bytes of one rank.
+    """Bytes of one rank as (weights, gradients, optimizer).
 
     Plain torch: gradients as the parameters, two float32 moments. DeepSpeed: stage 1 shards moments and float32
     masters, stage 2 gradients too, stage 3 weights too; gradients pass through a bucket.

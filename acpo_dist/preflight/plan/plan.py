@@ -1,4 +1,4 @@
-"""From a configuration to what it needs: parameters, memory by role, batches, time, and warnings in time."""
+"""Parameters, memory by role, batches, time and warnings of a configuration."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from acpo_dist.preflight.plan.warnings import warnings_for
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run needs."""
+    """Resources that a run needs."""
 
     parameters: dict[str, int]
     roles: dict[str, Memory]
@@ -36,17 +36,17 @@ class Plan:
     """Per sample, by computation."""
     device: Device
     needed_gib: dict[str, float]
-    """Per device at worst: of each role's workers that share one, of several roles' (`shared`), or of the one process
-    that holds all of them (`all`)."""
+    """Peak per device: of the workers of a role that share one, of workers of several roles (`shared`), or of the one
+    process that holds all roles (`all`)."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def seconds_per_iteration(self) -> float:
-        """One after the other, as the on-policy loop runs them."""
+        """Sum of the phases, which the on-policy loop runs one after the other."""
         return sum(self.seconds.values())
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data."""
+        """JSON-compatible data."""
         return {
             "parameters": self.parameters,
             "roles": {
@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Traced:
-    """The phases, each with the number of samples that it was traced for."""
+    """Traces of the phases."""
 
     step: Trace
     decode: Trace
@@ -73,7 +73,7 @@ class _Traced:
 
 
 def make_plan(config: Config, *, device: str = "auto") -> Plan:
-    """Work out a run.
+    """Plan a run without loading a weight.
 
     Args:
         device: a key of `rates.DEVICES`, `cpu`, or `auto`.
@@ -135,7 +135,7 @@ def _count(groups: Iterable[Iterable[Tensor]]) -> int:
 
 
 def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
-    """What the phases need to know of a run."""
+    """Input of the phases for a run."""
     return phases.Setting(config=config, architecture=architecture)
 
 

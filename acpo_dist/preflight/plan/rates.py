@@ -1,4 +1,4 @@
-"""What devices hold and how fast they are: data sheets and published measurements, not this project's own."""
+"""Memory and speed of devices, from data sheets and published measurements."""
 
 import time
 from dataclasses import dataclass
@@ -7,23 +7,23 @@ import torch
 
 _GIB = 2**30
 CONTEXT_GIB = 1.0
-"""CUDA context, library workspaces and fragmentation on a GPU, beyond the tensors."""
+"""CUDA context, library workspaces and fragmentation on a GPU, in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator, or the processor."""
+    """One accelerator, or the CPU."""
 
     name: str
     memory_gib: float | None
-    """None where nothing is known of the limit."""
+    """None if the limit is not known."""
     peak_tflops: dict[str, float]
-    """Dense peak by type of arithmetic, as the data sheet has it."""
+    """Dense peak of the data sheet by type."""
     efficiency: float = 0.40
     """Share of the peak that a diffusion U-Net reaches in eager torch with fused attention."""
 
     def rate(self, dtype: str) -> float:
-        """Operations per second that are to be expected."""
+        """Expected floating-point operations per second."""
         return 1e12 * self.efficiency * self.peak_tflops.get(dtype, self.peak_tflops["float32"])
 
 
@@ -41,7 +41,7 @@ DEVICES: dict[str, Device] = {
 
 
 def device_for(name: str, *, wants_gpu: bool) -> Device:
-    """A device by name; `auto` is the GPU of this machine, else an H200 where the run wants GPUs, else the processor.
+    """A device by name; `auto` is the GPU of this machine, else an H200 if the run uses GPUs, else the CPU.
 
     Raises:
         KeyError: unknown name.
@@ -64,7 +64,7 @@ def _this_gpu() -> Device:
 
 
 def _this_processor() -> Device:
-    """One thread of this machine, timed on a matrix product: small networks reach about a third of that."""
+    """One thread of this machine, timed on a matrix product; small networks reach about a third of it."""
     size = 512
     left, right = torch.ones(size, size), torch.ones(size, size)
     torch.mm(left, right)

@@ -1,4 +1,4 @@
-"""Which workers share a GPU: what it must hold at worst, and how many GPUs a role has to compute on."""
+"""Workers that share a GPU: its peak memory, and the number of GPUs of each role."""
 
 import math
 import os
@@ -13,7 +13,7 @@ _PARTS = 1000
 
 
 def one_process(config: Config) -> bool:
-    """Whether everything is done in this process: as configured, or for `auto` where nothing asks for Ray."""
+    """Whether all roles run in this process: as configured, or for `auto` if no setting needs Ray."""
     if config.cluster.backend != "auto":
         return config.cluster.backend == "local"
     rewards = config.rewards
@@ -23,20 +23,20 @@ def one_process(config: Config) -> bool:
 
 
 def replicas_of(config: Config) -> dict[str, int]:
-    """Replicas of every metric at the start."""
+    """Replicas of every metric when the run starts."""
     metrics = (*config.rewards.train, *config.rewards.judges)
     return {entry.name: config.rewards.pool_of(entry.name).bounds[0] for entry in metrics}
 
 
 def rollout_devices(config: Config) -> int:
-    """GPUs that the rollout workers compute on at once."""
+    """Number of GPUs that rollout workers use at once."""
     if one_process(config):
         return 1
     return _devices(config.rollout.num_workers, config.rollout.num_workers * config.rollout.gpus_per_worker)
 
 
 def reward_devices(config: Config) -> dict[str, int]:
-    """GPUs that the replicas of each reward compute on at once; judges are idle then, and their share is free."""
+    """Number of GPUs that the replicas of each reward use at once; judges are idle then."""
     rewards, counts = config.rewards, replicas_of(config)
     if one_process(config):
         return {entry.name: 1 for entry in rewards.train}
@@ -52,10 +52,10 @@ def _devices(workers: int, gpus: float) -> int:
 
 
 def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> dict[str, float]:
-    """GiB per device at worst.
+    """Peak GiB per device.
 
     One process without Ray holds the tensors of all roles, and works in one of them at a time (`all`). On Ray
-    workers with a share of a GPU meet on one, of the same role or (`shared`) of several.
+    workers with a share of a GPU may share one, of the same role or (`shared`) of several.
     """
     context = CONTEXT_GIB if device.memory_gib is not None else 0.0
     if one_process(config):
@@ -84,7 +84,7 @@ def _workers(config: Config, gib: Mapping[str, float], context: float) -> dict[s
 
 
 def _fullest(workers: Iterable[tuple[float, float]]) -> float:
-    """Most GiB that these workers could need on one GPU; one with a whole GPU, or with none, is alone."""
+    """Most GiB that these workers can need on one GPU; a worker with a whole GPU, or none, is alone."""
     best = [0.0] * (_PARTS + 1)
     for share, amount in workers:
         cost = round(_PARTS * share) if 0 < share < 1 else _PARTS

@@ -1,4 +1,4 @@
-"""What a plan warns of: too little memory first, with what to change; then what it could not know."""
+"""Warnings of a plan: too little memory, with remedies, then what the plan does not count."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from acpo_dist.preflight.plan.memory import Memory
 from acpo_dist.preflight.plan.rates import Device
 
 TIGHT = 0.92
-"""Share of a device's memory above which a plan is not to be trusted to fit."""
+"""Share of a device's memory above which a plan warns; fragmentation takes the rest."""
 _WHO = {
-    "all": "one process holds everything: it",
+    "all": "one process holds all roles: it",
     "shared": "a GPU that workers of several roles share (gpus_per_worker, gpus_per_rank, gpus_per_replica)",
 }
 
@@ -18,7 +18,7 @@ _WHO = {
 def warnings_for(
     config: Config, architecture: Architecture, roles: Mapping[str, Memory], needed: Mapping[str, float], device: Device
 ) -> list[str]:
-    """Sentences, the most urgent first."""
+    """Warnings, the most urgent first."""
     found = [
         text for name, amount in needed.items() if (text := _too_much(config, name, amount, roles, device)) is not None
     ]
@@ -32,10 +32,10 @@ def warnings_for(
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
     if config.learner.offload_optimizer == "cpu":
         found.append(
-            "the optimiser is in the host's memory (12 bytes per trainable weight over all ranks) and steps there."
+            "the optimiser is in host memory (12 bytes per trainable weight over all ranks) and steps on the CPU."
         )
     if config.learner.zero_stage == 3:
-        found.append("ZeRO 3 gathers weights as it goes; what it holds at once depends on its prefetching.")
+        found.append("ZeRO stage 3 gathers weights layer by layer; its peak depends on prefetching (not counted).")
     return found
 
 
@@ -48,13 +48,13 @@ def _too_much(
     who = _WHO.get(name, f"`{name}`")
     remedies = _remedies(config, name, roles)
     return (
-        f"out of memory ahead: {who} needs about {amount:.1f} GiB, {over} the {device.memory_gib:.1f} GiB of "
+        f"out of memory: {who} needs about {amount:.1f} GiB, {over} the {device.memory_gib:.1f} GiB of "
         f"{device.name}. {remedies}"
     )
 
 
 def _remedies(config: Config, name: str, roles: Mapping[str, Memory]) -> str:
-    """What would save most, by the largest piece."""
+    """Settings that lower the memory of the largest role."""
     memory = getattr(config.model, "memory", None)
     ways: list[str] = []
     largest = name if name in roles else max(roles, key=lambda role: roles[role].total)
@@ -83,4 +83,4 @@ def _remedies(config: Config, name: str, roles: Mapping[str, Memory]) -> str:
             ways.append("model.vae_dtype=bfloat16")
     if memory is not None and not memory.free_text_encoders and largest != "reward":
         ways.append("model.memory.free_text_encoders=true")
-    return f"Try {'; '.join(ways)}." if ways else "Take a larger device."
+    return f"Try {'; '.join(ways)}." if ways else "Use a larger device."
