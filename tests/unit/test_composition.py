@@ -79,7 +79,9 @@ def in_one_graph(images: Tensor, spread: float) -> tuple[Tensor, Tensor]:
     mean = (shares * qualities).sum(0) / shares.sum()
     variance = (shares * (qualities - mean).square()).sum(0) / shares.sum()
     total = shares.sum() * (mean - spread * variance.sqrt())
-    (gradient,) = torch.autograd.grad(total.sum(), images)
+    # A reward far above the others would be pushed down: it gets slope 0 instead.
+    (slopes,) = torch.autograd.grad(total.sum(), qualities, retain_graph=True)
+    (gradient,) = torch.autograd.grad(qualities, images, slopes.clamp(min=0))
     return total.detach(), gradient
 
 
