@@ -88,7 +88,7 @@ def test_a_globally_optimal_but_bad_schedule_fails_the_proof():
         timesteps=tuple(np.interp(np.log(levels), np.log(sigmas_T), np.arange(len(sigmas_T)))),
         alpha_bars=(base.alpha_bars[0], *(1 / (1 + s * s) for s in levels[1:]), 1.0),
     )
-    result = Validation(pool, config, ("",), base, pool.alpha_bars().numpy()).judge(crowded, trust=float("nan"))
+    result = Validation(pool, config, ("",), base, pool.alpha_bars().numpy(), sums).judge(crowded, trust=float("nan"))
     assert result.ratio > 1.5
     assert pool.trajectory() == base
 
@@ -182,11 +182,11 @@ def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny,
     [([0.9, 0.9, 0.9], True), ([1.1, 1.1, 0.1], False), ([0.9, 0.9, 9.0], False), ([1.0, 1.0, 1.0], True)],
 )
 def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, new, passes):
-    config, pool, _ = measured
+    config, pool, sums = measured
     base, levels = pool.trajectory(), pool.alpha_bars().numpy()
     other = Trajectory(timesteps=base.timesteps, alpha_bars=(*base.alpha_bars[:-2], 0.99 * base.alpha_bars[-2], 1.0))
     ends = Ends(base, old=[1.0, 1.0, 1.0], new=new)
-    validation = Validation(ends, config, PROMPTS, base, levels)  # pyright: ignore[reportArgumentType]
+    validation = Validation(ends, config, PROMPTS, base, levels, sums)  # pyright: ignore[reportArgumentType]
     assert validation.judge(other, 0.25).passed == passes
 
 
