@@ -14,7 +14,7 @@ from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
-from acpo_dist.core.registry import ALGORITHMS, REWARDS, resolve
+from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, ScoredGroups, TrainTask
 from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
@@ -51,7 +51,7 @@ def calibrate(config: Config, ports: Ports, prompts: tuple[str, ...]) -> tuple[d
     normalisers = {
         entry.name: fit_normaliser(
             entry.name, list(scores[entry.name].values()), target_quantile=config.algorithm.target_quantile,
-            higher_is_better=resolve("reward", REWARDS, entry.type).direction(entry) > 0,
+            higher_is_better=entry.direction > 0,
         )
         for entry in entries
     }  # fmt: skip
