@@ -1,6 +1,8 @@
 """Sampling trajectories: explicit noise levels from noisy to clean, never derived from a spacing rule later."""
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,7 +99,7 @@ def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, ste
         ratio = total // num_steps
         timesteps = [min(index * ratio + steps_offset, total - 1) for index in reversed(range(num_steps))]
     elif spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, num_steps).round()[::-1].astype(int).tolist()
+        timesteps = [int(step) for step in np.linspace(0, total - 1, num_steps).round()[::-1]]
     elif spacing == "karras":
         return _karras_trajectory(alpha_bars_T, num_steps)
     else:
@@ -106,13 +108,26 @@ def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, ste
 
 
 def _karras_trajectory(alpha_bars_T: Tensor, num_steps: int) -> Trajectory:
-    sigmas_T = ((1 - alpha_bars_T) / alpha_bars_T).double().sqrt().cpu().numpy()
+    levels_T = [float(level) for level in alpha_bars_T.double()]
+    sigmas_T = [math.sqrt((1 - level) / level) for level in levels_T]
     noisy, clean = sigmas_T[-1] ** (1 / KARRAS_RHO), sigmas_T[0] ** (1 / KARRAS_RHO)
-    sigmas = np.linspace(noisy, clean, num_steps) ** KARRAS_RHO
-    timesteps = np.interp(np.log(sigmas), np.log(sigmas_T), np.arange(len(sigmas_T)))
+    shares = [index / max(num_steps - 1, 1) for index in range(num_steps)]
+    sigmas = [(noisy + share * (clean - noisy)) ** KARRAS_RHO for share in shares]
+    inner = [1 / (1 + sigma**2) for sigma in sigmas[1:-1]]
     # The ends keep their own bits.
-    levels = [float(alpha_bars_T[-1]), *(1 / (1 + sigmas[1:-1] ** 2)).tolist(), float(alpha_bars_T[0])][:num_steps]
-    return Trajectory(timesteps=tuple(timesteps.tolist()), alpha_bars=(*levels, 1.0))
+    levels = [levels_T[-1], *inner, levels_T[0]][:num_steps]
+    return Trajectory(timesteps=tuple(_timestep_of(sigma, sigmas_T) for sigma in sigmas), alpha_bars=(*levels, 1.0))
+
+
+def _timestep_of(sigma: float, sigmas_T: Sequence[float]) -> float:
+    """Timestep of a noise level, linear in log sigma between the training timesteps and clamped at both ends."""
+    above = bisect_left(sigmas_T, sigma)
+    if above == 0:
+        return 0.0
+    if above == len(sigmas_T):
+        return float(len(sigmas_T) - 1)
+    low, high = math.log(sigmas_T[above - 1]), math.log(sigmas_T[above])
+    return above - 1 + (math.log(sigma) - low) / (high - low)
 
 
 def explicit_trajectory(alpha_bars_T: Tensor, timesteps: Sequence[int]) -> Trajectory:

@@ -1,6 +1,7 @@
 """Architectures of the embedded toy models: SDXL's, SD 1.5's and DDPM's own classes at a thousandth of their size."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import (
@@ -195,7 +196,9 @@ def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def save_ddpm(folder: Path, unet: UNet2DModel, *, half: bool, prediction_type: str = "epsilon") -> None:
+def save_ddpm(
+    folder: Path, unet: UNet2DModel, *, half: bool, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+) -> None:
     """Write a `DDPMPipeline` folder."""
     pipeline = DDPMPipeline(
         unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
