@@ -117,7 +117,7 @@ def check_base_samples(config: Config) -> Iterator[Finding]:
 
 
 def check_rewards(config: Config) -> Iterator[Finding]:
-    """Every reward and judge scores the known image; one that trains by its gradient gives that too."""
+    """Every reward and judge scores the canary image; one that trains by its gradient gives that too."""
     training = {entry.name for entry in config.rewards.train}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for entry in (*config.rewards.train, *config.rewards.judges):
@@ -130,7 +130,7 @@ def check_rewards(config: Config) -> Iterator[Finding]:
             known = Canary(worker)
             started = time.monotonic()
             known.check()
-            found = f"scores the known image {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
+            found = f"scores the canary image {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
             if role == "reward" and config.algorithm.pathwise:
                 pixels = pack(known.image.float() / 255, "float32")
                 gradient = unpack(worker.value_and_grad(pixels, ("a photograph",)).gradient)
