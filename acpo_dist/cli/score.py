@@ -97,7 +97,7 @@ def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: lis
         return worker.score(torch.stack([image for _, image in batch]), [prompt] * len(batch))
     except WorkerError:
         raise
-    except Exception as error:  # a reward may be anybody's code; what it raises concerns the image that it was given
+    except Exception as error:  # a reward may be user code; its exception belongs to this image
         if len(batch) == 1:
             said = str(error)
             if not isinstance(error, AcpoError):

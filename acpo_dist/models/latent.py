@@ -204,7 +204,7 @@ class LatentFamily(ModelFamily):
         return None
 
     def _check_unet(self, unet: Any) -> None:
-        """Refuse a U-Net that wants what nobody here gives it."""
+        """Refuse a U-Net with inputs that the family does not provide."""
         if unet.config["in_channels"] != 4:
             raise ModelError(
                 f"model.path: the U-Net of `{self.path}` takes {unet.config['in_channels']} channels, expected 4, "

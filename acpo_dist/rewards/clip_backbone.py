@@ -70,7 +70,7 @@ class ClipBackbone:
 
     @property
     def model(self) -> Any:
-        """The transformers model, for whoever trains it."""
+        """The transformers model, for training."""
         return self._model
 
     def save(self, folder: Path) -> None:

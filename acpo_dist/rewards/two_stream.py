@@ -90,7 +90,7 @@ class TwoStream(nn.Module):
             images: (B, 3, H, W) in [0, 1], H and W at least 32; larger images are tiled, a remainder at the right
                 and lower edge is covered by a last overlapping tile.
             patches: most tiles per image. An image with more is judged by so many, drawn without bias from `seed`
-                and its size alone: the same ones in every call, whoever shares the batch.
+                and its size alone: the same in every call and batch.
 
         Returns:
             Scores of shape (B,), the mean over tiles.

@@ -173,6 +173,6 @@ def _try(wait: Callable[[], list[float]]) -> tuple[list[float], str | None]:
         return wait(), None
     except WorkerError:
         raise
-    except Exception as error:  # a judge may be anybody's code; what it raises is recorded beside the sample
+    except Exception as error:  # a judge may be user code; its exception is recorded beside the sample
         text = str(error).strip().splitlines()
         return [], f"{type(error).__name__}: {text[0] if text else 'no message'}"

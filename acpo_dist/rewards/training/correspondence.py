@@ -34,7 +34,7 @@ class Captioned:
     """uint8 RGB, each (3, H, W)."""
     prompts: list[str]
     opinions: list[float] | None
-    """How well each image matches its caption, scaled to 0 to 5; None where nobody was asked."""
+    """How well each image matches its caption, scaled to 0 to 5; None for an image without an opinion."""
 
 
 @dataclass(frozen=True, kw_only=True)
