@@ -1,1 +1,1 @@
-"""What a model is worth, on fixed prompts and seeds."""
+"""Metrics of a model on fixed prompts and seeds."""

@@ -1,4 +1,4 @@
-"""Figures of one policy on fixed prompts and seeds: rewards, judges, drift, and for the toy world the exact oracle."""
+"""Metrics of one policy on fixed prompts and seeds: rewards, judges, drift, and the exact oracle of the toy world."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from acpo_dist.core.types import PromptGroup
 from acpo_dist.data.toy.oracle import judge_exactly
 
 DRIFT_TIMESTEPS = (20, 100, 200, 300, 600, 900)
-"""Where noise-space drift is measured: late steps, where the reward acts, and early ones, which must not move."""
+"""Timesteps of the noise-space drift: late ones, where the reward acts, and early ones, which should not drift."""
 _DRIFT_SAMPLES = 96
 
 
@@ -20,15 +20,15 @@ class ArmReport:
     """Means over the evaluation samples."""
 
     scores: dict[str, float]
-    """metric name -> mean raw score."""
+    """Metric name -> mean raw score."""
     drift: float
     """Root mean square over timesteps and samples of the noise-space distance from the base model."""
     drift_by_timestep: dict[int, float]
     """Mean squared drift."""
     oracle: dict[str, float | None]
-    """Exact figures of the toy world."""
+    """Exact metrics of the toy world."""
     images: Tensor
-    """uint8 (B, 3, H, W), in the order of the prompts."""
+    """uint8 (B, 3, H, W), in prompt order."""
 
 
 def evaluate_toy_arm(
@@ -38,7 +38,15 @@ def evaluate_toy_arm(
     groups: Sequence[PromptGroup],
     metrics: Sequence[str],
 ) -> ArmReport:
-    """Draw, score and judge exactly with the weights that the workers hold now."""
+    """Sample, score and judge with the weights that the workers currently hold.
+
+    Args:
+        rollout: workers that draw the samples.
+        reward: workers that score them.
+        learner: ranks that measure the drift.
+        groups: prompts with their seeds.
+        metrics: names of the rewards and judges to report.
+    """
     handles = rollout.generate(groups)
     scores = reward.score(handles, metrics)
     ids = [plan.sample_id for group in groups for plan in group.samples]

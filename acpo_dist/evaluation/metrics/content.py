@@ -1,4 +1,4 @@
-"""What is in an image, in numbers that no network made: a hacked reward moves them far while it rises.
+"""Content statistics of images, computed without a network; reward hacking shifts them while the reward rises.
 
 Legend: N images, H W pixels.
 """
@@ -13,31 +13,31 @@ from acpo_dist.evaluation.metrics.features import as_float
 
 STATISTICS = ("edge_density", "colour_entropy", "dark_share", "saturated_share", "clipped_share", "contrast")
 _EDGE = 0.08
-"""Gradient magnitude of an edge: a step of 1 in luminance gives 0.5."""
+"""Gradient magnitude above which a pixel is on an edge: a step of 1 in luminance gives 0.5."""
 _DARK = 0.1
 _SATURATED = 0.8
 _CLIPPED = 1.5 / 255
 _LEVELS = 8
-"""Levels per colour channel of the histogram."""
+"""Number of histogram levels per colour channel."""
 
 
 def content_statistics(images: Tensor) -> dict[str, Tensor]:
-    """Statistics of each image.
+    """Compute the content statistics of each image.
 
     Args:
-        images: RGB (N, 3, H, W), uint8 or float in [0, 1] (clipped there); H and W at least 2.
+        images: RGB (N, 3, H, W), uint8 or float, clipped to [0, 1]; H and W at least 2.
 
     Returns:
-        By name, float32 (N,) on the CPU, each in [0, 1]:
+        Statistic name -> float32 (N,) on the CPU, each in [0, 1]:
             edge_density: share of pixels on an edge of the luminance (Sobel).
-            colour_entropy: entropy of the 8 x 8 x 8 RGB histogram as a share of its largest, log 512.
+            colour_entropy: entropy of the 8 x 8 x 8 RGB histogram, divided by its maximum, log 512.
             dark_share: share of pixels with luminance under 0.1.
-            saturated_share: share of pixels that are strongly coloured (HSV saturation over 0.8, value over 0.2).
-            clipped_share: share of pixels with a channel at 0 or 1, give or take one grey level of 255.
+            saturated_share: share of pixels with HSV saturation over 0.8 and value over 0.2.
+            clipped_share: share of pixels with a channel within one grey level (1/255) of 0 or 1.
             contrast: standard deviation of the luminance.
 
     Raises:
-        ValueError: not such images.
+        ValueError: `images` has another shape or type.
     """
     pixels = as_float(images).cpu()
     luminance = (pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)

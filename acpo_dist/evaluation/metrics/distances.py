@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Frechet distance and KID, each with the counts it was made from.
+"""Frechet distance and KID between two sets of features, each with its sample counts.
 
 Legend: N, M samples of the two sets, F feature width. All arithmetic is float64.
 """
@@ -13,7 +13,7 @@ from acpo_dist.core.errors import UsageError
 
 
 class SampleError(UsageError):
-    """Too few samples for a figure, or features that cannot be compared."""
+    """Too few samples for a metric, or features that cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,43 +27,46 @@ class FrechetDistance:
     width: int
     shrinkage: float
     few_samples: bool
-    """A set has fewer than 10 samples per feature: the value is biased upwards; compare only at equal counts."""
+    """Whether a set has fewer than 10 samples per feature. It biases the value upwards; compare equal counts only."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelDistance:
-    """KID: unbiased squared maximum mean discrepancy, mean and standard deviation over random subsets."""
+    """KID: unbiased squared maximum mean discrepancy, as mean and standard deviation over random subsets."""
 
     mean: float
-    """May be slightly negative: the estimator is unbiased."""
+    """Mean over subsets. It can be slightly negative because the estimator is unbiased."""
     std: float | None
-    """Over subsets, population form; None for a single subset, and where each holds a whole set: it never varies."""
+    """Population standard deviation over subsets; None for one subset, or if each contains a whole set."""
     num_a: int
     num_b: int
     subsets: int
     subset_size: int
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor, *, shrinkage: float = 0.0) -> FrechetDistance:
-    """||mu_a - mu_b||^2 + Tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
+    """Compute ||mu_a - mu_b||^2 + Tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2).
 
     Args:
         features_a: (N, F).
         features_b: (M, F).
-        shrinkage: share s in [0, 1] of each covariance that is replaced by its mean variance times the identity,
-            S <- (1 - s) S + s tr(S)/F I; states that a set with N <= F was regularised.
+        shrinkage: share s in [0, 1] of each covariance that is replaced by its mean variance times the identity:
+            S <- (1 - s) S + s tr(S)/F I. Required for sets with N <= F.
+
+    Returns:
+        The distance with both sample counts.
 
     Raises:
-        SampleError: a set has fewer than F + 1 samples, so that its covariance is singular, and `shrinkage` is 0; or
-            the features are not two finite matrices of one width.
+        SampleError: a set has fewer than F + 1 samples (singular covariance) and `shrinkage` is 0, or the features are
+            not two finite matrices of equal width.
 
     Source: Dowson and Landau 1982; Heusel et al. 2017.
     """
@@ -83,7 +86,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor, *, shrinkage: float
     root = _symmetric_root(covariance_a)
     cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
     value = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
-    # Rounding alone can take equal sets below zero.
+    # Rounding errors can make the distance of equal sets negative.
     return FrechetDistance(
         value=max(0.0, float(value)), num_a=len(a), num_b=len(b), width=width, shrinkage=shrinkage,
         few_samples=fewest < 10 * width,
@@ -93,17 +96,20 @@ def frechet_distance(features_a: Tensor, features_b: Tensor, *, shrinkage: float
 def kid(
     features_a: Tensor, features_b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Kernel distance with (x.y / F + 1)^3, each subset drawn without replacement from either set.
+    """Compute the kernel distance with the kernel (x.y / F + 1)^3.
 
     Args:
         features_a: (N, F).
         features_b: (M, F).
-        subsets: how many.
-        subset_size: samples of either set in one; at least 2 and at most min(N, M).
-        seed: of the subsets.
+        subsets: number of random subsets, each drawn without replacement.
+        subset_size: samples per subset and set; at least 2 and at most min(N, M).
+        seed: seed of the subsets.
+
+    Returns:
+        The distance with its spread and counts.
 
     Raises:
-        SampleError: a set is smaller than `subset_size`, a setting is out of range, or the features do not fit.
+        SampleError: a set is smaller than `subset_size`, an argument is out of range, or the features do not match.
 
     Source: Binkowski et al. 2018, unbiased estimator.
     """
@@ -132,10 +138,18 @@ def kid(
 
 
 def check_features(features: Tensor, *, minimum: int, name: str = "features") -> Tensor:
-    """A finite matrix (N, F) in float64.
+    """Convert features to float64 and validate them.
+
+    Args:
+        features: (N, F).
+        minimum: smallest accepted N.
+        name: name of the features in error messages.
+
+    Returns:
+        Finite matrix (N, F), float64.
 
     Raises:
-        SampleError: another shape, a value that is not finite, or fewer than `minimum` rows.
+        SampleError: another shape, a non-finite value, or fewer than `minimum` rows.
     """
     if features.ndim != 2 or features.shape[1] == 0:
         raise SampleError(f"{name} must be a matrix (samples, features), found shape {tuple(features.shape)}")
@@ -148,10 +162,13 @@ def check_features(features: Tensor, *, minimum: int, name: str = "features") ->
 
 
 def check_pair(features_a: Tensor, features_b: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
-    """Two finite float64 matrices of one width.
+    """Convert two sets of features to float64 and validate them.
+
+    Returns:
+        Finite matrices (N, F) and (M, F), float64.
 
     Raises:
-        SampleError: as `check_features`, or widths differ.
+        SampleError: as `check_features`, or the widths differ.
     """
     a = check_features(features_a, minimum=minimum, name="first set")
     b = check_features(features_b, minimum=minimum, name="second set")
@@ -178,7 +195,7 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
 def _unbiased_mmd(a: Tensor, b: Tensor) -> Tensor:
     count = len(a)
     within_a, within_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    # A sample is not compared with itself: that is what makes the estimator unbiased.
+    # The unbiased estimator excludes the diagonal, where a sample is compared with itself.
     within = (within_a.sum() - within_a.trace() + within_b.sum() - within_b.trace()) / (count * (count - 1))
     return within - 2 * between.mean()
 

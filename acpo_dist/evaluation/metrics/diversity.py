@@ -1,4 +1,4 @@
-"""Diversity: distance between samples of one prompt, and the Vendi score on features that noise cannot fool."""
+"""Diversity: distance between samples of one prompt, and the Vendi score on features that ignore noise."""
 
 import math
 from collections.abc import Sequence
@@ -15,31 +15,34 @@ from acpo_dist.evaluation.metrics.manifold import exact_distances
 
 @dataclass(frozen=True, kw_only=True)
 class PromptDiversity:
-    """How far apart samples of the same prompt are."""
+    """Distances between samples of the same prompt."""
 
     mean_distance: float
     """Mean over prompts of the mean pairwise distance, in feature units."""
     by_prompt: dict[str, float]
     num_prompts: int
-    """Prompts with at least two samples."""
+    """Number of prompts with at least two samples."""
     num_left_out: int
-    """Prompts with one sample, which say nothing."""
+    """Number of prompts with one sample; they are excluded."""
     num_samples: int
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def within_prompt_diversity(features: Tensor, prompts: Sequence[str]) -> PromptDiversity:
-    """Mean pairwise Euclidean distance between samples of the same prompt; every prompt counts the same.
+    """Compute the mean pairwise Euclidean distance between samples of the same prompt; prompts have equal weight.
 
     Args:
         features: (N, F).
         prompts: N prompts, or their ids.
 
+    Returns:
+        The distance in feature units, with the number of prompts.
+
     Raises:
-        SampleError: counts differ, no prompt has two samples, or features that are not finite.
+        SampleError: the counts differ, no prompt has two samples, or a feature is not finite.
     """
     wide = check_features(features, minimum=2)
     if len(prompts) != len(wide):
@@ -60,23 +63,32 @@ def within_prompt_diversity(features: Tensor, prompts: Sequence[str]) -> PromptD
 
 
 def mean_pairwise_distance(features: Tensor) -> float:
-    """Mean Euclidean distance over all pairs of a set (N, F).
+    """Compute the mean Euclidean distance over all pairs of a set.
+
+    Args:
+        features: (N, F).
+
+    Returns:
+        The distance in feature units.
 
     Raises:
-        SampleError: fewer than two samples, or features that are not finite.
+        SampleError: fewer than two samples, or a feature is not finite.
     """
     wide = check_features(features, minimum=2)
     return float(exact_distances(wide, wide).sum()) / (len(wide) * (len(wide) - 1))
 
 
 def vendi_score(kernel_NN: Tensor) -> float:
-    """Effective number of different samples: exp(entropy of the eigenvalues of K / N), from 1 to N.
+    """Compute the effective number of different samples: exp(entropy of the eigenvalues of K / N).
 
     Args:
-        kernel_NN: similarities, symmetric, 1 on the diagonal, no negative eigenvalue beyond rounding.
+        kernel_NN: symmetric similarities (N, N) with a unit diagonal, positive semi-definite up to rounding.
+
+    Returns:
+        The score, from 1 to N.
 
     Raises:
-        SampleError: not such a matrix.
+        SampleError: `kernel_NN` is no such matrix.
 
     Source: Friedman and Dieng 2023.
     """
@@ -93,17 +105,19 @@ def vendi_score(kernel_NN: Tensor) -> float:
 
 
 def vendi_of_features(features: Features, *, bandwidth: float) -> float:
-    """Vendi score with the kernel exp(-|x - y|^2 / (2 bandwidth^2)), on noise-blind features only.
+    """Compute the Vendi score with the kernel exp(-|x - y|^2 / (2 bandwidth^2)) on noise-blind features.
 
-    On features that see noise the score rises when a model collapses to speckle, since every speckle is new.
+    On features that depend on noise the score rises when a model collapses to speckle, since each speckle is different.
 
     Args:
-        features: from an extractor that ignores noise.
-        bandwidth: in feature units, the same for all sets that are compared; the median distance of base samples
-            is a usual choice.
+        features: features of an extractor that ignores noise.
+        bandwidth: in feature units, equal for all compared sets; commonly the median distance of base samples.
+
+    Returns:
+        The score, from 1 to N.
 
     Raises:
-        SampleError: the features see noise, or the bandwidth is not positive.
+        SampleError: the features depend on noise, or the bandwidth is not positive.
     """
     if not features.noise_blind:
         raise SampleError(

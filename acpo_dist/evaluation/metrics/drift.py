@@ -1,4 +1,4 @@
-"""Drift of a policy from its frozen base, and its denoising error, by timestep.
+"""Drift of a policy from its frozen base model, and its denoising error, by timestep.
 
 Legend: B samples. Errors are means over the elements of a sample, in noise units, then means over samples.
 """
@@ -21,18 +21,18 @@ from acpo_dist.objective.anchor import anchor_error, output_drift
 
 @dataclass(frozen=True, kw_only=True)
 class OutputErrors:
-    """Errors of policy and base on the same forward-noised samples, by timestep."""
+    """Errors of the policy and the base model on the same forward-noised samples, by timestep."""
 
     anchor: dict[int, float]
     """mean (eps_policy - eps_base)^2."""
     denoising: dict[int, float]
     """mean (eps_policy - eps)^2."""
     base_denoising: dict[int, float]
-    """mean (eps_base - eps)^2, on the same noise."""
+    """mean (eps_base - eps)^2, with the same noise."""
     num_samples: int
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
@@ -41,18 +41,23 @@ def output_errors(
     family: ModelFamily, clean: Tensor, prompts: Sequence[str], timesteps: Sequence[int],
     *, seed: int = 0, batch_size: int = 16,
 ) -> OutputErrors:  # fmt: skip
-    """Drift and denoising error on forward-noised x_0; held-out data gives the reverse KL's side, see `path_kl`.
+    """Measure drift and denoising error on forward-noised x_0; held-out data gives the reverse KL, see `path_kl`.
 
-    The noise of a sample at a timestep depends on the seed, the timestep and the sample's index alone.
+    The noise of a sample at a timestep depends only on the seed, the timestep and the sample's index.
 
     Args:
-        family: loaded with its anchor.
+        family: model loaded with its anchor.
         clean: x_0 (B, C, H, W), float32: scaled latents, or pixels in [-1, 1].
         prompts: B prompts; ignored by an unconditional model.
-        timesteps: integers of the noise schedule; 0 only if the model does not predict x_0.
+        timesteps: integers of the noise schedule; 0 is only valid if the model does not predict x_0.
+        seed: seed of the noise.
+        batch_size: samples per forward pass.
+
+    Returns:
+        Errors by timestep.
 
     Raises:
-        SampleError: no sample, or counts differ.
+        SampleError: no samples, or the counts differ.
     """
     _require_prompts(len(clean), prompts)
     sums = {name: dict.fromkeys(timesteps, 0.0) for name in ("anchor", "denoising", "base_denoising")}
@@ -77,14 +82,19 @@ def output_errors(
 def drift_on_states(
     family: ModelFamily, states: Sequence[LateLatents], prompts: Sequence[str], *, batch_size: int = 16
 ) -> dict[float, float]:
-    """Mean squared noise-space drift on states that the policy's own rollouts passed through, by timestep.
+    """Measure the mean squared noise-space drift on states of the policy's own rollouts.
 
     Args:
-        states: of the same B samples, one entry per denoise step.
+        family: model loaded with its anchor.
+        states: states of the same B samples, one entry per denoising step.
         prompts: B prompts.
+        batch_size: samples per forward pass.
+
+    Returns:
+        Timestep -> mean squared drift.
 
     Raises:
-        SampleError: no sample, or counts differ.
+        SampleError: no samples, or the counts differ.
     """
     result = {}
     for state in states:
@@ -101,10 +111,16 @@ def drift_on_states(
 
 
 def kl_weights(alpha_bars_T: Tensor) -> Tensor:
-    """Weight of ||eps_policy - eps_base||^2 in the KL divergence of one DDPM step, by timestep, float64 (T,).
+    """Compute the weight of ||eps_policy - eps_base||^2 in the KL divergence of one DDPM step.
 
     w_t = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) with sigma_t^2 = beta_t, the larger of DDPM's two
-    variances: finite at the last step too. Source: Ho et al. 2020; KL of Gaussians with equal covariance.
+    variances, so that the last step is finite too. Source: Ho et al. 2020; KL of Gaussians with equal covariance.
+
+    Args:
+        alpha_bars_T: cumulative signal fraction, (T,).
+
+    Returns:
+        Weight by timestep, float64 (T,).
     """
     alpha_bars = alpha_bars_T.double().cpu()
     alphas = alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
@@ -114,19 +130,23 @@ def kl_weights(alpha_bars_T: Tensor) -> Tensor:
 def path_kl(
     drift_by_timestep: Mapping[int, float] | Mapping[float, float], alpha_bars_T: Tensor, num_elements: int
 ) -> float:
-    """Estimate of KL(policy path || base path) of the T-step DDPM, in nats: an upper bound on the KL of its images.
+    """Estimate KL(policy path || base path) of the T-step DDPM, an upper bound on the KL of its images.
 
-    sum_t w_t D E(drift_t), the drift interpolated linearly between the measured timesteps and held beyond them: exact
-    if all T were measured. On rollout states it is KL(policy || base), on base or held-out samples the reverse. It is
-    the conditional branch's: classifier-free guidance multiplies drift on top.
+    The estimate is sum_t w_t D E(drift_t). The drift is interpolated linearly between the measured timesteps and
+    constant beyond them, so the sum is exact if all T are measured. Rollout states give KL(policy || base); base or
+    held-out samples give the reverse. Only the conditional branch is covered: classifier-free guidance amplifies
+    drift further.
 
     Args:
-        drift_by_timestep: mean squared noise-space drift per element.
+        drift_by_timestep: timestep -> mean squared noise-space drift per element.
         alpha_bars_T: cumulative signal fraction, (T,).
         num_elements: D, elements of one x_0.
 
+    Returns:
+        The KL divergence in nats.
+
     Raises:
-        SampleError: no timestep was measured, or one lies outside the schedule.
+        SampleError: no timestep is given, or one lies outside the schedule.
     """
     measured = sorted((float(timestep), value) for timestep, value in drift_by_timestep.items())
     total = len(alpha_bars_T)
@@ -140,7 +160,7 @@ def path_kl(
 
 
 def _outputs(family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Policy's and base's output on the same input, on the CPU."""
+    """Return the outputs of policy and base model for the same input, on the CPU."""
     device = next(family.network.parameters()).device
     moved, timesteps = noisy.to(device), torch.full((len(noisy),), timestep, device=device)
     condition = family.encode(prompts)

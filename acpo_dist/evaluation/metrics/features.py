@@ -1,4 +1,4 @@
-"""Feature extractors that distances, recall and diversity are measured on; none of them downloads anything.
+"""Feature extractors for distances, recall and diversity. They download nothing.
 
 Legend: N samples, F feature width, C channels, H W pixels (or latent pixels for the U-Net).
 """
@@ -22,34 +22,40 @@ from acpo_dist.diffusion.prediction import add_noise
 from acpo_dist.models.family import ModelFamily
 
 _MIN_BLOCK = 16
-"""Pixels averaged into one low-pass value; fewer would let speckle through."""
+"""Minimum number of pixels averaged into one low-pass value; with fewer, speckle remains visible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """Features of a set of samples, and what may be concluded from them."""
+    """Features of a set of samples and their properties."""
 
     values: Tensor
     """float32 (N, F), on the CPU."""
     source: str
-    """Which extractor, with every setting that changes the numbers: sets of different sources do not compare."""
+    """Extractor name and all settings that change the values. Features of different sources cannot be compared."""
     noise_blind: bool
-    """Whether pixel noise leaves them as they are."""
+    """Whether the features are insensitive to pixel noise."""
 
 
 class Extractor(Protocol):
-    """From samples to features; the same samples give the same features, whatever batch they come in."""
+    """Computes features of samples; the result does not depend on the batch size."""
 
     def __call__(self, samples: Tensor) -> Features:
-        """Features of images (N, 3, H, W), uint8 or float in [0, 1]; the U-Net takes x_0 instead."""
+        """Compute features of images (N, 3, H, W), uint8 or float in [0, 1]; `MidBlockFeatures` takes x_0 instead."""
         ...
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images as float32 RGB in [0, 1], (N, 3, H, W); floats are clipped, as a saved file would be.
+    """Convert images to float32, clipped to [0, 1].
+
+    Args:
+        images: RGB (N, 3, H, W), uint8 or float.
+
+    Returns:
+        RGB (N, 3, H, W), float32 in [0, 1].
 
     Raises:
-        ValueError: another shape or type, or pixels that are not finite.
+        ValueError: another shape or type, or a non-finite pixel.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not (images.dtype == torch.uint8 or images.is_floating_point()):
         raise ValueError(f"expected RGB images (N, 3, H, W), uint8 or float, found {images.dtype} {(*images.shape,)}")
@@ -61,17 +67,27 @@ def as_float(images: Tensor) -> Tensor:
 
 
 class LowPassPixels:
-    """Images averaged down to a few pixels: layout and colour stay, noise and fine texture vanish."""
+    """Images averaged down to a few pixels, which keep layout and colour but not noise and fine texture."""
 
     def __init__(self, size: int = 8) -> None:
-        """Take the height and width that remain."""
+        """Initialise the extractor.
+
+        Args:
+            size: height and width of the averaged image.
+        """
         self._size = size
 
     def __call__(self, samples: Tensor) -> Features:
-        """Features (N, 3 size^2) in [0, 1].
+        """Compute features.
+
+        Args:
+            samples: RGB (N, 3, H, W), uint8 or float in [0, 1].
+
+        Returns:
+            Features (N, 3 size^2) in [0, 1].
 
         Raises:
-            ValueError: not images, or too small: each value must average at least 16 pixels.
+            ValueError: `samples` are no images, or so small that a value averages fewer than 16 pixels.
         """
         images = as_float(samples)
         if images.shape[2] * images.shape[3] < _MIN_BLOCK * self._size**2:
@@ -84,18 +100,31 @@ class LowPassPixels:
 
 
 class MidBlockFeatures:
-    """Mean activations of the frozen base U-Net's middle block, at one noise level, without a prompt.
+    """Mean activations of the middle block of the frozen base U-Net, at one noise level and without a prompt.
 
-    All samples get the same seeded noise, so features depend on the sample alone.
+    All samples get the same seeded noise, so the features depend only on the sample.
     """
 
     def __init__(self, family: ModelFamily, *, timestep: int = 100, seed: int = 0, batch_size: int = 16) -> None:
-        """Take a family that was loaded with its anchor (`trainable=True`)."""
+        """Initialise the extractor.
+
+        Args:
+            family: model loaded with its anchor (`trainable=True`).
+            timestep: noise level, a timestep of the model's schedule.
+            seed: seed of the noise.
+            batch_size: samples per forward pass.
+        """
         self._family, self._timestep, self._seed, self._batch = family, timestep, seed, batch_size
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Features:
-        """Features (N, F) of x_0 (N, C, H, W) as the network takes it: scaled latents, or pixels in [-1, 1].
+        """Compute features.
+
+        Args:
+            samples: x_0 (N, C, H, W) as the network takes it: scaled latents, or pixels in [-1, 1].
+
+        Returns:
+            Features (N, F).
 
         Raises:
             ModelError: the network has no diffusers middle block.
@@ -122,14 +151,16 @@ class MidBlockFeatures:
 
 
 class NetworkFeatures:
-    """Any torch module from images to (N, F): an own classifier, or one that the user names."""
+    """Features of any torch module that maps images to (N, F), such as a classifier."""
 
     def __init__(self, network: nn.Module, *, name: str, noise_blind: bool = False, batch_size: int = 64) -> None:
-        """Take a module for float images in [0, 1]; it is set to `eval`.
+        """Initialise the extractor and set the module to `eval`.
 
         Args:
-            name: what the features are called in reports.
-            noise_blind: whether its owner knows that it ignores noise.
+            network: module for float images in [0, 1].
+            name: name of the features in reports.
+            noise_blind: whether the module is insensitive to noise.
+            batch_size: images per forward pass.
         """
         self._network, self._name = network.eval().requires_grad_(False), name
         self._noise_blind, self._batch = noise_blind, batch_size
@@ -138,9 +169,17 @@ class NetworkFeatures:
     def load(cls, target: str, weights: Path, *, noise_blind: bool = False) -> "NetworkFeatures":
         """Build the class `module:Class` without arguments and load safetensors weights into it.
 
+        Args:
+            target: `module:Class`.
+            weights: safetensors file.
+            noise_blind: whether the module is insensitive to noise.
+
+        Returns:
+            The extractor.
+
         Raises:
-            ConfigError: no such class.
-            ModelError: the weights are missing, unreadable or do not fit.
+            ConfigError: the class does not exist.
+            ModelError: the weights are missing, unreadable or do not match the class.
         """
         network = resolve("feature network", {}, target)()
         try:
@@ -151,10 +190,10 @@ class NetworkFeatures:
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Features:
-        """Features (N, F); a spatial output is averaged.
+        """Compute features (N, F); a spatial output is averaged.
 
         Raises:
-            ModelError: the module gives neither (N, F) nor (N, F, h, w).
+            ModelError: the module's output is neither (N, F) nor (N, F, h, w).
         """
         values = torch.cat([self._run(batch) for batch in as_float(samples).split(self._batch)])
         return Features(values=values.float().cpu(), source=self._name, noise_blind=self._noise_blind)
@@ -168,17 +207,21 @@ class NetworkFeatures:
 
 
 class InceptionFeatures:
-    """The Inception network of published FID figures, from a TorchScript file that the user already has.
+    """The Inception network of published FID values, from a local TorchScript file.
 
-    The file is `inception-2015-12-05.pt`, which several public FID tools share: it takes uint8 images of any size,
-    resizes them itself and, with `return_features=True`, gives (N, 2048).
+    The file is `inception-2015-12-05.pt`, which several public FID tools share. The network takes uint8 images of any
+    size, resizes them itself and, with `return_features=True`, returns (N, 2048).
     """
 
     def __init__(self, weights: Path, *, batch_size: int = 32) -> None:
-        """Open the file.
+        """Load the network.
+
+        Args:
+            weights: TorchScript file.
+            batch_size: images per forward pass.
 
         Raises:
-            ModelError: it is not there, or is no TorchScript network.
+            ModelError: the file is missing or is no TorchScript network.
         """
         path = _existing(weights, "Inception weights")
         try:
@@ -189,16 +232,16 @@ class InceptionFeatures:
 
     @torch.no_grad()
     def __call__(self, samples: Tensor) -> Features:
-        """Features (N, 2048)."""
+        """Compute features (N, 2048)."""
         images = (as_float(samples) * 255).round().to(torch.uint8)
         values = torch.cat([self._network(batch, return_features=True) for batch in images.split(self._batch)])
         return Features(values=values.float(), source=self._source, noise_blind=False)
 
 
 class _MidBlockTap:
-    """Collects what diffusers' middle blocks give while it is entered.
+    """Context manager that collects the outputs of diffusers middle blocks.
 
-    A global hook: under full fine-tuning the base model that answers is a copy, which the family keeps to itself.
+    The hook is global because, under full fine-tuning, the base model is a copy that the family does not expose.
     """
 
     def __init__(self, seen: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how far two sets of features share their nearest-neighbour manifolds."""
+"""Precision, recall, density and coverage: overlap of the nearest-neighbour manifolds of two sets of features."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,22 +11,22 @@ from acpo_dist.evaluation.metrics.distances import SampleError, check_pair
 
 @dataclass(frozen=True, kw_only=True)
 class ManifoldReport:
-    """Shares of samples; all depend on the counts, so compare only at equal counts."""
+    """Overlap of two sets. All values depend on the sample counts; compare equal counts only."""
 
     precision: float
-    """Share of generated samples within the ball of some reference sample: are they real?"""
+    """Share of generated samples within the ball of a reference sample (fidelity)."""
     recall: float
-    """Share of reference samples within the ball of some generated one: is everything still there? Falls first."""
+    """Share of reference samples within the ball of a generated sample (diversity). A collapse lowers it first."""
     density: float
-    """Mean number of reference balls round a generated sample over k; can exceed 1, and forgives outliers."""
+    """Mean number of reference balls around a generated sample, divided by k; can exceed 1; robust to outliers."""
     coverage: float
-    """Share of reference samples whose own ball holds a generated one."""
+    """Share of reference samples whose own ball contains a generated sample."""
     neighbours: int
     num_reference: int
     num_generated: int
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
@@ -35,14 +35,17 @@ def manifold_report(reference: Tensor, generated: Tensor, *, neighbours: int = 3
 
     Args:
         reference: features of base samples or real images, (N, F).
-        generated: features of the samples to be judged, (M, F).
+        generated: features of the samples to evaluate, (M, F).
         neighbours: k; 3 to 5 is usual.
 
-    Raises:
-        SampleError: a set has no more than k samples, or the features do not fit.
+    Returns:
+        The four metrics with the sample counts.
 
-    Source: precision and recall Kynkaanniemi et al. 2019, density and coverage Naeem et al. 2020. A ball holds its
-    rim, so that copies of one image (radius 0) lie in each other's balls.
+    Raises:
+        SampleError: a set has no more than k samples, or the features do not match.
+
+    Source: precision and recall Kynkaanniemi et al. 2019, density and coverage Naeem et al. 2020. A ball includes its
+    boundary, so copies of one image (radius 0) lie in each other's balls.
     """
     if neighbours < 1:
         raise SampleError(f"neighbours must be at least 1, found {neighbours}")
@@ -62,12 +65,12 @@ def manifold_report(reference: Tensor, generated: Tensor, *, neighbours: int = 3
 
 
 def exact_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N, M); from differences, since the expanded square loses small ones to cancellation."""
+    """Compute Euclidean distances (N, M) from differences; the expanded square cancels small distances."""
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:
-    # The smallest distance of a row is the sample's own, 0.
+    # The smallest distance of a row is the distance of the sample to itself, 0.
     return exact_distances(features, features).kthvalue(neighbours + 1, dim=1).values
 
 

@@ -1,7 +1,7 @@
-"""Is one model better than another on the same prompts and seeds? Intervals resample prompts, not images.
+"""Paired comparison of two models on the same prompts and seeds. Confidence intervals resample prompts, not images.
 
-Samples of one prompt share its difficulty, so the prompt is the unit: each prompt's differences are averaged first, and
-every prompt counts the same.
+Samples of one prompt are correlated, so the prompt is the unit: differences are averaged per prompt first, and all
+prompts have equal weight.
 """
 
 import math
@@ -18,7 +18,7 @@ from acpo_dist.evaluation.metrics.distances import SampleError
 Method = Literal["studentized", "bca", "percentile"]
 _FEW = 8
 _CHUNK = 1 << 22
-"""Numbers drawn at once, so that many prompts do not need gigabytes."""
+"""Random numbers drawn at once; limits the memory that many prompts need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +32,25 @@ class Interval:
     method: str
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedComparison:
-    """A tuned model against a base on the same seeds; positive differences speak for the tuned one."""
+    """A tuned model compared with a base model on the same seeds; positive differences favour the tuned model."""
 
     difference: Interval
     """Mean over prompts of the mean difference."""
     win_rate: Interval
-    """Mean over prompts of the share of samples that are better; a tie is half a win."""
+    """Mean over prompts of the share of samples that are better; a tie counts as half a win."""
     p_value: float
-    """Two-sided sign-flip permutation test over prompts, of no difference."""
+    """p-value of the two-sided sign-flip permutation test over prompts, under the hypothesis of no difference."""
     num_prompts: int
     num_samples: int
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
@@ -58,16 +58,22 @@ def compare_paired(
     tuned: Sequence[float], base: Sequence[float], prompts: Sequence[str],
     *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0, method: Method = "studentized",
 ) -> PairedComparison:  # fmt: skip
-    """Compare scores that were made from the same prompts and seeds, in the same order.
+    """Compare scores of samples with the same prompts and seeds, in the same order.
 
     Args:
-        tuned: N scores, oriented so that higher is better.
-        base: N scores of the same samples drawn by the other model.
+        tuned: N scores; higher is better.
+        base: N scores of the other model's samples.
         prompts: N prompts, or their ids.
-        resamples: of the bootstrap, and of the permutation test where it is not exact.
+        confidence: coverage of the intervals, in (0, 1).
+        resamples: number of bootstrap resamples, and of random sign flips if the permutation test is not exact.
+        seed: seed of the resamples.
+        method: bootstrap method, see `bootstrap_mean`.
+
+    Returns:
+        Mean difference, win rate and p-value.
 
     Raises:
-        SampleError: counts differ, fewer than two prompts, or a score that is not finite.
+        SampleError: the counts differ, there are fewer than two prompts, or a score is not finite.
     """
     if not len(tuned) == len(base) == len(prompts):
         raise SampleError(
@@ -85,7 +91,7 @@ def compare_paired(
 
 
 def prompt_means(values: NDArray[np.float64], prompts: Sequence[str]) -> NDArray[np.float64]:
-    """Mean of the values of each prompt, in the order in which prompts first occur."""
+    """Average the values of each prompt, in the order of each prompt's first occurrence."""
     position: dict[str, int] = {}
     owner = np.array([position.setdefault(prompt, len(position)) for prompt in prompts], dtype=np.int64)
     return np.bincount(owner, weights=values, minlength=len(position)) / np.bincount(owner, minlength=len(position))
@@ -94,16 +100,22 @@ def prompt_means(values: NDArray[np.float64], prompts: Sequence[str]) -> NDArray
 def bootstrap_mean(
     units: NDArray[np.float64], *, confidence: float, resamples: int, seed: int, method: Method = "studentized"
 ) -> Interval:
-    """Bootstrap interval of the mean over independent units (prompts), drawn with replacement.
+    """Compute a bootstrap interval of the mean over independent units (prompts).
 
     Args:
         units: one number per prompt.
-        method: `studentized` resamples the t-statistic and keeps its promise for few and skewed units (below 8 units
-            there is too little to resample, and Student's interval is given, named `t`); `bca` and `percentile`
-            fall two to four points short of 90 % with 40 skewed prompts.
+        confidence: coverage of the interval, in (0, 1).
+        resamples: number of resamples, drawn with replacement.
+        seed: seed of the resamples.
+        method: `studentized` resamples the t-statistic and keeps its nominal coverage for few and skewed units (below 8
+            units Student's interval is returned instead, named `t`); the coverage of `bca` and `percentile` is two to
+            four points below 90 % with 40 skewed prompts.
+
+    Returns:
+        The mean with its interval.
 
     Raises:
-        SampleError: fewer than two units, one that is not finite, or a setting out of range.
+        SampleError: fewer than two units, a non-finite unit, or an argument out of range.
 
     Source: Efron and Tibshirani 1993, chapters 12 (studentized) and 14 (BCa; the acceleration is the jackknife's).
     """
@@ -123,7 +135,7 @@ def bootstrap_mean(
         return Interval(value=value, low=float(low), high=float(high), confidence=confidence, method="t")
     means, errors = _resampled(units, resamples, seed)
     if method == "studentized" and own_error > 0:
-        # A resample of one unit alone has no spread to be measured by.
+        # A resample that repeats a single unit has no spread.
         spread = errors > 1e-9 * own_error
         below, above = np.quantile((means[spread] - value) / errors[spread], tails) * own_error
         low, high = value - float(above), value - float(below)
@@ -135,14 +147,22 @@ def bootstrap_mean(
 
 
 def sign_flip_test(units: NDArray[np.float64], *, resamples: int, seed: int) -> float:
-    """Two-sided p-value of a mean of zero when each unit's sign is a fair coin.
+    """Test whether the mean is zero by flipping the sign of each unit at random.
 
-    All flips are tried where that takes no more than `resamples`; otherwise flips are drawn, and the observed one is
-    counted among them, so that the p-value is never 0.
+    All flips are enumerated if their number does not exceed `resamples`. Otherwise flips are drawn at random, and the
+    observed one is counted among them, so that the p-value is never 0.
+
+    Args:
+        units: one number per prompt.
+        resamples: maximum number of flips.
+        seed: seed of the flips.
+
+    Returns:
+        The two-sided p-value.
     """
     count = len(units)
     observed = abs(float(units.sum()))
-    # Equal sums in another order of additions must count as equal.
+    # The tolerance makes sums equal that differ only by the order of additions.
     bar = observed * (1 - 1e-12)
     if 2**count <= resamples:
         codes = np.arange(2**count)[:, None] >> np.arange(count)
@@ -158,7 +178,7 @@ def sign_flip_test(units: NDArray[np.float64], *, resamples: int, seed: int) -> 
 def _resampled(
     units: NDArray[np.float64], resamples: int, seed: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means of the resamples and their standard errors."""
+    """Return the means of the resamples and their standard errors."""
     generator = np.random.default_rng([seed, 0])
     means, errors = [], []
     for size in _chunks(resamples, len(units)):
@@ -169,7 +189,7 @@ def _resampled(
 
 
 def _standard_error(units: NDArray[np.float64]) -> Any:
-    """Of the mean along the last axis."""
+    """Return the standard error of the mean along the last axis."""
     return units.std(axis=-1, ddof=1) / units.shape[-1] ** 0.5
 
 
@@ -178,7 +198,7 @@ def _bca_tails(
 ) -> NDArray[np.float64]:
     below = (np.mean(means < value) + np.mean(means <= value)) / 2
     bias = stats.norm.ppf(np.clip(below, 1 / len(means), 1 - 1 / len(means)))
-    # Leaving one unit out moves a mean by (mean - unit) / (n - 1); the constant cancels in the ratio.
+    # Removing one unit changes the mean by (mean - unit) / (n - 1); the constant cancels in the ratio.
     influence = units - units.mean()
     acceleration = float((influence**3).sum() / (6 * (influence**2).sum() ** 1.5))
     shifted = bias + stats.norm.ppf(tails)
@@ -186,9 +206,9 @@ def _bca_tails(
 
 
 def _wilson(rate: float, count: int, confidence: float) -> Interval:
-    """Wilson's interval with the prompts as trials: it has width even when every prompt was won.
+    """Compute Wilson's interval with the prompts as trials; it has width even at a win rate of 1.
 
-    Samples of a prompt that disagree only make the truth narrower, so it errs towards caution.
+    Disagreement between samples of a prompt only narrows the true interval, so this one is conservative.
     """
     z = float(stats.norm.ppf((1 + confidence) / 2))
     centre = (rate + z * z / (2 * count)) / (1 + z * z / count)

@@ -15,18 +15,18 @@ _CONSTANT = 1 / 255
 
 
 def sanity_statistics(images: Tensor) -> dict[str, float]:
-    """Statistics of a set of images.
+    """Compute the statistics of a set of images.
 
     Args:
         images: RGB (N, 3, H, W), uint8 or float in [0, 1]; H and W at least 2.
 
     Returns:
-        By name:
+        Statistic name -> value:
             saturated: share of channel values at 0 or 1.
             spread: standard deviation of all channel values.
             contrast: mean over images of the standard deviation within an image.
-            smoothness: mean over images of the correlation of neighbouring pixels; 0 is white noise, photographs are
-                above 0.8. Constant images are left out; 1 if all are constant.
+            smoothness: mean over images of the correlation of neighbouring pixels; 0 for white noise, above 0.8 for
+                photographs. Constant images are excluded; 1 if all are constant.
             constant: share of images whose standard deviation is below one grey level.
             variety: mean over pixels of the standard deviation between images; 0 if all images are equal, or N is 1.
     """
@@ -46,14 +46,15 @@ def sanity_statistics(images: Tensor) -> dict[str, float]:
 
 
 def sanity_problems(found: Mapping[str, float], real: Mapping[str, float] | None = None) -> dict[str, str]:
-    """What is wrong with a set of images, by statistic; empty for plausible images.
+    """Report implausible statistics of a set of images.
 
     Args:
         found: `sanity_statistics` of the set.
-        real: the same of real images of the kind that the model draws; None compares with what any image can be.
+        real: `sanity_statistics` of real images of the same kind; None compares with limits that hold for any image.
 
     Returns:
-        Statistic -> finding with the value and the limit. `constant` and `noise` rule out usable images.
+        Statistic -> message with the value and the limit; empty for plausible images. `constant` and `noise` mean that
+        the images are unusable.
     """
     problems: dict[str, str] = {}
     if found["constant"] > 0.5:
@@ -77,14 +78,14 @@ def sanity_problems(found: Mapping[str, float], real: Mapping[str, float] | None
 
 
 def latent_problems(clean: Tensor, *, pixel_space: bool) -> dict[str, str]:
-    """What is wrong with final x_0 of a model.
+    """Report implausible final x_0 of a model.
 
     Args:
         clean: x_0 (B, C, H, W): latents scaled to unit standard deviation by the VAE's scaling_factor, or pixels.
-        pixel_space: x_0 are pixels in [-1, 1].
+        pixel_space: whether x_0 are pixels in [-1, 1].
 
     Returns:
-        Problem (`nonfinite`, `range` or `latents`) -> finding with the value and the limit.
+        Problem (`nonfinite`, `range` or `latents`) -> message with the value and the limit.
     """
     broken = float((~torch.isfinite(clean)).flatten(1).any(1).float().mean())
     if broken > 0:
@@ -99,7 +100,7 @@ def latent_problems(clean: Tensor, *, pixel_space: bool) -> dict[str, str]:
 
 
 def _neighbour_correlation(image_CHW: Tensor) -> float:
-    """Correlation of horizontally and vertically neighbouring values around the mean of their channel."""
+    """Compute the correlation of horizontally and vertically adjacent values around their channel means."""
     centred = image_CHW - image_CHW.mean((1, 2), keepdim=True)
     across = (centred[:, :, 1:] * centred[:, :, :-1]).mean()
     down = (centred[:, 1:] * centred[:, :-1]).mean()

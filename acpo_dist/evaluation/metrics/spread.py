@@ -1,8 +1,8 @@
-"""How different the images of a running run are from each other, cheap enough for every iteration.
+"""Diversity of the images of a training run, cheap enough to compute at every iteration.
 
-The gauge is the Vendi score less 1 on low-pass features: 0 when all images of a block are the same, and blind to
-speckle, on which a score of raw pixels rises. A block is what one prompt gave, where prompts get several samples;
-otherwise a fixed number of images, since the score grows with their number.
+The gauge is the Vendi score minus 1 on low-pass features: 0 if all images of a block are equal, and insensitive to
+speckle, which raises the score of raw pixels. A block contains the samples of one prompt if prompts have several
+samples; otherwise it has a fixed number of images, because the score grows with their number.
 """
 
 from collections.abc import Sequence
@@ -17,27 +17,30 @@ from acpo_dist.evaluation.metrics.features import Features, LowPassPixels
 from acpo_dist.evaluation.metrics.manifold import exact_distances
 
 _SIZES = (8, 4, 2)
-"""Low-pass sizes, the finest that the images have enough pixels for."""
+"""Candidate low-pass sizes; the largest one for which the images have enough pixels is used."""
 _AT_ONCE = 8
-"""Images held as floats at a time."""
+"""Maximum number of images converted to float at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadGauge:
-    """Set once on base samples; later images are measured by the same gauge."""
+    """Diversity gauge fitted to base samples; all later images are measured with the same settings."""
 
     bandwidth: float
-    """Of the kernel, in feature units: the median distance within the base model's blocks."""
+    """Kernel bandwidth in feature units: the median distance within blocks of base samples."""
     block: int
     """Images per block."""
     by_prompt: bool
 
     def measure(self, images: Tensor, prompts: Sequence[str]) -> float | None:
-        """Mean over blocks of the Vendi score less 1; None without a whole block.
+        """Measure diversity.
 
         Args:
             images: RGB (N, 3, H, W).
             prompts: one per image.
+
+        Returns:
+            Mean over blocks of the Vendi score minus 1; None if no block is complete.
         """
         features = _features(images)
         rows = _blocks(prompts, self.block, by_prompt=self.by_prompt)
@@ -53,16 +56,16 @@ class SpreadGauge:
 def fit_gauge(
     images: Tensor, prompts: Sequence[str], *, samples_per_prompt: int, per_iteration: int
 ) -> SpreadGauge | None:
-    """The gauge for a run, from base samples.
+    """Fit the gauge of a run to base samples.
 
     Args:
-        images: RGB (N, 3, H, W), drawn by the base model.
+        images: RGB (N, 3, H, W), sampled from the base model.
         prompts: one per image.
-        samples_per_prompt: of an iteration; from 2 on, only samples of one prompt are compared.
-        per_iteration: images that an iteration will have.
+        samples_per_prompt: samples per prompt of an iteration; from 2 on, only samples of one prompt are compared.
+        per_iteration: images per iteration.
 
     Returns:
-        None where nothing can be compared: one image, images of a few pixels, or base samples that are all alike.
+        The gauge; None if nothing can be compared: one image, images of a few pixels, or identical base samples.
     """
     by_prompt = samples_per_prompt > 1
     block = samples_per_prompt if by_prompt else min(per_iteration, len(images))
@@ -89,7 +92,7 @@ def _features(images: Tensor) -> Features | None:
 
 
 def _blocks(prompts: Sequence[str], block: int, *, by_prompt: bool) -> list[list[int]]:
-    """Rows of each whole block; what is left over is left out."""
+    """Return the rows of each complete block; incomplete blocks are dropped."""
     sets: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         sets.setdefault(prompt if by_prompt else "", []).append(index)
