@@ -1,4 +1,4 @@
-"""Does an error table belong to a scheduler? Legend: K nodes, T training timesteps."""
+"""Check that an error table matches the noise schedule of a scheduler. K nodes, T training timesteps."""
 
 from typing import TYPE_CHECKING
 
@@ -11,20 +11,24 @@ if TYPE_CHECKING:
     from acpo_dist.vrg.table import ErrorTable
 
 LEVEL_TOLERANCE = 0.02
-"""In log sigma per node. Six printed decimals of alpha_bar are off by up to 0.006 at alpha_bar = 4e-5."""
+"""Maximum difference in log sigma per node. Rounding alpha_bar = 4e-5 to six decimals changes it by up to 0.006."""
 RANGE_TOLERANCE = 0.1
-"""Share of the scheduler's range of log sigma that nodes may leave out, or exceed, at either end."""
+"""Maximum distance between the first (last) node and the end of the schedule, as a share of its log sigma range."""
 LABEL_TOLERANCE = 2e-6
-"""In alpha; published columns carry six decimals."""
+"""Maximum difference in alpha; the published columns have six decimals."""
 
 
 def check_fit(table: "ErrorTable", levels_T: FloatArray) -> None:
-    """Refuse a table whose nodes are not levels of the schedule.
+    """Check that the nodes of a table are noise levels of the schedule.
 
-    Where the table names timesteps, node by node; they may count from 0 or from 1. Always by range of sigma.
+    The range of sigma is always compared. If the table has timesteps (0-based or 1-based), each node is compared too.
+
+    Args:
+        table: the error table.
+        levels_T: alpha_bar by timestep, float64, shape (T,), decreasing.
 
     Raises:
-        VrgError: says what was expected, what was found and what to do.
+        VrgError: the table does not match the schedule.
     """
     if table.timesteps is not None:
         _check_nodes(table, levels_T)

@@ -1,7 +1,8 @@
-"""The text files of the public VRG release: error tables, trajectories and optimised trajectories.
+"""Read and write the text files of the public VRG release: error tables, trajectories and optimised trajectories.
 
-All are columns under `#` comments. Files run from clean to noisy; everything returned here runs from noisy to clean.
-They hold few digits; the JSON artefact of `acpo_dist.training.trajectory.artefact` keeps everything.
+Each file has `#` comments followed by columns. Rows are ordered from clean to noisy; functions in this module return
+levels from noisy to clean. The text formats round values; the JSON artefact of
+`acpo_dist.training.trajectory.artefact` stores them exactly.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,10 @@ SAFEGUARD_COMMENT = "# the last row is a safeguard."
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTrajectory:
-    """N levels from noisy to clean, and the t = 0 level that files list first and the objective leaves out."""
+    """A trajectory of N levels from noisy to clean.
+
+    `alpha_bar_end` is the level at t = 0. Files list it first; the objective does not use it.
+    """
 
     alpha_bars: tuple[float, ...]
     alpha_bar_end: float
@@ -30,15 +34,23 @@ class PublishedTrajectory:
 
     @property
     def sigmas(self) -> FloatArray:
-        """Falling, shape (N,)."""
+        """Noise-to-signal ratios, decreasing, shape (N,)."""
         return to_sigmas(self.alpha_bars)
 
 
 def read_error_table(path: str | Path, *, interpolation: Interpolation = "log_cubic") -> ErrorTable:
-    """Rows `timestep alpha_bar MSE`, in any order.
+    """Read an error table with rows `timestep alpha_bar MSE` in any order.
 
-    Safeguard rows (alpha_bar and MSE 0) are dropped. Rows that share an alpha_bar, which few printed digits cause, are
-    merged: mean MSE, timestep of the first. `provenance["merged_rows"]` counts what went.
+    Safeguard rows (alpha_bar and MSE are 0) are dropped. Rows with equal alpha_bar (caused by rounding) are merged into
+    one row with the mean MSE and the timestep of the first row; `provenance["merged_rows"]` is the number of rows
+    removed by merging.
+
+    Args:
+        path: the text file.
+        interpolation: interpolation of the returned table.
+
+    Returns:
+        The error table.
 
     Raises:
         VrgError: the file cannot be read, or a row is not three numbers.
@@ -64,10 +76,15 @@ def read_error_table(path: str | Path, *, interpolation: Interpolation = "log_cu
 
 
 def write_error_table(path: str | Path, table: ErrorTable, *, comments: Iterable[str] = ()) -> None:
-    """The published format: whole timesteps, six decimals of alpha_bar, eight of MSE, and the safeguard row.
+    """Write an error table: integer timesteps, alpha_bar with six decimals, MSE with eight, and a safeguard row.
+
+    Args:
+        path: the text file.
+        table: a table with integer timesteps.
+        comments: comment lines without `#`.
 
     Raises:
-        VrgError: the table names no whole timesteps.
+        VrgError: the table has no timesteps, or a timestep is not an integer.
     """
     if table.timesteps is None or (table.timesteps != np.rint(table.timesteps)).any():
         raise VrgError("the published table format needs a whole timestep per node; write the JSON artefact instead.")
@@ -80,11 +97,19 @@ def write_error_table(path: str | Path, table: ErrorTable, *, comments: Iterable
 
 
 def read_trajectory(path: str | Path) -> PublishedTrajectory:
-    """Levels of alpha_bar from t = 0 to the noisy end, one a line; a second `: timestep` column is ignored.
+    """Read a trajectory file: one alpha_bar per line, from t = 0 to the noisy end.
+
+    A second column (`: timestep`) is ignored.
+
+    Args:
+        path: the text file.
+
+    Returns:
+        The trajectory.
 
     Raises:
-        VrgError: the file cannot be read, holds something else than alpha_bar, does not fall, or has not the number of
-            levels its `steps` comment names.
+        VrgError: the file cannot be read, its `data_type` is not alpha_bar, the levels do not decrease, or the number
+            of levels does not match the `steps` comment.
     """
     comments, levels = _read_levels(path)
     header = {key.strip(): value.strip() for key, _, value in (comment.partition(":") for comment in comments)}
@@ -108,7 +133,7 @@ def read_trajectory(path: str | Path) -> PublishedTrajectory:
 
 
 def write_trajectory(path: str | Path, trajectory: PublishedTrajectory) -> None:
-    """The published format, eight decimals, t = 0 first."""
+    """Write a trajectory file with eight decimals, the level at t = 0 first."""
     header = {
         "order     ": trajectory.order,
         "steps     ": len(trajectory.alpha_bars),
@@ -120,10 +145,16 @@ def write_trajectory(path: str | Path, trajectory: PublishedTrajectory) -> None:
 
 
 def read_result(path: str | Path) -> tuple[float, ...]:
-    """alpha_bars of an optimised trajectory: the first column of its N rows. There is no t = 0 row.
+    """Read an optimised trajectory: the first column of N rows. The file has no row for t = 0.
+
+    Args:
+        path: the text file.
+
+    Returns:
+        N alpha_bars from noisy to clean.
 
     Raises:
-        VrgError: the file cannot be read, has no rows, or its levels do not fall.
+        VrgError: the file cannot be read, has no rows, or the levels do not decrease.
     """
     _, levels = _read_levels(path)
     return tuple(reversed(levels))
@@ -132,9 +163,16 @@ def read_result(path: str | Path) -> tuple[float, ...]:
 def write_result(
     path: str | Path, alpha_bars_N: Sequence[float], table: ErrorTable, *, comments: Iterable[str] = ()
 ) -> None:
-    """The published format: `alpha_bar : row: alpha; coef*weight=numerator; numerator/alpha_bar=sub_var`.
+    """Write an optimised trajectory: `alpha_bar : row: alpha; coef*weight=numerator; numerator/alpha_bar=sub_var`.
 
-    `row` is the table row, from the clean end, that the level follows; the last term is what the step adds to J.
+    `row` is the index (from the clean end) of the last table row whose sigma does not exceed the level's sigma;
+    `sub_var` is the contribution of the step to J.
+
+    Args:
+        path: the text file.
+        alpha_bars_N: N levels from noisy to clean.
+        table: the error table of J.
+        comments: comment lines without `#`.
     """
     levels = np.asarray(alpha_bars_N, dtype=np.float64)
     alphas, values = to_alphas(levels), table.value(to_sigmas(levels))
@@ -150,7 +188,7 @@ def write_result(
 
 
 def _read_lines(path: str | Path) -> tuple[list[str], list[tuple[int, str]]]:
-    """Comments without their `#`, and the other lines with their numbers."""
+    """Comments without `#`, and the remaining lines with their line numbers."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

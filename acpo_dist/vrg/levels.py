@@ -1,8 +1,8 @@
-"""Noise levels in the two variables of this package, float64 throughout.
+"""Noise levels as `alpha_bar` and as `sigma`, in float64.
 
-`alpha_bar` is the cumulative signal fraction in (0, 1); `sigma = sqrt(1 / alpha_bar - 1)` is the noise-to-signal ratio,
-which diffusers keeps in `sigmas`. Legend: N denoise steps, K table nodes, T training timesteps. Sequences of N run in
-sampling order, from noisy to clean: sigma falls, alpha_bar rises.
+`alpha_bar` is the cumulative signal fraction in (0, 1). `sigma = sqrt(1 / alpha_bar - 1)` is the noise-to-signal ratio,
+called `sigmas` in diffusers. N denoise steps, K table nodes, T training timesteps. Sequences of length N are in
+sampling order, from noisy to clean: sigma decreases, alpha_bar increases.
 """
 
 import numpy as np
@@ -14,22 +14,28 @@ FloatArray = NDArray[np.float64]
 
 
 def to_sigmas(alpha_bars: ArrayLike) -> FloatArray:
-    """Noise-to-signal ratios, same shape."""
+    """Convert alpha_bars to noise-to-signal ratios of the same shape."""
     levels = np.asarray(alpha_bars, dtype=np.float64)
     return np.sqrt((1 - levels) / levels)
 
 
 def to_alpha_bars(sigmas: ArrayLike) -> FloatArray:
-    """Cumulative signal fractions, same shape."""
+    """Convert sigmas to cumulative signal fractions of the same shape."""
     sigmas = np.asarray(sigmas, dtype=np.float64)
     return 1 / (1 + sigmas * sigmas)
 
 
 def checked_schedule(alpha_bars_T: ArrayLike) -> FloatArray:
-    """The scheduler's alpha_bar by timestep as float64, shape (T,).
+    """Check the noise levels of a scheduler and convert them to float64.
+
+    Args:
+        alpha_bars_T: alpha_bar by timestep, shape (T,).
+
+    Returns:
+        The same values as float64, shape (T,).
 
     Raises:
-        VrgError: not a vector, a level outside (0, 1), or levels that do not fall with the timestep.
+        VrgError: not a vector, a level outside (0, 1), or levels that do not decrease with the timestep.
     """
     levels = np.asarray(alpha_bars_T, dtype=np.float64)
     if levels.ndim != 1 or len(levels) < 2:
@@ -45,10 +51,17 @@ def checked_schedule(alpha_bars_T: ArrayLike) -> FloatArray:
 
 
 def checked_sigmas(sigmas: ArrayLike, sigma_end: float = 0.0) -> FloatArray:
-    """N sigmas in sampling order as float64; a rising sequence (clean to noisy, as in files) is turned round.
+    """Check the sigmas of a trajectory and return them in sampling order.
+
+    Args:
+        sigmas: shape (N,), strictly monotone. An increasing sequence (clean to noisy, as in files) is reversed.
+        sigma_end: sigma after the last step.
+
+    Returns:
+        Decreasing sigmas as float64, shape (N,).
 
     Raises:
-        VrgError: not a vector of finite numbers, not strictly monotone, or not above sigma_end.
+        VrgError: not a vector of finite numbers, not strictly monotone, or a sigma not above `sigma_end`.
     """
     sigmas = np.array(sigmas, dtype=np.float64)
     if sigmas.ndim != 1 or not len(sigmas) or not np.isfinite(sigmas).all():

@@ -1,4 +1,4 @@
-"""The `log_trust` search: a trust region in log sigma around the given trajectory, its noisy end held."""
+"""The `log_trust` search: a trust region in log sigma around the given trajectory, with a fixed noisy end."""
 
 import numpy as np
 from scipy.optimize import minimize
@@ -11,7 +11,16 @@ from acpo_dist.vrg.table import ErrorTable
 
 
 def log_gaps(sigmas_N: FloatArray, sigma_end: float) -> tuple[FloatArray, FloatArray]:
-    """Gaps in log sigma to the noisier and to the cleaner neighbour; an end without one takes its other gap."""
+    """Gaps in log sigma between each node and its neighbours.
+
+    Args:
+        sigmas_N: decreasing, shape (N,).
+        sigma_end: sigma after the last step.
+
+    Returns:
+        (gaps to the noisier neighbour, gaps to the cleaner neighbour), each of shape (N,). A node without one of the
+        neighbours uses the gap to the other.
+    """
     between = -np.diff(np.log(sigmas_N))
     last = [np.log(sigmas_N[-1] / sigma_end)] if sigma_end > 0 else between[-1:]
     return np.append(between[:1], between), np.append(between, last)
@@ -20,7 +29,17 @@ def log_gaps(sigmas_N: FloatArray, sigma_end: float) -> tuple[FloatArray, FloatA
 def trust_bounds(
     start_N: FloatArray, *, trust: float, lowest: float, sigma_end: float
 ) -> tuple[FloatArray, FloatArray]:
-    """Least and largest sigma of each node. The noisiest node is held; below 0.5 neighbours cannot meet."""
+    """Smallest and largest sigma of each node in the trust region. The noisiest node is fixed.
+
+    Args:
+        start_N: sigmas of the given trajectory, decreasing, shape (N,).
+        trust: largest move as a share of the gap to the neighbour; below 0.5 the order of the nodes cannot change.
+        lowest: lower limit of sigma.
+        sigma_end: sigma after the last step.
+
+    Returns:
+        (lower, upper), each of shape (N,).
+    """
     if len(start_N) == 1:
         return start_N, start_N
     noisier, cleaner = log_gaps(start_N, sigma_end)
@@ -33,7 +52,19 @@ def trust_bounds(
 def search_log_trust(
     start_N: FloatArray, table: ErrorTable, *, trust: float, lowest: float, sigma_end: float, solver: Solver
 ) -> FloatArray:
-    """The best trajectory within `trust_bounds`; `start_N` itself when nothing is better."""
+    """Search the trust region for the trajectory with the smallest J.
+
+    Args:
+        start_N: sigmas of the given trajectory, decreasing, shape (N,).
+        table: the error table of J.
+        trust: see `trust_bounds`.
+        lowest: lower limit of sigma.
+        sigma_end: sigma after the last step.
+        solver: the solver of J.
+
+    Returns:
+        Sigmas of the best trajectory, shape (N,); `start_N` if none has a smaller J.
+    """
     lower, upper = trust_bounds(start_N, trust=trust, lowest=lowest, sigma_end=sigma_end)
     if (lower == upper).all():
         return start_N
@@ -57,5 +88,5 @@ def search_log_trust(
             options=DESCENT,
         )
         candidates.append(np.append(start_N[:1], np.exp(result.x)).clip(lower, upper))
-    # The first of equals: a trajectory that cannot be improved comes back as it went in.
+    # `min` returns the first of equal candidates, so a trajectory that cannot be improved is returned unchanged.
     return min(candidates, key=lambda nodes: cumulative_error(nodes, table, sigma_end=sigma_end, solver=solver))

@@ -1,12 +1,12 @@
-"""The objective of Variance-Reduction Guidance: the prediction error that gathers along a trajectory.
+"""The objective of Variance-Reduction Guidance: the prediction error accumulated along a trajectory.
 
     J(s) = sum_i W_i(s)^2 v(s_i)
 
-Errors of different steps are taken as uncorrelated and of zero mean, and W is the solver's response with eps frozen
-(`acpo_dist.vrg.responses`). J ranks trajectories with the same number of steps and the same noisy end; it is no
-calibrated error and says nothing across step counts.
+The errors of different steps are assumed to be uncorrelated with zero mean. W is the solver's response with eps frozen
+(`acpo_dist.vrg.responses`). J ranks trajectories with the same number of steps and the same noisy end. It is not a
+calibrated error and cannot compare trajectories with different numbers of steps.
 
-Legend: N denoise steps from noisy to clean. Gradients are with respect to the N sigmas unless named otherwise.
+N denoise steps from noisy to clean. Gradients are with respect to the N sigmas unless stated otherwise.
 """
 
 import numpy as np
@@ -17,19 +17,24 @@ from acpo_dist.vrg.responses import Response, Solver, as_solver, first_order
 from acpo_dist.vrg.table import ErrorTable
 
 COMPLEX_STEP = 1e-30
-"""Relative. A complex step has no cancellation, so it may be as small as one likes."""
+"""Relative step of complex-step differentiation, which has no cancellation error and allows a very small step."""
 DIFFERENCE_STEP = 1e-5
-"""Relative, for solvers that take real numbers only: balances the cube of the step against rounding."""
+"""Relative step of central differences for real-valued solvers: balances truncation error against rounding."""
 
 
 def cumulative_error(
     sigmas_N: ArrayLike, table: ErrorTable, *, sigma_end: float = 0.0, solver: str | Solver | Response = "first_order"
 ) -> float:
-    """J, in units of v times sigma squared.
+    """J of a trajectory, in units of v times sigma squared.
 
     Args:
-        sigmas_N: falling, all above sigma_end.
-        sigma_end: where the last step lands.
+        sigmas_N: decreasing, all above `sigma_end`, shape (N,).
+        table: the error table.
+        sigma_end: sigma after the last step.
+        solver: a name in `responses.SOLVERS`, a `Solver`, or a response function.
+
+    Returns:
+        J.
     """
     sigmas = np.asarray(sigmas_N, dtype=np.float64)
     weights = as_solver(solver).respond(sigmas, sigma_end)
@@ -39,7 +44,14 @@ def cumulative_error(
 def value_and_gradient(
     sigmas_N: ArrayLike, table: ErrorTable, *, sigma_end: float = 0.0, solver: str | Solver | Response = "first_order"
 ) -> tuple[float, FloatArray]:
-    """J and dJ/ds, shape (N,). Closed form at first order, complex step for analytic solvers, else differences."""
+    """J and its gradient with respect to the sigmas.
+
+    The gradient is in closed form for the first-order solver, by complex step for analytic solvers, and by central
+    differences otherwise. Arguments as in `cumulative_error`.
+
+    Returns:
+        (J, dJ/ds of shape (N,)).
+    """
     sigmas = np.asarray(sigmas_N, dtype=np.float64)
     solver = as_solver(solver)
     value, slope = table.value_and_slope(sigmas)
@@ -54,14 +66,14 @@ def value_and_gradient(
 
 
 def log_gradient(sigmas_N: FloatArray, gradient_N: FloatArray) -> FloatArray:
-    """dJ / d log s from dJ/ds."""
+    """Convert dJ/ds to dJ / d log s."""
     return sigmas_N * gradient_N
 
 
 def alpha_gradient(alpha_bars_N: FloatArray, gradient_N: FloatArray) -> FloatArray:
-    """dJ / d alpha from dJ/ds, where alpha_i = alpha_bar_i / (alpha_bar of the next cleaner level, 1 for the last).
+    """Convert dJ/ds to dJ / d alpha. alpha_i is alpha_bar_i over the next cleaner alpha_bar (1 for the last level).
 
-    A change of alpha_i scales alpha_bar of its own and of every noisier level.
+    A change of alpha_i scales the alpha_bar of level i and of every noisier level.
     """
     # d s / d alpha_bar = -1 / (2 s alpha_bar^2)
     level_gradient = -gradient_N / (2 * to_sigmas(alpha_bars_N) * alpha_bars_N**2)
@@ -69,12 +81,12 @@ def alpha_gradient(alpha_bars_N: FloatArray, gradient_N: FloatArray) -> FloatArr
 
 
 def to_alphas(alpha_bars_N: FloatArray) -> FloatArray:
-    """Ratios of neighbouring alpha_bars, noisy over clean; the last is over 1."""
+    """Ratios of neighbouring alpha_bars, noisy over clean, shape (N,); the last alpha_bar is divided by 1."""
     return alpha_bars_N / np.append(alpha_bars_N[1:], 1.0)
 
 
 def alpha_form(alpha_bars_N: ArrayLike, table: ErrorTable) -> float:
-    """J at first order to the clean end, written as the publication writes it.
+    """J of the first-order solver with a clean end, in the notation of the publication.
 
     sum_i (sqrt(1 - ab_i) - sqrt(alpha_i - ab_i))^2 / ab_i v_i
     """

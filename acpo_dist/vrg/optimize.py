@@ -1,10 +1,10 @@
-"""Move the nodes of a sampling trajectory to where less prediction error gathers (Variance-Reduction Guidance).
+"""Optimise the noise levels of a sampling trajectory (Variance-Reduction Guidance).
 
-Legend: N denoise steps from noisy to clean. See `acpo_dist.vrg.objective` for J. A free minimum of J is a poor
-sampler, so both modes stay near the given trajectory:
-  * `log_trust`: log sigma of each node moves by at most `trust` times the gap to the neighbour it moves towards; the
-    noisy end stays where the starting noise is.
-  * `paper_box`: the box and the loss of the publication, for parity. It lets the noisy end drift.
+N denoise steps from noisy to clean; J is defined in `acpo_dist.vrg.objective`. The unconstrained minimum of J is a poor
+trajectory, so both modes limit the distance from the given trajectory:
+  * `log_trust`: log sigma of each node moves by at most `trust` times the gap to the neighbour in the direction of the
+    move. The noisy end is fixed.
+  * `paper_box`: the constraints and the loss of the publication, for comparison. The noisy end can move.
 """
 
 import time
@@ -26,12 +26,12 @@ from acpo_dist.vrg.table import ErrorTable
 Mode = Literal["log_trust", "paper_box"]
 
 FLOAT32_SLACK = 1e-6
-"""Relative; a cleanest node that went through float32 may stand this far below sigma_min."""
+"""Relative tolerance below `sigma_min` for a cleanest node that was rounded to float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimisedTrajectory:
-    """N nodes in sampling order (noisy to clean) and how they came about."""
+    """An optimised trajectory of N nodes in sampling order (noisy to clean), with the settings of the optimisation."""
 
     sigmas: tuple[float, ...]
     alpha_bars: tuple[float, ...]
@@ -39,10 +39,10 @@ class OptimisedTrajectory:
     j0: float
     """J of the given trajectory, under the same table, interpolation and solver as j1."""
     j1: float
-    """J of this one, without the penalty of `paper_box`; never above j0."""
+    """J of the optimised trajectory, without the penalty of `paper_box`; never above j0."""
     cpu_seconds: float
     saturation: float
-    """Largest move of a node in log sigma over the gap to the neighbour it neared; `log_trust` allows `trust`."""
+    """Largest move in log sigma, divided by the gap to the neighbour moved towards; at most `trust` in `log_trust`."""
     table_hash: str
     mode: str
     settings: Mapping[str, Any]
@@ -50,7 +50,7 @@ class OptimisedTrajectory:
 
     @property
     def gain(self) -> float:
-        """1 - j1 / j0, in [0, 1)."""
+        """Relative reduction of J: 1 - j1 / j0, in [0, 1)."""
         return 1 - self.j1 / self.j0
 
 
@@ -66,27 +66,30 @@ def optimize(
     sigma_end: float = 0.0,
     solver: str | Solver | Response = "first_order",
 ) -> OptimisedTrajectory:
-    """The trajectory with the least J near the given one; a pure function of its arguments.
+    """Find the trajectory with the smallest J near the given one. The result depends on the arguments only.
 
-    The search is global on a grid for the first-order objective and is finished by a gradient method on the solver's
-    own. With other solvers the global part is a start, so their optimum is a local one.
+    A global grid search on the first-order objective is followed by a gradient method on the objective of `solver`. The
+    result is a local optimum for other solvers than `first_order`.
 
     Args:
-        sigmas: N nodes, rising or falling; the result falls.
-        trust: `log_trust`: in [0, 0.5), which keeps the order. The cleanest node, which has no cleaner neighbour when
-            sigma_end is 0, takes its other gap for both directions.
+        sigmas: N nodes, strictly increasing or decreasing.
+        table: the error table of J.
+        mode: `log_trust` or `paper_box`.
+        trust: `log_trust`: largest move as a share of the gap to the neighbour, in [0, 0.5). If `sigma_end` is 0, the
+            cleanest node has no cleaner neighbour and uses the gap to its noisier neighbour in both directions.
         lp: `paper_box`: largest change of alpha_i, the ratio of neighbouring alpha_bars.
         reg_lambda: `paper_box`: weight of the squared change of the noisiest alpha_bar.
-        sigma_min: no node goes below; the scheduler's sigma at timestep 0. None: no limit, as in the publication.
-        sigma_end: where the last step lands. `paper_box` knows the clean end (0) only.
+        sigma_min: lower limit of the nodes, usually the scheduler's sigma at timestep 0. None: no limit, as in the
+            publication.
+        sigma_end: sigma after the last step; must be 0 in `paper_box`.
         solver: a name in `responses.SOLVERS`, a `Solver`, or a response function.
 
     Returns:
-        Strictly falling sigmas. `log_trust`: the first has the very bits it came with. `paper_box` reads the table with
-        `linear_alpha_bar`, as the publication does.
+        The optimised trajectory with strictly decreasing sigmas. In `log_trust` the first sigma is unchanged bit for
+        bit. `paper_box` interpolates the table with `linear_alpha_bar`, as in the publication.
 
     Raises:
-        VrgError: an unknown mode, arguments out of range, or sigmas that are no trajectory.
+        VrgError: an unknown mode, an argument out of range, or invalid sigmas.
     """
     began = time.process_time()
     start = checked_sigmas(sigmas, sigma_end)
@@ -124,7 +127,7 @@ def optimize(
 
 
 def _checked_floor(start: FloatArray, sigma_min: float | None) -> float:
-    """The least sigma a node may take; 0 is no limit."""
+    """Lower limit of sigma; 0 is no limit."""
     if sigma_min is None:
         return 0.0
     if not (sigma_min > 0 and start[-1] >= sigma_min * (1 - FLOAT32_SLACK)):
@@ -137,7 +140,7 @@ def _checked_floor(start: FloatArray, sigma_min: float | None) -> float:
 
 def _saturation(start: FloatArray, found: FloatArray, sigma_end: float) -> float:
     if len(start) == 1:
-        return abs(float(np.log(found[0] / start[0])))  # no neighbour: the plain move
+        return abs(float(np.log(found[0] / start[0])))  # a single node has no neighbour: use the move itself
     moves = np.log(found / start)
     noisier, cleaner = log_gaps(start, sigma_end)
     return float((np.abs(moves) / np.where(moves > 0, noisier, cleaner)).max())

@@ -1,10 +1,10 @@
-"""The `paper_box` search: the parameters, box and loss of the publication, minimised globally.
+"""The `paper_box` search: global minimum of the publication's loss in its box constraints.
 
     alpha_i = alpha_i0 + w_i o_i, |o_i| <= 1, w_i = min(lp, 1 - alpha_i0, alpha_i0)
     loss = J + reg_lambda (alpha_bar_N - alpha_bar_N0)^2, N the noisiest
 
-Here in sampling order: alpha_i is the ratio of alpha_bar_i to the next cleaner one (1 for the last), and index 0 is the
-noisiest. Source: the public description of Variance-Reduction Guidance (ICME 2025).
+Arrays are in sampling order: index 0 is the noisiest level, and alpha_i is alpha_bar_i divided by the next cleaner
+alpha_bar (1 for the last). Source: the public description of Variance-Reduction Guidance (ICME 2025).
 """
 
 import numpy as np
@@ -18,15 +18,24 @@ from acpo_dist.vrg.search import DESCENT, zoomed_path
 from acpo_dist.vrg.table import ErrorTable
 
 INSIDE = 1 - 1e-6
-"""Share of the box that is used, as the publication's tanh never reaches 1: no alpha comes out as 0 or 1."""
+"""Share of the box width that is used, so that no alpha is 0 or 1; the publication's tanh does not reach 1 either."""
 FLOOR = 0.02
-"""Lowest grid node, relative to the given one, where the box would let sigma run to 0."""
+"""Smallest sigma of the grid, relative to the given node, if the box allows sigma = 0."""
 EDGE_SLACK = 1e-12
-"""Relative; two roundings between alpha and sigma."""
+"""Relative tolerance of the box for the rounding of the conversions between alpha and sigma."""
 
 
 def box_bounds(start_N: FloatArray, *, lp: float, lowest: float) -> tuple[FloatArray, FloatArray]:
-    """Least and largest alpha of each step."""
+    """Smallest and largest alpha of each step.
+
+    Args:
+        start_N: sigmas of the given trajectory, decreasing, shape (N,).
+        lp: largest change of alpha.
+        lowest: lower limit of sigma; 0 is no limit.
+
+    Returns:
+        (lower, upper), each of shape (N,).
+    """
     alphas = to_alphas(to_alpha_bars(start_N))
     width = INSIDE * np.minimum(lp, np.minimum(1 - alphas, alphas))
     upper = alphas + width
@@ -37,7 +46,19 @@ def box_bounds(start_N: FloatArray, *, lp: float, lowest: float) -> tuple[FloatA
 def search_paper_box(
     start_N: FloatArray, table: ErrorTable, *, lp: float, reg_lambda: float, lowest: float, solver: Solver
 ) -> FloatArray:
-    """The best trajectory in the box by the publication's loss; `start_N` itself when nothing is better."""
+    """Search the box for the trajectory with the smallest loss of the publication.
+
+    Args:
+        start_N: sigmas of the given trajectory, decreasing, shape (N,).
+        table: the error table of J.
+        lp: largest change of alpha.
+        reg_lambda: weight of the squared change of the noisiest alpha_bar.
+        lowest: lower limit of sigma; 0 is no limit.
+        solver: the solver of J.
+
+    Returns:
+        Sigmas of the best trajectory, shape (N,); `start_N` if none has a smaller loss.
+    """
     lower, upper = box_bounds(start_N, lp=lp, lowest=lowest)
     noisy_end = float(to_alpha_bars(start_N[0]))
 
@@ -69,7 +90,7 @@ def _polish(
     noisy_end: float,
     solver: Solver,
 ) -> FloatArray:
-    """Descent in alpha, each scaled to [-1, 1] over its box."""
+    """Minimise the loss with L-BFGS-B; the variables are the alphas scaled from their box to [-1, 1]."""
     middle, half = (upper + lower) / 2, (upper - lower) / 2
 
     def levels(position: FloatArray) -> FloatArray:

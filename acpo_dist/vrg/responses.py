@@ -1,15 +1,15 @@
-"""How much of a prediction error at each denoise step arrives at the clean end: x0_error = - sum_i W_i e_i.
+"""Response of a solver to prediction errors: x0_error = - sum_i W_i e_i, with e_i the error at denoise step i.
 
-Legend: N denoise steps from noisy to clean, `sigma_end` is where the last one lands (0 is clean), leading dimensions
-are a batch of trajectories. In z = x / sqrt(alpha_bar) every solver here is linear in the network's outputs. "Frozen
-eps": an error at one step is taken not to change what the network answers at later ones.
+N denoise steps from noisy to clean; `sigma_end` is sigma after the last step (0 is clean); leading dimensions are a
+batch of trajectories. In z = x / sqrt(alpha_bar) every solver here is linear in the network outputs. The responses
+assume "frozen eps": an error at one step does not change the network outputs at later steps.
 
-With D = s - t the fall of sigma in a step and h = log(s / t), solvers hold the noise (`dpm`) or the clean estimate
-(`dpmpp`) as a polynomial in log sigma. sum W = s_first - sigma_end for every deterministic solver, since a constant
-error then moves z by exactly that; with eta > 0 it is larger.
+A step goes from sigma s to sigma t, with D = s - t and h = log(s / t). Solvers approximate the noise (`dpm`) or the
+clean estimate (`dpmpp`) by a polynomial in log sigma. For every deterministic solver sum W = s_first - sigma_end,
+because a constant error moves z by that amount; with eta > 0 the sum is larger.
 
-Sources: DDIM (Song et al. 2021), DPM-Solver and DPM-Solver++ (Lu et al. 2022). Where diffusers' schedulers and the
-exact integral of the polynomial differ (second difference, order 3), these follow the schedulers, for they do the work.
+Sources: DDIM (Song et al. 2021), DPM-Solver and DPM-Solver++ (Lu et al. 2022). Where diffusers' schedulers differ from
+the exact integral of the polynomial (second difference, order 3), the responses follow the schedulers.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from acpo_dist.core.errors import VrgError
 from acpo_dist.vrg.levels import FloatArray
 
 Array = NDArray[Any]
-"""float64, or complex128 when a derivative is taken by a complex step."""
+"""float64, or complex128 for complex-step differentiation."""
 Response = Callable[[Array, float], Array]
 """(sigmas (..., N), sigma_end) -> weights (..., N)."""
 
@@ -34,29 +34,58 @@ LOWER_ORDER_BELOW = 15
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A named response."""
+    """A solver's name and response."""
 
     name: str
     respond: Response
     analytic: bool = False
-    """It takes complex sigmas and a batch, and uses no function that a complex step cannot pass through."""
+    """Whether `respond` accepts a batch of complex sigmas and is analytic, as complex-step differentiation requires."""
 
 
 def first_order(sigmas: Array, sigma_end: float) -> Array:
-    """DDIM with eta 0, Euler, DPM-Solver-1 and DPM-Solver++ 1: W = D."""
+    """Response of DDIM with eta 0, Euler, DPM-Solver-1 and DPM-Solver++ 1: W = D.
+
+    Args:
+        sigmas: decreasing, shape (..., N).
+        sigma_end: sigma after the last step.
+
+    Returns:
+        W, shape (..., N).
+    """
     return sigmas - _following(sigmas, sigma_end)
 
 
 def ddim_response(sigmas: Array, sigma_end: float, *, eta: float) -> Array:
-    """DDIM with noise: W = s - t sqrt(1 - eta^2 (1 - t^2 / s^2)). The injected noise itself is no prediction error."""
+    """Response of stochastic DDIM: W = s - t sqrt(1 - eta^2 (1 - t^2 / s^2)).
+
+    The injected noise does not count as a prediction error.
+
+    Args:
+        sigmas: decreasing, shape (..., N).
+        sigma_end: sigma after the last step.
+        eta: amount of noise, in [0, 1].
+
+    Returns:
+        W, shape (..., N).
+    """
     following = _following(sigmas, sigma_end)
     return sigmas - following * np.sqrt(1 - eta**2 * (1 - (following / sigmas) ** 2))
 
 
 def multistep(sigmas: Array, sigma_end: float, *, order: int, clean_form: bool) -> Array:
-    """DPM-Solver (noise form) or DPM-Solver++ (clean form), multistep, order 2 (midpoint) or 3.
+    """Response of multistep DPM-Solver (noise form) or DPM-Solver++ (clean form), order 2 (midpoint) or 3.
 
-    Orders rise from 1 at the start; the last steps are lowered as diffusers lowers them (`lower_order_final`).
+    The order increases from 1 in the first steps and is lowered in the last steps as in diffusers
+    (`lower_order_final`).
+
+    Args:
+        sigmas: decreasing, shape (..., N).
+        sigma_end: sigma after the last step.
+        order: 2 or 3.
+        clean_form: True for DPM-Solver++, False for DPM-Solver.
+
+    Returns:
+        W, shape (..., N).
     """
     orders = _multistep_orders(sigmas.shape[-1], order, sigma_end)
     coefficients = _multistep_coefficients(sigmas, sigma_end, orders, clean_form)
@@ -69,9 +98,17 @@ def multistep(sigmas: Array, sigma_end: float, *, order: int, clean_form: bool) 
 
 
 def singlestep(sigmas: Array, sigma_end: float, *, order: int) -> Array:
-    """DPM-Solver (noise form, midpoint), single-step, order 2 or 3: macro steps of `order` calls each.
+    """Response of single-step DPM-Solver (noise form, midpoint), order 2 or 3: macro steps of `order` calls each.
 
-    The inner nodes are wherever the trajectory puts them. The first inner node of an order-3 step has weight 0.
+    The inner nodes of a macro step are nodes of the trajectory. The first inner node of an order-3 step has weight 0.
+
+    Args:
+        sigmas: decreasing, shape (..., N).
+        sigma_end: sigma after the last step.
+        order: 2 or 3.
+
+    Returns:
+        W, shape (..., N).
     """
     weights = np.zeros_like(sigmas)
     start = 0
@@ -91,20 +128,20 @@ def singlestep(sigmas: Array, sigma_end: float, *, order: int) -> Array:
 
 
 def probe(step_fn: Callable[[int, FloatArray, FloatArray], Any], num_steps: int, *, to_z: float = 1.0) -> FloatArray:
-    """Weights of any linear scheduler, from one run on a batch of one-hot network outputs.
+    """Measure the weights of a linear scheduler from one run on a batch of one-hot network outputs.
 
     Args:
-        step_fn: (denoise_step, outputs (N + 1,), states (N + 1,)) -> states after the step. It starts from zeros and
-            is called once per step, in order, so it may wrap a stateful scheduler.
+        step_fn: (denoise_step, outputs (N + 1,), states (N + 1,)) -> states after the step. The first states are
+            zeros. It is called once per step in order, so it can wrap a stateful scheduler.
         num_steps: N.
         to_z: factor from the final state to z = x / sqrt(alpha_bar): sqrt(1 + sigma_end^2) for a variance-preserving
             scheduler that stops at sigma_end, 1 at the clean end.
 
     Returns:
-        W_N.
+        W, shape (N,).
 
     Raises:
-        VrgError: the scheduler is not linear (clipping, thresholding, noise), so it has no weights.
+        VrgError: the scheduler is not linear in the network outputs (clipping, thresholding or noise).
     """
     outputs = np.eye(num_steps, num_steps + 1)
     outputs[:, -1] = mixture = 10 * np.cos(1 + np.arange(num_steps))
@@ -113,7 +150,7 @@ def probe(step_fn: Callable[[int, FloatArray, FloatArray], Any], num_steps: int,
         states = np.asarray(step_fn(step, outputs[step], states), dtype=np.float64)
     weights = -to_z * states[:-1]
     expected, found = float(mixture @ weights), float(-to_z * states[-1])
-    # Schedulers work in float32; clipping or noise is off by order one.
+    # The tolerance allows float32 rounding in schedulers; clipping or noise causes an error of order one.
     if not abs(found - expected) <= 1e-3 * float(np.abs(mixture * weights).sum()):
         raise VrgError(
             f"the scheduler is not linear in the network's outputs: a mixture should give {expected:g}, "
@@ -137,7 +174,10 @@ SOLVERS: dict[str, Solver] = {
 
 
 def ddim(eta: float) -> Solver:
-    """DDIM with noise `eta` in [0, 1].
+    """The solver for stochastic DDIM.
+
+    Args:
+        eta: amount of noise, in [0, 1].
 
     Raises:
         VrgError: eta outside [0, 1].
@@ -148,7 +188,11 @@ def ddim(eta: float) -> Solver:
 
 
 def as_solver(solver: str | Solver | Response) -> Solver:
-    """A solver by name, as it is, or around a plain function (whose derivative is then taken by differences).
+    """Convert a name or a response function to a `Solver`.
+
+    Args:
+        solver: a name in `SOLVERS`, a `Solver` (returned unchanged), or a response function (differentiated by central
+            differences).
 
     Raises:
         VrgError: unknown name.
@@ -176,7 +220,7 @@ def _multistep_orders(num_steps: int, order: int, sigma_end: float) -> Array:
 
 
 def _singlestep_sizes(num_steps: int, order: int, sigma_end: float) -> list[int]:
-    """Sizes of macro steps; what does not fill one is taken at lower order, and order 3 never ends on a full step."""
+    """Sizes of the macro steps; remaining calls use a lower order, and order 3 never ends on a full macro step."""
     full, rest = divmod(num_steps, order)
     if rest:
         tail = [rest]
@@ -188,7 +232,7 @@ def _singlestep_sizes(num_steps: int, order: int, sigma_end: float) -> list[int]
 
 
 def _multistep_coefficients(sigmas: Array, sigma_end: float, orders: Array, clean_form: bool) -> list[Array]:
-    """Coefficient, in each step, of the output 0, 1 and 2 steps back."""
+    """Coefficients of the outputs 0, 1 and 2 steps back, for each step."""
     following = _following(sigmas, sigma_end)
     current = sigmas - following
     if clean_form:
@@ -214,7 +258,7 @@ def _multistep_coefficients(sigmas: Array, sigma_end: float, orders: Array, clea
 
 
 def _integrals(constant: Array, following: Array, h: Array, clean_form: bool) -> tuple[Array, Array]:
-    """Weights of the linear and quadratic terms of the held quantity over a step; `constant` is that of the first."""
+    """Integrals of the linear and quadratic terms over a step; `constant` is the integral of the constant term."""
     if clean_form:
         linear = 1 - constant / h
         return linear, 0.5 - linear / h
@@ -223,7 +267,7 @@ def _integrals(constant: Array, following: Array, h: Array, clean_form: bool) ->
 
 
 def _clean_form_weights(sigmas: Array, sigma_end: float, coefficients: list[Array]) -> Array:
-    """W of z' = (t / s) z + sum_j c_j d_j with d = z - s e, by walking back from the end (the adjoint recursion)."""
+    """W of z' = (t / s) z + sum_j c_j d_j with d = z - s e, by the adjoint recursion from the last step."""
     num_steps = sigmas.shape[-1]
     ratio = _following(sigmas, sigma_end) / sigmas
     pull = np.zeros_like(sigmas)  # d (final z) / d (clean estimate of a step)

@@ -1,6 +1,7 @@
-"""Global minimum of the first-order objective on a grid: J is a sum over neighbouring pairs, so a shortest path.
+"""Global minimum of the first-order objective on a grid, as a shortest-path problem.
 
-Legend: N layers, one per denoise step from noisy to clean, each a vector of candidate sigmas.
+J is a sum over pairs of neighbouring nodes. N layers, one per denoise step from noisy to clean; each layer is a vector
+of candidate sigmas.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +14,16 @@ from acpo_dist.vrg.levels import FloatArray
 from acpo_dist.vrg.table import ErrorTable
 
 Allowed = Callable[[int, FloatArray, FloatArray], NDArray[np.bool_]]
-"""(step, its sigmas (A, 1), sigmas of the next step (B,)) -> which pairs may follow each other, (A, B)."""
+"""(step, sigmas of the step (A, 1), sigmas of the next step (B,)) -> mask of allowed pairs, bool (A, B)."""
 
 FIRST_GRID = 192
 ZOOM_GRID = 64
 ZOOM_REACH = 10
-"""Spacings of the last grid that a zoom keeps on either side of its best path."""
+"""Half width of a zoomed grid around the best path, in spacings of the previous grid."""
 NUM_ZOOMS = 3
 
 DESCENT = {"maxiter": 200, "ftol": 1e-10, "gtol": 1e-9}
-"""Options of the L-BFGS-B descents that follow the search; tighter ones move J by less than 1e-6 of itself."""
+"""Options of L-BFGS-B after the grid search; tighter tolerances change J by less than 1e-6 (relative)."""
 
 
 def cheapest_path(
@@ -33,13 +34,20 @@ def cheapest_path(
     allowed: Allowed | None = None,
     start_cost: FloatArray | None = None,
 ) -> list[int]:
-    """Index into each layer of the trajectory with the least J at first order. Exact; O(N A B).
+    """Find the path through the layers with the smallest first-order J. Exact; O(N A B).
 
     Args:
-        start_cost: added for each candidate of the noisiest step.
+        layers: N vectors of candidate sigmas.
+        table: the error table of J.
+        sigma_end: sigma after the last step.
+        allowed: which pairs of candidates may follow each other; None allows all.
+        start_cost: additional cost of each candidate of the noisiest step.
+
+    Returns:
+        Index into each layer.
 
     Raises:
-        ValueError: `allowed` leaves no path.
+        ValueError: `allowed` excludes every path.
     """
     costs = np.zeros(len(layers[0])) if start_cost is None else start_cost
     origins: list[NDArray[np.intp]] = []
@@ -73,10 +81,21 @@ def zoomed_path(
     allowed: Allowed | None = None,
     start_cost: Callable[[FloatArray], FloatArray] | None = None,
 ) -> FloatArray:
-    """The cheapest path on log-spaced grids between the bounds, then on finer grids around it.
+    """Find the cheapest path on log-spaced grids between the bounds, then on finer grids around the path.
 
-    Never worse than `start_N` by the first-order objective, for the nodes so far are always among the candidates. All
-    arguments are sigmas, shape (N,), lower <= start <= upper; where lower equals upper the node keeps its bits.
+    The first-order objective never exceeds that of `start_N`, because the current nodes are always candidates.
+
+    Args:
+        start_N: sigmas of the given trajectory, shape (N,).
+        lower_N: lower limits, at most `start_N`. A node whose limits are equal is unchanged bit for bit.
+        upper_N: upper limits, at least `start_N`.
+        table: the error table of J.
+        sigma_end: sigma after the last step.
+        allowed: which pairs of candidates may follow each other; None allows all.
+        start_cost: additional cost as a function of the sigmas of the noisiest step.
+
+    Returns:
+        Sigmas of the path, shape (N,).
     """
     path, low, high = start_N, np.log(lower_N), np.log(upper_N)
     spacing = (high - low) / (FIRST_GRID - 1)

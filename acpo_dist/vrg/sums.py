@@ -1,7 +1,8 @@
-"""Streaming statistics of the prediction error, which merge by addition whatever the sharding.
+"""Streaming statistics of the prediction error. Statistics of different shards are merged by addition.
 
-Legend: K nodes, C channels, n images. e is the error of the predicted noise, one image at one node; every figure per
-image is a mean over its elements. Float64 throughout; all nodes share one noise per image, so neighbours correlate.
+K nodes, C channels, n images. e is the error of the predicted noise of one image at one node; statistics per image are
+means over its elements. All values are float64. All nodes use the same noise for an image, so the errors at
+neighbouring nodes are correlated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,12 @@ class ErrorSums:
     gram_KK: FloatArray
     """Sum of mean (e_k e_l)."""
     guided_K3: FloatArray
-    """Sums of mean e_u^2, e_c^2 and e_u e_c of the two branches; nan where there is no guidance."""
+    """Sums of mean e_u^2, e_c^2 and e_u e_c of the unconditional and conditional branch; nan without guidance."""
     clipped_K: FloatArray
     """Sum of the share of x0-hat's elements that the scheduler's x_0 rule changed."""
 
     def __add__(self, other: "ErrorSums") -> "ErrorSums":
-        """Both sets of images.
+        """Merge the sums of two sets of images.
 
         Raises:
             VrgError: the nodes differ.
@@ -52,12 +53,12 @@ class ErrorSums:
 
     @property
     def v(self) -> FloatArray:
-        """Mean squared error per element."""
+        """Mean squared error per element, shape (K,)."""
         return self.square_K / self.count
 
     @property
     def standard_errors(self) -> FloatArray:
-        """Of `v`, over images; infinite for fewer than two."""
+        """Standard error of `v` over images, shape (K,); infinite for fewer than two images."""
         if self.count < 2:
             return np.full_like(self.square_K, np.inf)
         variance = (self.square2_K - self.square_K**2 / self.count) / (self.count - 1)
@@ -65,22 +66,28 @@ class ErrorSums:
 
     @property
     def clipped(self) -> FloatArray:
-        """Share of x0-hat's elements that the scheduler's x_0 rule changed, in [0, 1], (K,)."""
+        """Share of x0-hat's elements that the scheduler's x_0 rule changed, in [0, 1], shape (K,)."""
         return self.clipped_K / self.count
 
     def table(self, provenance: Mapping[str, Any]) -> ErrorTable:
-        """The measured curve with its standard errors."""
+        """Build an error table with standard errors.
+
+        Args:
+            provenance: JSON values that describe the measurement; `images` is added.
+        """
         return ErrorTable(
             sigmas=self.sigmas, v=self.v, standard_errors=self.standard_errors,
             provenance={**provenance, "images": self.count},
         )  # fmt: skip
 
     def diagnostics(self) -> dict[str, list[float]]:
-        """Per node: bias ratio and its z-score, lag-1 correlation, excess kurtosis, share of clipped elements.
+        """Diagnostics of the assumptions of J, one value per node.
 
-        `bias_ratio` is the squared mean error per channel over v, less what n images of a centred error would give;
-        `bias_z` the largest z-score of a channel's mean. `lag1_correlation` belongs to a node and its noisier neighbour
-        (the last has none, nan). `excess_kurtosis` is against a Gaussian of the pooled variance.
+        Returns:
+            `bias_ratio`: squared mean error per channel divided by v, minus its expectation for n images of a
+            zero-mean error. `bias_z`: largest z-score of a channel mean. `lag1_correlation`: correlation with the next
+            noisier node (nan for the noisiest node). `excess_kurtosis`: relative to a Gaussian with the pooled
+            variance. `clipped`: share of elements that the x_0 rule changed.
         """
         n = self.count
         mean = self.channel_KC / n
@@ -103,16 +110,16 @@ def sums_of(
     sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM: FloatArray | None,
     clipped_KB: FloatArray | None = None,
 ) -> ErrorSums:  # fmt: skip
-    """Sums of one batch.
+    """Compute the sums of one batch.
 
     Args:
         sigmas: the K nodes, ascending.
-        errors_KBCM: e of the (conditional) branch, B images, C channels, M pixels.
-        unconditional_KBCM: e of the null branch, or None.
-        clipped_KB: share of x0-hat's elements that the x_0 rule changed; None is 0.
+        errors_KBCM: e of the conditional branch (or of an unconditional model), B images, C channels, M pixels.
+        unconditional_KBCM: e of the unconditional branch, or None without guidance.
+        clipped_KB: share of x0-hat's elements that the x_0 rule changed; None means 0.
 
     Raises:
-        VrgError: a value that is not finite.
+        VrgError: an error is not finite.
     """
     e = np.asarray(errors_KBCM, dtype=np.float64)
     if not np.isfinite(e).all():

@@ -1,6 +1,6 @@
-"""Prediction error of a noise-predicting network against the noise level: v(sigma) = E |eps_hat - eps|^2 / dim.
+"""Prediction error of a network as a function of the noise level: v(sigma) = E |eps_hat - eps|^2 / dim.
 
-Legend: K nodes, T training timesteps. sigma = sqrt(1 / alpha_bar - 1).
+K nodes, T training timesteps. sigma = sqrt(1 / alpha_bar - 1).
 """
 
 import hashlib
@@ -20,34 +20,36 @@ from acpo_dist.vrg.levels import FloatArray, checked_schedule, to_alpha_bars, to
 Interpolation = Literal["log_cubic", "linear_alpha_bar"]
 
 MIN_NODES = 8
-"""With 12 to 16 nodes the optimised trajectory is within 0.1 % of the best; a table below 8 is taken for a mistake."""
+"""Minimum number of nodes. With 12 to 16 nodes, J of the optimised trajectory is within 0.1 % of the best."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ErrorTable:
-    """K measured nodes and the curve through them.
+    """K measured nodes and an interpolating curve.
 
-    Nodes may come in any order and any real dtype; they are kept sorted by sigma, in float64, read-only.
+    Nodes can be given in any order and any real dtype. They are stored sorted by sigma, as read-only float64.
 
-    Interpolation and its continuation outside the nodes:
-      * `log_cubic`: monotone cubic (PCHIP) in (log sigma, log v). Outside, a power law with the slope of the end node,
-        limited to [-2, 0]: the irreducible error L / (L + sigma^2) of data with variance L has no other slopes.
-      * `linear_alpha_bar`: linear in alpha_bar, as the publication does it, for parity only. Cleaner than the first
-        node it goes on along the first segment; noisier than the last it runs to v = 0 at alpha_bar = 0.
+    Interpolation and extrapolation:
+      * `log_cubic`: monotone cubic (PCHIP) in (log sigma, log v). Outside the nodes, a power law with the slope of the
+        end node limited to [-2, 0], the range of slopes of the irreducible error L / (L + sigma^2) of data with
+        variance L.
+      * `linear_alpha_bar`: linear in alpha_bar, for comparison with the publication. Below the smallest sigma the first
+        segment is extended; above the largest sigma v decreases linearly to 0 at alpha_bar = 0.
 
     Raises:
-        VrgError: too few nodes, lengths that differ, a value that is not finite or not positive, or two equal sigmas.
+        VrgError: too few nodes, columns of different lengths, a value that is not finite or not positive, or two equal
+            sigmas.
     """
 
     sigmas: FloatArray
     v: FloatArray
     """Mean squared error of the predicted noise per element, over images, channels and pixels."""
     standard_errors: FloatArray | None = None
-    """Of v, same units."""
+    """Standard errors of v, in the units of v."""
     timesteps: FloatArray | None = None
-    """As the source names them (0- or 1-based); `check_against` uses them, the curve does not."""
+    """Timesteps in the numbering of the source (0- or 1-based); used by `check_against` and not by the curve."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values: where the numbers are from."""
+    """JSON values that describe the source of the table."""
     interpolation: Interpolation = "log_cubic"
 
     def __post_init__(self) -> None:
@@ -92,29 +94,33 @@ class ErrorTable:
 
     @cached_property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of the sorted nodes and values; the interpolation is not part of it."""
+        """Hash of the sorted nodes and values, twelve hexadecimal digits; the interpolation is not included."""
         content = np.stack([self.sigmas, self.v]).astype("<f8").tobytes()
         return hashlib.sha256(content).hexdigest()[:12]
 
     @property
     def alpha_bars(self) -> FloatArray:
-        """Cumulative signal fractions of the nodes, falling, shape (K,)."""
+        """Cumulative signal fractions of the nodes, decreasing, shape (K,)."""
         return to_alpha_bars(self.sigmas)
 
     def with_interpolation(self, interpolation: Interpolation) -> "ErrorTable":
-        """The same nodes with another curve through them."""
+        """Return a table with the same nodes and another interpolation."""
         return self if interpolation == self.interpolation else replace(self, interpolation=interpolation)
 
     def on_schedule(self, alpha_bars_T: ArrayLike, *, first_timestep: int) -> "ErrorTable":
-        """The same values on the scheduler's own levels, read off at the table's timesteps.
+        """Replace the noise levels of the table by the schedule's levels at the table's timesteps.
 
-        Repairs a wrong or coarsely printed alpha_bar column.
+        This corrects a wrong or rounded alpha_bar column.
 
         Args:
-            first_timestep: how the table names the scheduler's first level: 0, or 1 in files that count from 1.
+            alpha_bars_T: alpha_bar by timestep, shape (T,).
+            first_timestep: number of the schedule's first timestep in the table, 0 or 1.
+
+        Returns:
+            A table with the same v.
 
         Raises:
-            VrgError: the table has no timesteps, or one is outside the schedule.
+            VrgError: the table has no timesteps, or a timestep is outside the schedule.
         """
         levels = checked_schedule(alpha_bars_T)
         if self.timesteps is None:
@@ -138,11 +144,14 @@ class ErrorTable:
         return self._linear(sigmas) if self.interpolation == "linear_alpha_bar" else self._cubic(sigmas)
 
     def check_against(self, alpha_bars_T: ArrayLike) -> None:
-        """Refuse a table that was not made for this schedule (see `acpo_dist.vrg.fit`).
+        """Check that the table was measured on this noise schedule (see `acpo_dist.vrg.fit`).
+
+        Args:
+            alpha_bars_T: alpha_bar by timestep, shape (T,).
 
         Raises:
-            VrgError: levels that differ from the scheduler's, a column of alpha_t instead of alpha_bar, or a range of
-                sigma that is not the scheduler's.
+            VrgError: the noise levels differ from the schedule's, the column holds alpha_t instead of alpha_bar, or the
+                range of sigma differs from the schedule's.
         """
         check_fit(self, checked_schedule(alpha_bars_T))
 

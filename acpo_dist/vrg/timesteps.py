@@ -1,7 +1,7 @@
-"""Between sigma and the timestep that conditions the network: linear in log sigma over the scheduler's levels.
+"""Convert sigma to the timestep that conditions the network, by linear interpolation in log sigma.
 
-Legend: N denoise steps (noisy to clean), T training timesteps, counted from 0. Source of the rule: Karras et al. 2022,
-as diffusers' schedulers apply it.
+N denoise steps (noisy to clean), T training timesteps, 0-based. Source: Karras et al. 2022, as implemented in
+diffusers' schedulers.
 """
 
 import logging
@@ -15,20 +15,27 @@ from acpo_dist.vrg.levels import FloatArray, checked_schedule, to_sigmas
 logger = logging.getLogger(__name__)
 
 EDGE_TOLERANCE = 1e-6
-"""In log sigma: a level that went through float32 may stand this far outside the schedule."""
+"""Tolerance in log sigma at the ends of the schedule, for levels that were rounded to float32."""
 
 
 def to_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> FloatArray:
-    """Fractional timesteps in [0, T - 1], same shape as `sigmas`; for networks that embed real numbers.
+    """Convert sigmas to fractional timesteps, for networks that accept non-integer timesteps.
+
+    Args:
+        sigmas: any shape.
+        alpha_bars_T: alpha_bar by timestep, shape (T,).
+
+    Returns:
+        Timesteps in [0, T - 1], same shape as `sigmas`.
 
     Raises:
-        VrgError: a sigma outside the schedule, where no timestep has it.
+        VrgError: a sigma is outside the schedule.
     """
     log_sigmas_T = np.log(to_sigmas(checked_schedule(alpha_bars_T)))
     log_sigmas = np.log(np.asarray(sigmas, dtype=np.float64))
     if (
         log_sigmas.min() < log_sigmas_T[0] - EDGE_TOLERANCE or log_sigmas.max() > log_sigmas_T[-1] + EDGE_TOLERANCE
-    ):  # a silent clamp would condition the network on a level the sample does not have
+    ):  # clamping would condition the network on a noise level that differs from the sample's
         raise VrgError(
             f"sigmas {np.exp(log_sigmas.min()):.6g} to {np.exp(log_sigmas.max()):.6g} leave the scheduler's range "
             f"{np.exp(log_sigmas_T[0]):.6g} to {np.exp(log_sigmas_T[-1]):.6g}.\n"
@@ -38,16 +45,20 @@ def to_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> FloatArray:
 
 
 def to_integer_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> tuple[int, ...]:
-    """N whole timesteps, strictly falling, for schedulers and networks that take integers only.
+    """Convert sigmas to strictly decreasing integer timesteps, for schedulers and networks that accept integers only.
 
-    Each level is rounded to the nearest timestep. Where two levels fall on one timestep, the cleaner one is moved to
-    the next free timestep below (above, at the clean end); a warning says how many were moved.
+    Each level is rounded to the nearest timestep. If two levels round to the same timestep, the cleaner one moves to
+    the next free timestep below (above, at the clean end). A warning with the number of moved levels is logged.
 
     Args:
-        sigmas: shape (N,), falling.
+        sigmas: shape (N,), decreasing.
+        alpha_bars_T: alpha_bar by timestep, shape (T,).
+
+    Returns:
+        N timesteps.
 
     Raises:
-        VrgError: more levels than timesteps, levels that do not fall, or a level outside the schedule.
+        VrgError: more levels than timesteps, sigmas that do not decrease, or a sigma outside the schedule.
     """
     exact = np.atleast_1d(to_timesteps(sigmas, alpha_bars_T))
     total, count = len(np.asarray(alpha_bars_T)), len(exact)
@@ -57,7 +68,7 @@ def to_integer_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> tuple[in
         raise VrgError("whole timesteps need sigmas that fall strictly, from noisy to clean.")
     rounded = np.rint(exact).astype(int)
     steps = np.arange(count)
-    # Strictly falling means t_i + i never rises: take the running minimum, then leave room for the steps that follow.
+    # t is strictly decreasing if t_i + i is non-increasing: take the running minimum, then reserve the remaining steps.
     repaired = np.maximum(np.minimum.accumulate(rounded + steps) - steps, count - 1 - steps)
     moved = int((repaired != rounded).sum())
     if moved:
