@@ -1,4 +1,4 @@
-"""What a scheduler does to its x_0 estimate before it steps: nothing, clip it, or threshold it."""
+"""Rules that schedulers apply to the x_0 estimate before a step: none, clipping, or dynamic thresholding."""
 
 from dataclasses import dataclass
 
@@ -10,24 +10,24 @@ from acpo_dist.diffusion.prediction import PREDICTION_TYPES, signal_and_noise, t
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRule:
-    """x_0 = rule(x0-hat), after which eps is derived again from x_t and x_0.
+    """A rule x_0 = rule(x0-hat); eps is then recomputed from x_t and x_0.
 
-    The rule acts on the network output, in the network's own prediction type: whatever reads the output afterwards
-    (any solver, the density of a stochastic step, the error that VRG measures) works with the restricted x_0 and the
-    eps that belongs to it. Without a rule the output is returned as it is, bit for bit.
+    The rule is applied to the network output in the network's prediction type. Solvers, the density of a stochastic
+    step and the VRG error measurement therefore all use the restricted x_0 and the matching eps. Without a rule the
+    output is unchanged bit for bit.
     """
 
     limit: float | None = None
     """Clip to [-limit, limit] (`clip_sample`, `clip_sample_range`)."""
     quantile: float | None = None
-    """Dynamic thresholding: divide by this quantile of |x0-hat| per sample (`dynamic_thresholding_ratio`); it replaces
-    the clip, as in diffusers."""
+    """Dynamic thresholding: divide by this quantile of |x0-hat| per sample (`dynamic_thresholding_ratio`). It takes
+    precedence over `limit`, as in diffusers."""
     ceiling: float = 1.0
     """Largest divisor of dynamic thresholding (`sample_max_value`)."""
 
     @property
     def is_active(self) -> bool:
-        """Whether the rule changes anything."""
+        """Whether the rule clips or thresholds."""
         return self.limit is not None or self.quantile is not None
 
     def restrict(self, clean: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class CleanRule:
             clean: x0-hat, shape (B, ...), float32 or float64.
 
         Returns:
-            Same shape, differentiable; elements that the clip changes pass no gradient.
+            Restricted x_0 of the same shape, differentiable; the gradient of clipped elements is zero.
 
-        Source of thresholding: Imagen (Saharia et al. 2022), as diffusers applies it.
+        Source of thresholding: Imagen (Saharia et al. 2022), as implemented in diffusers.
         """
         if self.quantile is not None:
             scale = torch.quantile(clean.abs().flatten(1), self.quantile, dim=1).clamp(1, self.ceiling)
@@ -48,16 +48,17 @@ class CleanRule:
         return clean if self.limit is None else clean.clamp(-self.limit, self.limit)
 
     def apply(self, model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-        """Network output whose x0-hat obeys the rule and whose eps-hat belongs to that x_0.
+        """Apply the rule to a network output.
 
         Args:
-            model_output: network output, guided if the sampler is guided, shape (B, ...).
+            model_output: network output, after guidance if the sampler uses guidance, shape (B, ...).
             noisy: x_t, same shape.
-            alpha_bar_B: level per sample, in (0, 1).
+            alpha_bar_B: alpha_bar per sample, in (0, 1), shape (B,).
             prediction_type: `epsilon`, `v_prediction` or `sample`.
 
         Returns:
-            Same shape. Where the rule changes nothing, the very values of `model_output`.
+            Network output of the same shape that corresponds to the restricted x_0. Elements that the rule does not
+            change are equal to those of `model_output`.
 
         Raises:
             ValueError: unknown prediction type.
@@ -76,10 +77,14 @@ class CleanRule:
         raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
 
     def share_changed(self, model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-        """Share of the elements of each x0-hat that the rule changes, float64 (B,)."""
+        """Share of the elements of x0-hat that the rule changes; arguments as in `apply`.
+
+        Returns:
+            One share per sample in [0, 1], float64, shape (B,).
+        """
         clean = to_clean(model_output, noisy, alpha_bar_B, prediction_type)
         return (self.restrict(clean) != clean).flatten(1).double().mean(1)
 
 
 NO_RULE = CleanRule()
-"""Schedulers of latent models: x0-hat is used as it is."""
+"""No clipping and no thresholding, as in the schedulers of latent models."""

@@ -1,14 +1,14 @@
 """PLMS: linear multistep sampling on eps, for any trajectory.
 
-In z = x / sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1) the deterministic sampling ODE is dz/dsigma = eps(x, t)
-with nothing else in it, so a multistep rule for it is Adams-Bashforth in sigma: integrate the polynomial in sigma
-through the last k values of eps over the step. The weights depend on the spacing of sigma, which is free; where it is
-even they are the classical ones, (55, -59, 37, -9) / 24.
+In z = x / sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1) the deterministic sampling ODE is dz/dsigma = eps(x, t).
+The multistep method is Adams-Bashforth in sigma: it integrates the polynomial in sigma through the last k values of eps
+over the step. The weights depend on the spacing of sigma, which is arbitrary; for even spacing they are the classical
+weights (55, -59, 37, -9) / 24.
 
-diffusers' `PNDMScheduler` always takes the classical weights and spaces timesteps evenly. Its mean of eps is one over
-timesteps, which it then moves by DDIM's transfer (here: times the difference in sigma). The two coincide where sigma is
-linear in the timestep; elsewhere PNDM's rule is of second order in the timestep, and on an uneven trajectory it is
-wrong. It also repeats its first step, which costs one more call; here the order grows as 1, 2, 3, 4.
+diffusers' `PNDMScheduler` always uses the classical weights and evenly spaced timesteps. It averages eps over timesteps
+and applies the DDIM step to the average (here: multiplies it by the difference in sigma). Both methods agree if sigma
+is linear in the timestep. Otherwise PNDM is of second order in the timestep, and it is incorrect on unevenly spaced
+trajectories. PNDM repeats its first step, which costs one more call; here the order increases as 1, 2, 3, 4.
 
 Sources: Liu et al. 2022 (PNDM); Hairer, Norsett and Wanner 1993, III.5 (variable steps).
 """
@@ -30,22 +30,22 @@ MAX_ORDER = 4
 
 
 def noise_levels(trajectory: Trajectory) -> tuple[float, ...]:
-    """sigma = sqrt(1 / alpha_bar - 1) of the N + 1 levels, decreasing; 0 is clean."""
+    """Sigmas of a trajectory: sqrt(1 / alpha_bar - 1) of the N + 1 levels, decreasing; 0 is clean."""
     return tuple(math.sqrt(max(0.0, 1 / level - 1)) for level in trajectory.alpha_bars)
 
 
 def adams_bashforth(nodes: Sequence[float], end: float) -> tuple[float, ...]:
-    """Weights of the integral, from the last node to `end`, of the polynomial through values at the nodes.
+    """Adams-Bashforth weights: integrate the polynomial through the values at the nodes from the last node to `end`.
 
     Args:
-        nodes: distinct places, the newest last; k of them give order k.
-        end: where the step ends, not the newest node.
+        nodes: k distinct positions, the newest last; the order is k.
+        end: position of the end of the step, different from the last node.
 
     Returns:
-        One weight per node, in the order of `nodes`; they add up to the length of the step, signed.
+        One weight per node, in the order of `nodes`; the sum is the signed length of the step.
     """
     length = end - nodes[-1]
-    # In units of the step the newest node is 0 and the end is 1: the equations stay well scaled on any trajectory.
+    # Scale the newest node to 0 and the end to 1, so that the equations are well conditioned on any trajectory.
     places = (np.asarray(nodes, dtype=np.float64) - nodes[-1]) / length
     powers = np.arange(len(nodes))
     weights = np.linalg.solve(places[None, :] ** powers[:, None], 1 / (powers + 1.0))
@@ -53,13 +53,14 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> tuple[float, ...]:
 
 
 class Multistep:
-    """The last eps of one trajectory, and the steps that follow from them."""
+    """Multistep integrator of one trajectory with a history of eps."""
 
     def __init__(self, trajectory: Trajectory, order: int) -> None:
-        """Begin with no history: the first step is of order 1.
+        """Start with an empty history; the first step is of order 1.
 
         Args:
-            order: the highest to use, 1 to 4.
+            trajectory: noise levels of all steps.
+            order: maximum order, 1 to 4.
 
         Raises:
             ValueError: order outside 1..4.
@@ -70,7 +71,16 @@ class Multistep:
         self._history: list[Tensor] = []
 
     def advance(self, step: int, noise: Tensor, state: Tensor) -> Tensor:
-        """Take `noise` = eps at (state, step) into the history and step from x to x at the next level."""
+        """Append eps to the history and take one step.
+
+        Args:
+            step: denoise step.
+            noise: eps at `state`, shape (B, ...).
+            state: x at the level of the step, same shape.
+
+        Returns:
+            x at the next level, same shape.
+        """
         self._history = [*self._history, noise][-self._order :]
         known = self._sigmas[step + 1 - len(self._history) : step + 1]
         weights = adams_bashforth(known, self._sigmas[step + 1])
@@ -81,22 +91,32 @@ class Multistep:
         return following / signal * state + following * moved
 
     def shift(self, change: Tensor) -> None:
-        """Add `change` to every remembered eps: the state was moved, and the history continues from there."""
+        """Add `change` to every eps of the history, after the state has been changed outside of `advance`."""
         self._history = [value + change for value in self._history]
 
 
 def noise_of(model_output: Tensor, state: Tensor, alpha_bar: float, prediction_type: str) -> Tensor:
-    """Eps, float32 or wider, from a network output at one level for the whole batch."""
+    """Convert a network output at one noise level to eps.
+
+    Args:
+        model_output: network output, shape (B, ...).
+        state: x_t, same shape.
+        alpha_bar: noise level of the whole batch.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+
+    Returns:
+        eps of the same shape, float32 or float64.
+    """
     levels = torch.full((state.shape[0],), alpha_bar, dtype=torch.float64, device=state.device)
     return to_noise(model_output, state, levels, prediction_type)
 
 
 @dataclass(frozen=True)
 class PLMS(Sampler):
-    """One call per step. Of order 4 where the trajectory is smooth, whatever its spacing.
+    """PLMS sampler: one network call per step, of order 4 on smooth trajectories with any spacing.
 
-    A step much longer than those before it extrapolates: the weights grow and alternate. On such a trajectory take a
-    lower `order`; 1 is DDIM.
+    A step that is much longer than the previous steps extrapolates with large weights of alternating sign. Use a lower
+    `order` on such a trajectory; order 1 is DDIM.
     """
 
     order: int = MAX_ORDER

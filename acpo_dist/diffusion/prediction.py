@@ -1,6 +1,6 @@
-"""Conversions between noise, clean and velocity predictions, in float32 or wider.
+"""Conversions between noise, clean and velocity predictions, in float32 or float64.
 
-Legend: B samples, C channels, H W latent pixels. `alpha_bar_B` is the cumulative signal fraction per sample.
+B samples, C channels, H W latent pixels. `alpha_bar_B` is the cumulative signal fraction per sample, shape (B,).
 With a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar): x_t = a x_0 + s eps, v = a eps - s x_0.
 Source: Ho et al. 2020 (eps), Salimans and Ho 2022 (v).
 """
@@ -15,29 +15,38 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 
 def signal_and_noise(alpha_bar_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(sqrt(alpha_bar), sqrt(1 - alpha_bar)), shaped to broadcast over `like`; roots are taken in float64."""
+    """Compute (sqrt(alpha_bar), sqrt(1 - alpha_bar)) in float64, cast and shaped to broadcast over `like`."""
     shape = (-1, *[1] * (like.ndim - 1))
     wide = alpha_bar_B.to(device=like.device, dtype=torch.float64).reshape(shape)
     return wide.sqrt().to(_width(like)), (1 - wide).sqrt().to(_width(like))
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor) -> Tensor:
-    """x_t = a x_0 + s eps."""
+    """Add noise to clean samples: x_t = a x_0 + s eps.
+
+    Args:
+        clean: x_0, shape (B, ...).
+        noise: eps, same shape.
+        alpha_bar_B: alpha_bar per sample.
+
+    Returns:
+        x_t, same shape.
+    """
     signal, spread = signal_and_noise(alpha_bar_B, clean)
     return signal * clean + spread * noise
 
 
 def to_clean(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """One-step estimate of x_0 from the network's output, without any x_0 rule (see `clean_rule`).
+    """Convert a network output to the one-step estimate of x_0, without an x_0 rule (see `clean_rule`).
 
     Args:
         model_output: network output, shape (B, ...), any floating dtype.
         noisy: x_t, same shape.
-        alpha_bar_B: level per sample, in (0, 1).
+        alpha_bar_B: alpha_bar per sample, in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
 
     Returns:
-        x0-hat in float32 (float64 if both inputs are); late timesteps are well conditioned once the inputs are wide.
+        x0-hat of the same shape, float64 if one of the inputs is float64, otherwise float32.
 
     Raises:
         ValueError: unknown prediction type.
@@ -55,7 +64,12 @@ def to_clean(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, predictio
 
 
 def to_noise(model_output: Tensor, noisy: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """Estimate of eps from the network's output; arguments as `to_clean`. A `sample` prediction is divided by s.
+    """Convert a network output to an estimate of eps. Arguments as in `to_clean`.
+
+    For the prediction type `sample` the result is divided by s, which amplifies rounding at low noise levels.
+
+    Returns:
+        eps-hat of the same shape, float64 if one of the inputs is float64, otherwise float32.
 
     Raises:
         ValueError: unknown prediction type.

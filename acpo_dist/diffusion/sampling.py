@@ -1,4 +1,4 @@
-"""One reverse step, guidance, and sampling along an explicit trajectory."""
+"""DDIM steps, classifier-free guidance, and sampling along an explicit trajectory."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,28 +19,42 @@ Predict = Callable[[int, Tensor], Tensor]
 Visit = Callable[[int, Tensor], None]
 """(denoise_step, x_t before the step) -> None."""
 Stepper = Callable[[int, Tensor, Tensor], Tensor]
-"""(denoise_step, network output, x_t) -> x at the next level. Belongs to one trajectory; called in order, from 0."""
+"""(denoise_step, network output, x_t) -> x at the next level. Used for one trajectory; steps are in order from 0."""
 
 
 class Sampler(Protocol):
-    """A rule that turns network outputs into steps. It is stateless; its steppers may keep a history."""
+    """A stateless sampler; the steppers that it creates can have state."""
 
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
-        """Begin to sample along a trajectory.
+        """Create a stepper for one trajectory.
 
         Args:
-            trajectory: levels of all steps.
-            prediction_type: what the network predicts.
-            predict: the network, for rules that evaluate it more than once per step; no visitor sees those states.
+            trajectory: noise levels of all steps.
+            prediction_type: `epsilon`, `v_prediction` or `sample`.
+            predict: the network, for samplers with more than one call per step. `visit` is not called for these states.
+
+        Returns:
+            The stepper.
 
         Raises:
-            ValueError: unknown prediction type, at the latest at the first step.
+            ValueError: unknown prediction type; raised here or at the first step.
         """
         ...
 
 
 def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u). Source: Ho and Salimans 2022."""
+    """Classifier-free guidance: eps_u + w (eps_c - eps_u).
+
+    Args:
+        conditional: network output of the conditional branch.
+        unconditional: network output of the unconditional branch, same shape.
+        guidance_scale: w.
+
+    Returns:
+        Guided network output, same shape.
+
+    Source: Ho and Salimans 2022.
+    """
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -48,21 +62,22 @@ def ddim_step(
     model_output: Tensor, noisy: Tensor, alpha_bar_t: float, alpha_bar_prev: float, prediction_type: str,
     *, eta: float = 0.0, noise: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """From alpha_bar_t to alpha_bar_prev, both given: non-uniform trajectories need no timestep arithmetic.
+    """One DDIM step between two explicit noise levels.
 
     Args:
         model_output: network output at alpha_bar_t, after the model's x_0 rule, shape (B, ...).
         noisy: x_t, same shape.
-        alpha_bar_t: level of `noisy`, in (0, 1).
-        alpha_bar_prev: level after the step, above alpha_bar_t.
-        prediction_type: what the network predicts.
-        eta: 0 is deterministic; above it `noise` must be given.
+        alpha_bar_t: alpha_bar of `noisy`, in (0, 1).
+        alpha_bar_prev: alpha_bar after the step, above alpha_bar_t.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        eta: amount of noise; 0 is deterministic.
+        noise: unit Gaussian noise of the same shape; required if eta > 0.
 
     Returns:
-        x at alpha_bar_prev, float32 or wider.
+        x at alpha_bar_prev, same shape, float32 or float64.
 
     Raises:
-        ValueError: eta > 0 without noise.
+        ValueError: eta > 0 without noise, or unknown prediction type.
 
     Source: DDIM (Song et al. 2021), eq. 12 and 16.
     """
@@ -80,7 +95,7 @@ def ddim_step(
 
 @dataclass(frozen=True)
 class DDIM(Sampler):
-    """Deterministic DDIM, first order: the Euler step of dz/dsigma = eps, z = x / sqrt(alpha_bar)."""
+    """Deterministic DDIM, first order: Euler's method on dz/dsigma = eps with z = x / sqrt(alpha_bar)."""
 
     @override
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
@@ -93,7 +108,7 @@ class DDIM(Sampler):
 
 @dataclass(frozen=True)
 class StochasticDDIM(Sampler):
-    """DDIM with eta > 0: every step adds noise and has a density, except one that ends at a clean sample."""
+    """DDIM with eta > 0. Every step adds noise and has a density, except a step to a clean sample."""
 
     eta: float
     noise: Callable[[int], Tensor]
@@ -117,21 +132,22 @@ def sample(
     denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER, rule: CleanRule = NO_RULE,
 ) -> Tensor:  # fmt: skip
-    """Sample along the whole trajectory and return x at its end.
+    """Sample along a trajectory.
 
-    The network is called once per denoise step, at the state that `visit` sees. Only samplers that say so call it more.
+    The network is called once per denoise step at the state that is passed to `visit`; some samplers, such as Heun,
+    make additional calls.
 
     Args:
-        denoise: the network, guided if the sampler is guided.
-        start: unit Gaussian noise, shape (B, ...); computed in float32, or in float64 if `start` is.
-        trajectory: levels of all steps.
-        prediction_type: what the network predicts.
+        denoise: the network, including guidance.
+        start: unit Gaussian noise, shape (B, ...). States are float64 if `start` is float64, otherwise float32.
+        trajectory: noise levels of all steps.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
         visit: called before every step.
-        sampler: rule of a step.
-        rule: what the model's scheduler does to x0-hat.
+        sampler: the sampler.
+        rule: the x_0 rule of the model's scheduler.
 
     Returns:
-        Same shape as `start`.
+        x at the end of the trajectory, same shape as `start`.
     """
     state = start if start.dtype == torch.float64 else start.float()
 
@@ -149,7 +165,12 @@ def sample(
 
 
 def keep_states(steps: Collection[int], store: dict[int, Tensor]) -> Visit:
-    """A visitor that puts copies of the states at the given denoise steps into `store`, by step."""
+    """Create a `visit` callback that stores copies of states.
+
+    Args:
+        steps: denoise steps to store.
+        store: receives the states by denoise step.
+    """
 
     def visit(step: int, state: Tensor) -> None:
         if step in steps:

@@ -1,38 +1,36 @@
-"""Splitting for guided sampling: the model by PLMS, the guidance by Euler.
+"""Operator splitting for guided sampling: PLMS for the model part, Euler for the guidance part.
 
-With few steps and strong guidance high-order multistep rules become unstable. Splitting keeps them for the part that
-they suit. In z = x / sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1), classifier-free guidance with weight w is
+High-order multistep methods become unstable with few steps and strong guidance. Splitting applies them to the model
+part only. In z = x / sqrt(alpha_bar) and sigma = sqrt(1 / alpha_bar - 1), classifier-free guidance with weight w is
 
     dz/dsigma = eps_c + (w - 1) (eps_c - eps_u) = model part + guidance part
 
-and each step solves the two parts one after the other. The model part is the conditional branch, so that both schemes
-become the plain PLMS at w = 1, where the guidance part vanishes.
+and each step solves the two parts in sequence. The model part is the conditional branch, so both schemes are equal to
+PLMS at w = 1, where the guidance part is zero.
 
     ltsp   Lie-Trotter: guidance over the whole step, then the model over the whole step.
-    stsp   Strang: guidance over half the step, the model over all of it, guidance over the other half.
+    stsp   Strang: guidance over half the step, the model over the whole step, guidance over the other half.
 
-A guidance part at the end of one step and one at the start of the next stand at the same level, so they are taken
-together, from one evaluation: the schemes differ only in how the guidance of a step is shared between its two ends.
-Every evaluation is at a level of the trajectory. At the last level the network has no timestep; the half step of `stsp`
-that belongs there takes the last guidance with its score difference frozen, which means in proportion to sigma. At a
-clean end that is nothing.
+The guidance at the end of a step and at the start of the next step are at the same level and use one evaluation. The
+schemes differ only in the share of a step's guidance that is applied at each end. Every evaluation is at a level of the
+trajectory. The last level has no timestep, so the final half step of `stsp` reuses the last guidance with a constant
+score difference, which scales it with sigma; at a clean end it is zero.
 
-Evaluations of the network, N denoise steps: at each level both branches at the arriving state, then the conditional one
-at the state that guidance has moved. That is 3 N single-branch evaluations in 2 N calls for either scheme, against 2 N
-in N calls for plain guided DDIM or PLMS. (Without reuse `stsp` would solve the guidance twice per step and cost 5 N.)
-At w = 1 it is N calls of the conditional branch.
+Network evaluations for N denoise steps: at each level both branches at the incoming state, then the conditional branch
+at the state after guidance. Both schemes take 3 N single-branch evaluations in 2 N calls; guided DDIM or PLMS takes 2 N
+in N calls. (Without reuse `stsp` would take 5 N.) At w = 1 both schemes take N calls of the conditional branch.
 
-The history of a multistep rule has to lie on one solution of the part that it solves, but guidance jumps at every
-level. The conditional branch is known on both sides of each jump, so the remembered eps are moved by its change there.
-Without this the coupling of the parts would be of first order for `stsp` too.
+The history of a multistep method must lie on one solution of its ODE, but guidance changes the state at every level.
+The conditional branch is evaluated before and after this change, so the difference is added to the eps of the history.
+Without this correction the splitting error of `stsp` would also be of first order.
 
-Order: 1 for `ltsp`. For `stsp` 2 in the coupling and in how guidance depends on sigma, while Euler leaves a first-order
-error in how guidance depends on the state; that is nothing where both branches have the same spread. Where plain PLMS
-is stable on the guided eps it is nearer to the exact solution than either scheme, and cheaper.
+Order: 1 for `ltsp`. `stsp` is of order 2 in the splitting and in the dependence of guidance on sigma; Euler adds a
+first-order error in the dependence of guidance on the state, which is zero if both branches have the same variance.
+Where PLMS on the guided eps is stable, it is more accurate than both schemes and needs fewer evaluations.
 
-Source: Wizadwongsa and Suwajanakorn 2023 (LTSP, STSP with classifier guidance, Euler for it). The classifier-free form,
-the reuse of evaluations and the moved history are ours; `ltsp` takes guidance first because the other order would need
-an evaluation at the end.
+Source: Wizadwongsa and Suwajanakorn 2023 (LTSP and STSP with classifier guidance and Euler). The classifier-free form,
+the reuse of evaluations and the correction of the history are additions. `ltsp` applies guidance first because the
+other order would need an evaluation at the end.
 """
 
 import math
@@ -51,15 +49,15 @@ DenoiseBoth = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(x_t of shape (B, ...), timesteps (B,)) -> (conditional, unconditional) network outputs, each of x_t's shape."""
 
 SHARE_AT_END: dict[str, float] = {"ltsp": 0.0, "stsp": 0.5}
-"""Part of a step's guidance that is applied at its end, by scheme; the rest is applied at its start."""
+"""Share of a step's guidance that is applied at the end of the step; the rest is applied at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedDenoise:
-    """A network under classifier-free guidance, its branches apart."""
+    """The branches of a network for classifier-free guidance."""
 
     conditional: Denoise
-    """The conditional branch alone, at half the cost of both."""
+    """The conditional branch only, at half the cost of both."""
     both: DenoiseBoth
 
 
@@ -68,20 +66,22 @@ def sample_split(
     *, guidance_scale: float, scheme: str, visit: Visit | None = None, order: int = MAX_ORDER,
     rule: CleanRule = NO_RULE,
 ) -> Tensor:  # fmt: skip
-    """Sample along the whole trajectory under guidance from `start` (unit Gaussian noise) and return x at its end.
+    """Sample along a trajectory with guidance by operator splitting.
 
     Args:
-        denoise: both branches; see the top of this file for how often each is called.
-        start: shape (B, ...).
+        denoise: both branches; the module docstring states the number of calls.
+        start: unit Gaussian noise, shape (B, ...).
+        trajectory: noise levels of all steps.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        guidance_scale: w of `sampling.guide`; 1 is the conditional branch only, 0 the unconditional branch only.
         scheme: `ltsp` or `stsp`.
-        guidance_scale: w of `sampling.guide`; 1 is the conditional branch alone, 0 the unconditional one.
-        order: highest order of the model part, 1 to 4.
-        rule: what the model's scheduler does to x0-hat; only without guidance, since splitting never forms the guided
-            prediction that a scheduler would clip.
-        visit: sees the sampler's solution at each level, which for `stsp` is between the two halves of guidance there.
+        visit: called with the solution at each level; for `stsp` this is between the two half steps of guidance.
+        order: maximum order of the model part, 1 to 4.
+        rule: the x_0 rule of the model's scheduler. Only supported without guidance, because splitting does not compute
+            the guided prediction that a scheduler would clip.
 
     Returns:
-        x at the end of the trajectory, float32.
+        x at the end of the trajectory, float32, same shape as `start`.
 
     Raises:
         ValueError: unknown scheme or prediction type, order outside 1..4, or guidance together with an x_0 rule.

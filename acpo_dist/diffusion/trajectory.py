@@ -1,4 +1,4 @@
-"""Sampling trajectories: explicit noise levels from noisy to clean, never derived from a spacing rule later."""
+"""Sampling trajectories with explicit noise levels from noisy to clean."""
 
 import hashlib
 import math
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """N denoise steps.
+    """Timesteps and noise levels of N denoise steps.
 
     Step i conditions the network on `timesteps[i]` and goes from `alpha_bars[i]` to `alpha_bars[i+1]`.
-    `alpha_bars` has N + 1 entries and increases strictly; the last one is where the trajectory ends (1 is clean).
+    `alpha_bars` has N + 1 strictly increasing entries; the last entry is the end of the trajectory (1 is clean).
     """
 
     timesteps: tuple[float, ...]
@@ -26,7 +26,7 @@ class Trajectory:
         """Check the levels.
 
         Raises:
-            ValueError: lengths differ, a level is outside (0, 1], or noise does not fall at every step.
+            ValueError: lengths do not match, an alpha_bar is outside (0, 1], or alpha_bars do not increase.
         """
         if not self.timesteps or len(self.alpha_bars) != len(self.timesteps) + 1:
             raise ValueError(
@@ -44,20 +44,28 @@ class Trajectory:
 
     @property
     def schedule_id(self) -> str:
-        """Identifier that every sample carries; equal levels have equal identifiers on every machine."""
+        """Identifier of the trajectory, stored with every sample; a hash of timesteps and levels."""
         text = ",".join(f"{value:.12g}" for value in (*self.timesteps, *self.alpha_bars))
         return f"{self.num_steps}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def width(self, step: int) -> float:
-        """Timesteps that a denoise step covers, from its own to the next one's, the last down to a clean sample."""
+        """Number of timesteps from a denoise step to the next one; from the last step to a clean sample (-1)."""
         timesteps = (*self.timesteps, -1.0)
         return timesteps[step] - timesteps[step + 1]
 
     def late_steps(self, t_max: float, num_train_timesteps: int, count: int) -> tuple[int, ...]:
-        """Up to `count` denoise steps, spread evenly, among those whose timestep is at most t_max times T.
+        """Select evenly spread denoise steps with a timestep of at most t_max T.
+
+        Args:
+            t_max: share of the training timesteps, in (0, 1].
+            num_train_timesteps: T.
+            count: maximum number of steps.
+
+        Returns:
+            Up to `count` denoise steps, ascending.
 
         Raises:
-            ValueError: no step is that late.
+            ValueError: no step has a timestep of at most t_max T.
         """
         late = [step for step, timestep in enumerate(self.timesteps) if timestep <= t_max * num_train_timesteps]
         if not late:
@@ -73,19 +81,22 @@ class Trajectory:
 
 
 SPACINGS = ("trailing", "leading", "linspace", "karras")
-"""Names that `spaced_trajectory` knows, as diffusers uses them."""
+"""Spacings of `spaced_trajectory`, with the names used in diffusers."""
 KARRAS_RHO = 7.0
 
 
 def spaced_trajectory(alpha_bars_T: Tensor, num_steps: int, spacing: str, *, steps_offset: int = 1) -> Trajectory:
-    """A trajectory of a named spacing that ends at a clean sample.
+    """Create a trajectory with a named spacing that ends at a clean sample.
 
     Args:
         alpha_bars_T: cumulative signal fraction by timestep, float64, shape (T,).
-        num_steps: denoise steps.
+        num_steps: number of denoise steps.
         spacing: `trailing` (T-1, T-1-T/N, ...), `leading` (..., T/N + offset, offset) and `linspace` (T-1 to 0) are
             evenly spaced timesteps; `karras` spaces sigma over the whole schedule with rho = 7 (Karras et al. 2022).
         steps_offset: last timestep of `leading`.
+
+    Returns:
+        The trajectory.
 
     Raises:
         ValueError: unknown spacing, or more steps than timesteps.
@@ -114,13 +125,13 @@ def _karras_trajectory(alpha_bars_T: Tensor, num_steps: int) -> Trajectory:
     shares = [index / max(num_steps - 1, 1) for index in range(num_steps)]
     sigmas = [(noisy + share * (clean - noisy)) ** KARRAS_RHO for share in shares]
     inner = [1 / (1 + sigma**2) for sigma in sigmas[1:-1]]
-    # The ends keep their own bits.
+    # The levels at both ends are taken from the schedule, without rounding through sigma.
     levels = [levels_T[-1], *inner, levels_T[0]][:num_steps]
     return Trajectory(timesteps=tuple(_timestep_of(sigma, sigmas_T) for sigma in sigmas), alpha_bars=(*levels, 1.0))
 
 
 def _timestep_of(sigma: float, sigmas_T: Sequence[float]) -> float:
-    """Timestep of a noise level, linear in log sigma between the training timesteps and clamped at both ends."""
+    """Timestep of a noise level by linear interpolation in log sigma, clamped to the training timesteps."""
     above = bisect_left(sigmas_T, sigma)
     if above == 0:
         return 0.0
@@ -131,6 +142,11 @@ def _timestep_of(sigma: float, sigmas_T: Sequence[float]) -> float:
 
 
 def explicit_trajectory(alpha_bars_T: Tensor, timesteps: Sequence[int]) -> Trajectory:
-    """A trajectory through the given integer timesteps (decreasing), ending clean."""
+    """Create a trajectory with the given integer timesteps that ends at a clean sample.
+
+    Args:
+        alpha_bars_T: cumulative signal fraction by timestep, shape (T,).
+        timesteps: N decreasing timesteps.
+    """
     levels = [float(alpha_bars_T[timestep].to(torch.float64)) for timestep in timesteps]
     return Trajectory(timesteps=tuple(float(timestep) for timestep in timesteps), alpha_bars=(*levels, 1.0))
