@@ -1,4 +1,4 @@
-"""Where an evaluation runs: what it asks of a backend, and the backend of this process."""
+"""Backend interface of an evaluation, and its implementation in the current process."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,35 +15,35 @@ class Backend(Protocol):
 
     name: str
     chunks_at_once: int
-    """Chunks that are drawn before their images are fetched; enough to keep every worker busy."""
+    """Chunks that are sampled before their images are fetched; enough to keep all workers busy."""
 
     def open(self) -> AbstractContextManager[Any]:
-        """What all pools need, for as long as it is entered."""
+        """Return a context manager for the resources that all pools share."""
         ...
 
     def rollouts(self, config: Config) -> AbstractContextManager[RolloutPool]:
-        """Workers with the model of `config` and untouched weights; freed on leaving."""
+        """Return a context manager for workers with the original weights of the model of `config`."""
         ...
 
     def judges(self, sections: Sequence[Any]) -> AbstractContextManager[JudgePool]:
-        """The judges, loaded; freed on leaving."""
+        """Return a context manager for the loaded judges."""
         ...
 
 
 class LocalBackend:
-    """This process."""
+    """Runs an evaluation in the current process."""
 
     name = "local"
     chunks_at_once = 1
 
     @contextmanager
     def open(self) -> Iterator["LocalBackend"]:
-        """See `Backend.open`."""
+        """Return the backend; a single process shares no resources."""
         yield self
 
     @contextmanager
     def rollouts(self, config: Config) -> Iterator[RolloutPool]:
-        """See `Backend.rollouts`."""
+        """Load the model of `config` into this process and unload it on exit."""
         pool = LocalRollouts(config, device=default_device())
         try:
             yield pool
@@ -52,5 +52,5 @@ class LocalBackend:
 
     @contextmanager
     def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:
-        """See `Backend.judges`."""
+        """Load the judges into this process and unload them on exit."""
         yield LocalJudges(sections, device=default_device())

@@ -1,4 +1,4 @@
-"""Chunks of images on their way to the judges: drawn now, kept from an earlier call, or there from the start."""
+"""Chunks of images to judge: newly sampled, kept from an earlier call, or read from files."""
 
 import itertools
 from collections import deque
@@ -18,19 +18,27 @@ from acpo_dist.workers.rollout.chunks import chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Samples that are judged together, whatever the number of workers."""
+    """Samples that are judged together. The split does not depend on the number of workers."""
 
     rows: tuple[Sample, ...]
     images: tuple[Tensor, ...]
     """uint8 (3, H, W), one per row."""
     judges: tuple[str, ...]
-    """Who is asked."""
+    """Names of the judges that score the chunk."""
 
 
 def judge_all(
     batches: Iterable[Sequence[Chunk]], pool: JudgePool, log: SampleLog, advance: Advance, *, in_flight: int
 ) -> None:
-    """Have every chunk judged and written; up to `in_flight` are being judged while the next batch is drawn."""
+    """Judge all chunks and write their samples.
+
+    Args:
+        batches: batches of chunks.
+        pool: judges.
+        log: log that the samples are appended to.
+        advance: progress callback.
+        in_flight: maximum number of chunks that are being judged while the next batch is sampled.
+    """
     under_way: deque[tuple[Chunk, PendingJudgement]] = deque()
     for batch in batches:
         for chunk in batch:
@@ -44,7 +52,7 @@ def judge_all(
 def kept_chunks(
     arm: str, chunks: Sequence[Sequence[SamplePlan]], log: SampleLog, judges: Sequence[str], advance: Advance
 ) -> Iterator[list[Chunk]]:
-    """Chunks that were drawn before and lack a score; those that lack nothing are only counted."""
+    """Yield earlier chunks that lack a score; complete chunks only advance the progress."""
     for plans in chunks:
         rows = [row for plan in plans if (row := log.find(arm, plan.sample_id)) is not None]
         missing = _missing(rows, judges)
@@ -59,7 +67,7 @@ def drawn_chunks(
     arm: str, chunks: Sequence[Sequence[SamplePlan]], pool: RolloutPool, log: SampleLog, judges: Sequence[str],
     categories: dict[int, str], *, at_once: int,
 ) -> Iterator[list[Chunk]]:  # fmt: skip
-    """Draw chunks, `at_once` of them at a time, and write their images."""
+    """Sample chunks, `at_once` of them at a time, and write their images."""
     for start in range(0, len(chunks), at_once):
         wave = chunks[start : start + at_once]
         plans = [plan for chunk in wave for plan in chunk]
@@ -90,7 +98,7 @@ def found_chunks(
     arm: str, images: Iterable[EncodedImage], log: SampleLog, judges: Sequence[str], categories: dict[str, str],
     advance: Advance,
 ) -> Iterator[list[Chunk]]:  # fmt: skip
-    """Chunks of images that were there already; one that cannot be read is a sample without any score."""
+    """Yield chunks of existing images; an unreadable image becomes a sample without scores."""
     numbered, first = enumerate(images), {}
     while encoded := list(itertools.islice(numbered, CHUNK)):
         rows, tensors, broken = [], [], []
@@ -121,7 +129,17 @@ def found_chunks(
 def split_chunks(
     arm: str, groups: Sequence[PromptGroup], batch_size: int, log: SampleLog
 ) -> tuple[list[tuple[SamplePlan, ...]], list[tuple[SamplePlan, ...]]]:
-    """(chunks that are there whole, chunks to be drawn); a chunk that lacks one sample is drawn again whole."""
+    """Split the samples of an arm into chunks.
+
+    Args:
+        arm: name of the arm.
+        groups: prompts with their seeds.
+        batch_size: samples per chunk.
+        log: samples of an earlier call.
+
+    Returns:
+        (complete chunks, chunks to sample); a chunk that lacks one sample is sampled again as a whole.
+    """
     kept, todo = [], []
     for chunk in chunks_of(groups, batch_size):
         (kept if all(log.find(arm, plan.sample_id) for plan in chunk) else todo).append(chunk)
@@ -138,7 +156,7 @@ def _write(chunk: Chunk, pending: PendingJudgement, log: SampleLog, advance: Adv
 
 
 def _missing(rows: Sequence[Sample], judges: Sequence[str]) -> tuple[str, ...]:
-    """Judges of whom a row has no score; they are asked about the whole chunk, as they were the first time."""
+    """Return the judges without a score for some row; they score the whole chunk, as in the first call."""
     return tuple(name for name in judges if any(row.scores.get(name) is None for row in rows))
 
 

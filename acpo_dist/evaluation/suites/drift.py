@@ -1,4 +1,4 @@
-"""How far a run has moved from its base, by timestep, on samples of its own."""
+"""Drift of a run from its base model by timestep, on the run's own samples."""
 
 from collections.abc import Sequence
 from math import prod
@@ -15,13 +15,17 @@ from acpo_dist.training.local import default_device
 
 
 def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Backend) -> dict[str, Any]:
-    """Anchor and denoising error by timestep on the run's own x_0, and the path KL that follows.
+    """Measure anchor error and denoising error by timestep on the run's own x_0, and the resulting path KL.
 
     The x_0 are forward-noised, so the KL is an estimate of KL(policy || base) of the conditional branch.
 
     Args:
-        subject: a run's checkpoint.
-        groups: whose samples are used; they are drawn again, from the same seeds.
+        subject: checkpoint of a run.
+        groups: prompts and seeds of the samples; they are sampled again with the same seeds.
+        backend: provides the workers.
+
+    Returns:
+        JSON-compatible metrics.
     """
     with backend.rollouts(subject.config) as pool:
         settle(pool, subject)

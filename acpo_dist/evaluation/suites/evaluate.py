@@ -1,4 +1,4 @@
-"""One evaluation from the plan to `evaluation.json`."""
+"""Run one evaluation, from the plan to `evaluation.json`."""
 
 import itertools
 import json
@@ -35,34 +35,34 @@ Subject = ModelSubject | ImageSubject
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to evaluate, by whom, and against what."""
+    """Subjects, suite, judges and settings of an evaluation."""
 
     subject: Subject
     comparison: Subject | None = None
     suite: Suite | None = None
-    """Prompts to draw; of images, where their categories are looked up."""
+    """Prompts to sample; for existing images, the source of their categories."""
     sections: tuple[Any, ...]
     """Judges."""
     trained_on: frozenset[str] = frozenset()
-    """Names of judges that drove the run's update: they are no witnesses."""
+    """Names of judges that were rewards of the run, whose scores are no independent evidence."""
     extractor: Extractor = field(repr=False)
     features: str
-    """Name of the extractor, as it was asked for."""
+    """Name of the extractor, as given by the user."""
     samples_per_prompt: int = 1
     limit: int | None = None
     seed: int = 0
     drift: int = 0
-    """Samples on which drift from the base is measured; 0 leaves it out."""
+    """Number of samples for the drift from the base model; 0 disables it."""
     image_column: str = "image"
     prompt_column: str = "prompt"
 
     @property
     def arms(self) -> dict[str, Subject]:
-        """What is judged, by arm."""
+        """Subjects by arm."""
         return {"model": self.subject, **({"comparison": self.comparison} if self.comparison else {})}
 
     def plan(self) -> dict[str, Any]:
-        """Everything that fixes the numbers, and nothing that does not."""
+        """Return all settings that determine the metrics, and no others."""
         plan: dict[str, Any] = {
             "format": FORMAT,
             "limit": self.limit,
@@ -88,16 +88,20 @@ class Request:
 def evaluate(
     request: Request, backend: Backend, folder: Path, console: Console, *, resume: bool = False
 ) -> dict[str, Any]:
-    """Draw what is to be drawn, have everything judged, and work out the figures.
+    """Sample the images, judge them, and compute the metrics.
 
     Args:
-        folder: of this evaluation; what an earlier call finished there is kept and verified.
+        request: what to evaluate.
+        backend: provides workers and judges.
+        folder: folder of this evaluation; results of an earlier call are verified and kept.
+        console: progress output.
+        resume: whether to continue the evaluation in `folder`.
 
     Returns:
-        What `evaluation.json` holds.
+        The content of `evaluation.json`.
 
     Raises:
-        AcpoError: bad input before anything starts, or workers that are lost; `resume` goes on from there.
+        AcpoError: the input is invalid (before any work starts), or workers are lost; `resume` continues from there.
     """
     started = time.monotonic()
     _check_prompts(request)
@@ -105,7 +109,7 @@ def evaluate(
     plan = log.check(request.plan(), resume=resume)
     names = [section.name for section in request.sections]
     with backend.judges(request.sections) as judges:
-        # Judges that cannot be built leave nothing behind.
+        # Loading the judges before writing anything leaves no folder behind if one cannot be built.
         log.start(plan)
         if isinstance(request.subject, ModelSubject) and (damaged := log.verify(log.image_holds)):
             console.message(f"{damaged} images in {folder} are gone or changed, and are drawn again")
@@ -140,7 +144,7 @@ def _chunks(
     request: Request, arm: str, subject: Subject, backend: Backend, log: SampleLog, names: Sequence[str],
     advance: Advance,
 ) -> Iterator[Iterator[list[Chunk]]]:  # fmt: skip
-    """Everything of one arm that must be judged; workers are only started where something must be drawn."""
+    """Yield all chunks of one arm to judge; workers only start if something has to be sampled."""
     if isinstance(subject, ImageSubject):
         categories = {entry.prompt: entry.category for entry in request.suite.prompts} if request.suite else {}
         yield found_chunks(arm, _images(request, subject), log, names, categories, advance)
@@ -152,7 +156,7 @@ def _chunks(
     if not todo:
         yield again
         return
-    # Late states are for learners: one is the least that a worker keeps, and t_max must not forbid few steps.
+    # Only learners use late states: 1 is the minimum a worker keeps, and t_max must not reject few steps.
     sampler = subject.config.sampler.model_copy(update={"t_max": 1.0, "late_per_sample": 1})
     with backend.rollouts(subject.config.model_copy(update={"sampler": sampler})) as pool:
         settle(pool, subject)
@@ -174,7 +178,7 @@ def _groups(request: Request) -> list[PromptGroup]:
 
 
 def _order(request: Request, log: SampleLog) -> list[tuple[str, str]]:
-    """Lines of the finished file: arm by arm, prompt by prompt."""
+    """Return the line order of the finished file: by arm, then by prompt."""
     if isinstance(request.subject, ModelSubject):
         plans = [plan.sample_id for group in _groups(request) for plan in group.samples]
         return [(arm, sample_id) for arm in request.arms for sample_id in plans]
@@ -207,7 +211,7 @@ def _report(request: Request, log: SampleLog, console: Console) -> dict[str, Any
 
 
 def _with_data(request: Request, arm: str, log: SampleLog) -> Iterator[tuple[Sample, bytes | None]]:
-    """Samples of an arm with their encoded images, one at a time."""
+    """Yield the samples of an arm with their encoded images, one at a time."""
     subject = request.arms[arm]
     if isinstance(subject, ModelSubject):
         yield from ((row, log.read_image(row)) for row in log.rows if row.arm == arm)
@@ -219,7 +223,7 @@ def _with_data(request: Request, arm: str, log: SampleLog) -> Iterator[tuple[Sam
 
 
 def _schedules(log: SampleLog) -> dict[str, list[str]]:
-    """Trajectories that each arm was drawn along: one, or the arm was drawn in parts that do not belong together."""
+    """Return the trajectories of each arm; more than one means that its parts were sampled inconsistently."""
     found = {row.arm: set[str]() for row in log.rows if row.schedule_id}
     for row in log.rows:
         if row.schedule_id:
@@ -235,10 +239,10 @@ def _total(request: Request, subject: Subject) -> int:
 
 
 def _check_prompts(request: Request) -> None:
-    """A judge that reads prompts must get some.
+    """Check that prompts exist if a judge reads them.
 
     Raises:
-        UsageError: names the judge.
+        UsageError: a judge reads prompts and there are none.
     """
     for section in request.sections:
         if not section.needs_prompts:

@@ -1,4 +1,4 @@
-"""Images that are there already, as encoded bytes with their names, prompts and categories.
+"""Existing images as encoded bytes with their names, prompts and categories.
 
 H x W pixels, RGB.
 """
@@ -25,7 +25,7 @@ from acpo_dist.data.images import IMAGE_SUFFIXES, PARQUET_SUFFIXES
 
 _ROWS_AT_ONCE = 64
 _PIXELS_AT_ONCE = 16 * 1024 * 1024
-"""Of the images that are stacked: 200 MB as float32, before any network has looked at them."""
+"""Maximum number of pixels of stacked images: 200 MB as float32, not counting the activations of a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,44 +33,53 @@ class EncodedImage:
     """One image file, or one row of a parquet file, not decoded yet."""
 
     name: str
-    """Path relative to the folder that was named; for a row `FILE#ROW`."""
+    """Path relative to the given folder; for a row `FILE#ROW`."""
     key: str
-    """What pairs it with an image of another set: the path without its ending, or the row."""
+    """Key that pairs the image with an image of another set: the path without its suffix, or the row."""
     prompt: str
-    """Empty where none is known."""
+    """Empty if unknown."""
     data: bytes | None = field(repr=False)
     """None for an empty row."""
 
     @property
     def sha256(self) -> str:
-        """Of the encoded bytes."""
+        """SHA-256 of the encoded bytes."""
         return digest(self.data or b"")
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 as text."""
+    """Return the SHA-256 as hexadecimal text."""
     return hashlib.sha256(data).hexdigest()
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a path is an image, a parquet file or a folder with an image at any depth."""
+    """Return whether a path is an image, a parquet file or a folder with an image at any depth."""
     if path.is_file():
         return path.suffix.lower() in IMAGE_SUFFIXES | PARQUET_SUFFIXES
     return path.is_dir() and any(_is_image(file) for file in files_below(path))
 
 
 def count_image_files(path: Path) -> int:
-    """Images, or rows of a parquet file."""
+    """Count the images of a file or folder, or the rows of a parquet file."""
     return _open(path).metadata.num_rows if path.suffix.lower() in PARQUET_SUFFIXES else len(_files(path))
 
 
 def read_image_files(
     path: Path, *, indices: Sequence[int], image_column: str = "image", prompt_column: str = "prompt"
 ) -> Iterator[EncodedImage]:
-    """The images at `indices` (ascending) of all that `path` holds, in sorted or row order.
+    """Read images without decoding them.
+
+    Args:
+        path: image, folder or parquet file.
+        indices: ascending positions of the images in sorted path order or row order.
+        image_column: column of parquet files with the encoded image.
+        prompt_column: column of parquet files with the prompt; may be absent.
+
+    Returns:
+        Iterator over the images.
 
     Raises:
-        DataError: the path is missing, holds no image or has no such column, or something cannot be read.
+        DataError: the path is missing or unreadable, holds no image, or lacks the image column.
     """
     if path.suffix.lower() in PARQUET_SUFFIXES:
         yield from _rows(path, frozenset(indices), image_column, prompt_column)
@@ -81,7 +90,7 @@ def read_image_files(
     stems = Counter(name.with_suffix("") for name in names)
     for index in indices:
         name = names[index]
-        # The ending does not count, so that PNGs pair with JPEGs; unless it is all that tells two files apart.
+        # The suffix is dropped so that PNGs pair with JPEGs, unless two files differ only in it.
         key = name if stems[name.with_suffix("")] > 1 else name.with_suffix("")
         try:
             data = files[index].read_bytes()
@@ -91,10 +100,17 @@ def read_image_files(
 
 
 def decode(data: bytes | None, name: str) -> Tensor:
-    """uint8 RGB of shape (3, H, W), as viewers show it; transparency is dropped.
+    """Decode an image with its EXIF orientation applied and its transparency dropped.
+
+    Args:
+        data: encoded bytes, or None for an empty row.
+        name: name of the image in error messages.
+
+    Returns:
+        uint8 RGB (3, H, W).
 
     Raises:
-        DataError: the bytes are no readable 8-bit image; names it.
+        DataError: the bytes are no readable 8-bit image.
     """
     try:
         if not data:
@@ -110,12 +126,12 @@ def decode(data: bytes | None, name: str) -> Tensor:
 
 
 def at_once(image: Tensor, most: int) -> int:
-    """How many images of this size, (3, H, W), are stacked: `most`, or fewer if these would take too much memory."""
+    """Return the number of images of this size, (3, H, W), to stack: `most`, or fewer if memory is short."""
     return max(1, min(most, _PIXELS_AT_ONCE // (image.shape[1] * image.shape[2])))
 
 
 def encode(image: Tensor) -> bytes:
-    """PNG bytes of a uint8 RGB image (3, H, W); the same image gives the same bytes."""
+    """Encode a uint8 RGB image (3, H, W) as PNG; equal images give equal bytes."""
     buffer = BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Judges by name, which version of them judges, and scores with the failures named instead of numbered."""
+"""Judges by name, their versions, and scores with recorded failures."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,30 +16,39 @@ from acpo_dist.rewards.naming import metric_section
 from acpo_dist.workers.reward.worker import RewardWorker
 
 CHUNK = 16
-"""Images per request: fixed, so that a score does not depend on how many workers there are."""
+"""Images per request; fixed, so that scores do not depend on the number of workers."""
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".json", ".txt"})
 
 
 class JudgePool(Protocol):
-    """Judges that are loaded somewhere."""
+    """Loaded judges, local or remote."""
 
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        """Begin to score images of one size, uint8 (B, 3, H, W).
+        """Start to score images of one size.
+
+        Args:
+            judge: name of the judge.
+            images: uint8 (B, 3, H, W).
+            prompts: B prompts.
 
         Returns:
-            What waits for the scores. It raises whatever the judge raises, and WorkerError where the pool is lost.
+            Function that waits for the B scores. It raises the judge's exception, or WorkerError if the pool is lost.
         """
         ...
 
 
 class LocalJudges:
-    """Judges in this process; they score when they are waited for."""
+    """Judges in the current process; scoring runs when the result is requested."""
 
     def __init__(self, sections: Sequence[Any], *, device: str) -> None:
-        """Load every judge.
+        """Load all judges.
+
+        Args:
+            sections: configuration sections of the judges.
+            device: torch device.
 
         Raises:
-            RewardConfigError: one cannot be built.
+            RewardConfigError: a judge cannot be built.
         """
         self._workers = {
             section.name: RewardWorker(section, model=None, cut="image", wire_dtype="float32", device=device)
@@ -47,39 +56,49 @@ class LocalJudges:
         }
 
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        """See `JudgePool.submit`."""
+        """Return a function that scores the images when it is called."""
         return lambda: self._workers[judge].score(images, prompts)
 
 
 @dataclass
 class Judgement:
-    """What the judges said of one image."""
+    """Scores of one image."""
 
     scores: dict[str, float | None] = field(default_factory=dict)
-    """None where a judge failed."""
+    """None if the judge failed."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Judge -> why it has no score."""
+    """Judge -> reason for the missing score."""
 
 
 class PendingJudgement:
-    """Requests for one chunk of images, all of them under way."""
+    """Pending requests for one chunk of images."""
 
     def __init__(
         self, pool: JudgePool, judges: Sequence[str], images: Sequence[Tensor], prompts: Sequence[str]
     ) -> None:
-        """Send them: one per judge and run of images of one size."""
+        """Submit one request per judge and run of images of equal size.
+
+        Args:
+            pool: judges.
+            judges: names of the judges.
+            images: uint8 RGB, each (3, H, W).
+            prompts: one per image.
+        """
         self._pool, self._images, self._prompts = pool, images, prompts
         self._requests = [
             (judge, rows, self._submit(judge, rows)) for rows in _runs_of_one_size(images) for judge in judges
         ]
 
     def result(self) -> list[Judgement]:
-        """One judgement per image, in their order.
+        """Wait for the scores.
 
-        A request that fails is asked again image by image: the image at fault is known, the others keep theirs.
+        A failed request is repeated image by image, so that only the failing images lose their scores.
+
+        Returns:
+            One judgement per image, in order.
 
         Raises:
-            WorkerError: the pool is lost, which says nothing about any image.
+            WorkerError: the pool is lost; no image is at fault.
         """
         found = [Judgement() for _ in self._images]
         for judge, rows, wait in self._requests:
@@ -103,14 +122,17 @@ class PendingJudgement:
 
 
 def judge_sections(texts: Sequence[str]) -> tuple[Any, ...]:
-    """Sections of judges from what a person wrote.
+    """Parse judge specifications.
 
     Args:
-        texts: names from `acpo rewards list`, `pyiqa:NAME`, `module:Class`, several joined by commas, or a section in
-            YAML such as `{type: pick_score, weights: FOLDER}`.
+        texts: names from `acpo rewards list`, `pyiqa:NAME`, `module:Class`, several of them separated by commas, or a
+            YAML section such as `{type: pick_score, weights: FOLDER}`.
+
+    Returns:
+        Configuration sections of the judges.
 
     Raises:
-        RewardConfigError: an unknown or unusable judge, or two of one name.
+        RewardConfigError: a judge is unknown or unusable, or two have the same name.
     """
     parts = [part for text in texts for part in ([text] if text.lstrip().startswith("{") else text.split(","))]
     sections = tuple(_section(part.strip()) for part in parts if part.strip())
@@ -119,10 +141,10 @@ def judge_sections(texts: Sequence[str]) -> tuple[Any, ...]:
 
 
 def check_names(sections: Sequence[Any]) -> None:
-    """Refuse two judges of one name.
+    """Check that the names of judges are unique.
 
     Raises:
-        RewardConfigError: names it.
+        RewardConfigError: two judges have the same name.
     """
     names = [section.name for section in sections]
     for name in names:
@@ -131,7 +153,7 @@ def check_names(sections: Sequence[Any]) -> None:
 
 
 def judge_facts(section: Any) -> dict[str, Any]:
-    """Which judge in which version: its settings, and the SHA-256 of weights that lie on this machine."""
+    """Return the settings of a judge and the SHA-256 of its local weights."""
     facts: dict[str, Any] = {"settings": section.model_dump(mode="json"), "higher_is_better": section.direction > 0}
     weights = getattr(section, "weights", None)
     if weights and Path(weights).expanduser().exists():
@@ -140,7 +162,7 @@ def judge_facts(section: Any) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """SHA-256 of a file, or of all weights and settings below a folder with their relative names."""
+    """Compute the SHA-256 of a file, or of all weights and settings in a folder with their relative names."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -151,7 +173,7 @@ def weights_digest(path: Path) -> str:
 
 
 def _section(text: str) -> MetricConfig:
-    """The checked section of one judge."""
+    """Return the validated section of one judge."""
     section = metric_section(text, "--judges")
     if getattr(section, "weights", None) == "train":
         raise RewardConfigError(f"--judges {text}: weights `train` belong to a run; give the file that it trained")
@@ -159,7 +181,7 @@ def _section(text: str) -> MetricConfig:
 
 
 def _runs_of_one_size(images: Sequence[Tensor]) -> Iterator[range]:
-    """Consecutive rows of one size, fewer of large images: it depends on nothing but the images."""
+    """Yield runs of consecutive rows of one size, shorter for large images; depends only on the images."""
     start = 0
     for row in range(1, len(images) + 1):
         full = row - start == at_once(images[start], CHUNK)

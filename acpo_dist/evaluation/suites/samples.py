@@ -1,4 +1,4 @@
-"""The samples of an evaluation on disk: one JSON line each, written by the chunk, verified before they are believed."""
+"""Samples of an evaluation on disk: one JSON line each, appended by chunk and verified on resume."""
 
 import json
 import os
@@ -18,53 +18,58 @@ REPORT = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image of one arm, and what the judges said of it."""
+    """One image of one arm with its scores."""
 
     arm: str
     """`model` or `comparison`."""
     sample_id: str
-    """The same in both arms: same prompt, same seed, or same name."""
+    """Equal in both arms for the same prompt and seed, or the same file name."""
     prompt_id: int
     prompt: str
     category: str
     seed: int | None
-    """None for an image that was there already."""
+    """None for an existing image."""
     image: str
-    """Path below the evaluation folder; for an image that was there already its name there."""
+    """Path relative to the evaluation folder; the original name for an existing image."""
     sha256: str
-    """Of the encoded image."""
+    """SHA-256 of the encoded image."""
     schedule_id: str | None = None
-    """Trajectory that it was drawn along."""
+    """Trajectory that the image was sampled with."""
     scores: dict[str, float | None] = field(default_factory=dict)
-    """Raw scores in each judge's own unit; None where it failed."""
+    """Raw scores in each judge's own unit; None if it failed."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Judge -> why it has no score."""
+    """Judge -> reason for the missing score."""
 
 
 class SampleLog:
     """`samples.jsonl` and the images of an evaluation folder."""
 
     def __init__(self, folder: Path) -> None:
-        """Use a folder; `start` comes next."""
+        """Initialise the log; call `start` next.
+
+        Args:
+            folder: evaluation folder.
+        """
         self.folder = folder
         self._rows: dict[tuple[str, str], Sample] = {}
 
     @property
     def rows(self) -> list[Sample]:
-        """All samples, in the order of arms as they came and of sample ids."""
+        """Return all samples, by arm in order of appearance, then by sample id."""
         return list(self._rows.values())
 
     def check(self, plan: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-        """Refuse a folder that is taken; nothing is written.
+        """Check that the folder can be used; nothing is written.
 
         Args:
-            plan: everything that fixes the numbers.
+            plan: all settings that determine the metrics.
+            resume: whether to continue the evaluation in the folder.
 
         Returns:
-            The plan that belongs into the folder.
+            The plan to write into the folder.
 
         Raises:
-            ResumeError: the folder holds an evaluation and is not to be gone on with, or was begun with another plan.
+            ResumeError: the folder holds an evaluation and `resume` is off, or its plan differs.
         """
         path = self.folder / PLAN
         if path.exists() and not resume:
@@ -74,12 +79,12 @@ class SampleLog:
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
             require_same(old, plan, self.folder)
-            # Scores of judges that are left out this time still wait in the file.
+            # The file may still hold scores of judges that this call does not use.
             plan = {**plan, "judges": {**old["judges"], **plan["judges"]}}
         return plan
 
     def start(self, plan: dict[str, Any]) -> None:
-        """Write the plan that `check` gave, and read what an earlier call finished."""
+        """Write the plan that `check` returned, and read the samples of an earlier call."""
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_file(self.folder / PLAN, json.dumps(plan, indent=2, ensure_ascii=False).encode())
         log = self.folder / SAMPLES
@@ -92,18 +97,18 @@ class SampleLog:
                 self._rows[row.arm, row.sample_id] = row
 
     def verify(self, holds: Callable[[Sample], bool]) -> int:
-        """Forget the samples whose image does not hold; returns how many."""
+        """Drop the samples whose image fails the check, and return their number."""
         broken = [key for key, row in self._rows.items() if not holds(row)]
         for key in broken:
             del self._rows[key]
         return len(broken)
 
     def find(self, arm: str, sample_id: str) -> Sample | None:
-        """A sample that is there already."""
+        """Return an existing sample, or None."""
         return self._rows.get((arm, sample_id))
 
     def append(self, rows: Sequence[Sample]) -> None:
-        """Write finished samples, and have them on disk when this returns."""
+        """Append finished samples and flush them to disk."""
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         with (self.folder / SAMPLES).open("ab") as file:
             file.write(text.encode())
@@ -112,14 +117,19 @@ class SampleLog:
         self._rows.update({(row.arm, row.sample_id): row for row in rows})
 
     def finish(self, order: Iterable[tuple[str, str]], judges: Sequence[str]) -> None:
-        """Rewrite the file once: one line per sample, in the given order of (arm, sample id), these judges alone."""
+        """Rewrite the file with one line per sample.
+
+        Args:
+            order: (arm, sample id) of each line.
+            judges: names of the judges whose scores are written.
+        """
         rows = [_with_judges(self._rows[key], judges) for key in order]
         self._rows = {(row.arm, row.sample_id): row for row in rows}
         text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
         replace_file(self.folder / SAMPLES, text.encode())
 
     def image_path(self, arm: str, sample_id: str) -> str:
-        """Where a drawn image lies, below the folder."""
+        """Return the path of a sampled image relative to the folder."""
         return f"images/{arm}/{sample_id}.png"
 
     def write_image(self, name: str, data: bytes) -> None:
@@ -129,20 +139,20 @@ class SampleLog:
         path.write_bytes(data)
 
     def read_image(self, row: Sample) -> bytes:
-        """The bytes of a drawn image, or nothing if the file is gone."""
+        """Return the bytes of a sampled image, or no bytes if the file is missing."""
         path = self.folder / row.image
         return path.read_bytes() if path.is_file() else b""
 
     def image_holds(self, row: Sample) -> bool:
-        """Whether a drawn image is what was judged."""
+        """Return whether a sampled image matches its checksum."""
         return digest(self.read_image(row)) == row.sha256
 
 
 def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
-    """Refuse to mix two evaluations; judges may be added.
+    """Check that two evaluations have the same plan, except for added judges.
 
     Raises:
-        ResumeError: names what differs.
+        ResumeError: the plans differ; the message lists the differences.
     """
     known = {name: facts for name, facts in new.get("judges", {}).items() if name in old.get("judges", {})}
     before = {name: old["judges"][name] for name in known}

@@ -1,4 +1,4 @@
-"""Figures of a finished evaluation: per judge with intervals over prompts, and of the two sets of images."""
+"""Metrics of a finished evaluation: per judge with intervals over prompts, and of the two sets of images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,14 +31,19 @@ Image = tuple[Sample, bytes | None]
 def judge_metrics(
     judge: str, higher_is_better: bool, rows: Sequence[Sample], others: Sequence[Sample], *, categories: Sequence[str]
 ) -> dict[str, Any]:
-    """One judge's figures: means, the paired comparison where there is one, and both by category.
+    """Compute the metrics of one judge: means and, with a comparison, paired differences; overall and by category.
 
-    Differences are oriented: positive speaks for the model. A missing score is left out on both sides of a pair.
+    Positive differences favour the model. A missing score excludes both samples of its pair.
 
     Args:
+        judge: name of the judge.
+        higher_is_better: direction of the judge's scores.
         rows: samples of the model.
         others: samples of the comparison; empty without one.
-        categories: those that are broken out.
+        categories: categories to report separately.
+
+    Returns:
+        JSON-compatible metrics.
     """
     whole = _judge_once(judge, higher_is_better, rows, others)
     parts = {
@@ -49,11 +54,15 @@ def judge_metrics(
 
 
 def set_metrics(rows: Iterable[Image], others: Iterable[Image] | None, extractor: Extractor) -> dict[str, Any]:
-    """Diversity and content of each set, and the distances between the two; what cannot be had says why.
+    """Compute diversity and content of each set, and the distances between the sets.
 
     Args:
         rows: samples of the model with their encoded images.
-        others: of the comparison; None without one.
+        others: samples of the comparison; None without one.
+        extractor: feature extractor.
+
+    Returns:
+        JSON-compatible metrics; a metric that cannot be computed is replaced by the reason.
     """
     features, report = {}, {}
     for arm, images in (("model", rows), ("comparison", others)):
@@ -82,10 +91,16 @@ def set_metrics(rows: Iterable[Image], others: Iterable[Image] | None, extractor
 
 
 def open_extractor(text: str) -> Extractor:
-    """Features by name: `low-pass` or `low-pass:SIZE`, `inception:FILE`, or `network:MODULE:CLASS:FILE`.
+    """Open a feature extractor by name.
+
+    Args:
+        text: `low-pass` or `low-pass:SIZE`, `inception:FILE`, or `network:MODULE:CLASS:FILE`.
+
+    Returns:
+        The extractor.
 
     Raises:
-        UsageError: none of these, or a file that does not fit.
+        UsageError: the name is unknown, or the file does not match.
     """
     kind, _, rest = text.partition(":")
     if kind == "low-pass" and (not rest or rest.isdigit()):
@@ -128,7 +143,7 @@ def _of_category(rows: Sequence[Sample], name: str) -> list[Sample]:
 
 
 def _mean(judge: str, rows: Sequence[Sample]) -> dict[str, Any]:
-    """Mean over prompts of the mean of their samples, with its interval; None where there is nothing."""
+    """Return the mean over prompts of their sample means, with its interval; None without scores."""
     found = [(str(row.prompt_id), score) for row in rows if (score := row.scores.get(judge)) is not None]
     counts = {"num_samples": len(found), "num_missing": len(rows) - len(found)}
     if not found:
@@ -141,7 +156,7 @@ def _mean(judge: str, rows: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _one_set(images: Iterable[Image], extractor: Extractor) -> tuple[Features | None, dict[str, Any]]:
-    """Features of a set, and its own figures."""
+    """Return the features of a set, and its own metrics."""
     parts: list[Features] = []
     prompts: list[str] = []
     sums: dict[str, float] = {}
@@ -150,7 +165,7 @@ def _one_set(images: Iterable[Image], extractor: Extractor) -> tuple[Features | 
         try:
             parts.append(extractor(stack))
         except (ValueError, ModelError) as error:
-            # Such as images too small for it; the judges' figures must not be lost for that.
+            # For example images too small for the extractor; the judges' metrics must not be lost.
             refusal = f"{error} (--features)"
         prompts += ids
         for name, values in content_statistics(stack).items():
@@ -169,7 +184,7 @@ def _one_set(images: Iterable[Image], extractor: Extractor) -> tuple[Features | 
 
 
 def _stacks(images: Iterable[Image]) -> Iterator[tuple[Tensor, list[str]]]:
-    """Consecutive images of one size as uint8 (N, 3, H, W), with their prompts' ids."""
+    """Yield consecutive images of one size as uint8 (N, 3, H, W), with the ids of their prompts."""
     tensors: list[Tensor] = []
     ids: list[str] = []
     for row, data in images:
@@ -201,7 +216,7 @@ def _median_distance(features: Features) -> float:
 
 
 def _or_reason(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """A figure, or why there is none: never a number in its place."""
+    """Return a metric, or the reason why it cannot be computed."""
     try:
         return dict(compute())
     except SampleError as error:
@@ -209,7 +224,7 @@ def _or_reason(compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def counts_of(metrics: Mapping[str, Any]) -> list[str]:
-    """What a judge's figures are made from, for people: samples, scores that are missing, pairs, and what has none."""
+    """Describe the counts behind a judge's metrics: samples, missing scores, pairs, and unpaired samples."""
     missing = sum(metrics[arm]["num_missing"] for arm in ("model", "comparison") if arm in metrics)
     unpaired = metrics.get("num_unpaired", 0)
     return [
@@ -221,10 +236,13 @@ def counts_of(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def reasons_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Why there is no paired comparison where there is none, a line per reason.
+    """Return the reasons for missing paired comparisons.
 
     Args:
-        figures: name -> what `judge_figures` or one of its categories says.
+        metrics: name -> metrics of a judge, or of one of its categories, see `judge_metrics`.
+
+    Returns:
+        One line per reason.
     """
     names: dict[str, list[str]] = {}
     for name, one in metrics.items():
@@ -234,5 +252,5 @@ def reasons_of(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def total_missing(judges: Iterable[Mapping[str, Any]]) -> int:
-    """Scores that judges did not give, over all judges and arms."""
+    """Return the number of missing scores over all judges and arms."""
     return sum(metrics[arm]["num_missing"] for metrics in judges for arm in ("model", "comparison") if arm in metrics)

@@ -1,4 +1,4 @@
-"""What is evaluated: a model with its weights and trajectory, or images that are there already."""
+"""Subjects of an evaluation: a model with its weights and trajectory, or existing images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,28 +26,28 @@ BEST = "best"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSubject:
-    """A model that draws."""
+    """A model to sample from."""
 
     source: str
-    """As the user named it."""
+    """Name given by the user."""
     config: Config
     facts: dict[str, Any]
-    """Which model exactly, for the plan and the report."""
+    """Provenance of the model, for the plan and the report."""
     run: Path | None = None
     bundle: WeightBundle | None = field(default=None, repr=False)
-    """Weights of a run's checkpoint; None draws with the pipeline's own."""
+    """Weights of a run's checkpoint; None samples with the pipeline's own weights."""
     trajectory: Trajectory | None = None
-    """What the run followed when the checkpoint was written; None walks by `config.sampler`."""
+    """Trajectory of the run at the checkpoint; None uses `config.sampler`."""
 
     @property
     def conditional(self) -> bool:
-        """Whether it draws from prompts."""
+        """Whether the model takes prompts."""
         return self.config.model.conditional
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSubject:
-    """Images that are there already."""
+    """Existing images."""
 
     source: str
     path: Path
@@ -56,7 +56,7 @@ class ImageSubject:
 
 
 def open_images(source: str) -> ImageSubject:
-    """A folder of images, one image, or a parquet file."""
+    """Open a folder of images, an image, or a parquet file."""
     path = Path(source)
     count = count_image_files(path)
     if not count:
@@ -65,16 +65,20 @@ def open_images(source: str) -> ImageSubject:
 
 
 def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompted: bool) -> ModelSubject:
-    """A run, a configuration or a pipeline folder.
+    """Open a run, a configuration or a pipeline folder.
 
     Args:
+        source: run folder, configuration file, pipeline folder or name of an embedded toy.
         overrides: `key=value`; `sampler.num_steps`, `spacing` and `trajectory` also replace the trajectory of a run.
-        checkpoint: of a run: `newest`, `best` (by its judges), or an iteration.
+        checkpoint: checkpoint of a run: `newest`, `best` (by its judges), or an iteration.
         prompted: whether the suite has prompts.
 
+    Returns:
+        The model.
+
     Raises:
-        UsageError: no such model, or one that does not fit the suite.
-        ModelError: a run without the checkpoint.
+        UsageError: the model does not exist, or does not match the suite.
+        ModelError: the run lacks the checkpoint.
     """
     config, run = _config(source, overrides, prompted=prompted)
     config = prepared(config, run) if run else config
@@ -97,10 +101,18 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
 
 
 def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> ModelSubject:
-    """The other model, sampled exactly as the first: `base` is what a run was tuned from.
+    """Open the model to compare with; it uses the sampler of the first model.
+
+    Args:
+        wanted: a source as in `open_model`, or `base`: the model that a run was tuned from.
+        subject: the first model.
+        checkpoint: checkpoint of a run, see `open_model`.
+
+    Returns:
+        The model.
 
     Raises:
-        UsageError: `base` of something that is no run, or a model that does not fit.
+        UsageError: `wanted` is `base` and `subject` is no run, or the model does not match.
     """
     if wanted == BASE:
         if subject.run is None:
@@ -116,10 +128,10 @@ def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> M
 
 
 def settle(pool: RolloutPool, subject: ModelSubject) -> None:
-    """Put the subject's weights and trajectory into every worker.
+    """Load the subject's weights and trajectory into every worker.
 
     Raises:
-        WeightSyncError: a worker does not hold the weights.
+        WeightSyncError: a worker does not hold the weights afterwards.
     """
     if subject.bundle is not None:
         require_acks(subject.bundle.version, subject.bundle.checksum, pool.load(subject.bundle))
@@ -131,11 +143,19 @@ def settle(pool: RolloutPool, subject: ModelSubject) -> None:
 
 
 def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
-    """The newest whole checkpoint, the one that the judges liked best, or that of an iteration.
+    """Find a checkpoint of a run.
+
+    Args:
+        run: run folder.
+        config: configuration of the run.
+        which: `newest` complete one, `best` by the judges, or an iteration.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        ModelError: it is not there.
-        UsageError: `which` is none of these.
+        ModelError: the checkpoint does not exist.
+        UsageError: `which` is invalid.
     """
     store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
     newest = store.newest()
@@ -163,12 +183,12 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
 def _config(source: str, overrides: Sequence[str], *, prompted: bool) -> tuple[Config, Path | None]:
     if prompted:
         try:
-            # Nobody knows a bare pipeline's prompts. The suite brings them; the key must only be no contradiction.
+            # The prompts of a bare pipeline are unknown. The suite provides them; the key must only be consistent.
             config, run = source_config(source, [*overrides, "data.prompts=toy"])
             if run is None:
                 return config, run
         except ConfigError:
-            pass  # another try without it says what is really wrong
+            pass  # the next attempt, without the key, reports the actual error
     return source_config(source, overrides)
 
 
@@ -185,7 +205,7 @@ def _model_facts(source: str, config: Config, run: Path | None) -> dict[str, Any
 
 
 def _cached_commit(repository: str) -> str | None:
-    """Commit of a hub repository as it lies in the cache; None where it does not."""
+    """Return the cached commit of a hub repository, or None."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, "model_index.json")

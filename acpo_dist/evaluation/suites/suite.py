@@ -1,4 +1,4 @@
-"""Suites: prompts with their categories, by name or from any text file, CSV, TSV or parquet file."""
+"""Suites: prompts with their categories, by name or from a text, CSV, TSV or parquet file."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from acpo_dist.data.toy.world import SHAPES, captions
 
 DATA_VARIABLE = "ACPO_DATA"
 NAMED = {"drawbench": ("drawbench.csv",), "parti": ("partiprompts.tsv", "parti_prompts.tsv", "parti-prompts.tsv")}
-"""Suites that are found by file name, in any case, in the folders that `ACPO_DATA` names."""
+"""Suites that are looked up by file name, ignoring case, in the folders of `ACPO_DATA`."""
 UNCONDITIONAL = "none"
 _UNPROMPTED = 256
-"""Samples of the suite `none` when no limit is given."""
+"""Number of samples of the suite `none` without a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +29,10 @@ class SuitePrompt:
     """One prompt of a suite."""
 
     prompt_id: int
-    """Its place in the suite, counted from 0 and before any limit."""
+    """Position in the complete suite, from 0."""
     prompt: str
     category: str
-    """Empty where the suite has none."""
+    """Empty if the suite has no categories."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,34 +42,37 @@ class Suite:
     name: str
     prompts: tuple[SuitePrompt, ...]
     total: int
-    """Prompts of the whole suite, of which `prompts` may be a part."""
+    """Number of prompts in the complete suite, of which `prompts` may be a part."""
 
     @property
     def sha256(self) -> str:
-        """Of the prompts and categories that are used."""
+        """SHA-256 of the used prompts and categories."""
         rows = [[entry.prompt_id, entry.prompt, entry.category] for entry in self.prompts]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     @property
     def categories(self) -> list[str]:
-        """In order of appearance; empty where the suite has none."""
+        """Categories in order of appearance; empty if the suite has none."""
         return [name for name in dict.fromkeys(entry.category for entry in self.prompts) if name]
 
 
 def load_suite(
     name: str, *, limit: int | None = None, prompt_column: str = "prompt", category_column: str = "category"
 ) -> Suite:
-    """A suite.
+    """Load a suite.
 
     Args:
-        name: `drawbench`, `parti`, `toy` (captions of the closed world), `none` (no prompts, for an unconditional
-            model), or a file: .txt with a prompt per line, .csv, .tsv or .parquet with a header.
-        limit: use so many prompts, spread evenly over the suite, so that a suite sorted by category keeps them all.
-        prompt_column: column of a table, in any case.
-        category_column: likewise; may be absent.
+        name: `drawbench`, `parti`, `toy` (captions of the toy world), `none` (no prompts, for an unconditional model),
+            or a file: .txt with one prompt per line; .csv, .tsv or .parquet with a header.
+        limit: number of prompts, spread evenly over the suite, so that a suite sorted by category keeps all of them.
+        prompt_column: prompt column of a table, ignoring case.
+        category_column: category column of a table, ignoring case; may be absent.
+
+    Returns:
+        The suite.
 
     Raises:
-        DataError: an unknown suite, a missing or unreadable file, or one without prompts.
+        DataError: the suite is unknown, or the file is missing, unreadable or without prompts.
     """
     if name == UNCONDITIONAL:
         count = limit or _UNPROMPTED
@@ -92,9 +95,18 @@ def load_suite(
 
 
 def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int) -> list[PromptGroup]:
-    """One group per prompt. A sample's seed follows from the root seed, the prompt's text and its number alone.
+    """Create one group per prompt.
 
-    So models are compared on the same noise, and a prompt has the same samples in every suite that holds it.
+    The seed of a sample depends only on `seed`, the prompt's text and the sample's number. Models are therefore
+    compared on the same noise, and a prompt has the same samples in every suite.
+
+    Args:
+        suite: prompts.
+        samples_per_prompt: samples per group.
+        seed: root seed.
+
+    Returns:
+        The groups, in suite order.
     """
     seen: dict[str, int] = {}
     groups = []
@@ -133,7 +145,7 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path, prompt_column: str, category_column: str) -> list[tuple[str, str]]:
-    """(prompt, category) of every row."""
+    """Return (prompt, category) of every row."""
     kind = path.suffix.lower()
     try:
         if kind == ".txt":
