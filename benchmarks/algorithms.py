@@ -89,7 +89,7 @@ class Watched:
         self._inner, self._evaluate, self._every = inner, evaluate, every
 
     def publish(self, version: int) -> str:
-        """See `WeightChannel.publish`."""
+        """Publish the weights, and evaluate every `every` versions; returns the checksum."""
         checksum = self._inner.publish(version)
         if version % self._every == 0:
             self._evaluate(version)

@@ -1,4 +1,4 @@
-"""ACPO: raise the perceptual score at late timesteps, hold the noise prediction to the base model's everywhere."""
+"""ACPO: raises the perceptual score at late timesteps and anchors the noise prediction to the base model's."""
 
 from typing import Any
 
@@ -38,26 +38,26 @@ class Acpo(BaseAlgorithm):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """One policy and one base forward on states of the rollouts; the same again at uniform timesteps."""
+        """Run one policy and one base forward on states of the rollouts, and the same at uniform timesteps."""
         condition = network.encode(batch.prompts)
         metrics: dict[str, Tensor] = {}
         total = torch.zeros(len(batch.sample_ids), device=batch.clean.device)
         late, scale, outputs, clean = self._scored(batch, network)
         answer = None
         if self.config.reward_weight > 0:
-            # The pool decodes, scores and differentiates while the anchor's forwards run here.
+            # The pool decodes, scores and differentiates in parallel with the anchor's forward passes.
             answer = reward(clean, batch.prompts * (len(clean) // len(batch.prompts)))
         if outputs is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and anchor_weight > 0):
                 outputs = both_branches(network, late, batch.prompts, scale)
         model_output, null = outputs
-        # Without an anchor the drift is still measured on the rollouts: it is the price of what is gained.
+        # Without an anchor the drift is still measured on the rollouts, for the metrics.
         with torch.no_grad(), network.anchored():
             anchor, null_anchor = both_branches(network, late, batch.prompts, scale)
         space, levels = self.config.anchor.space, late.alpha_bars_B
         drift = anchor_error(output_drift(model_output, anchor, levels, network.prediction_type, space))
         if null is not None and null_anchor is not None:
-            # Each branch by itself: in their guided sum the drift of one can hide that of the other.
+            # Each branch is anchored separately, since drifts of opposite sign can cancel in the guided sum.
             null_drift = anchor_error(output_drift(null, null_anchor, levels, network.prediction_type, space))
             metrics["anchor/late_null"] = null_drift.detach()
             drift = (drift + null_drift) / 2
@@ -84,7 +84,7 @@ class Acpo(BaseAlgorithm):
     def _scored(
         self, batch: MicroBatch, network: Network
     ) -> tuple[LateStates, float, tuple[Tensor, Tensor | None] | None, Tensor]:
-        """States to anchor, guidance scale, the outputs there if they are known, and what the reward scores."""
+        """Return the states to anchor, the guidance scale, the outputs there if known, and the scored x_0."""
         if batch.tail is None:
             late, scale = batch.late, batch.guidance_scale if self.config.guidance == "full" else 1.0
             outputs = both_branches(network, late, batch.prompts, scale)
@@ -92,7 +92,7 @@ class Acpo(BaseAlgorithm):
             return late, scale, outputs, to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
         sampled = sample_tail(network, batch.tail, batch.prompts, batch.guidance_scale)
         late = passed_states(sampled, batch.tail, batch.noise_keys)
-        # After the first step, outputs depend on the weights through their states too, which an anchor must not.
+        # After the first step the states depend on the weights; anchor gradients must not pass through them.
         outputs = sampled.outputs if batch.tail.trajectory.num_steps == 1 else None
         return late, batch.guidance_scale, outputs, sampled.clean
 
@@ -116,7 +116,7 @@ class Acpo(BaseAlgorithm):
 
 
 class Draft(Acpo):
-    """The reward's gradient through the last sampler steps, without an anchor: DRaFT-K, DRaFT-LV and AlignProp.
+    """Reward gradient through the last sampler steps, without an anchor by default: DRaFT-K, DRaFT-LV and AlignProp.
 
     Source: DRaFT (Clark et al. 2023); AlignProp (Prabhudesai et al. 2023) for `gradient_steps: random`.
     """
@@ -140,9 +140,9 @@ class Draft(Acpo):
 
 
 class Refl(Acpo):
-    """ReFL: one late state of each rollout, its x0-hat from the conditional branch, and a hinge; no anchor.
+    """ReFL: hinge on the score of x0-hat, from the conditional branch at one late state; no anchor by default.
 
-    The publication's denoising loss on real images is `data_weight` with `anchor.source: data`.
+    For the paper's denoising loss on real images set `data_weight` and `anchor.source: data`.
 
     Source: ReFL (Xu et al. 2023, ImageReward).
     """

@@ -23,7 +23,7 @@ class Network(Protocol):
 
     @property
     def clean_rule(self) -> CleanRule:
-        """What the model's scheduler does to x0-hat before a step."""
+        """The rule that the model's scheduler applies to x0-hat before a step."""
         ...
 
     @property
@@ -32,27 +32,33 @@ class Network(Protocol):
         ...
 
     def encode(self, prompts: Sequence[str]) -> Any:
-        """Conditioning of prompts."""
+        """Return the conditioning of the prompts."""
         ...
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Any) -> Tensor:
-        """Network output, float32."""
+        """Return the network output (B, C, H, W), float32.
+
+        Args:
+            noisy: x_t (B, C, H, W).
+            timesteps_B: integer timesteps (B,).
+            condition: result of `encode`.
+        """
         ...
 
     def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` returns the base model's output."""
+        """Return a context in which `predict` returns the base model's output."""
         ...
 
     def old(self) -> AbstractContextManager[None]:
-        """While active, `predict` returns the output of the policy that drew the rollouts; without gradient.
+        """Return a context in which `predict` returns the output of the sampling policy, without gradient.
 
-        It differs from the policy as of the first optimiser step of an iteration, and between iterations where the
-        algorithm's configuration has a `sampling_decay`.
+        The sampling policy drew the rollouts. It differs from the policy after the first optimiser step of an
+        iteration, and between iterations if the algorithm's configuration has a `sampling_decay`.
         """
         ...
 
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Any) -> Sequence[Tensor]:
-        """Features of the frozen base's encoder, float32; only where the algorithm's configuration has an `encoder`."""
+        """Return features of the frozen base encoder, float32; requires `encoder` in the algorithm's configuration."""
         ...
 
 
@@ -66,13 +72,13 @@ class LateStates:
     alpha_bars_B: Tensor
     """float64."""
     following: Tensor | None = None
-    """State after the stochastic step from x_t, exactly as the rollout had it."""
+    """State after the stochastic step from x_t, exactly as the rollout stored it."""
     following_alpha_bars_B: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TailStates:
-    """States of rollouts before the last K steps, through which the reward's gradient goes."""
+    """States of rollouts before the last K steps, through which the reward gradient is propagated."""
 
     latents: Tensor
     """x before the first of the K steps, (B, C, H, W)."""
@@ -82,34 +88,34 @@ class TailStates:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """B samples of one forward. Tensors on the network's device."""
+    """B samples of one forward pass. Tensors are on the network's device."""
 
     sample_ids: tuple[str, ...]
     prompts: tuple[str, ...]
     noise_keys: tuple[int, ...]
-    """One seed per sample for all noise drawn in this optimiser step, independent of ranks and micro-batches. The two
-    samples of a pair share theirs."""
+    """One seed per sample for all noise drawn in this optimiser step, independent of ranks and micro-batches; the two
+    samples of a pair have the same seed."""
     states: LateStates | None
     """States of the policy's own rollouts; None for samples of a data set."""
     tail: TailStates | None = None
-    """Set where the algorithm's configuration has `gradient_steps`."""
+    """Set if the algorithm's configuration has `gradient_steps`."""
     clean: Tensor
-    """x_0 that states are noised from: the sample's own, or a real image."""
+    """x_0 (B, C, H, W) for forward noising: the sample's own, or a real image."""
     clean_is_real: bool
-    """Whether `clean` holds real images, on which an ordinary denoising loss makes sense."""
+    """Whether `clean` holds real images, for which the ordinary denoising loss is valid."""
     weights_B: Tensor
     guidance_scale: float = 1.0
-    """Guidance scale of the rollouts; 1 where only the conditional branch ran."""
+    """Guidance scale of the rollouts; 1 means that only the conditional branch ran."""
     eta: float = 0.0
     """DDIM eta of the rollouts' steps."""
     constants: Mapping[str, float] = field(default_factory=dict)
     """Result of `Algorithm.calibrate`."""
     unreadable_B: Tensor | None = None
-    """bool (B,): the sample's image could not be decoded and `clean` is a stand-in; None if all could."""
+    """bool (B,): the sample's image could not be decoded and `clean` is a placeholder; None if all were decoded."""
 
     @property
     def readable(self) -> Tensor:
-        """bool (B,): `clean` is an image and not a stand-in."""
+        """bool (B,): `clean` is a decoded image and not a placeholder."""
         if self.unreadable_B is None:
             return torch.ones_like(self.weights_B, dtype=torch.bool)
         return ~self.unreadable_B
@@ -133,7 +139,7 @@ class RewardSignal:
     quality_B: Tensor
     gradient: Tensor
     target: float
-    """Hinge target in the same units; 0 where no shape needs it."""
+    """Hinge target in the same units; 0 if the shape has none."""
     per_metric: Mapping[str, Tensor]
 
 
@@ -165,48 +171,59 @@ class Algorithm(Protocol):
     """Sample selection and loss of one training method."""
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Choose and weigh samples by their scores."""
+        """Select and weight samples by their scores."""
         ...
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
-        """Per-sample constants (B,) under the weights that made the rollouts, before the first optimiser step."""
+        """Return per-sample constants (B,) under the weights that drew the rollouts, or None.
+
+        Called for every micro-batch before the first optimiser step.
+        """
         ...
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """Per-sample statistics of base samples for `calibrate`; empty if it needs none."""
+        """Return per-sample statistics of base samples for `calibrate`; empty if it needs none."""
         ...
 
     def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Constants of the run, from the `observe` results of all ranks."""
+        """Return constants of the run, computed from the `observe` results of all ranks."""
         ...
 
     def loss(
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """Forward passes and per-sample loss of one micro-batch.
+        """Run the forward passes of one micro-batch and return its per-sample loss.
 
-        The metrics must include the measured drift as `anchor/late`, `anchor/uniform` or both.
+        Args:
+            batch: samples of the forward pass.
+            network: policy and base model.
+            reward: requests quality and gradient from the reward pool.
+            anchor_weight: weight of the anchor error in the loss.
+            prepared_B: result of `prepare` for this micro-batch.
+
+        Returns:
+            Loss and metrics; the metrics must include the measured drift as `anchor/late`, `anchor/uniform` or both.
         """
         ...
 
 
 class BaseAlgorithm:
-    """Defaults: all samples with equal weight, nothing to prepare, nothing to calibrate."""
+    """Default implementation: all samples with equal weight, no preparation and no calibration."""
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """All samples, weight 1."""
+        """Select all samples with weight 1."""
         ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
         return Selection(sample_ids=ids, weights=dict.fromkeys(ids, 1.0), metrics={})
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
-        """None."""
+        """Return None."""
         return None
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """Empty."""
+        """Return no statistics."""
         return {}
 
     def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Empty."""
+        """Return no constants."""
         return {}

@@ -1,4 +1,4 @@
-"""Both branches of classifier-free guidance, from one forward."""
+"""Both branches of classifier-free guidance in one forward pass."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from acpo_dist.algorithms.base import LateStates, Network
 def both_branches(
     network: Network, late: LateStates, prompts: Sequence[str], guidance_scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """(conditional output, unconditional output or None at guidance scale 1)."""
+    """Return the conditional output, and the unconditional output or None at guidance scale 1."""
     condition = network.encode(prompts)
     if guidance_scale == 1:
         return network.predict(late.latents, late.timesteps_B, condition), None

@@ -1,4 +1,4 @@
-"""Sections of the algorithms: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
+"""Configuration sections of the algorithms. This module does not import torch, so that validation is fast."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -10,19 +10,19 @@ from acpo_dist.config.section import Section
 
 
 class AdvantageConfig(Section):
-    """How a sample is compared with the others of its prompt."""
+    """How the score of a sample is compared with the other samples of its prompt."""
 
     limit: float = Field(default=5.0, gt=0)
     """Advantages are clipped to this many standard deviations of the group."""
     min_std: float = Field(default=1e-3, ge=0)
-    """Groups whose reward spreads less are dropped; in standard deviations of base samples."""
+    """Groups whose reward has a smaller standard deviation are dropped; in standard deviations of base samples."""
     std: Literal["group", "global"] = "group"
     """Divide by the standard deviation of the sample's own group, or of all samples of the iteration."""
     veto: bool = False
     """Drop samples that one reward puts above their group's mean and another below it: half of all samples under two
     independent rewards."""
     min_vote: float = Field(default=0.0, ge=0)
-    """A reward has a say on samples that it puts at least so many of its group standard deviations off the mean."""
+    """Smallest distance from the group's mean, in the reward's own group standard deviations, for a reward to vote."""
     drop_constant: bool = True
     """Drop images of one flat colour."""
 
@@ -31,16 +31,16 @@ class WideAnchorConfig(AnchorConfig):
     """The anchor on the reward's own states and on a second batch."""
 
     uniform: bool = True
-    """Anchor a second batch at uniform timesteps too, so that early steps cannot drift unseen."""
+    """Also anchor a second batch at uniform timesteps, so that drift at early steps is limited too."""
     source: Literal["rollout", "data"] = "rollout"
-    """What that batch is noised from: the rollouts' own x_0, or real images (`data.path`, pixel models)."""
+    """Source of x_0 for that batch: the rollouts, or real images (`data.path`, pixel models)."""
 
 
 class OptionalWideAnchorConfig(WideAnchorConfig, OptionalAnchorConfig):
-    """The same, off until a budget or a weight is set."""
+    """As `WideAnchorConfig`, but off unless a budget or a weight is set."""
 
     budget: float | None = Field(default=None, gt=0)
-    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
+    """Target rms drift, in the units of `space`; None without a weight leaves the anchor off."""
 
 
 class AcpoConfig(AlgorithmConfig):
@@ -48,33 +48,33 @@ class AcpoConfig(AlgorithmConfig):
 
     type: Literal["acpo"] = "acpo"
     reward_weight: float = Field(default=1.0, ge=0)
-    """Reward per standard deviation of base samples; 0 leaves the anchor alone."""
+    """Weight of the reward per standard deviation of base samples; 0 trains with the anchor only."""
     shape: Literal["identity", "hinge", "softplus"] = "identity"
     """Minimise -q, max(m - q, 0) or softplus(m - q) of the normalised quality q."""
     target_quantile: float = Field(default=0.9, gt=0, lt=1)
     """m as a quantile of base-model samples, for `hinge` and `softplus`."""
     anchor: WideAnchorConfig = WideAnchorConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     gradient_steps: Annotated[int, Field(ge=1)] | Literal["estimate", "random"] = "estimate"
-    """What the reward scores: `estimate` the x0-hat of one late rollout state; a number K the finished image, with the
-    gradient through the last K sampler steps; `random` K drawn for every optimiser step."""
+    """What the reward scores. `estimate`: the x0-hat of one late rollout state; a number K: the final image, with the
+    gradient through the last K sampler steps; `random`: as K, which is drawn for every optimiser step."""
     max_gradient_steps: Annotated[int, Field(ge=1)] | None = None
-    """Largest K that `random` draws; None takes all steps whose states the rollouts keep."""
+    """Largest K that `random` draws; None allows all steps whose states the rollouts keep."""
     guidance: Literal["conditional", "full"] = "conditional"
-    """Branches of an `estimate`: the conditional one alone, or both, guided as the rollouts were, each anchored by
-    itself; one forward and backward pass more. Sampler steps always use the rollouts' guidance."""
+    """Branches of an `estimate`: only the conditional one, or both with the rollouts' guidance, each anchored
+    separately, for one more forward and backward pass. Sampler steps always use the rollouts' guidance."""
     data_weight: float = Field(default=0.0, ge=0)
     """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
     pathwise: ClassVar[bool] = True
 
 
 class DraftConfig(AcpoConfig):
-    """The sampler steps that carry the gradient; a budget or a weight switches the anchor on."""
+    """As `acpo`, with the gradient through sampler steps; a budget or a weight switches the anchor on."""
 
     type: Literal["draft"] = "draft"  # pyright: ignore[reportIncompatibleVariableOverride]
     gradient_steps: Annotated[int, Field(ge=1)] | Literal["estimate", "random"] = 1
     """K of DRaFT-K: gradient through the last K sampler steps; `random` is AlignProp's randomised truncation."""
     low_variance_samples: int = Field(default=1, ge=1)
-    """n of DRaFT-LV: above 1, the last step runs from n fresh noisings of the rollout's x_0, not from its state."""
+    """n of DRaFT-LV: if above 1, the last step uses n fresh noisings of the rollout's x_0, not from its state."""
     anchor: OptionalWideAnchorConfig = OptionalWideAnchorConfig()
 
 
@@ -92,7 +92,7 @@ class DdpoConfig(AlgorithmConfig):
 
     type: Literal["ddpo"] = "ddpo"
     clip_range: float = Field(default=1e-4, gt=0)
-    """Furthest the per-element probability ratio may move before a sample stops pulling."""
+    """Largest deviation of the per-element probability ratio from 1; beyond it a sample passes no gradient."""
     advantage: AdvantageConfig = AdvantageConfig()
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
     needs_groups: ClassVar[bool] = True
@@ -100,10 +100,10 @@ class DdpoConfig(AlgorithmConfig):
 
 
 class NoiseSpaceConfig(AlgorithmConfig):
-    """Where the loss looks, and the anchor."""
+    """Timesteps of the loss, and the anchor."""
 
     t_max: float = Field(default=1.0, gt=0, le=1)
-    """Largest timestep that samples are noised to, as a share of the noise schedule."""
+    """Largest timestep for forward noising, as a share of the noise schedule."""
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
 
 
@@ -136,11 +136,12 @@ class NftConfig(NoiseSpaceConfig):
 
 
 class RwrConfig(NoiseSpaceConfig):
-    """Advantages, and how sharply they select."""
+    """Advantages, and the temperature of their weights."""
 
     type: Literal["rwr"] = "rwr"
     temperature: float = Field(default=0.5, gt=0)
-    """Of the softmax over a group's advantages: small keeps the best sample alone, large weights all the same."""
+    """Temperature of the softmax over a group's advantages: small values select the best sample, large values weight
+    all samples equally."""
     advantage: AdvantageConfig = AdvantageConfig()
     needs_groups: ClassVar[bool] = True
 
@@ -159,7 +160,7 @@ class PairingConfig(Section):
 
 
 class PreferenceConfig(NoiseSpaceConfig):
-    """Where errors are measured, and the pairs."""
+    """Error space, preference strength and pairs."""
 
     space: Literal["eps", "ncp"] = "eps"
     """Errors of the predicted noise, or distances between features of the frozen base U-Net (NCP)."""
@@ -186,7 +187,7 @@ class DpoConfig(PreferenceConfig):
 
     @property
     def anchor_unit(self) -> float:
-        """The slope of the loss at the base, in the same unit as the anchor's."""
+        """Slope of the loss at the base model, in the unit of the anchor."""
         return self.beta / 4
 
 
@@ -195,11 +196,11 @@ class CpoConfig(PreferenceConfig):
 
     type: Literal["cpo"] = "cpo"
     sft_weight: float = Field(default=1.0, ge=0)
-    """Of the winner's own error, in units of beta / 4; at 0 the loss can fall by making losers worse alone."""
+    """Weight of the winner's own error, in units of beta / 4; at 0 the loss can fall solely by worsening losers."""
 
     @property
     def anchor_unit(self) -> float:
-        """The slope of the loss at the base, in the same unit as the anchor's."""
+        """Slope of the loss at the base model, in the unit of the anchor."""
         return self.beta / 4
 
 
@@ -208,4 +209,4 @@ class SftConfig(PreferenceConfig):
 
     type: Literal["sft"] = "sft"
     min_snr_gamma: float | None = Field(default=None, gt=0)
-    """gamma of min-SNR weighting, 5 in the publication; None weighs all timesteps the same. For `space: eps`."""
+    """gamma of min-SNR weighting, 5 in the paper; None weights all timesteps equally. For `space: eps`."""

@@ -1,4 +1,4 @@
-"""DDPO: policy gradient on the rollouts' own stochastic steps, with PPO's clipped surrogate. Scores only."""
+"""DDPO: policy gradient on the rollouts' stochastic steps with PPO's clipped surrogate; needs scores only."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from acpo_dist.objective.policy_gradient import Transition, clipped_surrogate, t
 
 
 class Ddpo(BaseAlgorithm):
-    """One random transition per sample and optimiser step; `learner.inner_epochs` goes over more of them.
+    """DDPO with one random transition per sample and optimiser step; `learner.inner_epochs` sets the passes.
 
     Log-probabilities are means over the elements of a latent, in nats (see `objective.policy_gradient`).
     """
@@ -32,15 +32,15 @@ class Ddpo(BaseAlgorithm):
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Weights are advantages in standard deviations."""
+        """Select all samples with their advantages, in standard deviations, as weights."""
         advantages = advantages_of(scored, self.config.advantage)
         return grouped_selection(scored, advantages.values, advantages.counts)
 
     def prepare(self, batch: MicroBatch, network: Network) -> Tensor | None:
-        """Log-probability of the transitions under the weights that made them.
+        """Return the log-probability (B,) of the transitions under the weights that drew them, nats per element.
 
-        Computed here and not in the rollout: other batch shapes and lower precision change it by more than the clip
-        range.
+        It is computed here and not in the rollout, because other batch shapes and lower precision change it by more
+        than the clip range.
         """
         conditional, unconditional = _branches(batch, network)
         _, step = _taken(batch, network, conditional, unconditional)
@@ -50,7 +50,7 @@ class Ddpo(BaseAlgorithm):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """Clipped surrogate, and the anchor on both branches at the same states.
+        """Compute the clipped surrogate, and the anchor on both branches at the same states.
 
         Raises:
             RuntimeError: called without the result of `prepare`.
@@ -65,14 +65,14 @@ class Ddpo(BaseAlgorithm):
         drift = anchor_error(output_drift(conditional, base_conditional, late.alpha_bars_B, kind, space))
         metrics = {"anchor/conditional": drift.detach()}
         if unconditional is not None and base_unconditional is not None:
-            # Each branch by itself: in their guided sum the drift of one can hide that of the other.
+            # Each branch is anchored separately, since drifts of opposite sign can cancel in the guided sum.
             null = anchor_error(output_drift(unconditional, base_unconditional, late.alpha_bars_B, kind, space))
             metrics["anchor/null"] = null.detach()
             drift = (drift + null) / 2
         metrics["anchor/late"] = drift.detach()
         _, log_prob = _taken(batch, network, conditional, unconditional)
         term = clipped_surrogate(log_prob, prepared_B, batch.weights_B, self.config.clip_range)
-        # Samples that were left out have no advantage, and so nothing that could be clipped.
+        # Excluded samples have no advantage and do not count towards the clipped share.
         seen = batch.weights_B != 0
         metrics |= {
             "ddpo/ratio": term.ratio_B[seen], "ddpo/clipped": term.is_clipped_B.float()[seen],
@@ -88,7 +88,7 @@ def _branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | Non
 def _taken(
     batch: MicroBatch, network: Network, conditional: Tensor, unconditional: Tensor | None
 ) -> tuple[Transition, Tensor]:
-    """The Gaussian of the step, and the log-density (B,) of where it went."""
+    """Return the Gaussian of the step, and the log-density (B,) of the state after it."""
     late = batch.late
     if late.following is None or late.following_alpha_bars_B is None:
         raise RuntimeError("the rollouts kept no transitions: they must step stochastically (sampler.eta above 0)")

@@ -1,6 +1,6 @@
 """Algorithms whose loss is a function of the noise prediction: one policy and one base forward on noised samples.
 
-The anchor uses the same two forwards, so it costs nothing here.
+The anchor uses the same two forwards and adds no network calls.
 """
 
 from abc import abstractmethod
@@ -27,7 +27,7 @@ from acpo_dist.objective.policy_gradient import nft_clean_loss, nft_loss, reward
 
 
 class NoiseSpaceAlgorithm(BaseAlgorithm):
-    """States, forwards and anchor; subclasses add the objective."""
+    """Base class that computes states, forward passes and the anchor; subclasses implement the objective."""
 
     config: Any
 
@@ -35,9 +35,12 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """Objective on the conditional samples; under the anchor a share of them is seen without prompt."""
+        """Compute the weighted objective on conditional samples, and the anchor on all samples.
+
+        With an anchor, a share of the samples is predicted without its prompt.
+        """
         anchor = self.config.anchor
-        # A state at t = 0 is x_0 itself: it says nothing, and NCP has nowhere to step from there.
+        # A state at t = 0 is x_0 itself: it carries no noise, and NCP's reverse step is undefined there.
         states = noise_forward(
             batch,
             network,
@@ -49,7 +52,7 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         drift = anchor_error(
             output_drift(model_output, base, states.alpha_bars_B, network.prediction_type, anchor.space)
         )
-        # An unreadable image has a stand-in, which must not enter the anchor.
+        # An unreadable image is replaced by a placeholder, which must not enter the anchor.
         drift = torch.where(batch.readable, drift, torch.zeros_like(drift))
         objective, metrics = self.objective(batch, network, states, model_output, base)
         objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
@@ -62,11 +65,11 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Per-sample loss (B,), weighted, and metrics (B,)."""
+        """Return the weighted per-sample loss (B,) and per-sample metrics (B,)."""
 
 
 def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor]:
-    """(policy with the graph, frozen base) on the same inputs."""
+    """Return the outputs of the policy, with the graph, and of the frozen base model on the same inputs."""
     model_output = network.predict(states.latents, states.timesteps_B, states.condition)
     with torch.no_grad(), network.anchored():
         base = network.predict(states.latents, states.timesteps_B, states.condition)
@@ -76,7 +79,7 @@ def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor
 def statistics_of(
     batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
 ) -> ErrorStatistics:
-    """Errors of both against the noise that was drawn, in noise units."""
+    """Return the errors of policy and base model against the drawn noise, in noise units."""
     kind = network.prediction_type
     target = target_output(batch.clean, states.noise, states.alpha_bars_B, kind)
     return noise_statistics(model_output, base, target, states.alpha_bars_B, kind)
@@ -85,8 +88,9 @@ def statistics_of(
 class Nft(NoiseSpaceAlgorithm):
     """DiffusionNFT: denoising towards good samples and away from bad ones, relative to the policy that drew them.
 
-    Three networks meet in the loss: the policy, the sampling policy `old`, and the base, whose drift the anchor holds
-    (the KL term of the publication). The publication draws without guidance: `sampler.guidance_scale=1`.
+    The loss uses three networks: the policy, the sampling policy `old`, and the base model. The anchor limits the
+    drift from the base model (the KL term of the paper). The paper samples without guidance:
+    `sampler.guidance_scale=1`.
 
     Source: DiffusionNFT (Zheng et al. 2025).
     """
@@ -98,14 +102,14 @@ class Nft(NoiseSpaceAlgorithm):
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Weights are A / limit, in [-1, 1]."""
+        """Select all samples with weights A / limit, in [-1, 1]."""
         advantages = advantages_of(scored, self.config.advantage)
         return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
 
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The two branches; `model_output` and the sampling policy see the same states."""
+        """Compute the loss of the two branches; policy and sampling policy are evaluated at the same states."""
         with torch.no_grad(), network.old():
             old = network.predict(states.latents, states.timesteps_B, states.condition)
         statistics = statistics_of(batch, network, states, model_output, old)
@@ -123,7 +127,7 @@ class Nft(NoiseSpaceAlgorithm):
 
 
 class Rwr(NoiseSpaceAlgorithm):
-    """Reward-weighted regression: the denoising loss on the policy's own samples, the better ones heavier."""
+    """Reward-weighted regression: the denoising loss on the policy's own samples, weighted by their advantages."""
 
     Config = RwrConfig
 
@@ -132,7 +136,7 @@ class Rwr(NoiseSpaceAlgorithm):
         self.config = config
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Weights are G softmax(A / temperature) within each group; their mean is 1."""
+        """Select all samples with weights G softmax(A / temperature) within each group, of mean 1."""
         advantages = advantages_of(scored, self.config.advantage)
         weights: dict[str, float] = {}
         for group in advantages.groups:
@@ -143,6 +147,6 @@ class Rwr(NoiseSpaceAlgorithm):
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted denoising error."""
+        """Compute the weighted denoising error."""
         error = statistics_of(batch, network, states, model_output, base).policy_error
         return batch.weights_B * error, {"denoising/error": error.detach()[batch.weights_B != 0]}

@@ -1,4 +1,4 @@
-"""From a group's scores to advantages, with every filter counted."""
+"""Advantages from the scores of a group, with counts of filtered samples."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,13 +9,13 @@ from acpo_dist.objective.advantage import AdvantageCounts, Advantages, constant_
 
 
 def flat_images(scored: ScoredGroups) -> frozenset[str]:
-    """Ids of images without content."""
+    """Return the ids of images of one flat colour."""
     images = scored.images()
     return frozenset(name for name, image in images.items() if bool(constant_images(image.unsqueeze(0))))
 
 
 def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
-    """Advantages relative to each prompt's group."""
+    """Return advantages relative to the group of each prompt."""
     return group_advantages(
         [[plan.sample_id for plan in group.samples] for group in scored.groups],
         scored.qualities, scored.weights, spread=scored.spread, limit=config.limit, min_std=config.min_std,
@@ -25,7 +25,7 @@ def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
 
 
 def grouped_selection(scored: ScoredGroups, weights: Mapping[str, float], counts: AdvantageCounts) -> Selection:
-    """All samples in their order; those that were dropped keep their place with weight 0."""
+    """Select all samples in order; dropped samples keep their position with weight 0."""
     ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)
     metrics = {f"select/{name}": float(value) for name, value in asdict(counts).items()}
     return Selection(sample_ids=ids, weights={name: weights.get(name, 0.0) for name in ids}, metrics=metrics)

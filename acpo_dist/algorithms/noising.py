@@ -1,4 +1,4 @@
-"""States noised forward from x_0, each from its sample's own seed: the same on any rank, in any micro-batch."""
+"""Forward noising of x_0 with one seed per sample, independent of rank and micro-batch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from acpo_dist.diffusion.prediction import add_noise
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedStates:
-    """x_t of B samples, with everything that was drawn for them."""
+    """x_t of B samples with the drawn timesteps, noise and conditioning."""
 
     latents: Tensor
     """x_t = a x_0 + s eps, (B, C, H, W)."""
@@ -22,24 +22,28 @@ class NoisedStates:
     alpha_bars_B: Tensor
     """float64."""
     is_null_B: Tensor
-    """bool: the sample is seen without its prompt."""
+    """bool: the sample is predicted without its prompt."""
     condition: Any
-    """Of these samples, the null prompt's where `is_null_B`."""
+    """Conditioning of the samples; that of the null prompt where `is_null_B`."""
 
 
 def noise_forward(
     batch: MicroBatch, network: Network, *, lowest: int = 0, t_max: float = 1.0, null_share: float = 0.0,
     condition: Any = None,
 ) -> NoisedStates:  # fmt: skip
-    """Noise `batch.clean` at timesteps drawn evenly from [lowest, t_max T).
+    """Noise `batch.clean` at timesteps drawn uniformly from [lowest, t_max T).
 
     Args:
-        null_share: probability that a sample is seen without its prompt.
-        condition: of the prompts, if it is at hand; encoded otherwise.
+        batch: samples with `clean` (B, C, H, W) and one noise key each.
+        network: provides the noise schedule and encodes prompts.
+        lowest: smallest timestep.
+        t_max: upper bound of the timesteps as a share of T.
+        null_share: probability that a sample is predicted without its prompt.
+        condition: conditioning of the prompts; None encodes them.
     """
     device, levels = batch.clean.device, network.alpha_bars
     if not any(batch.prompts):
-        # There is no other branch than the one without prompts.
+        # Only the branch without prompts exists.
         null_share = 0.0
     highest = max(lowest + 1, round(t_max * len(levels)))
     draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share) for key in batch.noise_keys]
@@ -58,7 +62,7 @@ def noise_forward(
 
 
 def split_branches(error_B: Tensor, is_null_B: Tensor) -> dict[str, Tensor]:
-    """The two branches apart, each as the entries that belong to it (means are taken over those alone)."""
+    """Split per-sample errors (B,) by branch; each entry holds only the samples of that branch."""
     parts = {"anchor/conditional": error_B[~is_null_B], "anchor/null": error_B[is_null_B]}
     return {name: values for name, values in parts.items() if len(values)}
 

@@ -1,6 +1,6 @@
 """Preference learning on pairs: DPO (sigmoid, IPO, hinge), CPO and SFT, on noise or on the frozen U-Net's features.
 
-Winner and loser lie side by side in a batch and share timestep, noise and the noise of NCP's reverse step.
+Winner and loser are adjacent in a batch and share timestep, noise and the noise of NCP's reverse step.
 """
 
 from abc import abstractmethod
@@ -29,7 +29,7 @@ BETA = "beta"
 
 
 class Preference(NoiseSpaceAlgorithm):
-    """Pair selection, errors and calibration; subclasses add the loss of a pair."""
+    """Base class with pair selection, errors and calibration; subclasses implement the loss of a pair."""
 
     config: PreferenceConfig
 
@@ -39,16 +39,16 @@ class Preference(NoiseSpaceAlgorithm):
 
     @abstractmethod
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
-        """Loss per pair.
+        """Return the loss of each pair.
 
         Args:
             winner: errors of the P winners.
             loser: errors of the P losers, in the same order.
-            beta: as configured, or for NCP as calibrated.
+            beta: strength of the preference; the configured value, or the calibrated value for NCP.
         """
 
     def select(self, scored: ScoredGroups) -> Selection:
-        """Best against worst within each prompt; pairs that are left out keep their place with weight 0."""
+        """Pair best with worst within each prompt; excluded pairs keep their position with weight 0."""
         settings = self.config.pairs
         flat = flat_images(scored) if settings.drop_constant else ()
         images = scored.images() if settings.duplicates > 0 else {}
@@ -77,7 +77,7 @@ class Preference(NoiseSpaceAlgorithm):
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One loss per pair, half of it on each of its samples."""
+        """Compute one loss per pair, assigned to both of its samples."""
         errors = self._errors(batch, network, states, model_output, base)
         winner, loser = errors.rows(slice(0, None, 2)), errors.rows(slice(1, None, 2))
         beta = batch.constants.get(BETA, self.config.beta)
@@ -90,11 +90,11 @@ class Preference(NoiseSpaceAlgorithm):
             "preference/winner_error": winner.policy_error.detach()[seen],
             "preference/loser_error": loser.policy_error.detach()[seen],
         }
-        # The batch's mean is over samples, so each of the two carries the whole pair's loss: a mean over pairs.
+        # The batch mean is over samples; with the pair's loss on both samples it equals the mean over pairs.
         return batch.weights_B * term.loss_P.repeat_interleave(2), metrics
 
     def observe(self, batch: MicroBatch, network: Network) -> Mapping[str, Tensor]:
-        """For NCP: difference between the errors of two samples, on noise and on features, one value per pair."""
+        """Return, for NCP, the error differences of pairs of samples on noise and on features, one value per pair."""
         if self.config.space != "ncp":
             return {}
         states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
@@ -103,7 +103,7 @@ class Preference(NoiseSpaceAlgorithm):
             "noise": statistics_of(batch, network, states, model_output, base),
             "feature": self._errors(batch, network, states, model_output, base),
         }
-        # Base samples need not come in pairs: a last one alone has nothing to be compared with.
+        # The number of base samples may be odd; the last one then has no partner and is dropped.
         paired = len(batch.sample_ids) // 2 * 2
         return {
             name: (errors.reference_error_B[:paired:2] - errors.reference_error_B[1:paired:2]).abs()
@@ -111,10 +111,10 @@ class Preference(NoiseSpaceAlgorithm):
         }
 
     def calibrate(self, metrics: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """The beta that gives distances the logits' scale which `beta` gives noise errors, on the base model.
+        """Return the beta for NCP distances that yields the logit scale of `beta` on noise errors of the base model.
 
         Raises:
-            ValueError: a median that is not positive and finite.
+            ValueError: a median is not positive and finite.
         """
         if self.config.space != "ncp":
             return {}
@@ -159,7 +159,7 @@ class Dpo(Preference):
 
 
 class Cpo(Preference):
-    """CPO: no reference in the preference, and the winner's own error beside it; NCP-CPO with `space: ncp`."""
+    """CPO: preference without a reference, plus the winner's own error; NCP-CPO with `space: ncp`."""
 
     Config = CpoConfig
 
@@ -171,7 +171,7 @@ class Cpo(Preference):
 
 
 class Sft(Preference):
-    """Denoising on winners alone: no loser, no reference; NCP-SFT with `space: ncp`."""
+    """Supervised fine-tuning: denoising loss on winners only, without a reference; NCP-SFT with `space: ncp`."""
 
     Config = SftConfig
 
@@ -188,6 +188,6 @@ class Sft(Preference):
 
     @override
     def term(self, winner: ErrorStatistics, loser: ErrorStatistics, beta: float) -> PreferenceTerm:
-        # Distances count in noise units, so that an anchor keeps its meaning.
+        # Distances are converted to noise units, so that the anchor weight keeps its meaning.
         term = preference_term("sft", winner, loser, beta=beta)
         return replace(term, loss_P=term.loss_P * (beta / self.config.beta))

@@ -1,4 +1,4 @@
-"""The reward's gradient through the last steps of the sampler: deterministic DDIM, recomputed in the backward pass."""
+"""Reward gradient through the last sampler steps: deterministic DDIM with recomputation in the backward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ from acpo_dist.diffusion.trajectory import Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class SampledTail:
-    """The finished sample of K steps, and what was passed on the way."""
+    """Result of K sampler steps with their intermediate states."""
 
     clean: Tensor
-    """x_0 (B, C, H, W), with the gradient of all K steps."""
+    """x_0 (B, C, H, W), with the graph of all K steps."""
     states: tuple[Tensor, ...]
     """x before each step, detached."""
     outputs: tuple[Tensor, Tensor | None]
-    """Conditional and null output of the first step, with the gradient."""
+    """Conditional and null output of the first step, with the graph."""
 
 
 def sample_tail(network: Network, tail: TailStates, prompts: Sequence[str], guidance_scale: float) -> SampledTail:
-    """Sample the last K steps with the gradient of every one.
+    """Sample the last K steps with gradients through all of them.
 
-    Memory holds the graph of one network call, whatever K: each call runs again in the backward pass (not for K = 1).
+    For K > 1 each network call runs again in the backward pass, so memory holds the graph of one call for any K.
 
     Args:
         network: the policy.
         tail: states and levels.
         prompts: one per sample.
-        guidance_scale: of the rollouts; 1 runs the conditional branch alone.
+        guidance_scale: guidance scale of the rollouts; 1 runs only the conditional branch.
 
     Source: DRaFT (Clark et al. 2023) and AlignProp (Prabhudesai et al. 2023).
     """
@@ -63,7 +63,7 @@ def sample_tail(network: Network, tail: TailStates, prompts: Sequence[str], guid
 
 
 def states_at(noisy: Tensor, trajectory: Trajectory, step: int) -> LateStates:
-    """A batch of states at one step of a trajectory."""
+    """Return states (B, C, H, W) with the level of one step of a trajectory."""
     size, device = len(noisy), noisy.device
     return LateStates(
         latents=noisy, timesteps_B=torch.full((size,), trajectory.timesteps[step], device=device),
@@ -72,7 +72,7 @@ def states_at(noisy: Tensor, trajectory: Trajectory, step: int) -> LateStates:
 
 
 def passed_states(sampled: SampledTail, tail: TailStates, noise_keys: Sequence[int]) -> LateStates:
-    """One of the K passed states of each sample, chosen evenly by the sample's key."""
+    """Return one of the K intermediate states of each sample, selected uniformly by the sample's key."""
     trajectory = tail.trajectory
     steps = [(key >> 32) % trajectory.num_steps for key in noise_keys]
     device = tail.latents.device
@@ -84,7 +84,7 @@ def passed_states(sampled: SampledTail, tail: TailStates, noise_keys: Sequence[i
 
 
 def low_variance_tail(batch: MicroBatch, tail: TailStates, count: int) -> TailStates:
-    """`count` states per sample before the last step, from x_0 and fresh noise: all first draws, then all second.
+    """Return `count` states per sample before the last step, noised from x_0: all first draws, then all second ones.
 
     Source: DRaFT-LV (Clark et al. 2023), section 4.
     """

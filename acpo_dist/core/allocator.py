@@ -1,4 +1,4 @@
-"""glibc's allocator, told to keep what was freed."""
+"""Settings of glibc's allocator that keep freed memory in the process."""
 
 import ctypes
 import os
@@ -9,14 +9,15 @@ _MMAP_BYTES = 256 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc reuse blocks of up to 256 MiB that were freed, and keep up to 2 GiB of them.
+    """Make glibc reuse freed blocks of up to 256 MiB, and keep up to 2 GiB of them.
 
-    It gives blocks of 32 MiB and more, and smaller ones at the top of its heap, back to the system at once. The next
-    tensor of that size then faults in every page again, which on a CPU costs as much as a small network's arithmetic.
+    By default glibc returns blocks of 32 MiB and more, and smaller ones at the top of its heap, to the system at once.
+    The next tensor of that size faults in every page again, which on a CPU costs as much as a small network's
+    arithmetic.
 
     Returns:
-        Whether it was told so: not where the C library is another, nor where MALLOC_ variables or LD_PRELOAD show that
-        somebody has chosen already.
+        Whether the settings were applied. They are not applied with another C library, or if MALLOC_ variables or
+        LD_PRELOAD already configure the allocator.
     """
     if "LD_PRELOAD" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False
@@ -24,6 +25,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    # Arenas of other threads are made of 64 MiB heaps, which hold no such block.
+    # Arenas of other threads consist of 64 MiB heaps, which are too small for such blocks.
     wanted = ((_M_MMAP_THRESHOLD, _MMAP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_ARENA_MAX, 1))
     return all([mallopt(key, value) for key, value in wanted])

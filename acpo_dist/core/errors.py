@@ -1,11 +1,11 @@
-"""Errors for users. Each says what was expected, what was found, where it is set and what to do."""
+"""User-facing errors. Each message states what was found, what was expected, where it is set and the remedy."""
 
 LONGEST = 600
-"""Most characters of a message about what a user typed."""
+"""Maximum length of a message about user input, in characters."""
 
 
 def shorten(text: str, most: int = 120) -> str:
-    """`text` on one line, cut in the middle to at most `most` characters."""
+    """Return `text` on one line, shortened in the middle to at most `most` characters."""
     text = " ".join(text.split())
     if len(text) <= most:
         return text
@@ -14,7 +14,7 @@ def shorten(text: str, most: int = 120) -> str:
 
 
 def quoted(value: object, most: int = 80) -> str:
-    """A short representation of a value that a user typed."""
+    """Return a short representation of a user-supplied value, at most `most` characters."""
     try:
         return f"`{shorten(value, most)}`" if isinstance(value, str) else shorten(repr(value), most)
     except RecursionError:
@@ -22,13 +22,13 @@ def quoted(value: object, most: int = 80) -> str:
 
 
 class AcpoError(Exception):
-    """Base of every error that a user can cause or must act on; the command line prints its text alone."""
+    """Base class of errors that a user can cause or resolve; the command line prints only the message."""
 
     exit_code = 1
 
 
 class UsageError(AcpoError):
-    """Something the user asked for cannot be: nothing was started."""
+    """The request is invalid; nothing was started."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class ConfigError(UsageError):
 
 
 class ModelError(UsageError):
-    """A model folder or hub id cannot be read or does not fit."""
+    """A model folder or hub id cannot be read or is incompatible."""
 
 
 class DataError(UsageError):
@@ -50,55 +50,55 @@ class DataError(UsageError):
 
 
 class VrgError(UsageError):
-    """A VRG error table, trajectory or solver cannot be read, is wrong, or does not fit the scheduler."""
+    """A VRG error table, trajectory or solver is unreadable, invalid, or incompatible with the scheduler."""
 
 
 class RewardConfigError(UsageError):
-    """A reward cannot be built or does not fit its role."""
+    """A reward cannot be built or cannot be used in its role."""
 
 
 class PlacementError(UsageError):
-    """The cluster cannot place what the configuration asks for."""
+    """The cluster lacks the resources that the configuration requires."""
 
 
 class SoftwareError(UsageError):
-    """A machine of the cluster runs other code or libraries than the driver."""
+    """A machine of the cluster runs a different version of the code or of a library than the driver."""
 
 
 class ResumeError(UsageError):
-    """A run cannot be continued from the given place."""
+    """A run cannot be resumed from the given checkpoint."""
 
 
 class RewardError(AcpoError):
-    """A reward could not be had within its deadline, or is not finite."""
+    """A reward was not returned within its deadline, or is not finite."""
 
 
 class RunTakenError(AcpoError):
-    """Another process drives the run now."""
+    """Another process holds the run lock."""
 
 
 class WeightSyncError(AcpoError):
-    """A worker does not hold the weights that were published."""
+    """A worker does not hold the published weights."""
 
 
 class NonFiniteError(AcpoError):
-    """A loss or gradient is not finite; no weight has left the learner."""
+    """A loss or gradient is not finite; the affected weights were not published."""
 
 
 class DeviceMemoryError(AcpoError):
-    """A rollout, a learner or a decoder ran out of memory; what was saved before is whole."""
+    """A rollout, a learner or a decoder ran out of memory; earlier checkpoints are intact."""
 
 
 class WorkerError(AcpoError):
-    """A worker process died or did not answer in time."""
+    """A worker process died or did not respond within its deadline."""
 
 
 class WorkerLostError(WorkerError):
-    """Processes or machines are gone that the run cannot do without; it can go on from its newest checkpoint."""
+    """Processes or machines that the run requires were lost; the run can resume from its newest checkpoint."""
 
 
 class StorageError(AcpoError):
-    """The disk is full, or gone; what was saved before is whole."""
+    """The disk is full or unavailable; earlier checkpoints are intact."""
 
 
 class CheckpointError(AcpoError):

@@ -1,4 +1,4 @@
-"""A disk that is full or gone, told apart from other errors and said in words that help."""
+"""Detection of storage errors (disk full or unavailable) and their conversion to `StorageError`."""
 
 import errno
 import os
@@ -12,11 +12,11 @@ from acpo_dist.core.errors import StorageError
 
 _NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
-"""How safetensors, which is no Python, passes an error of the system on."""
+"""Format in which safetensors (Rust) reports an operating system error."""
 
 
 def storage_errno(error: BaseException) -> int | None:
-    """The system's number, where an error says that nothing more can be written."""
+    """Return the errno of an error that means that storage cannot be written, or None."""
     if isinstance(error, OSError):
         number = error.errno
     else:
@@ -27,13 +27,13 @@ def storage_errno(error: BaseException) -> int | None:
 
 @contextmanager
 def on_storage(folder: Path) -> Generator[None, None, None]:
-    """Turn an error of the storage into one that says what is whole and what to do.
+    """Convert a storage error into a `StorageError` that states which files are intact and the remedy.
 
     Args:
-        folder: where the run lies.
+        folder: folder of the run.
 
     Raises:
-        StorageError: nothing more could be written.
+        StorageError: the storage cannot be written.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def on_storage(folder: Path) -> Generator[None, None, None]:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file is on the disk, where writing errors that come late are told."""
+    """Flush a file to disk, which raises write errors that the system reports late."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

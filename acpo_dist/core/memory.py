@@ -1,4 +1,4 @@
-"""Running out of memory, told apart from other errors and said in words that help."""
+"""Detection of out-of-memory errors and their conversion to `DeviceMemoryError`."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,23 +11,23 @@ _REFUSED = ("can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch's CPU allocator or an accelerator ran out of memory."""
+    """Return whether Python, torch's CPU allocator or an accelerator ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # The CPU allocator raises a plain RuntimeError, in other words on Linux than on Windows.
+    # The CPU allocator raises a plain RuntimeError, with different messages on Linux and Windows.
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _REFUSED)
 
 
 @contextmanager
 def within_memory(phase: str, remedy: str) -> Generator[None, None, None]:
-    """Turn the allocator's error into one that says what was being done and which keys to change.
+    """Convert an out-of-memory error into one that names the phase and the keys to change.
 
     Args:
-        phase: what runs inside, for the message.
-        remedy: what to lower or switch on, with its keys and present values.
+        phase: description of the block, for the message.
+        remedy: settings to lower or switch on, with their keys and current values.
 
     Raises:
-        DeviceMemoryError: the memory did not last.
+        DeviceMemoryError: the block ran out of memory.
     """
     try:
         yield

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Version of each distribution that is installed; the others are left out."""
+    """Return the version of each installed distribution; distributions that are not installed are omitted."""
     found: dict[str, str] = {}
     for name in names:
         try:

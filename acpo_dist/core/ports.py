@@ -1,4 +1,4 @@
-"""The five ports that `loop.py` is written on. In process they call, on Ray they send; the loop does not know."""
+"""The five ports of the training loop, implemented in process and on Ray; the loop is independent of the choice."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,45 +20,46 @@ from acpo_dist.core.types import (
 )
 
 Advance = Callable[[int], None]
-"""Called with the number of samples just finished, for progress display."""
+"""Callback for progress display; receives the number of samples just finished."""
 
 
 class RolloutPool(Protocol):
     """Draws samples."""
 
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
-        """Draw every sample of every group; chunks keep groups whole and do not depend on the number of workers."""
+        """Draw every sample of every group. Chunks never split a group and do not depend on the number of workers."""
         ...
 
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        """Load weights into every worker; each says what it holds afterwards."""
+        """Load weights into every worker and return each worker's acknowledgement."""
         ...
 
     def trajectory(self) -> Any:
-        """The `diffusion.trajectory.Trajectory` that the workers follow now."""
+        """Return the `diffusion.trajectory.Trajectory` that the workers currently follow."""
         ...
 
     def alpha_bars(self) -> Tensor:
-        """The model's cumulative signal fraction by timestep, float64 (T,)."""
+        """Return the model's cumulative signal fraction by timestep, float64 (T,)."""
         ...
 
     def follow(self, trajectory: Any) -> list[str]:
-        """Make every worker follow a trajectory from the next `generate` on; each answers with its schedule id."""
+        """Make every worker follow a trajectory from the next `generate` on; returns each worker's schedule id."""
         ...
 
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
-        """x_0 (B, C, H, W) of every sample along another trajectory from the same noise; nothing else changes."""
+        """Return x_0 (B, C, H, W) of every sample along another trajectory from the same noise; keeps all state."""
         ...
 
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool) -> list[Any]:
-        """Error of the predicted noise at each sigma on forward-noised x_0 of the samples: `vrg.sums.ErrorSums`.
+        """Measure the error of the predicted noise at each sigma on forward-noised x_0 of the samples.
 
-        One entry per handle, in their order, so that the sums do not depend on the number of workers.
+        Returns:
+            One `vrg.sums.ErrorSums` per handle, in the order of the handles, independent of the number of workers.
         """
         ...
 
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """Images of the named samples, uint8 (B, 3, H, W), in the order asked for."""
+        """Return images of the given samples, uint8 (B, 3, H, W), in the order of `sample_ids`."""
         ...
 
     def close(self) -> None:
@@ -72,7 +73,7 @@ class RewardPool(Protocol):
     def score(
         self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
     ) -> ScoreTable:
-        """Raw scores of every sample by every named metric.
+        """Return raw scores of every sample by every named metric.
 
         Raises:
             RewardError: a score is missing after the deadline, or not finite.
@@ -80,15 +81,15 @@ class RewardPool(Protocol):
         ...
 
     def score_images(self, metric: str, images: Tensor) -> list[float]:
-        """Raw scores of images that no rollout made, uint8 (B, 3, H, W), by a metric that reads no prompts.
+        """Return raw scores of given images, uint8 (B, 3, H, W), by a metric that needs no prompts.
 
         Raises:
-            RewardError: as `score`.
+            RewardError: a score is missing after the deadline, or not finite.
         """
         ...
 
     def counters(self) -> dict[str, float]:
-        """Requests, retries and failures so far."""
+        """Return the numbers of requests, retries and failures so far."""
         ...
 
     def close(self) -> None:
@@ -100,33 +101,33 @@ class LearnerGroup(Protocol):
     """Updates the policy."""
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
-        """Run the optimiser steps of one iteration; a step that is not finite is skipped and listed in the report."""
+        """Run the optimiser steps of one iteration; non-finite steps are skipped and listed in the report."""
         ...
 
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
-        """Strength of the reward gradient with respect to the predicted noise, at late states of the given samples."""
+        """Measure the reward gradient with respect to the predicted noise, at late states of the given samples."""
         ...
 
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        """`Algorithm.observe` on base samples, results of all ranks together."""
+        """Run `Algorithm.observe` on base samples and return the joined results of all ranks."""
         ...
 
     def measure_drift(
         self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
     ) -> dict[int, float]:
-        """Mean squared drift at each timestep, in units of `space`, on forward-noised x_0 of the given samples."""
+        """Return the mean squared drift at each timestep, in units of `space`, on forward-noised x_0 of the samples."""
         ...
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """Trainable weights, gathered from all ranks (the averaged ones with `ema`)."""
+        """Return the trainable weights gathered from all ranks, or their moving average with `ema`."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimiser state and averages below `folder`, independent of the number of ranks."""
+        """Write weights, optimiser state and averages to `folder`, in a format independent of the number of ranks."""
         ...
 
     def start(self, folder: Path | None) -> None:
-        """Build the optimiser, from scratch or from what `save` wrote; called once, before anything else."""
+        """Build the optimiser, new or from the files of `save`; must be called once, before any other method."""
         ...
 
     def close(self) -> None:
@@ -135,19 +136,19 @@ class LearnerGroup(Protocol):
 
 
 class WeightChannel(Protocol):
-    """Carries weights from the learner to the rollout workers, verified."""
+    """Sends weights from the learner to the rollout workers and verifies them."""
 
     def publish(self, version: int) -> str:
-        """Send version `version`; return its checksum.
+        """Send the weights as version `version` and return their checksum.
 
         Raises:
-            WeightSyncError: some worker does not hold it.
+            WeightSyncError: a worker does not hold these weights afterwards.
         """
         ...
 
 
 class Tracker(Protocol):
-    """Records what happens. A tracker that fails says so once and never stops training."""
+    """Records metrics, images and texts of a run. A failing tracker logs the failure once and never stops training."""
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of one iteration."""
@@ -162,28 +163,28 @@ class Tracker(Protocol):
         ...
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Attach searchable facts to the run."""
+        """Attach searchable tags to the run."""
         ...
 
     def close(self, status: str) -> None:
-        """Flush and end with `status`: FINISHED, FAILED or KILLED; RUNNING when another process goes on."""
+        """Flush and end with `status`: FINISHED, FAILED or KILLED; RUNNING if another process continues the run."""
         ...
 
 
 class PairSource(Protocol):
-    """Pairs of a data set, where the learner trains on those instead of rollouts."""
+    """Pairs of a data set, for a learner that trains on these instead of rollouts."""
 
     counts: Mapping[str, int]
-    """How many can be used, and what became of the others."""
+    """Number of usable pairs, and of excluded pairs by reason."""
 
     def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
-        """Sample ids of `count` pairs, winner and loser side by side; the same for the same arguments."""
+        """Return sample ids of `count` pairs, winner and loser adjacent; deterministic in the arguments."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """The five ports, and the pairs of a data set."""
+    """The five ports, and optionally the pairs of a data set."""
 
     rollout: RolloutPool
     reward: RewardPool
@@ -191,4 +192,4 @@ class Ports:
     weights: WeightChannel
     tracker: Tracker
     pairs: PairSource | None = None
-    """Usable rows of `data.pairs`, where the learner trains on those instead of rollouts."""
+    """Usable rows of `data.pairs`, if the learner trains on these instead of rollouts."""

@@ -1,4 +1,4 @@
-"""The three kinds of plug-ins by name. Strings only: nothing is imported until a configuration names it."""
+"""Registries of the three kinds of plug-ins; a plug-in is imported only when a configuration names it."""
 
 import difflib
 import importlib
@@ -9,20 +9,20 @@ from acpo_dist.core.errors import ConfigError, quoted, shorten
 
 
 class Plugin(NamedTuple):
-    """Where a plug-in is."""
+    """Import paths of a plug-in."""
 
     target: str
     """`module:Class` of the implementation."""
     section: str = ""
-    """`module:Class` of its configuration section, in a module that imports no torch; empty takes `Config` of the
-    implementation, which is then imported to check a configuration."""
+    """`module:Class` of its configuration section, in a module that does not import torch. If empty, `Config` of the
+    implementation is used, which is then imported to check a configuration."""
 
 
 Registry = Mapping[str, Plugin]
 
 
 def _ours(target: str, section: str) -> Plugin:
-    """A plug-in of this package; both places are below `acpo_dist`."""
+    """Return a plug-in of this package; both paths are relative to `acpo_dist`."""
     return Plugin(f"acpo_dist.{target}", f"acpo_dist.{section}")
 
 
@@ -61,27 +61,27 @@ ALGORITHMS: dict[str, Plugin] = {
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """Text that names the closest known word, or nothing."""
+    """Return text that suggests the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def resolve(kind: str, registry: Registry, name: str) -> type[Any]:
-    """The class behind a registered name, or behind a `module:Class` that the user wrote.
+    """Return the class of a registered name or of a user's `module:Class`.
 
     Raises:
-        ConfigError: unknown name, or the module or class cannot be imported.
+        ConfigError: the name is unknown, or the module or class cannot be imported.
     """
     return _import(kind, name, _find(kind, registry, name).target)
 
 
 def resolve_section(kind: str, registry: Registry, name: str) -> Any:
-    """The configuration section behind a name, or None where the implementation has no `Config`.
+    """Return the configuration section of a name, or None if the implementation has no `Config`.
 
-    The implementation is imported only where its entry names no section of its own.
+    The implementation is imported only if its entry names no section.
 
     Raises:
-        ConfigError: as `resolve`.
+        ConfigError: the name is unknown, or the module or class cannot be imported.
     """
     plugin = _find(kind, registry, name)
     if plugin.section:
@@ -104,7 +104,7 @@ def _import(kind: str, name: str, target: str) -> Any:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    # A module of the user's may raise anything, or end the process, when it is imported.
+    # A user's module may raise any exception, or exit the process, on import.
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{kind} {quoted(name)} cannot be imported from {quoted(target)}: {shorten(str(error))}"

@@ -1,4 +1,4 @@
-"""What travels between the parts: frozen records, paired by sample id and never by position."""
+"""Records exchanged between components. They are frozen and matched by sample id, never by position."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """One sample to be drawn: its prompt and the seed that fixes all its noise."""
+    """One sample to draw: its prompt and the seed of all its noise."""
 
     sample_id: str
     prompt_id: int
@@ -19,7 +19,7 @@ class SamplePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptGroup:
-    """The samples of one prompt in one iteration; advantages are relative to it, shards never cut it."""
+    """The samples of one prompt in one iteration. Advantages are relative to the group; shards never split it."""
 
     prompt_id: int
     prompt: str
@@ -34,16 +34,16 @@ class LateLatents:
     timestep: float
     alpha_bar: float
     width: float
-    """Timesteps that the denoise step covers: how likely the learner takes this state among those that are kept."""
+    """Timesteps that the denoise step covers. The learner selects a kept state in proportion to it."""
     latents_BCHW: Tensor
     following_BCHW: Tensor | None = None
-    """State after the step, kept where steps are stochastic (`sampler.eta` above 0)."""
+    """State after the step, kept if steps are stochastic (`sampler.eta` above 0)."""
     following_alpha_bar: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutBatch:
-    """What one rollout worker made of one chunk of samples. B samples, all tensors on the CPU."""
+    """Result of one rollout worker for one chunk of B samples. All tensors are on the CPU."""
 
     sample_ids: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -53,12 +53,12 @@ class RolloutBatch:
     """Final x_0: scaled latents, or pixels in [-1, 1] for a pixel model; float32."""
     late: tuple[LateLatents, ...]
     images_BCHW: Tensor
-    """uint8 RGB, what a user would save."""
+    """Decoded images, uint8 RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutHandle:
-    """A rollout chunk as the driver holds it: names and versions here, tensors wherever `payload` points."""
+    """The driver's reference to a rollout chunk: ids and versions, with the tensors behind `payload`."""
 
     sample_ids: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -69,33 +69,33 @@ class RolloutHandle:
 
 
 ScoreTable = Mapping[str, Mapping[str, float]]
-"""metric name -> sample id -> raw score, in the metric's own unit and direction."""
+"""Raw score by metric name and sample id, in the metric's own unit and direction."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroups:
-    """The samples of an iteration as an algorithm may judge them: by the rewards that train, never by judges."""
+    """Scores of an iteration's samples for `Algorithm.select`. Holds training rewards only, never judges."""
 
     groups: tuple[PromptGroup, ...]
     qualities: Mapping[str, Mapping[str, float]]
     """Reward name -> sample id -> quality: normalised, signed so that higher is better, not yet weighted."""
     weights: Mapping[str, float]
-    """Reward name -> its weight in the sum."""
+    """Reward name -> weight in the sum."""
     spread: float = 0.0
-    """c of the composition: how much the rewards' disagreement costs."""
+    """Coefficient c of the composition: penalty on disagreement between the rewards."""
     images: Callable[[], Mapping[str, Tensor]]
-    """Images by sample id, uint8 (3, H, W); fetched when asked for."""
+    """Returns images by sample id, uint8 (3, H, W); they are fetched on the call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which samples are trained on, in which order, with what weight, and what became of the others."""
+    """Samples to train on with their order and weights, and counts of the excluded samples."""
 
     sample_ids: tuple[str, ...]
-    """Order that micro-batches are cut from; pairs lie side by side, the winner first."""
+    """Order from which micro-batches are cut; the samples of a pair are adjacent, the winner first."""
     weights: Mapping[str, float]
-    """Weight of each in the objective, signed where it is an advantage. 0 leaves a sample out of the objective alone:
-    it stays in its batch, so that batch arithmetic holds, and under the anchor."""
+    """Weight of each sample in the objective, signed for advantages. A sample of weight 0 is excluded from the
+    objective but stays in its batch, so that batch sizes hold, and in the anchor."""
     metrics: Mapping[str, float]
     """Counters for tracking."""
 
@@ -111,26 +111,26 @@ class Normaliser:
     target: float | None = None
     """Hinge target m in normalised units; None outside `hinge` and `softplus`."""
     ceiling: float | None = None
-    """Normalised score of real images, beyond which nothing more is gained; None without a `hinge`."""
+    """Normalised score of real images, at which the reward is capped; None without a `hinge`."""
 
     def normalise(self, score: float) -> float:
-        """Signed z-score: base samples have mean 0 and standard deviation 1, higher is better."""
+        """Return the signed z-score: base samples have mean 0 and standard deviation 1, higher is better."""
         return self.sign * (score - self.mean) / self.std
 
     def reward(self, score: float) -> float:
-        """What a score is worth: normalised, and no more than the ceiling."""
+        """Return the normalised score, capped at the ceiling."""
         value = self.normalise(score)
         return value if self.ceiling is None else min(value, self.ceiling)
 
     def slope(self, score: float) -> float:
-        """Derivative of `reward`; 0 from the ceiling on."""
+        """Return the derivative of `reward` with respect to the score; 0 at and above the ceiling."""
         reached = self.ceiling is not None and self.normalise(score) >= self.ceiling
         return 0.0 if reached else self.sign / self.std
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTerm:
-    """How one reward enters the objective."""
+    """Weight and normaliser of one reward in the objective."""
 
     name: str
     weight: float
@@ -139,50 +139,50 @@ class RewardTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTask:
-    """Everything the learner needs for one iteration besides the rollouts."""
+    """Inputs of the learner for one iteration, apart from the rollouts."""
 
     iteration: int
     policy_version: int
-    """Version of the weights that the rollouts were made with and that gradients are computed for."""
+    """Version of the weights that drew the rollouts; gradients are computed at the same version."""
     sample_ids: tuple[str, ...]
-    """Samples to train on, in the global order that micro-batches are cut from."""
+    """Samples to train on, in the global order from which micro-batches are cut."""
     weights: Mapping[str, float]
-    """See `Selection.weights`."""
+    """Weight of each sample in the objective, by sample id; signed for advantages, 0 excludes the sample."""
     anchor_weight: float
     learning_rate: float
     rewards: tuple[RewardTerm, ...]
     constants: Mapping[str, float] = field(default_factory=dict[str, float])
-    """What the algorithm worked out on base samples before the first iteration."""
+    """Result of `Algorithm.calibrate` on base samples before the first iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedStep:
-    """An optimiser step that was left out, because a loss or the gradient was not finite."""
+    """An optimiser step that was skipped because a loss or the gradient was not finite."""
 
     step: int
-    """Its place in the iteration."""
+    """Index of the step in the iteration."""
     gradient_norm: float
-    """Over all ranks; not finite."""
+    """Gradient norm over all ranks; not finite."""
     sample_ids: tuple[str, ...]
-    """Those whose own loss was not finite; empty where only the gradient was not."""
+    """Samples whose loss was not finite; empty if only the gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What the learner says after one iteration; means over all samples of all ranks."""
+    """Result of the learner for one iteration; means over all samples of all ranks."""
 
     metrics: dict[str, float]
-    """Of the steps that were taken."""
+    """Means over the steps that were taken."""
     optim_steps: int
-    """Those that were taken; without any, the weights are what they were."""
+    """Number of steps taken; 0 leaves the weights unchanged."""
     skipped: tuple[SkippedStep, ...] = ()
     too_many: bool = False
-    """More steps in a row were refused than may be; those after them were not tried."""
+    """Whether more consecutive steps were skipped than allowed, which ended the iteration early."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientScale:
-    """How strong the reward's gradient is on base samples: what the first anchor weight is worked out from."""
+    """Norm of the reward gradient on base samples, from which the initial anchor weight is computed."""
 
     median_norm: float
     """Median over samples of ||dq / d eps-hat||."""
@@ -201,7 +201,7 @@ class WeightBundle:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAck:
-    """What a worker says it holds, computed from its own parameters after loading."""
+    """Version and checksum reported by a worker, computed from its own parameters after loading."""
 
     worker: str
     version: int

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def own_version() -> str:
-    """Installed version of acpo-dist; `unknown` in a source tree that is not installed."""
+    """Return the installed version of acpo-dist, or `unknown` if it is not installed."""
     try:
         return version("acpo-dist")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Checksums of weights: what the learner sent and what a worker holds must be the same bytes."""
+"""Checksums of weights, which verify that a worker holds the same bytes that the learner sent."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from acpo_dist.core.types import WeightAck, WeightBundle
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes, in name order."""
+    """Return the SHA-256 over names, shapes, dtypes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -30,7 +30,7 @@ def require_acks(version: int, wanted: str, acks: list[WeightAck]) -> None:
     """Check that every worker holds the published version.
 
     Raises:
-        WeightSyncError: names every worker that does not, with what it holds.
+        WeightSyncError: a worker holds another version or checksum; the message names each such worker.
     """
     wrong = [ack for ack in acks if (ack.version, ack.checksum) != (version, wanted)]
     if wrong:

@@ -1,4 +1,4 @@
-"""Metrics on a CLIP: CLIPScore, preference models of the form e^s cos, and aesthetic heads."""
+"""Metrics based on a CLIP model: CLIPScore, preference models of the form e^s cos, and aesthetic heads."""
 
 import re
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from acpo_dist.rewards.inputs import check_images, check_prompts
 
 
 class ClipTextMetric:
-    """Loading and checks of a metric that compares an image with its prompt; the formula is the subclass's."""
+    """Base class of metrics that compare an image with its prompt; subclasses implement the formula."""
 
     def __init__(self, config: ClipTextConfig, *, device: str = "cpu") -> None:
         """Load the model.
 
         Raises:
-            RewardConfigError: the model or its tokenizer is missing, unreachable or not whole.
+            RewardConfigError: the model or its tokenizer is missing, unreachable or incomplete.
         """
         self._config = config
         self._clip = ClipBackbone(
@@ -32,10 +32,17 @@ class ClipTextMetric:
         raise NotImplementedError
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`.
+        """Score each image against its prompt.
+
+        Args:
+            images: float32 RGB in [0, 1], shape (B, 3, H, W).
+            prompts: one per image.
+
+        Returns:
+            Raw scores (B,), float32.
 
         Raises:
-            RewardError: the images are no images, or an image has no prompt.
+            RewardError: the images are invalid, or an image has no prompt.
         """
         check_images(images, name=self._config.name)
         check_prompts(prompts, len(images), name=self._config.name)
@@ -48,7 +55,7 @@ class ClipTextMetric:
 
 
 class ClipScore(ClipTextMetric):
-    """CLIPScore, 2.5 max(cos, 0), in [0, 2.5]; where the cosine is negative there is nothing to climb.
+    """CLIPScore, 2.5 max(cos, 0), in [0, 2.5]; the gradient is zero where the cosine is negative.
 
     Source: Hessel et al. (EMNLP 2021), eq. 1 and the prefix of its section 3.
     """
@@ -62,9 +69,9 @@ class ClipScore(ClipTextMetric):
 
 
 class PickScore(ClipTextMetric):
-    """Preference as e^s cos of a CLIP fine-tuned on human choices; only differences mean something.
+    """Preference e^s cos of a CLIP fine-tuned on human choices; only differences between scores are meaningful.
 
-    PickScore (Kirstain et al. 2023), and any model of that form (HPS) saved as a transformers CLIP.
+    Supports PickScore (Kirstain et al. 2023) and other models of this form, such as HPS, saved as a transformers CLIP.
     """
 
     Config = PickScoreConfig
@@ -82,7 +89,7 @@ class Aesthetic:
         """Load head and model.
 
         Raises:
-            RewardConfigError: either is missing, or they do not fit each other.
+            RewardConfigError: the head or the model is missing, or their dimensions do not match.
         """
         if reason := config.unusable():
             raise RewardConfigError(f"`{config.name}`: {reason}.")
@@ -97,10 +104,17 @@ class Aesthetic:
             )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`.
+        """Score images; the prompts are ignored.
+
+        Args:
+            images: float32 RGB in [0, 1], shape (B, 3, H, W).
+            prompts: one per image.
+
+        Returns:
+            Raw scores (B,), float32, in the head's unit.
 
         Raises:
-            RewardError: the images are no images.
+            RewardError: the images are invalid.
         """
         check_images(images, name=self._name)
         return self._head(self._clip.image_vectors(self._clip.single_view(images))).squeeze(-1)
@@ -110,7 +124,7 @@ def read_head(path: Path, activation: str, *, name: str) -> nn.Sequential:
     """Linear layers from a safetensors file, frozen, in float32: (N, D) -> (N, 1).
 
     Raises:
-        RewardConfigError: the file holds anything else, or layers that do not fit onto each other.
+        RewardConfigError: the file holds other tensors, or the dimensions of consecutive layers do not match.
     """
     try:
         state = load_file(path)

@@ -1,4 +1,4 @@
-"""No-reference metrics of pyiqa by name: an optional extra under a noncommercial licence; nothing of it is here."""
+"""Adapter for pyiqa's no-reference metrics; pyiqa is an optional extra with a noncommercial licence."""
 
 import contextlib
 import io
@@ -38,22 +38,29 @@ class PyiqaMetric:
         """Build the metric.
 
         Raises:
-            RewardConfigError: pyiqa is missing, or its weights cannot be had.
+            RewardConfigError: pyiqa is not installed, or its weights cannot be loaded.
         """
         reason = config.unusable()
         if reason:
             raise RewardConfigError(f"`{config.name}`: {reason}")
         self._name, self._metric, self._facts = config.name, config.metric, PYIQA[config.metric]
-        # The network alone: pyiqa's wrapper around it toggles cuDNN and checks the range in every call.
+        # Use the network without pyiqa's wrapper, which toggles cuDNN and checks the range in every call.
         self.network: Any = _build(config, self._facts, device).eval().requires_grad_(False)
         self._order = torch.channels_last if self._facts.channels_last else torch.contiguous_format
         self.network.to(memory_format=self._order)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`.
+        """Score images; the prompts are ignored.
+
+        Args:
+            images: float32 RGB in [0, 1], shape (B, 3, H, W).
+            prompts: one per image.
+
+        Returns:
+            Raw scores (B,), float32.
 
         Raises:
-            RewardError: the images are no images or too small, or pyiqa cannot score them.
+            RewardError: the images are invalid or too small, or pyiqa cannot score them.
         """
         check_images(images, name=self._name, minimum=self._facts.minimum)
         parts = self._parts(images)
@@ -68,13 +75,13 @@ class PyiqaMetric:
             ) from error
 
     def _parts(self, images: Tensor) -> list[Tensor]:
-        """What the network is given at once."""
+        """Split the images into batches for the network."""
         if not self._facts.batched:
             # Copies: some metrics write into their input.
             return [part.clone() for part in images.split(1)]
         if images.device.type != "cpu":
             return [images]
-        # Beyond the processor's cache the images of a batch only get into each other's way.
+        # A batch that exceeds the processor's cache is slower than several small ones.
         parts = images.split(max(1, _CPU_PIXELS // (images.shape[2] * images.shape[3])))
         return [part.contiguous(memory_format=self._order) for part in parts]
 
@@ -98,7 +105,7 @@ def _build(config: PyiqaConfig, facts: PyiqaFacts, device: str) -> Any:
                 network = pyiqa.create_metric(config.metric, device=torch.device(device), **options).net
         except _BUILD_ERRORS as error:
             raise RewardConfigError(_build_message(config, facts, error, said.getvalue())) from error
-    # Some of pyiqa's loaders leave out what a file lacks, and the random start would score.
+    # Some pyiqa loaders ignore missing tensors; those parameters would keep their random initial values.
     missing = [name for name, _ in network.named_parameters() if state and name not in state]
     if missing:
         raise RewardConfigError(
@@ -109,7 +116,7 @@ def _build(config: PyiqaConfig, facts: PyiqaFacts, device: str) -> Any:
 
 
 def _read_state(path: Path, config: PyiqaConfig) -> dict[str, Tensor]:
-    """Tensors by name. Nothing but tensors is unpickled here, and pyiqa, which would unpickle anything, gets a copy."""
+    """Read tensors by name. Only tensors are unpickled here; pyiqa, which unpickles any object, loads a copy."""
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         state = found.get("params", found)
@@ -138,7 +145,7 @@ def _build_message(config: PyiqaConfig, facts: PyiqaFacts, error: Exception, sai
 
 
 class _Spoken(io.StringIO):
-    """What pyiqa prints: kept for the error message, and passed on to stderr, since stdout is for answers."""
+    """Collects pyiqa's output for error messages and forwards it to stderr; stdout is reserved for results."""
 
     def write(self, text: str, /) -> int:
         sys.stderr.write(text)
@@ -147,7 +154,7 @@ class _Spoken(io.StringIO):
 
 @contextlib.contextmanager
 def _network_timeout(seconds: float) -> Iterator[None]:
-    """pyiqa opens addresses without a deadline; a machine without a network must not hang."""
+    """Set a socket timeout, since pyiqa downloads without one and would hang on a machine without network."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

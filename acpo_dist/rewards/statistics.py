@@ -1,7 +1,9 @@
-"""Image statistics from their formulas: no weights, no download, each a metric of its own.
+"""Image statistics as metrics: each is one formula, without weights or downloads.
 
-They say what an image is like, not how good it is. As judges they show how a reward is hacked (an ever sharper, ever
-more colourful image); as rewards they are cheap stand-ins with a known optimum. Shapes: B images of H x W pixels.
+A statistic describes an image and does not rate it. As judges, statistics reveal reward hacking, such as steadily
+rising sharpness or colourfulness; as rewards, they are cheap and have a known optimum.
+
+Shapes: B images of H x W pixels.
 """
 
 from collections.abc import Sequence
@@ -46,7 +48,7 @@ def colourfulness(images: Tensor) -> Tensor:
     """Colourfulness on the published scale of 8-bit images: (B, 3, H, W) -> (B,), 0 (grey) to about 200.
 
     Source: Hasler and Suesstrunk (2003), eq. 1: spread plus 0.3 times the mean of the opponent colours R - G and
-    (R + G) / 2 - B. The root is smoothed so far below one grey level that only its slope at grey notices.
+    (R + G) / 2 - B. The square root is smoothed far below one grey level, which only affects its slope at grey.
     """
     red, green, blue = (255 * images).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue], 1).flatten(2)
@@ -70,7 +72,7 @@ def edge_density(images: Tensor) -> Tensor:
 
 
 def soft_edge_density(images: Tensor) -> Tensor:
-    """The same with a logistic step of width `EDGE_WIDTH`: (B, 3, H, W) -> (B,), above 0 and below 1, smooth."""
+    """Edge density with a logistic step of width `EDGE_WIDTH`: (B, 3, H, W) -> (B,), between 0 and 1, smooth."""
     return torch.sigmoid((gradient_magnitude(images) - EDGE) / EDGE_WIDTH).flatten(1).mean(1)
 
 
@@ -85,7 +87,7 @@ def colour_entropy(images: Tensor) -> Tensor:
 
 
 def soft_colour_entropy(images: Tensor) -> Tensor:
-    """Entropy of a histogram to whose nearest bins each pixel gives shares: (B, 3, H, W) -> (B,) bits, 0 to 9.
+    """Entropy of a soft RGB histogram, in which each pixel is shared by its nearest bins: (B, 3, H, W) -> (B,) bits.
 
     `BINS` bin centres per channel from 0 to 1; a value between two centres is shared linearly, a colour among the
     eight corners of its cell. Continuous, and differentiable wherever no value lies on a centre.
@@ -122,7 +124,7 @@ def _root(squares: Tensor) -> Tensor:
 
 
 class _Statistic:
-    """A function of images alone as a metric."""
+    """Base class of metrics that are functions of the image only."""
 
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:
         self._config = config
@@ -132,10 +134,17 @@ class _Statistic:
         raise NotImplementedError
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """See `Metric.__call__`.
+        """Score images; the prompts are ignored.
+
+        Args:
+            images: float32 RGB in [0, 1], shape (B, 3, H, W).
+            prompts: one per image.
+
+        Returns:
+            Raw scores (B,), float32.
 
         Raises:
-            RewardError: the images are no images, or too small.
+            RewardError: the images are invalid or too small.
         """
         check_images(images, name=self._config.name, minimum=self._config.minimum_size)
         return self._formula(images)
