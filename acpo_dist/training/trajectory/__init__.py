@@ -1,1 +1,1 @@
-"""The trajectory of a run: measured on the model in use, optimised, and adopted only when it proves better."""
+"""Trajectory of a run: measure the prediction error of the model, optimise the trajectory, validate and adopt it."""

@@ -1,4 +1,4 @@
-"""Files of a measurement: one JSON with table, trajectory and validation, a plot, and the published text formats."""
+"""Files of a measurement: a JSON artefact (table, trajectory, validation), a plot, and the published text formats."""
 
 import json
 from collections.abc import Mapping
@@ -20,14 +20,20 @@ from acpo_dist.vrg.table import ErrorTable
 from acpo_dist.vrg.timesteps import to_integer_timesteps, to_timesteps
 
 LINEAR_DDPM = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-"""The schedule of the published tables and trajectories."""
+"""alpha_bar by timestep of the noise schedule of the published tables and trajectories."""
 TIMESTEP_TOLERANCE = 0.5
-"""Between a file's timesteps and those that the model's schedule has at the file's levels. An optimised noisy end is
-clipped to the schedule, and real timesteps are interpolated: both stay far below it."""
+"""Maximum difference between a file's timesteps and the timesteps of the model's schedule at the file's levels. The
+differences caused by clipping an optimised noisy end and by interpolation are far smaller."""
 
 
 def artefact_of(update: Update, before: Trajectory, alpha_bars: ArrayLike) -> dict[str, Any]:
-    """Plain data of one measurement."""
+    """Convert a measurement to JSON values.
+
+    Args:
+        update: the measurement and its outcome.
+        before: the trajectory before the measurement.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+    """
     return {
         "table": table_to_mapping(update.table),
         "before": trajectory_to_mapping(before, alpha_bars),
@@ -44,7 +50,17 @@ def artefact_of(update: Update, before: Trajectory, alpha_bars: ArrayLike) -> di
 def write_artefact(
     path: Path, artefact: Mapping[str, Any], table: ErrorTable, trajectories: Mapping[str, Trajectory]
 ) -> Path:
-    """Write the JSON and, beside it, the plot; returns the plot's path."""
+    """Write an artefact and a plot of the error table and the trajectories.
+
+    Args:
+        path: the JSON file; the plot has the same name with the suffix `.png`.
+        artefact: JSON values.
+        table: the error table of the plot.
+        trajectories: the trajectories of the plot, by label.
+
+    Returns:
+        Path of the plot.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(artefact, indent=2, allow_nan=False) + "\n").encode())
     plot = path.with_suffix(".png")
@@ -53,10 +69,10 @@ def write_artefact(
 
 
 def read_artefact(path: Path) -> dict[str, Any]:
-    """An artefact as written.
+    """Read an artefact.
 
     Raises:
-        VrgError: missing, no JSON, or no artefact.
+        VrgError: the file is missing, is not JSON, or is not an artefact.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -68,10 +84,10 @@ def read_artefact(path: Path) -> dict[str, Any]:
 
 
 def newest_artefact(path: Path) -> Path:
-    """The file itself, or the newest artefact of a run folder.
+    """Return a file unchanged, or the newest artefact of a run folder.
 
     Raises:
-        VrgError: the run has none.
+        VrgError: the run has no artefact.
     """
     if not path.is_dir():
         return path
@@ -82,15 +98,23 @@ def newest_artefact(path: Path) -> Path:
 
 
 def read_schedule(path: Path, alpha_bars: ArrayLike) -> Trajectory:
-    """A trajectory from an artefact, from a run, or from the published text format.
+    """Read a trajectory from an artefact, a run folder, or a file in the published text format.
+
+    Args:
+        path: file or run folder.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+
+    Returns:
+        The trajectory.
 
     Raises:
-        VrgError: unreadable, levels outside the model's noise schedule, or timesteps of another schedule.
+        VrgError: the file cannot be read, a level is outside the model's noise schedule, or the timesteps belong to
+            another schedule.
     """
     path = newest_artefact(path)
     if path.suffix == ".json":
         found = trajectory_from_mapping(read_artefact(path)["trajectory"])
-        # Refuses levels that this model's schedule does not have.
+        # Raises if a level is outside the model's schedule.
         wanted = to_timesteps(to_sigmas(found.alpha_bars[:-1]), alpha_bars)
         _require_timesteps(path, found, wanted)
         return found
@@ -100,11 +124,19 @@ def read_schedule(path: Path, alpha_bars: ArrayLike) -> Trajectory:
 
 
 def configured_trajectory(path: Path | None, num_steps: int, alpha_bars: ArrayLike) -> Trajectory | None:
-    """The trajectory of `sampler.trajectory`, or None where that is unset.
+    """Read the trajectory of `sampler.trajectory`.
+
+    Args:
+        path: value of `sampler.trajectory`.
+        num_steps: value of `sampler.num_steps`.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+
+    Returns:
+        The trajectory, or None if `path` is None.
 
     Raises:
         VrgError: see `read_schedule`.
-        ConfigError: it has another number of steps than `sampler.num_steps`.
+        ConfigError: the number of steps differs from `sampler.num_steps`.
     """
     if path is None:
         return None
@@ -118,10 +150,10 @@ def configured_trajectory(path: Path | None, num_steps: int, alpha_bars: ArrayLi
 
 
 def read_table(path: Path) -> ErrorTable:
-    """An error table from an artefact, from a run, or from the published text format.
+    """Read an error table from an artefact, a run folder, or a file in the published text format.
 
     Raises:
-        VrgError: unreadable, or not a table.
+        VrgError: the file cannot be read or holds no table.
     """
     path = newest_artefact(path)
     if path.suffix == ".json":
@@ -135,27 +167,32 @@ def read_table(path: Path) -> ErrorTable:
 def optimise_files(
     table_path: Path, trajectory_path: Path, **options: Any
 ) -> tuple[dict[str, Any], tuple[ErrorTable, dict[str, Trajectory]]]:
-    """Optimise a trajectory file on a table file.
+    """Optimise the trajectory of a file with the error table of a file.
 
-    Timesteps are those of the linear DDPM schedule for text files, and of the artefact's own levels otherwise.
+    Timesteps refer to the noise schedule stored in the artefact, or to the linear DDPM schedule for text files.
+
+    Args:
+        table_path: file or run folder of the error table.
+        trajectory_path: file or run folder of the trajectory.
+        options: arguments of `optimize`.
 
     Returns:
-        (report, what `write_artefact` needs besides it).
+        (report as JSON values, (table, trajectories by label) for `write_artefact`).
 
     Raises:
-        VrgError: a file is unreadable, or table, trajectory and noise schedule do not belong together.
+        VrgError: a file cannot be read, or table, trajectory and noise schedule do not match.
     """
     table = read_table(table_path)
     schedule = _schedule_of(table, newest_artefact(table_path))
     table.check_against(schedule)
     before = read_schedule(trajectory_path, schedule)
     if options.get("mode") == "log_trust":
-        # The published mode has no such bound; its result is for comparison.
+        # The published mode has no lower limit of sigma.
         options = {"sigma_min": float(to_sigmas(schedule[0])), **options}
     found = optimize(to_sigmas(before.alpha_bars[:-1]), table, **options)
     inside = np.clip(found.sigmas, to_sigmas(schedule[0]), to_sigmas(schedule[-1]))
     timesteps = to_timesteps(inside, schedule)
-    # The trust region fixes the noisy end: keep its bits instead of a round trip through sigma.
+    # The noisy end is fixed in `log_trust`: keep its exact value instead of converting it to sigma and back.
     levels = list(found.alpha_bars)
     if found.mode == "log_trust":
         levels[0] = before.alpha_bars[0]
@@ -171,7 +208,7 @@ def optimise_files(
 
 
 def table_to_mapping(table: ErrorTable) -> dict[str, Any]:
-    """Plain data; floats survive JSON exactly."""
+    """Convert an error table to JSON values without loss of precision."""
     errors = table.standard_errors
     return {
         "sigmas": table.sigmas.tolist(), "v": table.v.tolist(), "hash": table.hash,
@@ -180,10 +217,10 @@ def table_to_mapping(table: ErrorTable) -> dict[str, Any]:
 
 
 def table_from_mapping(data: Mapping[str, Any]) -> ErrorTable:
-    """The inverse.
+    """Inverse of `table_to_mapping`.
 
     Raises:
-        VrgError: keys are missing, or the values are no table.
+        VrgError: keys are missing, the values are not a valid table, or the hash does not match.
     """
     try:
         errors = data["standard_errors"]
@@ -200,7 +237,12 @@ def table_from_mapping(data: Mapping[str, Any]) -> ErrorTable:
 
 
 def trajectory_to_mapping(trajectory: Trajectory, alpha_bars: ArrayLike) -> dict[str, Any]:
-    """Plain data: real timesteps and levels, and the integer timesteps for schedulers that take no others."""
+    """Convert a trajectory to JSON values, including integer timesteps for schedulers that require them.
+
+    Args:
+        trajectory: the trajectory.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+    """
     inside = np.clip(to_sigmas(trajectory.alpha_bars[:-1]), *to_sigmas(np.asarray(alpha_bars)[[0, -1]]))
     return {
         "schedule_id": trajectory.schedule_id,
@@ -211,10 +253,10 @@ def trajectory_to_mapping(trajectory: Trajectory, alpha_bars: ArrayLike) -> dict
 
 
 def trajectory_from_mapping(data: Mapping[str, Any]) -> Trajectory:
-    """The inverse.
+    """Inverse of `trajectory_to_mapping`.
 
     Raises:
-        VrgError: keys are missing, or the levels are no trajectory.
+        VrgError: keys are missing, or the values are not a valid trajectory.
     """
     try:
         return Trajectory(timesteps=tuple(data["timesteps"]), alpha_bars=tuple(data["alpha_bars"]))
@@ -223,7 +265,7 @@ def trajectory_from_mapping(data: Mapping[str, Any]) -> Trajectory:
 
 
 def _text_levels(path: Path) -> tuple[float, ...]:
-    """Levels of an original, which lists t = 0 first, or of an optimised file, whose rows have further columns."""
+    """Levels of a published trajectory file (t = 0 first) or of an optimised file (with additional columns)."""
     try:
         optimised = ";" in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -232,7 +274,7 @@ def _text_levels(path: Path) -> tuple[float, ...]:
 
 
 def _schedule_of(table: ErrorTable, path: Path) -> np.ndarray:
-    """Levels by timestep that the table was measured on: an artefact says so, the published tables do not."""
+    """alpha_bar by timestep of the schedule of a table: stored in artefacts, `LINEAR_DDPM` for published tables."""
     own = table.provenance.get("alpha_bars")
     if own is not None:
         return np.asarray(own, dtype=np.float64)

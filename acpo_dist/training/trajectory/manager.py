@@ -1,4 +1,4 @@
-"""Trajectory of a run: the configured one, a validated one at the start, and a new one when the model has moved."""
+"""Manage the trajectory of a run: configured trajectory, validation at the start, and updates after table drift."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 class TrajectoryManager:
-    """Changes the trajectory before the first iteration or between two, never within one."""
+    """Changes the trajectory of a run before the first iteration and between iterations."""
 
     def __init__(
         self, config: Config, pool: RolloutPool, folder: RunFolder, tracker: Tracker, prompts: Sequence[str],
         console: Console,
     ) -> None:  # fmt: skip
-        """Hold the run's parts; call `start` or `restore` next."""
+        """Store the components of the run. Call `start` or `restore` before `after`.
+
+        Args:
+            config: the run's configuration.
+            pool: the rollout workers.
+            folder: the run folder.
+            tracker: receives plots and tags.
+            prompts: the run's prompts.
+            console: receives messages.
+        """
         self._config, self._pool, self._folder, self._tracker = config, pool, folder, tracker
         self._prompts, self._console = prompts, console
         self._alpha_bars = pool.alpha_bars().numpy()
@@ -39,21 +48,29 @@ class TrajectoryManager:
         self._table = None
 
     def start(self) -> dict[str, float]:
-        """Use the configured trajectory, then a better one if it passes validation; metrics for the first iteration."""
+        """Set the configured trajectory; with `vrg.enabled`, measure, optimise and validate a better one.
+
+        Returns:
+            Metrics of the first iteration, empty if `vrg.enabled` is false.
+        """
         self._base = self._configured()
         follow(self._pool, self._base)
         return self._update(0) if self._config.vrg.enabled else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Use the trajectory of the checkpoint; a file that the run started from is not read."""
+        """Set the trajectory of a checkpoint. The file of `sampler.trajectory` is not read.
+
+        Args:
+            state: result of `to_mapping`.
+        """
         base = state.get("base_trajectory")
-        # Checkpoints without the key: read the configured file.
+        # Older checkpoints lack the key: read the configured file.
         self._base = trajectory_from_mapping(base) if base else self._configured()
         self._table = table_from_mapping(state["table"]) if state["table"] else None
         follow(self._pool, trajectory_from_mapping(state["trajectory"]))
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for the checkpoint; floats survive JSON exactly."""
+        """Convert the state to JSON values for a checkpoint, without loss of precision."""
         return {
             "trajectory": trajectory_to_mapping(self._pool.trajectory(), self._alpha_bars),
             "base_trajectory": trajectory_to_mapping(self._base, self._alpha_bars),
@@ -61,13 +78,13 @@ class TrajectoryManager:
         }
 
     def after(self, iteration: int) -> dict[str, float]:
-        """Probe the table every `vrg.probe_every` iterations, and validate a new trajectory if it has drifted.
+        """Every `vrg.probe_every` iterations, measure the drift of the table; update the trajectory if it is too large.
 
         Args:
-            iteration: iterations done.
+            iteration: number of completed iterations.
 
         Returns:
-            Metrics, empty if nothing was done.
+            Metrics, empty if nothing was measured.
         """
         vrg = self._config.vrg
         if not vrg.enabled or self._table is None or iteration % vrg.probe_every:

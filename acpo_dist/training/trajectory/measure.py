@@ -1,4 +1,4 @@
-"""The error table of the current model, measured on its own rollouts by all rollout workers."""
+"""Measure the error table of the current model on its own rollouts, with all rollout workers."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,19 @@ from acpo_dist.vrg.table import ErrorTable
 def measure(
     pool: RolloutPool, config: Config, prompts: Sequence[str], alpha_bars: FloatArray, *, images: int, label: str
 ) -> ErrorSums:
-    """Sums on the model's own rollouts, until every node's standard error is small enough or `images` are drawn."""
+    """Measure error sums until the standard error of every node is at most `vrg.standard_error` (relative).
+
+    Args:
+        pool: the rollout workers.
+        config: the run's configuration.
+        prompts: the run's prompts.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+        images: maximum number of images, rounded up to a multiple of `vrg.batch`.
+        label: name of the random stream of the samples.
+
+    Returns:
+        Error sums at `vrg.nodes` log-spaced nodes.
+    """
     vrg = config.vrg
     sigmas_T = to_sigmas(alpha_bars)
     nodes = np.exp(np.linspace(np.log(sigmas_T[0]), np.log(sigmas_T[-1]), vrg.nodes))
@@ -34,9 +46,17 @@ def measure(
 
 
 def table_drift(old: ErrorTable, sums: ErrorSums) -> float:
-    """Largest |log(v_new / v_old)| over the nodes beyond the common scale and twice its noise.
+    """Drift of the error table: largest change of log v over the nodes.
 
-    A common factor does not change the best trajectory, so it does not count.
+    The median change is subtracted, because a common factor of v does not change the best trajectory; so is twice the
+    standard error of the change.
+
+    Args:
+        old: the table in use.
+        sums: the new measurement.
+
+    Returns:
+        Drift in log v, at least 0.
     """
     change = np.log(sums.v / old.value(sums.sigmas))
     noise = sums.standard_errors / sums.v
@@ -48,7 +68,15 @@ def table_drift(old: ErrorTable, sums: ErrorSums) -> float:
 def single_samples(
     config: Config, prompts: Sequence[str], count: int, stream: str, iteration: int
 ) -> list[PromptGroup]:
-    """One sample per prompt, the same for every policy version."""
+    """Sample prompts for one image each. Prompts and seeds do not depend on the policy version.
+
+    Args:
+        config: the run's configuration.
+        prompts: the run's prompts.
+        count: number of prompts.
+        stream: name of the random stream.
+        iteration: index within the random stream.
+    """
     return sample_prompts(
         prompts, iteration=iteration, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
     )

@@ -1,4 +1,4 @@
-"""A candidate trajectory: optimised in a trust region, adopted only if its samples end nearer to a long reference."""
+"""Optimise a candidate trajectory, validate it against a long reference trajectory, and adopt it if it is better."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from acpo_dist.vrg.timesteps import to_timesteps
 logger = logging.getLogger(__name__)
 
 CLIPPED = 1e-3
-"""Share of x0-hat's elements from which on a step counts as clipped: J's linear response does not hold there."""
+"""A step is clipped if the x_0 rule changes more than this share of x0-hat's elements; J does not model such steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,41 +32,42 @@ class GateResult:
 
     trust: float
     ratio: float
-    """Distance of the candidate's samples from the long reference, over that of the trajectory in use."""
+    """Mean squared distance of the candidate's samples from the reference, divided by the distance of the trajectory
+    in use."""
     median_ratio: float
-    """Median of the same ratio over samples: few samples that change their content dominate the mean."""
+    """Median of the ratio per sample; a few samples with changed content can dominate the mean."""
     old_error: float
-    """Mean squared distance of the trajectory in use, in x_0 units."""
+    """Mean squared distance of the trajectory in use from the reference, in x_0 units."""
     new_error: float
     reference_steps: int
     clipped_elements: float = 0.0
-    """Share of x0-hat's elements that the scheduler's x_0 rule changes, mean over the candidate's steps."""
+    """Share of x0-hat's elements that the scheduler's x_0 rule changes, averaged over the candidate's steps."""
     clipped_steps: float = 0.0
     """Share of the candidate's steps at which the rule changes more than `CLIPPED` of the elements."""
 
     @property
     def passed(self) -> bool:
-        """Whether the candidate is not further away, on average and for most samples."""
+        """Whether neither the mean ratio nor the median ratio exceeds 1."""
         return self.ratio <= 1 and self.median_ratio <= 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One measurement and its outcome."""
+    """A measurement, the validation of the candidates, and the resulting trajectory."""
 
     table: ErrorTable
     trajectory: Trajectory
-    """In use afterwards."""
+    """The trajectory in use after the update."""
     adopted: bool
     j0: float
     j1: float
-    """Cumulative error of the last candidate that was optimised, on the same table."""
+    """J of the last optimised candidate with the same table."""
     saturation: float
     gates: tuple[GateResult, ...]
     diagnostics: Mapping[str, list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """Metrics for tracking."""
+        """Metrics of the update, by name."""
         known = self.table.standard_errors
         metrics = {
             "vrg/adopted": float(self.adopted), "vrg/j0": self.j0, "vrg/j1": self.j1,
@@ -90,22 +91,31 @@ def consider(
     pool: RolloutPool, config: Config, prompts: Sequence[str], sums: ErrorSums, base: Trajectory,
     alpha_bars: FloatArray, *, provenance: Mapping[str, Any], prove: bool = True,
 ) -> Update:  # fmt: skip
-    """Optimise within the trust region around the base trajectory, validate the candidate, and use it if it is better.
+    """Optimise within the trust region around the base trajectory; validate the candidate and adopt it if it is better.
 
-    A candidate that fails, or has no step that is late enough to train on, is tried again with half the trust region,
-    `vrg.halvings` times; then the old one stays.
+    If the candidate fails validation, or has no step late enough for training, the trust region is halved, up to
+    `vrg.halvings` times. If no candidate passes, the trajectory in use is kept.
 
     Args:
-        base: centre of the trust region, whatever trajectory is in use.
-        prove: False adopts the optimum without validation; never in training.
+        pool: the rollout workers.
+        config: the run's configuration.
+        prompts: the run's prompts.
+        sums: the measured error sums.
+        base: centre of the trust region; can differ from the trajectory in use.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+        provenance: JSON values stored with the error table.
+        prove: whether to validate the candidate; training always validates.
+
+    Returns:
+        The update.
 
     Raises:
-        WeightSyncError: a worker does not follow the adopted trajectory.
+        WeightSyncError: a worker reports another trajectory than the adopted one.
     """
     table = sums.table(provenance)
     table.check_against(alpha_bars)
     current = pool.trajectory()
-    # Solvers without a closed response count as first order; validation samples with the real solver.
+    # Solvers without a known response are treated as first order; validation uses the configured solver.
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
     trust, gates, adopted = config.vrg.trust, [], False
     validation: Validation | None = None
@@ -142,21 +152,21 @@ def consider(
 
 
 class Validation:
-    """Compares final latents of candidates with those of a long reference trajectory from the same noise."""
+    """Compares the final latents of candidates and of a long reference trajectory from the same noise."""
 
     def __init__(
         self, pool: RolloutPool, config: Config, prompts: Sequence[str], current: Trajectory, alpha_bars: FloatArray,
         sums: ErrorSums,
     ) -> None:  # fmt: skip
-        """Sample along both, once for all candidates.
+        """Sample along the reference and along the trajectory in use, once for all candidates.
 
         Args:
-            pool: the rollout workers; they sample under the model's x_0 rule.
+            pool: the rollout workers; they apply the model's x_0 rule.
             config: the run's configuration.
             prompts: the run's prompts.
             current: the trajectory in use.
-            alpha_bars: the model's levels by timestep.
-            sums: the measurement, for the share of elements that the x_0 rule changes.
+            alpha_bars: the model's alpha_bar by timestep, shape (T,).
+            sums: the error sums, for the share of elements that the x_0 rule changes.
         """
         self._pool, self._sums = pool, sums
         self._groups = single_samples(config, prompts, config.vrg.gate_samples, "vrg_gate", 0)
@@ -167,9 +177,14 @@ class Validation:
         self._old = self._errors(current)
 
     def judge(self, candidate: Trajectory, trust: float) -> GateResult:
-        """Distance of the candidate's final latents from the reference's, relative to the trajectory in use."""
+        """Compare a candidate with the trajectory in use by the distance of final latents from the reference.
+
+        Args:
+            candidate: the candidate trajectory.
+            trust: size of the trust region, for the result.
+        """
         old, new = self._old, self._errors(candidate)
-        # A trajectory that already ends where the reference does cannot be improved.
+        # If the trajectory in use has no error, no candidate can improve it.
         ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
         median_ratio = float((new / old).nan_to_num(nan=1.0).median())
         clipped = np.interp(np.log(to_sigmas(candidate.alpha_bars[:-1])), np.log(self._sums.sigmas), self._sums.clipped)
@@ -181,13 +196,13 @@ class Validation:
         )  # fmt: skip
 
     def _errors(self, trajectory: Trajectory) -> torch.Tensor:
-        """Mean squared distance by sample, float64 (B,)."""
+        """Mean squared distance from the reference per sample, float64, shape (B,)."""
         final_latents = self._pool.final_latents(self._groups, trajectory)
         return (final_latents - self._reference).double().square().flatten(1).mean(1)
 
 
 def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
-    """Set the trajectory of every worker, and check it.
+    """Set the trajectory of every worker and check the reported schedule ids.
 
     Raises:
         WeightSyncError: a worker reports another schedule id.
@@ -198,9 +213,15 @@ def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
 
 
 def trajectory_metrics(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
-    """The base trajectory with other levels (N sigmas, falling); where it starts and ends stays."""
+    """Replace the inner levels of a trajectory; the first and the last level of `base` are kept.
+
+    Args:
+        base: trajectory of N steps.
+        sigmas: N decreasing sigmas.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
+    """
     levels = to_alpha_bars(np.asarray(sigmas))
-    # The noisy end is the base's own, bit for bit.
+    # Take the noisy end from `base` to keep it bit for bit.
     timesteps = to_timesteps(sigmas, alpha_bars)
     return Trajectory(
         timesteps=(base.timesteps[0], *map(float, timesteps[1:])),
@@ -209,7 +230,7 @@ def trajectory_metrics(base: Trajectory, sigmas: Sequence[float] | np.ndarray, a
 
 
 def describe(update: Update) -> str:
-    """One line for the console."""
+    """Summarise an update in one line for the console."""
     gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
     gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}) at trust {gate.trust:g}" for gate in update.gates]
     tried = ", ".join(gates) or "no candidate worth one"
