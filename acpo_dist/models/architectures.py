@@ -1,7 +1,7 @@
-"""Published architectures of Stable Diffusion: what a model weighs is known without its weights.
+"""Published architectures of Stable Diffusion, for models that are not on the disk.
 
-Read from the configuration files of stabilityai/stable-diffusion-xl-base-1.0 and of Stable Diffusion 1.5. Used where
-nothing of a model is on the disk: to plan a run, and to build a model of its size with random weights.
+The values are from the configuration files of stabilityai/stable-diffusion-xl-base-1.0 and of Stable Diffusion 1.5.
+They are used to plan a run and to build a model of the same size with random weights.
 """
 
 import json
@@ -45,18 +45,18 @@ _SD15_UNET: dict[str, Any] = _UNET | {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Configurations of a pipeline's networks, as their `config.json` files hold them."""
+    """Configurations of a pipeline's networks, with the keys of their `config.json` files."""
 
     family: str
     unet: Mapping[str, Any]
     vae: Mapping[str, Any] | None = None
     text_encoders: tuple[Mapping[str, Any], ...] = ()
     published: bool = False
-    """Whether this is the published architecture of the family, because the model itself is not here."""
+    """Whether this is the published architecture of the family, used because the model is not on the disk."""
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt."""
+        """Number of tokens of a prompt; 0 without text encoders."""
         return int(self.text_encoders[0]["max_position_embeddings"]) if self.text_encoders else 0
 
 
@@ -74,10 +74,16 @@ _PARTS = {"sdxl": ("text_encoder", "text_encoder_2"), "sd15": ("text_encoder",),
 
 
 def architecture_of(config: Any) -> Architecture:
-    """Architecture of a configured model, from its folder or the hub's local cache; nothing is downloaded.
+    """Read the architecture of a model from its folder or from the hub's local cache, without downloading.
+
+    Args:
+        config: the `model` section.
+
+    Returns:
+        The architecture; the published one of the family if the model is not on the disk.
 
     Raises:
-        ModelError: not here, and of no family whose published architecture could stand for it.
+        ModelError: the model is not on the disk and its family has no published architecture, or files are missing.
     """
     family = config.type
     if family not in _PARTS:
@@ -95,7 +101,14 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def prediction_type_of(config: Any) -> str | None:
-    """What the configured model predicts, from its folder or the hub's local cache; None where that is not known."""
+    """Read the prediction type of a model from its folder or from the hub's local cache.
+
+    Args:
+        config: the `model` section.
+
+    Returns:
+        `epsilon`, `v_prediction` or `sample`; None if the scheduler configuration is not on the disk.
+    """
     scheduler = _read(config, "scheduler", "scheduler_config.json")
     return None if scheduler is None else str(scheduler.get("prediction_type", "epsilon"))
 

@@ -1,18 +1,22 @@
-"""torch.compile of the blocks that a U-Net repeats: one compilation serves all blocks of a kind."""
+"""torch.compile of the repeated blocks of a U-Net; blocks of the same class share one compilation."""
 
 import torch
 from diffusers import UNet2DConditionModel
 
 VARIANTS = 64
-"""How often one block is compiled anew before torch falls back to running it as it is: with and without gradients,
-adapters and recomputation, for each kind of block and each batch shape until torch takes that for dynamic."""
+"""Recompilation limit per block before torch falls back to eager mode. Gradients, adapters, recomputation, block
+classes and batch shapes (until torch marks them dynamic) each cause recompilations."""
 
 
 def compile_blocks(unet: UNet2DConditionModel, backend: str) -> None:
-    """Compile in place; names of parameters stay.
+    """Compile the repeated blocks of a U-Net in place. Parameter names do not change.
 
-    Attention blocks hold most of SDXL's arithmetic; convolutions are fast as they are, and a whole U-Net would be
-    compiled anew wherever adapters are switched.
+    Attention blocks take most of SDXL's compute time and convolutions gain little. A fully compiled U-Net would be
+    recompiled whenever adapters are enabled or disabled.
+
+    Args:
+        unet: the U-Net.
+        backend: backend of `torch.compile`.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, VARIANTS)

@@ -1,4 +1,4 @@
-"""Sections of the model families: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
+"""Configuration sections of the model families. The module does not import torch, so validation is fast."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,49 +13,49 @@ VaeDtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class TuningConfig(Section):
-    """Which weights train."""
+    """Weights that are trained."""
 
     method: Literal["lora", "full"] = "lora"
-    """`lora` trains adapters and switches them off for the anchor; `full` trains all weights beside a frozen copy."""
+    """`lora` trains adapters and disables them for the anchor; `full` trains all weights and keeps a frozen copy."""
     rank: int = Field(default=16, ge=1)
     """LoRA rank."""
     alpha: float | None = Field(default=None, gt=0)
-    """LoRA scale times rank; None takes the rank."""
+    """LoRA scale times rank; None means the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the modules that get adapters (suffixes)."""
+    """Name suffixes of the modules that get adapters."""
 
 
 class MemoryConfig(Section):
-    """Memory saved at the price of time."""
+    """Settings that reduce memory at the cost of time."""
 
     gradient_checkpointing: bool = False
-    """Recompute the U-Net's blocks in the backward pass: one more forward per gradient step."""
+    """Recompute the U-Net's blocks in the backward pass: one additional forward pass per gradient step."""
     vae_checkpointing: bool = False
-    """The same for the VAE's decoder."""
+    """Recompute the layers of the VAE's decoder in the backward pass."""
     vae_slicing: bool = False
     """Decode finished samples one by one."""
     vae_tiling: bool = False
-    """Decode finished samples in tiles; large images differ a little. Never where the score's gradient passes."""
+    """Decode finished samples in tiles; large images differ slightly. Not used where gradients are needed."""
     anchor_dtype: DtypeName = "float32"
-    """Type of the frozen copy beside full fine-tuning; LoRA needs no copy."""
+    """Data type of the frozen copy in full fine-tuning; LoRA needs no copy."""
     embedding_cache: Path | None = None
-    """Folder that keeps the embeddings of prompts; `acpo embed` fills it, a run adds what is missing."""
+    """Folder of cached prompt embeddings; `acpo embed` fills it and a run adds missing prompts."""
     free_text_encoders: bool = False
-    """Load the text encoders only for prompts whose embeddings are not known yet."""
+    """Load the text encoders only for prompts whose embeddings are not cached, and free them afterwards."""
 
 
 class SpeedConfig(Section):
-    """Other layouts for the same arithmetic; results differ by rounding."""
+    """Settings that increase speed; results differ by rounding."""
 
     channels_last: bool = False
-    """Convolution weights of U-Net and VAE with channels innermost, as tensor cores read them."""
+    """Store convolution weights of U-Net and VAE in the channels-last memory format."""
     compile: Literal["inductor", "aot_eager"] | None = None
-    """torch.compile of the U-Net's repeated transformer blocks alone: minutes at first, for faster steps after.
-    `inductor` makes kernels; `aot_eager` only traces, to try whether a model can be compiled."""
+    """torch.compile of the U-Net's repeated transformer blocks; compilation takes minutes. `inductor` generates
+    kernels; `aot_eager` only traces, to test whether a model can be compiled."""
 
 
 class LatentConfig(ModelConfig):
-    """Which model of a family on latents, and what trains."""
+    """A latent diffusion model and its tuning."""
 
     path: str
     """Embedded toy, pipeline folder, or hub id."""
@@ -64,17 +64,17 @@ class LatentConfig(ModelConfig):
     variant: str | None = None
     """File variant, such as fp16."""
     offline: bool = False
-    """Never ask the hub: the model must be a folder or in the local cache."""
+    """Do not access the hub: the model must be a folder or in the local cache."""
     vae: str | None = None
     """Folder or hub id of a VAE that replaces the pipeline's own."""
     image_size: int | None = None
-    """Height and width in pixels; None takes the U-Net's own."""
+    """Height and width in pixels; None means the U-Net's default."""
     dtype: DtypeName = "float32"
-    """Type of the frozen weights and of rollouts."""
+    """Data type of the frozen weights and of rollouts."""
     vae_dtype: VaeDtypeName = "float32"
-    """Type of the VAE; SDXL's own overflows in float16, which is refused or noticed."""
+    """Data type of the VAE. SDXL's VAE overflows in float16, which raises an error."""
     negative_prompt: str | None = None
-    """What guidance leads away from; None is the family's null condition."""
+    """Prompt of the unconditional branch of guidance; None means the family's null condition."""
     tuning: TuningConfig = TuningConfig()
     memory: MemoryConfig = MemoryConfig()
     speed: SpeedConfig = SpeedConfig()
@@ -83,7 +83,7 @@ class LatentConfig(ModelConfig):
 
 
 class SdxlConfig(LatentConfig):
-    """Which SDXL, and what trains."""
+    """A Stable Diffusion XL model and its tuning."""
 
     type: Literal["sdxl"] = "sdxl"
     path: str = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -91,7 +91,7 @@ class SdxlConfig(LatentConfig):
 
 
 class Sd15Config(LatentConfig):
-    """Which Stable Diffusion, and what trains."""
+    """A Stable Diffusion 1.x or 2.x model and its tuning."""
 
     type: Literal["sd15"] = "sd15"
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -99,14 +99,14 @@ class Sd15Config(LatentConfig):
 
 
 class BaseTrainingConfig(Section):
-    """A short training from scratch on `data.path`, when there is no base model."""
+    """Training of a base model from scratch on `data.path`."""
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """What the network learns to predict."""
+    """Prediction type of the network."""
     steps: int = Field(default=4000, ge=1)
     """Optimiser steps."""
     max_seconds: float | None = Field(default=None, gt=0)
-    """Stop earlier, with the learning rate decayed in time."""
+    """Time limit in seconds; the learning rate decays with the elapsed time."""
     batch_size: int = Field(default=64, ge=1)
     """Images per step."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -114,20 +114,20 @@ class BaseTrainingConfig(Section):
 
 
 class DdpmConfig(ModelConfig):
-    """Which DDPM, and what trains."""
+    """An unconditional DDPM and its tuning."""
 
     type: Literal["ddpm"] = "ddpm"
     path: str = "toy-ddpm"
-    """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` for the base recipe below."""
+    """Embedded toy (`toy-ddpm`), pipeline folder, hub id, or `train` to train a base model (`base`)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: DtypeName = "float32"
-    """Type of the frozen weights and of rollouts."""
+    """Data type of the frozen weights and of rollouts."""
     tuning: TuningConfig = TuningConfig(method="full")
     base: BaseTrainingConfig = BaseTrainingConfig()
-    """Used only with `path: train`."""
+    """Settings of the base model's training; used only with `path: train`."""
     seed: int = 0
-    """Seed of the adapters' initial values and of the base recipe."""
+    """Seed of the adapters' initial values and of the base model's training."""
 
     conditional: ClassVar[bool] = False
     pixel_space: ClassVar[bool] = True

@@ -17,15 +17,22 @@ from acpo_dist.models.tuning import TunedNetwork
 
 
 class PixelDecoder:
-    """x_0 in [-1, 1] to pixels in [0, 1]."""
+    """Converts x_0 in [-1, 1] to pixels in [0, 1]."""
 
     def decode(self, clean: Tensor) -> Tensor:
-        """Half plus half, not clipped."""
+        """Convert x_0 to pixels, x_0 / 2 + 0.5, without clipping.
+
+        Args:
+            clean: x_0, shape (B, C, H, W).
+
+        Returns:
+            RGB around [0, 1], float32, same shape.
+        """
         return clean.float() / 2 + 0.5
 
 
 class DdpmFamily:
-    """A `DDPMPipeline` folder with a `UNet2DModel`."""
+    """An unconditional DDPM: a `DDPMPipeline` folder with a `UNet2DModel`."""
 
     conditional: ClassVar[bool] = DdpmConfig.conditional
     pixel_space: ClassVar[bool] = DdpmConfig.pixel_space
@@ -33,9 +40,16 @@ class DdpmFamily:
     Config = DdpmConfig
 
     def __init__(self, config: DdpmConfig, *, path: str, device: str, trainable: bool) -> None:
-        """Load all parts; use `load`."""
+        """Load all components. Called by `load`.
+
+        Args:
+            config: the `model` section.
+            path: pipeline folder.
+            device: torch device.
+            trainable: whether the weights are trained (learner) or only sampled from (rollout).
+        """
         self.config, self.path, self.device = config, path, device
-        # Older DDPM folders keep the U-Net's files at the top.
+        # Older DDPM folders have the U-Net's files at the top level.
         subfolder = "unet" if (Path(path) / "unet").is_dir() else None
         unet = load_part(
             UNet2DModel.from_pretrained,
@@ -58,46 +72,63 @@ class DdpmFamily:
 
     @classmethod
     def check(cls, config: DdpmConfig) -> None:
-        """See `ModelFamily.check`."""
+        """Check that the path can be resolved, without loading.
+
+        Raises:
+            ModelError: the path is not a pipeline folder, an embedded toy or a hub id.
+        """
         if config.path != "train":
             resolve_path(config.path)
 
     @classmethod
     def load(cls, config: DdpmConfig, *, device: str, trainable: bool) -> "DdpmFamily":
-        """See `ModelFamily.load`."""
+        """Load the model from the configured path; a hub id is downloaded first.
+
+        Raises:
+            ModelError: the model is missing or cannot be read.
+        """
         path = resolve_path(config.path)
         if not Path(path).is_dir():
-            # A hub id. Its layout shows once it is here.
+            # A hub id: the folder layout is known only after the download.
             path = str(load_part(DDPMPipeline.download, path, None, revision=config.revision))
         return cls(config, path=path, device=device, trainable=trainable)
 
     @classmethod
     def load_decoder(cls, config: DdpmConfig, *, device: str) -> PixelDecoder:
-        """Pixels need no network."""
+        """Return the decoder; it has no weights."""
         return PixelDecoder()
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """No condition; prompts are ignored."""
+        """Return an empty condition; prompts are ignored."""
         return Condition({})
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """One U-Net pass; in and out float32 whatever the weights are."""
+        """Run the U-Net once.
+
+        Args:
+            noisy: x_t, shape (B, C, H, W), float32.
+            timesteps_B: timestep per sample.
+            condition: ignored.
+
+        Returns:
+            Network output of the same shape, float32 for any data type of the weights.
+        """
         return self._tuned.active(noisy.to(self._tuned.dtype), timesteps_B, return_dict=False)[0].float()
 
     def anchored(self) -> AbstractContextManager[None]:
-        """See `ModelFamily.anchored`."""
+        """Context in which `predict` runs the frozen base model."""
         return self._tuned.anchored()
 
     def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """See `ModelFamily.substituted`."""
+        """Context in which `predict` uses the given values of the trainable weights, without gradients."""
         return self._tuned.substituted(weights)
 
     def decode(self, clean: Tensor) -> Tensor:
-        """See `Decoder.decode`."""
+        """Convert x_0 to RGB around [0, 1], float32, without clipping."""
         return self.decoder.decode(clean)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """See `ModelFamily.encode_images`."""
+        """Convert RGB in [0, 1] to x_0 in [-1, 1], float32."""
         return 2 * pixels.float() - 1
 
     def save_pipeline(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The interface of model families that rollout, learner and reward workers use."""
+"""Interfaces of model families, used by rollout, learner and reward workers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,12 +15,17 @@ from acpo_dist.models.noise_levels import NoiseSchedule
 
 @dataclass(frozen=True)
 class Condition:
-    """Conditioning of B samples, by diffusers' names; empty for an unconditional model."""
+    """Conditioning tensors of B samples, by diffusers' argument names; empty for an unconditional model."""
 
     tensors: Mapping[str, Tensor]
 
     def where_null(self, is_null_B: Tensor, null: "Condition") -> "Condition":
-        """Replace the condition of the marked samples by the null prompt's."""
+        """Replace the condition of selected samples by the null condition.
+
+        Args:
+            is_null_B: samples to replace, bool, shape (B,).
+            null: the null condition, broadcast over the batch.
+        """
         mixed = {}
         for name, value in self.tensors.items():
             mask = is_null_B.reshape(-1, *[1] * (value.ndim - 1)).to(value.device)
@@ -28,98 +33,130 @@ class Condition:
         return Condition(mixed)
 
     def join(self, other: "Condition") -> "Condition":
-        """Concatenate two batches."""
+        """Concatenate two batches along the first axis."""
         return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
 
 
 class Decoder(Protocol):
-    """From x_0 to pixels."""
+    """Converts x_0 to pixels."""
 
     def decode(self, clean: Tensor) -> Tensor:
-        """x_0 (B, C, H, W) -> RGB pixels around [0, 1], float32, not clipped, differentiable."""
+        """Decode x_0 to images.
+
+        Args:
+            clean: x_0, shape (B, C, H, W).
+
+        Returns:
+            RGB around [0, 1], shape (B, 3, H', W'), float32, not clipped, differentiable.
+        """
         ...
 
 
 class Denoiser(Protocol):
-    """The part of a loaded model that a learner runs: network, anchor and conditioning."""
+    """The part of a model that a learner uses: network, anchor and conditioning."""
 
     network: nn.Module
-    """The network that trains, as the optimiser or DeepSpeed gets it."""
+    """The trained network, as passed to the optimiser or to DeepSpeed."""
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     prediction_type: str
     clean_rule: CleanRule
-    """What the model's scheduler does to x0-hat before a step."""
+    """The x_0 rule of the model's scheduler."""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditioning of prompts, cached; the empty prompt is the null condition."""
+        """Encode prompts, with caching; the empty prompt gives the null condition."""
         ...
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """Network output in float32, same shape as `noisy`."""
+        """Run the network.
+
+        Args:
+            noisy: x_t, shape (B, C, H, W), float32.
+            timesteps_B: timestep per sample.
+            condition: conditioning of the B samples.
+
+        Returns:
+            Network output in float32, same shape as `noisy`.
+        """
         ...
 
     def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` runs the frozen base model."""
+        """Context in which `predict` runs the frozen base model."""
         ...
 
     def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """While active, `predict` runs with these values of the trainable weights; without gradient."""
+        """Context in which `predict` uses the given values of the trainable weights, without gradients.
+
+        Args:
+            weights: values by parameter name.
+        """
         ...
 
 
 class ModelFamily(Denoiser, Protocol):
-    """One loaded model: a trainable network, its frozen anchor, its conditioning and its decoder."""
+    """A loaded model: trainable network, frozen anchor, conditioning and decoder."""
 
     conditional: ClassVar[bool]
     pixel_space: ClassVar[bool]
-    """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
+    """Whether x_0 is the image, so that real images can be noised without an encoder."""
     schedule: NoiseSchedule
-    """The scheduler's configuration, from which trajectories are made."""
+    """The noise schedule, from which trajectories are created."""
     device: str
     sample_shape: tuple[int, int, int]
     """(C, H, W) of x_0."""
     pixels: int
-    """Height and width of its images."""
+    """Height and width of the images in pixels."""
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Refuse a path that cannot be a model, without loading anything.
+        """Check the configured path without loading the model.
 
         Raises:
-            ModelError: found and expected kind of path.
+            ModelError: the path is not a model of this family.
         """
         ...
 
     @classmethod
     def load(cls, config: Any, *, device: str, trainable: bool) -> "ModelFamily":
-        """Load from the configured path.
+        """Load the model from the configured path.
+
+        Args:
+            config: the `model` section.
+            device: torch device.
+            trainable: whether the weights are trained (learner) or only sampled from (rollout).
 
         Raises:
-            ModelError: missing, unreadable or unfitting, with what to do.
+            ModelError: the model is missing, cannot be read, or does not belong to this family.
         """
         ...
 
     @classmethod
     def load_decoder(cls, config: Any, *, device: str) -> Decoder:
-        """The decoder alone, for a reward worker."""
+        """Load the decoder only, for a reward worker."""
         ...
 
     def decode(self, clean: Tensor) -> Tensor:
-        """As `Decoder.decode`."""
+        """Decode x_0 to RGB around [0, 1], float32, not clipped, differentiable."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """RGB in [0, 1], (B, 3, pixels, pixels) -> x_0 (B, C, H, W), float32, without gradient."""
+        """Encode images to x_0, without gradients.
+
+        Args:
+            pixels: RGB in [0, 1], shape (B, 3, `pixels`, `pixels`).
+
+        Returns:
+            x_0, shape (B, C, H, W), float32.
+        """
         ...
 
     def save_pipeline(self, folder: Path) -> None:
-        """Write a folder that diffusers' `DiffusionPipeline.from_pretrained` opens, tuned weights merged in."""
+        """Write a folder for diffusers' `DiffusionPipeline.from_pretrained`, with the tuned weights merged."""
         ...
 
 
 def trainable_tensors(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train, by name."""
+    """Trainable parameters of a network, by name."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
@@ -128,11 +165,11 @@ def copy_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy values into the trainable parameters of a network.
 
     Args:
-        network: its parameters keep their type and device.
+        network: the network; its parameters keep data type and device.
         weights: values by parameter name.
 
     Raises:
-        ValueError: names or shapes are not those of the trainable parameters; nothing is copied then.
+        ValueError: names or shapes differ from those of the trainable parameters; nothing is copied.
     """
     own = trainable_tensors(network)
     odd = sorted(set(own) ^ set(weights)) or [name for name, value in own.items() if weights[name].shape != value.shape]
@@ -144,7 +181,13 @@ def copy_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def switched(attribute_owners: Sequence[Any], attribute: str, value: object) -> Iterator[None]:
-    """Set an attribute on several objects, and put the old values back."""
+    """Context that sets an attribute of several objects and restores the old values on exit.
+
+    Args:
+        attribute_owners: the objects.
+        attribute: name of the attribute.
+        value: value within the context.
+    """
     before = [getattr(owner, attribute) for owner in attribute_owners]
     for owner in attribute_owners:
         setattr(owner, attribute, value)
