@@ -13,14 +13,20 @@ from acpo_dist.core.errors import DataError
 
 _ORIENTATION = 0x0112
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises on damaged files of its various formats."""
+"""Exceptions that Pillow raises on damaged files of its various formats."""
 
 
 def decode(source: Path | bytes | None) -> Image.Image:
-    """RGB image of an encoded file; grey images of 16 bits per pixel are scaled to 8.
+    """Decode an image to RGB; grey images of 16 bits per pixel are scaled to 8.
+
+    Args:
+        source: path or bytes of an encoded image; None is undecodable.
+
+    Returns:
+        8-bit RGB image.
 
     Raises:
-        one of `UNDECODABLE`.
+        One of `UNDECODABLE`.
     """
     if source is None:
         raise ValueError("the row is empty")
@@ -33,7 +39,7 @@ def decode(source: Path | bytes | None) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int | None) -> np.ndarray:
-    """Image as uint8 (3, H, W), its central square resized to `size` if that is given and different."""
+    """Convert an image to uint8 (3, H, W); with `size`, its central square is cropped and resized."""
     if size is not None and image.size != (size, size):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -44,10 +50,17 @@ def fit(image: Image.Image, size: int | None) -> np.ndarray:
 
 
 def decode_square(encoded: bytes | None, size: int) -> Tensor:
-    """One encoded image, its central square resized to `size`: float32 RGB in [0, 1], (3, size, size).
+    """Decode one image, crop its central square and resize it.
+
+    Args:
+        encoded: encoded bytes.
+        size: side in pixels.
+
+    Returns:
+        RGB (3, size, size), float32 in [0, 1].
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     try:
         image = fit(decode(encoded), size)
@@ -57,7 +70,7 @@ def decode_square(encoded: bytes | None, size: int) -> Tensor:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image as viewers show it: turned or mirrored as its EXIF orientation says, where it has one."""
+    """Rotate or mirror an image according to its EXIF orientation, if present."""
     try:
         return image if image.getexif().get(_ORIENTATION, 1) == 1 else ImageOps.exif_transpose(image)
     except UNDECODABLE:
@@ -65,7 +78,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion clips such values to 255 instead of scaling them."""
+    """Convert to 8 bits by scaling; Pillow's own conversion clips such values to 255."""
     values = np.asarray(image)
     if image.mode.startswith("F") or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
         raise ValueError(f"values of mode {image.mode} have no known range; expected 8 or 16 bits per channel")

@@ -7,16 +7,22 @@ from acpo_dist.core.errors import DataError
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Files at every depth, sorted by path; links to folders are followed, and no folder is entered twice.
+    """List files at every depth. Links to folders are followed, and each folder is visited once.
 
-    Hidden files are left out; macOS archives contain a `._name.png` beside each image.
+    Hidden files are skipped; macOS archives contain a `._name.png` beside each image.
+
+    Args:
+        folder: folder to search.
+
+    Returns:
+        Files, sorted by path.
 
     Raises:
-        DataError: a folder cannot be listed; it is named.
+        DataError: a folder cannot be listed.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
-    # Real folders come before links, so that a file keeps its own path where it has one below `folder`.
+    # Real folders are visited before links, so that a file below `folder` is listed under its real path if it has one.
     todo = [folder]
     while todo:
         todo = [link for start in todo for link in _walk(start, entered, found)]
@@ -24,7 +30,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def _walk(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list[Path]:
-    """Add the files below `start` and the folders that they lie in; links to folders are returned, in order."""
+    """Append the files below `start` to `found`, and return the links to folders, in order."""
     links: list[Path] = []
     for place, folders, files in os.walk(start, onerror=_refuse):
         status = os.stat(place)

@@ -1,4 +1,4 @@
-"""Real images from files, folders, zip archives and parquet: all into memory for training, or one by one.
+"""Read images from files, folders, zip archives and parquet files, into memory or one at a time.
 
 N images of H x W pixels, RGB.
 """
@@ -31,26 +31,26 @@ IMAGE_SUFFIXES = frozenset({
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm",
     ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
-"""Endings that are read as images in a folder or archive; a file named explicitly may have any ending."""
+"""Suffixes of images in a folder or archive; an explicitly named file may have any suffix."""
 PARQUET_SUFFIXES = frozenset({".parquet", ".pq"})
 ARCHIVE_SUFFIXES = frozenset({".zip"})
 _SIDECARS = frozenset({".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml"})
-"""Captions and descriptions beside images: not reported as passed over."""
+"""Suffixes of captions and descriptions beside images, which are not reported as skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Images of one size, held in memory."""
+    """Images of one size in memory."""
 
     tensor: Tensor = field(repr=False)
-    """uint8 RGB of shape (N, 3, H, W)."""
+    """uint8 RGB (N, 3, H, W)."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return self.tensor.shape[0]
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
-        """The images at `indices`: float32 RGB in [0, 1], shape (len(indices), 3, H, W)."""
+        """Return the images at `indices` as RGB (len(indices), 3, H, W), float32 in [0, 1]."""
         return self.tensor[torch.as_tensor(indices, dtype=torch.long)].float() / 255
 
 
@@ -58,10 +58,14 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
     """Decode the images of a parquet file, a folder (of images or of parquet files), a zip archive or an image file.
 
     Args:
+        path: file or folder.
         column: column of parquet files with the encoded image, as bytes or as a struct with the fields `bytes` and
             `path`.
-        max_images: use only the first so many rows of a parquet file, or so many files spread evenly over a folder.
-        size: side in pixels; an image of another size is cropped to its central square and resized.
+        max_images: maximum number of images: the first rows of a parquet file, or files spread evenly over a folder.
+        size: side in pixels; images of another size are cropped to their central square and resized.
+
+    Returns:
+        The images.
 
     Raises:
         DataError: the file is missing or no parquet file; the column is absent, of the wrong type or empty; a row
@@ -109,23 +113,22 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
 def read_images(
     paths: Sequence[Path], *, column: str = "image", skip: Callable[[str], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Images as viewers show them, decoded one at a time; nothing is resized or cropped.
+    """Decode images one at a time with their EXIF orientation applied; nothing is resized or cropped.
 
-    All paths are checked before the first image is decoded. A file that is reached twice is read once.
+    All paths are checked before the first image is decoded. A file that is found twice is read once.
 
     Args:
-        paths: image files, folders (searched for image files at every depth, through links too, in sorted order)
-            and parquet files.
+        paths: image files, parquet files, and folders, which are searched at every depth, including links, in sorted
+            order.
         column: image column of parquet files.
-        skip: called with the reason for every image that cannot be decoded, which is then passed over; None raises.
+        skip: called with the reason for every image that cannot be decoded, which is then skipped; None raises.
 
     Returns:
-        Iterator over (name, uint8 RGB of shape (3, H, W)). The name is the file's path; for a row of a parquet file,
-        the path, `#` and the row number. Transparency is dropped.
+        Iterator over (name, uint8 RGB (3, H, W)). The name is the path of the file; for a row of a parquet file, the
+        path, `#` and the row number. Transparency is dropped.
 
     Raises:
-        DataError: a path is missing, a folder holds no image or cannot be listed, or a file cannot be decoded; it
-            is named.
+        DataError: a path is missing, a folder holds no image or cannot be listed, or an image cannot be decoded.
     """
     files: dict[str, Path] = {}
     for path in paths:
@@ -135,7 +138,7 @@ def read_images(
 
 
 def expand_globs(paths: Sequence[Path]) -> list[Path]:
-    """The paths, with patterns (`*`, `?`, `[...]`, `**`) that name no file of their own replaced by what they match.
+    """Expand patterns (`*`, `?`, `[...]`, `**`); a pattern that is the name of an existing file is kept.
 
     Raises:
         DataError: a pattern matches nothing.
@@ -146,7 +149,7 @@ def expand_globs(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
-        # A pattern such as `*` also meets files that are no images; a file that is named is always tried.
+        # A pattern such as `*` also matches other files than images; an explicitly named file is always decoded.
         known = IMAGE_SUFFIXES | PARQUET_SUFFIXES | ARCHIVE_SUFFIXES
         matches = [each for each in matches if each.suffix.lower() in known]
         if not matches:
@@ -156,7 +159,7 @@ def expand_globs(paths: Sequence[Path]) -> list[Path]:
 
 
 def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
-    """How many images `read_images` will try to decode.
+    """Count the images that `read_images` will try to decode.
 
     Raises:
         DataError: as `read_images`.
@@ -169,18 +172,20 @@ def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
 
 
 def real_images(path: Path, *, column: str = "image", size: int | None = None, most: int | None = None) -> list[Tensor]:
-    """Images of a file, a folder or a parquet file, in memory.
+    """Read the images of a file, a folder or a parquet file into memory.
 
     Args:
+        path: file or folder.
         column: image column of a parquet file.
-        size: side in pixels, as in `load_images`; None leaves every image as it is.
-        most: use so many: evenly spread over a folder's files in their order, the first rows of a parquet file.
+        size: side in pixels, as in `load_images`; None keeps the size of each image.
+        most: maximum number of images: spread evenly over the sorted files of a folder, or the first rows of a parquet
+            file.
 
     Returns:
         uint8 RGB, each (3, H, W).
 
     Raises:
-        DataError: the path is missing, it holds no image, or one cannot be decoded.
+        DataError: the path is missing or holds no image, or an image cannot be decoded.
     """
     paths = _expand(path, column)
     if most is not None and len(paths) > most:
@@ -207,7 +212,7 @@ def _expand(path: Path, column: str) -> list[Path]:
 
 
 def _images_below(folder: Path, column: str) -> list[Path]:
-    """Image files at every depth; without any, the parquet files or zip archives there. The rest is logged."""
+    """Return image files at every depth or, without any, parquet files and zip archives. Other files are logged."""
     files = files_below(folder)
     for suffixes in (IMAGE_SUFFIXES, PARQUET_SUFFIXES, ARCHIVE_SUFFIXES):
         found = [file for file in files if file.suffix.lower() in suffixes]
@@ -225,9 +230,10 @@ def _images_below(folder: Path, column: str) -> list[Path]:
 
 
 def report_skipped(place: Path, names: Sequence[str]) -> None:
-    """Log how many files of a folder or archive are not read, by ending, with the first names.
+    """Log how many files of a folder or archive are not read, by suffix, with the first names.
 
     Args:
+        place: folder or archive.
         names: names of the files; captions and descriptions (.txt, .json, ...) are not reported.
     """
     odd = sorted(name for name in names if Path(name).suffix.lower() not in _SIDECARS)
@@ -240,7 +246,7 @@ def report_skipped(place: Path, names: Sequence[str]) -> None:
 
 
 def _archived(path: Path) -> list[str]:
-    """Names of the images in a zip archive, in sorted order.
+    """Return the sorted names of the images in a zip archive.
 
     Raises:
         DataError: the archive cannot be read, or holds no image.
@@ -280,7 +286,7 @@ def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> It
 def _decode_or_skip(
     source: Path | bytes | None, name: str, where: str, skip: Callable[[str], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    # A generator that raises is finished: continuing after the error would miss the rows behind it.
+    # A generator that raises is finished, so continuing after the error would skip the remaining rows.
     try:
         image = _decode_named(source, where)
     except DataError as error:
@@ -296,7 +302,7 @@ def _decode_named(source: Path | bytes | None, name: str) -> Tensor:
         pixels = np.asarray(decode(source))
     except UNDECODABLE as error:
         raise DataError(f"{name} cannot be read as an image: {error}") from error
-    # Always a copy: Pillow's own memory is not to be written to.
+    # The copy is required because Pillow's buffer is read-only.
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 

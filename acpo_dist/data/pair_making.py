@@ -1,4 +1,4 @@
-"""From scored images to a file of preference pairs that `data.pairs` reads."""
+"""Build a file of preference pairs, as read by `data.pairs`, from scored images."""
 
 import math
 import os
@@ -27,7 +27,7 @@ class ScoredImage:
     path: Path
     prompt: str
     scores: Mapping[str, float]
-    """NaN where there is none."""
+    """Score by column; NaN if missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +39,27 @@ class ImagePair:
 
 
 def read_scores(table: Path, folder: Path, columns: Sequence[str], prompt_column: str) -> list[ScoredImage]:
-    """Rows of a CSV file with the columns `path`, a prompt, and scores.
+    """Read a CSV file with the columns `path`, a prompt, and scores.
 
     Args:
-        folder: what relative paths are relative to.
-        columns: score columns; empty takes every named column whose values are numbers.
+        table: CSV file.
+        folder: folder that relative image paths refer to.
+        columns: score columns; if empty, all named columns with numeric values.
+        prompt_column: column with the prompt.
 
     Returns:
-        One per row; a score is NaN where the cell is empty.
+        One image per row; a score is NaN if its cell is empty.
 
     Raises:
-        DataError: no such file or column, no row, a row with more cells than the header or without a path, or a score
-            that is no number; the line is named.
+        DataError: the file or a column is missing, there is no row, or a line has more cells than the header, no path,
+            or a score that is no number.
     """
     header, rows = _read_table(table)
     for name in ("path", prompt_column, *columns):
         if name not in header:
             raise DataError(f"{table}: no column `{name}`. Columns found: {', '.join(header)}.")
     columns = list(dict.fromkeys(columns)) or [
-        # A column without a name is the index that pandas writes.
+        # pandas writes its index as a column without a name.
         name for name in header if name not in ("", "path", prompt_column) and _is_score(name, rows)
     ]  # fmt: skip
     if not columns:
@@ -81,22 +83,23 @@ def pair_up(
     images: Sequence[ScoredImage], *, lower_is_better: Sequence[str] = (), margin: float = 0.0,
     absolute: bool = True, duplicates: float = 0.0,
 ) -> tuple[list[ImagePair], dict[str, int]]:  # fmt: skip
-    """Best with worst of each prompt, second best with second worst, and so on.
+    """Pair the best image of each prompt with the worst, the second best with the second worst, and so on.
 
-    Every score is brought to mean 0 and standard deviation 1 over the whole table first; they count the same.
+    Each score is first standardised over the whole table to mean 0 and standard deviation 1; scores have equal weight.
 
     Args:
-        lower_is_better: score columns whose sign is turned.
-        margin: smallest difference of the summed scores, in those units.
-        absolute: leave out pairs whose loser some score prefers.
-        duplicates: leave out pairs whose images are nearly the same (see `nearly_same`); 0 does not look.
+        images: scored images.
+        lower_is_better: score columns whose sign is flipped.
+        margin: minimum difference of the summed standardised scores.
+        absolute: whether to drop pairs in which any score prefers the loser.
+        duplicates: threshold for dropping pairs of nearly equal images (see `nearly_same`); 0 disables it.
 
     Returns:
-        (kept pairs; what became of everything: `images`, `no_prompt`, `no_score` (one is not there), `odd`, and
-        `Verdict`'s words).
+        (pairs; counts by outcome: `images`, `no_prompt`, `no_score` (a score is missing), `odd`, and the values of
+        `Verdict`).
 
     Raises:
-        DataError: a score column without spread, or `lower_is_better` names none.
+        DataError: a score column is constant, or `lower_is_better` names a missing column.
     """
     names = list(images[0].scores)
     for name in lower_is_better:
@@ -104,7 +107,7 @@ def pair_up(
             raise DataError(f"--lower {name}: no such score; found {', '.join(names)}.")
     qualities = {name: _standardised(images, name, -1 if name in lower_is_better else 1) for name in names}
     counts: Counter[str] = Counter(images=len(images))
-    # By row: one image may stand there for several prompts, with scores of its own for each.
+    # Indexed by row, because one image may occur for several prompts, with separate scores.
     by_prompt: dict[str, list[str]] = {}
     for row, image in enumerate(images):
         if not image.prompt:
@@ -116,7 +119,7 @@ def pair_up(
     kept: list[ImagePair] = []
     for rows in by_prompt.values():
         if len(rows) % 2:
-            # The middle one has no partner.
+            # With an odd number of images, the middle one has no partner.
             middle = sorted(rows, key=lambda row: sum(scores[row] for scores in qualities.values()))[len(rows) // 2]
             rows = [row for row in rows if row != middle]
             counts["odd"] += 1
@@ -134,7 +137,11 @@ def pair_up(
 
 
 def write_pairs(path: Path, pairs: Sequence[ImagePair]) -> None:
-    """Write a parquet file with the encoded images as they are on disk; the winner is jpg_0.
+    """Write a parquet file with the original encoded images; the winner is jpg_0.
+
+    Args:
+        path: file to write.
+        pairs: pairs.
 
     Raises:
         DataError: an image is missing; nothing is written.
@@ -160,7 +167,7 @@ def write_pairs(path: Path, pairs: Sequence[ImagePair]) -> None:
 
 
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """(header, rows with the line that each begins in); cells that a short row lacks are empty."""
+    """Return (header, rows with their first line numbers); missing cells of a short row are empty."""
     if not table.is_file():
         raise DataError(
             f"no such file: {table}. `acpo score FOLDER --csv {table.name}` writes one; add a prompt column."
@@ -182,7 +189,7 @@ def _header(table: Path, cells: Sequence[str]) -> list[str]:
 
 
 def _is_score(name: str, rows: Sequence[tuple[int, Mapping[str, str]]]) -> bool:
-    """Whether some value is a number; any other among them is refused later, with its line."""
+    """Return whether a column has a numeric value; other values in it raise an error later, with their line."""
     return any(_number(row[name]) for _, row in rows)
 
 
@@ -198,7 +205,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _standardised(images: Sequence[ScoredImage], name: str, sign: int) -> dict[str, float]:
-    """Quality by row; NaN where there is no score."""
+    """Return the standardised score by row; NaN if missing."""
     values = [image.scores[name] for image in images]
     finite = [value for value in values if math.isfinite(value)]
     spread = statistics.pstdev(finite) if len(finite) > 1 else 0.0

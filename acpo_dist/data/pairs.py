@@ -1,7 +1,7 @@
 """Offline preference pairs in Pick-a-Pic's layout: parquet rows with jpg_0, jpg_1, label_0 and caption.
 
 The sample ids of a row are `pair:<row>:w` for its winner and `pair:<row>:l` for its loser. The rows of an iteration
-depend on seed and iteration only, so a resumed run uses the same rows and no rank keeps a position.
+depend only on seed and iteration, so a resumed run uses the same rows and ranks store no position.
 """
 
 from collections import Counter
@@ -27,18 +27,26 @@ _PREFIX = "pair"
 
 @dataclass(frozen=True, kw_only=True)
 class PairIndex:
-    """Usable rows, and counts of the rows left out by reason."""
+    """Usable rows, and counts of excluded rows by reason."""
 
     rows: tuple[tuple[int, ...], ...]
-    """Usable rows by row group, counted over all files."""
+    """Usable rows by row group, numbered over all files."""
     counts: Mapping[str, int]
     """`rows`, `usable`, and by reason: `tie`, `unlabelled`, `no_caption`, `not_absolute`."""
     _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
-        """Ids of `count` pairs, winner and loser side by side.
+        """Return the sample ids of one iteration.
 
-        Row groups are shuffled, and rows within them: a pass over the data reads each row group once.
+        Row groups are shuffled, and rows within them, so that a pass over the data reads each row group once.
+
+        Args:
+            iteration: number of the iteration.
+            count: number of pairs.
+            run_seed: seed of the run.
+
+        Returns:
+            2 * count ids; each winner is followed by its loser.
         """
         total = sum(map(len, self.rows))
         start = iteration * count
@@ -50,7 +58,7 @@ class PairIndex:
         return ids
 
     def _order(self, epoch: int, run_seed: int) -> list[int]:
-        """All usable rows in the order of one pass; the orders of the last two passes are kept."""
+        """Return the order of all usable rows in one pass; the orders of the last two passes are cached."""
         if (epoch, run_seed) not in self._orders:
             draw = generator("pairs", run_seed, epoch)
             order: list[int] = []
@@ -65,13 +73,13 @@ class PairIndex:
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch:
-    """Images of some pairs."""
+    """Images of several pairs."""
 
     pixels: Tensor = field(repr=False)
-    """Float32 RGB in [0, 1], (B, 3, H, W); zeros where an image is broken."""
+    """Float32 RGB in [0, 1], (B, 3, H, W); zeros for a broken image."""
     prompts: tuple[str, ...]
     whole_B: Tensor
-    """1, or 0 for both samples of a pair of which one image cannot be decoded."""
+    """1, or 0 for both samples of a pair if one of its images cannot be decoded."""
     broken: list[str]
     """Ids whose image cannot be decoded."""
 
@@ -84,10 +92,10 @@ class PairSet:
 
         Args:
             path: a parquet file, or a folder of them (read in sorted order).
-            size: side in pixels that images are cropped to (central square) and resized.
+            size: side in pixels; images are cropped to their central square and resized.
 
         Raises:
-            DataError: missing, unreadable, or a column is absent.
+            DataError: a file is missing or unreadable, or lacks a column.
         """
         self._files = _open_files(path)
         self._size = size
@@ -105,10 +113,13 @@ class PairSet:
         """Read labels and captions of every row, but no images.
 
         Args:
-            absolute: keep only pairs whose winner never lost and never drew in the whole set.
+            absolute: whether to keep only pairs whose winner never lost or tied in the whole set.
+
+        Returns:
+            The usable rows.
 
         Raises:
-            DataError: a label that is none of 0, 0.5 and 1; the row is named. Or no row is left.
+            DataError: a label is not 0, 0.5 or 1, or no row is usable.
         """
         columns = [LABEL, CAPTION, *(UIDS if absolute else ())]
         for file in self._files:
@@ -132,7 +143,7 @@ class PairSet:
         return PairIndex(rows=tuple(map(tuple, kept.values())), counts=dict(counts))
 
     def read(self, ids: Sequence[str]) -> PairBatch:
-        """Decode images of winners and losers."""
+        """Decode the images of the given sample ids."""
         pixels, prompts, broken_rows, broken = [], [], set[int](), []
         rows = [parse_pair_id(sample_id) for sample_id in ids]
         for sample_id, (row, is_winner) in zip(ids, rows, strict=True):
@@ -153,7 +164,7 @@ class PairSet:
     def _row(self, row: int) -> dict[str, Any]:
         group = next(index for index, start in enumerate(self._starts[1:]) if row < start)
         if group not in self._held:
-            # Two suffice: an iteration crosses one border at most, unless row groups are tiny.
+            # Two are enough: an iteration crosses at most one boundary, unless row groups are tiny.
             while len(self._held) >= 2:
                 self._held.pop(next(iter(self._held)))
             file, number, _ = self._groups[group]
@@ -164,18 +175,18 @@ class PairSet:
 
 
 def is_pair_id(sample_id: str) -> bool:
-    """Whether a sample is an image of a pair rather than a rollout."""
+    """Return whether a sample is an image of a pair, as opposed to a rollout."""
     return sample_id.startswith(f"{_PREFIX}:")
 
 
 def parse_pair_id(sample_id: str) -> tuple[int, bool]:
-    """(row, whether it is the winner)."""
+    """Return (row, whether the sample is the winner)."""
     _, row, side = sample_id.split(":")
     return int(row), side == "w"
 
 
 def _reason(row: Mapping[str, Any], beaten: set[str], where: str) -> str | None:
-    """Why a row is left out, or None."""
+    """Return why a row is excluded, or None."""
     label = row[LABEL]
     if label is None or label != label:
         return "unlabelled"
@@ -191,7 +202,7 @@ def _reason(row: Mapping[str, Any], beaten: set[str], where: str) -> str | None:
 
 
 def _not_winning(row: Mapping[str, Any]) -> list[str]:
-    """Uids that lost or drew in this row."""
+    """Return the uids that lost or tied in this row."""
     first, second = (row[name] for name in UIDS)
     label = row[LABEL]
     if label is None or label != label:

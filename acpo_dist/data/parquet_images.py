@@ -15,8 +15,15 @@ _ROWS_AT_ONCE = 256
 def open_parquet(path: Path, column: str) -> pq.ParquetFile:
     """Open a parquet file and check that its column can hold images.
 
+    Args:
+        path: parquet file.
+        column: image column.
+
+    Returns:
+        The open file.
+
     Raises:
-        DataError: no such file, not parquet, or the column is absent or of another type.
+        DataError: the file is missing or no parquet file, or the column is absent or of another type.
     """
     if not Path(path).is_file():
         raise DataError(f"no such file: {path}")
@@ -48,7 +55,15 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[bytes | Path | None]:
-    """Encoded image of every row: bytes, the path of a file, or None for an empty cell.
+    """Read the encoded image of every row.
+
+    Args:
+        file: open parquet file.
+        path: its path.
+        column: image column.
+
+    Returns:
+        Iterator over bytes, paths of image files, or None for empty cells.
 
     Raises:
         DataError: the file is damaged.
@@ -62,7 +77,7 @@ def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[byte
 
 
 def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
-    """Content of a cell; a struct without bytes names a file, relative to the parquet file."""
+    """Return the content of a cell; a struct without bytes names a file relative to the parquet file."""
     if not isinstance(value, dict):
         return value
     if value["bytes"] is None and value.get("path"):

@@ -16,12 +16,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_prompts(source: str, column: str) -> tuple[str, ...]:
-    """Prompts of `data.prompts`, in file order; the index is the prompt id.
+    """Load the prompts of `data.prompts`, in file order; the index is the prompt id.
 
     Args:
-        source: `toy` (captions of the closed world), `none` (one empty prompt), or a `.txt` file with one prompt per
-            line, or a `.csv` or (unquoted) `.tsv` file with a header. Blank prompts are dropped.
-        column: column of a CSV or TSV file, in any case.
+        source: `toy` (captions of the toy world), `none` (one empty prompt), a `.txt` file with one prompt per line, or
+            a `.csv` or (unquoted) `.tsv` file with a header. Blank prompts are dropped.
+        column: column of a CSV or TSV file, ignoring case.
+
+    Returns:
+        The prompts.
 
     Raises:
         DataError: the file is missing or unreadable, lacks the column, or holds no prompt.
@@ -51,23 +54,30 @@ def sample_prompts(
     samples_per_prompt: int,
     stream: str = "train",
 ) -> list[PromptGroup]:
-    """Prompt groups of one iteration; a function of its arguments alone, so a resumed run draws the same.
+    """Select the prompt groups of one iteration. The result depends only on the arguments, so a resumed run repeats it.
 
     The prompts form an endless sequence of seeded permutations. Iteration i takes positions i * num_prompts up to
     (i + 1) * num_prompts of it, so every prompt is used once before any is used again.
 
     Args:
+        prompts: prompts of the run.
         iteration: any integer; negative ones continue the sequence backwards.
-        stream: independent sequence and seeds for another purpose, such as `calibration`. Streams other than `train`
-            put their name before their sample ids.
+        run_seed: seed of the run.
+        num_prompts: number of groups.
+        samples_per_prompt: samples per group.
+        stream: name of an independent sequence with its own seeds, such as `calibration`. The sample ids of streams
+            other than `train` are prefixed with the name.
+
+    Returns:
+        The groups.
 
     Raises:
-        ValueError: no prompts, a count below 1, or a stream that is not an identifier.
+        ValueError: there are no prompts, a count is below 1, or `stream` is no identifier.
     """
     if not prompts or num_prompts < 1 or samples_per_prompt < 1:
         raise ValueError(f"nothing to sample: {len(prompts)} prompts, {num_prompts=}, {samples_per_prompt=}")
     if not stream.isidentifier():
-        # An identifier has no dash and starts with no digit: ids of two streams can then never be the same.
+        # An identifier has no dash and does not start with a digit, so the ids of two streams never collide.
         raise ValueError(f"a stream must be named by an identifier, found {stream!r}")
     prefix = f"{iteration:06d}" if stream == "train" else f"{stream}-{iteration:06d}"
     chosen = _positions(len(prompts), iteration * num_prompts, num_prompts, stream=stream, run_seed=run_seed)
@@ -90,7 +100,7 @@ def sample_prompts(
 
 
 def _positions(size: int, start: int, count: int, *, stream: str, run_seed: int) -> list[int]:
-    """Entries `start` to `start + count` of the endless sequence of permutations of `range(size)`."""
+    """Return entries `start` to `start + count` of the endless sequence of permutations of `range(size)`."""
     passes = range(start // size, (start + count - 1) // size + 1)
     shuffled = [torch.randperm(size, generator=generator("prompts", stream, run_seed, index)) for index in passes]
     offset = start - passes[0] * size

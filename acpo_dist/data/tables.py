@@ -1,4 +1,4 @@
-"""Text files and tables that people have: UTF-8 or UTF-16, with or without BOM; CSV with commas or semicolons, TSV."""
+"""Read text files and tables: UTF-8 or UTF-16, with or without BOM; CSV with commas or semicolons, TSV."""
 
 import codecs
 import csv
@@ -11,7 +11,7 @@ from pathlib import Path
 from acpo_dist.core.errors import DataError
 
 _BOMS = (
-    # UTF-32 first: its little-endian mark begins with that of UTF-16.
+    # UTF-32 comes first because its little-endian BOM starts with the UTF-16 BOM.
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
@@ -23,29 +23,32 @@ class Row:
     """One row of a table."""
 
     line: int
-    """Line of the file that it begins in, counted from 1."""
+    """First line of the row in the file, from 1."""
     cells: tuple[str, ...]
-    """As many as the header has; cells that a short row lacks are empty."""
+    """One cell per header column; missing cells of a short row are empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Header and rows of a CSV or TSV file; blank lines are left out."""
+    """Header and rows of a CSV or TSV file without blank lines."""
 
     path: Path
     header: tuple[str, ...]
-    """Names without surrounding blanks."""
+    """Column names, stripped of whitespace."""
     rows: tuple[Row, ...]
 
     def place(self, column: str, key: str = "") -> int:
-        """Index of a column, in any case; an exact match comes first.
+        """Find a column, ignoring case; an exact match takes precedence.
 
         Args:
-            column: its name.
+            column: name of the column.
             key: configuration key or option that names the column, for the message.
 
+        Returns:
+            The index of the column.
+
         Raises:
-            DataError: no such column.
+            DataError: the column does not exist.
         """
         folded = [name.casefold() for name in self.header]
         if column in self.header:
@@ -57,18 +60,21 @@ class Table:
         return folded.index(column.casefold())
 
     def records(self) -> Iterator[dict[str, str]]:
-        """Rows by the names of their columns."""
+        """Return the rows as dictionaries by column name."""
         return (dict(zip(self.header, row.cells, strict=True)) for row in self.rows)
 
 
 def read_text(path: Path, key: str = "") -> str:
-    """A text file in UTF-8, UTF-16 or UTF-32, without its BOM.
+    """Read a text file in UTF-8, UTF-16 or UTF-32 and remove its BOM.
 
-    UTF-16 without a BOM is recognised by its zero bytes, which text in UTF-8 does not hold.
+    UTF-16 without a BOM is detected by its zero bytes, which UTF-8 text does not contain.
 
     Args:
         path: the file.
         key: configuration key or option that names the file, for messages.
+
+    Returns:
+        The text.
 
     Raises:
         DataError: the file is missing, a folder, or in another encoding.
@@ -90,7 +96,14 @@ def read_text(path: Path, key: str = "") -> str:
 
 
 def read_lines(path: Path, key: str = "") -> list[str]:
-    """Lines of a text file, without their ends.
+    """Read the lines of a text file, without line ends.
+
+    Args:
+        path: the file.
+        key: as in `read_text`.
+
+    Returns:
+        The lines.
 
     Raises:
         DataError: as `read_text`.
@@ -99,13 +112,20 @@ def read_lines(path: Path, key: str = "") -> list[str]:
 
 
 def read_table(path: Path, key: str = "") -> Table:
-    """A `.tsv` file, whose cells have no quoting, or any other file as CSV.
+    """Read a `.tsv` file, whose cells have no quoting, or any other file as CSV.
 
-    CSV is split at the separator that is most frequent in its header (comma, semicolon or tab), or at the one that
-    Excel's first line `sep=;` names.
+    The CSV separator is the most frequent one in the header (comma, semicolon or tab), or the one named by Excel's
+    first line `sep=;`.
+
+    Args:
+        path: the file.
+        key: as in `read_text`.
+
+    Returns:
+        The table.
 
     Raises:
-        DataError: unreadable, empty, an unbalanced quote, or a row with more cells than the header; names the line.
+        DataError: the file is unreadable or empty, or a line has an unbalanced quote or more cells than the header.
     """
     text = read_text(path, key)
     first, _, rest = text.partition("\n")
@@ -115,7 +135,7 @@ def read_table(path: Path, key: str = "") -> Table:
         separator = _separator(first)
         if first.strip().lower().startswith("sep=") and len(first.strip()) == 5:
             line, text, separator = 2, rest, first.strip()[4]
-    # Strict, because an unbalanced quote would otherwise silently join the lines after it.
+    # Strict mode, because an unbalanced quote would otherwise silently join the following lines.
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, strict=not is_tsv,
         quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL,

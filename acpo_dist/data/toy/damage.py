@@ -1,6 +1,6 @@
-"""Graded damage: what lowers the quality of a clean scene by a known amount.
+"""Graded damage: transformations that degrade a clean scene by a known severity.
 
-Two disjoint families. `BASE_DAMAGE` spoils the images that the base models and the reward are trained on;
+There are two disjoint families. `BASE_DAMAGE` degrades the training images of the base models and the reward;
 `JUDGE_DAMAGE` trains the independent judge, so that reward and judge share no artefact by construction.
 Images are float32 RGB in [0, 1] of shape (B, 3, 32, 32); severities are in [0, 1] of shape (B,).
 """
@@ -31,7 +31,7 @@ def gaussian_blur(images: Tensor, severity: Tensor, generator: torch.Generator) 
 
 
 def grain(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Additive Gaussian noise with a grain of two pixels and a standard deviation of up to 0.30."""
+    """Add Gaussian noise with a grain of two pixels and a standard deviation of up to 0.30."""
     noise = torch.randn(images.shape[0], 3, images.shape[2] // 2, images.shape[3] // 2, generator=generator)
     return images + 0.30 * severity[:, None, None, None] * F.interpolate(noise, scale_factor=2, mode="nearest")
 
@@ -43,7 +43,7 @@ def low_contrast(images: Tensor, severity: Tensor, generator: torch.Generator) -
 
 
 def dct_quantise(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """JPEG-like: 8 x 8 DCT coefficients rounded to a step that grows with frequency and severity."""
+    """Round 8 x 8 DCT coefficients, as JPEG does, to a step that grows with frequency and severity."""
     basis = _dct_basis()
     blocks = images.unfold(2, 8, 8).unfold(3, 8, 8)
     coefficients = torch.einsum("ui,bcyxij,vj->bcyxuv", basis, blocks, basis)
@@ -57,7 +57,7 @@ def dct_quantise(images: Tensor, severity: Tensor, generator: torch.Generator) -
 
 
 def box_blur(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Repeated 3 x 3 averaging, up to eight times, fractional counts blended."""
+    """Apply 3 x 3 averaging up to eight times; fractional counts are blended."""
     levels = [images]
     for _ in range(8):
         levels.append(F.avg_pool2d(F.pad(levels[-1], (1, 1, 1, 1), mode="replicate"), 3, stride=1))
@@ -70,7 +70,7 @@ def box_blur(images: Tensor, severity: Tensor, generator: torch.Generator) -> Te
 
 
 def fine_noise(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise of single pixels, the same in all channels for half of the images."""
+    """Add uniform noise of single pixels, equal in all channels for half of the images."""
     noise = 2 * torch.rand(images.shape, generator=generator) - 1
     grey = torch.rand(images.shape[0], generator=generator)[:, None, None, None] < 0.5
     noise = torch.where(grey, noise[:, :1].expand_as(noise), noise)
@@ -78,7 +78,7 @@ def fine_noise(images: Tensor, severity: Tensor, generator: torch.Generator) -> 
 
 
 def fade(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Wash out: colour and contrast fade towards a random grey level."""
+    """Fade colour and contrast towards a random grey level."""
     level = 0.25 + 0.5 * torch.rand(images.shape[0], generator=generator)[:, None, None, None]
     luminance = images.mean(1, keepdim=True)
     amount = severity[:, None, None, None]
@@ -92,14 +92,14 @@ def pixelate(images: Tensor, severity: Tensor, generator: torch.Generator) -> Te
 
 
 def blotches(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Smooth coloured stains of about eight pixels."""
+    """Add smooth coloured stains of about eight pixels."""
     stains = torch.randn(images.shape[0], 3, 5, 5, generator=generator)
     stains = F.interpolate(stains, size=images.shape[2:], mode="bicubic", align_corners=True)
     return images + 0.30 * severity[:, None, None, None] * stains
 
 
 def warp(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Bend by a smooth random displacement of up to about five pixels: edges stay crisp, shapes melt."""
+    """Warp by a smooth random displacement of up to about five pixels, which keeps edges sharp but deforms shapes."""
     batch, _, height, width = images.shape
     shift = torch.randn(batch, 2, 6, 6, generator=generator)
     shift = F.interpolate(shift, size=(height, width), mode="bicubic", align_corners=True)
@@ -108,12 +108,12 @@ def warp(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor
     columns = torch.linspace(-1, 1, width)[None, :].expand(height, width)
     grid = torch.stack([columns, rows], -1) + shift.permute(0, 2, 3, 1)
     bent = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    # Sampling at the pixels themselves is the identity only up to rounding.
+    # Sampling at the original pixel positions is the identity only up to rounding.
     return torch.where((severity > 0)[:, None, None, None], bent, images)
 
 
 def hue_shift(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn all hues by up to 75 degrees either way about the grey axis: colours leave the palette, edges stay."""
+    """Rotate all hues by up to 75 degrees in either direction; colours leave the palette, edges stay."""
     side = torch.where(torch.rand(images.shape[0], generator=generator) < 0.5, -1.0, 1.0)
     angle = side * severity * math.radians(75)
     # Rodrigues' rotation about (1, 1, 1) / sqrt 3.
@@ -124,7 +124,7 @@ def hue_shift(images: Tensor, severity: Tensor, generator: torch.Generator) -> T
 
 
 def melt(images: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Round off corners: blur, then steepen between the background (a corner) and the farthest colour from it."""
+    """Round off corners: blur, then sharpen between the background (a corner) and the colour farthest from it."""
     soft = gaussian_blur(images, severity, generator)
     ground = images[:, :, :1, :1]
     distance = (soft - ground).square().sum(1, keepdim=True).sqrt()
@@ -162,14 +162,17 @@ def spoil(
     clean_share: float = CLEAN_SHARE,
     severity_exponent: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Damage each image by one kind of the family with a random severity.
+    """Damage each image with a random kind of the family at a random severity.
 
     Args:
         images: clean images (B, 3, 32, 32) in [0, 1].
+        family: kinds of damage by name.
+        generator: random generator.
+        clean_share: share of images that stay clean.
         severity_exponent: severities of damaged images are U ** exponent: uniform at 1, mostly severe below.
 
     Returns:
-        (images clipped to [0, 1], severities of shape (B,); 0 for the clean share).
+        (images clipped to [0, 1], severities (B,); 0 for clean images).
     """
     count = images.shape[0]
     kind = torch.randint(len(family), (count,), generator=generator)

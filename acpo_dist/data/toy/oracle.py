@@ -1,4 +1,4 @@
-"""The exact oracle of the closed world: distance to the nearest clean template. It cannot be hacked."""
+"""Exact oracle of the toy world: distance to the nearest clean template. No policy can hack it."""
 
 from dataclasses import asdict, dataclass
 
@@ -22,12 +22,12 @@ class OracleReport:
     """Share of images whose nearest template has the prompt's caption; None without prompts."""
 
     def as_dict(self) -> dict[str, float | None]:
-        """Plain dictionary for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest clean template of each image.
+    """Find the nearest clean template of each image.
 
     Args:
         images: float RGB in [0, 1], shape (B, 3, 32, 32).
@@ -36,7 +36,7 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
         (template ids int64 (B,), mean squared distances float32 (B,)).
 
     Raises:
-        ValueError: another shape, or non-finite pixels.
+        ValueError: another shape, or a non-finite pixel.
     """
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"the toy oracle needs images of shape (B, 3, 32, 32), found {tuple(images.shape)}")
@@ -46,7 +46,7 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
     clean = templates().flatten(1).double()
     ids, distances = [], []
     for chunk in flat.split(256):
-        # Exact differences through the expanded square in float64: relative error far below a grey level.
+        # In float64 the expanded square is accurate to far below one grey level.
         square = chunk.square().sum(1, keepdim=True) - 2 * chunk @ clean.T + clean.square().sum(1)
         best = square.argmin(1)
         ids.append(best)
@@ -55,10 +55,17 @@ def nearest_template(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def judge_exactly(images: Tensor, prompts: list[str] | None = None) -> OracleReport:
-    """Oracle figures of a set of images (float RGB in [0, 1]).
+    """Compute the oracle metrics of a set of images.
+
+    Args:
+        images: float RGB in [0, 1], shape (B, 3, 32, 32).
+        prompts: B captions of the toy world, or None.
+
+    Returns:
+        Means over the images.
 
     Raises:
-        ValueError: a prompt is no caption of the world, or `nearest_template` refuses the images.
+        ValueError: a prompt is no caption of the toy world, or `images` is invalid (see `nearest_template`).
     """
     ids, mse = nearest_template(images)
     share = torch.bincount(ids, minlength=templates().shape[0]).double() / len(ids)

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer whose whole vocabulary is the closed world's: byte-pair merges that build exactly its words."""
+"""A CLIP tokenizer for the vocabulary of the toy world, with byte-pair merges that build exactly its words."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP `vocab` and `merges`: single letters, the prefixes of the world's words, the words."""
-    # Longest first: merges are applied by rank, and a short word's pairs must not cut a longer word apart.
+    """Return CLIP `vocab` and `merges`: single letters, the prefixes of the toy world's words, and the words."""
+    # Longest first: merges apply by rank, and the pairs of a short word must not split a longer word.
     words = sorted(["a", "on", "background", *COLOURS, *SHAPES, *BACKGROUNDS], key=len, reverse=True)
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = dict.fromkeys([*letters, *(letter + _WORD_END for letter in letters)])
@@ -29,7 +29,7 @@ def vocabulary() -> tuple[dict[str, int], list[str]]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write a tokenizer folder that transformers' `CLIPTokenizer.from_pretrained` opens."""
+    """Write a tokenizer folder that transformers' `CLIPTokenizer.from_pretrained` loads."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab, merges = vocabulary()
     (folder / "vocab.json").write_text(json.dumps(vocab))

@@ -1,8 +1,8 @@
-"""The closed world: captioned scenes drawn from a finite, enumerable set of clean templates.
+"""The toy world: captioned scenes from a finite, enumerable set of clean templates.
 
 Every scene is one shape in one colour on one background at one of nine places in one of two sizes: 864 templates of
-32 x 32 RGB pixels. The caption names shape, colour and background (48 captions of 18 templates each), so place and
-size are free: a model that collapses loses them, and the oracle sees it.
+32 x 32 RGB pixels. The caption names shape, colour and background (48 captions of 18 templates each). Place and size
+are free, so the oracle detects a model that collapses and loses them.
 """
 
 import functools
@@ -28,7 +28,7 @@ _SUPERSAMPLING = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One clean template: what is drawn, and where."""
+    """One clean template: its content and its place."""
 
     shape: str
     colour: str
@@ -39,18 +39,18 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The caption that a prompt uses; place and size are left open."""
+        """Caption used as prompt; it leaves place and size open."""
         return caption_of(self.shape, self.colour, self.background)
 
 
 def caption_of(shape: str, colour: str, background: str) -> str:
-    """Wording of every caption in the world."""
+    """Return the caption for a shape, a colour and a background."""
     return f"a {colour} {shape} on a {background} background"
 
 
 @functools.cache
 def scenes() -> tuple[Scene, ...]:
-    """All 864 scenes in a fixed order; the index is the template id."""
+    """Return all 864 scenes in a fixed order; the index is the template id."""
     grid = itertools.product(SHAPES, COLOURS, BACKGROUNDS, range(3), range(3), range(2))
     return tuple(
         Scene(shape=shape, colour=colour, background=background, row=row, column=column, size=size)
@@ -60,32 +60,32 @@ def scenes() -> tuple[Scene, ...]:
 
 @functools.cache
 def captions() -> tuple[str, ...]:
-    """The 48 captions in a fixed order."""
+    """Return the 48 captions in a fixed order."""
     return tuple(caption_of(*words) for words in itertools.product(SHAPES, COLOURS, BACKGROUNDS))
 
 
 @functools.cache
 def caption_index() -> Tensor:
-    """Caption id of every template: int64 of shape (864,)."""
+    """Return the caption id of every template, int64 (864,)."""
     position = {caption: index for index, caption in enumerate(captions())}
     return torch.tensor([position[scene.caption] for scene in scenes()])
 
 
 @functools.cache
 def templates() -> Tensor:
-    """Clean images of all scenes: float32 RGB in [0, 1], shape (864, 3, 32, 32), anti-aliased."""
+    """Return the clean images of all scenes, anti-aliased: float32 RGB in [0, 1], (864, 3, 32, 32)."""
     return torch.stack([_render(scene) for scene in scenes()])
 
 
 def _coverage(shape: str, down: Tensor, right: Tensor, radius: float) -> Tensor:
-    """Which points (relative to the centre, in pixels) lie inside the shape."""
+    """Return which points (relative to the centre, in pixels) lie inside the shape."""
     if shape == "circle":
         return down.square() + right.square() <= radius**2
     if shape == "square":
         half = 0.88 * radius
         return (down.abs() <= half) & (right.abs() <= half)
     if shape == "triangle":
-        # Apex up, base down; the half width grows linearly from the apex.
+        # Apex at the top, base at the bottom; the half width grows linearly from the apex.
         return (down <= 0.85 * radius) & (down >= -radius) & (right.abs() <= (down + radius) * 0.56)
     if shape == "cross":
         arm, length = 0.32 * radius, radius

@@ -1,4 +1,4 @@
-"""Train a small noise-prediction network from scratch: the base models of the toy world and of the CIFAR-10 recipe."""
+"""Train a small noise-prediction network from scratch, for the base models of the toy world and the CIFAR-10 recipe."""
 
 import copy
 import logging
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 Example = tuple[Tensor, object]
 ExampleBatch = Callable[[int, torch.Generator], Example]
-"""(count, generator) -> (clean x_0 of shape (B, C, H, W), condition that `predict` understands)."""
+"""(count, generator) -> (clean x_0 of shape (B, C, H, W), condition for `predict`)."""
 Predict = Callable[[nn.Module, Tensor, Tensor, object], Tensor]
 """(network, x_t, timesteps, condition) -> network output."""
 Progress = Callable[[int, int, float], None]
@@ -35,12 +35,21 @@ def train_denoiser(
     prediction_type: str = "epsilon",
     progress: Progress | None = None,
 ) -> float:
-    """Minimise the noise-prediction error over uniform timesteps; leave the averaged weights in the network.
+    """Minimise the noise-prediction error over uniform timesteps; the network ends with the averaged weights.
 
     Args:
+        network: network to train.
+        draw: source of training examples.
+        predict: calls the network.
         alpha_bars: cumulative signal fraction by timestep, shape (T,).
-        prediction_type: what the network learns to predict: `epsilon` or `v_prediction`.
-        max_seconds: stop early after so long (the learning-rate decay follows the clock then, so the end is as smooth).
+        steps: number of optimiser steps.
+        batch_size: samples per step.
+        seed: seed of samples, noise and timesteps.
+        learning_rate: peak learning rate.
+        ema_decay: decay of the weight average.
+        max_seconds: time limit in seconds; if set, the learning-rate decay follows the clock and still completes.
+        prediction_type: prediction target of the network: `epsilon` or `v_prediction`.
+        progress: called after a step.
 
     Returns:
         Mean loss over the last tenth of the steps.
@@ -71,7 +80,7 @@ def train_denoiser(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
-        # The averaging window grows with the run, so a short run is not left near its random start.
+        # The averaging window grows with the run, so that a short run does not stay near its random initialisation.
         _average(average, network, min(ema_decay, (1 + step) / (10 + step)))
         losses.append(loss.item())
         if progress is not None:

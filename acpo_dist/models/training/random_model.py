@@ -1,4 +1,4 @@
-"""A pipeline of full size with random weights: for benchmarks and tests where no trained one can be had."""
+"""A full-size pipeline with random weights, for benchmarks and tests without access to a trained one."""
 
 import json
 import secrets
@@ -21,12 +21,21 @@ _BLOCK = 1 << 22
 
 
 def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> Path:
-    """Write an SDXL folder of 2.6 B + 0.8 B parameters (7 GB in bfloat16); one that is there already is kept.
+    """Write an SDXL folder of 2.6 B + 0.8 B parameters (7 GB in bfloat16), or keep an existing one.
 
-    The tokenizer knows the toy world's words alone, cut and padded to SDXL's 77 tokens.
+    The tokenizer knows only the words of the toy world; prompts are truncated and padded to SDXL's 77 tokens.
+
+    Args:
+        folder: folder to write.
+        dtype: type of the weights.
+        device: device on which the weights are generated.
+        seed: seed of the weights.
+
+    Returns:
+        The folder.
 
     Raises:
-        UsageError: the folder holds something else.
+        UsageError: the folder holds other files.
     """
     if (folder / "model_index.json").is_file():
         return folder
@@ -34,7 +43,7 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
         raise UsageError(
             f"{folder} is taken, and holds no pipeline (no model_index.json). Name a folder that does not exist yet."
         )
-    # Beside the final place first: a folder that is cut short must not be taken for a whole one.
+    # Written beside the final place first, so that an incomplete folder is never mistaken for a complete one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
         _write(partial, dtype, device, seed)
@@ -71,14 +80,14 @@ def _encoder(kind: Any, architecture: Architecture, index: int, dtype: torch.dty
 
 
 def _filled(build: Any, dtype: torch.dtype, block: torch.Tensor) -> Any:
-    """Build on the meta device, then repeat one random block over all weights at the usual scale of a linear layer."""
+    """Build on the meta device, then fill all weights with one repeated random block at the scale of a linear layer."""
     with torch.device("meta"):
         module = build()
     module.to(dtype).to_empty(device=block.device)
     with torch.no_grad():
         for owner, name, value in _parameters(module):
             if value.ndim < 2:
-                # Norms start as the identity; everything else of one dimension is a bias.
+                # Norms start as the identity; all other one-dimensional parameters are biases.
                 value.fill_(1.0 if name == "weight" and "Norm" in type(owner).__name__ else 0.0)
                 continue
             scale = (3 / value[0].numel()) ** 0.5

@@ -1,4 +1,4 @@
-"""Architectures of the embedded toy models: SDXL's, SD 1.5's and DDPM's own classes at a thousandth of their size."""
+"""Architectures of the embedded toy models: the SDXL, SD 1.5 and DDPM classes at a thousandth of their size."""
 
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ TIME_ID_WIDTH = 8
 
 
 def new_vae() -> AutoencoderKL:
-    """32 x 32 pixels to 8 x 8 latents of four channels, untrained."""
+    """Return an untrained VAE from 32 x 32 pixels to 8 x 8 latents with four channels."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -60,7 +60,7 @@ def _text_config(hidden_act: str) -> CLIPTextConfig:
 
 
 class ToySdxl(nn.Module):
-    """The parts of toy-sdxl that train together: U-Net and both text encoders."""
+    """Jointly trained parts of toy-sdxl: U-Net and both text encoders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,14 +86,14 @@ class ToySdxl(nn.Module):
         )
 
     def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Penultimate states of both encoders side by side (B, L, 64), and the pooled projection (B, 32)."""
+        """Return the concatenated penultimate states of both encoders (B, L, 64), and the pooled projection (B, 32)."""
         first = self.text_encoder(token_ids, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(token_ids, output_hidden_states=True)
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
 
 class ToySd15(nn.Module):
-    """The parts of toy-sd15 that train together: U-Net and its one text encoder."""
+    """Jointly trained parts of toy-sd15: U-Net and its text encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ToySd15(nn.Module):
             out_channels=4,
             block_out_channels=(32, 64),
             layers_per_block=1,
-            # SD 1.5's order: attention in every block but the deepest.
+            # SD 1.5's order: attention in every block except the deepest.
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             cross_attention_dim=TEXT_WIDTH,
@@ -113,12 +113,12 @@ class ToySd15(nn.Module):
         )
 
     def encode(self, token_ids: Tensor) -> Tensor:
-        """Last states of the encoder, after its final norm (B, L, 32)."""
+        """Return the last states of the encoder after its final norm (B, L, 32)."""
         return self.text_encoder(token_ids).last_hidden_state
 
 
 def new_ddpm() -> UNet2DModel:
-    """Pixel-space noise predictor of 0.7 M parameters for 32 x 32 RGB, untrained."""
+    """Return an untrained pixel-space noise predictor of 0.7 M parameters for 32 x 32 RGB."""
     return UNet2DModel(
         sample_size=IMAGE_SIZE,
         in_channels=3,
@@ -133,7 +133,7 @@ def new_ddpm() -> UNet2DModel:
 
 
 def sdxl_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own noise schedule and default sampler."""
+    """Return SDXL's noise schedule with its default sampler."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -145,7 +145,7 @@ def sdxl_scheduler() -> EulerDiscreteScheduler:
 
 
 def sd15_scheduler() -> PNDMScheduler:
-    """SD 1.5's own noise schedule and default sampler."""
+    """Return SD 1.5's noise schedule with its default sampler."""
     return PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -158,7 +158,7 @@ def sd15_scheduler() -> PNDMScheduler:
 
 
 def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
-    """Write a `StableDiffusionXLPipeline` folder, weights in half precision."""
+    """Write a `StableDiffusionXLPipeline` folder with weights in half precision."""
     write_tokenizer(folder / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     pipeline = StableDiffusionXLPipeline(
@@ -172,14 +172,14 @@ def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    # Half the bytes for the large parts only: diffusers widens them on loading, transformers keeps an encoder's dtype.
+    # Only the large parts are halved: diffusers widens them on loading, transformers keeps an encoder's dtype.
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
-    """Write a `StableDiffusionPipeline` folder without a safety checker, weights in half precision."""
+    """Write a `StableDiffusionPipeline` folder without a safety checker, with weights in half precision."""
     write_tokenizer(folder / "tokenizer")
     pipeline = StableDiffusionPipeline(
         vae=vae,

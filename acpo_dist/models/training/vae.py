@@ -17,10 +17,17 @@ ImageBatch = Callable[[int, torch.Generator], Tensor]
 def train_vae(
     vae: Any, draw: ImageBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 3e-3
 ) -> None:
-    """Train in place: squared error, finite differences of it (edges), and a small KL to the unit Gaussian.
+    """Train in place on squared error, the error of finite differences (edges), and a small KL to the unit Gaussian.
 
-    `vae` is an `AutoencoderKL`, whose declared outputs are unions with tuples that never occur here.
-    Sets `scaling_factor` in the config to one over the standard deviation of the latents, as SDXL's VAE has it.
+    Sets `scaling_factor` in the config to the reciprocal of the standard deviation of the latents, as SDXL's VAE does.
+
+    Args:
+        vae: an `AutoencoderKL`; untyped because its declared outputs are unions with tuples, which do not occur here.
+        draw: source of training images.
+        steps: number of optimiser steps.
+        batch_size: images per step.
+        seed: seed of images and latents.
+        learning_rate: learning rate.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Fine-tune a CLIP for IPCE on captioned images, with people's opinions or without.
+"""Fine-tune a CLIP for IPCE on captioned images, with or without opinion scores.
 
-Without opinions the label is 5 for an image with its own caption and 0 with another image's. Source of loss and
-optimiser: Peng et al. (CVPRW 2024): L1, AdamW, weight decay 1e-3, all weights but the temperature.
+Without opinion scores, the label is 5 for an image with its own caption and 0 with the caption of another image. Loss
+and optimiser follow Peng et al. (CVPRW 2024): L1, AdamW, weight decay 1e-3, all weights except the temperature.
 """
 
 import json
@@ -34,18 +34,18 @@ class Captioned:
     """uint8 RGB, each (3, H, W)."""
     prompts: list[str]
     opinions: list[float] | None
-    """How well each image matches its caption, scaled to 0 to 5; None for an image without an opinion."""
+    """Opinion of how well each image matches its caption, scaled to 0 to 5; None without opinions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorrespondenceSettings:
-    """How IPCE is trained."""
+    """Training settings of IPCE."""
 
     steps: int = 300
     batch_size: int = 8
     learning_rate: float = 5e-6
     held_out: float = 0.2
-    """Share of the captions that is reported on."""
+    """Share of the captions that is held out."""
     patches: int = 8
     short_side: int = 512
     seed: int = 0
@@ -53,23 +53,32 @@ class CorrespondenceSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrespondenceReport:
-    """How well IPCE tells held-out captions apart."""
+    """Accuracy of IPCE on held-out captions."""
 
     images: int
     held_out_images: int
     pairs: float
-    """Share of held-out images that score higher with their own caption than with another one's."""
+    """Share of held-out images that score higher with their own caption than with another one."""
     pairs_before: float
-    """The same before training."""
+    """The same share before training."""
     srcc: float | None
     plcc: float | None
-    """With the opinions, where there are any."""
+    """Agreement with the opinions, if any."""
     seconds: float
     weights: str
 
 
 def read_captioned(path: Path, *, column: str, prompt_column: str, most: int) -> Captioned:
-    """Captioned images of a parquet file, or of a CSV file with the columns `path`, the captions', and maybe `mos`.
+    """Read captioned images from a parquet file, or a CSV file with `path`, a caption column and optionally `mos`.
+
+    Args:
+        path: parquet or CSV file.
+        column: image column of a parquet file.
+        prompt_column: caption column.
+        most: maximum number of images.
+
+    Returns:
+        The images with their captions.
 
     Raises:
         DataError: a file, image or column is missing, or a caption is empty.
@@ -93,11 +102,17 @@ def read_captioned(path: Path, *, column: str, prompt_column: str, most: int) ->
 def train_ipce(
     data: Captioned, clip: str, out: Path, settings: CorrespondenceSettings, *, progress: Advance | None = None
 ) -> CorrespondenceReport:
-    """Train, report on held-out captions, and write a folder that `{type: ipce, weights: FOLDER}` loads.
+    """Train, measure on held-out captions, and write a folder that `{type: ipce, weights: FOLDER}` loads.
 
     Args:
-        clip: folder or hub id of the CLIP to start from.
+        data: captioned images.
+        clip: folder or hub id of the initial CLIP.
+        out: folder to write.
+        settings: training settings.
         progress: called with 1 after every step.
+
+    Returns:
+        The report on held-out captions.
 
     Raises:
         DataError: fewer than ten different captions.
@@ -128,10 +143,10 @@ class _Trainer:
         self.clip, self._data, self._settings = clip, data, settings
 
     def fit(self, rows: Sequence[int], generator: torch.Generator, progress: Advance | None) -> None:
-        """L1 on the labels, at patches drawn anew in every step."""
+        """Minimise L1 on the labels, with new random patches in every step."""
         settings, model = self._settings, self.clip.model
         model.train().requires_grad_(True)
-        # IPCE keeps the temperature that the contrastive training found.
+        # IPCE keeps the temperature of the contrastive training.
         model.logit_scale.requires_grad_(False)
         trained = [value for value in model.parameters() if value.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=1e-3)
@@ -157,7 +172,7 @@ class _Trainer:
 
     @torch.no_grad()
     def pairs(self, rows: Sequence[int]) -> float:
-        """Share of the rows that score higher with their own caption than with another row's."""
+        """Return the share of the rows that score higher with their own caption than with another row's."""
         generator = torch.Generator().manual_seed(self._settings.seed + 1)
         wrong = [self._another(row, rows, generator) for row in rows]
         right = [self._data.prompts[row] for row in rows]
@@ -165,7 +180,7 @@ class _Trainer:
 
     @torch.no_grad()
     def opinions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Scores of the rows and their opinions; empty without."""
+        """Return scores and opinions of the rows; empty without opinions."""
         if self._data.opinions is None:
             return torch.empty(0), torch.empty(0)
         prompts = [self._data.prompts[row] for row in rows]
@@ -175,12 +190,12 @@ class _Trainer:
         return _TOP if self._data.opinions is None else self._data.opinions[row]
 
     def _another(self, row: int, rows: Sequence[int], generator: torch.Generator) -> str:
-        """Another caption of these rows; a split leaves at least two."""
+        """Return another caption of these rows; a split has at least two."""
         others = sorted({self._data.prompts[each] for each in rows} - {self._data.prompts[row]})
         return others[int(torch.randint(len(others), (1,), generator=generator))]
 
     def _scores(self, rows: Sequence[int], texts: list[str]) -> Tensor:
-        # The same patches for every image and text, as the metric has it.
+        # The same patches for every image and text, as in the metric.
         seed = self._settings.seed
         return torch.cat([
             self._quality([row], [text], torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Damaged windows of images at their own resolution, to train a quality network of a run on."""
+"""Damaged windows of images at native resolution, for training the quality network of a run."""
 
 import logging
 from collections.abc import Sequence
@@ -15,20 +15,21 @@ from acpo_dist.rewards.two_stream import PATCH
 logger = logging.getLogger(__name__)
 
 _MARGIN = 8
-"""Pixels round a window that are damaged with it and cut off again: borders are damaged differently."""
+"""Pixels around a window that are damaged with it and then cropped, because damage differs at borders."""
 _MOST_BYTES = 2 * 2**30
-"""Memory for decoded images; further images of a larger set are not used."""
+"""Memory limit of decoded images, in bytes; further images of a larger set are not used."""
 
 
 def native_images(path: Path, column: str, most: int | None = None) -> Sequence[Tensor]:
-    """Images of at least one window's size, neither resized nor cropped.
+    """Load images of at least one window's size without resizing or cropping them.
 
-    A set of smaller images, as the first one shows, is brought to the window's size.
+    If the first image is smaller than a window, the whole set is resized to the window's size; otherwise smaller images
+    are skipped.
 
     Args:
         path: folder, parquet file or archive.
         column: image column of parquet files.
-        most: use only the first images.
+        most: maximum number of images; None uses all.
 
     Returns:
         uint8 RGB, each (3, H, W) with H and W of at least 32.
@@ -53,13 +54,13 @@ def native_images(path: Path, column: str, most: int | None = None) -> Sequence[
 
 
 def damaged_windows(images: Sequence[Tensor], family: dict[str, Damage], low: int, high: int) -> LabelledBatch:
-    """Random 32 x 32 windows, damaged, with their severities; an image of that size is its own window.
+    """Return a source of damaged random 32 x 32 windows with their severities.
 
     Args:
         images: uint8 RGB, each (3, H, W).
         family: kinds of damage by name.
         low: first row to draw from.
-        high: row behind the last one.
+        high: row after the last one.
     """
     smallest = min(min(images[row].shape[1:]) for row in range(low, high))
     whole = all(tuple(images[row].shape[1:]) == (PATCH, PATCH) for row in range(low, high))

@@ -1,4 +1,4 @@
-"""Train a no-reference quality network on graded damage: the label is one minus the severity."""
+"""Train a no-reference quality network on graded damage; the label is one minus the severity."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ LabelledBatch = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class IqaReport:
-    """How well the network ranks damage that it did not see in training."""
+    """Agreement of the network with damage not seen in training."""
 
     srcc: float
     plcc: float
@@ -31,13 +31,21 @@ def train_iqa(
     network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3,
     held_out: LabelledBatch | None = None,
 ) -> IqaReport:  # fmt: skip
-    """Train in place with L1 plus a tenth of a pairwise ranking loss; report on 1,000 fresh images.
+    """Train in place with L1 plus a tenth of a pairwise ranking loss, and report on 1,000 new images.
 
     Args:
-        draw: training images.
-        held_out: images to report on, from references that `draw` never gives; None draws fresh damage.
+        network: network to train.
+        draw: source of training images.
+        steps: number of optimiser steps.
+        batch_size: images per step.
+        seed: seed of the training images.
+        learning_rate: learning rate.
+        held_out: source of report images, with references that `draw` never uses; None uses new damage from `draw`.
 
-    Source: TwoStream-IQA's training (L1 on the label, Adam 1e-3), with a hinge on pairs for the order.
+    Returns:
+        The report.
+
+    Source: TwoStream-IQA's training (L1 on the label, Adam 1e-3), with an additional hinge on pairs for the order.
     """
     started = time.monotonic()
     fit_iqa(network, draw, steps=steps, batch_size=batch_size, seed=seed, learning_rate=learning_rate)
@@ -49,9 +57,15 @@ def fit_iqa(
     network: nn.Module, draw: LabelledBatch, *, steps: int, batch_size: int, seed: int, learning_rate: float = 1e-3,
     progress: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """The training of `train_iqa` alone.
+    """Train as `train_iqa` does, without a report.
 
     Args:
+        network: network to train.
+        draw: source of training images.
+        steps: number of optimiser steps.
+        batch_size: images per step.
+        seed: seed of the training images.
+        learning_rate: learning rate.
         progress: called with 1 after every step.
     """
     torch.manual_seed(seed)
@@ -77,7 +91,7 @@ def fit_iqa(
 
 @torch.no_grad()
 def measure_iqa(network: nn.Module, draw: LabelledBatch, *, seed: int, count: int = 1000) -> IqaReport:
-    """Rank correlation and error on `count` images drawn with a seed that training never used."""
+    """Measure rank correlation and error on `count` images, drawn with a seed that training never uses."""
     network.eval()
     images, severity = draw(count, torch.Generator().manual_seed(seed))
     score = torch.cat([network(chunk) for chunk in images.split(100)])
@@ -85,7 +99,7 @@ def measure_iqa(network: nn.Module, draw: LabelledBatch, *, seed: int, count: in
 
 
 def agreement(score: Tensor, label: Tensor) -> IqaReport:
-    """Rank and linear correlation and error of scores (N,) against labels (N,); no time."""
+    """Compute rank and linear correlation and error of scores (N,) against labels (N,), without a duration."""
     srcc: Any = spearmanr(score.numpy(), label.numpy())
     plcc: Any = pearsonr(score.numpy(), label.numpy())
     return IqaReport(
@@ -95,6 +109,6 @@ def agreement(score: Tensor, label: Tensor) -> IqaReport:
 
 
 def _ranking_loss(score: Tensor, target: Tensor) -> Tensor:
-    """Hinge on half of the label gap over the pairs (i, i + 1)."""
+    """Hinge loss with half of the label gap as margin, over the pairs (i, i + 1)."""
     gap = target - target.roll(1)
     return F.relu(0.5 * gap.abs() - gap.sign() * (score - score.roll(1))).mean()

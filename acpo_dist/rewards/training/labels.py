@@ -1,4 +1,4 @@
-"""Images with opinions in CSV files, brought to one scale, and split so that no reference is on both sides."""
+"""Images with opinion scores in CSV files, rescaled, and split so that no reference is on both sides."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,18 @@ _LEAST_REFERENCES = 10
 
 
 def csv_rows(path: Path, wanted: Sequence[str], most: int | None = None) -> list[dict[str, str]]:
-    """Rows of a CSV file by column, the first `most` of them.
+    """Read rows of a CSV file.
+
+    Args:
+        path: CSV file.
+        wanted: required columns.
+        most: maximum number of rows; None reads all.
+
+    Returns:
+        Rows by column name.
 
     Raises:
-        DataError: the file cannot be read, holds no row, or lacks one of the wanted columns.
+        DataError: the file cannot be read, has no row, or lacks a required column.
     """
     table = read_table(path)
     if not set(wanted) <= set(table.header):
@@ -31,10 +39,18 @@ def csv_rows(path: Path, wanted: Sequence[str], most: int | None = None) -> list
 
 
 def opinions(rows: Sequence[dict[str, str]], path: Path, *, lower_is_better: bool = False) -> list[float]:
-    """The column `mos`, lowest to highest brought to 0 to 1, higher is better.
+    """Rescale the column `mos` linearly so that its minimum and maximum become 0 and 1; higher is better.
+
+    Args:
+        rows: rows of the file.
+        path: CSV file, for messages.
+        lower_is_better: whether to flip the scale.
+
+    Returns:
+        Labels in [0, 1], one per row.
 
     Raises:
-        DataError: a score is no number, or all are the same.
+        DataError: a score is no number, or all scores are equal.
     """
     scores = [_number(row["mos"], f"{path}, line {line}") for line, row in enumerate(rows, 2)]
     low, high = min(scores), max(scores)
@@ -45,7 +61,15 @@ def opinions(rows: Sequence[dict[str, str]], path: Path, *, lower_is_better: boo
 
 
 def split_by_reference(references: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to train on, and rows of the references that are held out, at least two.
+    """Split rows by reference.
+
+    Args:
+        references: reference of each row.
+        share: share of the references that is held out; at least two references are.
+        seed: seed of the split.
+
+    Returns:
+        (training rows, held-out rows).
 
     Raises:
         DataError: fewer than ten references.

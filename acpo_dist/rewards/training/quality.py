@@ -1,6 +1,6 @@
-"""Train TwoStream for images of one's own: on damage of known severity, or on opinions that people gave.
+"""Train TwoStream on custom images, with damage of known severity or with opinion scores.
 
-The images are split by reference: nothing of an image that is trained on, however damaged, is reported on.
+The images are split by reference: the report uses no version of a training image, however damaged.
 """
 
 import json
@@ -24,20 +24,20 @@ SIZES = {"toy": TOY, "published": PUBLISHED}
 DAMAGE: dict[str, Damage] = {
     "gaussian_blur": gaussian_blur, "grain": grain, "dct_quantise": dct_quantise, "pixelate": pixelate
 }  # fmt: skip
-"""No lowered contrast: real images come with any, so how much was taken away cannot be seen without the reference."""
+"""Damage kinds. Lowered contrast is excluded: its severity cannot be seen without the reference."""
 _CLEAN_SHARE = 0.1
 _BLOCK = 8
-"""Damage works on blocks of so many pixels."""
+"""Block size of the damage, in pixels."""
 _MARGIN = 8
-"""Pixels round a training window that are damaged with it and cut off again: borders are damaged differently."""
+"""Pixels around a window that are damaged with it and then cropped, because damage differs at borders."""
 _MOST_HELD_OUT = 250
 _VERSIONS = 4
-"""Damaged versions of each held-out reference."""
+"""Number of damaged versions of each held-out reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opinions:
-    """Images with labels in [0, 1], higher is better, and the reference that each was made from."""
+    """Images with labels in [0, 1], higher is better, and the reference of each image."""
 
     images: list[Tensor]
     """uint8 RGB, each (3, H, W)."""
@@ -47,7 +47,7 @@ class Opinions:
 
 @dataclass(frozen=True, kw_only=True)
 class QualitySettings:
-    """How TwoStream is trained."""
+    """Training settings of TwoStream."""
 
     network: str = "toy"
     """One of `SIZES`."""
@@ -55,13 +55,13 @@ class QualitySettings:
     batch_size: int = 64
     learning_rate: float = 3e-3
     held_out: float = 0.2
-    """Share of the references that is reported on."""
+    """Share of the references that is held out."""
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityReport:
-    """What was trained on what, and how well it ranks the held-out references."""
+    """Training data and agreement on the held-out references."""
 
     labels: str
     """`damage` or `opinions`."""
@@ -76,16 +76,19 @@ class QualityReport:
 
 
 def read_opinions(path: Path, *, lower_is_better: bool = False, most: int | None = None) -> Opinions:
-    """Images and mean opinion scores of a CSV file.
+    """Read images and mean opinion scores from a CSV file.
 
     Args:
-        path: file with the columns `path` (relative ones are meant from the file's folder), `mos`, and optionally
-            `reference` (what the image was made from; without it every image is its own).
-        lower_is_better: as in DMOS.
-        most: use the first so many rows.
+        path: file with the columns `path` (relative to the folder of the file), `mos`, and optionally `reference` (the
+            source of the image; by default every image is its own reference).
+        lower_is_better: whether lower scores are better, as with DMOS.
+        most: maximum number of rows; None reads all.
+
+    Returns:
+        Images, labels and references.
 
     Raises:
-        DataError: the file or an image is missing, a column is absent, a score is no number, or all are the same.
+        DataError: the file or an image is missing, a column is absent, a score is no number, or all scores are equal.
     """
     rows = csv_rows(path, ("path", "mos"), most)
     labels = opinions(rows, path, lower_is_better=lower_is_better)
@@ -100,12 +103,16 @@ def read_opinions(path: Path, *, lower_is_better: bool = False, most: int | None
 def train_two_stream(
     data: list[Tensor] | Opinions, out: Path, settings: QualitySettings, *, progress: Advance | None = None
 ) -> QualityReport:
-    """Train, report on held-out references, and write weights that `{type: two_stream, weights: FILE}` loads.
+    """Train, measure on held-out references, and write weights that `{type: two_stream, weights: FILE}` loads.
 
     Args:
         data: images without visible flaws, which are damaged here (uint8, each (3, H, W)); or opinions.
-        out: safetensors file; the report lies beside it as JSON.
+        out: safetensors file to write; the report is written beside it as JSON.
+        settings: training settings.
         progress: called with 1 after every step.
+
+    Returns:
+        The report on held-out references.
 
     Raises:
         DataError: too few references, or an image below 32 x 32.
@@ -141,7 +148,7 @@ def train_two_stream(
 
 
 def _windows(images: list[Tensor], rows: list[int], labels: Tensor | None) -> LabelledBatch:
-    """Random windows of a tile's size, damaged unless there are labels: (windows, severities)."""
+    """Return a source of random tile-sized windows with their severities, damaged unless there are labels."""
     smallest = min(min(images[row].shape[1:]) for row in rows)
     margin = _MARGIN if labels is None and smallest >= PATCH + 2 * _MARGIN else 0
     whole = PATCH + 2 * margin
@@ -162,7 +169,7 @@ def _windows(images: list[Tensor], rows: list[int], labels: Tensor | None) -> La
 
 
 def _window(image: Tensor, side: int, down: float, right: float) -> Tensor:
-    """Square of an image as float32 in [0, 1]; `down` and `right` in [0, 1) say where."""
+    """Crop a square as float32 in [0, 1]; `down` and `right` in [0, 1) give its relative position."""
     top, left = (
         int(place * (length - side + 1)) for place, length in ((down, image.shape[1]), (right, image.shape[2]))
     )
@@ -198,7 +205,7 @@ def _check_sizes(images: list[Tensor]) -> None:
 
 
 def load_training_data(path: Path, *, column: str, most: int | None, lower_is_better: bool) -> list[Tensor] | Opinions:
-    """What `train_two_stream` takes, from a CSV file of opinions, or a folder or parquet file of clean images."""
+    """Load the data of `train_two_stream`: a CSV file of opinions, or a folder or parquet file of clean images."""
     if path.suffix.lower() == ".csv":
         return read_opinions(path, lower_is_better=lower_is_better, most=most)
     return real_images(path, column=column, most=most)

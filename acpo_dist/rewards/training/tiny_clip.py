@@ -1,8 +1,8 @@
-"""A CLIP of the toy world: trained contrastively on its captioned scenes, then as IPCE on graded agreement.
+"""Train a CLIP of the toy world: contrastively on its captioned scenes, then as IPCE on graded agreement.
 
-The second stage needs no human scores: an image is shown with the caption of a scene that shares none, one, two or all
-three of shape, colour and background with it, and the label is 5/3 per shared word. Scenes whose place and size are
-held out are never trained on; the report ranks true captions against wrong ones on them.
+The second stage needs no human scores. An image is paired with the caption of a scene that shares none, one, two or
+all three of shape, colour and background with it, and the label is 5/3 per shared word. Held-out combinations of
+place and size are never trained on; the report compares true and wrong captions on them.
 """
 
 import json
@@ -27,9 +27,9 @@ from acpo_dist.rewards.ipce import LEVELS, ipce_quality, ipce_views, level_texts
 logger = logging.getLogger(__name__)
 
 CONTEXT = 24
-"""Tokens of a text: a caption within IPCE's sentence takes 16."""
+"""Maximum number of tokens of a text; a caption within IPCE's sentence takes 16."""
 HELD_OUT_PER_CAPTION = 4
-"""Of the 18 scenes that share a caption."""
+"""Number of held-out scenes of the 18 that share a caption."""
 _END = "<|endoftext|>"
 _UNKNOWN = "<|unknown|>"
 _SHORT_SIDE = 512
@@ -38,19 +38,19 @@ _GRADES = 5.0 / 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class TinyClipReport:
-    """Share of pairs, on held-out scenes, in which the true caption scores above a wrong one."""
+    """Share of pairs on held-out scenes in which the true caption scores above a wrong one."""
 
     clip_pairs: float
     ipce_pairs: float
     ipce_close_pairs: float
-    """The same where the wrong caption differs in a single word."""
+    """The same share if the wrong caption differs in a single word."""
     ipce_error: float
     """Mean absolute error of IPCE against the label, on a scale of 0 to 5."""
     seconds: float
 
 
 def new_tiny_clip(*, width: int = 64, layers: int = 3, patch: int = 8) -> CLIPModel:
-    """A transformers CLIP of 0.2 M parameters for 32 x 32 pixels and the toy world's words, untrained."""
+    """Return an untrained transformers CLIP of 0.2 M parameters for 32 x 32 pixels and the words of the toy world."""
     vocab, _ = _vocabulary()
     shared: dict[str, Any] = dict(
         hidden_size=width, intermediate_size=2 * width, num_attention_heads=4, projection_dim=width
@@ -68,14 +68,14 @@ def new_tiny_clip(*, width: int = 64, layers: int = 3, patch: int = 8) -> CLIPMo
 
 
 def save_tiny_clip(folder: Path, model: CLIPModel) -> None:
-    """Write a folder that `CLIPModel.from_pretrained` and `CLIPTokenizer.from_pretrained` open."""
+    """Write a folder that `CLIPModel.from_pretrained` and `CLIPTokenizer.from_pretrained` load."""
     model.save_pretrained(folder)
     write_tokenizer(folder)
     vocab, merges = _vocabulary()
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    # An unknown sign must not be the end token: the text's vector is read at the first of those.
+    # The unknown token must differ from the end token: the text vector is read at the first end token.
     settings |= {"model_max_length": CONTEXT, "unk_token": _UNKNOWN}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     (folder / "preprocessor_config.json").write_text(
@@ -87,20 +87,24 @@ def train_tiny_clip(
     folder: Path, *, steps: int = 500, ipce_steps: int = 400, seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> TinyClipReport:  # fmt: skip
-    """Train both stages on the training scenes, save, and measure on the held-out ones.
+    """Train both stages on the training scenes, save the model, and measure it on the held-out scenes.
 
     Args:
-        folder: where to write.
-        steps: of the contrastive stage, each of all 48 captions with one scene each.
-        ipce_steps: of the IPCE stage, each of 24 images; 0 leaves IPCE zero-shot.
+        folder: folder to write.
+        steps: steps of the contrastive stage, each of all 48 captions with one scene each.
+        ipce_steps: steps of the IPCE stage, each of 24 images; 0 leaves IPCE zero-shot.
+        seed: seed of the split and of training.
         progress: called after every step with its number, the number of steps of both stages, and the loss.
+
+    Returns:
+        The report on held-out scenes.
     """
     started = time.monotonic()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = new_tiny_clip()
     disable_progress_bar()
-    # Saved before training for the tokenizer alone; the weights are written again at the end.
+    # Saved before training only for the tokenizer; the weights are written again at the end.
     save_tiny_clip(folder, model)
     stages = _Stages(model, CLIPTokenizer.from_pretrained(folder), split_scenes(seed)[0], generator)
     model.train()
@@ -108,7 +112,7 @@ def train_tiny_clip(
         ((steps, 2e-3, stages.contrastive), (ipce_steps, 1e-3, stages.ipce))
     ):
         if count:
-            # IPCE keeps the temperature that the contrastive stage found.
+            # IPCE keeps the temperature of the contrastive stage.
             model.logit_scale.requires_grad_(number == 0)
             _descend(model, loss_of, count, rate, lambda step, loss, done=number * steps: (
                 progress(done + step, steps + ipce_steps, loss) if progress else None
@@ -119,7 +123,7 @@ def train_tiny_clip(
 
 
 def split_scenes(seed: int) -> tuple[Tensor, Tensor]:
-    """Template ids for training (48, 14) and held out (48, 4), row by caption."""
+    """Return template ids for training (48, 14) and held out (48, 4), one row per caption."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.stack([torch.nonzero(caption_index() == index).flatten() for index in range(len(captions()))])
     order = torch.stack([torch.randperm(rows.shape[1], generator=generator) for _ in rows])
@@ -128,13 +132,13 @@ def split_scenes(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def shared_words() -> Tensor:
-    """How many of shape, colour and background two captions share: int64 (48, 48), 0 to 3."""
+    """Return how many of shape, colour and background two captions share: int64 (48, 48), 0 to 3."""
     parts = torch.cartesian_prod(*(torch.arange(len(kind)) for kind in (SHAPES, COLOURS, BACKGROUNDS)))
     return (parts[:, None] == parts[None]).sum(-1)
 
 
 class _Stages:
-    """The two losses, on random training scenes under light noise."""
+    """The two losses, on random training scenes with light noise."""
 
     def __init__(self, model: CLIPModel, tokenizer: Any, scenes: Tensor, generator: torch.Generator) -> None:
         self._model, self._scenes, self._generator = model, scenes, generator
@@ -145,7 +149,7 @@ class _Stages:
         self._levels = levels.unflatten(0, (len(captions()), len(LEVELS)))
 
     def contrastive(self) -> Tensor:
-        """CLIP's symmetric cross entropy over the 48 captions."""
+        """Compute CLIP's symmetric cross entropy over the 48 captions."""
         picked = torch.randint(self._scenes.shape[1], (len(self._scenes), 1), generator=self._generator)
         images = self._noisy(templates()[self._scenes.gather(1, picked)[:, 0]])
         logits = self._model.logit_scale.exp() * self.images(images) @ self.texts(self.captions).T
@@ -153,7 +157,7 @@ class _Stages:
         return (F.cross_entropy(logits, wanted) + F.cross_entropy(logits.T, wanted)) / 2
 
     def ipce(self, count: int = 24, patches: int = 2) -> Tensor:
-        """IPCE's L1 on graded agreement, at patches drawn anew in every step."""
+        """Compute IPCE's L1 loss on graded agreement, with new random patches in every step."""
         own = torch.randint(len(self._scenes), (count,), generator=self._generator)
         column = torch.randint(self._scenes.shape[1], (count,), generator=self._generator)
         shown, label = self._graded(own)
@@ -161,14 +165,14 @@ class _Stages:
         return (self.quality(images, shown, patches=patches, generator=self._generator) - label).abs().mean()
 
     def _graded(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Captions that share 0 to 3 words with the own ones, each number as often, and their labels."""
+        """Return captions that share 0 to 3 words with the own ones, each number equally often, and their labels."""
         wanted = torch.randint(4, own.shape, generator=self._generator)
         fits = shared_words()[own] == wanted[:, None]
         shown = torch.multinomial(fits.float(), 1, generator=self._generator)[:, 0]
         return shown, _GRADES * wanted
 
     def quality(self, images: Tensor, shown: Tensor, *, patches: int, generator: torch.Generator) -> Tensor:
-        """IPCE (B,) of images with the captions of these numbers."""
+        """Compute IPCE (B,) of images with the given caption ids."""
         views = ipce_views(images, size=IMAGE_SIZE, short_side=_SHORT_SIDE, count=patches, generator=generator)
         vectors = self.images(views.flatten(0, 1)).unflatten(0, views.shape[:2])
         known, place = shown.unique(return_inverse=True)
@@ -176,12 +180,12 @@ class _Stages:
         return ipce_quality(vectors, levels[place], self._model.logit_scale.exp())
 
     def images(self, views: Tensor) -> Tensor:
-        """Unit vectors (N, D) of views (N, 3, S, S) in [0, 1]."""
+        """Return unit vectors (N, D) of views (N, 3, S, S) in [0, 1]."""
         pooled: Any = self._model.vision_model(pixel_values=(views - self._mean) / self._std).pooler_output
         return F.normalize(self._model.visual_projection(pooled), dim=-1)
 
     def texts(self, token_ids: Tensor) -> Tensor:
-        """Unit vectors (N, D) of token ids (N, L)."""
+        """Return unit vectors (N, D) of token ids (N, L)."""
         pooled: Any = self._model.text_model(input_ids=token_ids).pooler_output
         return F.normalize(self._model.text_projection(pooled), dim=-1)
 
@@ -221,7 +225,7 @@ def _measure(model: CLIPModel, stages: _Stages, seed: int, started: float) -> Ti
     shared = shared_words()[own]
 
     def quality(shown: Tensor) -> Tensor:
-        # The same patches for every caption, as the metric does it.
+        # The same patches for every caption, as in the metric.
         patches = torch.Generator().manual_seed(seed)
         return stages.quality(images, shown, patches=8, generator=patches)
 
@@ -238,7 +242,7 @@ def _measure(model: CLIPModel, stages: _Stages, seed: int, started: float) -> Ti
 
 
 def _vocabulary() -> tuple[dict[str, int], list[str]]:
-    """The toy tokenizer's vocabulary and merges, with IPCE's words, digits and signs after them."""
+    """Return vocabulary and merges of the toy tokenizer, followed by IPCE's words, digits and punctuation."""
     vocab, merges = vocabulary()
     tokens = dict.fromkeys(token for token in vocab if not token.startswith("<|"))
     pairs = dict.fromkeys(merges)
