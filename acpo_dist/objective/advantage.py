@@ -1,4 +1,4 @@
-"""Advantages relative to the prompt's group, and what is left out on the way, counted."""
+"""Advantages relative to the prompt's group, with counts of excluded samples and groups."""
 
 import math
 import statistics
@@ -16,38 +16,38 @@ _DELTA = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageCounts:
-    """Where the samples went. A sample that fails several filters is counted under the first, in this order."""
+    """Counts by filter. A sample that fails several filters is counted under the first, in this order."""
 
     samples: int
     constant: int
-    """Images without content."""
+    """Images of one flat colour."""
     non_finite: int
-    """Samples for which an evaluator gave no finite score."""
+    """Samples for which an evaluator returned a non-finite score."""
     in_dropped_groups: int
-    """Usable samples of groups that were dropped whole."""
+    """Usable samples of dropped groups."""
     disagreeing: int
-    """Samples that one evaluator puts above their group and another below; kept unless vetoed."""
+    """Samples that one evaluator scores above the group's mean and another below; kept unless `veto` is set."""
     kept: int
     groups: int
     small_groups: int
-    """Groups dropped because fewer than two usable samples were left."""
+    """Groups dropped because fewer than two usable samples remained."""
     flat_groups: int
     """Groups dropped because their rewards have no spread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages:
-    """Advantages of the samples that are trained on."""
+    """Advantages of the samples that are used in training."""
 
     values: Mapping[str, float]
-    """Sample id -> A, standard deviations above the group's mean, within +-limit. Ids that are missing were dropped."""
+    """Sample id -> A, in standard deviations above the group's mean, within +-limit; dropped samples are missing."""
     limit: float
     groups: tuple[tuple[str, ...], ...]
-    """The kept samples, still by group."""
+    """Ids of the kept samples by group."""
     counts: AdvantageCounts
 
     def unit(self, sample_id: str) -> float:
-        """A / limit, in [-1, 1]: what NFT takes."""
+        """Return A / limit, in [-1, 1], the input of NFT."""
         return self.values[sample_id] / self.limit
 
 
@@ -64,27 +64,26 @@ def group_advantages(
     across_groups: bool = False,
     constant: Collection[str] = (),
 ) -> Advantages:
-    """A = (R - mean of the group) / (std of the group + delta), clipped, with R as in `compose`.
+    """Return A = (R - mean of the group) / (std of the group + delta), clipped, with R as in `compose`.
 
-    The mean and the (population) standard deviation are over the group's usable samples, vetoed ones included: their
-    scores still say where the group lies.
+    The mean and the (population) standard deviation are over the group's usable samples, including vetoed ones.
 
     Args:
         groups: sample ids of each prompt's group.
         qualities: evaluator -> sample id -> quality, normalised and signed (higher is better).
-        weights: evaluator -> weight in R; evaluators that `weights` lacks vote, but do not count in R.
+        weights: evaluator -> weight in R; evaluators missing from `weights` vote but do not contribute to R.
         spread: c of the composition; 0 makes R the weighted sum.
         limit: A is clipped to +-limit.
-        min_std: groups whose R spreads less are dropped; in the unit of R.
-        min_vote: an evaluator has a say on a sample when it puts it at least this many of its own group standard
-            deviations off the group's mean; 0 lets the smallest difference count. An evaluator whose qualities spread
-            less than `min_std` in the group has no say there.
+        min_std: smallest standard deviation of R in a group that is kept; in the unit of R.
+        min_vote: smallest distance from the group's mean, in the evaluator's own group standard deviations, at which
+            an evaluator votes on a sample; 0 counts any difference. An evaluator whose qualities have a standard
+            deviation below `min_std` in the group does not vote there.
         across_groups: divide by the standard deviation over all usable samples instead of the group's own.
-        veto: drop samples on whose sign two evaluators disagree. They are counted either way.
-        constant: ids of images without content, see `constant_images`.
+        veto: drop samples on whose sign two evaluators disagree. They are counted in both cases.
+        constant: ids of images of one flat colour, from `constant_images`.
 
     Raises:
-        KeyError: an evaluator that is weighted, or a sample's score, is missing.
+        KeyError: a weighted evaluator or the score of a sample is missing.
 
     Source: group-relative advantages as in GRPO (Shao et al. 2024) and DDPO's per-prompt statistics.
     """
@@ -127,14 +126,14 @@ def group_advantages(
 
 
 def constant_images(images: Tensor, min_std: float = 1 / 255) -> Tensor:
-    """Which images have no content: every channel's standard deviation over the pixels is below `min_std`.
+    """Find images of one flat colour: the standard deviation of every channel over the pixels is below `min_std`.
 
     Args:
         images: (B, C, H, W), uint8 in 0..255 or floating in 0..1.
-        min_std: in units of the full range; the default is one uint8 level, more than rounding makes of a flat colour.
+        min_std: in units of the full range; the default is one uint8 level, above the rounding of a flat colour.
 
     Returns:
-        bool (B,). An image with a value that is not finite counts as having no content.
+        bool (B,); also true for images with non-finite values.
     """
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     spread = (images.float() / scale).flatten(2).std(dim=2, correction=0)
@@ -154,7 +153,7 @@ def _standardised(values: Sequence[float], std: float | None = None) -> list[flo
 def _torn(
     names: Sequence[str], qualities: Mapping[str, Mapping[str, float]], min_std: float, min_vote: float
 ) -> set[str]:
-    """Samples with a vote above the group's mean and one below it."""
+    """Return the samples with one vote above the group's mean and another below it."""
     above: set[str] = set()
     below: set[str] = set()
     for scores in qualities.values():

@@ -1,4 +1,4 @@
-"""The anchor: squared distance of the policy's noise prediction from the frozen base model's, on the same inputs."""
+"""Anchor: squared distance between the noise predictions of policy and frozen base model on the same inputs."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ SPACES = ("eps", "v", "x0")
 
 
 def resolve_space(space: str, prediction_type: str) -> str:
-    """`auto` as the space that suits the prediction type: `v` for v-prediction, `eps` otherwise."""
+    """Return `space`, with `auto` replaced by `v` for v-prediction and by `eps` otherwise."""
     if space != "auto":
         return space
     return "v" if prediction_type == "v_prediction" else "eps"
@@ -18,14 +18,14 @@ def resolve_space(space: str, prediction_type: str) -> str:
 def output_drift(
     policy_output: Tensor, anchor_output: Tensor, alpha_bar_B: Tensor, prediction_type: str, space: str = "eps"
 ) -> Tensor:
-    """Difference of two predictions at the same x_t, expressed in noise, velocity or clean units.
+    """Return the difference of two predictions at the same x_t, in noise, velocity or x_0 units.
 
-    x_t cancels in the difference, so there is no division by a vanishing s and no cancellation error: the outputs
-    are subtracted first, then scaled. eps = a v (difference), eps = -(a/s) x0 (difference).
+    The outputs are subtracted first and scaled afterwards. x_t cancels in the difference, which avoids division by a
+    vanishing s and cancellation errors. For differences, eps = a v and eps = -(a/s) x0.
 
     Args:
-        policy_output: network output with the gradient, any floating dtype.
-        anchor_output: frozen network's output, same shape.
+        policy_output: network output with the graph, any floating dtype.
+        anchor_output: output of the frozen network, same shape.
         alpha_bar_B: in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         space: `auto`, `eps`, `v` or `x0`.
@@ -50,7 +50,7 @@ def output_drift(
 
 
 def drift_unit(alpha_bar: float, space: str) -> float:
-    """Factor from a mean squared drift in noise units to one in units of `space`; see `output_drift`.
+    """Return the factor that converts a mean squared drift from noise units to units of `space`.
 
     Raises:
         ValueError: unknown space.
@@ -61,5 +61,5 @@ def drift_unit(alpha_bar: float, space: str) -> float:
 
 
 def anchor_error(drift: Tensor) -> Tensor:
-    """Mean square over the elements of each sample: (B, ...) -> (B,)."""
+    """Return the mean square over the elements of each sample: (B, ...) -> (B,)."""
     return drift.square().flatten(1).mean(1)

@@ -1,12 +1,13 @@
-"""Several rewards as one: their weighted sum, less what they disagree by.
+"""Composition of several rewards: their weighted sum minus a penalty on their disagreement.
 
 With weights w_k, W = sum_k w_k and qualities q_k (normalised, higher is better):
 
     m = sum_k w_k q_k / W      s^2 = sum_k w_k (q_k - m)^2 / W
     q = W (m - c s)            dq / dq_k = w_k (1 - c (q_k - m) / s)
 
-c = 0 is the plain weighted sum. For two rewards of equal weight and c = 1, q is W times the lesser of the two.
-K rewards, B samples.
+c = 0 is the plain weighted sum. For two rewards of equal weight and c = 1, q is W times the smaller one.
+
+Shapes: K rewards, B samples.
 """
 
 import math
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor
 
 _FLAT = 1e-12
-"""Below this spread the rewards agree, and its slope, which is undefined there, is taken as 0."""
+"""Spread below which the rewards are treated as equal and the undefined slope of the spread as 0."""
 
 
 def compose(qualities: Sequence[float], weights: Sequence[float], spread: float = 0.0) -> float:
-    """q of one sample.
+    """Return the composed quality q of one sample.
 
     Args:
-        qualities: one per reward.
-        weights: likewise, positive.
-        spread: c.
+        qualities: one per reward, normalised.
+        weights: one per reward, positive.
+        spread: c, the penalty on disagreement.
     """
     total = sum(weight * quality for weight, quality in zip(weights, qualities, strict=True))
     if spread == 0:
@@ -37,10 +38,10 @@ def compose(qualities: Sequence[float], weights: Sequence[float], spread: float 
 
 
 def composition_slopes(qualities_KB: Tensor, weights: Sequence[float], spread: float = 0.0) -> Tensor:
-    """dq / dq_k of every sample, at least 0, shape (K, B).
+    """Return dq / dq_k of every sample, at least 0, shape (K, B).
 
-    Where c (q_k - m) / s exceeds 1 the derivative is negative: q would rise by making the best reward worse. Such a
-    reward gets slope 0.
+    If c (q_k - m) / s exceeds 1, the derivative is negative, and q would increase by worsening the best reward. The
+    slope of such a reward is set to 0.
     """
     shares = torch.tensor(weights, dtype=qualities_KB.dtype, device=qualities_KB.device)[:, None]
     slopes = shares.expand_as(qualities_KB)

@@ -1,21 +1,23 @@
-"""The drift controller: dual ascent on `anchor error <= budget squared`, damped."""
+"""Drift controller: damped dual ascent on the constraint `anchor error <= budget squared`."""
 
 import math
 from dataclasses import dataclass, replace
 
 
 def initial_anchor_weight(*, reward_weight: float, num_elements: int, gradient_norm: float, budget: float) -> float:
-    """Anchor weight at which one unconstrained step would drift by `budget` (rms, noise units).
+    """Return the anchor weight at which one unconstrained step drifts by `budget` (rms, noise units).
 
     lambda_a = lambda_q sqrt(D) ||g_eps|| / (2 r): the minimiser of -lambda_q <g, D> + (lambda_a / D) ||D||^2.
-    An upper estimate, since the network cannot realise every drift; the controller takes it from there.
+    This is an upper estimate, since the network cannot realise every drift; the controller adjusts it afterwards.
 
     Args:
+        reward_weight: lambda_q, weight of the reward.
         num_elements: D, elements of one latent tensor.
         gradient_norm: median over samples of ||dq / d eps-hat||.
+        budget: r, target rms drift, in noise units.
 
     Raises:
-        ValueError: a non-positive budget, or a gradient that is zero or not finite.
+        ValueError: the budget is not positive, or the gradient is zero or not finite.
     """
     if not budget > 0:
         raise ValueError(f"the drift budget must be positive, found {budget}")
@@ -26,23 +28,24 @@ def initial_anchor_weight(*, reward_weight: float, num_elements: int, gradient_n
 
 @dataclass(frozen=True, kw_only=True)
 class DriftController:
-    """State of the anchor weight. `rate` 0 keeps it fixed, which is the faithful mode.
+    """Anchor weight with its controller state. `rate` 0 keeps the weight fixed, as in the published method.
 
-    Proportional and integral in log drift. The integral alone, which is plain dual ascent, oscillates: the policy
-    answers an anchor weight several iterations late, and what a run ends with then depends on the phase.
+    The controller is proportional-integral in log drift. The integral term alone, which is plain dual ascent,
+    oscillates, because the policy responds to the anchor weight with a delay of several iterations.
     """
 
     weight: float
     budget: float | None
-    """Wanted rms drift, in the anchor's units; None switches steering off."""
+    """Target rms drift, in the anchor's units; None disables the controller."""
     rate: float
-    """Share of a log excess that the log weight moves by in one iteration."""
+    """Change of the log weight per iteration, as a share of the log excess."""
     brake: float = 3.0
-    """How many times faster the weight rises over its set point than it falls under it."""
+    """Ratio of the weight's rate of increase above the set point to its rate of decrease below it."""
     damping: float = 12.0
     """Response to a change of the excess since the last iteration, in units of `rate`."""
     headroom: float = 0.8
-    """Set point as a share of the budget: drift is noisy, and aiming at the limit itself oversteps it half the time."""
+    """Set point as a share of the budget: drift is noisy, and a set point at the budget would be exceeded half the
+    time."""
     last_excess: float | None = None
     """log(drift / set point) of the last iteration; None before the first."""
     min_weight: float = 1e-4

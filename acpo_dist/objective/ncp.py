@@ -1,14 +1,14 @@
-"""NCP: errors measured on features of the state that one reverse step leads to, instead of on the noise itself.
+"""NCP: errors of features at the state after one reverse step, instead of errors of the noise.
 
 From one x_t the policy, the reference and the true noise each take the same step to t', with the same noise z; the
-errors are distances between the features f(., t') of where they arrive, P_j = mean (f(x^j) - f(x*))^2.
+errors are distances between the features f(., t') of the resulting states, P_j = mean (f(x^j) - f(x*))^2.
 
 Precision: predictions that differ by 1 % move x_{t'} by about 5e-5 at stride 1, and the preference logit is a
-difference of differences of that. States rounded to bfloat16 or TF32 lose it (correlation with float64 below 0.6 on
-toy-sdxl, against 0.99998 in float32). So states and statistics are float32 or wider here, and f must run in full
-float32; TF32 is no substitute, also at stride 20.
+difference of such differences. Rounding states to bfloat16 or TF32 destroys it (correlation with float64 below 0.6 on
+toy-sdxl, compared with 0.99998 in float32). States and statistics are therefore float32 or wider, and f must run in
+full float32; TF32 is insufficient, also at stride 20.
 
-Source: NCP (IEEE Access 13:193745, 2025), from the formulas.
+Source: NCP (IEEE Access 13:193745, 2025), implemented from the formulas.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,23 +26,24 @@ Features = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class NcpStep:
-    """The reverse step that all three noises take: from level t to level t'."""
+    """Reverse step from level t to level t', shared by policy, reference and true noise."""
 
     timesteps_B: Tensor
-    """t', what the encoder is conditioned on."""
+    """t' (B,), on which the encoder is conditioned."""
     alpha_bar_t_B: Tensor
     alpha_bar_to_B: Tensor
 
 
 def ncp_step(timesteps_B: Tensor, alpha_bars_T: Tensor, stride: int) -> NcpStep:
-    """t' = max(t - stride, 0). Stride 1 is the published method, 20 moves the state about ten times as far.
+    """Return the step to t' = max(t - stride, 0).
 
     Args:
-        timesteps_B: t, integers from 1 on: at t = 0 there is nowhere to go.
+        timesteps_B: t, integers of at least 1.
         alpha_bars_T: cumulative signal fraction by timestep, float64, on the CPU.
+        stride: timesteps of the step; 1 is the published method, 20 moves the state about ten times as far.
 
     Raises:
-        ValueError: a timestep below 1, or a stride below 1.
+        ValueError: a timestep or the stride is below 1.
     """
     at = timesteps_B.cpu()
     if stride < 1 or int(at.min()) < 1:
@@ -59,19 +60,21 @@ def ncp_step(timesteps_B: Tensor, alpha_bars_T: Tensor, stride: int) -> NcpStep:
 def reverse_state(
     noisy: Tensor, noise_estimate: Tensor, alpha_bar_t_B: Tensor, alpha_bar_to_B: Tensor, posterior_noise: Tensor | None
 ) -> Tensor:
-    """x at the lower level, as the given noise estimate sees it.
+    """Return x at the lower level for the given noise estimate.
 
     With z: DDPM's posterior, (x_t - b / s_t eps) / sqrt(1 - b) + sigma z, where 1 - b = alpha_bar_t / alpha_bar_t' and
-    sigma^2 = (1 - alpha_bar_t') / (1 - alpha_bar_t) b. Without: the deterministic DDIM step a' x0-hat + s' eps.
+    sigma^2 = (1 - alpha_bar_t') / (1 - alpha_bar_t) b. Without z: the deterministic DDIM step a' x0-hat + s' eps.
 
     Args:
-        noisy: x_t.
-        noise_estimate: eps, same shape; carries the gradient if it is the policy's.
+        noisy: x_t (B, ...).
+        noise_estimate: eps, same shape; with the graph for the policy.
+        alpha_bar_t_B: level before the step, in (0, 1).
+        alpha_bar_to_B: level after the step.
         posterior_noise: z, shared by policy, reference and truth, and by the two samples of a pair; None for the
             deterministic step, which is meant for strides above 1 (the posterior mean moves twice as fast).
 
     Returns:
-        float32, float64 if an input is.
+        The state (B, ...) in float32, or float64 if an input is float64.
 
     Source: Ho et al. 2020, eq. 7 and 11; DDIM (Song et al. 2021), eq. 12.
     """
@@ -99,19 +102,19 @@ def ncp_statistics(
     step: NcpStep,
     posterior_noise: Tensor | None,
 ) -> ErrorStatistics:
-    """Distances of policy and reference from the truth, ready for every preference loss.
+    """Return the feature distances of policy and reference from the truth, as input of the preference losses.
 
-    Three encoder passes, of which one keeps a graph: f(x*) is shared by both distances. Several feature tensors (the
-    encoder's stages) count the same each, whatever their size.
+    It runs three encoder passes, one of them with a graph; f(x*) is shared by both distances. Feature tensors (the
+    encoder's stages) have equal weight, independent of their size.
 
     Args:
         features: f with its condition bound, frozen, in full float32.
         noisy: x_t.
-        policy_noise: eps of the policy, with the gradient (`to_noise` for other prediction types).
-        reference_noise: eps of the frozen base on the same input.
-        noise: the noise that x_t was made with.
-        step: see `ncp_step`.
-        posterior_noise: z or None, see `reverse_state`.
+        policy_noise: eps of the policy, with the graph (`to_noise` converts other prediction types).
+        reference_noise: eps of the frozen base model on the same input.
+        noise: noise of x_t.
+        step: reverse step, result of `ncp_step`.
+        posterior_noise: z of DDPM's posterior, or None for the deterministic DDIM step.
     """
 
     def look(estimate: Tensor) -> Sequence[Tensor]:

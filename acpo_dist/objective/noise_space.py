@@ -1,4 +1,4 @@
-"""Two numbers per sample that every noise-space term is made of: one policy and one reference forward serve all.
+"""Per-sample error statistics from which every noise-space loss is computed, with one policy and one reference forward.
 
 With e = reference - target and drift = policy - reference:
 
@@ -37,7 +37,7 @@ class ErrorStatistics:
     def excess(self) -> Tensor:
         """Policy error minus reference error, 2 c + a, (B,).
 
-        A subtraction of two means would lose it: near the start both errors agree in all but their last digits.
+        Subtracting the two means would lose precision, since both errors are nearly equal early in training.
         """
         return 2 * self.cross_B + self.drift_B
 
@@ -47,18 +47,18 @@ class ErrorStatistics:
         return self.reference_error_B + self.excess
 
     def rows(self, index: slice | Sequence[int] | Tensor) -> "ErrorStatistics":
-        """The statistics of some samples."""
+        """Return the statistics of the selected samples."""
         return ErrorStatistics(
             cross_B=self.cross_B[index], drift_B=self.drift_B[index], reference_error_B=self.reference_error_B[index]
         )
 
 
 def error_statistics(policy: Tensor, reference: Tensor, target: Tensor) -> ErrorStatistics:
-    """Statistics of three tensors of one shape (B, ...), all in one unit.
+    """Compute the statistics of three tensors of one shape (B, ...) and one unit.
 
     Args:
-        policy: carries the gradient; float32 or wider.
-        reference: output of the frozen base (for NFT of the old policy) on the same input, constant.
+        policy: output of the policy with the graph; float32 or wider.
+        reference: output of the frozen base model (for NFT of the sampling policy) on the same input, constant.
         target: exact value, constant.
     """
     return _statistics(policy - reference.detach(), reference.detach() - target.detach())
@@ -73,15 +73,15 @@ def noise_statistics(
     *,
     space: str = "eps",
 ) -> ErrorStatistics:
-    """Statistics of network outputs of any kind, in noise units unless another space is asked for.
+    """Compute the statistics of network outputs of any prediction type, in the units of `space`.
 
-    x_t cancels in both differences, so the outputs are subtracted first and scaled after. In `eps` space the error
-    of a v-prediction is a^2 mean((v - v*)^2): beta then means the same for every prediction type.
+    x_t cancels in both differences, so the outputs are subtracted first and scaled afterwards. In `eps` space the error
+    of a v-prediction is a^2 mean((v - v*)^2), so that beta has the same meaning for every prediction type.
 
     Args:
-        policy_output: network output with the gradient, (B, ...), any floating dtype.
-        reference_output: frozen output on the same x_t, t and condition.
-        target_output: see `target_output`.
+        policy_output: output of the policy with the graph, (B, ...), any floating dtype.
+        reference_output: output of the frozen network on the same x_t, t and condition, (B, ...).
+        target_output: exact output, result of the function `target_output`, (B, ...).
         alpha_bar_B: in (0, 1).
         prediction_type: `epsilon`, `v_prediction` or `sample`.
         space: `eps`, `v` or `x0`.
@@ -95,7 +95,7 @@ def noise_statistics(
 
 
 def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """Exact network output at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
+    """Return the exact network output at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
 
     Raises:
         ValueError: unknown prediction type.
@@ -111,9 +111,9 @@ def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_
 
 
 def min_snr_weight(alpha_bar_B: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma) / SNR, the weight of an error in noise units, (B,), float64.
+    """Return min(SNR, gamma) / SNR, the weight of an error in noise units, (B,), float64.
 
-    For v-prediction the publication weighs the velocity error by min(SNR, gamma) / (SNR + 1), which is the same.
+    For v-prediction the paper weights the velocity error by min(SNR, gamma) / (SNR + 1), which is equivalent.
 
     Source: min-SNR weighting (Hang et al. 2023).
     """

@@ -1,4 +1,4 @@
-"""Score normalisation on base-model samples, frozen for the run."""
+"""Score normalisation with statistics of base-model samples, which stay fixed during a run."""
 
 import math
 import statistics
@@ -8,26 +8,27 @@ from acpo_dist.core.errors import RewardError
 from acpo_dist.core.types import Normaliser
 
 _ROUNDING = 1e-6
-"""Relative spread that float32 arithmetic makes of equal scores."""
+"""Relative spread of equal scores that is due to float32 rounding."""
 
 
 def fit_normaliser(
     name: str, scores: Sequence[float], *, higher_is_better: bool, target_quantile: float | None
 ) -> Normaliser:
-    """Mean and standard deviation of a metric on base samples, and the hinge target as a quantile of them.
+    """Fit the mean and standard deviation of a metric on base samples, and the hinge target as a quantile.
 
     Args:
-        name: metric name, for the error.
+        name: metric name, for the error message.
         scores: raw scores of base samples.
-        target_quantile: quantile of the normalised base scores that becomes the target; None leaves it unset.
+        higher_is_better: direction of the metric.
+        target_quantile: quantile of the normalised base scores that is the hinge target; None leaves it unset.
 
     Raises:
-        RewardError: fewer than two scores, a score that is not finite, or no spread beyond rounding.
+        RewardError: there are fewer than two scores, a score is not finite, or the scores are equal up to rounding.
     """
     if len(scores) < 2 or not all(math.isfinite(score) for score in scores):
         raise RewardError(f"metric `{name}`: calibration needs at least two finite scores, found {len(scores)}")
     mean, std = statistics.fmean(scores), statistics.pstdev(scores)
-    # Scores are float32 numbers: what differs in their last digits alone is rounding.
+    # Scores are float32 numbers; differences in the last digits are rounding errors.
     if std <= _ROUNDING * max(abs(score) for score in scores):
         raise RewardError(
             f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it cannot tell them apart, so nothing "

@@ -1,4 +1,4 @@
-"""Pairs of one prompt's samples, best against worst, and why some are left out."""
+"""Pairing of samples of one prompt, best with worst, with the reasons for excluded pairs."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,16 +12,16 @@ from acpo_dist.objective.composition import compose
 
 
 class Verdict(StrEnum):
-    """What became of a pair; the first that applies, in this order."""
+    """Status of a pair; if several apply, the first in this order."""
 
     NON_FINITE = "non_finite"
-    """An evaluator gave no finite score."""
+    """An evaluator returned a non-finite score."""
     CONSTANT = "constant"
-    """One of the images has no content."""
+    """One of the images is of one flat colour."""
     MARGIN = "margin"
     """The rewards differ by less than the margin."""
     BEATEN = "beaten"
-    """Some evaluator prefers the loser."""
+    """An evaluator prefers the loser."""
     DUPLICATE = "duplicate"
     """The two images are nearly the same."""
     KEPT = "kept"
@@ -29,12 +29,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two samples of one prompt."""
+    """Winner and loser among the samples of one prompt."""
 
     winner: str
     loser: str
     margin: float
-    """Difference of their rewards, >= 0; NaN where one is not finite."""
+    """Difference of their rewards, >= 0; NaN if one is not finite."""
     verdict: Verdict
 
 
@@ -43,20 +43,20 @@ def pair_group(
     *, spread: float = 0.0, margin: float = 0.0, absolute: bool = True, constant: Collection[str] = (),
     duplicate: Callable[[str, str], bool] | None = None,
 ) -> list[Pair]:  # fmt: skip
-    """Best with worst, second best with second worst, and so on: every sample of an even group is in one pair.
+    """Pair best with worst, second best with second worst, and so on, so that every sample is in one pair.
 
     Args:
         names: sample ids of one group, an even number.
         qualities: evaluator -> sample id -> quality, normalised, higher is better.
-        weights: evaluator -> weight in R, by which samples are ranked, see `compose`.
+        weights: evaluator -> weight in R, the composed reward (`compose`) by which samples are ranked.
         spread: c of the composition; 0 makes R the weighted sum.
-        margin: smallest R_w - R_l of a pair that is kept.
-        absolute: keep a pair only if no evaluator prefers its loser (NCP's absolute winners).
-        constant: ids of images without content.
-        duplicate: whether two images are nearly the same; asked last, since it costs most.
+        margin: smallest R_w - R_l of a usable pair.
+        absolute: exclude pairs whose loser is preferred by an evaluator (NCP's absolute winners).
+        constant: ids of images of one flat colour.
+        duplicate: returns whether two images are nearly the same; called last, since it is the most expensive check.
 
     Raises:
-        ValueError: an odd number of samples.
+        ValueError: the number of samples is odd.
 
     Source: NCP (IEEE Access 13:193745, 2025), for absolute winners.
     """
@@ -69,7 +69,7 @@ def pair_group(
         else compose([qualities[metric][name] for metric in weights], list(weights.values()), spread)
         for name in names
     }
-    # Python's sort keeps the order of equals, so a tie does not depend on anything but the samples' order.
+    # Python's sort is stable, so ties are resolved by the order of the samples.
     ranked = sorted(names, key=lambda name: -rewards[name])
     pairs: list[Pair] = []
     for winner, loser in zip(ranked[: len(ranked) // 2], reversed(ranked), strict=False):
@@ -91,13 +91,15 @@ def pair_group(
 
 
 def nearly_same(first: Tensor, second: Tensor, threshold: float, *, size: int = 8) -> bool:
-    """Whether two images differ by less than `threshold` (rms, in units of the full range) on a size x size grid.
+    """Return whether two images differ by less than `threshold` on a size x size grid.
 
-    Area averages leave noise and single pixels out: what remains is layout and colour.
+    Area averages remove noise and single pixels, so that only layout and colour are compared.
 
     Args:
         first: uint8 (C, H, W).
-        second: uint8 (C, h, w); of another size, it is compared as if it were stretched to the first one's shape.
+        second: uint8 (C, h, w); an image of another size is compared as if resized to the first one's shape.
+        threshold: rms difference, in units of the full range.
+        size: side of the grid.
     """
     one, other = (F.interpolate(image[None].float() / 255, size=(size, size), mode="area") for image in (first, second))
     return float((one - other).square().mean().sqrt()) < threshold

@@ -1,4 +1,4 @@
-"""The perceptual term: the shape of the reward, the surrogate that carries its gradient, and the pixel clamp."""
+"""Perceptual term: shape of the reward, surrogate loss for its gradient, and pixel clamp."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ SHAPES = ("identity", "hinge", "softplus")
 
 
 def shape_reward(quality_B: Tensor, shape: str, target: float) -> tuple[Tensor, Tensor]:
-    """phi(q) and its derivative: what is minimised per sample.
+    """Return the minimised value phi(q) per sample and its derivative, each (B,).
 
     Args:
         quality_B: normalised quality, higher is better.
         shape: `identity` -q, `hinge` max(m - q, 0), `softplus` log(1 + exp(m - q)).
-        target: m, in normalised units; not used by `identity`.
+        target: m, in normalised units; ignored by `identity`.
 
     Raises:
         ValueError: unknown shape.
@@ -31,10 +31,10 @@ def shape_reward(quality_B: Tensor, shape: str, target: float) -> tuple[Tensor, 
 
 
 def surrogate(tensor: Tensor, gradient: Tensor, slope_B: Tensor) -> Tensor:
-    """Per-sample inner product of the constant reward gradient with our own tensor.
+    """Return the per-sample inner product of the constant reward gradient with `tensor`.
 
-    Its gradient with respect to the parameters equals that of phi(Q(tensor)) in one graph, as long as `gradient` is
-    dQ/dtensor at this very tensor and `slope_B` is phi'(q). Its value means nothing.
+    Its gradient with respect to the parameters equals that of phi(Q(tensor)) in one graph, provided that `gradient` is
+    dQ/dtensor at this tensor and `slope_B` is phi'(q). Its value has no meaning.
 
     Args:
         tensor: x0-hat or decoded images, carries the graph, shape (B, ...).
@@ -49,7 +49,7 @@ def surrogate(tensor: Tensor, gradient: Tensor, slope_B: Tensor) -> Tensor:
 
 
 class _ProjectedClamp(torch.autograd.Function):
-    """Forward clip to [0, 1]. Backward passes the gradient except where the coming step would leave [0, 1] further."""
+    """Clip to [0, 1]; the backward pass drops gradients whose update would move the value further out of [0, 1]."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, direction: int) -> Tensor:
@@ -67,13 +67,13 @@ class _ProjectedClamp(torch.autograd.Function):
 
 
 def clip_pixels(pixels: Tensor, *, ascend: bool = False) -> Tensor:
-    """Straight-through clip to [0, 1], projected.
+    """Clip to [0, 1] with a projected straight-through gradient.
 
-    A hard clamp kills the gradient that would repair over-exposure; a free pass rewards values outside the gamut.
+    A hard clamp drops the gradient that corrects over-exposure; an unprojected one rewards values outside the gamut.
 
     Args:
         pixels: any shape.
-        ascend: the incoming gradient is that of something to be raised (a score), not lowered (a loss).
+        ascend: whether the gradient is that of a maximised value (a score) instead of a minimised one (a loss).
     """
     result = _ProjectedClamp.apply(pixels, 1 if ascend else -1)
     assert isinstance(result, Tensor)

@@ -1,9 +1,9 @@
-"""Losses that turn advantages into gradients: NFT, reward-weighted regression, and DDPO's clipped surrogate.
+"""Losses from advantages: NFT, reward-weighted regression, and DDPO's clipped surrogate.
 
-Log-probability convention of this file: **mean over the elements of a latent**, in nats per element, as in the public
-DDPO code. The density of the whole step is D times that. A ratio is therefore exp of a mean, the D-th root of the true
-density ratio; clip ranges do not depend on the resolution, and are small (DDPO's 1e-4 belongs to this convention).
-A group's advantages and the ratios are per sample: nothing here is averaged over the batch.
+Log-probabilities are **means over the elements of a latent**, in nats per element, as in the public DDPO code. The
+log-density of the whole step is D times the mean. A ratio is therefore the D-th root of the true density ratio; clip
+ranges do not depend on the resolution, and are small (DDPO's 1e-4 belongs to this convention). Advantages and ratios
+are per sample; losses are not averaged over the batch.
 """
 
 import math
@@ -18,17 +18,17 @@ from acpo_dist.objective.noise_space import ErrorStatistics
 
 
 def nft_loss(statistics: ErrorStatistics, unit_advantage_B: Tensor, beta: float) -> Tensor:
-    """Advantage-weighted denoising with a noise-space anchor: 2 A c + beta a, per sample.
+    """Return advantage-weighted denoising with a noise-space anchor, 2 A c + beta a, per sample (B,).
 
     Equal, up to a constant and the factor beta, to DiffusionNFT's two branches
     r ||e + beta drift||^2 + (1 - r) ||e - beta drift||^2 with r = (1 + A) / 2. Bounded below, also for A < 0: the
     minimum lies at drift = -(A / beta) e.
 
     Args:
-        statistics: reference = the policy that drew the samples, on x_t noised from the sample's own x_0 at any t.
-            With the frozen base instead, the minimiser does not move after the first iteration.
+        statistics: errors with the sampling policy as reference, on x_t noised from the sample's own x_0 at any t.
+            With the frozen base model as reference the minimiser stays fixed after the first iteration.
         unit_advantage_B: A in [-1, 1], constant.
-        beta: strength of the anchor, > 0; 1 makes the branches those at the policy itself and its mirror image.
+        beta: strength of the anchor, > 0; at 1 the branches are the policy itself and its mirror image.
 
     Source: DiffusionNFT (Zheng et al. 2025).
     """
@@ -38,18 +38,18 @@ def nft_loss(statistics: ErrorStatistics, unit_advantage_B: Tensor, beta: float)
 def nft_clean_loss(
     policy_clean: Tensor, old_clean: Tensor, clean: Tensor, unit_advantage_B: Tensor, beta: float
 ) -> Tensor:
-    """DiffusionNFT's two branches on x0 estimates, each divided by its own mean absolute error, per sample (B,).
+    """Return DiffusionNFT's loss on x0 estimates, with branches divided by their mean absolute error, (B,).
 
     With r = (1 + A) / 2, y+ = (1 - beta) y_old + beta y and y- = (1 + beta) y_old - beta y:
 
         (r mean((y+ - x_0)^2) / |y+ - x_0|_1 + (1 - r) mean((y- - x_0)^2) / |y- - x_0|_1) / beta
 
-    The divisors are means over the elements of a sample, at least 1e-5, and constants of the gradient. The published
-    code multiplies the whole by the advantage's limit, which only sets its weight against the KL term.
+    The divisors are means over the elements of a sample, at least 1e-5, and detached. The published code also
+    multiplies the loss by the advantage's limit, which only changes its weight relative to the KL term.
 
     Args:
-        policy_clean: x0-hat of the policy (B, ...), with the gradient.
-        old_clean: x0-hat of the policy that drew the samples, on the same input, constant.
+        policy_clean: x0-hat of the policy (B, ...), with the graph.
+        old_clean: x0-hat of the sampling policy on the same input, constant.
         clean: x_0, constant.
         unit_advantage_B: A in [-1, 1], constant.
         beta: > 0.
@@ -69,11 +69,11 @@ def nft_clean_loss(
 
 
 def reward_weights(advantage_G: Tensor, temperature: float) -> Tensor:
-    """Reward-weighted regression: G softmax(A / temperature) within one group, mean 1, to weight denoising losses.
+    """Return the weights of reward-weighted regression, G softmax(A / temperature) within one group, of mean 1.
 
     Args:
         advantage_G: advantages of one group of G samples, in standard deviations (not divided by the limit).
-        temperature: > 0; small keeps the best sample alone, large weights all the same.
+        temperature: > 0; small values select the best sample, large values weight all samples equally.
 
     Source: advantage-weighted regression (Peng et al. 2019), as reward-weighted denoising (Lee et al. 2023).
     """
@@ -85,20 +85,20 @@ class Transition:
     """The Gaussian of one stochastic reverse step."""
 
     mean: Tensor
-    """(B, ...), float32 or wider, with the gradient of the network output."""
+    """(B, ...), float32 or wider, with the graph of the network output."""
     std_B: Tensor
-    """In units of x, > 0."""
+    """Standard deviation in units of x, > 0."""
 
     def draw(self, noise: Tensor) -> Tensor:
-        """The step itself: the same as `ddim_step` with this eta and this noise."""
+        """Return the next state (B, ...); equal to `ddim_step` with this eta and noise."""
         return self.mean + _per_sample(self.std_B, self.mean) * noise
 
     def log_prob(self, next_state: Tensor) -> Tensor:
-        """Log-density of the step that was taken, nats per element (mean over elements, see the module).
+        """Return the log-density (B,) of the step to `next_state`, in nats per element (mean over elements).
 
         Args:
-            next_state: x after the step exactly as it was stored, constant. If it was rounded for the way, work out
-                the old log-probability from the rounded state too, or the first ratio is not 1.
+            next_state: x after the step exactly as stored, constant. If it was rounded for transfer, the old
+                log-probability must be computed from the rounded state too, otherwise the first ratio is not 1.
         """
         deviation = (next_state.detach().to(self.mean.dtype) - self.mean) / _per_sample(self.std_B, self.mean)
         return -deviation.square().flatten(1).mean(1) / 2 - self.std_B.log() - 0.5 * math.log(2 * math.pi)
@@ -114,10 +114,10 @@ def transition(
     eta: float,
     rule: CleanRule = NO_RULE,
 ) -> Transition:
-    """The DDIM(eta) step between two given levels; samples of a batch may be at different steps.
+    """Return the DDIM(eta) step between two levels; samples of a batch may be at different steps.
 
     sigma^2 = eta^2 (1 - prev) / (1 - t) (1 - t / prev), mean = sqrt(prev) x0-hat + sqrt(1 - prev - sigma^2) eps-hat.
-    Non-uniform trajectories need nothing else: no timestep is worked out from a spacing.
+    It supports non-uniform trajectories, since no timestep is derived from a spacing.
 
     Args:
         model_output: network output at x_t, guided if the rollout was guided.
@@ -125,11 +125,12 @@ def transition(
         alpha_bar_t_B: level before the step, in (0, 1).
         alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
         eta: in (0, 1]; 1 is DDPM's posterior.
-        rule: what the model's scheduler does to x0-hat; elements that it clips pass no gradient.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        rule: rule that the model's scheduler applies to x0-hat; clipped elements pass no gradient.
 
     Raises:
-        ValueError: eta outside (0, 1], or a step without a density: one that ends clean (alpha_bar_prev = 1) or does
-            not lower the noise.
+        ValueError: eta is outside (0, 1], or the step has no density: it ends at x_0 (alpha_bar_prev = 1) or does not
+            lower the noise.
 
     Source: DDIM (Song et al. 2021), eq. 12 and 16.
     """
@@ -153,12 +154,12 @@ def transition(
 
 @dataclass(frozen=True, kw_only=True)
 class SurrogateTerm:
-    """One transition per sample."""
+    """Clipped surrogate of one transition per sample."""
 
     loss_B: Tensor
-    """With the policy's gradient."""
+    """Loss per sample, with the graph."""
     ratio_B: Tensor
-    """Detached."""
+    """Per-element probability ratio, detached."""
     is_clipped_B: Tensor
     """bool: the sample passes no gradient in this optimiser step."""
 
@@ -166,13 +167,13 @@ class SurrogateTerm:
 def clipped_surrogate(
     log_prob_B: Tensor, old_log_prob_B: Tensor, advantage_B: Tensor, clip_range: float
 ) -> SurrogateTerm:
-    """max(-A r, -A clip(r, 1 - range, 1 + range)) with r = exp(log_prob - old_log_prob).
+    """Return max(-A r, -A clip(r, 1 - range, 1 + range)) with r = exp(log_prob - old_log_prob).
 
     Args:
-        log_prob_B: nats per element, float32 or wider, with the gradient.
-        old_log_prob_B: the same transitions under the policy that made them, constant.
+        log_prob_B: nats per element, float32 or wider, with the graph.
+        old_log_prob_B: log-probability of the same transitions under the policy that drew them, constant.
         advantage_B: A in standard deviations, constant.
-        clip_range: on the per-element ratio (see the module), 1e-4 in the public DDPO code.
+        clip_range: range of the per-element ratio, 1e-4 in the public DDPO code.
 
     Source: PPO (Schulman et al. 2017), eq. 7, as applied by DDPO (Black et al. 2023).
     """

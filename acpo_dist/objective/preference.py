@@ -1,13 +1,13 @@
-"""Preference losses on pairs of samples, whatever their errors were measured on: noise or NCP features.
+"""Preference losses on pairs of samples, for errors of noise or of NCP features.
 
-Conventions, for every kind:
+Conventions for all losses:
 
 * Errors are means over elements (not sums). With D elements, the beta of the sum convention is beta / D.
 * The logit carries a factor 1/2 and beta absorbs the number of timesteps and their weight, as in Diffusion-DPO, whose
-  launchers use beta = 5000. Code that leaves the 1/2 out (NCP's beta_dpo = 2500) means the same with half the number.
-* For v-prediction the errors are those in noise units (`noise_statistics`), so beta keeps its meaning.
+  launchers use beta = 5000. Code without the factor 1/2 (NCP's beta_dpo = 2500) is equivalent with half the number.
+* For v-prediction the errors are in noise units (`noise_statistics`), so beta keeps its meaning.
 * Winner and loser share timestep, noise and, for NCP, the noise of the reverse step.
-* Nothing is averaged over pairs here: the caller divides by the global count.
+* Losses are per pair; the caller divides by the global count.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,19 @@ KINDS = ("dpo", "ipo", "hinge", "cpo", "sft")
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceTerm:
-    """P pairs."""
+    """Loss and logit of P pairs."""
 
     loss_P: Tensor
-    """With the policy's gradient."""
+    """Loss per pair, with the graph."""
     logit_P: Tensor
-    """What the loss saw, detached; its share above 0 is the implicit accuracy. For `sft` the logit of `dpo`."""
+    """Logit per pair, detached; the share above 0 is the implicit accuracy. For `sft` the logit of `dpo`."""
 
 
 def split_pairs(statistics: ErrorStatistics) -> tuple[ErrorStatistics, ErrorStatistics]:
-    """(winners, losers) of a batch that holds P winners and then their P losers in the same order.
+    """Split a batch of P winners followed by their P losers, in the same order, into (winners, losers).
 
     Raises:
-        ValueError: an odd number of samples.
+        ValueError: the number of samples is odd.
     """
     count = len(statistics.cross_B)
     if count % 2:
@@ -43,18 +43,18 @@ def split_pairs(statistics: ErrorStatistics) -> tuple[ErrorStatistics, ErrorStat
 
 
 def preference_logit(winner_P: Tensor, loser_P: Tensor, beta: float) -> Tensor:
-    """-(beta / 2) (winner - loser): above 0 when the policy explains the winner better.
+    """Return -(beta / 2) (winner - loser), which is above 0 if the policy predicts the winner better.
 
     Args:
-        winner_P: excess over the reference's error (DPO, IPO, hinge), or the policy's own error (CPO).
-        loser_P: the same of the losers.
-        beta: see the module's conventions.
+        winner_P: excess over the reference error (DPO, IPO, hinge), or the policy's own error (CPO), of the winners.
+        loser_P: the same for the losers.
+        beta: strength of the preference, in the convention of this module.
     """
     return -beta / 2 * (winner_P - loser_P)
 
 
 def dpo_loss(logit_P: Tensor) -> Tensor:
-    """-log sigmoid(logit); log 2 where the policy is still the reference.
+    """Return -log sigmoid(logit); log 2 if the policy equals the reference.
 
     Source: Diffusion-DPO (Wallace et al. 2023), with the constants of its public code.
     """
@@ -62,10 +62,10 @@ def dpo_loss(logit_P: Tensor) -> Tensor:
 
 
 def ipo_loss(logit_P: Tensor) -> Tensor:
-    """(logit - 1/2)^2.
+    """Return (logit - 1/2)^2.
 
-    That is beta^2 (h - 1 / (2 beta))^2 of the published form, with h = logit / beta: the same minimiser, but the unit
-    of all other losses here, so a learning rate carries over between kinds.
+    This is beta^2 (h - 1 / (2 beta))^2 of the published form, with h = logit / beta. It has the same minimiser and the
+    unit of the other losses, so that learning rates are comparable.
 
     Source: Azar et al. 2023.
     """
@@ -73,23 +73,23 @@ def ipo_loss(logit_P: Tensor) -> Tensor:
 
 
 def hinge_loss(logit_P: Tensor) -> Tensor:
-    """max(1 - logit, 0): no pull once the margin is reached. Source: SLiC-HF (Zhao et al. 2023)."""
+    """Return max(1 - logit, 0), which has no gradient beyond the margin. Source: SLiC-HF (Zhao et al. 2023)."""
     return F.relu(1 - logit_P)
 
 
 def preference_term(
     kind: str, winner: ErrorStatistics, loser: ErrorStatistics, *, beta: float, sft_weight: float = 0.0
 ) -> PreferenceTerm:
-    """One preference loss per pair.
+    """Return one preference loss per pair.
 
     Args:
         kind: `dpo`, `ipo`, `hinge`: on the excess over the reference. `cpo`: -log sigmoid of the policy's own errors,
-            no reference in it, plus `sft_weight` times the winner's error (the paper's form; at 0 the loss can fall by
-            making losers worse alone). `sft`: the winner's error alone.
+            without a reference, plus `sft_weight` times the winner's error (the paper's form; at 0 the loss can fall
+            solely by worsening losers). `sft`: the winner's error only.
         winner: statistics of the P winners.
         loser: statistics of the P losers, in the same order.
-        beta: see the module's conventions; not used by the value of `sft`.
-        sft_weight: lambda of `cpo`, no part of the others.
+        beta: strength of the preference, in the convention of this module; does not affect the value of `sft`.
+        sft_weight: lambda of `cpo`; ignored by the other kinds.
 
     Raises:
         ValueError: unknown kind.
