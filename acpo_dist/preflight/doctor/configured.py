@@ -1,4 +1,4 @@
-"""A configuration on this machine: its model, data and rewards, each opened as a run would open it."""
+"""Check a configuration on this machine: its model, data and rewards, each opened as in a run."""
 
 import time
 from collections.abc import Iterator
@@ -27,11 +27,11 @@ from acpo_dist.workers.reward.worker import RewardWorker
 _GIB = 2**30
 _BASE_SAMPLES = 8
 _SAVED_BYTES = 16
-"""Per trainable weight in a checkpoint: itself, its average and Adam's two moments in float32."""
+"""Bytes per trainable weight in a checkpoint: the weight, its average and Adam's two moments in float32."""
 
 
 def check_model(config: Config) -> Iterator[Finding]:
-    """Whether the model is here whole; nothing is downloaded."""
+    """Check that the model is complete on this machine; nothing is downloaded."""
     family, model = resolve("model", MODELS, config.model.type), config.model
     family.check(model)
     if model.path == "train":
@@ -40,10 +40,10 @@ def check_model(config: Config) -> Iterator[Finding]:
     offline = model.model_copy(update={"offline": True}) if "offline" in type(model).model_fields else model
     started = time.monotonic()
     try:
-        # The decoder alone: it is read through the same door as the rest, and is small beside it.
+        # Only the decoder is loaded: it goes through the same loader as the other parts, and is comparatively small.
         family.load_decoder(offline, device="cpu")
         if not looks_local(model.path) and model.pixel_space:
-            # Such a decoder reads nothing, so it is the pipeline that must be in the cache.
+            # Such a decoder reads no file, so the pipeline itself must be in the cache.
             family.load(offline, device="cpu", trainable=False)
     except ModelError as error:
         if looks_local(model.path) or model.path.startswith("toy-"):
@@ -55,11 +55,11 @@ def check_model(config: Config) -> Iterator[Finding]:
 
 
 def check_plan(config: Config) -> Iterator[Finding]:
-    """What `acpo plan` warns of, and room for the checkpoints."""
+    """Report the warnings of `acpo plan`, and the free space for checkpoints."""
     try:
         plan = make_plan(config)
     except ModelError:
-        # Said by the check of the model already.
+        # Already reported by the check of the model.
         yield Finding("plan", "note", "not worked out without the model")
         yield from check_runs(config.run_dir)
         return
@@ -67,13 +67,13 @@ def check_plan(config: Config) -> Iterator[Finding]:
     yield Finding("plan", "ok", f"{plan.device.name}: {need} per device")
     for text in plan.warnings:
         yield Finding("plan", "warning" if text.startswith("out of memory") else "note", text)
-    # One more than is kept: the new one is whole before the oldest goes.
+    # One more than is kept, because the new checkpoint is complete before the oldest is deleted.
     saved = plan.parameters["trainable"] * _SAVED_BYTES * (config.checkpoint.keep + 1) / _GIB
     yield from check_runs(config.run_dir, max(1.0, 1.2 * saved))
 
 
 def check_folder(config: Config) -> Iterator[Finding]:
-    """Whether the run folder is free, or what it holds."""
+    """Check whether the run folder is free, and report its content."""
     if not (config.run_dir / RESOLVED).is_file():
         return
     newest = CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep).newest()
@@ -83,7 +83,7 @@ def check_folder(config: Config) -> Iterator[Finding]:
 
 
 def check_data(config: Config) -> Iterator[Finding]:
-    """Prompts, images and pairs."""
+    """Check prompts, images and pairs."""
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     if config.data.prompts != "none":
         yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
@@ -97,7 +97,7 @@ def check_data(config: Config) -> Iterator[Finding]:
 
 
 def check_base_samples(config: Config) -> Iterator[Finding]:
-    """Samples of the base model, checked as at the start of a run; only where a few of them take seconds."""
+    """Check samples of the base model as at the start of a run, if a few of them take only seconds."""
     device = default_device()
     quick = config.model.path.startswith("toy-") or (device == "cuda" and looks_local(config.model.path))
     if config.model.path == "train" or not quick:
@@ -117,7 +117,7 @@ def check_base_samples(config: Config) -> Iterator[Finding]:
 
 
 def check_rewards(config: Config) -> Iterator[Finding]:
-    """Every reward and judge scores the canary image; one that trains by its gradient gives that too."""
+    """Check that every reward and judge scores the canary image, and that gradient-based ones return the gradient."""
     training = {entry.name for entry in config.rewards.train}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for entry in (*config.rewards.train, *config.rewards.judges):
@@ -136,7 +136,7 @@ def check_rewards(config: Config) -> Iterator[Finding]:
                 gradient = unpack(worker.value_and_grad(pixels, ("a photograph",)).gradient)
                 found += f", gradient of norm {float(gradient.norm()):.3g}"
         except Exception as error:
-            # A library's own error, or a device without memory, says as little of the other metrics as one of ours.
+            # Errors of libraries, or a lack of device memory, must not end the checks of the other metrics either.
             said = str(error) if isinstance(error, AcpoError) else f"{type(error).__name__}: {error}"
             yield Finding(f"{role} `{entry.name}`", "failed", said)
             continue

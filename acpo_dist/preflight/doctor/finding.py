@@ -1,4 +1,4 @@
-"""What one look at a machine, a configuration or a cluster found."""
+"""Findings of the checks of a machine, a configuration or a cluster."""
 
 import subprocess
 import sys
@@ -14,24 +14,24 @@ _ORDER: tuple[Verdict, ...] = ("ok", "note", "warning", "failed")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer."""
+    """One line of the report."""
 
     check: str
-    """What was looked at."""
+    """Subject of the check."""
     verdict: Verdict
-    """`note` is for the user to know; `warning` will cost time or memory; what `failed` ends a run that needs it."""
+    """`note` is information; `warning` costs time or memory; `failed` ends a run that depends on the subject."""
     found: str
-    """What was there."""
+    """Observed state."""
     advice: str = ""
-    """What to do about it."""
+    """Remedy."""
 
     def to_mapping(self) -> dict[str, str]:
-        """Plain data."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def judged(good: bool, check: str, found: str, advice: str, *, otherwise: Verdict = "warning") -> Finding:
-    """`ok`, or what it is `otherwise`, and the advice only then."""
+    """Return an `ok` finding if `good`, else a finding with the verdict `otherwise` and the advice."""
     return Finding(check, "ok", found) if good else Finding(check, otherwise, found, advice)
 
 
@@ -39,33 +39,42 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def worst(findings: Iterable[Finding]) -> Verdict:
-    """The most serious verdict; `ok` of nothing."""
+    """Return the most serious verdict; `ok` without findings."""
     return _ORDER[max((_ORDER.index(finding.verdict) for finding in findings), default=0)]
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Findings of named checks, one after the other. A check that itself fails is a finding, not the end."""
+    """Run named checks in order and yield their findings. An exception in a check becomes a finding."""
     for name, check in checks:
         try:
             yield from check()
         except AcpoError as error:
             yield Finding(name, "failed", str(error))
         except Exception as error:
-            # Whatever it is, the other checks still tell the user something.
+            # The other checks are still useful to the user, whatever the error.
             yield Finding(name, "failed", f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """Result of a child process."""
 
     succeeded: bool
     text: str
-    """Its last line on standard output; where it failed, the last line that it complained with."""
+    """Last line of standard output; if the program failed, last line of standard error."""
 
 
 def in_child(program: str, *arguments: str, timeout_s: float = 120.0) -> Outcome:
-    """Run a Python program in a process of its own: a library that crashes takes only that with it."""
+    """Run a Python program in a separate process, so that a crash of a library does not end this one.
+
+    Args:
+        program: Python source code.
+        arguments: command line arguments.
+        timeout_s: time limit in seconds.
+
+    Returns:
+        The result.
+    """
     command = [sys.executable, "-c", program, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)

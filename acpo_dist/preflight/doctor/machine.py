@@ -1,4 +1,4 @@
-"""The machine itself: processors, memory, limits, devices, and whether torch computes and communicates on it."""
+"""Check the machine: processors, memory, limits, devices, and computation and communication with torch."""
 
 import json
 import os
@@ -43,12 +43,12 @@ dist.destroy_process_group()
 
 
 def check_system() -> Iterator[Finding]:
-    """Python, processors, memory and limits."""
+    """Check Python, processors, memory and limits."""
     yield judged(
         (3, 11) <= sys.version_info[:2] < (3, 13), "python", f"{platform.python_version()} on {platform.platform()}",
         "Python 3.11 or 3.12 is needed.", otherwise="failed",
     )  # fmt: skip
-    # Not every system says which cores a process may use.
+    # Not all systems report which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = int(os.environ.get("OMP_NUM_THREADS") or 1)
     yield judged(
@@ -78,7 +78,7 @@ def check_system() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """GPUs that torch can use; each multiplies two bfloat16 matrices and is held to its own float32."""
+    """Check the GPUs that torch can use; each one's bfloat16 matrix product is compared with its float32 product."""
     done = in_child(_DEVICES)
     if not done.succeeded:
         yield Finding("devices", "failed", done.text, "torch cannot use the GPU: see `nvidia-smi` for its state.")
@@ -105,7 +105,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_process_group() -> Iterator[Finding]:
-    """Ranks that find each other: gloo fails where a machine cannot resolve its own name."""
+    """Check that ranks can connect; gloo fails on a machine that cannot resolve its own name."""
     done = in_child(_GROUP, timeout_s=60)
     yield judged(
         done.succeeded, "process group", "gloo works" if done.succeeded else done.text,
@@ -114,7 +114,7 @@ def check_process_group() -> Iterator[Finding]:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes that this process may use, and that are free; a container may have less than its machine."""
+    """Return (available bytes of this process, free bytes); a container may have less than its machine."""
     memory = psutil.virtual_memory()
     whole, free = memory.total, memory.available
     for limit, used in (

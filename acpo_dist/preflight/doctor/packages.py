@@ -1,4 +1,4 @@
-"""Libraries: are they there, are their versions the ones this was written for, and can they be imported at all?"""
+"""Check libraries: presence, versions and importability."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,23 +16,23 @@ _EXTRAS = {
     "pyiqa": "the metrics of pyiqa (PolyForm Noncommercial)",
     "eight-bit": "learner.optimizer=adamw_8bit",
 }
-"""Extra -> what it is for."""
+"""Extra -> purpose."""
 _MODULES = {"pyyaml": "yaml", "pillow": "PIL"}
-"""Distributions whose module is called otherwise."""
+"""Distributions whose module has a different name."""
 _IMPORT = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
 _AT_ONCE = 4
 _NOT_IMPORTED = {"setuptools"}
-"""Wanted in a version, not by us."""
+"""Distributions that only other libraries import; only their version is checked."""
 
 
 def check_packages() -> Iterator[Finding]:
-    """Required libraries together, each extra by itself."""
+    """Check the required libraries together, and each extra separately."""
     try:
         wanted = wanted_packages()
     except PackageNotFoundError:
         yield Finding("libraries", "note", f"{DISTRIBUTION} runs without being installed, so versions are not compared")
         return
-    # Each import is a process of its own, and most of the time that this command takes.
+    # Each import runs in a separate process; they take most of this command's time.
     with ThreadPoolExecutor(_AT_ONCE) as threads:
         found = [threads.submit(compare_installed, "libraries", wanted[""], "")]
         found += [
@@ -44,7 +44,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_torchvision() -> Iterator[Finding]:
-    """torchvision is wanted by pyiqa and by parts of transformers; of another release than torch it breaks both."""
+    """Check torchvision, which pyiqa and parts of transformers require; a release for another torch breaks both."""
     try:
         found = f"torchvision {version('torchvision')} beside torch {version('torch')}"
     except PackageNotFoundError:
@@ -60,7 +60,7 @@ def check_torchvision() -> Iterator[Finding]:
 
 
 def wanted_packages() -> dict[str, list[Requirement]]:
-    """Requirements by extra; "" are those of every installation."""
+    """Return requirements by extra; the key "" holds the requirements of every installation."""
     found: dict[str, list[Requirement]] = {name: [] for name in ("", *_EXTRAS)}
     for text in requires(DISTRIBUTION) or []:
         requirement = Requirement(text)
@@ -73,7 +73,17 @@ def wanted_packages() -> dict[str, list[Requirement]]:
 
 
 def compare_installed(name: str, wanted: list[Requirement], use: str, extra: str = "") -> Finding:
-    """Compare installed distributions with requirements; without `use` they are required, else an optional extra."""
+    """Compare an installed distribution with its requirements.
+
+    Args:
+        name: name of the finding.
+        wanted: requirements.
+        use: purpose of an optional extra; empty for required libraries.
+        extra: name of the extra.
+
+    Returns:
+        The finding.
+    """
     install = f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
     there: dict[str, str] = {}
     for requirement in wanted:

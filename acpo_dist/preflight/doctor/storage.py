@@ -1,4 +1,4 @@
-"""Where things are kept: runs, the tracking store, downloaded models."""
+"""Check storage: runs, the tracking store and downloaded models."""
 
 import base64
 import http.client
@@ -19,15 +19,16 @@ _ANSWER_S = 10.0
 
 
 def check_runs(folder: Path, needed_gib: float = _LEAST_GIB) -> Iterator[Finding]:
-    """Whether runs can be written, renamed and kept there.
+    """Check that runs can be written and renamed in a folder, and that it has enough free space.
 
     Args:
-        needed_gib: free space below which there is a warning.
+        folder: folder of the runs.
+        needed_gib: free space in GiB below which the finding is a warning.
     """
     there = _existing(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".acpo-doctor-", dir=there) as probe:
-            # What a checkpoint does: write, flush to the disk, put into place by its name.
+            # The same steps as for a checkpoint: write, flush to disk, rename into place.
             begun = Path(probe) / "begun"
             with begun.open("wb") as file:
                 file.write(b"\0" * 2**20)
@@ -46,7 +47,7 @@ def check_runs(folder: Path, needed_gib: float = _LEAST_GIB) -> Iterator[Finding
 
 
 def check_tracking(uri: str) -> Iterator[Finding]:
-    """Whether the tracking store answers, or can be made."""
+    """Check that the tracking store is reachable, or can be created."""
     kind = urlparse(uri)
     shown = kind._replace(netloc=kind.netloc.rpartition("@")[2]).geturl()
     if kind.scheme in ("http", "https"):
@@ -78,13 +79,13 @@ def _ask(uri: str, shown: str) -> Finding:
         found = f"{shown} does not answer: {getattr(error, 'reason', error)}"
         advice = "A run goes on without it and sends what waited later; is its server running?"
     except (http.client.HTTPException, ValueError) as error:
-        # Its text may hold the address with its password.
+        # The error text may contain the address with its password.
         found, advice = f"{shown} is no address that can be asked ({type(error).__name__})", "See tracking.mlflow_uri."
     return Finding("tracking", "warning", found, advice)
 
 
 def check_hub() -> Iterator[Finding]:
-    """Where models are downloaded to, and whether the hub is asked at all."""
+    """Check the model cache, and whether the hub is in offline mode."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -99,6 +100,6 @@ def check_hub() -> Iterator[Finding]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Return the folder, or its nearest existing parent."""
     folder = folder.expanduser().absolute()
     return next(path for path in (folder, *folder.parents) if path.is_dir())

@@ -1,1 +1,1 @@
-"""Resources of a run before it starts: parameters, memory per role, operations and time."""
+"""Estimate the resources of a run: parameters, memory per role, operations and time."""

@@ -17,31 +17,31 @@ _WIDE = ("group_norm", "layer_norm")
 
 
 class Kernels:
-    """Makes meta tensors take the kernels of a GPU: fused attention, and autocast to bfloat16.
+    """Applies the behaviour of GPU kernels to meta tensors: fused attention, and autocast to bfloat16.
 
-    On the meta device attention would write its whole matrix down, and autocast does nothing. Autocast follows CUDA's
-    lists: products in bfloat16, normalisations in float32 (the CPU's keep them narrow), and one cast per trainable
-    weight in each region.
+    On the meta device attention would allocate its whole matrix, and autocast has no effect. Autocast follows CUDA's
+    lists: products in bfloat16, normalisations in float32 (the CPU's lists keep them in bfloat16), and one cast per
+    trainable weight in each region.
     """
 
     def __init__(self, *, autocast: bool) -> None:
         """Prepare the replacements.
 
         Args:
-            autocast: whether the learner computes in bfloat16 on weights as they are held.
+            autocast: whether the learner computes in bfloat16 while the weights keep their own type.
         """
         self._autocast, self._inside = autocast, False
         self._remembered: dict[int, Tensor] | None = None
 
     @contextmanager
     def region(self) -> Iterator[None]:
-        """Autocast of one forward pass, as `torch.autocast`: casts of trainable weights are kept until it ends."""
+        """Autocast one forward pass like `torch.autocast`: casts of trainable weights are cached until it ends."""
         with switched([self], "_inside", self._autocast), switched([self], "_remembered", {}):
             yield
 
     @contextmanager
     def recomputation(self) -> Iterator[None]:
-        """Autocast of the backward pass, in which layers are recomputed: no cast is kept."""
+        """Autocast the backward pass, in which layers are recomputed; no cast is cached."""
         with switched([self], "_inside", self._autocast):
             yield
 
@@ -49,7 +49,7 @@ class Kernels:
     def active(self) -> Iterator[None]:
         """Replace the functions in `torch.nn.functional`.
 
-        Not a torch function mode: autograd switches those off in the backward pass, where layers are recomputed.
+        A torch function mode does not work here: autograd disables it in the backward pass, which recomputes layers.
         """
         replaced: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": self._attention}
         if self._autocast:
@@ -83,7 +83,7 @@ class Kernels:
     ) -> Tensor:  # fmt: skip
         if self._inside:
             query, key, value = (self._narrow(entry) for entry in (query, key, value))
-        # The CPU's kernel keeps as much for the backward pass as a GPU's: the result and one number per row.
+        # Like a GPU kernel, the CPU's saves the result and one number per row for the backward pass.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale")
         )[0]

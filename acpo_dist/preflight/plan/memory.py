@@ -1,10 +1,10 @@
-"""Memory of one worker per role: weights and optimiser by arithmetic, activations from the traced phases."""
+"""Memory of one worker per role: weights and optimiser computed, activations from the traced phases."""
 
 from dataclasses import asdict, dataclass
 
 GIB = 2**30
 BUCKET = 500_000_000
-"""Elements that DeepSpeed gathers before it reduces them (its default)."""
+"""Number of elements that DeepSpeed gathers before it reduces them (its default)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,20 +19,20 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Sum of all parts at the peak."""
+        """Sum of all parts at the peak, in GiB."""
         return self.weights + self.gradients + self.optimizer + self.anchor + self.activations
 
     def to_mapping(self) -> dict[str, float]:
-        """Plain data."""
+        """Return JSON-compatible data."""
         return {name: round(value, 4) for name, value in (asdict(self) | {"total": self.total}).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerState:
-    """What the learner's memory for weights, gradients and optimiser depends on."""
+    """Properties that determine the learner's memory for weights, gradients and optimiser."""
 
     frozen: int
-    """Parameters of the network that do not train."""
+    """Number of frozen parameters of the network."""
     trainable: int
     frozen_bytes: int
     """Bytes of one frozen parameter."""
@@ -40,7 +40,7 @@ class LearnerState:
     zero_stage: int | None
     ranks: int
     eight_bit: bool = False
-    """Whether moments take 8 bits per element and a float32 scale per 256."""
+    """Whether moments take 8 bits per element and a float32 scale per 256 elements."""
     offloaded: bool = False
     """Whether moments and float32 masters are in host memory."""
     narrow: bool
@@ -48,10 +48,16 @@ class LearnerState:
 
 
 def learner_state(state: LearnerState) -> tuple[float, float, float]:
-    """Bytes of one rank as (weights, gradients, optimizer).
+    """Compute the memory of one rank.
 
-    Plain torch: gradients as the parameters, two float32 moments. DeepSpeed: stage 1 shards moments and float32
-    masters, stage 2 gradients too, stage 3 weights too; gradients pass through a bucket.
+    Plain torch: gradients of the parameters' type, two float32 moments. DeepSpeed: stage 1 shards moments and float32
+    masters, stage 2 also gradients, stage 3 also weights; gradients pass through a bucket.
+
+    Args:
+        state: properties of the learner.
+
+    Returns:
+        Bytes as (weights, gradients, optimizer).
     """
     wide = 4 * state.trainable
     if state.zero_stage is None:
@@ -71,6 +77,6 @@ def learner_state(state: LearnerState) -> tuple[float, float, float]:
     if stage >= 3:
         weights /= ranks
     if stage >= 1:
-        # The bucket, and this rank's share in float32 at the step.
+        # The bucket, and this rank's float32 share in the optimiser step.
         gradients += min(BUCKET, state.trainable) * element + (0 if state.offloaded else wide / ranks)
     return float(weights), gradients, 0.0 if state.offloaded else optimizer

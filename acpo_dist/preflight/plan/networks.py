@@ -1,4 +1,4 @@
-"""The networks of a configured model on the meta device: shapes and types without values or memory."""
+"""Networks of a configured model on the meta device: shapes and types without values or memory."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ META = torch.device("meta")
 
 
 def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
-    """The denoiser, frozen, on the meta device."""
+    """Return the frozen denoiser on the meta device."""
     kind = UNet2DModel if architecture.family == "ddpm" else UNet2DConditionModel
     with META:
         unet = kind.from_config(dict(architecture.unet))
@@ -29,14 +29,14 @@ def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
 
 
 def new_vae(architecture: Architecture, dtype: torch.dtype) -> Any:
-    """The VAE, frozen, on the meta device."""
+    """Return the frozen VAE on the meta device."""
     with META:
         vae = AutoencoderKL.from_config(dict(architecture.vae or {}))
     return _frozen(vae, dtype)
 
 
 def new_text_encoders(architecture: Architecture) -> list[Any]:
-    """The text encoders on the meta device; SDXL's second has a projection."""
+    """Return the text encoders on the meta device; SDXL's second one has a projection."""
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     with META:
         return [
@@ -46,7 +46,7 @@ def new_text_encoders(architecture: Architecture) -> list[Any]:
 
 
 def _frozen(module: Any, dtype: torch.dtype) -> Any:
-    # Not `module.to`: its warnings in diffusers concern values.
+    # `module.to` is avoided because its warnings in diffusers concern values.
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module.requires_grad_(False).eval()
@@ -57,29 +57,30 @@ def _text_keys(config: Any) -> dict[str, Any]:
 
 
 def reduction(architecture: Architecture) -> int:
-    """Pixels per latent, along each side."""
+    """Return the number of pixels per latent along each side."""
     return 2 ** (len(architecture.vae["block_out_channels"]) - 1) if architecture.vae else 1
 
 
 def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
-    """(C, H, W) of x_0 for the configured `image_size`, or for the U-Net's own."""
+    """Return (C, H, W) of x_0 for the configured `image_size`, or for the default of the U-Net."""
     factor, size = reduction(architecture), architecture.unet["sample_size"]
     pixels = getattr(config, "image_size", None) or (size if isinstance(size, int) else size[0]) * factor
     return architecture.unet["in_channels"], pixels // factor, pixels // factor
 
 
 class MetaFamily:
-    """A model on the meta device: what `PolicyNetwork` and the phases of a plan call of a `ModelFamily`."""
+    """A model on the meta device, with the part of `ModelFamily` that `PolicyNetwork` and the phases of a plan use."""
 
     device = "meta"
 
     def __init__(self, config: Any, architecture: Architecture, dtype: torch.dtype, *, trainable: bool = True) -> None:
-        """Build the network, with adapters or a frozen copy as `config.tuning` says.
+        """Build the network, with adapters or a frozen copy according to `config.tuning`.
 
         Args:
-            config: the model's section.
-            dtype: type in which the network's own weights are held.
-            trainable: whether this is the learner's, which keeps the anchor and recomputes.
+            config: configuration section of the model.
+            architecture: architecture of the model.
+            dtype: type of the network's own weights.
+            trainable: whether this is the learner's model, which has the anchor and recomputes activations.
         """
         memory: Any = getattr(config, "memory", None)
         unet = new_unet(architecture, dtype)
@@ -91,11 +92,11 @@ class MetaFamily:
         self._architecture, self._dtype, self._trainable = architecture, DTYPES[config.dtype], trainable
         self.sample_shape = sample_shape(config, architecture)
         self.prediction_type, self.clean_rule = "epsilon", NO_RULE
-        # Any decreasing levels do: how much is computed does not depend on them.
+        # Any decreasing values work: the amount of computation does not depend on them.
         self.alpha_bars = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
         self.decoder: VaeDecoder | None = None
         if architecture.vae is not None and memory is not None:
-            # float16 has the size of bfloat16 and is checked for overflow, which needs values.
+            # float16 has the size of bfloat16 and is checked for overflow, which requires values.
             name = config.vae_dtype if config.vae_dtype != "float16" else "bfloat16"
             self.decoder = VaeDecoder(
                 new_vae(architecture, VAE_DTYPES[name]), checkpointing=memory.vae_checkpointing,
@@ -104,17 +105,17 @@ class MetaFamily:
 
     @property
     def held(self) -> list[Tensor]:
-        """All weights: policy, frozen copy and VAE."""
+        """Return all weights: policy, frozen copy and VAE."""
         modules = {id(module): module for module in (self.network, *self._anchors(), *self._decoders())}
         return [parameter for module in modules.values() for parameter in module.parameters()]
 
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the trainable weights in `dtype` too, as DeepSpeed does."""
+        """Convert the trainable weights to `dtype`, as DeepSpeed does."""
         for parameter in self.network.parameters():
             parameter.data = parameter.data.to(dtype)
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditioning of prompts, as a `Condition` with the names and shapes of the family's."""
+        """Return a `Condition` with the names and shapes of the family's own."""
         architecture, count = self._architecture, len(prompts)
         if architecture.family == "ddpm":
             return Condition({})
@@ -129,7 +130,7 @@ class MetaFamily:
         return Condition(tensors)
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """One U-Net pass, float32 in and out."""
+        """Run one U-Net pass with float32 input and output."""
         dtype, tensors = self._tuned.dtype, condition.tensors
         arguments: dict[str, Any] = {}
         if tensors:
@@ -140,15 +141,15 @@ class MetaFamily:
         return self._tuned.active(noisy.to(dtype), timesteps_B, return_dict=False, **arguments)[0].float()
 
     def anchored(self) -> AbstractContextManager[None]:
-        """While active, `predict` runs the frozen base model."""
+        """Return a context in which `predict` runs the frozen base model."""
         return self._tuned.anchored()
 
     def substituted(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """While active, `predict` runs with these values of the trainable weights."""
+        """Return a context in which `predict` runs with these values of the trainable weights."""
         return self._tuned.substituted(weights)
 
     def decode(self, clean: Tensor) -> Tensor:
-        """x_0 to RGB pixels around [0, 1], float32."""
+        """Decode x_0 to RGB pixels, float32, nominally in [0, 1]."""
         return self.decoder.decode(clean) if self.decoder is not None else clean.float() / 2 + 0.5
 
     def _anchors(self) -> list[nn.Module]:

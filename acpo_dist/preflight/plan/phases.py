@@ -1,4 +1,4 @@
-"""The computations of one iteration, run on meta tensors with the project's own algorithms."""
+"""Computations of one iteration, run on meta tensors with the project's own algorithms."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -34,29 +34,29 @@ class Setting:
 
     @cached_property
     def sampler_family(self) -> MetaFamily:
-        """The model as rollout and reward workers hold it, without an anchor."""
+        """Return the model as rollout and reward workers hold it, without an anchor."""
         return _family(self, trainable=False)
 
     @property
     def guidance_scale(self) -> float:
-        """Guidance of the rollouts; 1 where only the conditional branch runs."""
+        """Guidance scale of the rollouts; 1 if only the conditional branch runs."""
         return self.config.sampler.guidance_for(conditional=self.architecture.family != "ddpm")
 
     @property
     def accumulated(self) -> bool:
-        """Whether gradients of an earlier micro-batch exist in the learner's backward pass."""
+        """Whether gradients of an earlier micro-batch exist during the learner's backward pass."""
         learner = self.config.learner
         return learner.global_batch > learner.micro_batch * learner.num_ranks
 
     @property
     def anchor_weight(self) -> float:
-        """1 where the algorithm's anchor is on, else 0; `auto` without a budget is off."""
+        """1 if the anchor of the algorithm is enabled, else 0; `auto` without a budget disables it."""
         anchor = self.config.algorithm.anchor
         return 0.0 if anchor.weight == 0 or (anchor.weight == "auto" and anchor.budget is None) else 1.0
 
 
 def rollout(setting: Setting, batch: int) -> tuple[Trace, Trace]:
-    """One denoiser call, and the decoding of `batch` finished samples; both without gradients."""
+    """Trace one denoiser call, and the decoding of `batch` finished samples, both without gradients."""
     family = setting.sampler_family
     rows = 2 * batch if setting.guidance_scale > 1 else batch
     condition = family.encode([_PROMPT] * rows)
@@ -70,10 +70,10 @@ def rollout(setting: Setting, batch: int) -> tuple[Trace, Trace]:
 
 
 def reward(setting: Setting, batch: int) -> Trace | None:
-    """Decoding of `batch` estimates and the backward pass of the score's gradient in a reward worker.
+    """Trace the decoding of `batch` estimates and the backward pass of the score's gradient in a reward worker.
 
     Returns:
-        None where reward workers hold no decoder.
+        The trace; None if reward workers hold no decoder.
     """
     rewards = setting.config.rewards
     if setting.architecture.vae is None or rewards.cut == "image" or not setting.config.algorithm.pathwise:
@@ -92,7 +92,7 @@ def reward(setting: Setting, batch: int) -> Trace | None:
 
 
 def learner(setting: Setting, batch: int) -> Trace:
-    """Forward and backward passes that the configured algorithm makes for one micro-batch."""
+    """Trace the forward and backward passes of the configured algorithm for one micro-batch."""
     config = setting.config
     narrow = config.learner.precision == "bfloat16"
     kernels = Kernels(autocast=narrow and config.learner.zero_stage is None)
@@ -130,7 +130,7 @@ _PROMPT = "a prompt"
 
 
 class _Zeros:
-    """A reward pool in other processes, as a `GradientSource`: scores and gradients of zeros."""
+    """A `GradientSource` that stands for a reward pool in other processes; scores and gradients are zeros."""
 
     def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
         response = Future[ScoredGradient]()
@@ -146,7 +146,7 @@ def _family(setting: Setting, *, trainable: bool) -> MetaFamily:
 
 
 def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch:
-    """Samples of rollouts, all tensors on the meta device."""
+    """Return rollout samples whose tensors are all on the meta device."""
     config = setting.config
 
     def states() -> Tensor:

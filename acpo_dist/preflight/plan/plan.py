@@ -24,29 +24,29 @@ from acpo_dist.preflight.plan.warnings import warnings_for
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Resources that a run needs."""
+    """Resources of a run."""
 
     parameters: dict[str, int]
     roles: dict[str, Memory]
     workers: dict[str, int]
     batch: dict[str, int]
     seconds: dict[str, float]
-    """By phase of one iteration."""
+    """Seconds by phase of one iteration."""
     teraflops: dict[str, float]
-    """Per sample, by computation."""
+    """Operations per sample, by computation."""
     device: Device
     needed_gib: dict[str, float]
-    """Peak per device: of the workers of a role that share one, of workers of several roles (`shared`), or of the one
+    """Peak GiB per device, for the workers of a role that share one, the workers of several roles (`shared`), or the
     process that holds all roles (`all`)."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Sum of the phases, which the on-policy loop runs one after the other."""
+        """Sum of the phases in seconds; the on-policy loop runs them in sequence."""
         return sum(self.seconds.values())
 
     def to_mapping(self) -> dict[str, Any]:
-        """JSON-compatible data."""
+        """Return JSON-compatible data."""
         return {
             "parameters": self.parameters,
             "roles": {
@@ -73,14 +73,18 @@ class _Traced:
 
 
 def make_plan(config: Config, *, device: str = "auto") -> Plan:
-    """Plan a run without loading a weight.
+    """Plan a run without loading weights.
 
     Args:
+        config: configuration of the run.
         device: a key of `rates.DEVICES`, `cpu`, or `auto`.
 
+    Returns:
+        The plan.
+
     Raises:
-        ModelError: the model's architecture is not known here.
-        KeyError: unknown device.
+        ModelError: the architecture of the model is unknown.
+        KeyError: the device is unknown.
     """
     architecture = architecture_of(config.model)
     learner = config.learner
@@ -113,10 +117,13 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
 
 
 def count_parameters(setting: phases.Setting) -> dict[str, int]:
-    """Parameters by network, without reading a weight.
+    """Count parameters by network without reading weights.
+
+    Args:
+        setting: run and architecture.
 
     Returns:
-        `network` (frozen, or all of the network in full tuning), `trainable` (adapters, or all of the network),
+        `network` (frozen, or the whole network in full tuning), `trainable` (adapters, or the whole network),
         `text_encoders` and `vae`.
     """
     family, encoders = setting.sampler_family, new_text_encoders(setting.architecture)
@@ -135,7 +142,7 @@ def _count(groups: Iterable[Iterable[Tensor]]) -> int:
 
 
 def setting_of(config: Config, architecture: Architecture) -> phases.Setting:
-    """Input of the phases for a run."""
+    """Return the input of the phases for a run."""
     return phases.Setting(config=config, architecture=architecture)
 
 
@@ -157,7 +164,7 @@ def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, 
     weights, gradients, optimizer = learner_state(state)
     copied = torch.float32 if memory is None else DTYPES[memory.anchor_dtype]
     anchor = copied.itemsize * parameters["network"] if full else 0
-    # Without an earlier micro-batch the trace makes the gradients itself.
+    # Without an earlier micro-batch the trace allocates the gradients itself.
     extra = traced.learn.peak_bytes if setting.accumulated else max(0.0, traced.learn.peak_bytes - gradients)
     sampling = max(traced.step.peak_bytes, traced.decode.peak_bytes)
     rollout = parameters["network"] * width + 4 * adapters + text + vae
@@ -196,7 +203,7 @@ def _batch(config: Config) -> dict[str, int]:
 
 
 def _flops(config: Config, traced: _Traced) -> dict[str, float]:
-    """Per sample."""
+    """Return floating-point operations per sample, by computation."""
     steps = config.sampler.num_steps
     solver = SAMPLERS.get(config.sampler.solver)
     calls = steps * (solver.calls_per_step if solver else 1)
@@ -213,7 +220,7 @@ def _flops(config: Config, traced: _Traced) -> dict[str, float]:
 def _seconds(config: Config, flops: dict[str, float], batch: dict[str, int], device: Device) -> dict[str, float]:
     samples, model = batch["samples_per_iteration"], config.model
     trained = samples * config.learner.inner_epochs
-    # One reward after the other, each on the devices of its own replicas.
+    # Rewards run in sequence, each on the devices of its own replicas.
     decoded = trained * flops["reward_gradient"] * sum(1 / count for count in reward_devices(config).values())
     vae = getattr(model, "vae_dtype", "float32")
     sampling = samples * (flops["rollout"] - flops["decode"]) / device.rate(model.dtype)

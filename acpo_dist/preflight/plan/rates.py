@@ -18,18 +18,18 @@ class Device:
     memory_gib: float | None
     """None if the limit is not known."""
     peak_tflops: dict[str, float]
-    """Dense peak of the data sheet by type."""
+    """Dense peak according to the data sheet, in TFLOP/s by type."""
     efficiency: float = 0.40
     """Share of the peak that a diffusion U-Net reaches in eager torch with fused attention."""
 
     def rate(self, dtype: str) -> float:
-        """Expected floating-point operations per second."""
+        """Return the expected floating-point operations per second."""
         return 1e12 * self.efficiency * self.peak_tflops.get(dtype, self.peak_tflops["float32"])
 
 
 # Peaks are dense, without sparsity, from the vendors' data sheets. Efficiency: diffusers' own SDXL measurement on an
 # A100 (bfloat16, fused attention, eager: 3.31 s for 30 guided steps and a decode) is 40 % of the peak; compiled it is
-# 53 %, and the best MLPerf entries on H100 and H200 come to about 60 %. Their float32 runs without tensor cores.
+# 53 %, and the best MLPerf entries on H100 and H200 reach about 60 %. float32 rates are without tensor cores.
 DEVICES: dict[str, Device] = {
     "h200": Device(name="h200", memory_gib=139.8, peak_tflops={"bfloat16": 989, "float16": 989, "float32": 67}),
     "h100": Device(name="h100", memory_gib=79.1, peak_tflops={"bfloat16": 989, "float16": 989, "float32": 67}),
@@ -41,10 +41,18 @@ DEVICES: dict[str, Device] = {
 
 
 def device_for(name: str, *, wants_gpu: bool) -> Device:
-    """A device by name; `auto` is the GPU of this machine, else an H200 if the run uses GPUs, else the CPU.
+    """Return a device by name.
+
+    Args:
+        name: a key of `DEVICES`, `cpu`, or `auto`: the GPU of this machine, else an H200 if the run uses GPUs, else
+            the CPU.
+        wants_gpu: whether the run uses GPUs.
+
+    Returns:
+        The device.
 
     Raises:
-        KeyError: unknown name.
+        KeyError: the device is unknown.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -64,7 +72,7 @@ def _this_gpu() -> Device:
 
 
 def _this_processor() -> Device:
-    """One thread of this machine, timed on a matrix product; small networks reach about a third of it."""
+    """Time a matrix product on one thread of this machine; small networks reach about a third of that rate."""
     size = 512
     left, right = torch.ones(size, size), torch.ones(size, size)
     torch.mm(left, right)

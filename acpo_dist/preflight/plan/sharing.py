@@ -9,11 +9,11 @@ from acpo_dist.preflight.plan.memory import Memory
 from acpo_dist.preflight.plan.rates import CONTEXT_GIB, Device
 
 _PARTS = 1000
-"""Of a GPU: shares are compared in these."""
+"""Number of parts of a GPU; shares are compared as whole parts."""
 
 
 def one_process(config: Config) -> bool:
-    """Whether all roles run in this process: as configured, or for `auto` if no setting needs Ray."""
+    """Return whether all roles run in this process: as configured, or for `auto` if no setting needs Ray."""
     if config.cluster.backend != "auto":
         return config.cluster.backend == "local"
     rewards = config.rewards
@@ -23,20 +23,20 @@ def one_process(config: Config) -> bool:
 
 
 def replicas_of(config: Config) -> dict[str, int]:
-    """Replicas of every metric when the run starts."""
+    """Return the number of replicas of every metric at the start of the run."""
     metrics = (*config.rewards.train, *config.rewards.judges)
     return {entry.name: config.rewards.pool_of(entry.name).bounds[0] for entry in metrics}
 
 
 def rollout_devices(config: Config) -> int:
-    """Number of GPUs that rollout workers use at once."""
+    """Return the number of GPUs that rollout workers use at the same time."""
     if one_process(config):
         return 1
     return _devices(config.rollout.num_workers, config.rollout.num_workers * config.rollout.gpus_per_worker)
 
 
 def reward_devices(config: Config) -> dict[str, int]:
-    """Number of GPUs that the replicas of each reward use at once; judges are idle then."""
+    """Return the number of GPUs that the replicas of each reward use at the same time; judges are idle then."""
     rewards, counts = config.rewards, replicas_of(config)
     if one_process(config):
         return {entry.name: 1 for entry in rewards.train}
@@ -52,10 +52,18 @@ def _devices(workers: int, gpus: float) -> int:
 
 
 def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> dict[str, float]:
-    """Peak GiB per device.
+    """Compute the peak memory per device.
 
-    One process without Ray holds the tensors of all roles, and works in one of them at a time (`all`). On Ray
-    workers with a share of a GPU may share one, of the same role or (`shared`) of several.
+    One process without Ray holds the tensors of all roles, and works in one role at a time (`all`). On Ray, workers
+    with a fraction of a GPU may share it with workers of the same role or of several roles (`shared`).
+
+    Args:
+        config: configuration of the run.
+        roles: memory of one worker by role.
+        device: the device.
+
+    Returns:
+        GiB by role, `shared` or `all`.
     """
     context = CONTEXT_GIB if device.memory_gib is not None else 0.0
     if one_process(config):
@@ -68,7 +76,7 @@ def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> d
 
 
 def _workers(config: Config, gib: Mapping[str, float], context: float) -> dict[str, list[tuple[float, float]]]:
-    """(share of a GPU, GiB) of every worker, by role."""
+    """Return (share of a GPU, GiB) of every worker, by role."""
     rollout, learner, rewards = config.rollout, config.learner, config.rewards
     replicas = []
     for entry in (*rewards.train, *rewards.judges):
@@ -84,7 +92,7 @@ def _workers(config: Config, gib: Mapping[str, float], context: float) -> dict[s
 
 
 def _fullest(workers: Iterable[tuple[float, float]]) -> float:
-    """Most GiB that these workers can need on one GPU; a worker with a whole GPU, or none, is alone."""
+    """Return the maximum GiB of these workers on one GPU; a worker with a whole GPU, or none, does not share."""
     best = [0.0] * (_PARTS + 1)
     for share, amount in workers:
         cost = round(_PARTS * share) if 0 < share < 1 else _PARTS

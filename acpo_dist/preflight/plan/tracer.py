@@ -1,4 +1,4 @@
-"""Peak tensor memory and floating-point operations of a computation, also of one on the meta device."""
+"""Measure the peak tensor memory and floating-point operations of a computation, including on the meta device."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,14 +21,14 @@ class Trace:
     """Memory and arithmetic of one computation."""
 
     peak_bytes: int
-    """Most bytes alive at once beyond those that were there before."""
+    """Peak of allocated bytes above the bytes allocated before."""
     flops: int
     """Floating-point operations of convolutions, matrix products and attention: two per multiply-add."""
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """A tensor without its storage."""
+    """Metadata of a tensor, without its storage."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -40,24 +40,24 @@ class _Facts:
 
 
 def _facts(value: Any) -> Any:
-    """A tensor's facts; anything else as it is, with its type, since 1, 1.0 and True are equal."""
+    """Return the metadata of a tensor; other values with their type, since 1, 1.0 and True are equal."""
     if isinstance(value, torch.Tensor):
         return _Facts(value.shape, value.stride(), value.dtype, value.device)
     return type(value), value
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of storages that operations allocate, for as long as they live, and floating-point operations.
+    """Counts floating-point operations and the bytes of live storages that operations allocate.
 
-    Views share their storage and are counted once. Workspaces inside kernels are not seen. Code under this mode may
-    read values of meta tensors: every number read is 1, every condition true, and a boolean mask selects all rows.
+    Views share their storage and are counted once. Workspaces inside kernels are not counted. Code under this mode may
+    read values of meta tensors: every number is 1, every condition is true, and a boolean mask selects all rows.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         """Start counting.
 
         Args:
-            known: tensors that are there already (weights, inputs); only storages on their device are counted.
+            known: existing tensors (weights, inputs), which are not counted; only storages on their device are counted.
         """
         super().__init__()
         self.live = self.peak = self.flops = 0
@@ -75,7 +75,7 @@ class LiveMemory(TorchDispatchMode):
         if func is _INDEX:
             args = (args[0], [_all_rows(index) for index in args[1]])
         made = self._run(func, args, kwargs)
-        # Not torch's own counting mode: its module hooks keep recomputed tensors alive.
+        # torch's own counting mode is avoided because its module hooks keep recomputed tensors alive.
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=made)
@@ -85,9 +85,9 @@ class LiveMemory(TorchDispatchMode):
         return made
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation; on the meta device one with the same inputs as before only allocates its results again.
+        """Run an operation; on the meta device, a repeated operation with the same inputs only allocates its results.
 
-        Shapes are worked out in Python there, and a U-Net repeats the same few hundred operations.
+        Shape inference is slow Python code there, and a U-Net repeats the same few hundred operations.
         """
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -122,7 +122,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operation that reads values of a meta tensor gives; None for any other operation."""
+    """Return the result of an operation that reads values of a meta tensor; None for any other operation."""
     if func is _ITEM and args[0].is_meta:
         return 1
     if func is _COPY and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
@@ -137,11 +137,14 @@ def _all_rows(index: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def trace(run: Callable[[], Any], known: Iterable[torch.Tensor] = ()) -> Trace:
-    """Run a computation once.
+    """Run a computation once and measure it.
 
     Args:
-        run: the computation; its result lives until the end.
-        known: tensors that are there already, which are not counted.
+        run: the computation; its result stays alive until the end.
+        known: existing tensors, which are not counted.
+
+    Returns:
+        Memory and operations.
     """
     with LiveMemory(known) as memory:
         kept = run()

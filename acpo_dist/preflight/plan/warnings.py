@@ -1,4 +1,4 @@
-"""Warnings of a plan: too little memory, with remedies, then what the plan does not count."""
+"""Warnings of a plan: insufficient memory with remedies, then the limits of the estimate."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from acpo_dist.preflight.plan.memory import Memory
 from acpo_dist.preflight.plan.rates import Device
 
 TIGHT = 0.92
-"""Share of a device's memory above which a plan warns; fragmentation takes the rest."""
+"""Share of a device's memory above which a plan warns; fragmentation uses the rest."""
 _WHO = {
     "all": "one process holds all roles: it",
     "shared": "a GPU that workers of several roles share (gpus_per_worker, gpus_per_rank, gpus_per_replica)",
@@ -18,7 +18,7 @@ _WHO = {
 def warnings_for(
     config: Config, architecture: Architecture, roles: Mapping[str, Memory], needed: Mapping[str, float], device: Device
 ) -> list[str]:
-    """Warnings, the most urgent first."""
+    """Return warnings, the most urgent first."""
     found = [
         text for name, amount in needed.items() if (text := _too_much(config, name, amount, roles, device)) is not None
     ]
@@ -54,7 +54,7 @@ def _too_much(
 
 
 def _remedies(config: Config, name: str, roles: Mapping[str, Memory]) -> str:
-    """Settings that lower the memory of the largest role."""
+    """Return settings that reduce the memory of the largest role."""
     memory = getattr(config.model, "memory", None)
     ways: list[str] = []
     largest = name if name in roles else max(roles, key=lambda role: roles[role].total)
