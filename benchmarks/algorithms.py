@@ -1,4 +1,4 @@
-"""What each algorithm gains on the toy SDXL, and at what price, over several seeds.
+"""Gain and cost of each algorithm on the toy SDXL, over several seeds.
 
     .venv/bin/python benchmarks/algorithms.py [--seeds 0 1 2] [--only acpo nft ...] [--every 10] [KEY=VALUE ...]
 

@@ -1,4 +1,4 @@
-"""Grades the guard on the toy SDXL: does it stop a run that cheats in time, and leave an honest one alone?
+"""Evaluate the guard on the toy SDXL: whether it stops reward hacking in time and lets a regular run continue.
 
     .venv/bin/python benchmarks/guard.py [--seeds 0 1 2] [--only fast slow acpo] [--samples 96] [KEY=VALUE ...]
 
@@ -58,7 +58,7 @@ ENTROPY = 0.25
 
 
 class FallenError(Exception):
-    """The twin has shown what it was run for."""
+    """Ends the twin run once the oracle has fallen."""
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """What the oracle saw of one version."""
+    """Oracle measurements of one version."""
 
     errors: torch.Tensor
     """Squared distance of each image to the nearest clean template."""

@@ -1,4 +1,4 @@
-"""The learner that computes the anchor while the reward pool works, against one that waits for the answer first.
+"""Compare a learner that computes the anchor while the reward pool works with one that first waits for the response.
 
     .venv/bin/python benchmarks/overlap.py [--rounds 5] [--config toy_sdxl] [KEY=VALUE ...]
 

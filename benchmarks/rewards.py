@@ -1,4 +1,4 @@
-"""The reward pool against the loop that one would write with plain pyiqa, and the two cuts against each other.
+"""Compare the reward pool with a plain pyiqa loop, and the two gradient cuts with each other.
 
     .venv/bin/python benchmarks/rewards.py [--quick] [--metric cnniqa ...] [--size 224 512 1024] [--replicas 1 2]
 

@@ -1,4 +1,4 @@
-"""VRG against its starts and against the published procedure.
+"""Compare VRG with its initial trajectories and with the published procedure.
 
     .venv/bin/python benchmarks/vrg.py            # both
     .venv/bin/python benchmarks/vrg.py time [--table FILE --trajectory FILE]

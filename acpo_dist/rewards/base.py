@@ -1,4 +1,4 @@
-"""What a metric must offer to reward or to judge."""
+"""Interface of metrics, which serve as rewards or judges."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Protocol

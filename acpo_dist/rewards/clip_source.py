@@ -1,4 +1,4 @@
-"""Where a CLIP lies: a local folder or a hub id, and whether it can be had here. Imports no torch."""
+"""Resolution of a CLIP model's source, a local folder or a hub id. This module does not import torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sections of the rewards: keys, defaults and facts. Imports no torch: a configuration is checked quickly."""
+"""Configuration sections of the rewards. This module does not import torch, so that validation is fast."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every metric refuses before it computes anything: each refusal names the metric and what was found."""
+"""Validation of images and prompts, shared by all metrics."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _ROUNDING = 1e-3
 
 
 def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
-    """Refuse images that cannot be scored.
+    """Check that images can be scored.
 
     Args:
         images: expected to be floating-point RGB in [0, 1], shape (B, 3, H, W), B at least 1.
@@ -39,7 +39,7 @@ def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
 
 
 def check_prompts(prompts: Sequence[str], count: int, *, name: str) -> None:
-    """Refuse a call whose prompts cannot be read.
+    """Check that every image has a non-empty prompt.
 
     Raises:
         RewardError: not one prompt per image, or an empty prompt.

@@ -1,4 +1,4 @@
-"""Every metric by name with what one must know to choose it; what `acpo rewards list` prints."""
+"""List of all metrics with their properties, as printed by `acpo rewards list`."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

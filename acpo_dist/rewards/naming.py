@@ -1,4 +1,4 @@
-"""From what a user types for a metric to its checked section."""
+"""Conversion of a metric name or YAML text to a validated configuration section."""
 
 from typing import Any
 

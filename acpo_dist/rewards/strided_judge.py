@@ -1,7 +1,7 @@
-"""A judge that is built differently from TwoStream on purpose: strided residual convolutions, GELU, mean and spread.
+"""Judge with a different design from TwoStream: strided residual convolutions, GELU, mean and standard deviation.
 
-It never drives an update. Sharing neither architecture, activation, input (no gradient image), damage family nor
-seed with the reward, it does not share the reward's blind spots.
+It is never used in an update. Architecture, activation, input (no gradient image), damage family and seed differ from
+the reward's, so that the judge does not share the reward's weaknesses.
 """
 
 import torch

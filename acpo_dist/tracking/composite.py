@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class CompositeTracker:
-    """Hands every call to every tracker, in order.
+    """Forwards every call to every tracker, in order.
 
-    An exception of one is logged the first time, with the name of its class, and goes no further; the tracker is
-    still called afterwards, since disks and services come back.
+    The first exception of a tracker is logged with the name of its class and not raised. The tracker is still called
+    afterwards, since disks and services may recover.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
@@ -22,19 +22,19 @@ class CompositeTracker:
         self._failed: set[int] = set()
 
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one iteration everywhere."""
+        """Record the metrics of one iteration in every tracker."""
         self._each("log_metrics", lambda tracker: tracker.log_metrics(iteration, metrics))
 
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record an image file everywhere."""
+        """Record an image file in every tracker."""
         self._each("log_image", lambda tracker: tracker.log_image(name, iteration, path))
 
     def log_text(self, name: str, text: str) -> None:
-        """Record a small text file everywhere."""
+        """Record a small text file in every tracker."""
         self._each("log_text", lambda tracker: tracker.log_text(name, text))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Attach searchable facts everywhere."""
+        """Attach searchable tags in every tracker."""
         self._each("set_tags", lambda tracker: tracker.set_tags(tags))
 
     def close(self, status: str) -> None:

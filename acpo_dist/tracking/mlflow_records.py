@@ -27,7 +27,7 @@ _TAG_LENGTH = 5000
 
 
 class UndeliverableError(Exception):
-    """A record that no receiver could take."""
+    """A record that cannot be delivered to any receiver."""
 
 
 def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, An
 
 
 def lane(record: Mapping[str, Any]) -> str:
-    """Artifacts may be on another server than metrics, so neither waits for the other."""
+    """Return the lane of a record; artifacts and metrics may have different servers and do not block each other."""
     return "artifacts" if record.get("kind") in ("image", "text") else "metrics"
 
 
@@ -71,7 +71,7 @@ def deliver(client: "MlflowClient", run_id: str, record: Mapping[str, Any]) -> N
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same request cannot succeed later: MLflow was there and called it wrong."""
+    """Return whether MLflow rejected the request as invalid, so that a retry cannot succeed."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):

@@ -1,4 +1,4 @@
-"""The MLflow model registry: a folder as a new version of a model, with tags, a description and an alias."""
+"""Registration of a folder as a new model version in the MLflow model registry."""
 
 import logging
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrackingError(AcpoError):
-    """MLflow was asked for something that cannot wait, and cannot be used."""
+    """A request to MLflow that requires an immediate result failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def register(
 
     Raises:
         ConfigError: MLflow is not installed.
-        TrackingError: MLflow cannot be reached or refuses.
+        TrackingError: MLflow cannot be reached or rejects the request.
     """
     try:
         import mlflow.tracking

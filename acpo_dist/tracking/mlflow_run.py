@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run is and belongs to."""
+    """Name, experiment, params and tags of a run."""
 
     uri: str
     experiment: str
     run_name: str
     params: Mapping[str, str]
-    """Flat."""
+    """Configuration as flat key-value pairs."""
     tags: Mapping[str, str]
 
 
@@ -48,7 +48,7 @@ def open_run(client: "MlflowClient", facts: RunFacts, known_id: str) -> "Run":
 
 
 def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
-    """Set the tags of a run, and those params that it lacks: MLflow never changes a param.
+    """Set the tags of a run and its missing params; MLflow params are immutable.
 
     Raises:
         Exception: whatever MLflow raises when it cannot be reached.
@@ -65,12 +65,12 @@ def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
     except Exception as error:  # MLflow raises whatever its store raises
         if not is_refusal(error):
             raise
-        # `resolved.yaml` says the same; metrics must not wait for params that this server will never take.
+        # `resolved.yaml` holds the same data; metrics must not wait for params that the server rejects.
         logger.warning("MLflow refused params or tags of run %s, which lacks some now: %s", run.info.run_id, error)
 
 
 def shown_uri(text: str) -> str:
-    """Text for logs, without the password that a tracking URI in it may hold."""
+    """Return text for logs, with the password of a tracking URI removed."""
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
@@ -86,15 +86,15 @@ def sqlite_file(uri: str) -> Path | None:
 
 def sqlite_uri(file: Path) -> str:
     """SQLite URI of an absolute path."""
-    # Only what does not stand for itself: MLflow makes a stray folder for a path that is quoted more than it must be.
+    # Quote only `%` and `?`: MLflow creates a stray folder for a path with unnecessary quoting.
     return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
 
 
 def make_sqlite(uri: str, new_client: Callable[..., object]) -> None:
-    """Make the database of a SQLite URI if there is none; it appears complete or not at all.
+    """Create the database of a SQLite URI atomically if it does not exist.
 
-    MLflow alone would build it in place, in some seventy steps without a lock: two processes at once, or one that is
-    killed half-way, leave a database that no process can use any more (mlflow 3.17, `SqlAlchemyStore.__init__`).
+    MLflow creates it in place, in some seventy steps without a lock: two concurrent processes, or one killed process,
+    leave an unusable database (mlflow 3.17, `SqlAlchemyStore.__init__`).
 
     Raises:
         OSError: the folder cannot be written.
@@ -104,7 +104,7 @@ def make_sqlite(uri: str, new_client: Callable[..., object]) -> None:
     if file is None or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    # It reports every table that it creates.
+    # This logger reports every created table.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=file.parent) as folder:
         part = Path(folder) / file.name

@@ -1,4 +1,4 @@
-"""MLflow behind a thread and a file: training never waits for it, and nothing is lost while it is away."""
+"""MLflow tracker with a sender thread and an on-disk queue: training never waits, and no record is lost."""
 
 import logging
 import os
@@ -25,9 +25,9 @@ CLOSE_TIMEOUT_S = 30.0
 class MlflowTracker:
     """Records a run in MLflow: one MLflow run, however often the experiment run is stopped and resumed.
 
-    Every record goes to `<spool>/pending.jsonl` first; a daemon thread sends what waits there, in order, and takes it
-    out. So memory stays bounded, a call costs one line on disk, and what MLflow did not take, because it was slow or
-    away or the process was killed, is sent at the next record, at `close`, or when the run is resumed.
+    Every record is first appended to `<spool>/pending.jsonl`; a daemon thread sends pending records in order and
+    removes them. Memory stays bounded and a call costs one line on disk. Records that MLflow did not accept, because
+    it was slow or unreachable or the process was killed, are sent with the next record, at `close`, or on resume.
 
     Args:
         uri: MLflow tracking URI; see `default_uri`.
@@ -101,11 +101,11 @@ class MlflowTracker:
         self._put({"kind": "text", "name": name, "text": text})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Attach searchable facts to the run."""
+        """Attach searchable tags to the run."""
         self._put({"kind": "tags", "tags": tag_values(tags)})
 
     def close(self, status: str) -> None:
-        """Send what waits and set the status of the run, within `CLOSE_TIMEOUT_S`; a second call does nothing.
+        """Send pending records and set the status of the run, within `CLOSE_TIMEOUT_S`; a second call does nothing.
 
         Args:
             status: FINISHED, FAILED or KILLED; RUNNING leaves it as it is.

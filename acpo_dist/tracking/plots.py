@@ -1,4 +1,4 @@
-"""Plots of what is not a curve over iterations."""
+"""Plots of error tables and trajectories."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Records that wait on disk until they are delivered: nothing is lost while the receiver is slow, away or killed."""
+"""On-disk queue of records, which keeps them while the receiver is slow or unreachable."""
 
 import json
 import logging
@@ -42,14 +42,13 @@ class Spool:
             file.write(line)
 
     def drain(self, send: Callable[[dict[str, Any]], None], lane: Callable[[dict[str, Any]], str]) -> list[Exception]:
-        """Send every record that waits, oldest first; what was sent leaves the file, what was not stays.
+        """Send all pending records, oldest first, and remove the sent ones from the file.
 
-        A failure stops its own lane only, so that one broken service does not hold back what another would take, and
-        a dead one is asked once per lane rather than once per record. A process killed in between sends again what
-        it had sent: sending must bear that.
+        A failure stops only its own lane, so that a broken service does not block others and is called once per lane
+        instead of once per record. After a killed process records may be sent twice, so `send` must be idempotent.
 
         Returns:
-            The exceptions of the lanes that stopped, none when everything was sent.
+            The exceptions of the stopped lanes; empty if all records were sent.
         """
         failures: dict[str, Exception] = {}
         left: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder per iteration, a manifest of sha256 sums written last, nothing half-written ever read back."""
+"""Checkpoints: one folder per iteration with a manifest of SHA-256 sums, which is written last."""
 
 import hashlib
 import json
@@ -29,16 +29,16 @@ class Checkpoint:
 
     folder: Path
     iteration: int
-    """Iterations that are done; the next one has this number."""
+    """Number of completed iterations, which is the index of the next one."""
     state: dict[str, Any]
 
     @property
     def learner_folder(self) -> Path:
-        """What the learner wrote."""
+        """Folder with the learner's files."""
         return self.folder / LEARNER
 
     def bundle(self, kind: str = "policy") -> WeightBundle:
-        """Trainable weights with the version that the checkpoint holds.
+        """Return the trainable weights with their version.
 
         Args:
             kind: `policy`, or `ema` for their moving average.
@@ -47,7 +47,7 @@ class Checkpoint:
 
     @property
     def best_iteration(self) -> int:
-        """Iteration of the checkpoint that the judges liked best when this one was written; 0 is the base model."""
+        """Iteration of the checkpoint with the best judge scores when this one was written; 0 is the base model."""
         return int(self.state["guard"]["state"]["best"][0])
 
 
@@ -55,22 +55,22 @@ class CheckpointStore:
     """The `checkpoints/` folder of a run."""
 
     def __init__(self, root: Path, *, keep: int) -> None:
-        """Use `root`; at most `keep` checkpoints stay."""
+        """Use the folder `root` and keep at most `keep` checkpoints."""
         self._root, self._keep = root, keep
 
     def prepare(self, iteration: int) -> Path:
-        """An empty folder to write iteration's files into; it becomes a checkpoint with `commit`."""
+        """Return an empty folder for the files of an iteration; `commit` turns it into a checkpoint."""
         folder = self._root / f".{iteration:06d}.partial"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / LEARNER).mkdir(parents=True)
         return folder
 
     def discard(self, folder: Path) -> None:
-        """Give up what `prepare` began, and the room that it took."""
+        """Delete a folder of `prepare` that was not committed."""
         shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, folder: Path, iteration: int, state: dict[str, Any], *, protect: int | None = None) -> Path:
-        """Write state and manifest, rename into place, drop the oldest beyond `keep`, but never that of `protect`."""
+        """Write state and manifest, rename the folder, and delete the oldest beyond `keep` except `protect`."""
         _write(folder / STATE, json.dumps({"iteration": iteration, **state}, indent=2))
         _sync(folder / LEARNER)
         sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -86,15 +86,15 @@ class CheckpointStore:
         return final
 
     def open(self, iteration: int) -> Checkpoint:
-        """The checkpoint of one iteration.
+        """Return the checkpoint of an iteration.
 
         Raises:
-            CheckpointError: it is gone or damaged.
+            CheckpointError: the checkpoint is missing or damaged.
         """
         return open_checkpoint(self._root / f"{iteration:06d}")
 
     def newest(self) -> Checkpoint | None:
-        """Newest checkpoint whose manifest holds; damaged ones are named in the log and passed over."""
+        """Return the newest valid checkpoint, or None; damaged ones are logged and skipped."""
         for folder in reversed(self._folders()):
             try:
                 return open_checkpoint(folder)
@@ -103,14 +103,14 @@ class CheckpointStore:
         return None
 
     def adopt(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Copy a checkpoint of another run in, whole or not at all."""
+        """Copy a checkpoint of another run into this store; a failed copy leaves no checkpoint."""
         folder = self._root / f".{checkpoint.iteration:06d}.partial"
         shutil.rmtree(folder, ignore_errors=True)
         try:
             shutil.copytree(checkpoint.folder, folder)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
-            # It gathers what went wrong file by file; the first says enough.
+            # `shutil.Error` collects the errors of all files; the first one is reported.
             raise _first_of(error) from error
         final = self._root / f"{checkpoint.iteration:06d}"
         os.replace(folder, final)
@@ -118,10 +118,10 @@ class CheckpointStore:
         return open_checkpoint(final)
 
     def set_aside(self, *, after: int) -> list[Path]:
-        """Rename checkpoints of later iterations, so that nothing takes them for this run's newest.
+        """Rename checkpoints of later iterations, so that they are not used as this run's newest.
 
         Returns:
-            Where they lie now; what an earlier call left there is replaced.
+            Their new paths; folders of an earlier call at these paths are replaced.
         """
         moved = []
         for folder in self._folders():
@@ -137,17 +137,17 @@ class CheckpointStore:
 
 
 def _first_of(error: BaseException) -> BaseException:
-    """What lies behind a `shutil.Error`, whose own number is none: (source, target, text) by file."""
+    """Return the first cause of a `shutil.Error`, which has no errno and lists (source, target, text) by file."""
     if isinstance(error, shutil.Error) and error.args and (said := re.match(r"\[Errno (\d+)\]", error.args[0][0][2])):
         return OSError(int(said[1]), os.strerror(int(said[1])), error.args[0][0][1])
     return error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Check every file against the manifest.
+    """Open a checkpoint and verify every file against the manifest.
 
     Raises:
-        CheckpointError: no manifest, a missing file or another sum.
+        CheckpointError: the manifest or a file is missing, or a checksum differs.
     """
     manifest = folder / MANIFEST
     try:

@@ -30,7 +30,7 @@ def make_eight_bit(parameters: list[nn.Parameter], config: LearnerConfig) -> tor
 
 
 def eight_bit_state(optimiser: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """`<key>.<name>` as it is held, on the CPU, and `step`; whole before the first step too."""
+    """Return the state as `<key>.<name>` on the CPU, and `step`; complete even before the first step."""
     state = {"step": torch.zeros(())}
     for name, parameter in parameters.items():
         entry = _entry(optimiser, parameter)
@@ -40,7 +40,7 @@ def eight_bit_state(optimiser: Any, parameters: Mapping[str, nn.Parameter]) -> d
 
 
 def put_eight_bit(optimiser: Any, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Put back what `eight_bit_state` gave, to the bit.
+    """Restore the result of `eight_bit_state` exactly.
 
     Raises:
         CheckpointError: the checkpoint was written by another optimiser.
@@ -61,7 +61,7 @@ def put_eight_bit(optimiser: Any, parameters: Mapping[str, nn.Parameter], state:
 def _entry(optimiser: Any, parameter: nn.Parameter) -> dict[str, Any]:
     if not optimiser.state[parameter]:
         group = optimiser.param_groups[0]
-        # By identity: comparing tensors would compare their elements.
+        # Compare by identity, since `==` on tensors compares their elements.
         index = next(index for index, entry in enumerate(group["params"]) if entry is parameter)
         optimiser.init_state(group, parameter, 0, index)
     return optimiser.state[parameter]

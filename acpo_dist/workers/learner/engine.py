@@ -23,7 +23,7 @@ class Engine(Protocol):
     world_size: int
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Arithmetic of the forward passes."""
+        """Return the autocast context of the forward passes."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -31,24 +31,24 @@ class Engine(Protocol):
         ...
 
     def set_learning_rate(self, value: float) -> None:
-        """For the steps from now on."""
+        """Set the learning rate of the following steps."""
         ...
 
     def step(self) -> float:
-        """Average over micro-batches and ranks, clip, update, clear.
+        """Average gradients over micro-batches and ranks, clip them, update the weights and clear the gradients.
 
         Returns:
-            The gradient norm before clipping, the same on every rank. Where it is not finite the step is skipped:
+            The gradient norm before clipping, the same on every rank. If it is not finite, the step is skipped and
             weights and moments do not change.
         """
         ...
 
     def weights(self) -> StateTensors:
-        """Trainable parameters in float32, whole, on the CPU. Every rank must call it."""
+        """Return the unsharded trainable parameters in float32 on the CPU. Every rank must call it."""
         ...
 
     def optimiser_state(self) -> StateTensors:
-        """`exp_avg.<name>`, `exp_avg_sq.<name>` (float32, whole) and `step`. Every rank must call it."""
+        """Return unsharded `exp_avg.<name>` and `exp_avg_sq.<name>` in float32, and `step`. Every rank must call it."""
         ...
 
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
@@ -61,20 +61,20 @@ class Engine(Protocol):
 
 
 def make_optimiser(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.AdamW:
-    """The one optimiser of every engine. `foreach` off: the same order of sums with and without sharding."""
+    """Return the optimiser of all engines. `foreach` is off for the same order of sums with and without sharding."""
     return torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, foreach=False
     )
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
-    """One rate for all groups."""
+    """Set the learning rate of all parameter groups."""
     for group in optimiser.param_groups:
         group["lr"] = value
 
 
 class TorchEngine(Engine):
-    """One process, no sharding."""
+    """Engine for one process, without sharding."""
 
     rank = 0
     world_size = 1

@@ -1,4 +1,4 @@
-"""Sums and counts of per-sample metrics: they merge exactly over micro-batches and ranks and are divided once."""
+"""Sums and counts of per-sample metrics, which merge exactly over micro-batches and ranks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""The policy as an algorithm sees it: a model family, and the frozen encoder where one is asked for."""
+"""Implementation of `algorithms.base.Network` on a model family, with an optional frozen encoder."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

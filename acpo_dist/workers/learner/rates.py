@@ -1,4 +1,4 @@
-"""The learning rate of an iteration: a function of the configuration alone, so nothing of it needs to be saved."""
+"""Learning rate of an iteration, a function of the configuration only, which needs no state in checkpoints."""
 
 import math
 
@@ -6,10 +6,10 @@ from acpo_dist.config.schema import Config
 
 
 def learning_rate(config: Config, iteration: int) -> float:
-    """Rate of this iteration's steps: warm-up, height, fall, as torchtitan names and shapes them.
+    """Return the learning rate of an iteration: warm-up, constant phase and decay, with torchtitan's definitions.
 
-    Steps at full rate leave the weights scattered about the optimum by as much as the rate; falling to 0 settles them.
-    Warm-up and fall multiply; the last iteration still moves.
+    At full rate the weights fluctuate around the optimum in proportion to the rate; decay reduces the fluctuation.
+    Warm-up and decay factors multiply; the rate of the last iteration is above 0.
     """
     learner, total = config.learner, config.run.iterations
     rise = min((iteration + 1) / (learner.lr_warmup + 1), 1.0)

@@ -1,4 +1,4 @@
-"""Rollouts by sample id."""
+"""Lookup of rollout data by sample id."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from acpo_dist.diffusion.trajectory import Trajectory
 
 
 class SampleStore:
-    """Finds a sample's row in whichever batch it came in."""
+    """Looks up samples by id across rollout batches."""
 
     def __init__(self, batches: Sequence[RolloutBatch], *, policy_version: int | None) -> None:
         """Index the batches.
@@ -23,7 +23,7 @@ class SampleStore:
             policy_version: version that every sample must have been drawn with; None does not check.
 
         Raises:
-            WeightSyncError: a batch is of another version: its gradient would be that of other weights.
+            WeightSyncError: a batch was drawn with another version of the weights.
         """
         self._at: dict[str, tuple[RolloutBatch, int]] = {}
         for batch in batches:
@@ -49,22 +49,22 @@ class SampleStore:
         return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
 
     def late(self, ids: Sequence[str], keys: Sequence[int], *, stochastic: bool = False) -> LateStates:
-        """One of each sample's kept late states, chosen by the sample's key.
+        """Return one kept late state of each sample, selected by the sample's key.
 
-        A state is chosen in proportion to the timesteps that its step covers: the objective and the measured drift are
-        means over timesteps whatever the trajectory's spacing. Transitions are chosen with equal probability: a policy
-        gradient is a sum over the steps, each with weight 1.
+        States are selected in proportion to the timesteps that their step covers, so that the objective and the
+        measured drift are means over timesteps for any spacing of the trajectory. Transitions are selected with equal
+        probability, since a policy gradient is a sum over steps with weight 1.
 
         Args:
             ids: samples.
             keys: random integer per sample.
-            stochastic: choose a transition, among the steps that have a density, and return the states after them too.
+            stochastic: select a transition among the steps that have a density, and also return the state after it.
         """
         chosen: list[tuple[LateLatents, int]] = []
         for sample_id, key in zip(ids, keys, strict=True):
             batch, row = self._at[sample_id]
             kept = [late for late in batch.late if not stochastic or late.following_alpha_bar < 1]
-            # The low bits choose the image of the data batch; these choose the state.
+            # The low bits select the image of the data batch; the high bits select the state.
             widths = [1.0 if stochastic else late.width for late in kept]
             chosen.append((kept[_take(widths, (key >> 32) % 2**24 / 2**24)], row))
         following = [late.following_BCHW[row] for late, row in chosen if late.following_BCHW is not None]
@@ -78,7 +78,7 @@ class SampleStore:
         )
 
     def tail(self, ids: Sequence[str], steps: int) -> TailStates:
-        """Each sample's state before the last `steps` denoise steps, and their levels.
+        """Return each sample's state before the last `steps` denoise steps, and the levels of these steps.
 
         Raises:
             ConfigError: the rollouts do not keep the states of that many last steps.
@@ -102,12 +102,12 @@ class SampleStore:
         return TailStates(latents=torch.stack(chosen), trajectory=trajectory)
 
     def longest_tail(self, ids: Sequence[str]) -> int:
-        """Number of last steps whose states are kept without a gap."""
+        """Return the number of last steps whose states are kept without a gap."""
         return min(len(last_steps(self._at[sample_id][0])) for sample_id in ids)
 
 
 def last_steps(batch: RolloutBatch) -> list[LateLatents]:
-    """The kept states that lead to the end of the trajectory without a gap, in its order."""
+    """Return the kept states that reach the end of the trajectory without a gap, in sampling order."""
     found: list[LateLatents] = []
     for late in reversed(batch.late):
         if late.denoise_step != (found[0].denoise_step - 1 if found else late.denoise_step):

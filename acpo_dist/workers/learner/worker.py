@@ -1,4 +1,4 @@
-"""One learner rank: cuts its micro-batches, computes the algorithm's loss and updates the weights."""
+"""Learner rank: selects its micro-batches, computes the algorithm's loss and updates the weights."""
 
 import logging
 import math
@@ -35,11 +35,11 @@ from acpo_dist.workers.learner.signal import GradientSource, PooledReward
 logger = logging.getLogger(__name__)
 
 ZERO_SNR = 1e-6
-"""alpha_bar below which the last level counts as pure noise; ordinary schedules end at 4e-5 or more."""
+"""alpha_bar below which the last level is treated as pure noise; ordinary schedules end at 4e-5 or more."""
 
 
 class LearnerWorker:
-    """Plain class; an actor is a thin shell round it."""
+    """One rank of the learner, independent of Ray; a Ray actor wraps it."""
 
     def __init__(self, spec: LearnerSpec, source: GradientSource, *, device: str = "cpu") -> None:
         """Load the model and its anchor; `start` builds the optimiser."""
@@ -58,7 +58,7 @@ class LearnerWorker:
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
         self._old: dict[str, Tensor] = {}
-        """Weights of the sampling policy; empty where the policy itself draws."""
+        """Weights of the sampling policy; empty if the policy itself draws the rollouts."""
         self._skipped_in_a_row = 0
 
     @property
@@ -75,7 +75,7 @@ class LearnerWorker:
         if learner.zero_stage is None:
             kind = TorchEngine
         else:
-            # DeepSpeed is imported only where it is used.
+            # Imported here, since DeepSpeed is optional and slow to import.
             from acpo_dist.workers.learner.zero import ZeroEngine
 
             kind = ZeroEngine
@@ -97,10 +97,10 @@ class LearnerWorker:
 
         Returns:
             (metrics of this rank's samples, number of optimiser steps taken, skipped steps with this rank's samples).
-            More than `learner.max_skipped_steps` skipped in a row end the iteration, on every rank at the same step.
+            More than `learner.max_skipped_steps` consecutive skipped steps end the iteration, on all ranks at once.
 
         Raises:
-            DeviceMemoryError: a micro-batch, or the optimiser's step, does not fit.
+            DeviceMemoryError: a micro-batch or the optimiser step does not fit into memory.
         """
         with within_memory(
             f"the learner, micro-batches of {self._spec.learner.micro_batch}", memory_remedy(self._spec)
@@ -166,7 +166,7 @@ class LearnerWorker:
 
     @property
     def skipped_too_many(self) -> bool:
-        """Whether more steps in a row were skipped than allowed; the same on every rank."""
+        """Whether more consecutive steps were skipped than allowed; the same on every rank."""
         return self._skipped_in_a_row > self._spec.learner.max_skipped_steps
 
     @torch.no_grad()
@@ -203,7 +203,7 @@ class LearnerWorker:
 
     @torch.no_grad()
     def gradient_norms(self, batches: Sequence[RolloutBatch], terms: Sequence[RewardTerm]) -> list[float]:
-        """Norm per sample of dq / d eps-hat at one late state, for this rank's share of the samples.
+        """Return the norm of dq / d eps-hat per sample at one late state, for this rank's share of the samples.
 
         For an anchor in units of x0 it is the norm of dq / d x0-hat. Under guidance w both branches carry the gradient,
         w g and (1 - w) g, and the anchor is the mean of their drifts: the norm is then
@@ -238,12 +238,12 @@ class LearnerWorker:
     def measure_drift(
         self, batches: Sequence[RolloutBatch], timesteps: Sequence[int], *, space: str = "eps"
     ) -> MetricSums:
-        """Drift at fixed timesteps on forward-noised x_0, for this rank's share; named by timestep.
+        """Measure drift at fixed timesteps on forward-noised x_0, for this rank's share, by timestep.
 
         Args:
             batches: rollouts whose x_0 is noised.
             timesteps: integers in [0, T).
-            space: units, see `AnchorConfig.space`.
+            space: units of the drift: `eps`, `v` or `x0`.
         """
         store = SampleStore(batches, policy_version=None)
         sums = MetricSums()
@@ -267,13 +267,13 @@ class LearnerWorker:
         return sums
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """Weights that draw the next rollouts, the same on every rank: the policy's, or their average if it draws.
+        """Return the weights for the next rollouts, the same on every rank: the policy's or the sampling policy's.
 
         Args:
             version: number of the bundle.
             ema: export the average over optimiser steps (`learner.ema_decay`) instead.
         """
-        # In the type that rollout workers hold them in, so that their echo can be the same bytes.
+        # Cast to the rollout workers' type, so that their acknowledged checksum covers the same bytes.
         model = self._spec.model
         dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=False)
         if model.tuning.method == "lora":
@@ -297,7 +297,7 @@ class LearnerWorker:
                     parts["old"] = self._old
                 for name, tensors in parts.items():
                     save_file(tensors, folder / f"{name}.safetensors")
-                    # Older checkpoints go as soon as this one counts as whole.
+                    # Older checkpoints are deleted as soon as this one is complete.
                     sync_file(folder / f"{name}.safetensors")
 
     def close(self) -> None:
@@ -323,10 +323,10 @@ class LearnerWorker:
         return cut(ids, self._spec.learner.micro_batch)[engine.rank :: engine.world_size]
 
     def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
-        """This rank's micro-batches, and whether each counts.
+        """Yield this rank's micro-batches, and whether each one contributes to the result.
 
-        ZeRO 3 gathers collectively, so all ranks must run the same number of forwards: a rank without a batch repeats
-        the last one, which does not count.
+        ZeRO 3 gathers collectively, so all ranks must run the same number of forward passes: a rank without a batch
+        repeats the last one, which is then ignored.
         """
         engine = self._ready()
         parts = cut(ids, self._spec.learner.micro_batch)
@@ -353,5 +353,5 @@ class LearnerWorker:
 
 
 def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:
-    """Consecutive pieces of `size`."""
+    """Cut `ids` into consecutive parts of `size`; the last part may be shorter."""
     return [tuple(ids[start : start + size]) for start in range(0, len(ids), size)]

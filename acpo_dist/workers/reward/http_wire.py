@@ -18,11 +18,11 @@ _LONGEST_PROMPT = 4096
 
 
 class BodyError(RewardError):
-    """A body has another content than its request needs."""
+    """The content of a body does not match its request."""
 
 
 def encode_images(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """A request for scores: uint8 images (B, 3, H, W) and one prompt per image."""
+    """Encode a score request: uint8 images (B, 3, H, W) and one prompt per image."""
     return _encode({"images": images}, prompts)
 
 
@@ -43,7 +43,7 @@ def decode_images(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def encode_sent(sent: WireTensor, prompts: Sequence[str]) -> bytes:
-    """A request for a gradient at `sent`."""
+    """Encode a gradient request at `sent`, with one prompt per sample."""
     return _encode(_wire_tensors(sent), prompts)
 
 
@@ -60,7 +60,7 @@ def decode_sent(body: bytes) -> tuple[WireTensor, tuple[str, ...]]:
 
 
 def encode_answer(answer: ScoredGradient) -> bytes:
-    """Scores and gradients."""
+    """Encode scores and gradients."""
     scores = torch.tensor(answer.scores, dtype=torch.float64)
     return _encode({"scores": scores, **_wire_tensors(answer.gradient)}, ())
 

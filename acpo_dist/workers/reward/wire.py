@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _LARGEST_EXPONENT = 126
-"""Such that two to its power, and to its negative, are normal numbers of float32."""
+"""Largest e for which 2**e and 2**-e are normal float32 numbers."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class WireTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are sent."""
+        """Size in bytes on the wire."""
         return self.data.nbytes + self.exponent.nbytes
 
     def rows(self, start: int, stop: int) -> "WireTensor":
-        """The samples from `start` to before `stop`."""
+        """Return the samples from `start` to `stop`, exclusive."""
         return WireTensor(self.data[start:stop], self.exponent[start:stop])
 
 
@@ -52,14 +52,14 @@ def pack(tensor: Tensor, dtype: str) -> WireTensor:
 
 
 def unpack(wire: WireTensor) -> Tensor:
-    """The tensor in float32."""
+    """Return the unpacked tensor in float32."""
     values = torch.from_numpy(np.array(wire.data, copy=True)).float()
     exponent = torch.from_numpy(wire.exponent.astype(np.int32)).reshape(-1, *[1] * (values.ndim - 1))
     return torch.ldexp(values, exponent)
 
 
 def join(parts: Sequence[WireTensor]) -> WireTensor:
-    """Several of one shape and type as one; each sample keeps its own scale."""
+    """Concatenate tensors of one shape and type; each sample keeps its own scale."""
     if len(parts) == 1:
         return parts[0]
     return WireTensor(np.concatenate([part.data for part in parts]), np.concatenate([part.exponent for part in parts]))

@@ -1,4 +1,4 @@
-"""Chunks of samples: whole prompt groups, the same whatever the number of workers."""
+"""Chunks of whole prompt groups, independent of the number of workers."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from acpo_dist.core.types import PromptGroup, SamplePlan
 
 
 def chunks_of(groups: Sequence[PromptGroup], batch_size: int) -> list[tuple[SamplePlan, ...]]:
-    """Consecutive groups joined up to `batch_size` samples; a group larger than that is a chunk of its own."""
+    """Join consecutive groups to chunks of up to `batch_size` samples; a larger group is a chunk of its own."""
     chunks: list[list[SamplePlan]] = []
     for group in groups:
         if chunks and len(chunks[-1]) + len(group.samples) <= batch_size:

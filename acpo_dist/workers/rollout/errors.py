@@ -1,4 +1,4 @@
-"""Prediction error of the current model at each node, on samples that are forward-noised with one noise for all."""
+"""Prediction error of the current model at each node, on forward-noised samples with the same noise at all nodes."""
 
 from collections.abc import Sequence
 
@@ -19,18 +19,18 @@ def measure_errors(
     family: ModelFamily, clean: Tensor, prompts: Sequence[str], sample_ids: Sequence[str], sigmas: Sequence[float],
     *, guidance: bool,
 ) -> ErrorSums:  # fmt: skip
-    """Sums of one batch: e = eps_hat(x_t, t) - eps at every node, the same eps for all nodes of a sample.
+    """Return the error sums of one batch, e = eps_hat(x_t, t) - eps at every node, with one eps per sample.
 
-    eps_hat is what the sampler steps with: after the scheduler's x_0 rule.
+    eps_hat is the noise prediction of the sampler, after the scheduler's x_0 rule.
 
     Args:
         clean: x_0 (B, C, H, W), latents or pixels in [-1, 1].
-        sample_ids: fix each sample's noise, so that the result does not depend on how samples are shared out.
+        sample_ids: seed each sample's noise, so that the result is independent of the distribution over workers.
         sigmas: K nodes, ascending, within the schedule.
-        guidance: measure the null branch too, at twice the cost.
+        guidance: also measure the null branch, at twice the cost.
 
     Raises:
-        VrgError: a node outside the schedule, or a prediction that is not finite.
+        VrgError: a node is outside the schedule, or a prediction is not finite.
     """
     keys = [derive_seed("vrg", sample_id) for sample_id in sample_ids]
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(key)) for key in keys])

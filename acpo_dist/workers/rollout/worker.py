@@ -1,4 +1,4 @@
-"""The rollout worker: samples along a trajectory with guidance and keeps late states; its only state is weights."""
+"""Rollout worker: samples along a trajectory with guidance and keeps late states."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ class RolloutWorker:
             model: the model's configuration section.
             sampler: the sampler's section.
             device: where the model runs.
-            name: of this worker, for messages.
+            name: name of this worker, for messages.
         """
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
@@ -43,7 +43,7 @@ class RolloutWorker:
 
     @property
     def version(self) -> int:
-        """Version of the weights that are loaded."""
+        """Version of the loaded weights."""
         return self._version
 
     @property
@@ -55,7 +55,7 @@ class RolloutWorker:
         """Use this trajectory from the next sample on.
 
         Returns:
-            Its schedule id, which every sample carries.
+            Its schedule id, which is recorded with every sample.
         """
         self.trajectory = trajectory
         return trajectory.schedule_id
@@ -81,7 +81,7 @@ class RolloutWorker:
 
     @torch.no_grad()
     def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
-        """Draw one chunk; each sample depends on its own seed and prompt and on the weights alone.
+        """Draw one chunk; each sample depends only on its seed, its prompt and the weights.
 
         Raises:
             ConfigError: the trajectory has no step that is as late as the learner trains.
@@ -111,23 +111,23 @@ class RolloutWorker:
 
     @torch.no_grad()
     def final_latents(self, plans: Sequence[SamplePlan], trajectory: Trajectory) -> Tensor:
-        """x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the one in use stays."""
+        """Return x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the current trajectory is kept."""
         return self._sample(plans, trajectory, None).float().cpu()
 
     def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
-        """Error sums (see `workers.rollout.errors.measure_errors`) on the x_0 of a rollout batch."""
+        """Return the prediction error sums at each sigma on the x_0 of a rollout batch."""
         return measure_errors(
             self.family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
         )
 
     def load(self, bundle: WeightBundle) -> WeightAck:
-        """Copy weights in.
+        """Copy weights into the trainable parameters.
 
         Returns:
-            Version and checksum of what the parameters hold afterwards.
+            Version and checksum of the parameters afterwards.
 
         Raises:
-            WeightSyncError: names or shapes are not those of the trainable parameters.
+            WeightSyncError: names or shapes differ from the trainable parameters.
         """
         try:
             copy_weights(self.family.network, bundle.tensors)
