@@ -1,4 +1,4 @@
-"""What Stable Diffusion's families share: a U-Net on VAE latents, CLIP conditioning, and how they load and save."""
+"""Base class of the Stable Diffusion families: a U-Net on VAE latents with CLIP conditioning."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,21 +30,28 @@ from acpo_dist.models.vae import VaeDecoder, load_vae
 
 
 class LatentFamily(ModelFamily):
-    """A U-Net with what conditions and decodes it; a subclass says which pipeline, and how prompts condition it."""
+    """A U-Net with text encoders and a VAE. Subclasses define the pipeline class and the conditioning."""
 
     conditional: ClassVar[bool] = True
     pixel_space: ClassVar[bool] = False
     pipeline: ClassVar[Any]
-    """diffusers' class of the whole pipeline."""
+    """Pipeline class of diffusers."""
     text_parts: ClassVar[tuple[tuple[str, str, Any], ...]]
-    """(tokenizer, encoder, encoder's class) of each text encoder."""
+    """(folder of the tokenizer, folder of the encoder, class of the encoder) of each text encoder."""
     unused_parts: ClassVar[tuple[str, ...]] = ()
-    """Parts of such pipelines that are never loaded."""
+    """Components of the pipeline that are never loaded."""
     saved_with: ClassVar[dict[str, Any]] = {}
-    """What the saved pipeline says of itself besides its parts."""
+    """Additional configuration values of the saved pipeline."""
 
     def __init__(self, config: Any, *, path: str, device: str, trainable: bool) -> None:
-        """Load all parts; use `load`."""
+        """Load all components. Called by `load`.
+
+        Args:
+            config: the `model` section.
+            path: pipeline folder.
+            device: torch device.
+            trainable: whether the weights are trained (learner) or only sampled from (rollout).
+        """
         self.config, self.path, self.device = config, path, device
         self._options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
         dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
@@ -91,7 +98,7 @@ class LatentFamily(ModelFamily):
     @classmethod
     @override
     def load_decoder(cls, config: Any, *, device: str) -> VaeDecoder:
-        """The VAE alone."""
+        """Load the VAE only."""
         memory = config.memory
         vae = load_vae(
             cls.locate(config), config.vae, dtype=config.vae_dtype, device=device, offline=config.offline,
@@ -105,10 +112,10 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def locate(cls, config: Any) -> str:
-        """The pipeline's folder; a hub id is downloaded first, or found in the local cache.
+        """Return the pipeline folder; a hub id is downloaded or found in the local cache.
 
         Raises:
-            ModelError: not to be had, not whole, or another kind of pipeline.
+            ModelError: the model is not available, is incomplete, or is another kind of pipeline.
         """
         path = pipeline_folder(
             cls.pipeline, resolve_path(config.path), revision=config.revision, variant=config.variant,
@@ -119,16 +126,16 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def open_pipeline(cls, config: Any) -> Any:
-        """The untuned model as diffusers' own pipeline in float32: its files as they are configured, no unused part.
+        """Open the base model as a diffusers pipeline in float32, without the unused components.
 
         Raises:
-            ModelError: not to be had, not whole, or another kind of pipeline.
+            ModelError: the model is not available, is incomplete, or is another kind of pipeline.
         """
         return cls._whole(config, cls.locate(config))
 
     @classmethod
     def embeddings(cls, config: Any, *, device: str) -> PromptEmbeddings:
-        """The prompts' side alone, with its folder on disk: what `acpo embed` fills before a run.
+        """Create the prompt embeddings with their cache folder only, for `acpo embed`.
 
         Raises:
             ModelError: `memory.embedding_cache` is unset, or the text encoders cannot be loaded.
@@ -143,13 +150,13 @@ class LatentFamily(ModelFamily):
 
     @override
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Conditioning of prompts, each encoded once; the empty prompt is the null condition or `negative_prompt`."""
+        """Encode prompts, each once; the empty prompt gives the null condition, or that of `negative_prompt`."""
         return Condition(self._embeddings(prompts) | self._extra(len(prompts)))
 
     @override
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """One U-Net pass; in and out float32 whatever the weights are."""
-        # What the network holds now: DeepSpeed may have cast it.
+        """Run the U-Net once; input and output are float32 for any data type of the weights."""
+        # Read the current data type: DeepSpeed can change it after loading.
         dtype = self._tuned.dtype
         states = condition.tensors["prompt_embeds"].to(dtype)
         output = self._tuned.active(
@@ -175,15 +182,15 @@ class LatentFamily(ModelFamily):
 
     @override
     def save_pipeline(self, folder: Path) -> None:
-        """Write the whole pipeline with the tuned U-Net merged, and the adapter alone in diffusers' LoRA layout."""
+        """Write the pipeline with the merged U-Net, and the adapter separately in diffusers' LoRA layout."""
         pipeline = self._whole(self.config, self.path, unet=self._tuned.merged())
-        # One type throughout: transformers opens an encoder in the type it was saved in, diffusers the rest in float32.
+        # Save in one data type: transformers loads encoders in the saved type, diffusers loads the rest in float32.
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
         if layers:
             self.pipeline.save_lora_weights(folder / "lora", unet_lora_layers=dict(layers), safe_serialization=True)
 
-    # What a family says of itself
+    # Methods for subclasses to override
 
     @classmethod
     def _embedder(cls, config: Any, path: str) -> Any:
@@ -192,7 +199,7 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def _null_is_zeros(cls, config: Any, path: str) -> bool:
-        """Whether the null condition is zeros, which no encoder has made."""
+        """Whether the null condition is zeros instead of the encoded empty prompt."""
         return False
 
     def _extra(self, count: int) -> dict[str, Tensor]:
@@ -204,7 +211,7 @@ class LatentFamily(ModelFamily):
         return None
 
     def _check_unet(self, unet: Any) -> None:
-        """Refuse a U-Net with inputs that the family does not provide."""
+        """Raise `ModelError` if the U-Net has inputs that the family does not provide."""
         if unet.config["in_channels"] != 4:
             raise ModelError(
                 f"model.path: the U-Net of `{self.path}` takes {unet.config['in_channels']} channels, expected 4, "
@@ -216,10 +223,10 @@ class LatentFamily(ModelFamily):
                 "which no sampler here gives it. Tune the model that it was distilled from."
             )
 
-    # Shared steps
+    # Internal helpers
 
     def _own_side(self, unet: Any) -> int:
-        """Height and width of the latents that the U-Net was made for."""
+        """Default height and width of the U-Net's latents."""
         size = unet.config["sample_size"]
         sides = {size} if isinstance(size, int) else set(size or ())
         if len(sides) != 1:
@@ -231,10 +238,10 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def _whole(cls, config: Any, path: str, **parts: Any) -> Any:
-        """diffusers' pipeline of a folder, with some of its parts given."""
+        """Load the pipeline of a folder; `parts` replaces components."""
         parts |= {**dict.fromkeys(cls.unused_parts), **cls.saved_with}
         if config.vae is not None:
-            # Read anew for a loaded family too: its own may be narrower, and on another device.
+            # Load the VAE again: the one of a loaded family can have a narrower data type and be on another device.
             parts["vae"] = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline)
         return load_part(
             cls.pipeline.from_pretrained, path, None, dtype=torch.float32, revision=config.revision,
@@ -245,7 +252,7 @@ class LatentFamily(ModelFamily):
     def _check_folder(cls, path: str, config: Any) -> None:
         found = str(json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
         wanted = cls.pipeline.__name__
-        # Image-to-image pipelines are made of the same parts.
+        # Image-to-image pipelines have the same components.
         if found not in (wanted, wanted.replace("Pipeline", "Img2ImgPipeline")):
             raise ModelError(f"model.path: `{path}` holds a {found}, and model.type `{config.type}` needs a {wanted}.")
         require_whole(path, variant=config.variant, without=cls.unused_parts)

@@ -22,17 +22,23 @@ from safetensors import SafetensorError
 from acpo_dist.core.errors import ModelError
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Many workers load at once; their bars would only run into each other.
+# Many workers load at the same time, and their progress bars would overlap.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 _EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
 
 
 def resolve_path(path: str) -> str:
-    """`toy-...` is the embedded asset; anything else stays as it is.
+    """Resolve a model path.
+
+    Args:
+        path: embedded toy (`toy-...`), pipeline folder, or hub id.
+
+    Returns:
+        Folder of the toy, expanded folder, or the unchanged hub id.
 
     Raises:
-        ModelError: an unknown toy, or a path-like name that is not a pipeline folder.
+        ModelError: an unknown toy, or a local path that is not a pipeline folder.
     """
     if path.startswith("toy-"):
         folder = _EMBEDDED / path
@@ -56,25 +62,31 @@ def embedded_models() -> list[str]:
 
 
 def looks_local(path: str) -> bool:
-    """Whether a name means a folder rather than a hub id (`owner/name`)."""
+    """Whether a name is a local folder instead of a hub id (`owner/name`)."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
 
 
 def pipeline_folder(
     pipeline: Any, path: str, *, revision: str | None, variant: str | None, offline: bool, without: Sequence[str] = ()
 ) -> str:
-    """The folder of a resolved path: itself, or the hub's cached snapshot, downloaded where that is allowed.
+    """Return the folder of a resolved path; the files of a hub id are downloaded unless `offline` is set.
 
     Args:
-        pipeline: the diffusers class whose files are wanted.
-        offline: never ask the hub.
-        without: parts that are not needed.
+        pipeline: pipeline class of diffusers, which determines the files.
+        path: result of `resolve_path`.
+        revision: branch, tag or commit of a hub id.
+        variant: file variant, such as fp16.
+        offline: use the local cache only.
+        without: components that are not needed.
+
+    Returns:
+        The path if it is a folder, or the snapshot in the hub's cache.
 
     Raises:
-        ModelError: the model is not to be had, or the folder lacks files.
+        ModelError: the model is not available, or files are missing.
     """
     if not Path(path).is_dir():
-        # Parts that are given, even as None, are not downloaded.
+        # diffusers does not download components that are passed as arguments, even as None.
         options: dict[str, Any] = dict.fromkeys(without)
         options |= {"revision": revision, "variant": variant, "local_files_only": offline, "use_safetensors": True}
         path = str(load_part(pipeline.download, path, None, **options))
@@ -83,10 +95,15 @@ def pipeline_folder(
 
 
 def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = ()) -> None:
-    """Check that every part that a pipeline folder promises has its configuration and all of its weight files.
+    """Check that every component of `model_index.json` has its configuration and weight files.
+
+    Args:
+        folder: pipeline folder.
+        variant: file variant, such as fp16.
+        without: components that are not needed.
 
     Raises:
-        ModelError: names what is missing; a half-finished download is told from a wrong variant.
+        ModelError: files are missing; the message lists them and mentions unfinished downloads.
     """
     root = Path(folder)
     index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
@@ -120,7 +137,7 @@ def _needed_files(kind: str) -> tuple[tuple[str, ...], str | None]:
 
 
 def _missing_words(folder: Path) -> list[str]:
-    """Missing vocabulary files: without them a CLIP tokenizer loads and encodes every prompt alike."""
+    """Missing vocabulary files. A CLIP tokenizer loads without them and then encodes every prompt identically."""
     if (folder / "tokenizer.json").is_file():
         return []
     return [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
@@ -146,15 +163,19 @@ def _variants(root: Path) -> str:
 def load_part(
     loader: Callable[..., Any], path: str, part: str | None, *, key: str = "model.path", **options: Any
 ) -> Any:
-    """Load one component of a pipeline, turning the library's errors into one that says what to do.
+    """Load one component of a pipeline and convert library errors to `ModelError` with a remedy.
 
-    The result is untyped: diffusers declares unions that never occur, and hides the methods of its models.
+    The result is typed as `Any`, because diffusers declares unions that do not occur and hides methods of its models.
 
     Args:
-        key: where the path is set, for messages.
+        loader: function that loads the component, such as `from_pretrained`.
+        path: pipeline folder or hub id.
+        part: subfolder of the component; None for the pipeline itself.
+        key: configuration key of the path, for messages.
+        options: arguments of `loader`.
 
     Raises:
-        ModelError: the component is missing, unreadable or cannot be downloaded.
+        ModelError: the component is missing, cannot be read, or cannot be downloaded.
     """
     if part is not None:
         options["subfolder"] = part
@@ -168,7 +189,7 @@ def load_part(
 
 
 def _advice(error: BaseException, path: str) -> str:
-    """Remedy, by the underlying error of the hub client."""
+    """Remedy for an error, determined by the underlying error of the hub client."""
     if Path(path).exists():
         return "Check that the download is whole, and that the folder is of this kind of model."
     causes = list(_chain(error))
@@ -201,8 +222,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def held_dtype(name: str, *, method: str, trainable: bool) -> torch.dtype:
-    """Type in which a network's weights are held.
+    """Data type of a network's weights in memory.
 
-    Full fine-tuning trains in float32 whatever `model.dtype` says: bfloat16 weights would swallow small updates.
+    Full fine-tuning trains in float32 for any `model.dtype`, because bfloat16 weights lose small updates to rounding.
+
+    Args:
+        name: value of `model.dtype`.
+        method: value of `model.tuning.method`.
+        trainable: whether the weights are trained.
     """
     return torch.float32 if trainable and method == "full" else DTYPES[name]

@@ -1,4 +1,4 @@
-"""LoRA files: the adapters of a checkpoint in the layouts that others read, and whether a file fits a network."""
+"""LoRA files: convert the adapters of a checkpoint to common layouts, and check that a file fits a network."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.tuning import ADAPTER
 
-# Names of a residual block's parts in the original code base, which kohya's SDXL scripts and the user interfaces use.
+# Module names of a residual block in SDXL's original code, used by kohya's SDXL scripts and by common user interfaces.
 _RESNET = {
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
@@ -26,12 +26,16 @@ _MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
 
 
 def adapter_layers(weights: Mapping[str, Tensor], tuning: TuningConfig) -> dict[str, Tensor]:
-    """A checkpoint's adapters by module, `<module>.lora_A.weight` and `.lora_B.weight`, in float32.
+    """Extract the adapters of a checkpoint: `<module>.lora_A.weight` and `<module>.lora_B.weight`, in float32.
 
-    The scale is folded in, so that a reader who takes the rank for alpha gets the same network.
+    The LoRA scale is multiplied into lora_B, so that readers that assume alpha = rank get the same network.
+
+    Args:
+        weights: trainable weights of the checkpoint, by parameter name.
+        tuning: the run's `model.tuning` section.
 
     Raises:
-        ModelError: full fine-tuning has no adapters.
+        ModelError: the run used full fine-tuning, which has no adapters.
     """
     if tuning.method != "lora":
         raise ModelError("the run tuned every weight (model.tuning.method=full), so it has no LoRA; take `merged`.")
@@ -43,13 +47,18 @@ def adapter_layers(weights: Mapping[str, Tensor], tuning: TuningConfig) -> dict[
 
 
 def kohya_layers(layers: Mapping[str, Tensor], *, family: str, layers_per_block: int) -> dict[str, Tensor]:
-    """The same in kohya's names: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+    """Convert adapters to kohya's layout: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
-    For SDXL modules are named as in the original U-Net (input, middle and output blocks), for Stable Diffusion 1.x and
-    2.x as in diffusers', as kohya's own scripts do it.
+    As in kohya's scripts, module names are those of the original U-Net (input, middle and output blocks) for SDXL, and
+    those of diffusers for Stable Diffusion 1.x and 2.x.
+
+    Args:
+        layers: result of `adapter_layers`.
+        family: value of `model.type`.
+        layers_per_block: `layers_per_block` of the U-Net.
 
     Raises:
-        ModelError: a module that the original names do not know.
+        ModelError: a module has no name in the original U-Net.
     """
     named = {}
     for name, value in layers.items():
@@ -66,10 +75,14 @@ def kohya_layers(layers: Mapping[str, Tensor], *, family: str, layers_per_block:
 
 
 def original_name(module: str, layers_per_block: int) -> str:
-    """diffusers' name of a U-Net module in SDXL's original code.
+    """Convert diffusers' name of a U-Net module to the name in SDXL's original code.
+
+    Args:
+        module: name in diffusers.
+        layers_per_block: `layers_per_block` of the U-Net.
 
     Raises:
-        ModelError: no module of a down, middle or up block.
+        ModelError: the module is not part of a down, middle or up block.
     """
     span = layers_per_block + 1
     parts = module.split(".")
@@ -94,19 +107,23 @@ def _inside(kind: str, rest: list[str]) -> list[str]:
 
 
 def text_width(layers: Mapping[str, Tensor]) -> int | None:
-    """Width of the text that the adapted cross-attention reads, from a checkpoint's adapters; None without such."""
+    """Width of the text embeddings of adapted cross-attention layers; None if no such layer is adapted."""
     read = re.compile(r"attn2\.to_[kv]\.lora_A\.")
     return next((int(value.shape[1]) for name, value in layers.items() if read.search(name)), None)
 
 
 def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
-    """Refuse a file that holds no LoRA for this U-Net, before anything is loaded.
+    """Check that a file holds a LoRA for this U-Net, without loading the weights.
+
+    Args:
+        path: safetensors file.
+        unet: the U-Net.
 
     Returns:
-        Numbers of modules that it adapts: of the U-Net, and of text encoders.
+        (number of adapted U-Net modules, number of adapted text encoder modules).
 
     Raises:
-        ModelError: unreadable, no LoRA, made for another architecture, or for text encoders alone.
+        ModelError: the file cannot be read, has no LoRA layers of a U-Net, or belongs to another architecture.
     """
     try:
         with safe_open(path, framework="pt") as file:

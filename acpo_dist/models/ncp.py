@@ -1,4 +1,4 @@
-"""The NCP encoder: the down stack of the frozen base U-Net, in full float32 whatever surrounds it."""
+"""The NCP encoder: the down blocks of the frozen base U-Net, always in float32 without autocast or TF32."""
 
 import copy
 from collections.abc import Iterator
@@ -19,16 +19,19 @@ NcpOutput = Literal["down", "middle", "stages"]
 
 @contextmanager
 def full_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32 inside.
+    """Context that disables autocast and TF32.
 
-    On CUDA, convolutions use TF32 unless told otherwise; it rounds their input to 11 bits, far coarser than the
-    displacement that NCP measures.
+    On CUDA, convolutions use TF32 by default. It rounds their input to 11 bits, which is coarser than the displacement
+    that NCP measures.
+
+    Args:
+        device_type: `cpu` or `cuda`.
     """
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
     with ExitStack() as stack:
         if torch.amp.is_autocast_available(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        # torch 2.9 brought new names for both switches, and refuses a mixture of old and new.
+        # torch 2.9 renamed both settings and raises an error if old and new names are mixed.
         if hasattr(cudnn, "conv"):
             stack.enter_context(switched([cudnn.conv, cublas], "fp32_precision", "ieee"))
         else:
@@ -37,33 +40,33 @@ def full_float32(device_type: str) -> Iterator[None]:
 
 
 class NcpEncoder:
-    """f(x, t, c) of NCP: a frozen float32 copy of the base model's down stack. Gradients flow to x alone.
+    """Encoder f(x, t, c) of NCP: a frozen float32 copy of the base model's down blocks. Only x gets a gradient.
 
-    The copy costs the memory of the parts that are used (no up blocks), in float32. The encoder's forward is that of
-    diffusers with the rest taken out, so every kind of embedding is the model's own.
+    The copy does not include the up blocks. The forward pass is that of the diffusers model without the removed
+    modules, so all embeddings are computed as in the model.
     """
 
     def __init__(self, unet: nn.Module, *, output: NcpOutput = "down", checkpointing: bool = False) -> None:
-        """Copy what is needed of the base weights.
+        """Copy the required blocks of the base model.
 
         Args:
-            unet: the family's network. LoRA adapters are left out of the copy; a network whose own weights train must
-                be given before its first step (and before a checkpoint is put into it, or DeepSpeed shards it).
-            output: `down` the state after the last down block, `middle` the state after the middle block, `stages`
-                every down block's output and the middle block's, apart.
-            checkpointing: recompute the blocks in the backward pass: less memory, one more encoder forward.
+            unet: the family's network. The copy has no LoRA adapters. With full fine-tuning, create the encoder before
+                the first step, before loading a checkpoint, and before DeepSpeed shards the network.
+            output: `down` is the output of the last down block, `middle` the output of the middle block, `stages` the
+                outputs of every down block and of the middle block.
+            checkpointing: recompute the blocks in the backward pass: less memory, one additional forward pass.
 
         Raises:
-            ModelError: not a U-Net of diffusers, or no middle block where one is asked for.
+            ModelError: not a U-Net of diffusers, or `output` needs a middle block that the U-Net lacks.
         """
         if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
             raise ModelError(f"the NCP encoder needs a U-Net of diffusers, found {type(unet).__name__}")
         if output != "down" and unet.mid_block is None:
             raise ModelError(f"ncp output `{output}` needs a middle block, which this U-Net lacks; take `down`")
-        # diffusers' models are typed as unions that never occur.
+        # diffusers types its models as unions that do not occur.
         source: Any = unet
         skipped = [source.up_blocks] if output != "down" else [source.up_blocks, source.mid_block]
-        # deepcopy takes what its memo already holds for a copy: the large unused half is never duplicated.
+        # deepcopy uses the entries of `memo` as copies, so the large unused blocks are not duplicated.
         memo = {id(part): nn.ModuleList() for part in skipped if part is not None}
         network: Any = copy.deepcopy(source, memo)
         if output == "down":
@@ -85,15 +88,15 @@ class NcpEncoder:
                 block.register_forward_hook(lambda _module, _inputs, result: self._stages.append(result[0]))
 
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-        """Features of a batch.
+        """Compute the features of a batch.
 
         Args:
-            latents: x_{t'}, (B, C, H, W), float32; carries the gradient if it is the policy's.
-            timesteps_B: t'.
-            condition: as the family's `encode` gives it; empty for an unconditional model.
+            latents: x_{t'}, shape (B, C, H, W), float32; gradients flow to it if it requires them.
+            timesteps_B: t' per sample.
+            condition: result of the family's `encode`; empty for an unconditional model.
 
         Returns:
-            One tensor (B, C', H', W'), or one per stage, in float32.
+            One tensor of shape (B, C', H', W'), or one per stage, in float32.
         """
         dtype = self.network.dtype
         arguments: dict[str, Any] = {}
@@ -112,7 +115,7 @@ class NcpEncoder:
 
 
 def _checkpoint(module: nn.Module, *arguments: Any) -> Any:
-    # The recomputation runs in the backward pass, outside of `features`, and must not fall back to TF32 there.
+    # The recomputation runs in the backward pass, outside of `features`, and must disable TF32 again.
     def run(*inner: Any) -> Any:
         device = next(value.device.type for value in inner if isinstance(value, Tensor))
         with full_float32(device):
