@@ -105,7 +105,7 @@ class Oracle:
         self.looks: dict[int, Look] = {}
 
     def look(self, pool) -> Look:
-        """With the weights that the workers hold now."""
+        """Measure the version that the workers currently hold."""
         plans = [plan for group in self._groups for plan in group.samples]
         images = pool.images(pool.generate(self._groups), [plan.sample_id for plan in plans]).float() / 255
         ids, errors = nearest_template(images)
@@ -136,7 +136,7 @@ class Oracle:
         return next((version for version in sorted(self.looks) if self.fallen(self.looks[version])), None)
 
     def history(self) -> dict[int, dict[str, float]]:
-        """Every look, by version."""
+        """Return all measurements by version."""
         return {version: self.against_base(look) for version, look in sorted(self.looks.items())}
 
 
@@ -163,7 +163,7 @@ def grade(arm: str, seed: int, options) -> dict:
 
 
 def guarded(arm: str, seed: int, options, every: int, root: Path) -> tuple[dict, Oracle]:
-    """The run as a user has it, with what was kept at its end."""
+    """Run with the guard, and return the result and the oracle's measurements."""
     config, oracle = prepare(arm, seed, options, root, "roll_back")
     kept: dict[str, float] = {}
 
@@ -252,7 +252,7 @@ def watched(oracle: Oracle, every: int, *, more: int | None):
 
 
 def decisions(root: Path) -> list[dict]:
-    """What the guard wrote down."""
+    """Return the decisions that the guard recorded."""
     path = root / "guard.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 

@@ -1,13 +1,14 @@
-"""IPCE: how well an image corresponds to its prompt, read off five levels of agreement, locally and as a whole.
+"""IPCE: correspondence of an image to its prompt, from five levels of agreement of patches and whole image.
 
-Source: Peng et al. (CVPRW 2024, NTIRE challenge on AI-generated images), written from its formulas:
+Source: Peng et al. (CVPRW 2024, NTIRE challenge on AI-generated images), implemented from the formulas:
 level k of 1 to 5 has the text `a photo that {badly|poorly|fairly|well|perfectly} matches '{prompt}'`, a view its logits
 e^s cos. Local: logits averaged over patches, then softmax; global: softmax of the whole image's; p is their mean,
 and q = 5/4 (sum over k of k p_k - 1), from 0 to 5.
 
 Lengths are given for CLIP's 224 pixels and scale with the model's own size S: the shorter side is brought to at least
-512 S/224, patches of S x S lie on a grid of 32 S/224 pixels (48 S/224 where a side reaches 1024 S/224). Which patches
-are seen is drawn once from a seed, the same in every call, so that a score is a function of the image.
+512 S/224, patches of S x S lie on a grid of 32 S/224 pixels (48 S/224 where a side reaches 1024 S/224). The patches
+are drawn from a seed, the same in every call, so that a score is a function of the image.
+
 Shapes: B images, P patches, V = P + 1 views (the whole image last), S x S pixels, D embedding width.
 """
 
@@ -25,7 +26,7 @@ _STANDARD_SIZE = 224
 
 
 def level_texts(prompt: str) -> list[str]:
-    """The five texts of a prompt, from no agreement to full agreement."""
+    """Return the five texts of a prompt, from no agreement to full agreement."""
     return [f"a photo that {level} matches '{prompt}'" for level in LEVELS]
 
 
@@ -35,8 +36,8 @@ def patch_corners(
     """Upper left corners (top, left) of at most `count` patches of `size` x `size` pixels on IPCE's grid.
 
     Args:
-        height: of the upscaled image, at least `size`.
-        width: likewise.
+        height: height of the upscaled image in pixels, at least `size`.
+        width: width of the upscaled image in pixels, at least `size`.
         generator: draws corners without repetition; None takes them evenly spaced along the grid.
     """
     wide = max(height, width) * _STANDARD_SIZE >= 1024 * size
@@ -57,7 +58,7 @@ def ipce_views(images: Tensor, *, size: int, short_side: int, count: int, genera
         size: S.
         short_side: least length of the shorter side, for a model of 224 pixels; smaller images are upscaled.
         count: P, fewer where the grid has fewer.
-        generator: see `patch_corners`.
+        generator: draws patch corners without repetition; None spaces them evenly.
     """
     height, width = images.shape[2:]
     least = max(size, round(short_side * size / _STANDARD_SIZE))

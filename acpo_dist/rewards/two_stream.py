@@ -17,7 +17,7 @@ from acpo_dist.rewards.config import PATCHES
 PATCH = 32
 _BINS = 3
 _TILES_AT_ONCE = 256
-"""Tiles per forward: what bounds the memory, however large the batch and its images are."""
+"""Tiles per forward pass, which bounds memory for any batch and image size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class _Stream(nn.Module):
         maps = F.adaptive_avg_pool2d(self.features(patches), _BINS)
         batch = maps.shape[0]
         maps = maps.reshape(batch, _BINS * _BINS, self.per_bin, _BINS * _BINS)
-        # Bin k is read only from its own group of channels: what is seen depends on where it is.
+        # Bin k is read only from its own group of channels, which makes the pooling position-sensitive.
         return maps.diagonal(dim1=1, dim2=3).reshape(batch, -1)
 
 
@@ -89,8 +89,9 @@ class TwoStream(nn.Module):
         Args:
             images: (B, 3, H, W) in [0, 1], H and W at least 32; larger images are tiled, a remainder at the right
                 and lower edge is covered by a last overlapping tile.
-            patches: most tiles per image. An image with more is judged by so many, drawn without bias from `seed`
-                and its size alone: the same in every call and batch.
+            patches: maximum number of tiles per image. For larger images this many are drawn uniformly from `seed`
+                and the image size, the same in every call and batch.
+            seed: seed of the drawn tiles.
 
         Returns:
             Scores of shape (B,), the mean over tiles.
@@ -104,13 +105,13 @@ class TwoStream(nn.Module):
             )
         corners = tile_corners(*images.shape[2:], patches=patches, seed=seed)
         planes = torch.cat([images, gradient_magnitude(images)], 1)
-        # Chunks of tiles, each tile of all images: tensors never grow with the size of the images.
+        # Process tiles in chunks over all images, so that tensors do not grow with the image size.
         step = max(1, _TILES_AT_ONCE // len(images))
         chunks = [corners[start : start + step] for start in range(0, len(corners), step)]
         if len(chunks) == 1 or self.training or not torch.is_grad_enabled():
             scores = [self._tiles(planes, chunk) for chunk in chunks]
         else:
-            # The backward pass computes a chunk's maps again rather than keep those of all.
+            # The backward pass recomputes the maps of a chunk instead of storing the maps of all chunks.
             scores = [checkpoint(self._tiles, planes, chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(scores).mean(0)
 

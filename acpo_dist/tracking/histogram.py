@@ -1,4 +1,4 @@
-"""How scores are distributed: as text for a terminal, and as an image."""
+"""Histograms of scores, as text for a terminal and as an image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ def text_histogram(values: Sequence[float], *, bins: int = 12) -> list[str]:
         ValueError: no value, or one that is not finite.
     """
     counts, edges = _histogram(values, bins)
-    # Enough digits to tell neighbouring edges apart.
+    # Use enough digits to distinguish neighbouring edges.
     step = float(edges[1] - edges[0])
     digits = max(0, 1 - math.floor(math.log10(step)))
     labels = [f"{edge:.{digits}f}" for edge in edges]

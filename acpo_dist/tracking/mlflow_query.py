@@ -1,4 +1,4 @@
-"""Read runs from MLflow and add files to them; fails at once when MLflow cannot be reached."""
+"""Queries of MLflow runs and upload of files; they fail immediately if MLflow cannot be reached."""
 
 import logging
 import shlex
@@ -44,6 +44,8 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
     """Runs of an experiment, oldest first.
 
     Args:
+        uri: tracking URI.
+        experiment: name of the experiment.
         histories: prefixes of the metrics whose whole history is fetched, one request each.
 
     Raises:
@@ -72,11 +74,11 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
 
 
 def charts_link(uri: str, experiment: str) -> str | None:
-    """How to open the charts of an experiment's runs in MLflow's web page.
+    """Return how to open the charts of an experiment's runs in MLflow's web page.
 
     Args:
         uri: tracking URI.
-        experiment: its name.
+        experiment: name of the experiment.
 
     Returns:
         An address, after the command that serves it where the URI is not a server's; None if MLflow cannot be used or
@@ -122,7 +124,7 @@ def attach(
 
 
 def connect(uri: str) -> "MlflowClient":
-    """A client of a store that is there.
+    """Return a client of an existing store.
 
     Raises:
         UsageError: MLflow is not installed, or the store cannot be reached.
@@ -141,7 +143,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def _require_there(uri: str) -> None:
-    """Refuse what MLflow would create, or wait minutes for."""
+    """Reject a store that MLflow would create, or a server to which it would try to connect for minutes."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https"):
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))

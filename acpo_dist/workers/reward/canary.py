@@ -1,4 +1,4 @@
-"""An image with a known score, which tells a faulty replica from an image that cannot be scored."""
+"""Image with a known score, which distinguishes a faulty replica from an image that cannot be scored."""
 
 from math import isfinite
 
