@@ -1,8 +1,8 @@
-"""A model's own scheduler configuration: every key is obeyed, replaced by a named key of the run, or refused by name.
+"""Scheduler configuration of a model. Every key is applied, replaced by a key of the run, or rejected with an error.
 
-The scheduler folder says what the network means (levels, prediction type, x_0 rule), which always holds here. It also
-says at which levels a pipeline samples: `sampler.spacing=scheduler` obeys it and any other spacing replaces it. How a
-pipeline steps is replaced by `sampler.solver` and `sampler.eta`.
+Keys that define the network (noise levels, prediction type, x_0 rule) always apply. Keys that define the sampling
+levels apply with `sampler.spacing=scheduler` and are replaced by any other spacing. Keys that define the steps are
+replaced by `sampler.solver` and `sampler.eta`.
 """
 
 import inspect
@@ -26,65 +26,65 @@ from acpo_dist.models.loading import load_part
 logger = logging.getLogger(__name__)
 
 NEAR_ZERO = 2.0**-24
-"""Stands for a cumulative signal of zero, as in diffusers' Euler scheduler: the first noise level stays finite."""
+"""Replaces alpha_bar = 0, as in diffusers' Euler scheduler, so that the first sigma is finite."""
 
 LEAST_STEP = 1e-4
-"""Smallest relative fall of sigma in a step: below it the quotients of multistep rules are rounding."""
+"""Minimum relative decrease of sigma in a step; below it the quotients of multistep methods are rounding errors."""
 
 OBEYED = frozenset(
     "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type "
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value".split()
 )
-"""What the network means: hold in every rollout, training step and measurement."""
+"""Keys that define the network; applied in every rollout, training step and measurement."""
 SPACING = frozenset(
     "timestep_spacing steps_offset set_alpha_to_one final_sigmas_type use_karras_sigmas use_exponential_sigmas "
     "use_beta_sigmas use_lu_lambdas sigma_min sigma_max interpolation_type lambda_min_clipped".split()
 )
-"""Where a pipeline samples: obeyed by `sampler.spacing=scheduler` (`steps_offset` by `leading` too)."""
+"""Keys that define the sampling levels; applied by `sampler.spacing=scheduler` (`steps_offset` also by `leading`)."""
 STEPPING = frozenset(
     "solver_order solver_type algorithm_type lower_order_final euler_at_final predict_x0 disable_corrector solver_p "
     "skip_prk_steps variance_type".split()
 )
-"""How a pipeline steps: replaced by `sampler.solver` and `sampler.eta`."""
+"""Keys that define the steps; replaced by `sampler.solver` and `sampler.eta`."""
 ONLY: dict[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False,), "flow_shift": (1.0,), "use_dynamic_shifting": (False,), "shift_terminal": (None,),
     "time_shift_type": ("exponential",), "timestep_type": ("discrete",), "prediction_type": PREDICTION_TYPES,
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }  # fmt: skip
-"""Keys of which only these values are supported."""
+"""Supported values of keys for which not every value is supported."""
 SPACED = tuple(
     f"{name}Scheduler"
     for name in "DDPM DDIM PNDM EulerDiscrete HeunDiscrete DPMSolverMultistep DEISMultistep UniPCMultistep".split()
 )
-"""Classes whose own configuration `sampler.spacing=scheduler` can follow."""
+"""Scheduler classes supported by `sampler.spacing=scheduler`."""
 OBSOLETE = frozenset(("tensor_format", "timestep_values"))
-"""Keys of old folders that diffusers itself no longer reads."""
+"""Keys of old folders that diffusers no longer reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSchedule:
-    """What a model's scheduler folder says."""
+    """Noise schedule, prediction type and x_0 rule of a model, from its scheduler configuration."""
 
     prediction_type: str
     """`epsilon`, `v_prediction` or `sample`."""
     alpha_bars: Tensor
     """Cumulative signal fraction by timestep, float64, shape (T,)."""
     rule: CleanRule
-    """What the scheduler does to x0-hat."""
+    """The x_0 rule of the scheduler."""
     scheduler: str
     """Name of the scheduler's class in diffusers."""
     config: Mapping[str, Any]
-    """All keys of that class, defaults filled in."""
+    """All keys of the scheduler class, including defaults."""
 
     def trajectory(self, num_steps: int, spacing: str) -> Trajectory:
-        """Trajectory of a named spacing.
+        """Create a trajectory with a named spacing.
 
         Args:
-            num_steps: denoise steps.
-            spacing: a name of `diffusion.trajectory.SPACINGS`, or `scheduler` for the scheduler's own configuration.
+            num_steps: number of denoise steps.
+            spacing: a name in `diffusion.trajectory.SPACINGS`, or `scheduler` for the scheduler's own configuration.
 
         Raises:
-            ConfigError: the scheduler does not sample along one trajectory under its own configuration.
+            ConfigError: the scheduler's own configuration does not define a valid trajectory.
             ValueError: unknown spacing, or more steps than timesteps.
         """
         if spacing == "scheduler":
@@ -116,11 +116,11 @@ class NoiseSchedule:
             )
         end = float(getattr(scheduler, "final_alpha_cumprod", torch.ones(())))
         levels = [level for level in self.alpha_bars[[int(timestep) for timestep in timesteps]].tolist() if level < end]
-        # With set_alpha_to_one=False a step from timestep 0 ends where it starts.
+        # With set_alpha_to_one=False a step from timestep 0 ends at the same level, so it is removed.
         return Trajectory(timesteps=tuple(timesteps[: len(levels)]), alpha_bars=(*levels, end))
 
     def _through_sigmas(self, timesteps: list[float], sigmas: Tensor) -> Trajectory:
-        # Heun repeats every inner level for its two calls.
+        # Heun lists every inner level twice, once per call.
         repeats = self.scheduler == "HeunDiscreteScheduler"
         first = [step for step in range(len(sigmas)) if not repeats or step == 0 or sigmas[step] != sigmas[step - 1]]
         distinct = sigmas[first]
@@ -134,23 +134,28 @@ class NoiseSchedule:
 
 
 def read_schedule(path: str, revision: str | None = None, subfolder: str | None = "scheduler") -> NoiseSchedule:
-    """Noise schedule of a pipeline folder.
+    """Read the noise schedule of a pipeline folder.
 
-    A schedule with zero terminal SNR ends at 2^-24 instead of 0.
+    The last alpha_bar of a schedule with zero terminal SNR is 2^-24 instead of 0.
+
+    Args:
+        path: pipeline folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        subfolder: folder of the scheduler; None for the pipeline folder itself.
 
     Raises:
-        ModelError: unreadable, no discrete noise schedule, or a key that cannot be obeyed.
+        ModelError: the configuration cannot be read, is not a discrete noise schedule, or has an unsupported key.
     """
     config = load_part(DDPMScheduler.load_config, path, subfolder, revision=revision)
     return schedule_of(config, path)
 
 
 def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
-    """Noise schedule of a scheduler configuration.
+    """Create the noise schedule of a scheduler configuration.
 
     Args:
         config: content of `scheduler_config.json`.
-        path: the model's, for messages.
+        path: path of the model, for messages.
 
     Raises:
         ModelError: see `read_schedule`.
@@ -170,7 +175,7 @@ def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
             f"model.path: the scheduler of `{path}` ({kind}) has the key `{unknown[0]}`, which is not supported, so it "
             "would be ignored. Remove it from scheduler_config.json if the model does not depend on it."
         )
-    # diffusers ignores keys of other classes, which folders keep from a scheduler that was replaced.
+    # diffusers ignores keys of other classes; folders contain such keys after the scheduler class was changed.
     full = own | {key: value for key, value in given.items() if key in own}
     for key, values in ONLY.items():
         if key in full and full[key] not in values:
@@ -199,7 +204,7 @@ def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
 
 
 def build(kind: str, config: Mapping[str, Any]) -> Any:
-    """The diffusers scheduler of that class name and configuration."""
+    """Create a diffusers scheduler from its class name and configuration."""
     return getattr(diffusers, kind)(**config)
 
 

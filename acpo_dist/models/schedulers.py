@@ -1,9 +1,9 @@
-"""Samplers by name, most of them diffusers' schedulers on explicit trajectories, and trajectories for pipelines.
+"""Samplers by name, most of them diffusers schedulers on explicit trajectories, and trajectories for pipelines.
 
-A scheduler of diffusers can follow any trajectory if its step reads `sigmas` by index: its own spacing is overwritten.
-DDIM and PNDM compute the previous timestep from an even spacing inside the step, so overwriting their timesteps is
-silently wrong; `ddim` and `plms` here are our own. The model's x_0 rule acts on network outputs before they reach a
-sampler (`diffusion.clean_rule`), so schedulers are built without clipping or thresholding.
+A diffusers scheduler can follow any trajectory if its step reads `sigmas` by index: its levels are overwritten. The
+DDIM and PNDM schedulers compute the previous timestep from an even spacing, so overwriting their timesteps gives wrong
+results without an error; `ddim` and `plms` are implemented in this package. The model's x_0 rule is applied to network
+outputs before the sampler (`diffusion.clean_rule`), so schedulers are built without clipping or thresholding.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,15 +34,15 @@ RESPACING_FLAGS = (
     "use_lu_lambdas",
     "use_flow_sigmas",
 )
-"""Options of `DPMSolverMultistepScheduler` that replace the levels of the timesteps it is given."""
+"""Options of `DPMSolverMultistepScheduler` that replace the levels of explicit timesteps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledSampler(Sampler):
-    """A multistep or Euler scheduler of diffusers with the trajectory's levels written in; one object per rollout.
+    """A multistep or Euler scheduler of diffusers with the levels of a trajectory; each rollout creates a scheduler.
 
-    The last step to a clean end is of first order, as diffusers itself does with `final_sigmas_type="zero"`; with fewer
-    than 15 steps diffusers lowers the order near the end too (`lower_order_final`).
+    The last step to a clean end is of first order, as in diffusers with `final_sigmas_type="zero"`. With fewer than 15
+    steps diffusers also lowers the order of the steps before it (`lower_order_final`).
     """
 
     scheduler: type
@@ -52,13 +52,13 @@ class ScheduledSampler(Sampler):
     scaled: bool = False
     """Whether the scheduler's sample is z = x / sqrt(alpha_bar) instead of x."""
     clean_by_ddim: bool = False
-    """Whether the step to a clean end is ours: the first-order rule where the scheduler's own is 0 times infinity."""
+    """Whether the step to a clean end is a DDIM step, because the scheduler's own step evaluates 0 times infinity."""
 
     @override
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         sigmas = noise_levels(trajectory)
         final = "zero" if sigmas[-1] == 0 else "sigma_min"
-        # Only DEIS lacks the option, and it alone cannot reach 0.
+        # Only DEIS lacks the option; it cannot step to sigma = 0 and uses `clean_by_ddim`.
         options = self.options if self.clean_by_ddim else {"final_sigmas_type": final, **self.options}
         scheduler = build_scheduler(self.scheduler, self.alpha_bars, prediction_type, **options)
         write_levels(scheduler, sigmas, trajectory.timesteps)
@@ -76,10 +76,11 @@ class ScheduledSampler(Sampler):
 
 @dataclass(frozen=True, kw_only=True)
 class HeunSampler(Sampler):
-    """Heun's rule of second order, in diffusers' scheduler: two calls per step, one for the last; 2 N - 1 in all.
+    """Heun's method (second order) with diffusers' scheduler: two network calls per step, 2 N - 1 in total.
 
-    The first call of a step is at the visited state; the second is at the Euler prediction of the next state with the
-    next timestep, which no visitor sees. The last step is an Euler step: its end has no timestep.
+    The first call of a step is at the state passed to `visit`. The second call is at the Euler prediction of the next
+    state with the next timestep; `visit` is not called for it. The last step is an Euler step, because its end has no
+    timestep.
     """
 
     alpha_bars: Tensor
@@ -89,7 +90,7 @@ class HeunSampler(Sampler):
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         scheduler = build_scheduler(HeunDiscreteScheduler, self.alpha_bars, prediction_type)
         sigmas, timesteps = noise_levels(trajectory), trajectory.timesteps
-        # Every inner level is a place where the scheduler is called twice: as an end, then as a start.
+        # The scheduler is called twice at every inner level: at the end of one step and at the start of the next.
         doubled = [sigma for sigma in sigmas[1:-1] for _ in range(2)]
         repeated = [timestep for timestep in timesteps[1:] for _ in range(2)]
         write_levels(scheduler, (sigmas[0], *doubled, sigmas[-1]), (timesteps[0], *repeated))
@@ -110,9 +111,9 @@ class SamplerEntry:
     """A sampler by name."""
 
     build: Callable[[Tensor], Sampler]
-    """From the model's alpha_bars, float64 (T,), to a sampler for any of its trajectories."""
+    """Creates the sampler from the model's alpha_bars, float64, shape (T,)."""
     calls_per_step: int
-    """Network calls per denoise step; `heun` makes one less in all."""
+    """Network calls per denoise step; `heun` makes one call less in total."""
 
 
 def _solver(scheduler: type, *, scaled: bool = False, clean_by_ddim: bool = False, **options: Any) -> SamplerEntry:
@@ -134,13 +135,14 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "deis": _solver(DEISMultistepScheduler, clean_by_ddim=True),
     "unipc": _solver(UniPCMultistepScheduler),
 }
-"""For `sampling.sample`. The schemes of `splitting.sample_split` need the branches apart and are not listed here."""
+"""Samplers of `sampling.sample`. The schemes of `splitting.sample_split` need separate branches and are not listed."""
 
 
 def make_sampler(name: str, alpha_bars_T: Tensor) -> Sampler:
-    """The sampler of that name for a model.
+    """Create a sampler by name.
 
     Args:
+        name: a name in `SAMPLERS`.
         alpha_bars_T: cumulative signal fraction by timestep, float64, shape (T,).
 
     Raises:
@@ -154,42 +156,59 @@ def make_sampler(name: str, alpha_bars_T: Tensor) -> Sampler:
 
 
 def build_scheduler(scheduler: type, alpha_bars_T: Tensor, prediction_type: str, **options: Any) -> Any:
-    """A scheduler of diffusers for a model's training levels, given as betas."""
+    """Create a diffusers scheduler with the noise levels of a model.
+
+    Args:
+        scheduler: scheduler class.
+        alpha_bars_T: alpha_bar by timestep, shape (T,); converted to betas.
+        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        options: further arguments of the class.
+    """
     levels = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars_T.detach().to("cpu", torch.float64)])
     betas = (1 - levels[1:] / levels[:-1]).tolist()
     return scheduler(num_train_timesteps=len(betas), trained_betas=betas, prediction_type=prediction_type, **options)
 
 
 def write_levels(scheduler: Any, sigmas: tuple[float, ...], timesteps: tuple[float, ...]) -> None:
-    """Replace the levels of a fresh scheduler whose step reads them by index; one more sigma than timesteps."""
-    # Its own spacing first, for the state that `set_timesteps` also resets; what it worked out is then replaced.
+    """Set the levels of a new scheduler whose step reads them by index.
+
+    Args:
+        scheduler: a scheduler without earlier steps.
+        sigmas: N + 1 sigmas, decreasing.
+        timesteps: N timesteps.
+    """
+    # `set_timesteps` also resets internal state; the levels that it computes are then replaced.
     scheduler.set_timesteps(len(timesteps))
     scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float32)
     scheduler.timesteps = torch.tensor(timesteps, dtype=torch.float32)
     scheduler.num_inference_steps = len(timesteps)
-    # By position: a search by timestep would stumble over repeated ones.
+    # Steps are counted by index, because a search by timestep fails for repeated timesteps.
     scheduler.set_begin_index(0)
 
 
 def _scaled_step(scheduler: Any, index: int, model_output: Tensor, scaled: Tensor) -> Tensor:
     timestep = scheduler.timesteps[index]
-    # Its result is the network's input, which we have; Euler only warns unless it was called.
+    # The result is not used; Euler logs a warning if this method has not been called.
     scheduler.scale_model_input(scaled, timestep)
     return scheduler.step(model_output.float(), timestep, scaled).prev_sample
 
 
 def euler_sigmas(trajectory: Trajectory) -> list[float]:
-    """`sigmas=` for `EulerDiscreteScheduler`: N + 1 values, including the last (0 if the end is clean).
+    """Convert a trajectory to the `sigmas` argument of `EulerDiscreteScheduler`.
 
-    Without the last one diffusers ends at the last real level and silently drops a step.
+    Returns:
+        N + 1 sigmas including the end (0 if clean). Without the end diffusers omits the last step without a warning.
     """
     return list(noise_levels(trajectory))
 
 
 def dpmpp_timesteps(trajectory: Trajectory) -> list[int]:
-    """`timesteps=` for `DPMSolverMultistepScheduler`: N integers, strictly decreasing, nearest to the trajectory's.
+    """Convert a trajectory to the `timesteps` argument of `DPMSolverMultistepScheduler`.
 
-    diffusers truncates what is not an integer, so they are rounded here; equal ones are moved apart.
+    diffusers truncates non-integer timesteps, so they are rounded here; duplicates are moved to free timesteps.
+
+    Returns:
+        N strictly decreasing integers.
 
     Raises:
         ConfigError: more steps than integers from the first timestep down to 0.
@@ -199,23 +218,24 @@ def dpmpp_timesteps(trajectory: Trajectory) -> list[int]:
         raise ConfigError(f"{len(whole)} steps from timestep {whole[0]} cannot all have their own integer timestep")
     for step in range(1, len(whole)):
         whole[step] = min(whole[step], whole[step - 1] - 1)
-    # Moving down may have left the range; the same from the other end, where there is room by the check above.
+    # Moving down can give negative timesteps: repeat from the other end, which has room because of the check above.
     for step in reversed(range(len(whole))):
         whole[step] = max(whole[step], len(whole) - 1 - step)
     return whole
 
 
 def pipeline_arguments(scheduler: Any, trajectory: Trajectory) -> dict[str, list[float] | list[int]]:
-    """Argument that makes a plain diffusers pipeline, or its scheduler's `set_timesteps`, follow a trajectory.
+    """Create the argument with which a diffusers pipeline or `scheduler.set_timesteps` follows a trajectory.
 
     Args:
-        scheduler: the pipeline's; Euler follows exactly, DPM-Solver to the nearest integer timesteps.
+        scheduler: scheduler of the pipeline. Euler follows the trajectory exactly, DPM-Solver at integer timesteps.
+        trajectory: the trajectory.
 
     Returns:
         `{"sigmas": ...}` or `{"timesteps": ...}`, to be passed instead of `num_inference_steps`.
 
     Raises:
-        ConfigError: the scheduler cannot follow a trajectory, or has an option on that would change it.
+        ConfigError: the scheduler cannot follow a trajectory, or an option of the scheduler would change it.
     """
     kind = type(scheduler).__name__
     if not isinstance(scheduler, EulerDiscreteScheduler | DPMSolverMultistepScheduler):

@@ -13,11 +13,11 @@ from acpo_dist.models.text import Encoders
 
 
 class Sd15Family(LatentFamily):
-    """The U-Net of Stable Diffusion 1.x and 2.x with what conditions and decodes it."""
+    """Stable Diffusion 1.x and 2.x: U-Net, text encoder and VAE."""
 
     pipeline: ClassVar[Any] = StableDiffusionPipeline
     text_parts: ClassVar[tuple[tuple[str, str, Any], ...]] = (("tokenizer", "text_encoder", CLIPTextModel),)
-    # The checker would black out what it dislikes: scores and gradients must see what the model draws.
+    # The safety checker replaces flagged images by black ones, but scores and gradients need the model's output.
     unused_parts: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     saved_with: ClassVar[dict[str, Any]] = {"requires_safety_checker": False}
 
@@ -26,7 +26,7 @@ class Sd15Family(LatentFamily):
     @classmethod
     def _embedder(cls, config: Sd15Config, path: str) -> Any:
         def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
-            # The last layer after its norm; the null condition is the encoded empty prompt, never zeros.
+            # Output of the last layer after its norm. The null condition is the encoded empty prompt, not zeros.
             return {"prompt_embeds": encoders[0](prompt or config.negative_prompt or "")[0]}
 
         return embed

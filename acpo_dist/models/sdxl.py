@@ -15,11 +15,11 @@ from acpo_dist.models.loading import DTYPES, load_part
 from acpo_dist.models.text import Encoders
 
 TIME_IDS = 6
-"""Original size, crop and target size, two numbers each."""
+"""Number of time ids: original size, crop and target size, two values each."""
 
 
 class SdxlFamily(LatentFamily):
-    """SDXL's U-Net with what conditions and decodes it."""
+    """Stable Diffusion XL: U-Net, two text encoders and VAE."""
 
     pipeline: ClassVar[Any] = StableDiffusionXLPipeline
     text_parts: ClassVar[tuple[tuple[str, str, Any], ...]] = (
@@ -30,7 +30,7 @@ class SdxlFamily(LatentFamily):
     Config = SdxlConfig
 
     def __init__(self, config: SdxlConfig, *, path: str, device: str, trainable: bool) -> None:
-        """Load all parts; use `load`."""
+        """Load all components. Called by `load`; arguments as in `LatentFamily`."""
         super().__init__(config, path=path, device=device, trainable=trainable)
         sizes = [self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]
         self._time_ids = torch.tensor(sizes, dtype=DTYPES[config.dtype], device=device)
@@ -44,7 +44,7 @@ class SdxlFamily(LatentFamily):
             states, pooled = [], None
             for encoder in encoders:
                 output = encoder(text, hidden=True)
-                # SDXL reads the penultimate layer of both encoders, and the projection of the second.
+                # SDXL uses the penultimate layer of both encoders and the projection of the second encoder.
                 states.append(output.hidden_states[-2])
                 pooled = output[0]
             assert pooled is not None

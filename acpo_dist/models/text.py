@@ -1,4 +1,4 @@
-"""Prompt embeddings: cached in memory and on disk; text encoders may be freed between uses."""
+"""Prompt embeddings with caches in memory and on disk. Text encoders can be freed between uses."""
 
 import hashlib
 import json
@@ -18,27 +18,35 @@ from torch import Tensor
 from acpo_dist.models.loading import load_part
 
 REMEMBERED = 1024
-"""Prompts whose embeddings stay on the device (0.3 MB each for SDXL in bfloat16)."""
+"""Number of prompts whose embeddings stay on the device (0.3 MB each for SDXL in bfloat16)."""
 _WHOLE = 64 << 20
-"""Files up to this size are hashed whole, larger ones in blocks."""
+"""Size in bytes up to which files are hashed completely; larger files are hashed in blocks."""
 _BLOCK, _BLOCKS = 64 << 10, 1024
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """One tokenizer with its CLIP text model."""
+    """A tokenizer and its CLIP text model."""
 
     tokenizer: Any
     model: Any
 
     def __call__(self, prompt: str, *, hidden: bool = False) -> Any:
-        """Output of the text model for one prompt, truncated and padded as in diffusers."""
+        """Run the text model on one prompt, truncated and padded as in diffusers.
+
+        Args:
+            prompt: the prompt.
+            hidden: whether the output includes all hidden states.
+
+        Returns:
+            Output of the text model with a batch of one.
+        """
         tokens = self.tokenizer(
             prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
             return_tensors="pt",
         )  # fmt: skip
         device = next(self.model.parameters()).device
-        # A few encoders (not CLIP's own) say in their configuration that they read the mask.
+        # Some encoders (not the original CLIP) use the attention mask, as stated in their configuration.
         mask = tokens.attention_mask.to(device) if getattr(self.model.config, "use_attention_mask", False) else None
         return self.model(tokens.input_ids.to(device), attention_mask=mask, output_hidden_states=hidden)
 
@@ -55,11 +63,16 @@ def load_encoders(
     """Load tokenizers and frozen encoders.
 
     Args:
-        parts: (tokenizer's folder, encoder's folder, encoder's class) of each.
-        tokenizer: the class that loads tokenizers.
+        path: pipeline folder.
+        parts: (folder of the tokenizer, folder of the encoder, class of the encoder) of each encoder.
+        dtype: data type of the encoders.
+        device: torch device.
+        revision: branch, tag or commit of a hub id.
+        variant: file variant, such as fp16.
+        tokenizer: class that loads tokenizers.
 
     Raises:
-        ModelError: a part is missing or unreadable.
+        ModelError: a component is missing or cannot be read.
     """
     loaded = []
     for tokens, name, kind in parts:
@@ -74,17 +87,18 @@ def load_encoders(
 
 
 class PromptEmbeddings:
-    """Embeddings by prompt."""
+    """Computes and caches prompt embeddings."""
 
     def __init__(
         self, load: Callable[[], Encoders], embed: Embed, *, device: str, folder: Path | None, free: bool
     ) -> None:
-        """Load the encoders now, unless they are to be freed between uses.
+        """Load the encoders, unless `free` is set.
 
         Args:
             load: loads the encoders.
-            embed: runs them on one prompt.
-            folder: keeps one file per prompt; None keeps nothing on disk.
+            embed: computes the embeddings of one prompt.
+            device: torch device of the embeddings.
+            folder: cache folder with one file per prompt; None disables the cache on disk.
             free: load the encoders only for prompts that are not cached, and free them afterwards.
         """
         self._load, self._embed, self._device = load, embed, device
@@ -98,19 +112,23 @@ class PromptEmbeddings:
         return self._encoders is not None
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of a batch, by name, joined along the first axis."""
+        """Return the embeddings of a batch of prompts, by name, concatenated along the first axis."""
         found = self._gather(dict.fromkeys(prompts))
         names = next(iter(found.values()))
         return {name: torch.cat([found[prompt][name] for prompt in prompts]) for name in names}
 
     def fill(self, prompts: Sequence[str], advance: Callable[[int], None] | None = None) -> int:
-        """Write the embeddings of these prompts that the folder lacks.
+        """Encode the prompts that are missing in the cache folder.
+
+        Args:
+            prompts: the prompts.
+            advance: called with 1 after each distinct prompt.
 
         Returns:
-            Number of prompts that had to be encoded.
+            Number of prompts that were encoded.
 
         Raises:
-            ValueError: there is no folder.
+            ValueError: there is no cache folder.
         """
         if self.folder is None:
             raise ValueError("no folder for embeddings")
@@ -156,7 +174,7 @@ class PromptEmbeddings:
         try:
             return load_file(self._path(prompt), device=self._device)
         except (SafetensorError, OSError):
-            # Truncated by another writer: encode again.
+            # Another process may have left an incomplete file: encode the prompt again.
             return None
 
     def _path(self, prompt: str) -> Path:
@@ -165,7 +183,7 @@ class PromptEmbeddings:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], prompt: str) -> None:
-    """Write atomically; several processes may write the same prompt."""
+    """Write a file atomically, because several processes can write the same prompt."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{secrets.token_hex(8)}.partial")
     save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, partial, metadata={"prompt": prompt})
@@ -173,9 +191,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], prompt: str) -> None:
 
 
 def fingerprint(folder: str, parts: Sequence[str], **facts: Any) -> str:
-    """Name of an embedding folder: a hash of the contents of the text parts' files and of `facts`.
+    """Name of a cache folder: a hash of the files of the text components and of `facts`.
 
-    File times are not used, since a copy of a model may keep them or not.
+    File times are not part of the hash, because copying a model can change them.
+
+    Args:
+        folder: pipeline folder.
+        parts: subfolders of tokenizers and encoders.
+        facts: JSON values that affect the embeddings.
     """
     found = []
     for part in parts:
@@ -186,9 +209,9 @@ def fingerprint(folder: str, parts: Sequence[str], **facts: Any) -> str:
 
 
 def _content(path: Path) -> str:
-    """SHA-256 of a file's size and bytes; of a large one, of blocks spread evenly from its first byte to its last.
+    """SHA-256 of a file's size and content; for a large file, of evenly spaced blocks from the first to the last byte.
 
-    Training changes at least one layer, which is larger than the gaps between blocks.
+    Training changes at least one layer, and layers are larger than the gaps between the blocks.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,4 +1,4 @@
-"""LoRA and full fine-tuning with their anchors."""
+"""LoRA and full fine-tuning of a network, and access to its frozen base model (the anchor)."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ ADAPTER = "default"
 
 
 class TunedNetwork:
-    """A network prepared for training, and the switch to its frozen base."""
+    """A network prepared for training, with contexts that run the frozen base model or other weights."""
 
     def __init__(
         self, network: nn.Module, config: TuningConfig, *, seed: int, keep_anchor: bool,
@@ -27,16 +27,18 @@ class TunedNetwork:
         """Prepare `network` in place.
 
         Args:
-            seed: of the adapters' initial values; every worker must use the same.
-            keep_anchor: whether the base model will be asked for (learner), or not (rollout).
-            anchor_dtype: of the frozen copy beside full fine-tuning.
+            network: the base network.
+            config: the `model.tuning` section.
+            seed: seed of the adapters' initial values; must be equal on every worker.
+            keep_anchor: whether the base model is needed (learner) or not (rollout).
+            anchor_dtype: data type of the frozen copy in full fine-tuning.
 
         Raises:
-            ModelError: no module has a name in `config.targets`.
+            ModelError: no module name ends with a name in `config.targets`.
         """
         self.network = network
         self.active: nn.Module = network
-        """The network of `predict`: the policy, or the base model within `anchored`."""
+        """The network to run: the policy, or the base model within `anchored`."""
         self.method = config.method
         self._copy: nn.Module | None = None
         self._scale = (config.alpha or config.rank) / config.rank
@@ -60,22 +62,22 @@ class TunedNetwork:
                 raise ModelError(
                     f"model.tuning.targets {list(config.targets)} fit no module of the network: {error}"
                 ) from error
-        # Adapters stay float32 beside frozen half-precision weights: small updates would vanish in bfloat16.
+        # Adapters are float32 even if the frozen weights are bfloat16, which would lose small updates to rounding.
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the frozen weights of the active network; adapters may be wider."""
+        """Data type of the frozen weights of the active network; adapters can be wider."""
         return next(parameter for parameter in self.active.parameters()).dtype
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """While active, the frozen base model runs: the copy, or the network with its adapters off.
+        """Context in which the frozen base model is active: the copy, or the network with disabled adapters.
 
         Raises:
-            RuntimeError: full fine-tuning, loaded without a copy.
+            RuntimeError: full fine-tuning without a frozen copy (`keep_anchor=False`).
         """
         if self.method == "full":
             if self._copy is None:
@@ -83,33 +85,34 @@ class TunedNetwork:
             with switched([self], "active", self._copy):
                 yield
             return
-        # The flag itself: peft's own switch also toggles requires_grad, which a wrapped optimiser must not see change.
+        # Set the flag directly: peft's method also changes requires_grad, which must not change under an optimiser.
         layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         with switched(layers, "_disable_adapters", True):
             yield
 
     @contextmanager
     def substituted(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """While active, the network runs with other values of its trainable weights; for forwards without gradient.
+        """Context in which the network runs with other values of its trainable weights, without gradients.
 
         Args:
-            weights: by name of the trainable parameter, on the network's device.
+            weights: values by parameter name, on the network's device.
         """
         with switched([self], "active", _Substituted(self.network, weights)):
             yield
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """LoRA weights by peft's names, without the adapter's own name; empty for full fine-tuning."""
+        """LoRA weights by peft's names without the adapter name; empty for full fine-tuning."""
         if self.method == "full":
             return {}
         state = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
-        # The files carry no alpha, and readers take the rank for it: the rest of the scale goes into the weights.
+        # The files have no alpha and readers assume alpha = rank, so the scale is multiplied into the weights.
         return {name: value * self._scale if ".lora_B." in name else value for name, value in state.items()}
 
     def merged(self) -> nn.Module:
-        """The network in float32 with the tuning merged in, for export: in bfloat16 a small update would round away.
+        """Return the network in float32 with the tuned weights merged, for export.
 
-        What is float32 already and has no adapter is shared with the network that trains, not copied.
+        float32 keeps small updates that bfloat16 would lose to rounding. float32 parameters of modules without an
+        adapter are shared with the trained network instead of copied.
         """
         adapted = {
             id(value)
@@ -120,7 +123,7 @@ class TunedNetwork:
             id(value): value
             for value in self.network.parameters() if value.dtype == torch.float32 and id(value) not in adapted
         }  # fmt: skip
-        # To the copy these count as copied already.
+        # deepcopy uses the entries of `memo` as copies.
         plain = copy.deepcopy(self.network, memo=kept).float()
         if self.method == "full":
             return plain
@@ -137,7 +140,7 @@ class TunedNetwork:
 
 
 class _Substituted(nn.Module):
-    """A network called with other values of some of its parameters; its own stay as they are."""
+    """Runs a network with other values of some of its parameters, without changing the parameters."""
 
     def __init__(self, network: nn.Module, weights: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The VAE of latent models, with the settings that save memory."""
+"""VAE of latent diffusion models, with settings that reduce memory."""
 
 import functools
 from collections.abc import Callable
@@ -21,18 +21,19 @@ VAE_DTYPES: dict[str, torch.dtype] = {
 
 
 class VaeDecoder:
-    """Scaled latents to pixels, and back."""
+    """Decodes scaled latents to images and encodes images to scaled latents."""
 
     def __init__(
         self, vae: AutoencoderKL, *, checkpointing: bool = False, slicing: bool = False, tiling: bool = False
     ) -> None:
-        """Use a loaded VAE; its encoder may be absent.
+        """Wrap a loaded VAE.
 
         Args:
+            vae: the VAE; the encoder is needed for `encode` only.
             checkpointing: recompute the decoder's layers in the backward pass.
             slicing: decode samples one by one if no gradient is needed.
-            tiling: decode in overlapping tiles if no gradient is needed; the image differs a little from one decoded
-                whole, since normalisation is per tile.
+            tiling: decode in overlapping tiles if no gradient is needed. Images differ slightly, because normalisation
+                is per tile.
         """
         self.vae: Any = vae
         self._slicing, self._tiling = slicing, tiling
@@ -44,14 +45,20 @@ class VaeDecoder:
 
     @property
     def channels(self) -> int:
-        """Channels of the latents that `decode` takes."""
+        """Number of latent channels."""
         return int(self.vae.config["latent_channels"])
 
     def decode(self, clean: Tensor) -> Tensor:
-        """Scaled latents (B, 4, h, w) -> RGB around [0, 1], float32, not clipped.
+        """Decode scaled latents to images.
+
+        Args:
+            clean: x_0 (scaled latents), shape (B, C, h, w).
+
+        Returns:
+            RGB around [0, 1], shape (B, 3, H, W), float32, not clipped, differentiable.
 
         Raises:
-            NonFiniteError: the VAE runs in float16 and its activations left the range of that type.
+            NonFiniteError: the VAE runs in float16 and its activations overflow.
         """
         dtype = next(self.vae.decoder.parameters()).dtype
         latents = clean / self._scale
@@ -72,10 +79,16 @@ class VaeDecoder:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """RGB in [0, 1], (B, 3, H, W) -> scaled latents, float32: the mean of the posterior, not a draw from it.
+        """Encode images to scaled latents: the mode of the posterior, without sampling.
+
+        Args:
+            pixels: RGB in [0, 1], shape (B, 3, H, W).
+
+        Returns:
+            x_0 (scaled latents), shape (B, C, h, w), float32, without gradients.
 
         Raises:
-            NonFiniteError: the VAE runs in float16 and its activations left the range of that type.
+            NonFiniteError: the latents are not finite, for example because of an overflow in float16.
         """
         dtype = next(self.vae.encoder.parameters()).dtype
         latents = self.vae.encode((2 * pixels - 1).to(dtype)).latent_dist.mode().float()
@@ -88,10 +101,10 @@ class VaeDecoder:
 
 
 def recompute_layers(decoder: nn.Module) -> None:
-    """Recompute residual layers and upsamplers in the backward pass and keep their inputs only.
+    """Recompute residual layers and upsamplers of a decoder in the backward pass; only their inputs are stored.
 
-    diffusers' own switch recomputes whole blocks, and the last one of SDXL's holds 10 GiB per 1024 px image while it
-    does: three residual layers at full resolution.
+    The gradient checkpointing of diffusers recomputes whole blocks. The last block of SDXL's decoder (three residual
+    layers at full resolution) then needs 10 GiB per image of 1024 px.
     """
     for module in decoder.modules():
         if isinstance(module, ResnetBlock2D | Upsample2D):
@@ -109,14 +122,22 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def load_vae(path: str, override: str | None, *, dtype: str, device: str, offline: bool, **options: Any) -> Any:
-    """The pipeline's VAE, or the one that replaces it.
+    """Load the VAE of a pipeline, or the VAE that replaces it.
 
     Args:
-        override: `model.vae`: a folder of one VAE, a pipeline folder, or a hub id of either; None takes the pipeline's.
-        options: revision and variant of the pipeline's files; the override has its own.
+        path: pipeline folder.
+        override: value of `model.vae`: folder of a VAE, pipeline folder, or hub id of either; None loads the
+            pipeline's VAE.
+        dtype: a name in `VAE_DTYPES`.
+        device: torch device.
+        offline: use the local cache only.
+        options: revision and variant of the pipeline's files; not used for `override`.
+
+    Returns:
+        The frozen VAE.
 
     Raises:
-        ModelError: it cannot be loaded, or it is known to overflow in the type it is asked for.
+        ModelError: the VAE cannot be loaded, or its configuration states that it overflows in float16.
     """
     if override is None:
         source, part, key = path, "vae", "model.path"
@@ -139,7 +160,7 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
 
 
 def _moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor] | None:
-    """Per-channel mean and standard deviation of the latents, if the VAE's configuration has them."""
+    """Mean and standard deviation of the latents per channel, shape (1, C, 1, 1); None if not in the configuration."""
     mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
     if mean is None or std is None:
         return None
