@@ -43,7 +43,9 @@ def pool_of(cluster) -> Iterator[Callable]:
     with contextlib.ExitStack() as stack:
 
         def deployed(run_id: str, rewards: dict):
-            config = load_config("toy_sdxl", [*TINY, *(f"rewards.{key}={json.dumps(v)}" for key, v in rewards.items())])
+            # Text keys take a value literally; numbers, lists and mappings are read as YAML.
+            given = {key: v if isinstance(v, str) else json.dumps(v) for key, v in rewards.items()}
+            config = load_config("toy_sdxl", [*TINY, *(f"rewards.{key}={v}" for key, v in given.items())])
             pool = deploy(config, run_id)
             stack.callback(pool.close)
             return pool
