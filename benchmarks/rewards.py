@@ -134,10 +134,7 @@ def pool(metric: str, weights: Path | None, replicas: int, *, cut: str) -> Itera
     config = load_config(
         "toy_sdxl",
         [
-            *(
-                f"rewards.{key}={value if isinstance(value, str) else json.dumps(value)}"
-                for key, value in rewards.items()
-            ),
+            *(f"rewards.{key}={json.dumps(value)}" for key, value in rewards.items()),
             f"rewards.cut={cut}", f"rewards.replicas={replicas}", "rewards.cpus_per_replica=1", "tracking.mlflow=false",
         ],
     )  # fmt: skip
