@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-install
 HINT := install Python 3.11 or 3.12, or name one, as in make PYTHON=python3.12 install
-JOBS ?= 3
+JOBS ?= 2
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # Two torch threads that fight over one core are many times slower than one.
@@ -40,9 +40,10 @@ demo: $(STAMP) ## the whole system at work on a toy, without GPU or network
 	$(BIN)/acpo demo
 
 # One file stays in one process, for the sake of what its tests share; tests/conftest.py starts the longest files first.
-# Tests on Ray mostly wait for processes to start, so a third process keeps two cores busy.
-test: $(STAMP) ## every promise of the project on the CPU; ten minutes on two cores
-	$(BIN)/python -m pytest tests -m "not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Tests on Ray start many processes, so they run after the others and one by one.
+test: $(STAMP) ## every promise of the project on the CPU
+	$(BIN)/python -m pytest tests -m "not ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "ray and not slow and not cluster"
 
 test-slow: $(STAMP) ## what takes long by nature: more cases, long statistics, SDXL at full size (24 GiB of memory)
 	ACPO_FULL_SDXL=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
