@@ -113,7 +113,7 @@ def test_a_lora_with_unknown_modules_is_refused(tmp_path):
         {f"{stem}.lora_A.weight": torch.zeros(4, 72), f"{stem}.lora_B.weight": torch.zeros(72, 4)},
         tmp_path / "deeper.safetensors",
     )
-    with pytest.raises(ModelError, match="belongs to another"):
+    with pytest.raises(ModelError, match="another architecture"):
         LoraScale(base("sdxl"), tmp_path / "deeper.safetensors")
 
 

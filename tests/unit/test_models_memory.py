@@ -156,8 +156,9 @@ def test_a_schedule_with_zero_terminal_signal_walks_as_diffusers_euler_does(tmp_
     change_json(
         folder / "scheduler" / "scheduler_config.json", rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
-    kind, levels = read_schedule(str(folder))
-    assert kind == "v_prediction" and float(levels[-1]) == NEAR_ZERO
+    schedule = read_schedule(str(folder))
+    levels = schedule.alpha_bars
+    assert schedule.prediction_type == "v_prediction" and float(levels[-1]) == NEAR_ZERO
     theirs = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
