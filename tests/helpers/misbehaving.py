@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.plugins import MetricConfig
+from acpo_dist.rewards.config import SharpnessConfig
 from acpo_dist.rewards.statistics import Sharpness
 
 FAULTS = ("hang", "nan", "nan_on_requests", "memory", "memory_of_batches")
@@ -20,7 +21,7 @@ CANARY = 64
 class Misbehaving(Sharpness):
     """Sharpness, until a file named after a fault lies in the folder: the first replica asked then keeps the fault."""
 
-    class Config(MetricConfig):
+    class Config(SharpnessConfig):
         type: str = "tests.helpers.misbehaving:Misbehaving"
         folder: Path
         seconds: float = 0.0
