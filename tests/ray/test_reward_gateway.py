@@ -41,7 +41,7 @@ def port(workers):
     from actors.reward.gateway import Gateway
 
     def ask(metric, what, sent, prompts):
-        if prompts[0] == "nobody is there":
+        if prompts[0] == "a prompt without a replica":
             raise NoAnswerError("no replica answers")
         return (
             workers[metric].score(sent, prompts) if what == "score" else workers[metric].value_and_grad(sent, prompts)
@@ -152,7 +152,7 @@ def gradient_body(**changes) -> bytes:
         ("/v1/gradient/two_stream", gradient_body(exponent=torch.zeros(2)), 422, "`exponent` must be int16"),
         ("/v1/gradient/two_stream", gradient_body(data=torch.zeros(2, 4, 8, 8).double()), 422, "float16 or float32"),
         ("/v1/gradient/two_stream", gradient_body(data=torch.full((2, 4, 8, 8), torch.nan)), 422, "not finite"),
-        ("/v1/score/two_stream", body(images(1), ["nobody is there"]), 503, "no replica answers"),
+        ("/v1/score/two_stream", body(images(1), ["a prompt without a replica"]), 503, "no replica answers"),
         ("/v1/score/two_stream", b"0" * (MAX_BYTES + 1), 413, "rewards.http.max_mib"),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
 def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadline(port):
     impatient = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=1.2)
     with pytest.raises(RewardError, match=r"1\.2 s: no replica answers"):
-        impatient.score("two_stream", images(1), ["nobody is there"])
+        impatient.score("two_stream", images(1), ["a prompt without a replica"])
     assert impatient.retries >= 1
 
 

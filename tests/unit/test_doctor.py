@@ -146,9 +146,9 @@ def test_a_model_that_is_not_on_this_disk_is_a_note_and_nothing_is_downloaded(so
 
     monkeypatch.setattr(getattr(diffusers, owner), "download", download)
     monkeypatch.setattr(getattr(diffusers, owner), "from_pretrained", download)
-    config = load_config(source, ["model.path=nobody/none", "data.path=images.parquet"])
+    config = load_config(source, ["model.path=missing/model", "data.path=images.parquet"])
     (found,) = configured.check_model(config)
-    assert found.verdict == "note" and "hf download nobody/none" in found.advice
+    assert found.verdict == "note" and "hf download missing/model" in found.advice
     assert set(asked) <= {True}
 
 

@@ -122,7 +122,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkey
     with pytest.raises(Killed):
         acpo(*command, "--out", "parts")
     assert len(rows_of(Path("parts"))) == 8
-    # The end of a write that a kill cut short, and an image that somebody changed.
+    # The end of a write that a kill cut short, and a changed image.
     with Path("parts/samples.jsonl").open("a") as file:
         file.write('{"arm": "model", "sam')
     Path("parts", rows_of(Path("whole"))[0]["image"]).write_bytes(b"not what was judged")
