@@ -142,7 +142,7 @@ def gradient_body(**changes) -> bytes:
         ("/v1/score/two_stream", body(images()[:, :1], [""] * 3), 422, r"found uint8 of shape \(3, 1, 32, 32\)"),
         ("/v1/score/two_stream", body(images()[:0], []), 422, r"found uint8 of shape \(0, 3, 32, 32\)"),
         ("/v1/score/two_stream", body(images(1), ["x" * 5000]), 422, "a prompt has 5000 characters"),
-        ("/v1/gradient/strided_judge", gradient_body(), 404, "gives scores only"),
+        ("/v1/gradient/strided_judge", gradient_body(), 404, "has scores only"),
         (
             "/v1/gradient/two_stream",
             gradient_body(exponent=None),
