@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _HANDLES_TIMEOUT_S = 10.0
+_START_ATTEMPTS = 3
 _GIB = 2**30
 _SOCKET_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Characters of a socket's path that Ray appends to its temporary folder."""
@@ -48,10 +49,7 @@ def join(address: str) -> None:
             free, needed = shutil.disk_usage("/dev/shm").free, object_store_bytes()
             if warning := small_shared_memory(free, needed):
                 logger.warning("%s", warning)
-        ray.init(
-            address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
-            include_dashboard=dashboard,
-        )  # fmt: skip
+        _init(address, include_dashboard=dashboard)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(_explain(address, error)) from error
     except SystemExit as stop:
@@ -63,6 +61,30 @@ def join(address: str) -> None:
     if in_charge and callable(handler):
         # Ray has replaced it by one that aborts the process.
         signal.signal(signal.SIGTERM, handler)
+
+
+def _init(address: str, *, include_dashboard: bool | None) -> None:
+    """Call `ray.init`; a cluster of this process that is not up in time is stopped and started again.
+
+    Raises:
+        RuntimeError: the cluster was not up in time in any of the attempts.
+    """
+    attempts = _START_ATTEMPTS if address == "local" else 1
+    for number in range(1, attempts + 1):
+        try:
+            ray.init(
+                address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
+                include_dashboard=include_dashboard,
+            )  # fmt: skip
+            return
+        except Exception as error:
+            # Ray raises the base class itself when its node is not up within 30 s, as on a busy machine.
+            if type(error) is not Exception:
+                raise
+            ray.shutdown()
+            if number == attempts:
+                raise RuntimeError(f"{_ended(str(error))} Attempts: {attempts}.") from error
+            logger.warning("Ray did not start (attempt %d of %d): %s", number, attempts, error)
 
 
 @contextmanager

@@ -91,3 +91,38 @@ def test_small_shared_memory_is_reported_with_its_size_and_the_size_that_ray_nee
     said = joining.small_shared_memory(gib // 16, 3 * gib)
     assert "0.06 GiB" in said and "3.00 GiB" in said and "--shm-size=3g" in said and len(said) <= 600
     assert joining.small_shared_memory(4 * gib, 3 * gib) == ""
+
+
+@pytest.mark.parametrize(("failures", "joins"), [(2, True), (3, False)])
+def test_a_local_cluster_that_is_not_up_in_time_is_started_again_and_three_failures_are_one_message(
+    failures, joins, monkeypatch
+):
+    """Ray's own time limit cannot be provoked at will, so its answer is given here as it was seen."""
+    calls = []
+
+    def start(**arguments):
+        calls.append(arguments["address"])
+        if calls.count("local") <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(joining.ray, "init", start)
+    monkeypatch.setattr(joining.ray, "shutdown", lambda: calls.append("shutdown"))
+    if joins:
+        joining.join("local")
+    else:
+        with pytest.raises(UsageError, match="timed out during startup"):
+            joining.join("local")
+    assert calls == ["local", "shutdown"] * failures + ["local"] * joins
+
+
+def test_an_error_of_another_kind_starts_no_cluster_again(monkeypatch):
+    calls = []
+
+    def start(**arguments):
+        calls.append(arguments["address"])
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(joining.ray, "init", start)
+    with pytest.raises(KeyError):
+        joining.join("local")
+    assert calls == ["local"]
