@@ -12,7 +12,8 @@ from acpo_dist.training.run import drive
 OUTSIDER = """
 from typing import ClassVar, Literal
 
-from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, NoiseSpaceConfig, statistics_of
+from acpo_dist.algorithms.config import NoiseSpaceConfig
+from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, statistics_of
 from acpo_dist.core.types import Selection
 
 

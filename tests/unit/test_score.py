@@ -70,7 +70,7 @@ def test_a_image_that_a_reward_cannot_take_is_named_and_the_others_keep_their_sc
     assert rows["0_green.png"][0] is None and rows["0_green.png"][1] > 0
     assert rows["9_low.png"][0] == pytest.approx(200 / 255 / 3) and rows["9_low.png"][1] is None
     assert all(None not in rows[name] for name in ("1.png", "2.png"))
-    assert "0_green.png: tests.helpers.judges:FailsOnGreen: ValueError: 1 images are green" in err
+    assert "0_green.png: reward `tests.helpers.judges:FailsOnGreen` raised ValueError: 1 images are green" in err
     assert "9_low.png: `two_stream` needs images of at least 32 x 32, found 20 x 32" in err
     assert len((folder / "s.csv").read_text().splitlines()) == 6
 

@@ -74,14 +74,14 @@ def test_a_refused_step_leaves_weights_averages_and_moments_as_if_it_had_not_bee
 def test_a_gradient_that_is_not_finite_is_refused_though_every_loss_is(learner_of, monkeypatch):
     learner, handles = learner_of()
     before = learner.export(0).tensors
-    answer = LocalRewards.value_and_grad
+    submit = LocalRewards.submit
 
     def infinite(self, *arguments):
-        found = answer(self, *arguments)
-        found.gradient.data[:] = float("inf")
-        return found
+        future = submit(self, *arguments)
+        future.result().gradient.data[:] = float("inf")
+        return future
 
-    monkeypatch.setattr(LocalRewards, "value_and_grad", infinite)
+    monkeypatch.setattr(LocalRewards, "submit", infinite)
     report = learner.train(handles, task_of(ids_of(handles)))
     assert report.optim_steps == 0 and len(report.skipped) == 3
     assert all(torch.equal(value, before[name]) for name, value in learner.export(1).tensors.items())
