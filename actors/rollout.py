@@ -78,10 +78,10 @@ class RolloutActor:
         """Run `RolloutWorker.load`."""
         return Answer(self._process, self._worker.load(bundle))
 
-    def measure_errors(self, batch: RolloutBatch, sigmas: tuple[float, ...], guidance: bool, policy: Policy) -> Answer:
+    def measure_errors(self, batch: RolloutBatch, sigmas: tuple[float, ...], policy: Policy) -> Answer:
         """Run `RolloutWorker.measure_errors` with the weights and trajectory of `policy`."""
         self._assume(policy)
-        return Answer(self._process, self._worker.measure_errors(batch, sigmas, guidance=guidance))
+        return Answer(self._process, self._worker.measure_errors(batch, sigmas))
 
     def final_latents(self, plans: tuple[SamplePlan, ...], trajectory: Trajectory, policy: Policy) -> Answer:
         """Run `RolloutWorker.final_latents` with the weights and trajectory of `policy`."""
@@ -184,15 +184,13 @@ class RayRollouts(RolloutPool):
         return [replace(meta, payload=payload) for meta, payload in done]
 
     @override
-    def measure_errors(
-        self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
-    ) -> list[ErrorSums]:
+    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
         # The latents go from worker to worker.
         policy = self._policy
         done = self._workers.spread(
             [handle.sample_ids[0] for handle in handles],
             lambda actor, index: (
-                actor.measure_errors.remote(handles[index].payload[0], tuple(sigmas), guidance, policy), None,
+                actor.measure_errors.remote(handles[index].payload[0], tuple(sigmas), policy), None,
             ),
             what="measure errors",
         )  # fmt: skip

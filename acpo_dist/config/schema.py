@@ -97,8 +97,6 @@ class VrgConfig(Section):
     """Most samples that are measured; fewer when every node's standard error is small enough."""
     standard_error: float = Field(default=0.05, gt=0)
     """Relative standard error per node at which measuring stops."""
-    guidance: bool = False
-    """Measure the null branch too, at twice the cost: diagnostics of guidance, not the trajectory, depend on it."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
     """Smallest predicted relative gain in cumulative error for which a trajectory is validated."""
     gate_samples: int = Field(default=32, ge=2)

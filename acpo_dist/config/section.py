@@ -24,7 +24,10 @@ RENAMED = {
     "learner.max_refused_steps": "learner.max_skipped_steps",
 }
 """Keys of earlier versions and their present names; the old name fails and the message gives the new one."""
-REMOVED = {"guard.recall_lost": "recall was never measured in training, so the rule had no effect"}
+REMOVED = {
+    "guard.recall_lost": "recall was never measured in training, so the rule had no effect",
+    "vrg.guidance": "the error of the null branch was measured and not used",
+}
 """Keys of earlier versions that no longer exist, and why; a configuration that sets one fails with the reason."""
 
 

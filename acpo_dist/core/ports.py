@@ -50,7 +50,7 @@ class RolloutPool(Protocol):
         """Return x_0 (B, C, H, W) of every sample along another trajectory from the same noise; keeps all state."""
         ...
 
-    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool) -> list[Any]:
+    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[Any]:
         """Measure the error of the predicted noise at each sigma on forward-noised x_0 of the samples.
 
         Returns:

@@ -99,11 +99,9 @@ class LocalRollouts:
         """See `RolloutPool.ends`."""
         return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
 
-    def measure_errors(
-        self, handles: Sequence[RolloutHandle], sigmas: Sequence[float], *, guidance: bool
-    ) -> list[ErrorSums]:
+    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
         """See `RolloutPool.measure_errors`."""
-        return [self.worker.measure_errors(handle.payload, sigmas, guidance=guidance) for handle in handles]
+        return [self.worker.measure_errors(handle.payload, sigmas) for handle in handles]
 
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
         """See `RolloutPool.load`."""

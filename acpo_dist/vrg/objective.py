@@ -85,16 +85,6 @@ def to_alphas(alpha_bars_N: FloatArray) -> FloatArray:
     return alpha_bars_N / np.append(alpha_bars_N[1:], 1.0)
 
 
-def alpha_form(alpha_bars_N: ArrayLike, table: ErrorTable) -> float:
-    """J of the first-order solver with a clean end, in the notation of the publication.
-
-    sum_i (sqrt(1 - ab_i) - sqrt(alpha_i - ab_i))^2 / ab_i v_i
-    """
-    levels = np.asarray(alpha_bars_N, dtype=np.float64)
-    weights = (np.sqrt(1 - levels) - np.sqrt(to_alphas(levels) - levels)) ** 2 / levels
-    return float(weights @ table.value(to_sigmas(levels)))
-
-
 def _response_jacobian(sigmas: FloatArray, sigma_end: float, solver: Solver) -> FloatArray:
     """d W_k / d s_i in row i, column k."""
     if solver.analytic:

@@ -35,8 +35,6 @@ class ErrorSums:
     """Sum of its square."""
     gram_KK: FloatArray
     """Sum of mean (e_k e_l)."""
-    guided_K3: FloatArray
-    """Sums of mean e_u^2, e_c^2 and e_u e_c of the unconditional and conditional branch; nan without guidance."""
     clipped_K: FloatArray
     """Sum of the share of x0-hat's elements that the scheduler's x_0 rule changed."""
 
@@ -106,16 +104,12 @@ class ErrorSums:
         }
 
 
-def sums_of(
-    sigmas: Sequence[float], errors_KBCM: FloatArray, unconditional_KBCM: FloatArray | None,
-    clipped_KB: FloatArray | None = None,
-) -> ErrorSums:  # fmt: skip
+def sums_of(sigmas: Sequence[float], errors_KBCM: FloatArray, clipped_KB: FloatArray | None = None) -> ErrorSums:
     """Compute the sums of one batch.
 
     Args:
         sigmas: the K nodes, ascending.
-        errors_KBCM: e of the conditional branch (or of an unconditional model), B images, C channels, M pixels.
-        unconditional_KBCM: e of the unconditional branch, or None without guidance.
+        errors_KBCM: e with the prompt's condition, B images, C channels, M pixels.
         clipped_KB: share of x0-hat's elements that the x_0 rule changed; None means 0.
 
     Raises:
@@ -127,14 +121,9 @@ def sums_of(
     square_KB = (e**2).mean((2, 3))
     channel_KBC = e.mean(3)
     flat = e.reshape(*e.shape[:2], -1)
-    if unconditional_KBCM is None:
-        guided = np.full((len(sigmas), 3), np.nan)
-    else:
-        u = np.asarray(unconditional_KBCM, dtype=np.float64)
-        guided = np.stack([(u**2).mean((2, 3)), square_KB, (u * e).mean((2, 3))], -1).sum(1)
     return ErrorSums(
         sigmas=np.asarray(sigmas, dtype=np.float64), count=e.shape[1], square_K=square_KB.sum(1),
         square2_K=(square_KB**2).sum(1), fourth_K=(e**4).mean((2, 3)).sum(1), channel_KC=channel_KBC.sum(1),
         channel2_KC=(channel_KBC**2).sum(1), gram_KK=np.einsum("kbm,lbm->kl", flat, flat) / flat.shape[2],
-        guided_K3=guided, clipped_K=np.zeros(len(sigmas)) if clipped_KB is None else clipped_KB.sum(1),
+        clipped_K=np.zeros(len(sigmas)) if clipped_KB is None else clipped_KB.sum(1),
     )  # fmt: skip

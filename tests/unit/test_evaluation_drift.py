@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from acpo_dist.core.types import LateLatents
 from acpo_dist.diffusion.prediction import signal_and_noise
 from acpo_dist.evaluation.metrics.distances import SampleError
-from acpo_dist.evaluation.metrics.drift import drift_on_states, kl_weights, output_errors, path_kl
+from acpo_dist.evaluation.metrics.drift import kl_weights, output_errors, path_kl
 from acpo_dist.models.family import Condition
 
 ALPHA_BARS = torch.linspace(0.999, 0.05, 50, dtype=torch.float64)
@@ -89,21 +88,6 @@ def test_noise_follows_from_the_seed_and_not_from_the_batch():
 
     assert error(batch_size=1) == pytest.approx(error(batch_size=3), rel=1e-6)
     assert error(seed=1) != pytest.approx(error(seed=0), rel=1e-6)
-
-
-def test_drift_on_rollout_states_uses_their_own_latents_and_levels():
-    family = KnownFamily("v_prediction", offset=0.2)
-    states = [
-        LateLatents(
-            denoise_step=step, timestep=float(timestep), alpha_bar=float(ALPHA_BARS[timestep]), width=1.0,
-            latents_BCHW=torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(step)),
-        )
-        for step, timestep in enumerate((40, 10))
-    ]  # fmt: skip
-    drift = drift_on_states(family, states, [""] * 6, batch_size=4)
-    assert list(drift) == [40.0, 10.0]
-    for timestep, value in drift.items():
-        assert value == pytest.approx(0.04 * float(ALPHA_BARS[int(timestep)]), rel=1e-4)
 
 
 def test_drift_without_samples_is_refused():

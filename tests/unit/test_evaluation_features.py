@@ -9,13 +9,7 @@ from torch import nn
 
 from acpo_dist.core.errors import ConfigError, ModelError
 from acpo_dist.data.toy.world import templates
-from acpo_dist.evaluation.metrics.features import InceptionFeatures, LowPassPixels, MidBlockFeatures, NetworkFeatures
-from acpo_dist.models.config import TuningConfig
-from acpo_dist.models.ddpm import DdpmFamily
-from acpo_dist.models.family import trainable_tensors
-from acpo_dist.models.sdxl import SdxlFamily
-
-FULL, LORA = TuningConfig(method="full"), TuningConfig(rank=2)
+from acpo_dist.evaluation.metrics.features import InceptionFeatures, LowPassPixels, NetworkFeatures
 
 
 def rng(seed: int) -> torch.Generator:
@@ -31,53 +25,6 @@ class OwnClassifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.body(images)
-
-
-def family_of(kind: str, tuning: TuningConfig):
-    if kind == "ddpm":
-        return DdpmFamily.load(DdpmFamily.Config(tuning=tuning), device="cpu", trainable=True)
-    return SdxlFamily.load(SdxlFamily.Config(path="toy-sdxl", tuning=tuning), device="cpu", trainable=True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "tuning"), [("ddpm", FULL), ("sdxl", FULL), ("sdxl", LORA)], ids=["ddpm full", "sdxl full", "sdxl lora"]
-)
-def test_mid_block_features_are_the_frozen_base_models_however_far_the_policy_moves(kind: str, tuning: TuningConfig):
-    family = family_of(kind, tuning)
-    clean = torch.randn(3, *family.sample_shape, generator=rng(0))
-    extract = MidBlockFeatures(family, batch_size=2)
-    before = extract(clean)
-    with torch.no_grad():
-        for parameter in trainable_tensors(family.network).values():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng(1)))
-    after = extract(clean)
-    assert torch.equal(after.values, before.values) and after.source == before.source
-    assert not before.noise_blind
-    # The samples are told apart, and the policy really moved.
-    assert (before.values[0] - before.values[1]).abs().max() > 1e-3
-    noisy, at = clean, torch.full((3,), 100)
-    condition = family.encode([""] * 3)
-    with torch.no_grad():
-        policy = family.predict(noisy, at, condition)
-        with family.anchored():
-            assert not torch.allclose(policy, family.predict(noisy, at, condition))
-
-
-def test_mid_block_features_do_not_depend_on_the_batch():
-    family = family_of("ddpm", FULL)
-    clean = torch.randn(3, *family.sample_shape, generator=rng(0))
-    together = MidBlockFeatures(family)(clean).values
-    alone = torch.cat([MidBlockFeatures(family)(sample[None]).values for sample in clean])
-    # float32 convolutions may add in another order for another batch size.
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-
-
-def test_mid_block_features_follow_their_timestep_and_seed():
-    family = family_of("ddpm", FULL)
-    clean = torch.randn(1, *family.sample_shape, generator=rng(0))
-    made = [MidBlockFeatures(family, **options)(clean) for options in ({}, {"timestep": 300}, {"seed": 1})]
-    assert len({features.source for features in made}) == 3
-    assert not torch.allclose(made[0].values, made[1].values) and not torch.allclose(made[0].values, made[2].values)
 
 
 def test_low_pass_features_hardly_see_speckle_and_see_another_scene():

@@ -301,3 +301,4 @@ def test_a_guard_restored_from_json_decides_as_if_it_had_never_stopped(cut: int)
 
 def test_a_configuration_that_sets_the_removed_recall_rule_is_refused_with_the_reason(smallest):
     assert "`guard.recall_lost` was removed" in refusal(smallest, "guard.recall_lost=null")
+    assert "`vrg.guidance` was removed" in refusal(smallest, "vrg.guidance=true")

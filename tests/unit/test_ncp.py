@@ -5,7 +5,6 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from acpo_dist.algorithms.preference import BETA, Dpo
 from acpo_dist.core.errors import ModelError
 from acpo_dist.data.toy.world import captions
 from acpo_dist.models.config import TuningConfig
@@ -15,6 +14,7 @@ from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.objective.ncp import ncp_statistics, ncp_step
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_logit, preference_term, split_pairs
+from tests.helpers.ncp import calibrated_beta
 
 PAIRS = 32
 TIMESTEPS = (20, 100, 500, 900)
@@ -237,17 +237,6 @@ def test_a_missing_middle_block_is_refused_only_where_it_is_asked_for():
     condition = Condition({"prompt_embeds": noise(1, 3, 8, seed=0).float()})
     (found,) = NcpEncoder(network).features(noise(1, 4, 8, 8, seed=1).float(), torch.tensor([1]), condition)
     assert found.shape == (1, 16, 4, 4)
-
-
-def calibrated_beta(noise: ErrorStatistics, distances: ErrorStatistics) -> float:
-    """Beta of `dpo` in NCP space, from the errors of P winners and then their P losers."""
-
-    def gaps(found: ErrorStatistics) -> list[float]:
-        winner, loser = split_pairs(found)
-        return (winner.reference_error_B - loser.reference_error_B).abs().tolist()
-
-    algorithm = Dpo(Dpo.Config(space="ncp", beta=5000.0))
-    return algorithm.calibrate({"noise": gaps(noise), "feature": gaps(distances)})[BETA]
 
 
 # Losses on the encoder

@@ -7,10 +7,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from acpo_dist.algorithms.preference import BETA, Dpo
 from acpo_dist.objective.ncp import ncp_statistics, ncp_step, reverse_state
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics
 from acpo_dist.objective.preference import preference_term, split_pairs
+from tests.helpers.ncp import calibrated_beta
 
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 SD_LEVELS = torch.cumprod(1 - SD_BETAS, 0)
@@ -152,17 +152,6 @@ def test_ncp_dpo_starts_at_log_2_and_its_gradient_is_that_of_finite_differences(
     assert float(start) == pytest.approx(2 * math.log(2), abs=1e-6)
     policy = inputs["policy_noise"].clone().requires_grad_(True)
     assert torch.autograd.gradcheck(loss, (policy,), eps=1e-6, atol=1e-7, rtol=1e-4)
-
-
-def calibrated_beta(noise: ErrorStatistics, distances: ErrorStatistics) -> float:
-    """Beta of `dpo` in NCP space, from the errors of P winners and then their P losers."""
-
-    def gaps(found: ErrorStatistics) -> list[float]:
-        winner, loser = split_pairs(found)
-        return (winner.reference_error_B - loser.reference_error_B).abs().tolist()
-
-    algorithm = Dpo(Dpo.Config(space="ncp", beta=5000.0))
-    return algorithm.calibrate({"noise": gaps(noise), "feature": gaps(distances)})[BETA]
 
 
 # Calibration

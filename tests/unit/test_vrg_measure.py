@@ -51,7 +51,7 @@ def data(count: int, seed: int = 0):
 
 
 def test_the_error_of_an_exact_denoiser_is_the_posterior_variance_within_four_standard_errors():
-    sums = measure_errors(GaussianDenoiser(), *data(400), SIGMAS.tolist(), guidance=False)
+    sums = measure_errors(GaussianDenoiser(), *data(400), SIGMAS.tolist())
     exact = VARIANCE / (VARIANCE + SIGMAS**2)
     assert np.all(np.abs(sums.v - exact) < 4 * sums.standard_errors)
     # The test could not fail if the standard errors were huge.
@@ -67,17 +67,17 @@ def test_the_error_is_measured_after_the_schedulers_clip_and_its_share_is_record
 
     clean, prompts, ids = data(8)
     family = Two("sample", CleanRule(limit=0.5))
-    sums = measure_errors(family, clean, prompts, ids, SIGMAS.tolist(), guidance=False)
+    sums = measure_errors(family, clean, prompts, ids, SIGMAS.tolist())
     # x0-hat is 0.5 after the clip, so eps-hat - eps = (x_0 - 0.5) / sigma.
     exact = float((clean - 0.5).square().mean()) / SIGMAS**2
     np.testing.assert_allclose(sums.v, exact, rtol=1e-4)
     assert sums.clipped.tolist() == [1.0] * len(SIGMAS)
-    inside = measure_errors(Two("sample", CleanRule(limit=2.0)), clean, prompts, ids, SIGMAS.tolist(), guidance=False)
+    inside = measure_errors(Two("sample", CleanRule(limit=2.0)), clean, prompts, ids, SIGMAS.tolist())
     assert inside.clipped.tolist() == [0.0] * len(SIGMAS) and inside.diagnostics()["clipped"] == [0.0] * len(SIGMAS)
 
 
 def test_neighbouring_nodes_correlate_as_shared_noise_makes_them():
-    sums = measure_errors(GaussianDenoiser(), *data(400), SIGMAS.tolist(), guidance=False)
+    sums = measure_errors(GaussianDenoiser(), *data(400), SIGMAS.tolist())
     s, t = SIGMAS[:-1], SIGMAS[1:]
     exact = (s * t + VARIANCE) / np.sqrt((s**2 + VARIANCE) * (t**2 + VARIANCE))
     assert np.allclose(sums.diagnostics()["lag1_correlation"][:-1], exact, atol=0.02)
@@ -85,27 +85,27 @@ def test_neighbouring_nodes_correlate_as_shared_noise_makes_them():
 
 def test_one_worker_and_four_give_the_same_table_whatever_the_sharding():
     clean, prompts, ids = data(24)
-    whole = measure_errors(GaussianDenoiser(), clean, prompts, ids, SIGMAS.tolist(), guidance=True)
+    whole = measure_errors(GaussianDenoiser(), clean, prompts, ids, SIGMAS.tolist())
     parts = [
-        measure_errors(GaussianDenoiser(), clean[rows], prompts[rows], ids[rows], SIGMAS.tolist(), guidance=True)
+        measure_errors(GaussianDenoiser(), clean[rows], prompts[rows], ids[rows], SIGMAS.tolist())
         for rows in (slice(0, 5), slice(5, 6), slice(6, 17), slice(17, 24))
     ]
     merged = parts[2] + parts[0] + parts[3] + parts[1]
     assert merged.count == 24
-    for name in ("v", "standard_errors", "gram_KK", "channel_KC", "guided_K3", "fourth_K", "clipped_K"):
+    for name in ("v", "standard_errors", "gram_KK", "channel_KC", "fourth_K", "clipped_K"):
         assert np.allclose(getattr(merged, name), getattr(whole, name), rtol=1e-12, atol=0), name
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_all_prediction_types_of_one_network_have_one_error_table(prediction_type):
-    expected = measure_errors(GaussianDenoiser(), *data(16), SIGMAS.tolist(), guidance=False)
-    found = measure_errors(GaussianDenoiser(prediction_type), *data(16), SIGMAS.tolist(), guidance=False)
+    expected = measure_errors(GaussianDenoiser(), *data(16), SIGMAS.tolist())
+    found = measure_errors(GaussianDenoiser(prediction_type), *data(16), SIGMAS.tolist())
     assert np.allclose(found.v, expected.v, rtol=2e-3)
 
 
 def test_streaming_sums_equal_the_two_pass_formulas():
     e = np.random.default_rng(1).normal(size=(9, 20, 2, 7)) ** 3 + 0.1
-    sums = sums_of(np.arange(1, 10) / 10, e, None)
+    sums = sums_of(np.arange(1, 10) / 10, e)
     m = (e**2).mean((2, 3))
     assert np.allclose(sums.v, m.mean(1), rtol=1e-12)
     assert np.allclose(sums.standard_errors, m.std(1, ddof=1) / 20**0.5, rtol=1e-9)
@@ -114,14 +114,14 @@ def test_streaming_sums_equal_the_two_pass_formulas():
 
 def test_a_biased_prediction_is_seen():
     e = np.random.default_rng(2).normal(size=(9, 64, 3, 16))
-    centred, shifted = sums_of(np.arange(1, 10) / 10, e, None), sums_of(np.arange(1, 10) / 10, e + 0.3, None)
+    centred, shifted = sums_of(np.arange(1, 10) / 10, e), sums_of(np.arange(1, 10) / 10, e + 0.3)
     assert max(centred.diagnostics()["bias_z"]) < 4.5 < min(shifted.diagnostics()["bias_z"])
     assert np.mean(shifted.diagnostics()["bias_ratio"]) == pytest.approx(0.09 / 1.09, rel=0.1)
 
 
 def test_sums_of_different_nodes_are_not_merged():
     e = np.ones((8, 2, 1, 4))
-    one = sums_of(np.arange(1, 9) / 10, e, None)
+    one = sums_of(np.arange(1, 9) / 10, e)
     with pytest.raises(VrgError, match="different nodes"):
         one + replace(one, sigmas=one.sigmas * 2)
 
@@ -132,4 +132,4 @@ def test_a_network_that_answers_nan_gives_no_table():
             return torch.full_like(noisy, float("nan"))
 
     with pytest.raises(VrgError, match="not finite"):
-        measure_errors(Broken(), *data(2), SIGMAS.tolist(), guidance=False)
+        measure_errors(Broken(), *data(2), SIGMAS.tolist())

@@ -7,7 +7,6 @@ import pytest
 
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.objective import (
-    alpha_form,
     alpha_gradient,
     cumulative_error,
     log_gradient,
@@ -16,6 +15,7 @@ from acpo_dist.vrg.objective import (
 )
 from acpo_dist.vrg.responses import SOLVERS, ddim, first_order
 from acpo_dist.vrg.table import ErrorTable
+from tests.helpers.vrg import alpha_form
 
 NODES = np.geomspace(0.01, 157, 16)
 TABLE = ErrorTable(sigmas=NODES, v=0.25 / (0.25 + NODES**2) + 0.01 / (1 + NODES))

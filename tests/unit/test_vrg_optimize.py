@@ -7,10 +7,11 @@ import pytest
 
 from acpo_dist.core.errors import VrgError
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
-from acpo_dist.vrg.objective import alpha_form, to_alphas
+from acpo_dist.vrg.objective import to_alphas
 from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.responses import SOLVERS
 from acpo_dist.vrg.table import ErrorTable
+from tests.helpers.vrg import alpha_form
 
 SDXL_LEVELS = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 SDXL_SIGMAS = to_sigmas(SDXL_LEVELS)

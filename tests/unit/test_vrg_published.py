@@ -5,9 +5,10 @@ import pytest
 
 from acpo_dist.vrg.formats import read_error_table, read_trajectory
 from acpo_dist.vrg.levels import to_sigmas
-from acpo_dist.vrg.objective import alpha_form, cumulative_error
+from acpo_dist.vrg.objective import cumulative_error
 from acpo_dist.vrg.optimize import optimize
 from tests.helpers.data import DATA, needs
+from tests.helpers.vrg import alpha_form
 
 VRG = DATA / "vrg"
 pytestmark = needs("vrg")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.seeding import generator
-from acpo_dist.core.types import LateLatents
 from acpo_dist.diffusion.prediction import add_noise, to_noise
 from acpo_dist.evaluation.metrics.distances import SampleError
 from acpo_dist.models.family import ModelFamily
@@ -76,38 +75,6 @@ def output_errors(
             sums["base_denoising"][timestep] += float(anchor_error(base - noise).double().sum())
     means = {name: {t: total / len(clean) for t, total in by_t.items()} for name, by_t in sums.items()}
     return OutputErrors(**means, num_samples=len(clean))
-
-
-@torch.no_grad()
-def drift_on_states(
-    family: ModelFamily, states: Sequence[LateLatents], prompts: Sequence[str], *, batch_size: int = 16
-) -> dict[float, float]:
-    """Measure the mean squared noise-space drift on states of the policy's own rollouts.
-
-    Args:
-        family: model loaded with its anchor.
-        states: states of the same B samples, one entry per denoising step.
-        prompts: B prompts.
-        batch_size: samples per forward pass.
-
-    Returns:
-        Timestep -> mean squared drift.
-
-    Raises:
-        SampleError: no samples, or the counts differ.
-    """
-    result = {}
-    for state in states:
-        latents = state.latents_BCHW.float().cpu()
-        _require_prompts(len(latents), prompts)
-        total = 0.0
-        for part in _batches(len(latents), batch_size):
-            levels = torch.full((len(part),), state.alpha_bar, dtype=torch.float64)
-            rows = slice(part.start, part.stop)
-            model_outputs = _outputs(family, latents[rows], state.timestep, prompts[rows])
-            total += float(anchor_error(output_drift(*model_outputs, levels, family.prediction_type)).double().sum())
-        result[state.timestep] = total / len(latents)
-    return result
 
 
 def kl_weights(alpha_bars_T: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """Feature extractors for distances, recall and diversity. They download nothing.
 
-Legend: N samples, F feature width, C channels, H W pixels (or latent pixels for the U-Net).
+Legend: N samples, F feature width, H W pixels.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.core.registry import resolve
-from acpo_dist.core.seeding import generator
-from acpo_dist.diffusion.prediction import add_noise
-from acpo_dist.models.family import ModelFamily
 
 _MIN_BLOCK = 16
 """Minimum number of pixels averaged into one low-pass value; with fewer, speckle remains visible."""
@@ -41,7 +36,7 @@ class Extractor(Protocol):
     """Computes features of samples; the result does not depend on the batch size."""
 
     def __call__(self, samples: Tensor) -> Features:
-        """Compute features of images (N, 3, H, W), uint8 or float in [0, 1]; `MidBlockFeatures` takes x_0 instead."""
+        """Compute features of images (N, 3, H, W), uint8 or float in [0, 1]."""
         ...
 
 
@@ -97,57 +92,6 @@ class LowPassPixels:
             )
         values = nn.functional.adaptive_avg_pool2d(images, self._size).flatten(1).cpu()
         return Features(values=values, source=f"low-pass-{self._size}", noise_blind=True)
-
-
-class MidBlockFeatures:
-    """Mean activations of the middle block of the frozen base U-Net, at one noise level and without a prompt.
-
-    All samples get the same seeded noise, so the features depend only on the sample.
-    """
-
-    def __init__(self, family: ModelFamily, *, timestep: int = 100, seed: int = 0, batch_size: int = 16) -> None:
-        """Initialise the extractor.
-
-        Args:
-            family: model loaded with its anchor (`trainable=True`).
-            timestep: noise level, a timestep of the model's schedule.
-            seed: seed of the noise.
-            batch_size: samples per forward pass.
-        """
-        self._family, self._timestep, self._seed, self._batch = family, timestep, seed, batch_size
-
-    @torch.no_grad()
-    def __call__(self, samples: Tensor) -> Features:
-        """Compute features.
-
-        Args:
-            samples: x_0 (N, C, H, W) as the network takes it: scaled latents, or pixels in [-1, 1].
-
-        Returns:
-            Features (N, F).
-
-        Raises:
-            ModelError: the network has no diffusers middle block.
-        """
-        family = self._family
-        noise = torch.randn(samples.shape[1:], generator=generator("mid-block", self._seed, self._timestep))
-        level = family.alpha_bars[self._timestep].cpu()
-        device = next(family.network.parameters()).device
-        parts = []
-        for clean in samples.float().cpu().split(self._batch):
-            noisy = add_noise(clean, noise.expand_as(clean), level.expand(len(clean))).to(device)
-            timesteps = torch.full((len(clean),), self._timestep, device=device)
-            seen: list[Tensor] = []
-            with family.anchored(), _MidBlockTap(seen):
-                family.predict(noisy, timesteps, family.encode([""] * len(clean)))
-            if len(seen) != 1:
-                raise ModelError(
-                    f"mid-block features need a diffusers U-Net with one middle block, found {len(seen)} in "
-                    f"{type(family.network).__name__}; use low-pass features or a network of your own"
-                )
-            parts.append(seen[0].float().mean((2, 3)).cpu())
-        source = f"mid-block-t{self._timestep}-seed{self._seed}"
-        return Features(values=torch.cat(parts), source=source, noise_blind=False)
 
 
 class NetworkFeatures:
@@ -238,31 +182,11 @@ class InceptionFeatures:
         return Features(values=values.float(), source=self._source, noise_blind=False)
 
 
-class _MidBlockTap:
-    """Context manager that collects the outputs of diffusers middle blocks.
-
-    The hook is global because, under full fine-tuning, the base model is a copy that the family does not expose.
-    """
-
-    def __init__(self, seen: list[Tensor]) -> None:
-        self._seen = seen
-
-    def __enter__(self) -> None:
-        def keep(module: nn.Module, inputs: Sequence[Any], output: Any) -> None:
-            if type(module).__name__.startswith("UNetMidBlock"):
-                self._seen.append(output)
-
-        self._handle = register_module_forward_hook(keep)
-
-    def __exit__(self, *error: object) -> None:
-        self._handle.remove()
-
-
 def _existing(path: Path, what: str) -> Path:
     if not path.is_file():
         raise ModelError(
-            f"{what}: expected a file at {path}, found none. Nothing is downloaded: put it there, or choose low-pass, "
-            "mid-block or own network features."
+            f"{what}: expected a file at {path}, found none. Nothing is downloaded: put it there, or choose low-pass "
+            "or own network features."
         )
     return path
 

@@ -36,7 +36,7 @@ def measure(
     total: ErrorSums | None = None
     for batch in range(-(-images // vrg.batch)):
         handles = pool.generate(single_samples(config, prompts, vrg.batch, f"vrg_{label}", batch))
-        for sums in pool.measure_errors(handles, nodes.tolist(), guidance=vrg.guidance):
+        for sums in pool.measure_errors(handles, nodes.tolist()):
             total = sums if total is None else total + sums
         assert total is not None
         if batch and (total.standard_errors <= vrg.standard_error * total.v).all():

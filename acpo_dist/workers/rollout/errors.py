@@ -16,8 +16,7 @@ from acpo_dist.vrg.timesteps import to_timesteps
 
 @torch.no_grad()
 def measure_errors(
-    family: ModelFamily, clean: Tensor, prompts: Sequence[str], sample_ids: Sequence[str], sigmas: Sequence[float],
-    *, guidance: bool,
+    family: ModelFamily, clean: Tensor, prompts: Sequence[str], sample_ids: Sequence[str], sigmas: Sequence[float]
 ) -> ErrorSums:  # fmt: skip
     """Return the error sums of one batch, e = eps_hat(x_t, t) - eps at every node, with one eps per sample.
 
@@ -27,7 +26,6 @@ def measure_errors(
         clean: x_0 (B, C, H, W), latents or pixels in [-1, 1].
         sample_ids: seed each sample's noise, so that the result is independent of the distribution over workers.
         sigmas: K nodes, ascending, within the schedule.
-        guidance: also measure the null branch, at twice the cost.
 
     Raises:
         VrgError: a node is outside the schedule, or a prediction is not finite.
@@ -35,24 +33,19 @@ def measure_errors(
     keys = [derive_seed("vrg", sample_id) for sample_id in sample_ids]
     noise = torch.stack([torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(key)) for key in keys])
     clean, noise = clean.to(family.device).float(), noise.to(family.device)
-    branches = [family.encode(prompts)]
-    if guidance and family.conditional:
-        branches.append(family.encode([""] * len(prompts)))
+    condition = family.encode(prompts)
     levels = to_alpha_bars(sigmas)
     timesteps = to_timesteps(sigmas, family.alpha_bars.numpy())
     rule, kind = family.clean_rule, family.prediction_type
     changed: list[np.ndarray] = []
-    errors: list[list[np.ndarray]] = [[] for _ in branches]
+    errors: list[np.ndarray] = []
     for level, timestep in zip(levels, timesteps, strict=True):
         alpha_bars = torch.full((len(clean),), float(level), dtype=torch.float64, device=clean.device)
         noisy = add_noise(clean, noise, alpha_bars)
         at = torch.full((len(clean),), float(timestep), device=clean.device)
-        for branch, condition in enumerate(branches):
-            model_output = family.predict(noisy, at, condition)
-            if branch == 0:
-                changed.append(rule.share_changed(model_output, noisy, alpha_bars, kind).cpu().numpy())
-            model_output = rule.apply(model_output, noisy, alpha_bars, kind)
-            error = to_noise(model_output, noisy, alpha_bars, kind) - noise
-            errors[branch].append(error.flatten(2).double().cpu().numpy())
-    stacked = [np.stack(branch) for branch in errors]
-    return sums_of(sigmas, stacked[0], stacked[1] if len(stacked) > 1 else None, np.stack(changed))
+        model_output = family.predict(noisy, at, condition)
+        changed.append(rule.share_changed(model_output, noisy, alpha_bars, kind).cpu().numpy())
+        model_output = rule.apply(model_output, noisy, alpha_bars, kind)
+        error = to_noise(model_output, noisy, alpha_bars, kind) - noise
+        errors.append(error.flatten(2).double().cpu().numpy())
+    return sums_of(sigmas, np.stack(errors), np.stack(changed))

@@ -114,11 +114,9 @@ class RolloutWorker:
         """Return x_0 (B, C, H, W) along another trajectory, float32 on the CPU; the current trajectory is kept."""
         return self._sample(plans, trajectory, None).float().cpu()
 
-    def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float], *, guidance: bool) -> ErrorSums:
+    def measure_errors(self, batch: RolloutBatch, sigmas: Sequence[float]) -> ErrorSums:
         """Return the prediction error sums at each sigma on the x_0 of a rollout batch."""
-        return measure_errors(
-            self.family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas, guidance=guidance
-        )
+        return measure_errors(self.family, batch.latents_BCHW, batch.prompts, batch.sample_ids, sigmas)
 
     def load(self, bundle: WeightBundle) -> WeightAck:
         """Copy weights into the trainable parameters.
