@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from acpo_dist.config.schema import LearnerConfig
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.workers.learner.eight_bit import eight_bit_state, make_eight_bit, put_eight_bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,7 +81,7 @@ class TorchEngine(Engine):
 
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
         """Optimise the parameters of `network` that require gradients."""
-        self._parameters = trainable_tensors(network)
+        self._network, self._parameters = network, trainable_tensors(network)
         narrow = config.optimizer == "adamw_8bit"
         self._optimiser = (make_eight_bit if narrow else make_optimiser)(list(self._parameters.values()), config)
         self._narrow = narrow
@@ -129,9 +129,7 @@ class TorchEngine(Engine):
 
     @override
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(weights[name])
+        copy_weights(self._network, weights)
         (put_eight_bit if self._narrow else put_moments)(self._optimiser, self._parameters, optimiser_state)
 
     @override

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import UsageError
-from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.workers.learner.engine import (
     MOMENTS,
     Engine,
@@ -77,7 +77,7 @@ class ZeroEngine(Engine):
             UsageError: this DeepSpeed would take steps that are not finite.
         """
         _require_skipping(deepspeed.__version__)
-        self._config = config
+        self._network, self._config = network, config
         if device == "cpu":
             # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -149,9 +149,7 @@ class ZeroEngine(Engine):
     def load(self, weights: Mapping[str, Tensor], optimiser_state: Mapping[str, Tensor]) -> None:
         # The network must already hold `weights`; the float32 masters and moments are set here.
         if not self._sharded:
-            with torch.no_grad():
-                for name, parameter in self._parameters.items():
-                    parameter.copy_(weights[name])
+            copy_weights(self._network, weights)
             put_moments(self._engine.optimizer, self._parameters, optimiser_state)
             return
         self._make_flat_moments(optimiser_state["step"])
