@@ -88,9 +88,9 @@ class RolloutActor:
         self._assume(policy)
         return Answer(self._process, self._worker.final_latents(plans, trajectory))
 
-    def follow(self, trajectory: Trajectory) -> Answer:
-        """Run `RolloutWorker.follow`."""
-        return Answer(self._process, self._worker.follow(trajectory))
+    def set_trajectory(self, trajectory: Trajectory) -> Answer:
+        """Run `RolloutWorker.set_trajectory`."""
+        return Answer(self._process, self._worker.set_trajectory(trajectory))
 
     def alpha_bars(self) -> Tensor:
         """The model's noise schedule."""
@@ -116,7 +116,7 @@ class RolloutActor:
             require_acks(policy.version, bundle.checksum, [self._worker.load(bundle)])
         wanted = policy.trajectory or self._first
         if wanted.schedule_id != self._worker.trajectory.schedule_id:
-            self._worker.follow(wanted)
+            self._worker.set_trajectory(wanted)
 
 
 class RayRollouts(RolloutPool):
@@ -207,10 +207,12 @@ class RayRollouts(RolloutPool):
         return torch.cat([final_latents for final_latents, _ in done])
 
     @override
-    def follow(self, trajectory: Trajectory) -> list[str]:
+    def set_trajectory(self, trajectory: Trajectory) -> list[str]:
         # Who is late learns it with its next task.
         self._policy = replace(self._policy, trajectory=trajectory)
-        ids = self._workers.ask(lambda actor: actor.follow.remote(trajectory), what="set trajectory", least=self._least)
+        ids = self._workers.ask(
+            lambda actor: actor.set_trajectory.remote(trajectory), what="set trajectory", least=self._least
+        )
         return list(ids.values())
 
     @override

@@ -31,7 +31,7 @@ from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, read_schedule, read_table
 from acpo_dist.training.trajectory.measure import measure, single_samples
-from acpo_dist.training.trajectory.validate import consider, follow
+from acpo_dist.training.trajectory.validate import consider, set_trajectory
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.timesteps import to_timesteps
@@ -131,7 +131,7 @@ def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
     reference, others = pool.ends(groups, long), pool.ends(fresh, long)
     for count in steps:
         for name, base in spacings(alpha_bars, count).items():
-            follow(pool, base)
+            set_trajectory(pool, base)
             gate_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"num_steps": count})})
             update = consider(pool, gate_config, prompts, sums, base, alpha_bars, provenance={})
             row = {"model": Path(model).name, "seed": seed, "steps": count, "spacing": name, "adopted": update.adopted}

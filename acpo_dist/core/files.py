@@ -1,4 +1,4 @@
-"""Detection of storage errors (disk full or unavailable) and their conversion to `StorageError`."""
+"""Durable writes, and conversion of storage errors (disk full or unavailable) to `StorageError`."""
 
 import errno
 import os
@@ -48,6 +48,16 @@ def sync_file(path: Path) -> None:
     """Flush a file to disk, which raises write errors that the system reports late."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file in one step, durably; a reader sees either the old or the new content."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _explain(error: Exception, number: int, folder: Path) -> str:

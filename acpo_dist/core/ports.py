@@ -35,15 +35,15 @@ class RolloutPool(Protocol):
         ...
 
     def trajectory(self) -> Any:
-        """Return the `diffusion.trajectory.Trajectory` that the workers currently follow."""
+        """Return the `diffusion.trajectory.Trajectory` that the workers currently use."""
         ...
 
     def alpha_bars(self) -> Tensor:
         """Return the model's cumulative signal fraction by timestep, float64 (T,)."""
         ...
 
-    def follow(self, trajectory: Any) -> list[str]:
-        """Make every worker follow a trajectory from the next `generate` on; returns each worker's schedule id."""
+    def set_trajectory(self, trajectory: Any) -> list[str]:
+        """Set the trajectory of every worker from the next `generate` on; returns each worker's schedule id."""
         ...
 
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
@@ -177,7 +177,7 @@ class PairSource(Protocol):
     counts: Mapping[str, int]
     """Number of usable pairs, and of excluded pairs by reason."""
 
-    def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+    def sample_pairs(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
         """Return sample ids of `count` pairs, winner and loser adjacent; deterministic in the arguments."""
         ...
 

@@ -35,7 +35,7 @@ class PairIndex:
     """`rows`, `usable`, and by reason: `tie`, `unlabelled`, `no_caption`, `not_absolute`."""
     _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def sample_prompts(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
+    def sample_pairs(self, *, iteration: int, count: int, run_seed: int) -> list[str]:
         """Return the sample ids of one iteration.
 
         Row groups are shuffled, and rows within them, so that a pass over the data reads each row group once.

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from acpo_dist.core.ports import Tracker
 
 logger = logging.getLogger(__name__)
 
 
-class CompositeTracker:
+class CompositeTracker(Tracker):
     """Forwards every call to every tracker, in order.
 
     The first exception of a tracker is logged with the name of its class and not raised. The tracker is still called
@@ -21,24 +23,24 @@ class CompositeTracker:
         self._trackers = tuple(trackers)
         self._failed: set[int] = set()
 
+    @override
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one iteration in every tracker."""
         self._each("log_metrics", lambda tracker: tracker.log_metrics(iteration, metrics))
 
+    @override
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record an image file in every tracker."""
         self._each("log_image", lambda tracker: tracker.log_image(name, iteration, path))
 
+    @override
     def log_text(self, name: str, text: str) -> None:
-        """Record a small text file in every tracker."""
         self._each("log_text", lambda tracker: tracker.log_text(name, text))
 
+    @override
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Attach searchable tags in every tracker."""
         self._each("set_tags", lambda tracker: tracker.set_tags(tags))
 
+    @override
     def close(self, status: str) -> None:
-        """End every tracker with `status`."""
         self._each("close", lambda tracker: tracker.close(status))
 
     def _each(self, what: str, call: Callable[[Tracker], None]) -> None:

@@ -9,34 +9,39 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
+from acpo_dist.core.files import replace_file
+from acpo_dist.core.ports import Tracker
+
 logger = logging.getLogger(__name__)
 
 
-class JsonlTracker:
-    """Appends one line per iteration; images, texts and tags have their own files and are ignored here.
+class JsonlTracker(Tracker):
+    """Appends one line per iteration and forces it to disk. Images, texts and tags have their own files.
 
-    Args:
-        path: the file; its folder is made, and a last line that a killed process left torn is cut off.
-
-    Raises:
-        OSError: the file cannot be opened for writing.
+    A metric that is not finite is written as null and named in a warning. If the disk is full, `log_metrics` raises
+    OSError, and the file ends with the last complete line.
     """
 
     def __init__(self, path: Path) -> None:
+        """Open the file; an incomplete last line, which a killed process leaves, is removed.
+
+        Args:
+            path: the file; its folder is created.
+
+        Raises:
+            OSError: the file cannot be opened for writing.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         mend_last_line(path)
         self._path = path
         # Unbuffered: a line that fails half-way must not wait in a buffer and land in front of the next one.
         self._file = path.open("ab", buffering=0)
 
+    @override
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of one iteration and force them to disk.
-
-        Metrics that are not finite are written as null, because JSON has no NaN, and named in a warning.
-
-        Raises:
-            OSError: the disk is full or gone; the file ends with the last complete line.
-        """
+        # JSON has no NaN.
         values = {name: plain_number(value) for name, value in metrics.items()}
         odd = [name for name, value in values.items() if not math.isfinite(value)]
         if odd:
@@ -45,17 +50,20 @@ class JsonlTracker:
         row = {"iteration": iteration} | {name: None if name in odd else value for name, value in values.items()}
         self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
 
+    @override
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Do nothing: the image is a file of the run already."""
+        pass
 
+    @override
     def log_text(self, name: str, text: str) -> None:
-        """Do nothing: the text is a file of the run already."""
+        pass
 
+    @override
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Do nothing: lines hold metrics only."""
+        pass
 
+    @override
     def close(self, status: str) -> None:
-        """Close the file; a second call does nothing."""
         self._file.close()
 
     def _append(self, line: bytes) -> None:
@@ -125,16 +133,6 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 def plain_number(value: Any) -> int | float:
     """A number that JSON can write: int stays int, tensors and numpy scalars become float."""
     return value if isinstance(value, int) else float(value)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file in one step; readers see the old or the new content."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

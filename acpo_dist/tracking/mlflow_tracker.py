@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from acpo_dist.core.errors import ConfigError
-from acpo_dist.tracking.jsonl import replace_file
+from acpo_dist.core.files import replace_file
+from acpo_dist.core.ports import Tracker
 from acpo_dist.tracking.mlflow_records import deliver, flatten, is_refusal, lane, metrics_record, tag_values
 from acpo_dist.tracking.mlflow_run import RunFacts, describe_run, make_sqlite, open_run, shown_uri, sqlite_uri
 from acpo_dist.tracking.spool import Spool
@@ -22,7 +25,7 @@ CLOSE_TIMEOUT_S = 30.0
 """Longest wait for MLflow when a run ends."""
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """Records a run in MLflow: one MLflow run, however often the experiment run is stopped and resumed.
 
     Every record is first appended to `<spool>/pending.jsonl`; a daemon thread sends pending records in order and
@@ -88,28 +91,24 @@ class MlflowTracker:
         """The MLflow run; None until MLflow has answered for the first time."""
         return self._run_id or None
 
+    @override
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one iteration; they arrive as one batch with `iteration` as step."""
         self._put(metrics_record(iteration, metrics))
 
+    @override
     def log_image(self, name: str, iteration: int, path: Path) -> None:
-        """Record an image file under `samples/`, where it keeps its file name; the file must stay until `close`."""
         self._put({"kind": "image", "path": os.path.abspath(path)})
 
+    @override
     def log_text(self, name: str, text: str) -> None:
-        """Record a small text as the file `config/<name>`."""
         self._put({"kind": "text", "name": name, "text": text})
 
+    @override
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Attach searchable tags to the run."""
         self._put({"kind": "tags", "tags": tag_values(tags)})
 
+    @override
     def close(self, status: str) -> None:
-        """Send pending records and set the status of the run, within `CLOSE_TIMEOUT_S`; a second call does nothing.
-
-        Args:
-            status: FINISHED, FAILED or KILLED; RUNNING leaves it as it is.
-        """
         if self._status is not None:
             return
         self._status = status

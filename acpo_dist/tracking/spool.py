@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from acpo_dist.tracking.jsonl import mend_last_line, parse_object, replace_file
+from acpo_dist.core.files import replace_file
+from acpo_dist.tracking.jsonl import mend_last_line, parse_object
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The ports in one process: laptop, one GPU, debugging, unit tests. The same worker classes, without Ray."""
+"""The ports in one process, without Ray: the worker classes are called directly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -8,10 +8,11 @@ from statistics import median
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.allocator import keep_freed_memory
-from acpo_dist.core.ports import Advance, Ports, Tracker
+from acpo_dist.core.ports import Advance, LearnerGroup, Ports, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.types import (
     GradientScale,
     PromptGroup,
@@ -27,6 +28,7 @@ from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.learner.batches import LearnerSpec
+from acpo_dist.workers.learner.signal import GradientSource
 from acpo_dist.workers.learner.worker import LearnerWorker
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import RewardWorker, ScoredGradient
@@ -35,13 +37,13 @@ from acpo_dist.workers.rollout.worker import RolloutWorker
 
 
 def default_device() -> str:
-    """`cuda` when there is a GPU, else `cpu`."""
+    """Return `cuda` if there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
 def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
-    """All ports in this process; one torch thread unless OMP_NUM_THREADS says otherwise."""
+    """Context with all ports in this process."""
     device = default_device()
     if device == "cpu":
         keep_freed_memory()
@@ -57,16 +59,16 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
             part.close()
 
 
-class LocalRollouts:
-    """One rollout worker, called."""
+class LocalRollouts(RolloutPool):
+    """One rollout worker in this process."""
 
     def __init__(self, config: Config, *, device: str) -> None:
         """Load the worker."""
         self.worker = RolloutWorker(config.model, config.sampler, device=device)
         self._chunk = config.rollout.batch_size
 
+    @override
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
-        """See `RolloutPool.generate`."""
         handles = []
         for plans in chunks_of(groups, self._chunk):
             batch = self.worker.generate(plans)
@@ -83,41 +85,42 @@ class LocalRollouts:
                 advance(len(plans))
         return handles
 
+    @override
     def trajectory(self) -> Trajectory:
-        """See `RolloutPool.trajectory`."""
         return self.worker.trajectory
 
+    @override
     def alpha_bars(self) -> Tensor:
-        """See `RolloutPool.alpha_bars`."""
         return self.worker.alpha_bars
 
-    def follow(self, trajectory: Trajectory) -> list[str]:
-        """See `RolloutPool.follow`."""
-        return [self.worker.follow(trajectory)]
+    @override
+    def set_trajectory(self, trajectory: Trajectory) -> list[str]:
+        return [self.worker.set_trajectory(trajectory)]
 
+    @override
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
-        """See `RolloutPool.ends`."""
         return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
 
+    @override
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
-        """See `RolloutPool.measure_errors`."""
         return [self.worker.measure_errors(handle.payload, sigmas) for handle in handles]
 
+    @override
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        """See `RolloutPool.load`."""
         return [self.worker.load(bundle)]
 
+    @override
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """See `RolloutPool.images`."""
         at = {name: handle.payload.images_BCHW[row] for handle in handles for row, name in enumerate(handle.sample_ids)}
         return torch.stack([at[sample_id] for sample_id in sample_ids])
 
+    @override
     def close(self) -> None:
-        """Nothing to free."""
+        pass
 
 
-class LocalRewards:
-    """One reward worker per metric, called. Also the learner's gradient source."""
+class LocalRewards(RewardPool, GradientSource):
+    """One reward worker per metric in this process; also the learner's gradient source."""
 
     def __init__(self, config: Config, *, device: str) -> None:
         """Load every metric; only those that train get the decoder."""
@@ -135,10 +138,10 @@ class LocalRewards:
         }
         self._requests = 0
 
+    @override
     def score(
         self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
     ) -> ScoreTable:
-        """See `RewardPool.score`."""
         table: dict[str, dict[str, float]] = {name: {} for name in metrics}
         for handle in handles:
             for name in metrics:
@@ -149,39 +152,40 @@ class LocalRewards:
                     advance(len(scores))
         return table
 
+    @override
     def score_images(self, metric: str, images: Tensor) -> list[float]:
-        """See `RewardPool.score_images`."""
         self._requests += 1
         return self._workers[metric].score(images, ("",) * len(images))
 
+    @override
     def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
-        """Compute scores and gradient (`GradientSource.submit`)."""
         self._requests += 1
         future: Future[ScoredGradient] = Future()
         future.set_result(self._workers[metric].value_and_grad(sent, prompts))
         return future
 
+    @override
     def counters(self) -> dict[str, float]:
-        """See `RewardPool.counters`; in process nothing is retried."""
         return {"reward_pool/requests": float(self._requests), "reward_pool/retries": 0.0}
 
+    @override
     def close(self) -> None:
-        """Nothing to free."""
+        pass
 
 
-class LocalLearner:
-    """One learner rank, called."""
+class LocalLearner(LearnerGroup):
+    """One learner rank in this process."""
 
     def __init__(self, spec: LearnerSpec, rewards: LocalRewards, *, device: str) -> None:
         """Load the worker."""
         self.worker = LearnerWorker(spec, rewards, device=device)
 
+    @override
     def start(self, folder: Path | None) -> None:
-        """See `LearnerGroup.start`."""
         self.worker.start(folder)
 
+    @override
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
-        """See `LearnerGroup.train`."""
         metrics, steps, skipped = self.worker.train([handle.payload for handle in handles], task)
         if advance:
             advance(len(task.sample_ids))
@@ -189,53 +193,53 @@ class LocalLearner:
             metrics=metrics.means(), optim_steps=steps, skipped=tuple(skipped), too_many=self.worker.skipped_too_many
         )
 
+    @override
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:
-        """See `LearnerGroup.gradient_scale`."""
         norms = self.worker.gradient_norms([handle.payload for handle in handles], rewards)
         return GradientScale(median_norm=median(norms), num_elements=self.worker.num_elements)
 
+    @override
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        """See `LearnerGroup.observe`."""
         return self.worker.observe([handle.payload for handle in handles])
 
+    @override
     def measure_drift(
         self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
     ) -> dict[int, float]:
-        """See `LearnerGroup.measure_drift`."""
         metrics: Mapping[str, float] = self.worker.measure_drift(
             [h.payload for h in handles], timesteps, space=space
         ).means()
         return {int(name): value for name, value in metrics.items()}
 
+    @override
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """See `LearnerGroup.export`."""
         return self.worker.export(version, ema=ema)
 
+    @override
     def save(self, folder: Path) -> None:
-        """See `LearnerGroup.save`."""
         self.worker.save(folder)
 
+    @override
     def close(self) -> None:
-        """See `LearnerGroup.close`."""
         self.worker.close()
 
 
-class LocalChannel:
-    """Hands the bundle over and checks the echo."""
+class LocalChannel(WeightChannel):
+    """Loads the learner's weights into the rollout worker and checks its acknowledgement."""
 
     def __init__(self, learner: LocalLearner, rollouts: LocalRollouts) -> None:
-        """Connect the two ends."""
+        """Connect learner and rollout worker."""
         self._learner, self._rollouts = learner, rollouts
 
+    @override
     def publish(self, version: int) -> str:
-        """See `WeightChannel.publish`."""
         bundle = self._learner.export(version)
         require_acks(version, bundle.checksum, self._rollouts.load(bundle))
         return bundle.checksum
 
 
 def learner_spec(config: Config) -> LearnerSpec:
-    """The sections that a learner rank gets."""
+    """Return the configuration sections of a learner rank."""
     return LearnerSpec(
         model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards,
         sampler=config.sampler, data=config.data, seed=config.run.seed,

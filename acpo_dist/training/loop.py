@@ -218,7 +218,7 @@ class Trainer:
         config, ports, state = self._config, self._ports, self._state
         if ports.pairs is not None:
             count = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt // 2
-            ids = ports.pairs.sample_prompts(iteration=state.iteration, count=count, run_seed=config.run.seed)
+            ids = ports.pairs.sample_pairs(iteration=state.iteration, count=count, run_seed=config.run.seed)
             metrics = {f"pairs/{name}": float(value) for name, value in ports.pairs.counts.items()}
             return Selection(sample_ids=tuple(ids), weights=dict.fromkeys(ids, 1.0), metrics=metrics)
         ids = [plan.sample_id for group in groups for plan in group.samples]

@@ -64,12 +64,12 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
             raise ModelError(f"{run} has no complete checkpoint yet: wait for one, or name a pipeline folder instead.")
         pool.load(checkpoint.bundle())
         if own_sampler:
-            pool.follow(trajectory_from_mapping(checkpoint.state["trajectory"]))
+            pool.set_trajectory(trajectory_from_mapping(checkpoint.state["trajectory"]))
             return pool
     sampler = config.sampler
     given = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
     if given is not None:
-        pool.follow(given)
+        pool.set_trajectory(given)
     return pool
 
 

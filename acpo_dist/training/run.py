@@ -15,7 +15,7 @@ import torch
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RunTakenError, WorkerLostError
-from acpo_dist.core.files import on_storage
+from acpo_dist.core.files import on_storage, replace_file
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
@@ -28,7 +28,7 @@ from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_curves
-from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, replace_file, truncate_after
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
 from acpo_dist.training import loop
 from acpo_dist.training.context import RunContext
 from acpo_dist.training.guard.guard import Decision

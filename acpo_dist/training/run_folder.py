@@ -12,8 +12,8 @@ import yaml
 from acpo_dist.config.load import dump, load_config, writer_of
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ResumeError
+from acpo_dist.core.files import replace_file
 from acpo_dist.core.version import own_version
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -94,8 +94,8 @@ def _follows_like_one_process(ports, alone, groups):
         assert np.allclose(mine.v, theirs.v, rtol=1e-12)
     other = explicit_trajectory(alone.alpha_bars(), [999, 700, 450, 250, 100, 20])
     assert torch.equal(ports.rollout.final_latents(groups, other), alone.final_latents(groups, other))
-    alone.follow(other)
-    assert set(ports.rollout.follow(other)) == {other.schedule_id}
+    alone.set_trajectory(other)
+    assert set(ports.rollout.set_trajectory(other)) == {other.schedule_id}
     os.kill(ports.rollout.await_ready()["rollout/0"], signal.SIGKILL)
     handles = ports.rollout.generate(groups)
     assert {handle.schedule_id for handle in handles} == {other.schedule_id}

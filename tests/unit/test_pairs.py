@@ -106,12 +106,12 @@ def test_the_winner_is_the_image_that_the_label_names(tmp_path):
 def test_one_pass_takes_every_usable_pair_once_and_the_next_in_another_order(tmp_path):
     path = pair_file(tmp_path / "pairs.parquet", [{"label_0": 0.5} if i == 3 else {} for i in range(11)])
     index = PairSet(path, 32).index()
-    dealt = [index.sample_prompts(iteration=i, count=5, run_seed=0) for i in range(4)]
+    dealt = [index.sample_pairs(iteration=i, count=5, run_seed=0) for i in range(4)]
     first, second = dealt[0] + dealt[1], dealt[2] + dealt[3]
     assert sorted(first) == sorted(second) == sorted(f"pair:{i}:{s}" for i in range(11) if i != 3 for s in "wl")
     assert first != second
     # No state: iteration 2 is the same for a run that was resumed there.
-    assert PairSet(path, 32).index().sample_prompts(iteration=2, count=5, run_seed=0) == dealt[2]
+    assert PairSet(path, 32).index().sample_pairs(iteration=2, count=5, run_seed=0) == dealt[2]
 
 
 def test_only_absolute_winners_are_kept_where_asked(tmp_path):

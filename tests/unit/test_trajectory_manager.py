@@ -16,7 +16,7 @@ from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.run import drive
 from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, optimise_files, read_schedule, trajectory_to_mapping
 from acpo_dist.training.trajectory.measure import measure, table_drift
-from acpo_dist.training.trajectory.validate import Validation, consider, follow
+from acpo_dist.training.trajectory.validate import Validation, consider, set_trajectory
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.timesteps import to_timesteps
 
@@ -50,7 +50,7 @@ def test_a_trajectory_that_helps_is_adopted_by_every_worker_and_on_every_sample(
 
     (handle,) = pool.generate(single_samples(config, PROMPTS, 4, "test", 0))
     assert handle.schedule_id == update.trajectory.schedule_id
-    follow(pool, base)
+    set_trajectory(pool, base)
 
 
 def globally_best(table, grid, num_steps):
@@ -123,11 +123,11 @@ def test_a_worker_that_follows_another_trajectory_stops_the_run(measured):
     _, pool, _ = measured
 
     class Deaf:
-        def follow(self, trajectory):
+        def set_trajectory(self, trajectory):
             return [trajectory.schedule_id, "another"]
 
     with pytest.raises(WeightSyncError, match="another"):
-        follow(Deaf(), pool.trajectory())  # pyright: ignore[reportArgumentType]
+        set_trajectory(Deaf(), pool.trajectory())  # pyright: ignore[reportArgumentType]
 
 
 def test_a_common_factor_of_the_table_is_no_drift_but_a_change_of_shape_is(measured):
@@ -245,7 +245,7 @@ def test_a_candidate_without_a_late_step_is_no_candidate(measured):
     levels = pool.alpha_bars().numpy()
     # The last step lies exactly at t_max, and the optimum moves it up.
     free = consider(pool, config, PROMPTS, sums, base, levels, provenance={}, prove=False).trajectory
-    follow(pool, base)
+    set_trajectory(pool, base)
     assert free.timesteps[-1] > base.timesteps[-1]
     sampler = config.sampler.model_copy(update={"t_max": base.timesteps[-1] / len(levels)})
     for halvings, adopted in ((0, False), (1, True)):
@@ -255,4 +255,4 @@ def test_a_candidate_without_a_late_step_is_no_candidate(measured):
             provenance={}, prove=False,
         )  # fmt: skip
         assert held.adopted == adopted and pool.trajectory().timesteps[-1] <= base.timesteps[-1]
-        follow(pool, base)
+        set_trajectory(pool, base)

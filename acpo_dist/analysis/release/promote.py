@@ -9,8 +9,8 @@ from acpo_dist.analysis.release.model_card import CardFacts, loading_code, model
 from acpo_dist.analysis.release.verdict import Verdict, gains_of, judge_run, metrics_at, read_evaluation
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
+from acpo_dist.core.files import replace_file
 from acpo_dist.evaluation.suites.subject import BEST, NEWEST, find_checkpoint, prepared
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.mlflow_registry import ModelVersion, register
 from acpo_dist.training.run import export_pipeline
 from acpo_dist.training.run_folder import git_commit, read_run_config

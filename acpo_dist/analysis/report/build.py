@@ -16,8 +16,8 @@ from acpo_dist.analysis.report.record import RunRecord, read_run, require_rows
 from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer, chosen_iteration
 from acpo_dist.config.schema import TrackingConfig
 from acpo_dist.core.errors import AcpoError, VrgError
+from acpo_dist.core.files import replace_file
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.mlflow_query import attach
 from acpo_dist.tracking.mlflow_tracker import default_uri
 from acpo_dist.training.trajectory.artefact import read_artefact

@@ -12,12 +12,13 @@ from torch import Tensor
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer
 from acpo_dist.core.errors import UsageError
+from acpo_dist.core.files import replace_file
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.evaluation.metrics.drift import output_errors
 from acpo_dist.models.family import ModelFamily, copy_weights
 from acpo_dist.objective.anchor import drift_unit, resolve_space
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import parse_object, replace_file
+from acpo_dist.tracking.jsonl import parse_object
 from acpo_dist.training.local import default_device
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 

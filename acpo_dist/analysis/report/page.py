@@ -15,8 +15,8 @@ from acpo_dist.analysis.report.drift_map import DriftMap
 from acpo_dist.analysis.report.gallery import Gallery, embedded, gallery_cards
 from acpo_dist.analysis.report.metrics import RunMetrics, verdict
 from acpo_dist.analysis.report.record import RunRecord
+from acpo_dist.core.files import replace_file
 from acpo_dist.core.packages import installed_versions
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.panel import SIGMA
 
 _SIGNS = {

@@ -16,10 +16,11 @@ from torch import Tensor
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, UsageError
+from acpo_dist.core.files import replace_file
 from acpo_dist.core.types import PromptGroup, RolloutHandle
 from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import parse_object, replace_file
+from acpo_dist.tracking.jsonl import parse_object
 from acpo_dist.training.local import LocalRollouts, default_device
 from acpo_dist.training.open_model import open_rollouts
 from acpo_dist.training.prepare import prepare
@@ -121,7 +122,7 @@ class SampleRenderer:
         """Samples of a checkpoint's weights, or of the base model's."""
         # Weights cannot be unloaded, so the base model is opened again after a tuned one.
         pool = self._open(fresh=checkpoint is None and self._tuned)
-        pool.follow(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
+        pool.set_trajectory(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
         if checkpoint is not None:
             pool.load(checkpoint.bundle())
             self._tuned = True

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.evaluation.suites.judges import JudgePool, LocalJudges
@@ -30,27 +32,27 @@ class Backend(Protocol):
         ...
 
 
-class LocalBackend:
+class LocalBackend(Backend):
     """Runs an evaluation in the current process."""
 
     name = "local"
     chunks_at_once = 1
 
+    @override
     @contextmanager
     def open(self) -> Iterator["LocalBackend"]:
-        """Return the backend; a single process shares no resources."""
         yield self
 
+    @override
     @contextmanager
     def rollouts(self, config: Config) -> Iterator[RolloutPool]:
-        """Load the model of `config` into this process and unload it on exit."""
         pool = LocalRollouts(config, device=default_device())
         try:
             yield pool
         finally:
             pool.close()
 
+    @override
     @contextmanager
     def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:
-        """Load the judges into this process and unload them on exit."""
         yield LocalJudges(sections, device=default_device())

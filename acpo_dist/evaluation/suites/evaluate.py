@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acpo_dist.core.errors import UsageError
+from acpo_dist.core.files import replace_file
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import PromptGroup
@@ -24,7 +25,6 @@ from acpo_dist.evaluation.suites.set_metrics import judge_metrics, set_metrics, 
 from acpo_dist.evaluation.suites.subject import ImageSubject, ModelSubject, settle
 from acpo_dist.evaluation.suites.suite import Suite, sample_groups
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.training.run_folder import git_commit
 
 FORMAT = 1

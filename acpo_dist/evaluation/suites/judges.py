@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.core.errors import RewardConfigError, WorkerError
@@ -37,7 +38,7 @@ class JudgePool(Protocol):
         ...
 
 
-class LocalJudges:
+class LocalJudges(JudgePool):
     """Judges in the current process; scoring runs when the result is requested."""
 
     def __init__(self, sections: Sequence[Any], *, device: str) -> None:
@@ -55,8 +56,8 @@ class LocalJudges:
             for section in sections
         }
 
+    @override
     def submit(self, judge: str, images: Tensor, prompts: Sequence[str]) -> Callable[[], list[float]]:
-        """Return a function that scores the images when it is called."""
         return lambda: self._workers[judge].score(images, prompts)
 
 

@@ -139,7 +139,7 @@ def settle(pool: RolloutPool, subject: ModelSubject) -> None:
     if trajectory is None:
         trajectory = configured_trajectory(sampler.trajectory, sampler.num_steps, pool.alpha_bars().numpy())
     if trajectory is not None:
-        pool.follow(trajectory)
+        pool.set_trajectory(trajectory)
 
 
 def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:

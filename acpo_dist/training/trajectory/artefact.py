@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from acpo_dist.core.errors import ConfigError, VrgError
+from acpo_dist.core.files import replace_file
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.tracking.jsonl import replace_file
 from acpo_dist.tracking.plots import save_trajectory_plot
 from acpo_dist.training.trajectory.validate import Update
 from acpo_dist.vrg.formats import read_error_table, read_result, read_trajectory

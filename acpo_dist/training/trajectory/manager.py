@@ -19,7 +19,7 @@ from acpo_dist.training.trajectory.artefact import (
     write_artefact,
 )
 from acpo_dist.training.trajectory.measure import measure, table_drift
-from acpo_dist.training.trajectory.validate import Update, consider, describe, follow
+from acpo_dist.training.trajectory.validate import Update, consider, describe, set_trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class TrajectoryManager:
             Metrics of the first iteration, empty if `vrg.enabled` is false.
         """
         self._base = self._configured()
-        follow(self._pool, self._base)
+        set_trajectory(self._pool, self._base)
         return self._update(0) if self._config.vrg.enabled else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class TrajectoryManager:
         # Older checkpoints lack the key: read the configured file.
         self._base = trajectory_from_mapping(base) if base else self._configured()
         self._table = table_from_mapping(state["table"]) if state["table"] else None
-        follow(self._pool, trajectory_from_mapping(state["trajectory"]))
+        set_trajectory(self._pool, trajectory_from_mapping(state["trajectory"]))
 
     def to_mapping(self) -> dict[str, Any]:
         """Convert the state to JSON values for a checkpoint, without loss of precision."""

@@ -127,7 +127,7 @@ def consider(
         if found.j1 > found.j0 * (1 - config.vrg.min_gain):
             logger.info("the optimum promises %.2f %%: not worth a change", 100 * (1 - found.j1 / found.j0))
             break
-        candidate = trajectory_metrics(base, found.sigmas, alpha_bars)
+        candidate = replace_levels(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
             break
         if candidate.timesteps[-1] > config.sampler.latest_share * len(alpha_bars):
@@ -135,13 +135,13 @@ def consider(
             trust /= 2
             continue
         if not prove:
-            follow(pool, candidate)
+            set_trajectory(pool, candidate)
             current, adopted = candidate, True
             break
         validation = validation or Validation(pool, config, prompts, current, alpha_bars, sums)
         gates.append(validation.judge(candidate, trust))
         if gates[-1].passed:
-            follow(pool, candidate)
+            set_trajectory(pool, candidate)
             current, adopted = candidate, True
             break
         trust /= 2
@@ -201,18 +201,18 @@ class Validation:
         return (final_latents - self._reference).double().square().flatten(1).mean(1)
 
 
-def follow(pool: RolloutPool, trajectory: Trajectory) -> None:
+def set_trajectory(pool: RolloutPool, trajectory: Trajectory) -> None:
     """Set the trajectory of every worker and check the reported schedule ids.
 
     Raises:
         WeightSyncError: a worker reports another schedule id.
     """
-    answers = pool.follow(trajectory)
+    answers = pool.set_trajectory(trajectory)
     if set(answers) != {trajectory.schedule_id}:
         raise WeightSyncError(f"workers follow {sorted(set(answers))} instead of trajectory {trajectory.schedule_id}")
 
 
-def trajectory_metrics(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
+def replace_levels(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
     """Replace the inner levels of a trajectory; the first and the last level of `base` are kept.
 
     Args:

@@ -39,7 +39,7 @@ class RolloutWorker:
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
-        self.follow(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing))
+        self.set_trajectory(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing))
 
     @property
     def version(self) -> int:
@@ -51,7 +51,7 @@ class RolloutWorker:
         """Cumulative signal fraction by timestep, float64 (T,)."""
         return self.family.alpha_bars
 
-    def follow(self, trajectory: Trajectory) -> str:
+    def set_trajectory(self, trajectory: Trajectory) -> str:
         """Use this trajectory from the next sample on.
 
         Returns:
