@@ -1,4 +1,4 @@
-"""Read configuration files: `extends`, `key=value` overrides, and errors that say where a value was set."""
+"""Read configuration files: `extends`, `key=value` overrides, and errors that name the source of a value."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,19 +16,23 @@ from acpo_dist.core.version import own_version
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ORIGIN = 160
-"""Longest description of where a configuration comes from, in characters of a message."""
+"""Maximum length of the description of a configuration's source in a message, in characters."""
 _WRITER = "# acpo_dist "
 _SHIPPED = (_PACKAGE.parent / "configs", _PACKAGE / "_configs")
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Load a file by path, or a shipped one by name, apply overrides, and check it whole.
+    """Load a file by path, or a shipped one by name, apply overrides, and validate it.
 
-    Merge order: schema defaults, the `extends` chain, the file, the overrides. Mappings merge, lists replace; a
+    Merge order: schema defaults, the `extends` chain, the file, the overrides. Mappings are merged, lists replaced; a
     mapping whose `type` changes is replaced.
 
+    Args:
+        source: path of a YAML file, or name of a shipped configuration.
+        overrides: `key=value` texts.
+
     Raises:
-        ConfigError: names the key, the value, where it is set and what is known.
+        ConfigError: names the key, the value, where it is set and the known keys.
     """
     path = find_config(source)
     merged = merge_overrides(_read_chain(path, ()), overrides, Config)
@@ -46,14 +50,14 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def validate(mapping: dict[str, Any], origin: str) -> Config:
-    """Check plain data against the schema and the relations between sections.
+    """Validate plain data against the schema and the relations between sections.
 
     Args:
-        mapping: nested plain data, as a configuration file holds it.
-        origin: where it comes from, for messages.
+        mapping: nested plain data, as in a configuration file.
+        origin: source of the data, for messages.
 
     Raises:
-        ConfigError: names the key, the value and what is known.
+        ConfigError: names the key, the value and the known keys.
     """
     try:
         config = Config.model_validate(mapping)
@@ -63,16 +67,16 @@ def validate(mapping: dict[str, Any], origin: str) -> Config:
     except RewardConfigError as error:
         raise RewardConfigError(shorten(str(error), LONGEST)) from error
     except OSError as error:
-        raise ConfigError(f"{shorten(origin, _ORIGIN)}: a path cannot be looked up: {shorten(str(error))}") from error
+        raise ConfigError(f"{shorten(origin, _ORIGIN)}: a path cannot be checked: {shorten(str(error))}") from error
     return config
 
 
 def find_config(source: str | Path) -> Path:
-    """A path as it is; else `NAME` or `configs/NAME.yaml` among the shipped files."""
+    """Return an existing path, or else the shipped file `NAME` or `configs/NAME.yaml`."""
     path = Path(source)
     if path.is_file():
         return path
-    # Another folder is meant as it is: its missing file must not turn into a shipped one of the same name.
+    # A missing file in another folder must not be replaced by a shipped one of the same name.
     for folder in _SHIPPED if str(path.parent) in (".", "configs") else ():
         for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
             if candidate.is_file():
@@ -83,19 +87,19 @@ def find_config(source: str | Path) -> Path:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configuration files that come with the package."""
+    """Return the names of the shipped configuration files."""
     return sorted({path.stem for folder in _SHIPPED if folder.is_dir() for path in folder.glob("*.yaml")})
 
 
 def dump(config: Config) -> str:
-    """The whole configuration as YAML, with this version in the first line; loading it gives the same configuration."""
+    """Return the complete configuration as YAML, with this version in the first line."""
     return f"{_WRITER}{own_version()}\n{write_yaml(config.to_mapping())}"
 
 
 def writer_of(path: Path) -> str | None:
-    """Version of acpo_dist that wrote a configuration file with `dump`; None for a file of a user's own.
+    """Return the version of acpo_dist that wrote a configuration file with `dump`; None for a file written by hand.
 
-    A run's `resolved.yaml` without a version is of a version that did not write it.
+    A run's `resolved.yaml` without a version was written by a version that did not record it.
     """
     with path.open(encoding="utf-8", errors="replace") as file:
         first = file.readline(200)
@@ -107,7 +111,7 @@ def writer_of(path: Path) -> str | None:
 def _read_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     resolved = path.resolve()
     if resolved in seen:
-        raise ConfigError(f"{path}: `extends` goes in a circle: {' -> '.join(p.name for p in (*seen, resolved))}")
+        raise ConfigError(f"{path}: `extends` is circular: {' -> '.join(p.name for p in (*seen, resolved))}")
     try:
         mapping = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ConfigError) as error:

@@ -1,4 +1,4 @@
-"""`key=value` overrides: the type of the key says how its value is read."""
+"""`key=value` overrides: the type of the key determines how its value is parsed."""
 
 import re
 import types
@@ -15,22 +15,24 @@ from acpo_dist.core.errors import ConfigError, quoted
 _INDEX = re.compile(r"[0-9]{1,6}")
 _DEEPEST = 16
 _UNKNOWN = object()
-"""Type of a key that no section has; the schema refuses it later by name."""
+"""Type of a key that no section has; validation rejects it by name."""
 
 
 def merge_overrides(
     mapping: dict[str, Any], overrides: Sequence[str], schema: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Plain data with `key=value` overrides applied in order; the last one wins.
+    """Apply `key=value` overrides to plain data, in order; the last one wins.
 
-    A `type` empties its mapping, so it is applied before values inside that mapping, in whatever order they were typed.
-    It stays behind an override that sets the mapping itself.
+    A `type` replaces its mapping, so it is applied before values inside that mapping, whatever the order of the
+    overrides, but after an override that sets the mapping itself.
 
     Args:
-        schema: whose annotations say how values are read; None reads them all as YAML.
+        mapping: nested plain data.
+        overrides: `key=value` texts.
+        schema: section whose annotations determine how values are parsed; None parses all as YAML.
 
     Raises:
-        ConfigError: no `key=value`, or a value that is not YAML where the key's type needs YAML.
+        ConfigError: no `key=value`, or a value that is not YAML although the key's type requires YAML.
     """
     for override in _types_first(overrides):
         key, value = _split(override)
@@ -46,19 +48,19 @@ def merge_overrides(
 
 
 def read_value(annotation: Any, text: str) -> Any:
-    """Value of an override.
+    """Parse the value of an override.
 
-    A key that takes text takes `text` literally; `null` is None where the key may be None. Numbers and switches are
-    read as YAML scalars; lists, mappings and sections as YAML.
+    A key that takes text uses `text` literally; `null` is None if the key may be None. Numbers and switches are parsed
+    as YAML scalars; lists, mappings and sections as YAML.
 
     Args:
         annotation: type of the key.
-        text: what the shell passed.
+        text: the value as passed by the shell.
     """
     options = _options(annotation)
     scalar = read_scalar(text)
     if _takes_text(options):
-        # An empty path would be the working folder.
+        # An empty path would be the working directory.
         if type(None) in options and (text == "null" or (text == "" and str not in options)):
             return None
         other = {type(option.value) if isinstance(option, _Choice) else option for option in options}
@@ -77,7 +79,7 @@ class _Choice:
 
 
 def _options(annotation: Any) -> list[Any]:
-    """Alternatives of a union, without `Annotated`; values of a `Literal` one by one."""
+    """Return the alternatives of a union, without `Annotated`; values of a `Literal` one by one."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _options(get_args(annotation)[0])
@@ -98,7 +100,7 @@ def _is_scalar(option: Any) -> bool:
 
 
 def _annotation(schema: type[BaseModel], key: Sequence[str], mapping: Any) -> Any:
-    """Type of a dotted key; of a plug-in's own keys by the `type` that is set in `mapping`."""
+    """Return the type of a dotted key; for a plug-in's own keys by the `type` that is set in `mapping`."""
     annotation: Any = schema
     for part in key:
         section = _section(annotation, mapping)
@@ -126,7 +128,7 @@ def _section(annotation: Any, mapping: Any) -> type[Section] | None:
 
 
 def _item(annotation: Any) -> Any:
-    """Type of the items of a tuple, or of the values of a mapping."""
+    """Return the type of the items of a tuple, or of the values of a mapping."""
     for option in _options(annotation):
         arguments = [part for part in get_args(option) if part is not Ellipsis]
         if arguments and get_origin(option) in (tuple, dict, list):
@@ -138,7 +140,7 @@ def _split(text: str) -> tuple[list[str], str]:
     key, separator, value = text.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts) or len(parts) > _DEEPEST:
-        raise ConfigError(f"an override must read `section.key=value`, found {quoted(text)}")
+        raise ConfigError(f"an override must have the form `section.key=value`, found {quoted(text)}")
     return parts, value
 
 
@@ -149,7 +151,7 @@ def _types_first(overrides: Sequence[str]) -> list[str]:
         place = len(ordered)
         if key.endswith(".type"):
             within = key.removesuffix("type")
-            # What sets the mapping, one round it, or its type.
+            # Overrides that set the mapping, a parent of it, or its type.
             barriers = [at for at, (other, _) in enumerate(ordered) if other == key or within.startswith(f"{other}.")]
             start = barriers[-1] + 1 if barriers else 0
             inside = [at for at in range(start, place) if ordered[at][0].startswith(within)]
@@ -159,7 +161,7 @@ def _types_first(overrides: Sequence[str]) -> list[str]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`base` with the values of `over`: mappings merge, lists replace; a mapping whose `type` changes is replaced."""
+    """Merge `over` into `base`: mappings are merged, lists replaced; a mapping whose `type` changes is replaced."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -177,7 +179,7 @@ def _is_index(part: Any) -> bool:
 
 
 def _merge_items(key: str, old: list[Any], over: dict[str, Any]) -> list[Any]:
-    """`rewards.train.0.weight=2`: items of a list by index."""
+    """Set an item of a list by index, as in `rewards.train.0.weight=2`."""
     items = list(old)
     for index, value in over.items():
         if int(index) >= len(items):

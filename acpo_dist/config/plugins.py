@@ -1,7 +1,7 @@
-"""Base sections of the three plug-in kinds: what the rest of the system reads of a plug-in without loading it.
+"""Base sections of the three plug-in kinds: facts of a plug-in that are read without importing its implementation.
 
-A plug-in's own section subclasses one of these. Facts (class variables, or properties where they depend on a key) stand
-on the section, so that a configuration is checked without importing the implementation.
+A plug-in's own section subclasses one of these. Facts (class variables, or properties if they depend on a key) belong
+to the section, so that a configuration is validated without importing the implementation.
 """
 
 from pathlib import Path
@@ -20,15 +20,16 @@ class MetricConfig(Section):
     name: str = ""
     """Name in tracking and of the deployment; empty takes the type."""
     weight: float = Field(default=1.0, gt=0)
-    """Weight among the rewards of a run; scores are normalised first, so 1 means the same for every metric."""
+    """Weight among the rewards of a run; scores are normalised first, so 1 has the same meaning for every metric."""
     hinge: float | Path | None = None
-    """No reward, and no gradient, beyond this: a normalised score, or real images (file, folder or parquet file with
-    the column `data.image_column`) whose mean it is, found once before training. For `rewards.train` alone."""
+    """Ceiling beyond which there is no reward and no gradient: a normalised score, or real images (file, folder or
+    parquet file with the column `data.image_column`) whose mean score is measured once before training. For
+    `rewards.train` only."""
 
     needs_prompts: ClassVar[bool] = False
     """Whether it compares an image with its prompt."""
     needs_download: ClassVar[bool] = False
-    """Whether weights are downloaded on first use, unless a local file or folder is given."""
+    """Whether weights are downloaded on first use, unless a local file or folder is configured."""
     differentiable: ClassVar[bool] = True
     """Whether the score has a usable gradient with respect to the image."""
     direction: ClassVar[int] = 1
@@ -42,46 +43,46 @@ class MetricConfig(Section):
     lightweight: ClassVar[bool] = False
     """Whether its weights are negligible beside a diffusion model (under a million parameters)."""
     note: ClassVar[str] = ""
-    """One line for `acpo rewards list`."""
+    """Description for `acpo rewards list`, one line."""
 
     def model_post_init(self, context: Any, /) -> None:
         """Fill in the name."""
         if not self.name:
-            # The section is frozen for its users; this is still its construction.
+            # The section is frozen for users; this is part of its construction.
             object.__setattr__(self, "name", self.default_name())
 
     def default_name(self) -> str:
-        """Name that is used when none is given."""
+        """Default name."""
         return self.type
 
     def unusable(self) -> str | None:
-        """Why the metric cannot be built on this machine, or None. Cheap: imports nothing heavy."""
+        """Reason why the metric cannot be built on this machine, or None. Cheap: imports no heavy library."""
         return None
 
 
 class ModelConfig(Section):
-    """Facts of every model family."""
+    """Keys and facts of every model family."""
 
     type: str
     """Registered name of the family, or `module:Class` of your own."""
 
     conditional: ClassVar[bool] = True
-    """Whether the model draws from prompts."""
+    """Whether the model takes prompts."""
     pixel_space: ClassVar[bool] = False
     """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
 
 
 class AnchorConfig(Section):
-    """The anchor: how closely the policy follows the base model."""
+    """The anchor: how strongly the policy is held to the base model."""
 
     weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Anchor weight; `auto` starts from the budget (and the measured reward gradient, where there is one); 0 is off."""
     budget: float | None = Field(default=0.15, gt=0)
-    """Wanted rms drift, in the units of `space`; None holds the weight fixed."""
+    """Target rms drift, in the units of `space`; None keeps the weight fixed."""
     rate: float = Field(default=0.15, ge=0)
-    """Rate of the drift controller; 0 holds the weight fixed."""
+    """Rate of the drift controller; 0 keeps the weight fixed."""
     headroom: float = Field(default=0.8, gt=0, le=1)
-    """Share of the budget that the controller aims at; drift is noisy, so small batches need more room."""
+    """Share of the budget that the controller targets; drift is noisy, so small batches need a larger margin."""
     null_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the forward-noised batch that is anchored without its prompt: guidance uses that branch."""
     space: Literal["auto", "eps", "v", "x0"] = "auto"
@@ -90,23 +91,23 @@ class AnchorConfig(Section):
 
 
 class OptionalAnchorConfig(AnchorConfig):
-    """The anchor of an algorithm that has none by default: a budget or a weight switches it on."""
+    """The anchor of an algorithm that has none by default; a budget or a weight switches it on."""
 
     weight: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
     """Anchor weight; `auto` is 0 without a budget; with one it starts at the scale of the objective."""
     budget: float | None = Field(default=None, gt=0)
-    """Wanted rms drift, in the units of `space`; None without a weight leaves the anchor off."""
+    """Target rms drift, in the units of `space`; None without a weight leaves the anchor off."""
 
 
 class EncoderConfig(Section):
-    """The frozen base U-Net's features in which NCP measures errors."""
+    """Features of the frozen base U-Net in which NCP measures errors."""
 
     stride: int = Field(default=1, ge=1)
-    """Timesteps of the reverse step: 1 is the published method, 20 moves the state ten times as far."""
+    """Timesteps of the reverse step: 1 is the published method; 20 makes the step ten times as large."""
     output: Literal["down", "middle", "stages"] = "down"
     """Features after the down blocks, after the middle block, or of every stage."""
     deterministic: bool = False
-    """Step by DDIM instead of the posterior with shared noise."""
+    """Use a DDIM step instead of the posterior with shared noise."""
     checkpointing: bool = False
     """Recompute the encoder in the backward pass: less memory, one more encoder forward."""
 
@@ -117,16 +118,16 @@ class AlgorithmConfig(Section):
     type: str
     """Registered name of the algorithm, or `module:Class` of your own."""
     reward_weight: float = Field(default=1.0, ge=0)
-    """Weight of the objective against the anchor."""
+    """Weight of the objective relative to the anchor."""
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
     """The anchor."""
 
     pathwise: ClassVar[bool] = False
-    """Whether it needs the gradient of the reward; otherwise scores are enough, and rewards may be black boxes."""
+    """Whether it needs the gradient of the reward; otherwise scores are sufficient, and rewards may be black boxes."""
     paired: ClassVar[bool] = False
-    """Whether its micro-batches are made of pairs, winner beside loser."""
+    """Whether its micro-batches consist of pairs, the winner next to its loser."""
     needs_groups: ClassVar[bool] = False
-    """Whether it compares samples of the same prompt, and so needs several."""
+    """Whether it compares samples of the same prompt, and so needs several per prompt."""
     needs_noise: ClassVar[bool] = False
     """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
 
@@ -149,5 +150,5 @@ class AlgorithmConfig(Section):
 
     @property
     def anchor_unit(self) -> float:
-        """First value of an `auto` anchor weight where no reward gradient is available."""
+        """Initial value of an `auto` anchor weight if no reward gradient is available."""
         return 1.0

@@ -1,4 +1,4 @@
-"""Relations between sections, checked before anything starts. Each message names both keys and both values."""
+"""Relations between sections, checked before a run starts. Each message names both keys and both values."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ from acpo_dist.core.registry import nearest
 
 
 def check_relations(config: Config) -> None:
-    """Refuse a configuration whose sections contradict each other.
+    """Check that the sections of a configuration do not contradict each other.
 
     Raises:
         ConfigError: batch arithmetic, backend or data do not fit together.
@@ -33,13 +33,13 @@ def _check_batches(config: Config) -> None:
     if rollout.batch_size % rollout.samples_per_prompt:
         raise ConfigError(
             f"rollout.batch_size ({rollout.batch_size}) must be a multiple of rollout.samples_per_prompt "
-            f"({rollout.samples_per_prompt}): a chunk holds whole prompt groups. Set rollout.batch_size="
+            f"({rollout.samples_per_prompt}): a chunk holds complete prompt groups. Set rollout.batch_size="
             f"{rollout.samples_per_prompt * max(1, rollout.batch_size // rollout.samples_per_prompt)}."
         )
     if samples % learner.global_batch:
         raise ConfigError(
-            f"an iteration draws rollout.prompts_per_iteration x rollout.samples_per_prompt = {samples} samples, which "
-            f"learner.global_batch ({learner.global_batch}) does not divide. Change one so that it does."
+            f"an iteration draws rollout.prompts_per_iteration x rollout.samples_per_prompt = {samples} samples, "
+            f"which is not a multiple of learner.global_batch ({learner.global_batch}). Change one of them."
         )
     step = learner.micro_batch * learner.num_ranks
     if learner.global_batch % step:
@@ -73,15 +73,15 @@ def _check_optimizer(config: Config) -> None:
         )
     if learner.zero_stage == 0 and learner.precision == "bfloat16":
         raise ConfigError(
-            "learner.zero_stage is 0 and learner.precision is bfloat16: DeepSpeed keeps no float32 weights there that "
-            "could be saved. Set learner.zero_stage=1."
+            "learner.zero_stage is 0 and learner.precision is bfloat16: DeepSpeed then has no float32 weights to "
+            "save. Set learner.zero_stage=1."
         )
     if learner.optimizer != "adamw_8bit":
         return
     if learner.zero_stage is not None:
         raise ConfigError(
-            f"learner.optimizer is adamw_8bit and learner.zero_stage is {learner.zero_stage}: DeepSpeed shards the "
-            "moments instead of narrowing them. Set learner.optimizer=adamw, or unset learner.zero_stage."
+            f"learner.optimizer is adamw_8bit and learner.zero_stage is {learner.zero_stage}: 8-bit moments are not "
+            "sharded. Set learner.optimizer=adamw, or unset learner.zero_stage."
         )
     if not module_available("bitsandbytes"):
         raise ConfigError(
@@ -93,9 +93,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_data(config: Config) -> None:
     conditional = config.model.conditional
     if conditional and config.data.prompts == "none":
-        raise ConfigError(
-            "data.prompts is `none`, but the model draws from prompts: set data.prompts to `toy` or a file."
-        )
+        raise ConfigError("data.prompts is `none`, but the model takes prompts: set data.prompts to `toy` or a file.")
     if not conditional and config.data.prompts != "none":
         raise ConfigError(
             f"data.prompts is `{config.data.prompts}`, but the model is unconditional: set data.prompts=none."
@@ -103,56 +101,53 @@ def _check_data(config: Config) -> None:
 
 
 def _check_algorithm(config: Config) -> None:
-    """Nothing that was asked for may be left out silently, and nothing that is needed may be missing."""
+    """Check the algorithm's requirements on sampler, rollouts and data."""
     algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
     kind = algorithm.type
     if algorithm.needs_noise and config.sampler.eta == 0:
         raise ConfigError(
-            f"algorithm `{kind}` needs the probability of its rollouts' steps, and sampler.eta is 0: deterministic "
+            f"algorithm `{kind}` needs the probability of the rollouts' steps, and sampler.eta is 0: deterministic "
             "steps have none. Set sampler.eta=1."
         )
     if config.sampler.eta > 0 and config.sampler.solver != "ddim":
         raise ConfigError(
-            f"sampler.eta is {config.sampler.eta:g}, which only sampler.solver=ddim knows; found "
+            f"sampler.eta is {config.sampler.eta:g}, which only sampler.solver=ddim supports; found "
             f"{config.sampler.solver}. Set sampler.eta=0 or sampler.solver=ddim."
         )
     if config.sampler.eta > 0 and config.vrg.enabled:
         raise ConfigError(
-            f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: a trajectory is proved by walking the "
-            "same noise along two of them, which needs deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
+            f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: validation compares two trajectories "
+            "from the same noise, which requires deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
         )
     steps = getattr(algorithm, "gradient_steps", "estimate")
     if steps != "estimate" and (config.sampler.eta > 0 or config.sampler.solver != "ddim"):
         raise ConfigError(
-            f"algorithm.gradient_steps is {steps}: the learner repeats the last sampler steps, and can repeat those of "
+            f"algorithm.gradient_steps is {steps}: the learner repeats the last sampler steps, which requires "
             f"sampler.solver=ddim with sampler.eta=0; found {config.sampler.solver} and {config.sampler.eta:g}. Set "
             "these, or algorithm.gradient_steps=estimate."
         )
     if isinstance(steps, int) and config.sampler.late_per_sample < steps:
         raise ConfigError(
-            f"algorithm.gradient_steps is {steps} and sampler.late_per_sample is {config.sampler.late_per_sample}: the "
-            f"state before the last {steps} steps would not be kept. Set sampler.late_per_sample={steps} or more."
+            f"algorithm.gradient_steps is {steps} and sampler.late_per_sample is {config.sampler.late_per_sample}: "
+            f"the state before the last {steps} steps would not be kept. Set sampler.late_per_sample={steps} or more."
         )
     if getattr(algorithm, "low_variance_samples", 1) > 1 and steps != 1:
         raise ConfigError(
-            f"algorithm.low_variance_samples is {algorithm.low_variance_samples} and "
-            f"algorithm.gradient_steps is {steps}: fresh noise replaces the state of the last step alone. Set "
-            "algorithm.gradient_steps=1."
+            f"algorithm.low_variance_samples is {algorithm.low_variance_samples} and algorithm.gradient_steps is "
+            f"{steps}: fresh noise replaces the state of the last step only. Set algorithm.gradient_steps=1."
         )
     if algorithm.sampling_decay(0) is not None and learner.zero_stage == 3:
         raise ConfigError(
-            f"learner.zero_stage is 3 and algorithm `{kind}` runs the sampling policy's weights in the learner, which "
-            "ZeRO 3 cannot do with sharded parameters. Set learner.zero_stage to 0, 1 or 2."
+            f"learner.zero_stage is 3 and algorithm `{kind}` evaluates the sampling policy's weights in the learner, "
+            "which ZeRO 3 does not support. Set learner.zero_stage to 0, 1 or 2."
         )
     if config.rollout.every > 1 and config.data.pairs is None:
         raise ConfigError(
-            f"rollout.every is {config.rollout.every}, and data.pairs is unset: every iteration trains on its own "
-            "rollouts then. Set rollout.every=1, or data.pairs to train on pairs of a file."
+            f"rollout.every is {config.rollout.every}, and data.pairs is unset: every iteration then trains on its "
+            "own rollouts. Set rollout.every=1, or data.pairs to train on pairs of a file."
         )
     if config.data.absolute_pairs and config.data.pairs is None:
-        raise ConfigError(
-            "data.absolute_pairs is true, and data.pairs is unset: there is nothing that it chooses from."
-        )
+        raise ConfigError("data.absolute_pairs is true, and data.pairs is unset: there are no pairs to filter.")
     if algorithm.reward_weight == 0 and getattr(algorithm, "anchor", None) is not None and _anchor_is_off(algorithm):
         raise ConfigError(
             "algorithm.reward_weight is 0 and the anchor is off: nothing would be trained. Set one of algorithm."
@@ -163,7 +158,7 @@ def _check_algorithm(config: Config) -> None:
     elif algorithm.needs_groups and rollout.samples_per_prompt < 2:
         raise ConfigError(
             f"algorithm `{kind}` compares samples of one prompt, and rollout.samples_per_prompt is "
-            f"{rollout.samples_per_prompt}: set it to 2 or more (4 is usual)."
+            f"{rollout.samples_per_prompt}: set it to 2 or more (typically 4)."
         )
     if algorithm.paired:
         for key, value in (
@@ -171,7 +166,7 @@ def _check_algorithm(config: Config) -> None:
             ("learner.micro_batch", learner.micro_batch),
         ):
             if value % 2:
-                raise ConfigError(f"algorithm `{kind}` works on pairs, and {key} is {value}: make it even.")
+                raise ConfigError(f"algorithm `{kind}` trains on pairs, and {key} is {value}: set an even number.")
 
 
 def _check_pairs(config: Config) -> None:
@@ -182,21 +177,20 @@ def _check_pairs(config: Config) -> None:
         )
     if not config.model.conditional:
         raise ConfigError(
-            "data.pairs holds captioned images, and the model draws without prompts: unset data.pairs to pair up "
-            "the rollouts."
+            "data.pairs holds captioned images, and the model takes no prompts: unset data.pairs to pair the rollouts."
         )
 
 
 def _check_anchor(config: Config) -> None:
-    """Nothing that was asked for may be left out silently."""
+    """Check the anchor's source of data and its units."""
     anchor = getattr(config.algorithm, "anchor", None)
     if anchor is None:
         return
     optional = type(anchor).model_fields["budget"].default is None
     if anchor.weight == "auto" and anchor.budget is None and not optional:
         raise ConfigError(
-            "algorithm.anchor.weight is `auto`, which is worked out from algorithm.anchor.budget, and that is null. "
-            "Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
+            "algorithm.anchor.weight is `auto`, which is computed from algorithm.anchor.budget, and the budget is "
+            "null. Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
         )
     from_data = getattr(anchor, "source", "rollout") == "data"
     if from_data and not config.model.pixel_space:
@@ -220,8 +214,9 @@ def _check_vrg(config: Config) -> None:
     vrg, steps = config.vrg, config.sampler.num_steps
     if vrg.reference_steps is not None and vrg.reference_steps < 4 * steps:
         raise ConfigError(
-            f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: a reference hardly "
-            f"finer than what it judges proves nothing. Set vrg.reference_steps={4 * steps} or more, or leave it out."
+            f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: the reference must be "
+            f"much finer than the trajectories that it validates. Set vrg.reference_steps={4 * steps} or more, or "
+            "omit it."
         )
 
 
@@ -229,7 +224,7 @@ def _check_rewards(config: Config) -> None:
     names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
     for name in names:
         if names.count(name) > 1:
-            raise RewardConfigError(f"two rewards or judges are called `{name}`: give each its own `name`.")
+            raise RewardConfigError(f"two rewards or judges have the name `{name}`: give each its own `name`.")
     for name in config.rewards.pool:
         if name not in names:
             raise RewardConfigError(
@@ -242,26 +237,26 @@ def _check_rewards(config: Config) -> None:
         reason = _unusable(entry, conditional=conditional)
         if reason is None and pathwise and not entry.differentiable:
             reason = (
-                f"has no usable gradient, and `{config.algorithm.type}` needs one. "
-                "Move it to rewards.judges, or choose an algorithm that needs scores only"
+                f"has no usable gradient, and `{config.algorithm.type}` needs one. Move it to rewards.judges, or "
+                "choose an algorithm that needs only scores"
             )
         if reason := reason or _bad_hinge(entry):
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
     if config.rewards.latent_crop is not None and not pathwise:
         raise RewardConfigError(
-            f"rewards.latent_crop is {config.rewards.latent_crop}, and `{config.algorithm.type}` asks for no gradient "
-            "of a score: leave it out."
+            f"rewards.latent_crop is {config.rewards.latent_crop}, and `{config.algorithm.type}` uses no gradient of "
+            "a score: remove it."
         )
     if config.rewards.combine == "pessimistic" and len(config.rewards.train) < 2:
         raise RewardConfigError(
-            f"rewards.combine is `pessimistic` and rewards.train holds {names[0]} alone: one reward has no spread. Add "
-            "another, or set rewards.combine=sum."
+            f"rewards.combine is `pessimistic` and rewards.train holds only {names[0]}: one reward has no spread. "
+            "Add another, or set rewards.combine=sum."
         )
     default = type(config.rewards).model_fields["spread_weight"].default
     if config.rewards.spread_weight != default and config.rewards.combine != "pessimistic":
         raise RewardConfigError(
-            f"rewards.spread_weight is {config.rewards.spread_weight:g}, which only rewards.combine=pessimistic reads; "
-            f"found {config.rewards.combine}."
+            f"rewards.spread_weight is {config.rewards.spread_weight:g}, which only rewards.combine=pessimistic "
+            f"uses; found {config.rewards.combine}."
         )
     for index, entry in enumerate(config.rewards.judges):
         reason = _unusable(entry, conditional=conditional)
@@ -274,8 +269,8 @@ def _check_rewards(config: Config) -> None:
 def _unusable(entry: MetricConfig, *, conditional: bool) -> str | None:
     if entry.needs_prompts and not conditional:
         return (
-            "compares images with their prompts, and the model draws without any. Choose a metric that sees images "
-            "alone, or a model that draws from prompts"
+            "compares images with their prompts, and the model takes no prompts. Choose a metric that scores images "
+            "only, or a model that takes prompts"
         )
     return entry.unusable()
 
@@ -291,12 +286,12 @@ def _bad_hinge(entry: MetricConfig) -> str | None:
         )
     if entry.needs_prompts:
         return (
-            f"`hinge` is `{hinge}`, but `{entry.type}` compares images with prompts, which real images come "
-            "without. Give a normalised score as a number"
+            f"`hinge` is `{hinge}`, but `{entry.type}` compares images with prompts, which real images do not have. "
+            "Give a normalised score as a number"
         )
     return None
 
 
 def module_available(name: str) -> bool:
-    """Whether an optional dependency can be found, without importing it."""
+    """Return whether an optional dependency is installed, without importing it."""
     return importlib.util.find_spec(name) is not None

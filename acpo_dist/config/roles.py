@@ -1,4 +1,4 @@
-"""Which machines of a cluster a role may use, and how its workers lie to one another."""
+"""Placement of each role: required resources and labels of machines, and how workers are distributed."""
 
 from typing import Literal
 
@@ -8,41 +8,40 @@ from acpo_dist.config.section import Section
 
 
 class RoleConfig(Section):
-    """What a machine must have for a worker of this role."""
+    """Requirements on machines for workers of this role."""
 
     resources: dict[str, float] = Field(default={})
-    """Custom resources that each worker takes, as machines offer them, such as `{fast_disk: 1}`."""
+    """Custom resources that each worker reserves, by their names on the machines, such as `{fast_disk: 1}`."""
     labels: dict[str, str] = Field(default={})
-    """Labels that the machine must have, in Ray's words: `{acpo-role: learner}`, `{zone: in(a,b)}`, `{zone: "!c"}`."""
+    """Required labels of the machine, in Ray's syntax: `{acpo-role: learner}`, `{zone: in(a,b)}`, `{zone: "!c"}`."""
 
 
 class LearnerRoleConfig(RoleConfig):
     """The learner gang."""
 
     strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
-    """PACK takes as few machines as it can, STRICT_PACK one; gradients travel between ranks at every step."""
+    """PACK uses as few machines as possible, STRICT_PACK one; gradients are exchanged between ranks at every step."""
 
 
 class RolloutRoleConfig(RoleConfig):
-    """The rollout workers; they are spread over machines."""
+    """The rollout workers; they are distributed over machines."""
 
     min_workers: int | None = Field(default=None, ge=1)
-    """The run starts, and goes on, with so many of rollout.num_workers; more join when there is room. None wants all at
-    the start and one to go on."""
+    """Number of rollout workers with which the run starts and continues; more join when resources allow. None requires
+    all rollout.num_workers at the start and one to continue."""
     late_s: float = Field(default=20.0, gt=0)
-    """A worker that answers so much later than the others is left out until it does, and its samples are drawn again
-    elsewhere."""
+    """Seconds by which a worker may respond later than the others before its samples are drawn on other workers."""
 
 
 class RewardRoleConfig(RoleConfig):
     """The reward replicas."""
 
     near_rollout: bool = True
-    """Prefer machines with rollout workers, where the images are; others are taken when these are full."""
+    """Prefer machines with rollout workers, which hold the images; others are used if these are full."""
 
 
 class RolesConfig(Section):
-    """Where each role runs."""
+    """Placement of each role."""
 
     learner: LearnerRoleConfig = LearnerRoleConfig()
     rollout: RolloutRoleConfig = RolloutRoleConfig()

@@ -1,4 +1,4 @@
-"""Every key of a run: its type, its only default and what it means. Relations live in `relations.py`."""
+"""All keys of a run: type, default and meaning. Relations between keys are in `relations.py`."""
 
 import os
 from pathlib import Path
@@ -22,63 +22,64 @@ class RunConfig(Section):
     name: str = "run"
     """Name in tracking and of the default folder."""
     dir: Path | None = None
-    """Folder of the run; None makes `runs/<name>-<seed>`, or `<name>-<seed>` in the folder that ACPO_RUNS names."""
+    """Folder of the run; None uses `runs/<name>-<seed>`, or `<name>-<seed>` in the folder that ACPO_RUNS names."""
     iterations: int = Field(default=100, ge=1)
     """Number of rollout, reward, update and publish cycles."""
     seed: int = 0
-    """Root seed of every random number in the run."""
+    """Root seed of all random numbers of the run."""
 
 
 class DataConfig(Section):
     """Prompts and real images."""
 
     prompts: str = "toy"
-    """`toy` (captions of the closed world), `none` (unconditional), or a text, CSV or TSV file of prompts."""
+    """`toy` (captions of the toy world), `none` (unconditional), or a text, CSV or TSV file of prompts."""
     prompt_column: str = "prompt"
     """Column of a CSV or TSV file, case-insensitive."""
     path: Path | None = None
-    """Real images: a folder (of images or parquet files), a parquet file, a zip archive or an image file. They train a
-    base model or metric set to `train`, and feed the anchor's forward-noised batch and the data term."""
+    """Real images: a folder (of images or parquet files), a parquet file, a zip archive or an image file. Used by base
+    models and metrics set to `train`, by the anchor's forward-noised batch and by the data term."""
     image_column: str = "image"
     """Column of parquet files with the image: encoded bytes, or a struct with the fields `bytes` and `path`."""
     max_images: int | None = Field(default=None, ge=1)
     """Largest number of images used: the first rows of a parquet file, files spread evenly over a folder."""
     pairs: Path | None = None
-    """Parquet file, or a folder of them, with preference pairs in Pick-a-Pic's columns; None pairs up the rollouts."""
+    """Parquet file, or a folder of them, with preference pairs in Pick-a-Pic's columns; None pairs the rollouts."""
     absolute_pairs: bool = False
     """Use only pairs whose winner never lost and never drew in the whole file (needs image_0_uid, image_1_uid)."""
 
 
 class SamplerConfig(Section):
-    """How rollouts sample from noise to image."""
+    """Sampling of rollouts."""
 
     num_steps: int = Field(default=20, ge=2)
     """Denoising steps of a rollout."""
     spacing: Literal["trailing", "leading", "linspace", "karras", "scheduler"] = "trailing"
     """Timestep spacing, by diffusers' names; `scheduler` follows the model's own scheduler_config.json."""
     solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
-    """Rule of a step, on any trajectory; `heun` calls the network twice per step, `ltsp`, `stsp` split guidance off."""
+    """Solver of a step, on any trajectory; `heun` calls the network twice per step, `ltsp` and `stsp` split guidance
+    off."""
     trajectory: Path | None = None
-    """File of a trajectory that replaces the spacing: what `acpo vrg optimize` wrote, or the published text format."""
+    """File of a trajectory that replaces the spacing: written by `acpo vrg optimize`, or the published text format."""
     eta: float = Field(default=0.0, ge=0, le=1)
-    """Noise of `ddim` steps: 0 deterministic, 1 as much as DDPM's posterior. Policy gradients need it above 0."""
+    """Noise of `ddim` steps: 0 is deterministic, 1 equals DDPM's posterior. Policy gradients need a value above 0."""
     guidance_scale: float = Field(default=5.0, ge=0)
-    """Classifier-free guidance; 1 or less runs the conditional branch alone."""
+    """Classifier-free guidance; 1 or less runs only the conditional branch."""
     t_max: float | None = Field(default=None, gt=0, le=1)
-    """Largest training timestep as a share of the noise schedule. None is 0.3, late steps only, so that composition
-    stays; with `eta` above 0 it is 1, since a policy gradient sums over all transitions."""
+    """Largest training timestep as a share of the noise schedule. None is 0.3, so that only late steps train and
+    composition stays; with `eta` above 0 it is 1, since a policy gradient sums over all transitions."""
     late_per_sample: int = Field(default=4, ge=1)
-    """States kept per sample among the steps at or below t_max, spread evenly."""
+    """States kept per sample among the steps at or below t_max, evenly distributed."""
 
     @property
     def latest_share(self) -> float:
-        """`t_max`, or its default."""
+        """Value of `t_max`, or its default."""
         if self.t_max is not None:
             return self.t_max
         return 1.0 if self.eta > 0 else 0.3
 
     def guidance_for(self, *, conditional: bool) -> float:
-        """The scale that rollouts use: 1, the conditional branch alone, where there is nothing to guide."""
+        """Guidance scale of the rollouts; 1, the conditional branch alone, if guidance does not apply."""
         return self.guidance_scale if conditional and self.guidance_scale > 1 else 1.0
 
 
@@ -86,23 +87,23 @@ class VrgConfig(Section):
     """Trajectory optimisation on the measured prediction error (Variance-Reduction Guidance)."""
 
     enabled: bool = False
-    """Measure, optimise and validate a trajectory before the first iteration, and again after the model drifted."""
+    """Measure, optimise and validate a trajectory before the first iteration, and again after the model has drifted."""
     trust: float = Field(default=0.25, gt=0, lt=0.5)
-    """Largest shift of a level, as a share of the gap to its neighbour in log sigma; the noisy end never moves."""
+    """Largest shift of a level, as a share of the gap to its neighbour in log sigma; the noisy end is fixed."""
     nodes: int = Field(default=14, ge=8, le=64)
     """Noise levels at which the error is measured."""
     batch: int = Field(default=32, ge=2)
     """Samples measured at once."""
     images: int = Field(default=256, ge=8)
-    """Most samples that are measured; fewer when every node's standard error is small enough."""
+    """Largest number of measured samples; fewer if every node's standard error is small enough."""
     standard_error: float = Field(default=0.05, gt=0)
-    """Relative standard error per node at which measuring stops."""
+    """Relative standard error per node at which the measurement ends."""
     min_gain: float = Field(default=0.005, ge=0, lt=1)
     """Smallest predicted relative gain in cumulative error for which a trajectory is validated."""
     gate_samples: int = Field(default=32, ge=2)
     """Samples drawn along the old, new and reference trajectories from the same noise, for the validation."""
     reference_steps: int | None = Field(default=None, ge=2)
-    """Steps of the reference; None takes 4 times the sampler's, at least 100."""
+    """Steps of the reference; None uses 4 times the sampler's, at least 100."""
     halvings: int = Field(default=2, ge=0)
     """Retries of a rejected candidate, each with half the trust region."""
     probe_every: int = Field(default=20, ge=1)
@@ -117,19 +118,19 @@ class RolloutConfig(Section):
     """Rollout workers, and samples per iteration."""
 
     num_workers: int = Field(default=1, ge=1)
-    """Rollout workers (Ray); one in process."""
+    """Number of rollout workers on Ray; in process there is one."""
     batch_size: int = Field(default=16, ge=1)
-    """Samples drawn at once; chunks of this size do not depend on the number of workers, so neither do the images."""
+    """Samples drawn at once. Chunks do not depend on the number of workers, so neither do the images."""
     prompts_per_iteration: int = Field(default=32, ge=1)
-    """Prompts of an iteration."""
+    """Prompts per iteration."""
     samples_per_prompt: int = Field(default=1, ge=1)
-    """Samples of each prompt; algorithms that compare samples of one prompt need 2 or more."""
+    """Samples per prompt; algorithms that compare samples of one prompt need 2 or more."""
     every: int = Field(default=1, ge=1)
-    """With `data.pairs`: iterations from one set of rollouts to the next. They only serve judges and guard there."""
+    """With `data.pairs`: iterations between two sets of rollouts, which then serve only judges and guard."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
     """CPUs that Ray reserves per rollout worker."""
     gpus_per_worker: float = Field(default=0.0, ge=0)
-    """GPUs that Ray reserves per rollout worker; a share of one lets workers share it."""
+    """GPUs that Ray reserves per rollout worker; with a fraction, workers share a GPU."""
 
 
 RewardPlugin = plugin("reward", REWARDS, MetricConfig)
@@ -143,14 +144,15 @@ class RewardsConfig(Section):
     judges: tuple[RewardPlugin, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """Held-out metrics: measured, never optimised."""
     combine: Literal["sum", "mean", "pessimistic"] = "sum"
-    """Of the normalised rewards: weighted sum, weighted mean, or that mean less `spread_weight` times their spread."""
+    """Combination of the normalised rewards: weighted sum, weighted mean, or mean minus `spread_weight` times their
+    spread."""
     spread_weight: float = Field(default=1.0, ge=0)
-    """c of `pessimistic`: standard deviations (weighted, over the rewards) that disagreement costs."""
+    """c of `pessimistic`: penalty per (weighted) standard deviation over the rewards."""
     cut: Literal["latent", "image"] = "latent"
-    """Where the gradient crosses to the pool: x0-hat latents (the pool owns a VAE) or decoded images."""
+    """Tensor sent to the pool for gradients: x0-hat latents (the pool holds a VAE) or decoded images."""
     latent_crop: int | None = Field(default=None, ge=1)
-    """Side, in elements of x0-hat, of a window that is decoded and scored for the gradient instead of the whole; drawn
-    anew for every micro-batch. For rewards that average over patches; memory and time of the decoder shrink with it."""
+    """Side, in elements of x0-hat, of a window that is decoded and scored for the gradient instead of the whole image;
+    drawn for every micro-batch. For rewards that average over patches; reduces the decoder's memory and time."""
     wire_dtype: Literal["float16", "float32"] = "float16"
     """Precision of tensors and gradients between learner and pool; gradients carry a per-image power-of-two scale."""
     replicas: int = Field(default=1, ge=1)
@@ -158,29 +160,29 @@ class RewardsConfig(Section):
     cpus_per_replica: float = Field(default=1.0, ge=0)
     """CPUs that Ray reserves per replica."""
     gpus_per_replica: float = Field(default=0.0, ge=0)
-    """GPUs that Ray reserves per replica, also a share of one."""
+    """GPUs that Ray reserves per replica, may be fractional."""
     deadline_s: float = Field(default=300.0, gt=0)
     """Seconds without any response from the pool before a request fails; 4 times as long while others succeed."""
     attempt_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds on one batch after which a replica counts as hung: it is replaced and its requests are sent again."""
+    """Seconds on one batch after which a replica counts as hung: it is replaced, and its requests are sent again."""
     pool: dict[str, MetricPoolConfig] = Field(default={})
-    """Replicas, batches, resources and environment by metric name, where they differ from the above."""
+    """Replicas, batches, resources and environment by metric name, if they differ from the above."""
     http: HttpConfig = HttpConfig()
     calibration_samples: int = Field(default=256, ge=8)
     """Base-model samples on which every metric is normalised before training."""
 
     @property
     def spread(self) -> float:
-        """c of the composition: 0 unless it is pessimistic."""
+        """c of the composition: 0 unless `combine` is `pessimistic`."""
         return self.spread_weight if self.combine == "pessimistic" else 0.0
 
     def term_weights(self) -> dict[str, float]:
-        """Weight of every reward in the composition: as configured in a sum, shares of 1 in a mean."""
+        """Weight of every reward in the composition: as configured in a sum, normalised to a sum of 1 in a mean."""
         whole = 1.0 if self.combine == "sum" else sum(entry.weight for entry in self.train)
         return {entry.name: entry.weight / whole for entry in self.train}
 
     def pool_of(self, name: str) -> MetricPoolConfig:
-        """How one metric is served, with nothing left open."""
+        """Return the serving options of a metric with all defaults filled in."""
         found = self.pool.get(name, MetricPoolConfig())
         fixed = self.replicas if found.replicas is None and found.min_replicas is None else found.replicas
         return found.model_copy(
@@ -198,11 +200,11 @@ class LearnerConfig(Section):
     num_ranks: int = Field(default=1, ge=1)
     """Learner ranks; more than one needs Ray."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage; None updates with plain torch in one rank."""
+    """DeepSpeed ZeRO stage; None uses plain torch in one rank."""
     micro_batch: int = Field(default=16, ge=1)
-    """Samples per forward and backward on one rank."""
+    """Samples per forward and backward pass on one rank."""
     global_batch: int = Field(default=32, ge=1)
-    """Samples per optimiser step over all ranks; accumulation follows."""
+    """Samples per optimiser step over all ranks; determines the accumulation."""
     inner_epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's samples, each with other states and noise."""
     learning_rate: float = Field(default=3e-4, gt=0)
@@ -210,21 +212,21 @@ class LearnerConfig(Section):
     lr_warmup: int = Field(default=0, ge=0)
     """Iterations over which the learning rate rises linearly from 0."""
     lr_decay_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Share of `run.iterations`, at the end, over which it falls to 0; later if resumed with more iterations."""
+    """Share of `run.iterations`, at the end, over which the rate falls to 0; later if resumed with more iterations."""
     lr_decay_type: Literal["linear", "cosine"] = "linear"
     """Shape of that decay."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` holds the moments in 8 bits per element (bitsandbytes), a quarter; one process only."""
+    """`adamw_8bit` stores the moments in 8 bits per element (bitsandbytes), a quarter of the memory; single process."""
     offload_optimizer: Literal["none", "cpu"] = "none"
-    """`cpu` keeps moments and float32 masters in the host's memory and steps there (DeepSpeed, ZeRO stage 1 or 2)."""
+    """`cpu` keeps moments and float32 masters in host memory and updates them there (DeepSpeed, ZeRO stage 1 or 2)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Norm to which the gradient of an optimiser step is clipped."""
+    """Maximum norm of the gradient of an optimiser step; larger ones are scaled down."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the network; formulas, losses and master weights stay float32."""
+    """Precision of the network; formulas, losses and master weights stay float32."""
     max_skipped_steps: int = Field(default=3, ge=0)
     """Consecutive optimiser steps that may be skipped for a non-finite loss or gradient; one more ends the run."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
@@ -238,7 +240,7 @@ class LearnerConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run is saved and how much is kept."""
+    """Frequency and number of checkpoints."""
 
     every: int = Field(default=20, ge=1)
     """Iterations between checkpoints; the last iteration is always saved."""
@@ -247,10 +249,10 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where metrics and images are recorded besides `metrics.jsonl`."""
+    """Tracking of metrics and images, in addition to `metrics.jsonl`."""
 
     mlflow: bool = True
-    """Record in MLflow too."""
+    """Also record the run in MLflow."""
     mlflow_uri: str | None = None
     """Tracking URI; None uses MLFLOW_TRACKING_URI, or else SQLite beside the run folder (`mlflow.db`)."""
     experiment: str = "acpo"
@@ -258,18 +260,18 @@ class TrackingConfig(Section):
     images_every: int = Field(default=20, ge=1)
     """Iterations between sample grids."""
     num_images: int = Field(default=24, ge=1)
-    """Images per grid, always from the same prompts and seeds."""
+    """Images per grid, always of the same prompts and seeds."""
 
 
 class ClusterConfig(Section):
-    """Where the run executes."""
+    """Backend and cluster of the run."""
 
     backend: Literal["auto", "local", "ray"] = "auto"
     """`local`: one process; `ray`: actors; `auto`: Ray when an address is known or the run needs it, else local."""
     address: str | None = None
-    """Ray address; `auto` joins this machine's cluster. None uses RAY_ADDRESS, or starts one for this run alone."""
+    """Ray address; `auto` joins this machine's cluster. None uses RAY_ADDRESS, or starts a cluster for this run."""
     place_timeout_s: float = Field(default=60.0, gt=0)
-    """Longest wait in seconds for resources; then the run ends with a list of what is missing."""
+    """Longest wait in seconds for resources; then the run ends with a list of missing resources."""
     worker_timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait in seconds for one rollout or reward call."""
     max_restarts: int = Field(default=3, ge=0)
@@ -280,7 +282,7 @@ class ClusterConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """Configuration of a run."""
 
     run: RunConfig = RunConfig()
     model: plugin("model", MODELS, ModelConfig)  # pyright: ignore[reportInvalidTypeForm]
@@ -302,5 +304,5 @@ class Config(Section):
         return self.run.dir or Path(os.environ.get("ACPO_RUNS", "runs")) / f"{self.run.name}-{self.run.seed}"
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain nested data, as written to `resolved.yaml`."""
+        """Return plain nested data, as written to `resolved.yaml`."""
         return self.model_dump(mode="json")

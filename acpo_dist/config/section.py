@@ -18,7 +18,7 @@ from acpo_dist.core.errors import ConfigError, quoted
 from acpo_dist.core.registry import Registry, nearest, resolve_section
 
 _MOST = 3
-"""Problems that one message names."""
+"""Maximum number of problems in one message."""
 RENAMED = {
     "guard.pictures": "guard.images",
     "learner.max_refused_steps": "learner.max_skipped_steps",
@@ -32,7 +32,7 @@ REMOVED = {
 
 
 class Section(BaseModel):
-    """Frozen, and loud about keys it does not know."""
+    """Frozen section that rejects unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -41,7 +41,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`rollout.batch_size: yes` would otherwise become 1."""
+        """Reject booleans for numbers: `rollout.batch_size: yes` would otherwise become 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and not _takes_truth(annotation):
             name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
@@ -57,25 +57,28 @@ _S = TypeVar("_S", bound=Section)
 
 
 def section_class(kind: str, registry: Registry, base: type[_S], name: str) -> type[_S]:
-    """Section class of a plug-in, with its facts.
+    """Return the section class of a plug-in, with its facts.
 
     Args:
-        base: what the section must subclass.
+        kind: name of the kind of plug-in, for messages.
+        registry: registered plug-ins.
+        base: required base class of the section.
+        name: registered name, or `module:Class`.
 
     Raises:
         ConfigError: unknown name, import failure, or a class without a section.
     """
     found = resolve_section(kind, registry, name)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"`{name}` is no {kind}: it has no `Config`, a subclass of `{base.__name__}`")
+        raise ConfigError(f"`{name}` is no {kind}: it has no `Config` that subclasses `{base.__name__}`")
     return found
 
 
 def parse_section(kind: str, registry: Registry, base: type[_S], values: object) -> _S:
-    """Validated section of a plug-in from plain data with the key `type`.
+    """Validate the section of a plug-in from plain data with the key `type`.
 
     Raises:
-        ConfigError: as `section_class`, or a key is wrong; names the plug-in and the key.
+        ConfigError: as in `section_class`, or a key is wrong; names the plug-in and the key.
     """
     if not isinstance(values, Mapping) or "type" not in values:
         raise ConfigError(
@@ -90,14 +93,14 @@ def parse_section(kind: str, registry: Registry, base: type[_S], values: object)
 
 @dataclass(frozen=True)
 class PluginField:
-    """Marks a field whose `type` key picks a plug-in, which validates the rest."""
+    """Marks a field whose `type` key selects a plug-in, which validates the other keys."""
 
     kind: str
     registry: Registry
     base: type[Section]
 
     def build(self, value: object) -> object:
-        """Validated section, from plain data or as it is."""
+        """Return a validated section, from plain data or unchanged."""
         if isinstance(value, Section):
             return value
         try:
@@ -106,7 +109,7 @@ class PluginField:
             raise ValueError(str(error)) from error
 
     def section_of(self, values: object) -> type[Section] | None:
-        """Section class that the `type` in `values` names; None where it names none."""
+        """Return the section class that the `type` in `values` names, or None."""
         try:
             return section_class(self.kind, self.registry, self.base, str(_type_of(values)))
         except ConfigError:
@@ -124,9 +127,9 @@ def plugin(kind: str, registry: Registry, base: type[Section]) -> Any:
 
 
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """All problems of a failed validation in our words, each with its dotted key."""
+    """Describe the problems of a failed validation, each with its dotted key."""
     problems = error.errors()
-    # A list whose entries are wrong is also reported as too short, which is only a consequence.
+    # A list with invalid entries is also reported as too short, which is only a consequence.
     inner = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     texts = [_describe_one(problem, model) for problem in problems if problem["loc"] not in inner]
     more = f"; and {len(texts) - _MOST} more" if len(texts) > _MOST else ""
@@ -156,7 +159,7 @@ def _describe_one(problem: Any, model: type[BaseModel]) -> str:
 
 
 def fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the section that a dotted path leads to."""
+    """Return the field names of the section at a dotted path."""
     for part in path:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None

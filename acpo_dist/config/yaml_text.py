@@ -1,4 +1,4 @@
-"""YAML as configurations use it: numbers as in every other language, and no key twice."""
+"""YAML for configurations: numbers as in other languages, and no duplicate keys."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from acpo_dist.core.errors import ConfigError, quoted, shorten
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number, as every other language does, and refuses a key that is set twice."""
+    """Parses 1e-4 as a number, as other languages do, and rejects a key that is set twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text such as `1e5`, which `_Loader` would read back as a number."""
+    """Quotes a text such as `1e5`, which `_Loader` would parse as a number."""
 
 
 _INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
@@ -45,14 +45,14 @@ for _yaml in (_Loader, _Dumper):
 
 
 def read_yaml(text: str, *, whole: bool = False) -> Any:
-    """Plain data from YAML.
+    """Parse YAML to plain data.
 
     Args:
         text: one document.
-        whole: refuse a comment behind the value, which YAML would drop.
+        whole: reject a comment after the value, which YAML would drop.
 
     Raises:
-        ConfigError: not YAML, or a key that is set twice; says where.
+        ConfigError: not YAML, or a key that is set twice, with its position.
     """
     try:
         value = yaml.load(text, _Loader)
@@ -67,7 +67,7 @@ def read_yaml(text: str, *, whole: bool = False) -> Any:
 
 
 def read_scalar(text: str) -> Any:
-    """A YAML scalar that is all of `text`: null, switch or number; anything else is the text itself."""
+    """Parse a YAML scalar that spans all of `text`: null, switch or number; anything else is the text itself."""
     loader = _Loader("")
     stripped = text.strip()
     tag = loader.resolve(yaml.ScalarNode, stripped, (True, False))
@@ -85,5 +85,5 @@ def _place(error: Exception) -> str:
 
 
 def write_yaml(value: Any) -> str:
-    """YAML that `read_yaml` reads back to the same data."""
+    """Return YAML that `read_yaml` parses to the same data."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

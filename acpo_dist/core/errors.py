@@ -5,7 +5,7 @@ LONGEST = 600
 
 
 def shorten(text: str, most: int = 120) -> str:
-    """Return `text` on one line, shortened in the middle to at most `most` characters."""
+    """Return `text` on one line; the middle is cut out if it is longer than `most` characters."""
     text = " ".join(text.split())
     if len(text) <= most:
         return text

@@ -65,13 +65,13 @@ def _explain(error: Exception, number: int, folder: Path) -> str:
     file = Path(os.fsdecode(named)).absolute() if named else folder
     if file != folder and not file.is_relative_to(folder.absolute()):
         return (
-            f"{file} cannot be written any more: {said}{_free(file.parent)}. What the run saved in {folder} is whole: "
-            "make room, then go on with `acpo train ... --resume auto`."
+            f"{file} can no longer be written: {said}{_free(file.parent)}. Files that the run saved in {folder} are "
+            "intact: free space, then continue with `acpo train ... --resume auto`."
         )
     return (
-        f"{folder} cannot be written any more: {said}{_free(folder)}. What was saved before is whole. Make room "
-        "(checkpoint.keep says how many stay; HF_HOME, TMPDIR and /dev/shm may lie on other disks), then go on "
-        "with `acpo train ... --resume auto`; a run folder may be moved elsewhere and named by run.dir."
+        f"{folder} can no longer be written: {said}{_free(folder)}. Files saved earlier are intact. Free space "
+        "(checkpoint.keep limits the number of checkpoints; HF_HOME, TMPDIR and /dev/shm can lie on other disks), "
+        "then continue with `acpo train ... --resume auto`. A run folder can be moved; set run.dir to its new path."
     )
 
 

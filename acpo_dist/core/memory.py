@@ -36,6 +36,6 @@ def within_memory(phase: str, remedy: str) -> Generator[None, None, None]:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DeviceMemoryError(
-            f"out of memory in {phase} ({reason}). {remedy} Nothing that was saved is lost: the newest checkpoint is "
-            "whole, and `acpo train ... --resume auto` goes on from it. `acpo plan` shows what each role needs."
+            f"out of memory in {phase} ({reason}). {remedy} Saved files are intact: `acpo train ... --resume auto` "
+            "continues from the newest checkpoint. `acpo plan` shows the memory of each role."
         ) from error

@@ -94,8 +94,8 @@ def _find(kind: str, registry: Registry, name: str) -> Plugin:
     if ":" not in plugin.target:
         known = ", ".join(sorted(registry))
         raise ConfigError(
-            f"unknown {kind} {quoted(name)}.{nearest(name, list(registry))} Known: {known}; or `module:Class` of your "
-            "own."
+            f"unknown {kind} {quoted(name)}.{nearest(name, list(registry))} Known: {known}; or `module:Class` of "
+            "your own."
         )
     return plugin
 

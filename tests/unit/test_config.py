@@ -116,7 +116,7 @@ def test_an_index_beyond_the_list_is_refused_with_its_length(smallest):
 def test_files_that_extend_each_other_in_a_circle_are_refused_with_the_way_round(tmp_path):
     write(tmp_path / "a.yaml", {"extends": "b"})
     write(tmp_path / "b.yaml", {"extends": "a"})
-    assert "goes in a circle: a.yaml -> b.yaml -> a.yaml" in refusal(tmp_path / "a.yaml")
+    assert "is circular: a.yaml -> b.yaml -> a.yaml" in refusal(tmp_path / "a.yaml")
 
 
 def test_a_file_that_extends_itself_is_refused(tmp_path):

@@ -103,7 +103,7 @@ def test_a_denoising_loss_needs_real_images_and_no_anchor(override):
     ("overrides", "message"),
     [
         (["vrg.reference_steps=30", "sampler.num_steps=12"], "Set vrg.reference_steps=48"),
-        (["rewards.spread_weight=2"], "rewards.spread_weight is 2, which only rewards.combine=pessimistic reads"),
+        (["rewards.spread_weight=2"], "rewards.spread_weight is 2, which only rewards.combine=pessimistic"),
         (["data.absolute_pairs=true"], "data.pairs is unset"),
         (["algorithm.reward_weight=0", "algorithm.anchor.weight=0"], "nothing would be trained"),
         (["algorithm={type: draft, reward_weight: 0}"], "nothing would be trained"),

@@ -209,6 +209,6 @@ def test_8_bit_moments_are_not_put_back_from_a_checkpoint_that_has_none():
 
 
 def test_8_bit_moments_under_deepspeed_are_refused():
-    assert "DeepSpeed shards the moments" in refusal(
+    assert "learner.zero_stage" in refusal(
         "toy_sdxl", "learner.optimizer=adamw_8bit", "learner.zero_stage=2", "cluster.backend=ray"
     )

@@ -201,10 +201,10 @@ def test_weights_that_the_guard_took_back_are_not_exported_unless_they_are_named
     assert report["guard"] is None
 
 
-def test_a_roll_back_to_a_base_model_that_was_never_saved_says_so(taken_back, tmp_path, monkeypatch, capsys):
+def test_an_export_after_a_roll_back_to_the_base_model_is_refused(taken_back, tmp_path, monkeypatch, capsys):
     rolled_back(taken_back, best=0)
     code, _, err = command(monkeypatch, capsys, "export", taken_back, "--out", tmp_path / "out")
-    assert code == 2 and "taken back to the base model, of which there is no checkpoint" in " ".join(err.split())
+    assert code == 2 and "rolled back to the base model, whose checkpoint does not exist" in " ".join(err.split())
     assert not (tmp_path / "out").exists()
 
 

@@ -118,9 +118,9 @@ def test_runs_lists_what_can_be_read_and_names_what_cannot(four, monkeypatch, ca
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["runs", "nowhere"], "found no folder nowhere"),
+        (["runs", "nowhere"], "no folder nowhere"),
         (["runs", "."], "no run in ."),
-        (["compare"], "name run folders, or --experiment"),
+        (["compare"], "--experiment"),
         (["compare", "nowhere"], "nowhere is not a run"),
         (["compare", "nowhere", "--out", "x.pdf"], "must end in .html"),
         (["report", "nowhere"], "nowhere is not a run"),

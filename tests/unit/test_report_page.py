@@ -213,7 +213,7 @@ def test_images_in_the_page_equal_the_runs_and_are_scored_as_in_training(runs):
 def test_drift_by_timestep_is_the_runs_own_where_it_was_recorded_at_every_iteration(runs):
     drift, rows = runs[0].views[0].drift, read_metrics(runs[1][0] / "metrics.jsonl")[:3]
     assert list(drift.iterations) == [1, 2, 3] and list(drift.timesteps) == [125, 375, 625, 875]
-    assert drift.space == "v" and "while the run trained" in drift.source
+    assert drift.space == "v" and "during training" in drift.source
     assert [list(values) for values in drift.values] == [[r[f"drift/at/{t}"] for r in rows] for t in drift.timesteps]
 
 
@@ -246,7 +246,7 @@ def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_p
     answer = json.loads(capsys.readouterr().out)
     assert answer["report"] == str(root / "report.html") and answer["runs"][0]["images"] == []
     page = unescape((root / "report.html").read_text())
-    for words in ("1 unreadable line", "2 optimiser step", "No whole checkpoint", "Gains by iteration are not known"):
+    for words in ("1 unreadable line", "2 optimiser step", "No complete checkpoint", "Gains by iteration are unknown"):
         assert words in page and any(words in note for note in answer["runs"][0]["notes"])
 
 

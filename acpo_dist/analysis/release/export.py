@@ -1,4 +1,4 @@
-"""A checkpoint as files that others open: LoRA in two layouts, or the merged pipeline, each with a model card."""
+"""Export a checkpoint as a LoRA file in one of two layouts or as a merged pipeline, each with a model card."""
 
 import json
 from collections.abc import Mapping
@@ -32,34 +32,38 @@ _SD2_WIDTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """Result of an export."""
 
     folder: Path
     file: Path
-    """The LoRA file, or the pipeline's index."""
+    """The LoRA file, or `model_index.json` of the pipeline."""
     card: Path
     schedule: Path | None
-    """Trajectory that the weights were tuned along, for plain schedulers; None for a pipeline that takes none."""
+    """Trajectory used in training, for standard schedulers; None if the pipeline takes no trajectory."""
     iteration: int
     checksum: str
-    """SHA-256 of the tuned weights, as the run published them."""
+    """SHA-256 of the tuned weights, as published by the run."""
     guard: str | None
-    """How the guard ended the run, and what that means for these weights; None if it did not."""
+    """How the guard ended the run, and whether these weights are the ones it kept; None if it did not end the run."""
 
 
 def export(source: Path, out: Path, *, layout: Format, weights: str) -> Exported:
     """Write a checkpoint's weights.
 
     Args:
-        source: a run, or one checkpoint of one. Of a run the newest is meant, or after a roll-back by the guard the one
-            that its judges liked best, as in the run's own export.
-        out: folder to write; it must not hold another export.
-        weights: `raw` (of the last step) or `ema` (averaged over steps).
+        source: a run folder or a checkpoint folder. For a run: the newest checkpoint, or the best by the judges if the
+            guard rolled the run back, as in the run's own export.
+        out: folder to write; must be empty or not exist.
+        layout: `diffusers-lora`, `kohya` or `merged`.
+        weights: `raw` (last step) or `ema` (average over steps).
+
+    Returns:
+        Paths, iteration and checksum of the export.
 
     Raises:
-        UsageError: unknown layout or weights, or the folder is taken.
-        ResumeError: no run.
-        ModelError: no whole checkpoint, none of what the guard went back to, or no LoRA where one is asked for.
+        UsageError: unknown layout or weights, or `out` is not empty.
+        ResumeError: `source` is no run.
+        ModelError: no complete checkpoint, the checkpoint after a roll-back is missing, or the model takes no LoRA.
         CheckpointError: the checkpoint is damaged.
     """
     if layout not in FORMATS:
@@ -103,21 +107,21 @@ def _find(source: Path) -> tuple[Path, Config, Checkpoint]:
     store = CheckpointStore(source / "checkpoints", keep=config.checkpoint.keep)
     found = store.newest()
     if found is None:
-        raise ModelError(f"{source} has no whole checkpoint yet: wait for one (checkpoint.every).")
+        raise ModelError(f"{source} has no complete checkpoint yet: wait for one (checkpoint.every).")
     ending = guard_ending(source, _done(source))
     if ending is None or ending.action != "roll_back":
         return source, config, found
     if not (source / "checkpoints" / f"{ending.best:06d}").is_dir():
         liked = "the base model" if ending.best == 0 else f"iteration {ending.best}"
         raise ModelError(
-            f"{source}: {ending.text}. The weights were taken back to {liked}, of which there is no checkpoint. Name a "
-            f"checkpoint to export it all the same, such as {found.folder}."
+            f"{source}: {ending.text}. The run was rolled back to {liked}, whose checkpoint does not exist. To "
+            f"export anyway, name a checkpoint, such as {found.folder}."
         )
     return source, config, store.open(ending.best)
 
 
 def _done(run: Path) -> int:
-    """Iterations up to the newest checkpoint, whole or not."""
+    """Return the iteration of the newest checkpoint, complete or not."""
     return max(int(path.name) for path in (run / "checkpoints").glob("[0-9]*"))
 
 
@@ -136,16 +140,16 @@ def _write_lora(
 ) -> Path:
     family = resolve("model", MODELS, config.model.type)
     if not hasattr(family, "pipeline"):
-        raise ModelError(f"a `{config.model.type}` pipeline loads no LoRA; take --format merged.")
+        raise ModelError(f"a `{config.model.type}` pipeline loads no LoRA; use --format merged.")
     if layout == "diffusers-lora":
         family.pipeline.save_lora_weights(out, unet_lora_layers=dict(layers), safe_serialization=True)
         return out / "pytorch_lora_weights.safetensors"
     depth = architecture_of(config.model).unet["layers_per_block"]
     if not isinstance(depth, int):
-        raise CheckpointError(f"layers_per_block is {depth}: kohya's layout knows one number for all blocks")
+        raise CheckpointError(f"layers_per_block is {depth}: kohya's layout requires the same number in all blocks")
     file = out / f"{config.run.name}.safetensors"
     rank = config.model.tuning.rank
-    # What readers of this layout look up; the scale is in the weights, so alpha is the rank.
+    # Keys that readers of this layout expect; the scale is part of the weights, so alpha is the rank.
     metadata = {
         "ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank)),
         "ss_output_name": config.run.name, "ss_steps": str(checkpoint.iteration), "acpo_weights": weights,
@@ -157,7 +161,7 @@ def _write_lora(
 
 
 def kohya_base(config: Config, layers: Mapping[str, Any]) -> dict[str, str]:
-    """What the base model is, as a LoRA file's metadata in kohya's words; readers tell 1.x from 2.x by it."""
+    """Describe the base model in the metadata keys of kohya; readers distinguish 1.x and 2.x by them."""
     kind = prediction_type_of(config.model)
     parameterised = {"v_prediction": "v", "epsilon": "epsilon"}.get(kind or "")
     said = {"modelspec.prediction_type": parameterised} if parameterised else {}
@@ -170,7 +174,7 @@ def kohya_base(config: Config, layers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path | None:
-    """The rollouts' trajectory: as `acpo generate --schedule` reads it, and as diffusers' two schedulers take it."""
+    """Write the rollouts' trajectory for `acpo generate --schedule` and for two schedulers of diffusers."""
     found = checkpoint.state.get("trajectory")
     if found is None or not hasattr(resolve("model", MODELS, config.model.type), "pipeline"):
         return None
@@ -185,13 +189,13 @@ def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path |
 
 
 def _metrics(run: Path, checkpoint: Checkpoint) -> dict[str, float]:
-    """Of the last iteration before the checkpoint, and the run's gain where the checkpoint is its end."""
+    """Return the metrics of the iteration before the checkpoint, and gains if the checkpoint is the run's last."""
     path = run / METRICS
     rows = read_metrics(path) if path.is_file() else []
     chosen = [row for row in rows if row.get("iteration") in (checkpoint.iteration - 1, checkpoint.iteration)]
     merged: dict[str, Any] = {}
     for row in chosen:
-        # The row after the last iteration holds the gain alone; any other is of newer weights.
+        # The row after the last iteration holds only the gain; any other later row belongs to newer weights.
         if row["iteration"] < checkpoint.iteration or all(n.startswith(("gain/", "iteration")) for n in row):
             merged |= row
     return {name: value for name, value in merged.items() if isinstance(value, float)}
@@ -209,7 +213,7 @@ def _provenance(config: Config, digest: str, weights: str) -> dict[str, str]:
 
 
 def _drawn_with(config: Config) -> dict[str, str]:
-    """Settings of the run's images that a pipeline would choose otherwise."""
+    """Return settings of the run's images that differ from a pipeline's defaults."""
     said = {
         "revision of the base model": getattr(config.model, "revision", None),
         "image size": getattr(config.model, "image_size", None),

@@ -15,35 +15,35 @@ from acpo_dist.models.loading import resolve_path
 from acpo_dist.rewards.listing import reward_listing
 
 _SHOWN = re.compile(r"(reward|judge)/.+/mean|drift/(rms|budget)|gain/.+")
-_UNKNOWN = "not stated by the base model's files; look it up there before you pass the model on"
+_UNKNOWN = "not stated in the base model's files; check it before you distribute the model"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card is made from."""
+    """Contents of a model card."""
 
     config: Config
     name: str
     iteration: int
     metrics: Mapping[str, float]
-    """Of the iteration before the checkpoint."""
+    """Metrics of the iteration before the checkpoint."""
     provenance: Mapping[str, str]
-    """Run, checksum and code, by name."""
+    """Run, checksum and code version, by name."""
     guard: str
-    """What the guard reported, as Markdown."""
+    """The guard's report, in Markdown."""
     code: str
-    """Python that draws an image with plain diffusers; see `loading_code`."""
+    """Python code that generates an image with plain diffusers; see `loading_code`."""
     gains: Mapping[str, float] = field(default_factory=dict)
-    """Of the run's last weights; empty for a card of other weights."""
+    """Gains of the run's last weights; empty for a card of other weights."""
     evaluations: Sequence[Mapping[str, Any]] = ()
     objections: Sequence[str] = ()
-    """Why the guard was not clean, for a run that was promoted by force."""
+    """Reasons why the guard was not clean, if the run was promoted by force."""
     lora_folder: bool = False
-    """Whether the adapter alone lies in `lora/`."""
+    """Whether the adapter is also saved in `lora/`."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """Markdown with a YAML head, as model hubs read it."""
+    """Return the card as Markdown with the YAML header of model hubs."""
     base = base_name(facts.config)
     licence = base_licence(facts.config)
     head = {
@@ -54,8 +54,8 @@ def model_card(facts: CardFacts) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {facts.name}",
-        f"`{base}`, tuned by `{facts.config.algorithm.type}` on {_rewards(facts.config)} for {facts.iteration} "
-        "iterations with acpo_dist. Rewards drove the update; judges are held out and did not.",
+        f"`{base}`, tuned with `{facts.config.algorithm.type}` on {_rewards(facts.config)} for {facts.iteration} "
+        "iterations with acpo_dist. The update used the rewards only; the judges are held out.",
         *([f"> **Promoted by force.** The guard was not clean:\n{reasons}"] if reasons else []),
         f"## Use\n\n```python\n{facts.code}```",
         *([_LORA] if facts.lora_folder else []),
@@ -63,19 +63,19 @@ def model_card(facts: CardFacts) -> str:
         f"## Measured\n\n{_measured(facts)}",
         f"## Guard\n\n{facts.guard}",
         f"## Licences\n\n{_table(('part', 'licence'), _licences(facts.config, licence))}",
-        "Tuning adds no right to them.",
+        "Tuning grants no further rights.",
         f"## Provenance\n\n{_table(('what', 'value'), list(facts.provenance.items()))}",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def loading_code(config: Config, *, lora: str | None = None, schedule: str | None = None) -> str:
-    """Python that draws one image with plain diffusers from the folder that the card lies in.
+    """Return Python code that generates one image with plain diffusers from the folder of the card.
 
     Args:
-        config: of the run.
-        lora: name of the LoRA file in the folder; None for a whole pipeline.
-        schedule: name of the trajectory's file in the folder; None for evenly spaced steps.
+        config: configuration of the run.
+        lora: name of the LoRA file in the folder; None for a complete pipeline.
+        schedule: name of the trajectory file in the folder; None for evenly spaced steps.
     """
     revision = getattr(config.model, "revision", None)
     opened = json.dumps(base_name(config)) if lora else '"."'
@@ -84,7 +84,7 @@ def loading_code(config: Config, *, lora: str | None = None, schedule: str | Non
     if lora:
         lines.append(f'pipeline.load_lora_weights(".", weight_name="{lora}")')
     if schedule:
-        # Euler is equal to DDIM on the same levels; with this spacing diffusers starts it from unit noise.
+        # Euler equals DDIM on the same levels; with this spacing diffusers starts it from unit noise.
         lines += [
             "pipeline.scheduler = EulerDiscreteScheduler.from_config(",
             '    pipeline.scheduler.config, timestep_spacing="leading"',
@@ -98,7 +98,7 @@ def loading_code(config: Config, *, lora: str | None = None, schedule: str | Non
 
 
 def _arguments(config: Config, schedule: str | None) -> list[str]:
-    """Arguments of the pipeline's call for an image as the run draws it."""
+    """Return arguments of the pipeline's call that reproduce the run's sampling."""
     steps = config.sampler.num_steps
     if config.data.prompts == "none":
         return [f"num_inference_steps={max(steps, 50)}"]
@@ -113,13 +113,13 @@ def _arguments(config: Config, schedule: str | None) -> list[str]:
 
 
 def base_name(config: Config) -> str:
-    """A hub id, or the name of a folder without its path, which does not belong on a card."""
+    """Return a hub id, or the name of a folder without its path, which must not be published on a card."""
     path = config.model.path
     return Path(path).name if Path(path).is_dir() else path
 
 
 def base_licence(config: Config) -> str | None:
-    """The licence that the base model's own card states, or None."""
+    """Return the licence stated on the base model's own card, or None."""
     path = Path(resolve_path(config.model.path)) / "README.md"
     if not path.is_file():
         return None
@@ -135,8 +135,8 @@ def base_licence(config: Config) -> str | None:
 
 
 _LORA = (
-    '`lora/` holds the adapter alone: `pipeline.load_lora_weights("lora")` on the base model\'s own pipeline gives the '
-    "same images up to rounding."
+    '`lora/` holds only the adapter: `pipeline.load_lora_weights("lora")` on the base model\'s own pipeline gives '
+    "the same images up to rounding."
 )
 
 

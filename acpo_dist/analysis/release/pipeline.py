@@ -1,4 +1,4 @@
-"""A plain diffusers pipeline of what a run exported, following a trajectory of ours."""
+"""Open the exported model of a run as a plain diffusers pipeline, with a scheduler that can follow a trajectory."""
 
 import math
 from pathlib import Path
@@ -19,11 +19,11 @@ from acpo_dist.training.trajectory.artefact import read_schedule
 
 _SCHEDULERS = {"euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 _MULTIPLE = 8
-"""What diffusers' pipelines want of a size, whatever the VAE."""
+"""Image sizes of diffusers' pipelines are multiples of this, whatever the VAE."""
 
 
 def run_config(model: str) -> Config | None:
-    """Configuration of a run folder, or None for anything else.
+    """Return the configuration of a run folder, or None if `model` is no run.
 
     Raises:
         ConfigError: the run's configuration cannot be read.
@@ -32,29 +32,28 @@ def run_config(model: str) -> Config | None:
 
 
 def exported_lora(model: str) -> Path:
-    """Folder of the LoRA that a run exported.
+    """Return the folder of the LoRA that a run exported.
 
     Raises:
-        UsageError: no run, or one that has exported no LoRA.
+        UsageError: `model` is no run, or the run exported no LoRA.
     """
     path = Path(model)
     if not (path / RESOLVED).is_file():
-        raise UsageError(f"{model} is no run, so which LoRA is meant must be said: --lora FILE.")
+        raise UsageError(f"{model} is not a run: set the LoRA file with --lora FILE.")
     lora = path / "export" / "lora"
     if not lora.is_dir():
         raise UsageError(
-            f"{model} has exported no LoRA: it has not ended, or it tuned every weight, and then there is nothing "
-            "between base and tuned."
+            f"{model} has exported no LoRA: the run has not ended, or it tuned all weights and has no LoRA."
         )
     return lora
 
 
 def open_base(config: Config, solver: str) -> tuple[Any, bool]:
-    """What a run tuned, as `open_pipeline` gives it; revision, variant, VAE and parts are the run's.
+    """Open the base model of a run as in `open_pipeline`, with the run's revision, variant, VAE and replaced parts.
 
     Raises:
-        UsageError: unknown solver, or a model that takes no LoRA.
-        ModelError: the base model is not to be had, or not whole.
+        UsageError: unknown solver, or the model takes no LoRA.
+        ModelError: the base model is missing or incomplete.
     """
     _require_solver(solver)
     family = resolve("model", MODELS, config.model.type)
@@ -64,24 +63,24 @@ def open_base(config: Config, solver: str) -> tuple[Any, bool]:
 
 
 def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
-    """The pipeline, with a scheduler that can follow a trajectory.
+    """Open a pipeline, with a scheduler that can follow a trajectory.
 
     Args:
-        model: a run (its `export` is meant), a pipeline folder, a hub id, or an embedded toy.
+        model: a run folder (its `export` is opened), a pipeline folder, a hub id, or an embedded toy.
         solver: `euler` or `dpmpp_2m`.
 
     Returns:
-        (pipeline, whether it draws from prompts).
+        (pipeline, whether it takes prompts).
 
     Raises:
-        UsageError: unknown solver, or a run that has exported nothing yet.
+        UsageError: unknown solver, or the run has no export yet.
         ModelError: the folder cannot be opened.
     """
     _require_solver(solver)
     path = Path(model)
     if (path / RESOLVED).is_file():
         if not (path / "export" / "model_index.json").is_file():
-            raise UsageError(f"{model} is a run that has exported nothing yet: it does so when it ends.")
+            raise UsageError(f"{model} is a run without an export: a run exports its model when it ends.")
         model = str(path / "export")
     pipeline = load_part(DiffusionPipeline.from_pretrained, resolve_path(model), None, dtype=torch.float32)
     return _ready(pipeline, solver)
@@ -102,42 +101,44 @@ def _ready(pipeline: Any, solver: str) -> tuple[Any, bool]:
 
 
 def size_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
-    """Height and width for the pipeline's call; nothing for its own size.
+    """Return height and width for the pipeline's call; nothing for the pipeline's own size.
 
     Raises:
-        UsageError: no pipeline on latents, or a size that it cannot draw.
+        UsageError: a pixel-space pipeline, or a size that the pipeline does not support.
     """
     if size is None:
         return {}
     if isinstance(pipeline, DDPMPipeline):
-        raise UsageError("--size: a DDPMPipeline draws images of one size; leave the option out")
+        raise UsageError("--size: a DDPMPipeline has a fixed image size; omit the option")
     step = math.lcm(_MULTIPLE, pipeline.vae_scale_factor)
     if size < step or size % step:
         raise UsageError(
-            f"height and width must be a multiple of {step}, found {size} (--size, or else the run's model.image_size)"
+            f"height and width must be a multiple of {step}, found {size} (--size, or the run's model.image_size)"
         )
     return {"height": size, "width": size}
 
 
 def arguments_for(pipeline: Any, schedule: Path | None, steps: int) -> dict[str, Any]:
-    """How many steps, or which levels, for the pipeline's call.
+    """Return the number of steps, or the levels, for the pipeline's call.
 
     Raises:
-        UsageError: a schedule for an unconditional pipeline, which takes none.
-        ConfigError: a schedule that the scheduler cannot follow.
-        VrgError: a schedule that cannot be read, or was made for other noise levels.
+        UsageError: a schedule for an unconditional pipeline.
+        ConfigError: the scheduler cannot follow the schedule.
+        VrgError: the schedule cannot be read, or was made for other noise levels.
     """
     if schedule is None:
         return {"num_inference_steps": steps}
     if isinstance(pipeline, DDPMPipeline):
-        raise UsageError("a DDPMPipeline takes no trajectory; `acpo train` and `acpo vrg` walk it with our own sampler")
+        raise UsageError(
+            "a DDPMPipeline takes no trajectory; use `acpo train` or `acpo vrg`, which have their own sampler"
+        )
     trajectory = read_schedule(schedule, pipeline.scheduler.alphas_cumprod.double().numpy())
-    # With this spacing diffusers starts Euler from unit noise in x, as the trajectory means it.
+    # With this spacing diffusers starts Euler from unit noise in x, which the trajectory assumes.
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, timestep_spacing="leading")
     return pipeline_arguments(pipeline.scheduler, trajectory)
 
 
 def images_of(output: Any) -> Tensor:
-    """Images of a pipeline's numpy output as uint8 (B, 3, H, W)."""
+    """Convert a pipeline's numpy output to uint8 images (B, 3, H, W)."""
     array = np.asarray(output.images)
     return torch.from_numpy((array * 255).round().astype(np.uint8)).permute(0, 3, 1, 2).contiguous()

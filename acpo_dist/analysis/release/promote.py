@@ -1,4 +1,4 @@
-"""From a finished run to a version in the model registry: the best checkpoint, its card, its tags."""
+"""Register the best checkpoint of a finished run in the model registry, with a model card and tags."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class Promotion:
-    """What was registered."""
+    """Result of a promotion."""
 
     folder: Path
     iteration: int
@@ -37,15 +37,15 @@ def promote(
 
     Args:
         run: folder of a finished run.
-        name: of the registered model; None takes the run's.
-        uri: MLflow tracking URI; None takes the run's.
+        name: name of the registered model; None uses the run's name.
+        uri: MLflow tracking URI; None uses the run's.
         checkpoint: `best` (by the judges), `newest`, or an iteration.
-        force: register although the guard is not clean; tags and card say so.
-        evaluations: folders of `acpo eval` whose results go on the card.
+        force: register even if the guard is not clean; tags and card state it.
+        evaluations: folders of `acpo eval` whose results are added to the card.
 
     Raises:
         ResumeError: the folder is no run.
-        UsageError: the run has not ended, the guard is not clean, or the checkpoint is not there.
+        UsageError: the run has not ended, the guard is not clean, or the checkpoint does not exist.
         TrackingError: MLflow cannot be used.
     """
     config = prepared(read_run_config(run), run)
@@ -53,13 +53,13 @@ def promote(
     reports = [read_evaluation(folder) for folder in evaluations]
     if checkpoint == BEST and verdict.best == 0:
         raise UsageError(
-            f"{run}: the judges liked no checkpoint as much as the base model, so there is no best one to promote. "
-            f"`--checkpoint {NEWEST} --force` promotes the last weights all the same, and says so."
+            f"{run}: no checkpoint scored higher than the base model with the judges, so there is no best one to "
+            f"promote. `--checkpoint {NEWEST} --force` promotes the last weights, and the card states it."
         )
     if not verdict.clean and not force:
         raise UsageError(
-            f"{run} is not promoted: {'; '.join(verdict.objections)}. Look at the run first (`acpo report`); --force "
-            "promotes it all the same, and the tags and the card will say so."
+            f"{run} is not promoted: {'; '.join(verdict.objections)}. Inspect the run first (`acpo report`); --force "
+            "promotes it, and tags and card state these reasons."
         )
     chosen = find_checkpoint(run, config, checkpoint)
     for path, report in zip(evaluations, reports, strict=True):
@@ -80,21 +80,21 @@ def promote(
 
 
 def _require_of(path: Path, report: Mapping[str, Any], chosen: Checkpoint) -> None:
-    """An evaluation on a card must be of the card's weights.
+    """Check that an evaluation for the card measured the weights of the card.
 
     Raises:
-        UsageError: it is of others.
+        UsageError: it measured other weights.
     """
     found = report["provenance"]["arms"]["model"].get("policy_sha256")
     if found != chosen.bundle().checksum:
         raise UsageError(
-            f"--evaluation {path} is of other weights than iteration {chosen.iteration}, which is to be promoted. "
-            f"Evaluate that one: `acpo eval RUN --checkpoint {chosen.iteration} …`."
+            f"--evaluation {path} measured other weights than iteration {chosen.iteration}, which is to be promoted. "
+            f"Evaluate that iteration: `acpo eval RUN --checkpoint {chosen.iteration} …`."
         )
 
 
 def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> Path:
-    """The run's own export where it holds this checkpoint, else one of its own beside it."""
+    """Return the run's own export if it holds this checkpoint, else write one beside it."""
     bundle = chosen.bundle()
     if bundle.checksum == verdict.exported:
         return run / "export"
@@ -108,7 +108,7 @@ def _facts(
     reports: Sequence[Mapping[str, Any]],
 ) -> CardFacts:  # fmt: skip
     text = (
-        "Clean: no rule was over a limit at the end and none ended the run."
+        "Clean: no rule was over a limit at the end, and no rule ended the run."
         if verdict.clean
         else "Not clean, see above."
     )

@@ -1,4 +1,4 @@
-"""Whether a run may be promoted, from the guard's decisions and the state of its rules at the end."""
+"""Decide whether a run may be promoted, from the guard's decisions and the state of its rules at the end."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ _ENDING = ("stop", "roll_back")
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Objections against a run."""
+    """Objections to promoting a run."""
 
     objections: tuple[str, ...]
     """Empty if the guard is clean."""
     remarks: tuple[str, ...]
-    """Guard decisions during the run, including those that passed."""
+    """Guard decisions during the run, including those that did not end it."""
     exported: str | None
     """SHA-256 of the weights that the run's export holds."""
     best: int
-    """Iteration of the checkpoint that the judges liked best; 0 is the base model."""
+    """Iteration of the checkpoint with the best judge scores; 0 is the base model."""
 
     @property
     def clean(self) -> bool:
@@ -37,18 +37,18 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """How the guard ended a run early."""
+    """How the guard ended a run."""
 
     action: str
     """`stop` or `roll_back`."""
     best: int
-    """Iteration of the checkpoint that the judges liked best then; 0 is the base model."""
+    """Iteration of the checkpoint with the best judge scores at that time; 0 is the base model."""
     text: str
     """Message for the user."""
 
 
 def guard_ending(run: Path, iterations: int) -> Ending | None:
-    """How the guard ended a run after `iterations` iterations; None if it did not, or the run was resumed since."""
+    """Return how the guard ended a run after `iterations` iterations; None if it did not, or the run was resumed."""
     records = guard_records(run)
     if not records or records[-1]["action"] not in _ENDING or records[-1]["iteration"] + 1 < iterations:
         return None
@@ -57,32 +57,32 @@ def guard_ending(run: Path, iterations: int) -> Ending | None:
 
 
 def guard_records(run: Path) -> list[dict[str, Any]]:
-    """What the guard wrote during a run, the oldest first."""
+    """Return the guard's records of a run, oldest first."""
     path = run / "guard.jsonl"
     return read_metrics(path) if path.is_file() else []
 
 
 def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
-    """The verdict on a finished run, and its newest checkpoint.
+    """Return the verdict on a finished run and its newest checkpoint.
 
     Raises:
         UsageError: the run has not ended, or has no checkpoint.
     """
     newest = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
     if newest is None or not (run / "export" / "model_index.json").is_file():
-        raise UsageError(f"{run} has exported nothing yet, so there is nothing to promote: a run does so when it ends.")
+        raise UsageError(f"{run} has no export, so there is nothing to promote: a run exports its model when it ends.")
     records = guard_records(run)
     state = newest.state["guard"]["state"]
     objections = [_ended(record) for record in records if record["action"] in _ENDING]
     # A decision that ended the run covers the rules.
     if not objections:
         objections += [
-            f"the guard's rule `{name}` stood at `{rule['level']}` when the run ended"
+            f"the guard's rule `{name}` was at level `{rule['level']}` when the run ended"
             for name, rule in sorted(state["rules"].items())
             if rule["level"] != "ok"
         ]
     if not config.rewards.judges:
-        objections.append("no held-out judge watched the run (rewards.judges is empty)")
+        objections.append("the run had no held-out judge (rewards.judges is empty)")
     return Verdict(
         objections=tuple(objections), remarks=tuple(_remark(record) for record in records),
         exported=(read_export_facts(run / "export") or {}).get("policy_sha256"), best=newest.best_iteration,
@@ -90,14 +90,14 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
 
 
 def metrics_at(run: Path, iteration: int) -> dict[str, float]:
-    """Metrics of the last iteration before a checkpoint, by name."""
+    """Return the metrics of the last iteration before a checkpoint, by name."""
     rows = [row for row in read_metrics(run / "metrics.jsonl") if row["iteration"] < iteration]
     found = rows[-1] if rows else {}
     return {name: float(value) for name, value in found.items() if name != "iteration" and value is not None}
 
 
 def gains_of(run: Path) -> dict[str, float]:
-    """Gain of the last weights on the calibration prompts and seeds, in base standard deviations, by metric."""
+    """Return gains of the last weights on the calibration prompts and seeds, in base standard deviations."""
     found: dict[str, float] = {}
     for row in read_metrics(run / "metrics.jsonl"):
         found |= {

@@ -1,4 +1,4 @@
-"""Make a report from run folders."""
+"""Build a report from run folders."""
 
 import json
 import logging
@@ -37,12 +37,12 @@ class GalleryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A written report."""
+    """Result of a report."""
 
     path: Path
     views: Sequence[RunView]
     tracked: Mapping[str, bool]
-    """Label -> whether the page is an artifact of the run in MLflow now; runs without MLflow are left out."""
+    """Label -> whether the page was added to the run in MLflow; runs without MLflow are omitted."""
 
 
 def build_report(
@@ -52,10 +52,13 @@ def build_report(
 
     Args:
         roots: run folders.
-        out: path of the page; None is `report.html` in the run, or beside the first of several.
-        gallery_options: None loads no model: no images, and drift by timestep only where the run recorded it.
+        out: path of the page; None writes `report.html` in the run, or beside the first of several.
+        gallery_options: None loads no model: no images, and drift by timestep only if the run recorded it.
         track: add the page to the runs in MLflow.
         console: shows progress.
+
+    Returns:
+        Path of the page, and where it was added.
 
     Raises:
         UsageError: a folder is no run, or a run has no metrics; nothing is written then.
@@ -78,19 +81,19 @@ def build_report(
 def _view(record: RunRecord, label: str, gallery_options: GalleryOptions | None, console: Console) -> RunView:
     notes = []
     if record.broken_lines:
-        notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were left out.")
+        notes.append(f"{record.broken_lines} unreadable line(s) of metrics.jsonl were omitted.")
     skipped = sum(row.get("learner/skipped_steps") or 0 for row in record.rows)
     if skipped:
         notes.append(
-            f"{skipped:.0f} optimiser step(s) were left out, since they were not finite (skipped_steps.jsonl)."
+            f"{skipped:.0f} optimiser step(s) were skipped because they were not finite (skipped_steps.jsonl)."
         )
     if not record.normalisers and not any(key.endswith("/gain") for key in record.rows[0]):
-        notes.append("Gains by iteration are not known: no checkpoint holds what the base model's scores are.")
+        notes.append("Gains by iteration are unknown: no checkpoint holds the normalisers of the base model's scores.")
     gallery, drift = None, from_rows(record)
     if gallery_options is None:
-        notes.append("Images were left out (--no-samples).")
+        notes.append("Images were omitted (--no-samples).")
     elif not record.checkpoints:
-        notes.append("No whole checkpoint: images, and drift by timestep, need one (checkpoint.every).")
+        notes.append("No complete checkpoint: images, and drift by timestep, need one (checkpoint.every).")
     else:
         iteration = chosen_iteration(record, gallery_options.at)
         assert iteration is not None and record.root is not None
@@ -129,7 +132,7 @@ def _trajectories(record: RunRecord) -> tuple[list[tuple[str, dict[str, Any]]], 
 
 
 def _tracking_uri(record: RunRecord) -> str | None:
-    """Tracking URI of the run; None if it was not tracked."""
+    """Return the tracking URI of the run; None if it was not tracked."""
     tracking = record.config.get("tracking") or {}
     if record.mlflow_run_id is None or record.root is None or not tracking.get("mlflow", TrackingConfig().mlflow):
         return None

@@ -1,4 +1,4 @@
-"""Charts of a report as plotly figures in the colours of the light scheme; the page's script swaps in the dark ones."""
+"""Charts of a report as plotly figures in the light colour scheme; the page's script switches to the dark one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,12 +40,12 @@ Points = Sequence[tuple[float, float | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A chart as the page embeds it."""
+    """A chart embedded in the page."""
 
     label: str
-    """What screen readers say instead of the chart."""
+    """Text alternative for screen readers."""
     figure: Mapping[str, Any]
-    """Plotly's `data` and `layout` as plain data."""
+    """Plotly's `data` and `layout` as JSON-compatible data."""
 
 
 def quality_against_drift(
@@ -102,7 +102,7 @@ def quality_against_drift(
 
 
 def gains_over_time(record: RunRecord) -> Chart | None:
-    """Rewards and judges in base standard deviations; raw means where those are not known."""
+    """Plot rewards and judges in base standard deviations, or raw means if the normalisers are unknown."""
     known = bool(record.normalisers) or any(key.endswith("/gain") for row in record.rows[:1] for key in row)
     series = {
         f"{role} {name}": [
@@ -117,20 +117,20 @@ def gains_over_time(record: RunRecord) -> Chart | None:
 
 
 def drift_over_time(record: RunRecord, metrics: RunMetrics) -> Chart | None:
-    """Rms drift against its budget."""
+    """Plot the rms drift against its budget."""
     limits = {f"budget {metrics.budget:.3g}": metrics.budget} if metrics.budget is not None else {}
     return _lines({"rms drift": _points(record, "drift/rms")}, y_title="rms drift", limits=limits)
 
 
 def anchor_over_time(record: RunRecord) -> Chart | None:
-    """Weight that the controller gave the anchor; None if there is no anchor."""
+    """Plot the anchor weight set by the controller; None if there is no anchor."""
     if not any(row.get("anchor/weight") for row in record.rows):
         return None
     return _lines({"anchor weight": _points(record, "anchor/weight")}, y_title="anchor weight")
 
 
 def guard_over_time(record: RunRecord) -> Chart | None:
-    """The largest rule of each kind as a share of its stop limit."""
+    """Plot the largest rule of each kind as a share of its stop limit."""
     kinds: dict[str, list[str]] = {}
     for key in record.rows[-1]:
         if key.startswith("guard/") and key not in GUARD_KEYS:
@@ -143,12 +143,12 @@ def guard_over_time(record: RunRecord) -> Chart | None:
 
 
 def seconds_over_time(record: RunRecord) -> Chart | None:
-    """Seconds of each phase."""
+    """Plot the seconds of each phase."""
     return _lines({phase: _points(record, f"time/{phase}") for phase in PHASES}, y_title="seconds")
 
 
 def trajectories(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart | None:
-    """How far each measurement moved the noise levels from the trajectory at the start of the run.
+    """Plot the change of the noise levels of each measurement relative to the run's first trajectory.
 
     Args:
         artefacts: (name, VRG artefact), oldest first.
@@ -164,7 +164,7 @@ def trajectories(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> Chart | 
 
 
 def drift_by_timestep(drift: DriftMap) -> Chart | None:
-    """Mean squared drift by timestep and iteration on a logarithmic colour scale; late timesteps at the bottom."""
+    """Plot mean squared drift by timestep and iteration on a logarithmic colour scale; late timesteps at the bottom."""
     order = sorted(range(len(drift.timesteps)), key=lambda index: drift.timesteps[index])
     rows = [drift.values[index] for index in order]
     logs = [[math.log10(value) if value else None for value in row] for row in rows]
@@ -194,7 +194,7 @@ def drift_by_timestep(drift: DriftMap) -> Chart | None:
 
 
 def guard_rules(guard: GuardView) -> Chart | None:
-    """Every rule as a share of its stop limit, with a mark at its warn limit."""
+    """Plot every rule as a share of its stop limit, with a mark at its warn limit."""
     words = ["over" if r.share >= 1 else "warns" if r.share >= r.warn_share else "ok" for r in guard.rules]
     colours = [LIGHT[{"over": "bad", "warns": "caution", "ok": "tone-0"}[word]] for word in words]
     names = [rule.rule.replace("_", " ") for rule in guard.rules]
@@ -210,7 +210,7 @@ def guard_rules(guard: GuardView) -> Chart | None:
 
 
 def content_shifts(shifts: Mapping[str, float]) -> Chart | None:
-    """Shift of each content statistic in standard deviations of the base images."""
+    """Plot the shift of each content statistic in standard deviations of the base images."""
     texts = [f"{value:+.2f} {SIGMA}" for value in shifts.values()]
     figure = _bars([name.replace("_", " ") for name in shifts], list(shifts.values()), texts, _TONES[0])
     figure.update_xaxes(title=f"shift, {SIGMA} of the base images")
@@ -220,7 +220,7 @@ def content_shifts(shifts: Mapping[str, float]) -> Chart | None:
 def _lines(
     series: Mapping[str, Points], *, y_title: str, x_title: str = "iteration", limits: Mapping[str, float] | None = None
 ) -> Chart | None:
-    """Curves over a common x; None is a gap in a curve."""
+    """Plot curves over a common x; None is a gap in a curve."""
     figure = _new_figure(x_title=x_title, hovermode="x unified")
     for tone, (name, points) in enumerate(series.items()):
         if any(y is not None for _, y in points):
@@ -240,7 +240,7 @@ def _bars(names: Sequence[str], values: Sequence[float], texts: Sequence[str], c
         x=values, y=names, text=texts, orientation="h", marker={"color": colour}, cliponaxis=False,
         hovertemplate="%{y}: %{text}<extra></extra>", textposition="outside",
     )  # fmt: skip
-    # Room for the texts beside the bars.
+    # Space for the labels beside the bars.
     low, high = 1.4 * min([0.0, *values]), 1.4 * max([0.0, *values])
     figure.update_xaxes(range=[low, max(high, 1.1)])
     figure.update_yaxes(autorange="reversed")
@@ -269,7 +269,7 @@ def _new_figure(*, x_title: str, hovermode: str) -> go.Figure:
 
 
 def _limit(figure: go.Figure, name: str, value: float, *, upright: bool) -> None:
-    """A named line across the chart, at an x or at a y."""
+    """Draw a labelled line across the chart, at an x or at a y."""
     add, place = (figure.add_vline, "top right") if upright else (figure.add_hline, "top right")
     add(
         value, line={"dash": "dot", "width": 1.5, "color": LIGHT["ink"]}, annotation_text=name,
@@ -278,7 +278,7 @@ def _limit(figure: go.Figure, name: str, value: float, *, upright: bool) -> None
 
 
 def _chart(figure: go.Figure, *, y_title: str, values: str = "") -> Chart | None:
-    """The finished chart, None without a value to show; `values` names what is not on an axis."""
+    """Return the finished chart, or None without any value; `values` names the quantity that is not on an axis."""
     traces: Any = figure.data
     shown = [trace for trace in traces if trace.hoverinfo != "skip"]
     if not any(len(trace.y) for trace in shown):
@@ -291,12 +291,12 @@ def _chart(figure: go.Figure, *, y_title: str, values: str = "") -> Chart | None
 
 
 def _sigmas(trajectory: Mapping[str, Any]) -> list[float]:
-    """Noise levels except the last, which is 0."""
+    """Return the noise levels except the last, which is 0."""
     return [math.sqrt(1 / value - 1) for value in trajectory["alpha_bars"] if 0 < value < 1]
 
 
 def _trail(record: RunRecord, label: str) -> list[tuple[float, float, str]]:
-    """(drift, quality, text): running means by iteration, thinned."""
+    """Return (drift, quality, text): running means by iteration, thinned."""
     role = "judge" if record.metrics_by_role["judge"] else "reward"
     points: list[tuple[float, float, str]] = []
     drift = quality = math.nan
@@ -315,7 +315,7 @@ def _points(record: RunRecord, key: str) -> list[tuple[float, float | None]]:
 
 
 def _done(row: Mapping[str, Any]) -> int:
-    """Iterations that are done after this row: people count from 1."""
+    """Return the number of completed iterations after this row, which starts at 1."""
     return int(row["iteration"]) + 1
 
 

@@ -1,4 +1,4 @@
-"""Several runs side by side: parameters that differ, means over seeds, and the Pareto front."""
+"""Compare several runs: parameters that differ, means over seeds, and the Pareto front."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from acpo_dist.analysis.report.metrics import RunMetrics
 from acpo_dist.analysis.report.record import RunRecord
 
 COSMETIC = ("run.dir", "run.name", "run.seed", "tracking.", "checkpoint.", "cluster.")
-"""Parameters that do not make two runs different experiments: name, seed and place."""
+"""Parameters that do not distinguish experiments: name, seed and path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,23 +29,23 @@ class SeedGroup:
     members: tuple[int, ...]
     """Positions in the list of runs."""
     counted: tuple[int, ...]
-    """Members in the means: finished runs, the one written last of each seed."""
+    """Members included in the means: finished runs, and the newest run of each seed."""
     seeds: tuple[int, ...]
     """Seeds of the counted runs."""
     left_out: str
-    """How many members are not counted, and why; empty if none."""
+    """Number of excluded members and the reasons; empty if there are none."""
     gains: Mapping[str, Spread]
     quality: Spread | None
     drift: Spread | None
     seconds: Spread | None
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
 
 def labels_of(records: Sequence[RunRecord]) -> list[str]:
-    """A short unique label per run: its name, with seed, folder or MLflow run id where the name is not unique."""
+    """Return a short unique label per run: its name, plus seed, folder or MLflow run id if names are not unique."""
     labels = [record.name for record in records]
     seeds = [f"seed {record.seed}" for record in records]
     folders = [f"({record.root.name if record.root else str(record.mlflow_run_id)[:8]})" for record in records]
@@ -57,7 +57,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
 
 
 def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
-    """Parameters that are not the same in all runs, with the value of each run; None where a run does not have it."""
+    """Return the parameters that differ, with the value of each run; None if a run does not have the parameter."""
     keys = sorted({key for record in records for key in record.params})
     columns = {
         key: [record.params.get(key) for record in records] for key in keys if key not in ("run.dir", "run.name")
@@ -66,9 +66,9 @@ def differences(records: Sequence[RunRecord]) -> dict[str, list[str | None]]:
 
 
 def seed_groups(records: Sequence[RunRecord], metrics: Sequence[RunMetrics], labels: Sequence[str]) -> list[SeedGroup]:
-    """Group runs by their parameters without `COSMETIC` ones, in the order of first appearance.
+    """Group runs with equal parameters, except `COSMETIC` ones, in the order of first appearance.
 
-    Means are over finished runs only: metrics of a run that is not finished are of another iteration.
+    Means cover finished runs only, because metrics of an unfinished run belong to another iteration.
     """
     members: dict[frozenset[tuple[str, str]], list[int]] = {}
     for index, record in enumerate(records):
@@ -93,7 +93,7 @@ def seed_groups(records: Sequence[RunRecord], metrics: Sequence[RunMetrics], lab
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the (drift, quality) points that no other point dominates in both values."""
+    """Return the positions of the (drift, quality) points that no other point dominates in both values."""
     return [
         index
         for index, (drift, quality) in enumerate(points)
@@ -109,7 +109,7 @@ def _counted(
 ) -> tuple[list[int], str]:
     final = [index for index in indices if metrics[index].final]
     by_seed: dict[int, int] = {}
-    # Of several runs of one seed the last counts; dictionaries keep the place of the first.
+    # The last run of each seed is used; dictionaries keep the position of the first.
     for index in sorted(final, key=lambda index: records[index].last_write or 0.0):
         by_seed[metrics[index].seed] = index
     counted = sorted(by_seed.values())

@@ -1,4 +1,4 @@
-"""Drift from the base model by timestep and iteration: from the metrics where they have it, else from checkpoints."""
+"""Drift from the base model by timestep and iteration, from the metrics if recorded, else measured on checkpoints."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ from acpo_dist.training.local import default_device
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 KEY = "drift/at/"
-"""Prefix of the metrics that are mean squared drift at a timestep."""
+"""Prefix of metrics that hold the mean squared drift at a timestep."""
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.98)
-"""Where drift is measured, as shares of the noise schedule."""
+"""Timesteps at which drift is measured, as shares of the noise schedule."""
 _SAMPLES = 16
 
 
@@ -40,11 +40,11 @@ class DriftMap:
     space: str
     """Units: `eps`, `v` or `x0`."""
     source: str
-    """How it was measured, as text for the page."""
+    """Description of the measurement for the page."""
 
 
 def from_rows(record: RunRecord) -> DriftMap | None:
-    """The drift that the run recorded while it trained; None if it recorded none."""
+    """Return the drift recorded during training, or None."""
     rows = [row for row in record.rows if any(key.startswith(KEY) for key in row)]
     if not rows:
         return None
@@ -52,12 +52,12 @@ def from_rows(record: RunRecord) -> DriftMap | None:
     return DriftMap(
         timesteps=timesteps, iterations=[int(row["iteration"]) + 1 for row in rows],
         values=[[row.get(f"{KEY}{timestep}") for row in rows] for timestep in timesteps], space=anchor_space(record),
-        source="measured while the run trained",
+        source="recorded during training",
     )  # fmt: skip
 
 
 def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Console) -> DriftMap:
-    """Measure every checkpoint on the same re-noised images of the base model; each result is kept in a file.
+    """Measure every checkpoint on the same re-noised images of the base model; results are cached in files.
 
     Raises:
         UsageError: a checkpoint is damaged.
@@ -94,7 +94,7 @@ def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Conso
 
 
 def anchor_space(record: RunRecord) -> str:
-    """Units of the run's anchor and budget."""
+    """Return the units of the run's anchor and budget."""
     anchor = (record.config.get("algorithm") or {}).get("anchor") or {}
     return str(anchor.get("space", "auto"))
 

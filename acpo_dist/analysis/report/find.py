@@ -1,4 +1,4 @@
-"""Runs below folders, and runs of an MLflow experiment."""
+"""Find runs in folders and in an MLflow experiment."""
 
 import math
 import os
@@ -15,20 +15,18 @@ from acpo_dist.training.run_folder import RESOLVED
 _NO_RUNS = ("mlartifacts", "mlruns")
 """Folders of MLflow, which hold copies of `resolved.yaml`."""
 MAX_DEPTH = 4
-"""Levels of folders below the given one."""
+"""Search depth below the given folder."""
 _HISTORIES = ("reward/", "judge/", "gain/", "drift/", "guard/", "time/iteration")
 
 
 def runs_below(folder: Path) -> tuple[list[RunRecord], list[str]]:
-    """Every run in a folder, itself included, by path, and a message for each that cannot be read.
+    """Return all runs in a folder, including itself, sorted by path, and a message for each unreadable run.
 
     Raises:
-        UsageError: no such folder, or no run in it.
+        UsageError: the folder does not exist or contains no run.
     """
     if not folder.is_dir():
-        raise UsageError(
-            f"expected a folder with runs, found no folder {folder}. `acpo train` makes `runs/` by default."
-        )
+        raise UsageError(f"no folder {folder}. `acpo train` writes runs to `runs/` by default.")
     found, problems = [], []
     for root in sorted(_roots(folder, MAX_DEPTH)):
         try:
@@ -37,20 +35,21 @@ def runs_below(folder: Path) -> tuple[list[RunRecord], list[str]]:
             problems.append(str(error))
     if not found and not problems:
         raise UsageError(
-            f"no run in {folder}: expected folders with {RESOLVED}, at most {MAX_DEPTH} levels down. Name another "
-            "folder, or --experiment for runs that MLflow knows."
+            f"no run in {folder}: expected folders with {RESOLVED}, at most {MAX_DEPTH} levels below it. Give "
+            "another folder, or --experiment for runs in MLflow."
         )
     return found, problems
 
 
 def runs_of_experiment(experiment: str, uri: str | None) -> list[RunRecord]:
-    """Runs of an MLflow experiment; a run whose folder is on this machine is read from the folder.
+    """Return the runs of an MLflow experiment; a run whose folder is on this machine is read from the folder.
 
     Args:
-        uri: None takes MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
+        experiment: name of the experiment.
+        uri: None uses MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
 
     Raises:
-        UsageError: MLflow cannot be used, or has no such experiment or no run in it.
+        UsageError: MLflow cannot be used, or the experiment does not exist or has no run.
     """
     where = tracking_uri(uri)
     tracked = find_tracked_runs(where, experiment, _HISTORIES)
@@ -60,21 +59,21 @@ def runs_of_experiment(experiment: str, uri: str | None) -> list[RunRecord]:
 
 
 def tracking_uri(uri: str | None) -> str:
-    """The given URI, else MLFLOW_TRACKING_URI, else the database beside the default run folders."""
+    """Return the given URI, else MLFLOW_TRACKING_URI, else the database beside the default run folders."""
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path("runs") / "any")
 
 
 def gather(paths: Sequence[Path], experiment: str | None, uri: str | None) -> list[RunRecord]:
-    """Runs from folders, from folders of runs, and from an experiment.
+    """Return the runs in folders and in an experiment.
 
     Raises:
-        UsageError: nothing was named, or something named is no run.
+        UsageError: no folder and no experiment was given, or one of them contains no run.
     """
     if not paths and experiment is None:
-        raise UsageError("name run folders, or --experiment for the runs that MLflow knows")
+        raise UsageError("give run folders, or --experiment for runs in MLflow")
     found: list[RunRecord] = []
     for path in paths:
-        # A folder of runs stands for all of them; any other path must be a run, or reading it fails.
+        # A folder of runs selects all of them; any other path must be a run, or reading it fails.
         inside = sorted(_roots(path, MAX_DEPTH)) if path.is_dir() else []
         found.extend(read_run(root) for root in inside or [path])
     if experiment is not None:
@@ -97,7 +96,7 @@ def _roots(folder: Path, depth: int) -> Iterator[Path]:
 def _record(run: TrackedRun) -> RunRecord:
     root = Path(run.tags.get("run_dir", ""))
     own = root / "mlflow" / "run_id"
-    # The folder of this path may hold another run since: the run id decides.
+    # The folder at this path may hold another run by now, so the run ids are compared.
     if run.tags.get("run_dir") and own.is_file() and own.read_text().strip() == run.run_id:
         return read_run(root, status=run.status)
     rows, gains = split_rows([_finite(row) for row in run.rows])
@@ -121,7 +120,7 @@ def _guard(run: TrackedRun) -> list[dict[str, Any]]:
 
 
 def _nested(params: Any) -> dict[str, Any]:
-    """The configuration values that metrics need, from the flat texts in MLflow."""
+    """Return the configuration values that metrics need, from the flat texts in MLflow."""
     limits: dict[str, Any] = {}
     for key, text in params.items():
         section, _, rest = key.partition(".")

@@ -16,9 +16,9 @@ from acpo_dist.training.run_lock import lock_holder, sign_of
 
 POLL_S = 1.0
 _LOOKS = 3
-"""Consecutive looks without a run lock after which the run counts as ended: shared storage may fail for a moment."""
+"""Consecutive polls without a run lock after which the run counts as ended: shared storage may fail briefly."""
 _STALE_S = 30.0
-"""Seconds without a new row after which the panel says so."""
+"""Seconds without a new row after which the panel reports it."""
 
 
 class Follower:
@@ -31,7 +31,7 @@ class Follower:
         """Number of complete lines so far that are not JSON objects."""
 
     def new_rows(self) -> list[dict[str, Any]]:
-        """Rows since the last call; a file that became shorter (a resumed run) is read from its start again."""
+        """Return the rows since the last call; a file that became shorter (a resumed run) is read from its start."""
         if not self._path.is_file():
             return []
         if self._path.stat().st_size < self._at:
@@ -49,7 +49,7 @@ class Follower:
 def follow(
     root: Path, *, wait_s: float, sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[tuple[list[dict[str, Any]], float, bool]]:
-    """Poll a run until it has ended, its process has ended, or no row arrived for `wait_s` seconds.
+    """Poll a run until it ends, its process ends, or no row arrives for `wait_s` seconds.
 
     Args:
         root: run folder.
@@ -63,7 +63,7 @@ def follow(
     record: RunRecord | None = None
     absent = _LOOKS
     while True:
-        # Read before the rows, so that rows written just before the lock was released are not missed.
+        # Read before the rows, so that rows written just before the lock was released are included.
         holder = lock_holder(root)
         absent = 0 if holder is not None else absent + 1
         left = absent == _LOOKS if holder is None else sign_of(holder) == "gone"
@@ -72,7 +72,7 @@ def follow(
             last = time.monotonic()
         trained = [row for row in rows if any(key.startswith("reward/") for key in row)]
         if trained and (record is None or not record.normalisers):
-            record = read_run(root)  # the first checkpoint has the normalisers that turn scores into gains
+            record = read_run(root)  # The first checkpoint contains the normalisers for gains.
         ended = any(key.startswith("gain/") for row in rows for key in row)
         silence = time.monotonic() - last
         yield [record.with_gains(row) if record else row for row in trained], silence, ended
@@ -90,11 +90,11 @@ def show_now(record: RunRecord, console: Console) -> None:
 
 
 def show_until_end(record: RunRecord, console: Console, *, wait_s: float) -> None:
-    """Show a live panel on a terminal, one line per iteration elsewhere, until the run ends.
+    """Show a live panel on a terminal, or one line per iteration on other outputs, until the run ends.
 
     Args:
         record: a run with a folder.
-        console: where to show it.
+        console: output.
         wait_s: longest time without a new row, in seconds.
     """
     assert record.root is not None
@@ -107,18 +107,19 @@ def show_until_end(record: RunRecord, console: Console, *, wait_s: float) -> Non
             for index, row in enumerate(rows):
                 done = int(row["iteration"]) + 1
                 panel.add(done, max(total, done), row)
-                # Of the rows before the first look only the last is shown.
+                # Of the rows before the first poll only the last is shown.
                 if live is None and (not first or index == len(rows) - 1):
                     console.iteration(done, max(total, done), row)
             first, over = False, ended or silence > wait_s
             if live is not None:
-                panel.note = f"nothing new for {clock(silence)}" if silence > _STALE_S and not ended else ""
+                panel.note = f"no new row for {clock(silence)}" if silence > _STALE_S and not ended else ""
                 if panel:
                     live.start()
                     live.update(panel, refresh=True)
             if not ended and silence > wait_s:
                 console.message(
-                    f"{record.root}: no new iteration for {clock(silence)}; the run may be dead, or slow (--wait-s)"
+                    f"{record.root}: no new iteration for {clock(silence)}; the run may have died, or is slow "
+                    "(--wait-s)"
                 )
     finally:
         if live is not None:

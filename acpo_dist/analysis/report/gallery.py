@@ -1,4 +1,4 @@
-"""Pairs of base and tuned images: the gain of each, content shifts and diversity of the set, and images for a page."""
+"""Pairs of base and tuned images: gain of each pair, content shifts and diversity of the set, and embedded images."""
 
 import base64
 import io
@@ -19,21 +19,21 @@ from acpo_dist.evaluation.metrics.diversity import within_prompt_diversity
 from acpo_dist.evaluation.metrics.features import LowPassPixels
 
 _MIN_STD = 0.05
-"""Smallest standard deviation that a content shift is divided by; the guard uses the same."""
+"""Lower bound of the standard deviation that divides a content shift; the guard uses the same."""
 _LARGEST = 512
-"""Pixels of the longer side inside a page; the files in the run's `report/` folder keep their own size."""
+"""Longer side of an embedded image in pixels; the files in the run's `report/` folder keep their size."""
 _LOSSLESS = 128
 """Largest side of an image that is embedded as PNG."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One prompt and seed, drawn twice."""
+    """Images of one prompt and seed by both models."""
 
     base: Sample
     tuned: Sample
     gain: float
-    """Mean over the judges (the rewards where there is none) of the change in base standard deviations."""
+    """Mean over the judges (over the rewards if there is none) of the change in base standard deviations."""
     reward_gain: float
 
 
@@ -44,15 +44,15 @@ class Gallery:
     iteration: int
     pairs: Sequence[Pair]
     judged: bool
-    """Whether `gain` is the judges'."""
+    """Whether `gain` is computed from judges."""
     content: Mapping[str, float]
     """Statistic -> shift of its mean in standard deviations of the base images."""
     diversity: float | None
-    """Within-prompt distance on low-pass features as a share of the base model's; None if it cannot be measured."""
+    """Within-prompt distance on low-pass features relative to the base model's; None if it cannot be measured."""
 
 
 def make_gallery(record: RunRecord, renderer: SampleRenderer, iteration: int) -> Gallery:
-    """Draw (or read) both sets and compare them image by image."""
+    """Render or read both sets and compare them image by image."""
     checkpoint = renderer.checkpoint(iteration)
     trajectory = checkpoint.state.get("trajectory")
     base = renderer.samples(None, trajectory)
@@ -75,7 +75,7 @@ def make_gallery(record: RunRecord, renderer: SampleRenderer, iteration: int) ->
 
 
 def gallery_cards(gallery: Gallery) -> list[dict[str, Any]]:
-    """The pairs as a page shows them, the worst regression first, with their place in each order."""
+    """Return the pairs for the page, the largest regression first, with their position in each order."""
     pairs = gallery.pairs
     by_gain = sorted(range(len(pairs)), key=lambda index: pairs[index].gain)
     by_prompt = sorted(range(len(pairs)), key=lambda index: (pairs[index].base.prompt, index))
@@ -90,7 +90,7 @@ def gallery_cards(gallery: Gallery) -> list[dict[str, Any]]:
 
 
 def embedded(sample: Sample) -> dict[str, Any]:
-    """Data URL, width, height and whether enlarged pixels stay sharp, of an image inside a page."""
+    """Return data URL, width, height of an embedded image, and whether enlarged pixels stay sharp."""
     with Image.open(sample.file) as opened:
         image = opened.convert("RGB")
     image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
@@ -102,7 +102,7 @@ def embedded(sample: Sample) -> dict[str, Any]:
 
 
 def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
-    """Shift of each content statistic's mean, in standard deviations of the base images (at least 0.05)."""
+    """Return the shift of each content statistic's mean, in standard deviations of the base images (at least 0.05)."""
     before, after = content_statistics(base), content_statistics(tuned)
     return {
         name: (fmean(after[name].tolist()) - fmean(values.tolist())) / max(_MIN_STD, pstdev(values.tolist()))
@@ -111,7 +111,7 @@ def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
 
 
 def diversity_share(base: Tensor, tuned: Tensor, prompts: Sequence[str]) -> float | None:
-    """Within-prompt distance of the tuned images over that of the base's; None with one seed per prompt."""
+    """Return the within-prompt distance of tuned relative to base images; None with one seed per prompt."""
     extract = LowPassPixels(8 if min(base.shape[2:]) >= 32 else 4)
     try:
         before, after = (within_prompt_diversity(extract(images).values, prompts) for images in (base, tuned))

@@ -1,4 +1,4 @@
-"""The key metrics of a run, and one sentence about them."""
+"""Key metrics of a run, and a one-sentence summary."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,24 +21,24 @@ class RuleView:
 
     rule: str
     share: float
-    """Of its stop limit (of its warn limit where it has none)."""
+    """Share of its stop limit, or of its warn limit if it has none."""
     warn_share: float
-    """Where it begins to warn, in the same unit."""
+    """Warn limit, in the same unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardView:
-    """Where the guard stands."""
+    """State of the guard."""
 
     state: Literal["off", "quiet", "near a limit", "over a limit", "stopped"]
     text: str
     rules: tuple[RuleView, ...]
-    """The nearest to its limit first."""
+    """Rules, the nearest to its limit first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """One line of `acpo runs` and `acpo compare`, and the cards of a report."""
+    """One row of `acpo runs` and `acpo compare`, and the cards of a report."""
 
     name: str
     seed: int
@@ -50,12 +50,12 @@ class RunMetrics:
     roles: Mapping[str, str]
     """Metric -> `reward` or `judge`."""
     final: bool
-    """Whether gains are of the final weights on the calibration prompts, or a mean of the last five iterations."""
+    """Whether gains are of the final weights on the calibration prompts, or means of the last five iterations."""
     drift: float | None
     """Rms, in the anchor's own units; mean of the last five iterations."""
     budget: float | None
     diversity: float | None
-    """Within-prompt diversity as a share of the base model's, from the last report."""
+    """Within-prompt diversity relative to the base model's, from the last report."""
     guard: GuardView
     seconds: float | None
     path: str | None
@@ -64,18 +64,18 @@ class RunMetrics:
     broken_lines: int
 
     def mean_gain(self, role: str) -> float | None:
-        """Mean over the metrics of a role."""
+        """Return the mean over the metrics of a role."""
         values = [value for name, value in self.gains.items() if self.roles.get(name) == role]
         return fmean(values) if values else None
 
     @property
     def quality(self) -> float | None:
-        """Mean gain of the held-out judges; of the rewards where there is no judge."""
+        """Return the mean gain of the held-out judges, or of the rewards if there is no judge."""
         judged = self.mean_gain("judge")
         return judged if judged is not None else self.mean_gain("reward")
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         tone, sentence = verdict(self)
         return asdict(self) | {
             "gains": dict(self.gains), "roles": dict(self.roles), "checkpoints": list(self.checkpoints),
@@ -84,7 +84,7 @@ class RunMetrics:
 
 
 def metrics_of(record: RunRecord) -> RunMetrics:
-    """Reduce a record."""
+    """Compute the key metrics of a record."""
     roles = {name: role for role in ROLES for name in record.metrics_by_role[role]}
     gains = dict(record.gains)
     if not gains:
@@ -103,7 +103,7 @@ def metrics_of(record: RunRecord) -> RunMetrics:
 
 
 def guard_view(record: RunRecord) -> GuardView:
-    """State and rules of the guard at the last iteration."""
+    """Return state and rules of the guard at the last iteration."""
     last: Mapping[str, Any] = record.rows[-1] if record.rows else {}
     config = record.config.get("guard") or {}
     rules = sorted(
@@ -115,11 +115,11 @@ def guard_view(record: RunRecord) -> GuardView:
         key=lambda rule: -rule.share / rule.warn_share,
     )
     warned = [event for event in record.guard_events if event.get("raised")]
-    since = f"; it first spoke at iteration {int(warned[0]['iteration']) + 1}" if warned else ""
+    since = f"; first reported at iteration {int(warned[0]['iteration']) + 1}" if warned else ""
     if record.guard_end is not None:
         return GuardView(state="stopped", text=_reasons(record.guard_end), rules=tuple(rules))
     if not rules:
-        return GuardView(state="off", text="the guard measured nothing", rules=())
+        return GuardView(state="off", text="the guard has no measurement", rules=())
     over = [rule for rule in rules if rule.share >= 1]
     near = [rule for rule in rules if rule.share >= rule.warn_share]
     if over:
@@ -131,7 +131,7 @@ def guard_view(record: RunRecord) -> GuardView:
 
 
 def verdict(metrics: RunMetrics) -> tuple[Tone, str]:
-    """(tone, one sentence): what was gained at what drift, and what the guard says."""
+    """Return (tone, sentence): gain, drift and state of the guard."""
     total = f" of {metrics.total}" if metrics.total is not None else ""
     gained = " and ".join(
         f"the {role} {name} {value:+.2f} base {SIGMA}"
@@ -141,8 +141,8 @@ def verdict(metrics: RunMetrics) -> tuple[Tone, str]:
     )
     budget = f" of a budget of {metrics.budget:.3g}" if metrics.budget is not None else ", without a budget"
     drift = f"rms drift {metrics.drift:.3g}{budget}" if metrics.drift is not None else "unknown drift"
-    what = f"gained {gained}" if gained else f"gains are not known in base {SIGMA}, since no checkpoint is left"
-    guard = {"stopped": "the guard stopped it", "off": "no guard was at work"}.get(
+    what = f"gained {gained}" if gained else f"gains in base {SIGMA} are unknown, since no checkpoint is left"
+    guard = {"stopped": "the guard stopped it", "off": "the guard was off"}.get(
         metrics.guard.state, f"the guard is {metrics.guard.state}"
     )
     sentence = f"After {metrics.iterations}{total} iterations: {what}, at {drift}; {guard}."
@@ -160,7 +160,7 @@ def _tone(metrics: RunMetrics) -> Tone:
 
 
 def _budget(record: RunRecord) -> float | None:
-    """The controller's budget, or what the guard measures drift against."""
+    """Return the controller's budget, or else the guard's reference for drift."""
     told = record.rows[-1].get("drift/budget") if record.rows else None
     if told is None:
         told = (record.config.get("guard") or {}).get("drift_budget")

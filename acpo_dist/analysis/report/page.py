@@ -1,4 +1,4 @@
-"""One HTML file that needs no network: style, script, plotly, charts and images are inside."""
+"""Write one HTML file that needs no network: styles, scripts, plotly, charts and images are embedded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _GUARD_TONES = {"quiet": "good", "near a limit": "caution", "over a limit": "bad
 
 @dataclass(frozen=True, kw_only=True)
 class RunView:
-    """Everything that the page shows of one run."""
+    """Contents of the page for one run."""
 
     label: str
     record: RunRecord
@@ -40,14 +40,14 @@ class RunView:
     trajectories: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """(name, VRG artefact), oldest first."""
     notes: Sequence[str] = ()
-    """What is missing, and why."""
+    """What is missing, with reasons."""
 
 
 def write_page(path: Path, views: Sequence[RunView], *, panels: bool = True) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        path: the HTML file; its folder is made.
+        path: the HTML file; its folder is created.
         views: one per run.
         panels: whether the page has a panel per run, or only the comparison.
 
@@ -75,7 +75,7 @@ def write_page(path: Path, views: Sequence[RunView], *, panels: bool = True) -> 
 
 
 def _comparison(views: Sequence[RunView]) -> dict[str, Any]:
-    """All runs in one chart and one table, what differs between them, and means over seeds."""
+    """Render all runs in one chart and one table, with differing parameters and means over seeds."""
     records, metrics = [view.record for view in views], [view.metrics for view in views]
     labels = [view.label for view in views]
     groups = [group for group in seed_groups(records, metrics, labels) if len(group.members) > 1]
@@ -101,7 +101,7 @@ def _verdict(metrics: RunMetrics) -> dict[str, str]:
 
 
 def _cards(metrics: RunMetrics) -> list[dict[str, Any]]:
-    """One card per key metric; `value` is exact, `shown` is rounded."""
+    """Return one card per key metric; `value` is exact, `shown` is rounded."""
     when = "final weights" if metrics.final else "mean of the last five iterations"
     cards: list[dict[str, Any]] = [
         {
@@ -120,7 +120,7 @@ def _cards(metrics: RunMetrics) -> list[dict[str, Any]]:
     guard = metrics.guard
     cards.append({"title": "guard", "shown": guard.state, "text": guard.text, "tone": _GUARD_TONES[guard.state]})
     if metrics.diversity is not None:
-        text = "distance between images of one prompt, of the base model's"
+        text = "distance between images of one prompt, relative to the base model"
         shown = f"{metrics.diversity:.0%}"
         cards.append(
             {"title": "diversity", "key": "diversity", "value": metrics.diversity, "shown": shown, "text": text}

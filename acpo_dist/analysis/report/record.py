@@ -23,23 +23,23 @@ logger = logging.getLogger(__name__)
 
 ROLES = ("reward", "judge")
 _RECENT_ITERATIONS = 5
-"""Number of last iterations whose mean stands for an unfinished run."""
+"""Number of last iterations that are averaged for an unfinished run."""
 _QUIET_S = 120.0
 """Seconds without a new row after which a run on another host no longer counts as running; at least five iterations."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run, as lists, comparisons and reports need it."""
+    """A run as read by lists, comparisons and reports."""
 
     name: str
     seed: int
     root: Path | None
-    """None for a run that only MLflow knows."""
+    """None for a run that only MLflow has."""
     config: Mapping[str, Any]
     """As in `resolved.yaml`; not validated, so that runs of other versions can still be read."""
     params: Mapping[str, str]
-    """The configuration flat, by the keys that overrides use."""
+    """The configuration as a flat mapping, with the keys of overrides."""
     rows: Sequence[Mapping[str, Any]]
     """Training iterations in order; a metric that was not finite is None."""
     gains: Mapping[str, float]
@@ -50,14 +50,14 @@ class RunRecord:
     checkpoints: Sequence[int] = ()
     broken_lines: int = 0
     status: str | None = None
-    """Status in MLflow; None where it was not read from there."""
+    """Status in MLflow; None if it was not read from MLflow."""
     mlflow_run_id: str | None = None
     holder_sign: Sign | None = None
     """Whether the process in the run lock is alive; None without a run lock."""
     last_write: float | None = None
     """Seconds since the epoch."""
     seconds: float | None = None
-    """Wall time in seconds, where it is known from something other than the rows."""
+    """Wall time in seconds, if known from another source than the rows."""
     extra: Mapping[str, float] = field(default_factory=dict)
     """Metrics of an earlier report, such as `diversity`."""
 
@@ -109,25 +109,25 @@ class RunRecord:
         return "running" if self.status == "RUNNING" and self.root is None else "unfinished"
 
     def gain_of(self, role: str, name: str, row: Mapping[str, Any]) -> float | None:
-        """A metric's mean in base standard deviations at one iteration; None where it is not known."""
+        """Return a metric's mean in base standard deviations at one iteration; None if unknown."""
         if (told := row.get(f"{role}/{name}/gain")) is not None:
             return float(told)
         mean, normaliser = row.get(f"{role}/{name}/mean"), self.normalisers.get(name)
         return normaliser.normalise(float(mean)) if mean is not None and normaliser is not None else None
 
     def mean_gain(self, row: Mapping[str, Any], role: str) -> float | None:
-        """Mean over the metrics of a role; None unless all of them are known."""
+        """Return the mean over the metrics of a role; None unless all of them are known."""
         values = [self.gain_of(role, name, row) for name in self.metrics_by_role[role]]
         known = [value for value in values if value is not None]
         return fmean(known) if known and len(known) == len(values) else None
 
     def recent(self, key: str) -> float | None:
-        """Mean of a metric over the last iterations."""
+        """Return the mean of a metric over the last iterations."""
         values = [row[key] for row in self.rows[-_RECENT_ITERATIONS:] if row.get(key) is not None]
         return fmean(values) if values else None
 
     def with_gains(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with `<role>/<name>/gain` filled in where it can be worked out."""
+        """Return a row with `<role>/<name>/gain` added if it can be computed."""
         known = {
             f"{role}/{name}/gain": self.gain_of(role, name, row)
             for role, names in self.metrics_by_role.items()
@@ -137,7 +137,7 @@ class RunRecord:
 
 
 def read_run(root: Path, *, status: str | None = None) -> RunRecord:
-    """Read a run folder; a run without metrics is fine, broken lines are left out and counted.
+    """Read a run folder; a run without metrics is accepted, broken lines are omitted and counted.
 
     Raises:
         UsageError: the folder is no run, or its configuration cannot be read.
@@ -167,20 +167,20 @@ def require_rows(record: RunRecord) -> RunRecord:
     if not record.rows:
         raise UsageError(
             f"{record.root or record.name} has no metrics: expected one line per iteration in {METRICS}, found "
-            f"{'only unreadable lines' if record.broken_lines else 'none'}. Wait for its first iteration, or name "
+            f"{'only unreadable lines' if record.broken_lines else 'none'}. Wait for its first iteration, or give "
             "another run."
         )
     return record
 
 
 def checkpoint_iterations(root: Path) -> list[int]:
-    """Iterations of the checkpoints that were written whole, ascending."""
+    """Return the iterations of complete checkpoints, ascending."""
     folders = (root / "checkpoints").glob("[0-9]*/manifest.json")
     return sorted(int(path.parent.name) for path in folders if path.parent.name.isdigit())
 
 
 def split_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Training iterations, and the final gains; lines of one iteration are merged, evaluations alone left out."""
+    """Return training iterations and final gains; lines of one iteration are merged, evaluation-only lines omitted."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         if isinstance(row.get("iteration"), int):
@@ -200,14 +200,14 @@ def _read_config(root: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "a folder without it" if root.is_dir() else "no such folder"
         raise UsageError(
-            f"{root} is not a run: expected a folder with {RESOLVED}, found {found}. Give a folder that `acpo train` "
-            "wrote; `acpo runs FOLDER` lists those below a folder."
+            f"{root} is not a run: expected a folder with {RESOLVED}, found {found}. Give a folder written by `acpo "
+            "train`; `acpo runs FOLDER` lists the runs below a folder."
         )
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(
-            f"{path} cannot be read as YAML: {error}. It is what `acpo train` wrote; restore it."
+            f"{path} cannot be read as YAML: {error}. `acpo train` wrote this file; restore it."
         ) from error
     if not isinstance(config, dict):
         raise UsageError(f"{path}: expected sections, found {type(config).__name__}")
@@ -223,7 +223,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], dict[str, float], int]
 
 
 def _newest_state(folder: Path) -> dict[str, Any]:
-    """State of the newest checkpoint, by its small JSON file alone: sums are checked where weights are loaded."""
+    """Return the state of the newest checkpoint from its JSON file; checksums are verified where weights are loaded."""
     for path in sorted(folder.glob("[0-9]*/state.json"), reverse=True):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))

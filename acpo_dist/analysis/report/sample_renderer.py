@@ -1,4 +1,4 @@
-"""Renders the images of a report: base and tuned model, same prompts, seeds and trajectory; scored and kept."""
+"""Images of a report: base and tuned model with the same prompts, seeds and trajectory, scored and cached."""
 
 import hashlib
 import json
@@ -34,22 +34,22 @@ logger = logging.getLogger(__name__)
 _INDEX = "images.json"
 REPORT = "report"
 _SEED = 0
-"""Prompts and seeds are the same for every run, so that reports of several runs show the same scenes."""
+"""Seed of the prompts and samples, the same for every run, so that reports of several runs show the same scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image."""
+    """One image with its prompt, seed and scores."""
 
     prompt: str
     seed: int
     file: Path
     scores: dict[str, float]
-    """Raw, by metric."""
+    """Raw scores by metric."""
 
 
 class SampleRenderer:
-    """Renders samples of a run and keeps them in `RUN/report/`; models are opened only for missing samples.
+    """Renders samples of a run and caches them in `RUN/report/`; models are loaded only for missing samples.
 
     Args:
         record: a run with a folder.
@@ -80,18 +80,21 @@ class SampleRenderer:
         """Open a checkpoint and verify it.
 
         Raises:
-            UsageError: it is damaged or missing.
+            UsageError: the checkpoint is damaged or missing.
         """
         try:
             return self._store.open(iteration)
         except CheckpointError as error:
-            raise UsageError(f"{error}. Name another one with --at, or leave images out with --no-samples.") from error
+            raise UsageError(
+                f"{error}. Select another checkpoint with --at, or omit images with --no-samples."
+            ) from error
 
     def samples(self, checkpoint: Checkpoint | None, trajectory: Any) -> list[Sample]:
-        """Images of a checkpoint, or of the base model (None), in the order of the groups.
+        """Return images of a checkpoint, or of the base model (None), in the order of the groups.
 
         Args:
-            trajectory: the checkpoint's mapping, so that both models use the same one; None is evenly spaced.
+            checkpoint: the checkpoint; None is the base model.
+            trajectory: the checkpoint's trajectory as a mapping, used for both models; None is evenly spaced.
         """
         weights = _weights_sum(checkpoint)
         name = "base" if checkpoint is None else f"{checkpoint.iteration:06d}"
@@ -110,7 +113,7 @@ class SampleRenderer:
             Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy()).save(file)
             own = {metric: values[index] for metric, values in scores.items()}
             rows.append({"file": file.name, "prompt": plan.prompt, "seed": plan.seed, "scores": own})
-        # Written last, so that an incomplete folder is not read.
+        # Written last, so that an incomplete folder is ignored.
         replace_file(folder / _INDEX, json.dumps({"samples": rows}, indent=1).encode())
         kept = _read(folder)
         assert kept is not None
@@ -119,8 +122,8 @@ class SampleRenderer:
     def draw(
         self, checkpoint: Checkpoint | None, trajectory: Any, groups: Sequence[PromptGroup], *, label: str
     ) -> list[RolloutHandle]:
-        """Samples of a checkpoint's weights, or of the base model's."""
-        # Weights cannot be unloaded, so the base model is opened again after a tuned one.
+        """Sample from a checkpoint's weights, or from the base model."""
+        # Weights cannot be unloaded, so the base model is loaded again after a tuned one.
         pool = self._open(fresh=checkpoint is None and self._tuned)
         pool.set_trajectory(self._spaced if trajectory is None else trajectory_from_mapping(trajectory))
         if checkpoint is not None:
@@ -135,7 +138,7 @@ class SampleRenderer:
 
     def _open(self, *, fresh: bool = False) -> LocalRollouts:
         if self._pool is None or fresh:
-            with self._console.phase("open the model", None):
+            with self._console.phase("load the model", None):
                 self._pool = open_rollouts(self.config, None)
             self._tuned, self._spaced = False, self._pool.trajectory()
         return self._pool
@@ -156,13 +159,14 @@ class SampleRenderer:
 
 
 def chosen_iteration(record: RunRecord, at: str) -> int | None:
-    """Iteration of the checkpoint that a report shows; None if the run has no checkpoint.
+    """Return the iteration of the checkpoint that a report shows; None if the run has no checkpoint.
 
     Args:
+        record: the run.
         at: `export` (the last, or the best after a roll-back), `last`, `best` (by the judges), or an iteration.
 
     Raises:
-        UsageError: no such checkpoint.
+        UsageError: the checkpoint does not exist.
     """
     known = list(record.checkpoints)
     if not known:
@@ -180,14 +184,14 @@ def chosen_iteration(record: RunRecord, at: str) -> int | None:
         raise UsageError(f"--at must be export, last, best or the number of an iteration, found `{at}`")
     if wanted not in known:
         raise UsageError(
-            f"{record.root} has no checkpoint of iteration {wanted}; found {', '.join(map(str, known))}. Choose one of "
-            "them with --at."
+            f"{record.root} has no checkpoint of iteration {wanted}; found {', '.join(map(str, known))}. Select one "
+            "of them with --at."
         )
     return wanted
 
 
 def _best(record: RunRecord) -> int:
-    """The best checkpoint, as `acpo eval` and `acpo promote` find it.
+    """Return the best checkpoint, as selected by `acpo eval` and `acpo promote`.
 
     Raises:
         UsageError: there is none.
@@ -195,23 +199,24 @@ def _best(record: RunRecord) -> int:
     assert record.root is not None
     newest = CheckpointStore(record.root / "checkpoints", keep=1).newest()
     if newest is None:
-        raise UsageError(f"{record.root} has no whole checkpoint, so no best one: leave images out with --no-samples.")
+        raise UsageError(f"{record.root} has no complete checkpoint, so no best one: omit images with --no-samples.")
     best = newest.best_iteration
     if best == 0 and 0 not in record.checkpoints:
         raise UsageError(
-            f"{record.root}: the judges liked no checkpoint as much as the base model. Choose another one with --at."
+            f"{record.root}: no checkpoint scored higher than the base model with the judges. Select another one "
+            "with --at."
         )
     return best
 
 
 def read_pixels(samples: Sequence[Sample]) -> Tensor:
-    """Images as uint8 (N, 3, H, W)."""
+    """Return images as uint8 (N, 3, H, W)."""
     arrays = [np.asarray(Image.open(sample.file).convert("RGB")) for sample in samples]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def _weights_sum(checkpoint: Checkpoint | None) -> str:
-    """Checksum of the weights, from the manifest that was just verified."""
+    """Return the checksum of the weights, from the manifest that was just verified."""
     if checkpoint is None:
         return "base"
     manifest = json.loads((checkpoint.folder / "manifest.json").read_text(encoding="utf-8"))
@@ -219,7 +224,7 @@ def _weights_sum(checkpoint: Checkpoint | None) -> str:
 
 
 def _digest_of(config: Config, weights: str, trajectory: Any, seeds: Sequence[int]) -> str:
-    """Everything that an image or a score depends on."""
+    """Return a digest of all settings that affect an image or a score."""
     whole = config.to_mapping()
     metrics = [whole["rewards"]["train"], whole["rewards"]["judges"]]
     parts = [whole["model"], whole["sampler"], metrics, whole["data"], weights, trajectory, list(seeds)]

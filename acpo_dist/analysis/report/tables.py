@@ -1,4 +1,4 @@
-"""The tables of `acpo runs`, `acpo compare` and the report: metrics as text, the same on a terminal and in HTML."""
+"""Tables of `acpo runs`, `acpo compare` and the report: metrics as text, the same on a terminal and in HTML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,17 +19,17 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """A gain with its sign."""
+    """Format a gain with its sign."""
     return "-" if value is None else f"{value:+.{digits}f}"
 
 
 def short(value: float | None) -> str:
-    """A value with three significant digits."""
+    """Format a value with three significant digits."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the largest fitting unit."""
+    """Format seconds in the largest fitting unit."""
     if seconds is None:
         return "-"
     if seconds < 1:
@@ -42,7 +42,7 @@ def duration(seconds: float | None) -> str:
 
 
 def run_cells(metrics: RunMetrics) -> list[str]:
-    """One row of a table of runs, by `COLUMNS`."""
+    """Return one row of a table of runs, by `COLUMNS`."""
     by_role = {
         role: ", ".join(
             f"{name} {signed(value)}"
@@ -61,7 +61,7 @@ def run_cells(metrics: RunMetrics) -> list[str]:
 
 
 def list_cells(metrics: RunMetrics) -> list[str]:
-    """One row of the narrower list of runs, by `LIST_COLUMNS`."""
+    """Return one row of the narrower list of runs, by `LIST_COLUMNS`."""
     return [
         metrics.name, str(metrics.seed), metrics.state, _iterations(metrics),
         signed(metrics.mean_gain("reward")), signed(metrics.mean_gain("judge")), short(metrics.drift),
@@ -70,7 +70,7 @@ def list_cells(metrics: RunMetrics) -> list[str]:
 
 
 def seed_cells(group: SeedGroup) -> list[str]:
-    """One row of the means over seeds, by `SEED_COLUMNS`."""
+    """Return one row of the means over seeds, by `SEED_COLUMNS`."""
     gains = ", ".join(f"{name} {_spread(spread)}" for name, spread in group.gains.items())
     seconds = "-" if group.seconds is None else duration(group.seconds.mean)
     seeds = ", ".join(map(str, group.seeds)) or "-"
@@ -79,13 +79,13 @@ def seed_cells(group: SeedGroup) -> list[str]:
 
 
 def difference_table(labels: Sequence[str], differences: Mapping[str, Sequence[str | None]]) -> Table:
-    """Parameters that differ, one column per run."""
+    """Return the parameters that differ, one column per run."""
     rows = [[key, *("-" if value is None else value for value in values)] for key, values in differences.items()]
     return ["parameter", *labels], rows
 
 
 def iteration_table(record: RunRecord) -> Table:
-    """The newest iterations as text, for reading, copying and screen readers."""
+    """Return the newest iterations as text, for reading, copying and screen readers."""
     names = [(role, name) for role in ROLES for name in record.metrics_by_role[role]]
     columns = ["iteration", *(f"{role} {name}" for role, name in names), "rms drift", "anchor weight", "seconds"]
     keys = [*(f"{role}/{name}/mean" for role, name in names), "drift/rms", "anchor/weight", "time/iteration"]
@@ -96,7 +96,7 @@ def iteration_table(record: RunRecord) -> Table:
 
 
 def phase_table(record: RunRecord) -> Table:
-    """Seconds of each phase and what its role reserves; no rows where no time was recorded."""
+    """Return the seconds of each phase and the resources of its role; no rows if no time was recorded."""
     sums = {phase: sum(row.get(f"time/{phase}") or 0.0 for row in record.rows) for phase in PHASES}
     whole = sum(row.get("time/iteration") or 0.0 for row in record.rows)
     sums["other"] = max(0.0, whole - sum(sums.values()))
@@ -110,7 +110,7 @@ def phase_table(record: RunRecord) -> Table:
 
 
 def trajectory_table(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    """What each measurement found and whether its trajectory was adopted."""
+    """Return the result of each measurement and whether its trajectory was adopted."""
     rows = []
     for name, artefact in artefacts:
         gates = artefact.get("gates") or []
@@ -125,7 +125,7 @@ def _iterations(metrics: RunMetrics) -> str:
 
 
 def _reserved(config: Mapping[str, Any]) -> dict[str, str]:
-    """What each role reserves, from the configuration."""
+    """Return the resources of each role, from the configuration."""
     rollout, rewards, learner = (config.get(name) or {} for name in ("rollout", "rewards", "learner"))
     metrics = len(rewards.get("train") or ()) + len(rewards.get("judges") or ())
     roles: Sequence[tuple[str, Any, Mapping[str, Any], str]] = (
