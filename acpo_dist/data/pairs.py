@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from acpo_dist.core.errors import DataError
+from acpo_dist.core.errors import DataError, shorten
 from acpo_dist.core.seeding import generator
 from acpo_dist.data.decoding import decode_square
 
@@ -127,7 +127,7 @@ class PairSet:
         labelled = [
             (group, self._starts[group] + place, row)
             for group, (file, number, _) in enumerate(self._groups)
-            for place, row in enumerate(file.file.read_row_group(number, columns=columns).to_pylist())
+            for place, row in enumerate(file.read(number, columns).to_pylist())
         ]
         beaten = {uid for _, _, row in labelled for uid in _not_winning(row)} if absolute else set[str]()
         counts: Counter[str] = Counter(rows=len(labelled))
@@ -168,7 +168,7 @@ class PairSet:
             while len(self._held) >= 2:
                 self._held.pop(next(iter(self._held)))
             file, number, _ = self._groups[group]
-            table = file.file.read_row_group(number, columns=[*IMAGES, LABEL, CAPTION])
+            table = file.read(number, [*IMAGES, LABEL, CAPTION])
             self._held[group] = {name: table.column(name).to_pylist() for name in table.column_names}
         place = row - self._starts[group]
         return {name: values[place] for name, values in self._held[group].items()}
@@ -215,6 +215,12 @@ class _PairFile:
     path: Path
     file: pq.ParquetFile
 
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        try:
+            return self.file.read_row_group(group, columns=list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{self.path} is damaged: {shorten(str(error))}") from error
+
     def require(self, columns: Sequence[str]) -> None:
         found = self.file.schema_arrow.names
         missing = [name for name in columns if name not in found]
@@ -234,7 +240,7 @@ def _open_files(path: Path) -> list[_PairFile]:
         try:
             file = _PairFile(entry, pq.ParquetFile(entry))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{entry} is not a readable parquet file: {error}") from error
+            raise DataError(f"{entry} is not a readable parquet file: {shorten(str(error))}") from error
         file.require([*IMAGES, LABEL, CAPTION])
         files.append(file)
     return files

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from acpo_dist.core.errors import DataError
+from acpo_dist.core.errors import DataError, shorten
 
 _ROWS_AT_ONCE = 256
 
@@ -30,7 +30,7 @@ def open_parquet(path: Path, column: str) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
+        raise DataError(f"{path} is not a readable parquet file: {shorten(str(error))}") from error
     schema = file.schema_arrow
     if schema.names.count(column) != 1:
         file.close()
@@ -73,7 +73,7 @@ def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[byte
             for value in batch.column(0).to_pylist():
                 yield _encoded(value, path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+        raise DataError(f"{path} is damaged: {shorten(str(error))}") from error
 
 
 def _encoded(value: Any, parquet: Path) -> bytes | Path | None:

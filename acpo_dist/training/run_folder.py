@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from acpo_dist.config.load import dump, load_config, writer_of
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import CheckpointError, ResumeError
+from acpo_dist.config.yaml_text import read_yaml
+from acpo_dist.core.errors import CheckpointError, ConfigError, ResumeError, quoted, shorten
 from acpo_dist.core.files import replace_file
 from acpo_dist.core.version import own_version
 from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
@@ -19,6 +18,8 @@ from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore, op
 logger = logging.getLogger(__name__)
 
 RESOLVED = "resolved.yaml"
+_VALUE = 60
+"""Characters of a value in a message."""
 METRICS = "metrics.jsonl"
 
 # Keys that may change on resume: where the run executes and for how long, not what it computes.
@@ -161,9 +162,9 @@ def _require_same(config: Config, root: Path) -> None:
             f"--resume: {root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote."
         )
     try:
-        old = yaml.safe_load((root / RESOLVED).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ResumeError(f"--resume: {root / RESOLVED} cannot be read: {error}") from error
+        old = read_yaml((root / RESOLVED).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ResumeError(f"--resume: {root / RESOLVED} cannot be read: {shorten(str(error), 300)}") from error
     if not isinstance(old, dict):
         raise ResumeError(
             f"--resume: {root / RESOLVED} holds {type(old).__name__} instead of sections: the file is truncated. "
@@ -174,24 +175,24 @@ def _require_same(config: Config, root: Path) -> None:
         writer = writer_of(root / RESOLVED)
         by = "" if writer == own_version() else f" and acpo_dist {writer} (this is {own_version()})"
         raise ResumeError(
-            f"--resume: {root} was started with another configuration{by}: {'; '.join(differences[:5])}. Restore these "
-            "values, or start a new run in another run.dir."
+            f"--resume: {root} was started with another configuration{by}: {shorten('; '.join(differences[:5]), 300)}. "
+            "Restore these values, or start a new run in another run.dir."
         )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]):
-    for section in sorted(set(old) | set(new)):
+    for section in sorted(set(old) | set(new), key=str):
         free = _FREE.get(section, set())
         if free is None:
             continue
         before, after = old.get(section), new.get(section)
         if not isinstance(before, dict) or not isinstance(after, dict):
             if before != after:
-                yield f"{section} was {before!r}, is {after!r}"
+                yield f"{section} was {quoted(before, _VALUE)}, is {quoted(after, _VALUE)}"
             continue
-        for key in sorted((set(before) | set(after)) - free):
+        for key in sorted((set(before) | set(after)) - free, key=str):
             if before.get(key) != after.get(key):
-                yield f"{section}.{key} was {before.get(key)!r}, is {after.get(key)!r}"
+                yield f"{section}.{key} was {quoted(before.get(key), _VALUE)}, is {quoted(after.get(key), _VALUE)}"
 
 
 def git_commit() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from acpo_dist.core.errors import CheckpointError
+from acpo_dist.core.errors import CheckpointError, shorten
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
 
@@ -149,16 +149,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: the manifest or a file is missing, or a checksum differs.
     """
-    manifest = folder / MANIFEST
     try:
-        sums = json.loads(manifest.read_text())["files"]
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError, KeyError) as error:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        named = {folder / name: str(wanted) for name, wanted in sums.items()}
+        iteration = int(state["iteration"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{folder} is no complete checkpoint: {MANIFEST} or {STATE} cannot be read ({error})"
+            f"{folder} is no complete checkpoint: {MANIFEST} or {STATE} cannot be read ({shorten(str(error))})"
         ) from error
-    for name, wanted in sums.items():
-        path = folder / name
+    # A file that the manifest does not name is not checked, so every file that is read must be named.
+    found_files = {path for path in folder.rglob("*") if path.is_file()} - {folder / MANIFEST}
+    if unnamed := sorted({folder / STATE, *found_files} - named.keys()):
+        raise CheckpointError(f"{folder} is damaged: {MANIFEST} does not name {unnamed[0].relative_to(folder)}")
+    for path, wanted in named.items():
+        name = shorten(os.path.relpath(path, folder))
         if not path.is_file():
             raise CheckpointError(f"{folder} is damaged: {name} is missing")
         found = _sha256(path)
@@ -166,7 +171,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{folder} is damaged: {name} has sha256 {found[:12]}, the manifest says {wanted[:12]}"
             )
-    return Checkpoint(folder=folder, iteration=int(state["iteration"]), state=state)
+    return Checkpoint(folder=folder, iteration=iteration, state=state)
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from acpo_dist.core.errors import RewardError
+from acpo_dist.core.errors import RewardError, shorten
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient
 
@@ -101,10 +101,10 @@ def _decode(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], tup
         # `load` has validated the header, but does not return its metadata.
         header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
         prompts = json.loads(header.get("__metadata__", {}).get("prompts", "[]"))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise BodyError(f"the body is not in the safetensors format: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BodyError(f"the body is not in the safetensors format: {shorten(str(error))}") from error
     if set(tensors) != set(names):
-        found = ", ".join(sorted(tensors)) or "nothing"
+        found = shorten(", ".join(sorted(tensors))) or "nothing"
         raise BodyError(f"the body must hold the tensors {', '.join(names)}, found {found}")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise BodyError("the metadata `prompts` must be a JSON list of texts")
