@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test test-slow cluster-test lint format bench toy clean
+.PHONY: help install venv demo test test-slow soak cluster-test lint format bench toy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +47,9 @@ test: $(STAMP) ## every promise of the project on the CPU
 
 test-slow: $(STAMP) ## what takes long by nature: more cases, long statistics, SDXL at full size (24 GiB of memory)
 	ACPO_FULL_SDXL=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
+
+soak: $(STAMP) ## runs that are killed, stopped and starved at random, for ten minutes; ARGS="--minutes 120 --seed 7"
+	$(BIN)/python -m tests.soak $(ARGS)
 
 cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root and half an hour
 	$(BIN)/python -m tests.cluster.bench $(ARGS)

@@ -1,0 +1,106 @@
+"""What is injected: cases of faults, roles and phases, drawn at random from a seed."""
+
+import random
+from dataclasses import dataclass, field
+
+from tests.soak.faults import Injection
+from tests.soak.processes import PHASES
+
+ITERATIONS = 4
+_LATER = [name for name in PHASES if name not in ("start", "loading", "calibration", "export")]
+_RANKS = [name for name in PHASES if name not in ("start", "iterating")]
+
+
+@dataclass
+class Case:
+    """One run and its faults."""
+
+    seed: int
+    backend: str
+    overrides: list[str] = field(default_factory=list)
+    injections: list[Injection] = field(default_factory=list)
+    small_disk: bool = False
+    mlflow: bool = False
+
+
+def draw(seed: int, kind: str = "any") -> Case:
+    """The case of a seed.
+
+    Args:
+        seed: decides everything that is random.
+        kind: `learner` for killed learner ranks alone, `any` for all kinds.
+    """
+    chosen = random.Random(seed)
+    if kind == "any":
+        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward", "mlflow"])
+    case = {
+        "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward, "mlflow": _mlflow
+    }[kind](seed, chosen)  # fmt: skip
+    for injection in case.injections:
+        injection.seed = chosen.randrange(2**32)
+    return case
+
+
+def _engine(chosen: random.Random) -> list[str]:
+    stage = chosen.choice(["0", "1", "2", "2", "3"])
+    return [
+        "cluster.max_restarts=8", "learner.num_ranks=2", f"learner.zero_stage={stage}",
+        "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
+    ]  # fmt: skip
+
+
+def _in_order(injections: list[Injection]) -> list[Injection]:
+    """Sorted by the time at which each is due."""
+    return sorted(injections, key=lambda one: (one.after, PHASES.index(one.phase)))
+
+
+def _after(chosen: random.Random, phase: str) -> int:
+    if phase == "export":
+        return ITERATIONS + 1
+    return chosen.randrange(1, ITERATIONS) if phase in _LATER else 0
+
+
+def _learner(seed: int, chosen: random.Random) -> Case:
+    phases = [chosen.choice(_RANKS) for _ in range(4)]
+    injections = [Injection("SIGKILL", "learner", phase, _after(chosen, phase)) for phase in phases]
+    return Case(seed, "ray", _engine(chosen), _in_order(injections))
+
+
+def _roles(seed: int, chosen: random.Random) -> Case:
+    injections = []
+    for _ in range(3):
+        fault = chosen.choice(["SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM"])
+        role = chosen.choice(["driver", "learner", "rollout", "reward", "controller"])
+        phase = chosen.choice(["start", *_RANKS] if role == "driver" else _RANKS)
+        injections.append(Injection(fault, role, phase, _after(chosen, phase)))
+    workers = ["rollout.num_workers=2"] if chosen.random() < 0.5 else []
+    return Case(seed, "ray", [*_engine(chosen), *workers], _in_order(injections))
+
+
+def _local(seed: int, chosen: random.Random) -> Case:
+    fault = chosen.choice(["SIGKILL", "SIGTERM", "SIGSTOP", "damaged checkpoint"])
+    phases = ["iterating", "saving", "export", *(["start"] if fault != "damaged checkpoint" else [])]
+    return Case(seed, "local", [], [_of(chosen, fault, phases), _of(chosen, "SIGKILL", phases)])
+
+
+def _of(chosen: random.Random, fault: str, phases: list[str]) -> Injection:
+    phase = chosen.choice(phases)
+    return Injection(fault, "driver", phase, _after(chosen, phase))
+
+
+def _disk(seed: int, chosen: random.Random) -> Case:
+    backend = chosen.choice(["local", "local", "ray"])
+    phase = chosen.choice(["scoring" if backend == "ray" else "iterating", "saving", "export"])
+    overrides = _engine(chosen) if backend == "ray" else []
+    return Case(seed, backend, overrides, [Injection("full disk", "disk", phase, _after(chosen, phase))], True)
+
+
+def _reward(seed: int, chosen: random.Random) -> Case:
+    phase = chosen.choice(["calibration", "drawing", "learning"])
+    fault = chosen.choice(["nan", "hang", "memory"])
+    overrides = [*_engine(chosen), "rewards.replicas=2", "rewards.attempt_timeout_s=20"]
+    return Case(seed, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])
+
+
+def _mlflow(seed: int, chosen: random.Random) -> Case:
+    return Case(seed, "local", [], [Injection("SIGKILL", "mlflow", "iterating", 1)], mlflow=True)

@@ -1,0 +1,138 @@
+"""Faults that are injected into a run from outside: signals, a full disk, a damaged checkpoint, a faulty metric."""
+
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.soak.processes import Processes, of_role, phase_of, rows
+
+SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
+STOPPED_S = (2.0, 12.0)
+"""Seconds for which SIGSTOP holds a process."""
+_LOOK_S = 0.005
+_REFRESH_S = 0.4
+
+
+@dataclass
+class Injection:
+    """One fault, when it is due, and what came of it."""
+
+    fault: str
+    role: str
+    phase: str
+    after: int = 0
+    """Rows of metrics that must be recorded before."""
+    seed: int = 0
+    done: bool = False
+    seen: str = ""
+    """Title of the victim, or file, at the injection."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+class Injector:
+    """Injects faults into one run, one after the other, each when its phase is seen.
+
+    Args:
+        processes: the run's processes.
+        folder: run folder.
+        iterations: iterations of the run.
+        faults: folder of the faulty metric.
+    """
+
+    def __init__(self, processes: Processes, folder: Path, iterations: int, faults: Path) -> None:
+        self._processes, self._folder, self._iterations, self._faults = processes, folder, iterations, faults
+        self._looked = 0.0
+        self._gone: list[int] = []
+        """Processes that must have ended before the next injection."""
+        self._stopped: list[tuple[float, int]] = []
+        self.filler = folder.parent / "filler"
+
+    def step(self, due: list[Injection]) -> None:
+        """Look once; inject the first fault that is due."""
+        now = time.monotonic()
+        if now - self._looked > _REFRESH_S:
+            self._processes.refresh()
+            self._looked = now
+        for until, pid in list(self._stopped):
+            if now > until:
+                self._stopped.remove((until, pid))
+                self._signal(pid, signal.SIGCONT)
+        waiting = [one for one in due if not one.done]
+        if waiting and not self._stopped and not any(self._processes.lives(pid) for pid in self._gone):
+            self._try(waiting[0], now)
+        time.sleep(_LOOK_S)
+
+    def release(self) -> None:
+        """Continue stopped processes, and free the disk."""
+        for _, pid in self._stopped:
+            self._signal(pid, signal.SIGCONT)
+        self._stopped.clear()
+        self.filler.unlink(missing_ok=True)
+
+    def _try(self, injection: Injection, now: float) -> None:
+        titles = self._processes.titles()
+        if injection.phase != phase_of(titles, self._folder, self._iterations):
+            return
+        if injection.after > rows(self._folder):
+            return
+        chosen = random.Random(injection.seed)
+        if injection.fault in SIGNALS:
+            victims = sorted(of_role(titles, injection.role, self._processes.parent))
+            if not victims:
+                return
+            victim = chosen.choice(victims)
+            if injection.fault == "SIGSTOP":
+                self._stopped.append((now + chosen.uniform(*STOPPED_S), victim))
+            else:
+                # A rank that dies ends all of them.
+                self._gone = victims if injection.role == "learner" else [victim]
+            injection.seen = titles.get(victim, "")
+            self._signal(victim, SIGNALS[injection.fault])
+        elif injection.fault == "full disk":
+            injection.seen = fill(self.filler)
+        elif injection.fault == "damaged checkpoint":
+            injection.seen = damage(self._folder, chosen)
+            if not injection.seen:
+                return
+            # Only a restart reads it.
+            self._signal(self._processes.parent, signal.SIGKILL)
+        else:
+            (self._faults / injection.fault).touch()
+            injection.seen = injection.fault
+        injection.done = True
+
+    def _signal(self, pid: int, number: signal.Signals) -> None:
+        if self._processes.lives(pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def fill(path: Path) -> str:
+    """Write a file until the disk is full."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    return f"{path.stat().st_size >> 20} MiB"
+
+
+def damage(folder: Path, chosen: random.Random) -> str:
+    """Cut or change one file of the newest checkpoint; returns its name, empty without a checkpoint."""
+    found = sorted((folder / "checkpoints").glob("[0-9]*"))
+    if not found:
+        return ""
+    file = chosen.choice(sorted(path for path in found[-1].rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    if chosen.random() < 0.5:
+        del content[chosen.randrange(len(content)) :]
+    else:
+        content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+    file.write_bytes(content)
+    return str(file.relative_to(folder))

@@ -1,0 +1,161 @@
+"""One disturbed run: start, inject, continue until it is finished, check."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import TINY
+from tests.soak import checks
+from tests.soak.cases import ITERATIONS, Case
+from tests.soak.faults import Injector
+from tests.soak.processes import Processes, shared_memory
+
+ACPO = [sys.executable, "-c", "from acpo_dist.cli import main; main()"]
+RUN_S = 900.0
+"""Seconds after which a run counts as hung."""
+_LEFT_S = 30.0
+"""Seconds that descendants of a process that was killed have to end."""
+_STARTS = 6
+_SURVIVED = ("learner", "rollout", "reward", "controller")
+"""Roles whose loss must not end the command."""
+
+
+def command(folder: Path, case: Case, *, faults: Path, resume: bool = False) -> list[str]:
+    """`acpo train` of a case."""
+    overrides = [
+        *TINY, f"run.iterations={ITERATIONS}", "checkpoint.every=1", f"cluster.backend={case.backend}",
+        f"run.dir={folder}", *case.overrides,
+        f"rewards.judges=[{{type: 'tests.helpers.misbehaving:Misbehaving', folder: '{faults}'}}]",
+    ]  # fmt: skip
+    return [*ACPO, "train", "toy_sdxl", *overrides, *(["--resume", "auto"] if resume else [])]
+
+
+def twin(root: Path) -> list[dict[str, float]]:
+    """Metrics of the undisturbed run in one process."""
+    case = Case(0, "local")
+    (root / "faults").mkdir(parents=True, exist_ok=True)
+    with (root / "twin.txt").open("w") as output:
+        subprocess.run(
+            command(root / "twin", case, faults=root / "faults"), check=True, stdout=output, stderr=output,
+            timeout=RUN_S,
+        )  # fmt: skip
+    return checks.metrics(root / "twin")
+
+
+def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str, Any]:
+    """Execute a case in the folder `root` and check it.
+
+    Returns:
+        The case, its injections and all that went wrong, as JSON.
+    """
+    started = time.monotonic()
+    faults = root / "faults"
+    faults.mkdir(parents=True)
+    before = shared_memory()
+    problems: list[str] = []
+    codes: list[int] = []
+    said: list[str] = []
+    folder = root / "disk" / "run" if case.small_disk else root / "run"
+    with _disk(root / "disk", case.small_disk):
+        for attempt in range(_STARTS):
+            log = root / f"output{attempt}.txt"
+            code, signalled = _start(case, folder, faults, log, problems, resume=bool(attempt))
+            codes.append(code)
+            output = log.read_text(errors="replace")
+            said.append(output)
+            problems += checks.ending(code, output, signalled=signalled)
+            if not code:
+                break
+            if all(one.role in _SURVIVED for one in case.injections):
+                problems.append(f"ended with exit code {code}, and not only restarted: {output.strip()[-600:]}")
+        else:
+            problems.append(f"not finished after {_STARTS} starts")
+        if not codes[-1]:
+            problems += checks.compare(checks.metrics(folder), expected, exact=case.backend == "local")
+            problems += checks.folder_left(folder)
+        if problems and case.small_disk:
+            shutil.copytree(folder, root / "run", dirs_exist_ok=True)
+    if left := sorted(name for name in shared_memory() - before if not _in_use(name)):
+        problems.append(f"left in shared memory: {left}")
+    restarts = sum(text.count("cluster.max_restarts)") for text in said)
+    return {
+        "seed": case.seed, "backend": case.backend, "overrides": case.overrides, "codes": codes, "restarts": restarts,
+        "injections": [one.to_mapping() for one in case.injections], "problems": problems,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+
+
+def _start(case: Case, folder: Path, faults: Path, log: Path, problems: list[str], *, resume: bool) -> tuple[int, bool]:
+    """Start the run once; returns its code, and whether it received a signal itself."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command(folder, case, faults=faults, resume=resume), stdout=output, stderr=output, env=variables,
+            start_new_session=True,
+        )  # fmt: skip
+    processes = Processes(process.pid)
+    injector = Injector(processes, folder, ITERATIONS, faults)
+    pending = [one for one in case.injections if not one.done]
+    deadline = time.monotonic() + RUN_S
+    try:
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                problems.append(f"hung: no end within {RUN_S:g} s; processes {processes.titles()}")
+                break
+            injector.step(pending)
+    finally:
+        injector.release()
+        _end(process, processes, problems)
+    driver = [one for one in pending if one.done and (one.role == "driver" or one.fault == "damaged checkpoint")]
+    return process.returncode, any(one.fault != "SIGSTOP" for one in driver)
+
+
+def _end(process: subprocess.Popen, processes: Processes, problems: list[str]) -> None:
+    """Wait for all descendants of a process that has ended; those that stay are a problem, and are killed."""
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    deadline = time.monotonic() + _LEFT_S
+    while processes.alive() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    titles = processes.titles()
+    if left := processes.alive():
+        problems.append(f"processes left {_LEFT_S:g} s after the end: {[titles.get(pid, pid) for pid in left]}")
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class _disk:  # noqa: N801
+    """A small file system of its own for a run, mounted on a folder while the block runs; needs root."""
+
+    def __init__(self, folder: Path, wanted: bool, size: str = "96m") -> None:
+        self._folder, self._wanted, self._size = folder, wanted, size
+
+    def __enter__(self) -> None:
+        if self._wanted:
+            self._folder.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={self._size}", "tmpfs", self._folder], check=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            subprocess.run(["umount", self._folder], check=True)
+
+
+def _in_use(name: str) -> bool:
+    """Whether a process has a file of /dev/shm open or mapped."""
+    path = f"/dev/shm/{name}"
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                if path in (entry / "maps").read_text():
+                    return True
+                if any(os.readlink(one) == path for one in (entry / "fd").iterdir()):
+                    return True
+    return False
