@@ -1,4 +1,4 @@
-"""The typer application, and how errors end: one message, one exit code."""
+"""The typer application and its error handling: one message and one exit code per error."""
 
 import json
 import logging
@@ -13,15 +13,15 @@ from typer.core import TyperGroup
 from acpo_dist.core.errors import AcpoError
 
 _GO_ON = {"train": "--resume auto"}
-"""Commands that go on where they were, and the option that says so."""
+"""Commands that can be continued, and the option that does it."""
 
 
 _terminated = False
-"""Whether SIGTERM has come. The exception that says so may be caught below and raised anew as a plain one."""
+"""Whether SIGTERM arrived. The exception that reports it may be caught and raised again as another one."""
 
 
 class _Commands(TyperGroup):
-    """typer itself ends an interrupted command without a word."""
+    """Reports interruptions; typer would end an interrupted command without a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,12 +29,12 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             word, code = interruption()
             option = _GO_ON.get(ctx.invoked_subcommand)
-            say(f"{word}; go on with `acpo {ctx.invoked_subcommand} ... {option}`" if option else word)
+            say(f"{word}; continue with `acpo {ctx.invoked_subcommand} ... {option}`" if option else word)
             sys.exit(code)
 
 
 def interruption() -> tuple[str, int]:
-    """What a `KeyboardInterrupt` was, and the exit code that says so."""
+    """Return the signal behind a `KeyboardInterrupt` and its exit code."""
     return ("terminated", 143) if _terminated else ("interrupted", 130)
 
 
@@ -47,11 +47,11 @@ app = typer.Typer(
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 130 interrupted, 143 terminated."""
     signal.signal(signal.SIGTERM, _terminate)
-    # One torch thread per process unless the user says otherwise: two that share a core are many times slower.
+    # One torch thread per process unless configured otherwise: two threads on one core are many times slower.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    # Import-time chatter about optional kernels that nothing here uses.
+    # Messages at import about optional kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from acpo_dist.cli import commands  # noqa: F401  (registers the commands)
 
@@ -65,8 +65,8 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """End as after Ctrl-C: what was started is ended, and the run is recorded as killed."""
-    # Whoever asks twice must not cut that short; there is SIGKILL for the impatient.
+    """Exit as after Ctrl-C: started processes are ended, and the run is recorded as killed."""
+    # A second SIGTERM must not interrupt this; SIGKILL remains.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     global _terminated
     _terminated = True
@@ -74,12 +74,12 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 
 def say(text: str) -> None:
-    """One line on standard error."""
+    """Write a line to standard error."""
     sys.stderr.write(text + "\n")
 
 
 def _keep_standard_output() -> None:
-    """Send whatever libraries and child processes print to standard error; `answer` alone keeps standard output."""
+    """Redirect output of libraries and child processes to standard error; only `answer` writes to standard output."""
     sys.stdout.flush()
     kept = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -87,11 +87,11 @@ def _keep_standard_output() -> None:
 
 
 _answers: list[TextIO] = []
-"""The real standard output, once it is kept apart."""
+"""The real standard output, once it is redirected."""
 
 
 def answer(value: dict[str, Any]) -> None:
-    """One JSON object on standard output, and nothing else there."""
+    """Write one JSON object to standard output, which receives nothing else."""
     stream = _answers[-1] if _answers else sys.stdout
     stream.write(json.dumps(value) + "\n")
     stream.flush()

@@ -1,4 +1,4 @@
-"""Backend of a run, and its ports."""
+"""Backend and ports of a run."""
 
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
@@ -7,7 +7,7 @@ from acpo_dist.training.run import OpenPorts
 
 
 def choose_backend(config: Config) -> str:
-    """`local` or `ray`; `auto` takes Ray if the configuration needs several processes.
+    """Return `local` or `ray`; `auto` uses Ray if the configuration needs several processes.
 
     Raises:
         ConfigError: Ray is needed but not installed.
@@ -27,7 +27,7 @@ def choose_backend(config: Config) -> str:
 
 
 def ports_for(backend: str) -> OpenPorts:
-    """The function that opens the ports of a backend."""
+    """Return the function that opens the ports of a backend."""
     if backend == "local":
         from acpo_dist.training.local import open_ports
 

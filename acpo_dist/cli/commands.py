@@ -1,4 +1,4 @@
-"""All commands. Heavy modules are imported inside them, so that `acpo --help` is quick."""
+"""All commands. Heavy modules are imported inside them, so that `acpo --help` is fast."""
 
 from acpo_dist.cli import (
     compare,

@@ -8,7 +8,7 @@ import typer
 from acpo_dist.cli.app import answer, app
 
 _SIDE_BY_SIDE = 4
-"""Largest number of runs that are shown as columns; more are shown as rows."""
+"""Largest number of runs shown as columns; more are shown as rows."""
 
 
 @app.command("compare")
@@ -16,7 +16,7 @@ def compare(
     runs: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN]...", help="Run folders, or folders of runs.")
     ] = None,
-    experiment: Annotated[str | None, typer.Option(help="Every run of this MLflow experiment too.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Also every run of this MLflow experiment.")] = None,
     uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; by default MLFLOW_TRACKING_URI, or runs/mlflow.db.")
     ] = None,
@@ -33,7 +33,7 @@ def compare(
     from acpo_dist.tracking.console import print_table
 
     if out is not None and out.suffix.lower() != ".html":
-        raise UsageError(f"--out must end in .html, found {out}; the page's chart can be saved as an image from there")
+        raise UsageError(f"--out must end in .html, found {out}; the page can save its chart as an image")
     records = [require_rows(record) for record in gather(runs or [], experiment, uri)]
     metrics, labels = [metrics_of(record) for record in records], labels_of(records)
     groups, changed = seed_groups(records, metrics, labels), differences(records)

@@ -23,7 +23,7 @@ def show(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Print the resolved configuration: every key with the value that a run would use."""
+    """Print the resolved configuration: every key with its value."""
     from acpo_dist.config.load import dump, load_config
 
     config = load_config(source, overrides or [])

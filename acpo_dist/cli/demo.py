@@ -8,7 +8,7 @@ import typer
 
 from acpo_dist.cli.app import answer, app
 
-# What one does who looks at the reward alone: nothing holds the model, and the rate is the one that gives most reward.
+# Optimising the reward alone: no anchor, and the learning rate that raises the reward most.
 _REWARD_ONLY = [
     "algorithm.anchor.weight=0", "algorithm.anchor.budget=null", "learner.learning_rate=8.0e-3",
     "learner.lr_decay_ratio=0",
@@ -21,16 +21,16 @@ COLUMNS = ("reward", "judge", "oracle_mse", "oracle_psnr", "caption_accuracy", "
 @app.command("demo")
 def demo(
     folder: Annotated[
-        Path, typer.Option(help="Where runs, MLflow and the image go; a new folder below it per demo.")
+        Path, typer.Option(help="Folder for runs, MLflow and the image; each demo writes a new subfolder.")
     ] = Path("runs"),
-    seed: Annotated[int, typer.Option(help="Seed of training; evaluation prompts and seeds follow from it.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of training; evaluation prompts and seeds are derived from it.")] = 0,
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Iterations per arm; None takes configs/demo.yaml's.")
+        int | None, typer.Option(min=1, help="Iterations per arm; by default those of configs/demo.yaml.")
     ] = None,
     samples: Annotated[int, typer.Option(min=8, help="Evaluation samples per arm.")] = EVALUATION_SAMPLES,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Train a toy on the reward alone and with ACPO, and compare both with the base; no GPU or network needed."""
+    """Train a toy model with and without the anchor and compare both with the base model; no GPU or network needed."""
     from acpo_dist.cli.demo_run import run_demo
     from acpo_dist.tracking.console import Console
 
@@ -42,11 +42,11 @@ def demo(
     if as_json:
         answer({"arms": report.arms, "run_dir": str(root), "mlflow_uri": report.mlflow_uri, "seconds": seconds})
         return
-    rows = [[name, *(_figure(metrics[column]) for column in COLUMNS)] for name, metrics in report.arms.items()]
+    rows = [[name, *(_shown(metrics[column]) for column in COLUMNS)] for name, metrics in report.arms.items()]
     console.table(f"Toy SDXL, {samples} images per arm, same prompts and seeds", ["arm", *COLUMNS], rows)
     console.message(
-        "reward is what was optimised; judge and the exact oracle never drive the update. Reward alone raises the "
-        "reward and ruins the images; the anchor keeps the gain real."
+        "The reward is optimised; judge and exact oracle are not used in training. Without an anchor the reward "
+        "rises and the images are ruined; with the anchor the gain is real."
     )
     console.message(f"images: {report.image}")
     console.message(f"done in {seconds:.0f} s: {root}")
@@ -55,7 +55,7 @@ def demo(
 
 
 def _new_folder(folder: Path) -> Path:
-    """`demo-1`, `demo-2`, ...: nothing is overwritten."""
+    """Return `demo-1`, `demo-2`, ...: no demo overwrites another."""
     number = 1 + sum(1 for _ in folder.glob("demo-*"))
     while (root := folder / f"demo-{number}").exists():
         number += 1
@@ -63,5 +63,5 @@ def _new_folder(folder: Path) -> Path:
     return root
 
 
-def _figure(value: Any) -> str:
+def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}"

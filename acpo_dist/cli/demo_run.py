@@ -1,4 +1,4 @@
-"""The demo's work, apart from how it is shown."""
+"""Training and evaluation of the demo, without its output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ _SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """Figures of every arm, and where to look."""
+    """Metrics of every arm, and paths of the results."""
 
     arms: dict[str, dict[str, float | None]]
     image: Path
     mlflow_uri: str | None
     charts: str | None
-    """How to open the charts of the runs; see `charts_link`."""
+    """Command that opens the charts of the runs; see `charts_link`."""
 
 
 def run_demo(

@@ -47,10 +47,10 @@ def doctor(
 
 
 def _checks(source: str | None, overrides: list[str], address: str | None) -> Iterator[tuple[str, "Check"]]:
-    """Checks in order; each runs after the findings before it are shown, and the ones that import most come last.
+    """Yield the checks in order; slow imports come last, and each check runs after the earlier findings are shown.
 
     Raises:
-        ConfigError: the configuration is wrong; raised before any check.
+        ConfigError: the configuration is invalid; raised before any check.
     """
     from acpo_dist.core.errors import AcpoError
     from acpo_dist.preflight.doctor.finding import Finding
@@ -64,7 +64,7 @@ def _checks(source: str | None, overrides: list[str], address: str | None) -> It
     except AcpoError:
         raise
     except Exception as error:
-        # A broken library may prevent reading it; the checks of libraries report which.
+        # A broken library can prevent reading it; the checks of libraries report which.
         broken = f"{source} cannot be read with these libraries: {type(error).__name__}: {error}".splitlines()[0]
     yield from _of_the_machine()
     if broken:

@@ -1,4 +1,4 @@
-"""`acpo embed`: the prompts' embeddings, once, so that a run needs no text encoder."""
+"""`acpo embed`: cache the prompts' embeddings, so that a run needs no text encoder."""
 
 from typing import Annotated
 
@@ -26,7 +26,7 @@ def embed(
     config = load_config(source, overrides or [])
     family = resolve("model", MODELS, config.model.type)
     if not hasattr(family, "embeddings"):
-        raise UsageError(f"a `{config.model.type}` model draws without prompts: there is nothing to embed.")
+        raise UsageError(f"a `{config.model.type}` model takes no prompts: there is nothing to embed.")
     # The empty prompt is the null condition of guidance and of the anchor.
     prompts = ("", *load_prompts(config.data.prompts, config.data.prompt_column))
     embeddings = family.embeddings(config.model, device=default_device())
@@ -36,4 +36,4 @@ def embed(
     if as_json:
         answer({"prompts": len(set(prompts)), "encoded": made, "folder": str(embeddings.folder)})
         return
-    console.message(f"{made} of {len(set(prompts))} prompts encoded, the others were there; {embeddings.folder}")
+    console.message(f"{made} of {len(set(prompts))} prompts encoded, the others were cached; {embeddings.folder}")

@@ -1,4 +1,4 @@
-"""`acpo eval`: a model or images before judges, with intervals, on a suite of prompts."""
+"""`acpo eval`: score a model or images with judges on a suite of prompts, with confidence intervals."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,23 +19,29 @@ def evaluate_command(
     ] = None,
     judges: Annotated[
         list[str] | None,
-        typer.Option("--judges", "--judge", help="Names as for `acpo score`, joined by commas or repeated."),
+        typer.Option("--judges", "--judge", help="Judges as in `acpo score`, separated by commas or repeated."),
     ] = None,
-    compare: Annotated[str | None, typer.Option(help="base (of a run), or another model, run or set.")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="base (of a run), or another model, run or set of images.")
+    ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="Of a run: newest, best (by its judges), or an iteration.")
+        str, typer.Option(help="Checkpoint of a run: newest, best (by its judges), or an iteration.")
     ] = "newest",
     samples_per_prompt: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts or images, spread evenly over all.")] = None,
-    seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Folder; evaluations/SOURCE-SUITE if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the evaluation in the folder.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Rollout workers; more than one means Ray.")] = 1,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Number of prompts or images, spread evenly over all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder; default: evaluations/SOURCE-SUITE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the evaluation in the folder.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Rollout workers; more than one requires Ray.")] = 1,
     backend: Annotated[str, typer.Option(help="local, ray or auto.")] = "auto",
     features: Annotated[
         str, typer.Option(help="low-pass[:SIZE], inception:FILE or network:MODULE:CLASS:FILE.")
     ] = "low-pass",
-    drift: Annotated[int, typer.Option(min=0, help="Samples for drift of a run from its base; 0 for none.")] = 32,
+    drift: Annotated[
+        int, typer.Option(min=0, help="Samples for the drift of a run from its base model; 0 disables it.")
+    ] = 32,
     prompt_column: Annotated[str, typer.Option(help="Column of prompts.")] = "prompt",
     category_column: Annotated[str, typer.Option(help="Column of categories.")] = "category",
     image_column: Annotated[str, typer.Option(help="Column of images in a parquet file.")] = "image",
@@ -43,8 +49,8 @@ def evaluate_command(
 ) -> None:
     """Score samples of a prompt suite, or existing images, with judges.
 
-    Every judge gets a mean with its 95 % interval over prompts; with --compare the paired difference on the same seeds
-    and the win rate. A judge that fails is named with its sample, counted as missing, and makes the exit code 1.
+    Every judge gets a mean with its 95 % interval over prompts; with --compare also the paired difference on the same
+    seeds and the win rate. A failed judge is named with its sample, counted as missing, and makes the exit code 1.
     """
     from acpo_dist.cli.eval_request import Options, request_of
     from acpo_dist.cli.eval_table import show
@@ -69,7 +75,7 @@ def evaluate_command(
             report = evaluate(request, chosen, folder, console, resume=resume)
     except KeyboardInterrupt:
         word, code = interruption()
-        say(f"{word}; the same command with --resume goes on in {folder}")
+        say(f"{word}; the same command with --resume continues in {folder}")
         raise typer.Exit(code) from None
     for failure in report["failures"][:20]:
         say(f"no score: {failure['arm']} {failure['image']}, judge {failure['judge']}: {failure['error']}")
@@ -78,7 +84,7 @@ def evaluate_command(
     else:
         show(report, folder)
     if report["num_missing"]:
-        say(f"{report['num_missing']} scores are missing; they count as nothing, not as bad")
+        say(f"{report['num_missing']} scores are missing; they are excluded")
         raise typer.Exit(1)
 
 
@@ -89,7 +95,7 @@ def _on_ray(backend: str, workers: int, config: Any) -> bool:
     from acpo_dist.core.errors import UsageError
 
     if backend not in ("auto", "local", "ray"):
-        raise UsageError(f"--backend takes local, ray or auto, found `{backend}`.")
+        raise UsageError(f"--backend must be local, ray or auto, found `{backend}`.")
     if backend == "local" and workers > 1:
         raise UsageError(f"--backend local is one process, but --workers is {workers}: use --backend ray.")
     known = config.cluster.address or os.environ.get("RAY_ADDRESS")

@@ -1,4 +1,4 @@
-"""From the options of `acpo eval` to a request."""
+"""Convert the options of `acpo eval` to a request."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from acpo_dist.training.run_folder import RESOLVED
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user asked for."""
+    """Options of the command."""
 
     source: str
     overrides: tuple[str, ...]
@@ -38,10 +38,10 @@ class Options:
 
 
 def request_of(options: Options) -> tuple[Request, Config]:
-    """The request, and the configuration that says where it runs.
+    """Return the request, and the configuration that selects the backend.
 
     Raises:
-        UsageError: something that was named is not there, or does not fit the rest.
+        UsageError: a source does not exist, or an option does not match the others.
     """
     extractor = open_extractor(options.features)
     common: dict[str, Any] = {
@@ -69,7 +69,9 @@ def request_of(options: Options) -> tuple[Request, Config]:
     )
     sections, trained_on = _judges(options, subject)
     if options.compare is not None and _is_images(options.compare):
-        raise UsageError(f"--compare {options.compare}: images compare with images, and {options.source} is a model.")
+        raise UsageError(
+            f"--compare {options.compare}: images can only be compared with images, and {options.source} is a model."
+        )
     comparison = (
         open_comparison(options.compare, subject, checkpoint=options.checkpoint)
         if options.compare is not None
@@ -84,15 +86,13 @@ def request_of(options: Options) -> tuple[Request, Config]:
 
 
 def _images(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
-    """Images that are there already: no model draws, so no model option may be given."""
+    """Build the request for existing images, which accepts no option of a model."""
     if options.samples_per_prompt != 1:
-        raise UsageError(
-            f"{options.source} holds images, which are judged as they are: leave --samples-per-prompt out."
-        )
+        raise UsageError(f"{options.source} holds images, which are not sampled: omit --samples-per-prompt.")
     if options.compare is not None and not _is_images(options.compare):
-        raise UsageError(f"--compare {options.compare}: {options.source} holds images, so it must hold images too.")
+        raise UsageError(f"--compare {options.compare}: {options.source} holds images, so it must also hold images.")
     if not options.judges:
-        raise UsageError("images need --judges; `acpo rewards list` has them all.")
+        raise UsageError("images need --judges; `acpo rewards list` shows all judges.")
     suite = None
     if options.suite is not None:
         suite = load_suite(options.suite, prompt_column=options.prompt_column, category_column=options.category_column)
@@ -100,18 +100,18 @@ def _images(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
         subject=open_images(options.source), suite=suite, sections=judge_sections(options.judges),
         comparison=open_images(options.compare) if options.compare is not None else None, **common,
     )  # fmt: skip
-    # Only its placement is read, and only on Ray: no model is loaded.
+    # Only its placement is used, and only on Ray: no model is loaded.
     return request, load_config("toy_sdxl", options.overrides)
 
 
 def _judges(options: Options, subject: ModelSubject) -> tuple[tuple[Any, ...], frozenset[str]]:
-    """Judges that were named, or else those of the run; and which of them drove its update."""
+    """Return the given judges, or else those of the run, and the names of those that were its rewards."""
     rewards = subject.config.rewards
     trained_on = frozenset(entry.name for entry in rewards.train) if subject.run else frozenset[str]()
     if options.judges:
         return judge_sections(options.judges), trained_on
     if subject.run is None:
-        raise UsageError(f"{options.source} is no run with judges of its own: give --judges (`acpo rewards list`).")
+        raise UsageError(f"{options.source} is no run with judges of its own: set --judges (`acpo rewards list`).")
     sections = (*rewards.judges, *rewards.train)
     check_names(sections)
     return sections, trained_on

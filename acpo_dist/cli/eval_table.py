@@ -1,4 +1,4 @@
-"""The figures of an evaluation for people."""
+"""Print the metrics of an evaluation as tables."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from acpo_dist.tracking.console import Console
 
 
 def show(report: Mapping[str, Any], folder: Path) -> None:
-    """Tables on standard output: they are the answer."""
+    """Print the tables to standard output."""
     console = Console(rich_console=rich.console.Console(file=sys.stdout))
     judges, sets = report["judges"], report["sets"]
     compared = any("comparison" in metrics for metrics in judges)
@@ -25,7 +25,7 @@ def show(report: Mapping[str, Any], folder: Path) -> None:
     console.table(*_sets(sets))
     if "drift" in report:
         console.table(*_drift(report["drift"]))
-    console.message(f"{report['how']['samples']} samples in {folder}; evaluation.json has every figure")
+    console.message(f"{report['how']['samples']} samples in {folder}; evaluation.json has all metrics")
 
 
 def _say(console: Console, lines: list[str]) -> None:
@@ -35,7 +35,7 @@ def _say(console: Console, lines: list[str]) -> None:
 
 def _means(judges: list[dict[str, Any]], compared: bool) -> tuple[str, list[str], list[list[str]]]:
     rows = [_cells(_name(metrics), metrics, compared) for metrics in judges]
-    better = "; a positive difference speaks for the model" if compared else ""
+    better = "; a positive difference favours the model" if compared else ""
     return f"mean and 95 % interval over prompts{better}", _head("judge", compared), rows
 
 
@@ -74,14 +74,14 @@ def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     between = sets.get("between")
     if between:
         counts = f"{between['num_model']} against {between['num_comparison']}"
-        few = " (few samples: compare only at equal counts)" if between["frechet"].get("few_samples") else ""
+        few = "(few samples: compare only at equal counts)" if between["frechet"].get("few_samples") else ""
         rows.append(["Frechet distance", *_given(between["frechet"], "value", counts + few)])
         subsets = between["kid"].get("subset_size")
         rows.append(["KID", *_given(between["kid"], "mean", f"{counts}, subsets of {subsets}")])
         for name in ("precision", "recall", "density", "coverage"):
             rows.append([name, *_given(between["manifold"], name, counts)])
     source = next((one["features"] for one in sets.values() if "features" in one), "none")
-    return f"sets, on {source} features", ["figure", "value", "on"], rows
+    return f"sets, on {source} features", ["metric", "value", "on"], rows
 
 
 def _drift(drift: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
@@ -106,7 +106,7 @@ def _name(metrics: Mapping[str, Any]) -> str:
 
 
 def _mean(one: Mapping[str, Any]) -> str:
-    """Value over interval: side by side, five such columns do not fit a terminal."""
+    """Format value and interval in two lines: side by side, five such columns exceed a terminal's width."""
     if one["mean"] is None:
         return "-"
     return f"{one['mean']:.4g}" + (f"\n{one['low']:.3g}..{one['high']:.3g}" if one["low"] is not None else "")
@@ -116,5 +116,5 @@ def _interval(one: Mapping[str, Any]) -> str:
     return f"{one['value']:.4g}\n{one['low']:.3g}..{one['high']:.3g}"
 
 
-def _given(figure: Mapping[str, Any], key: str, on: str) -> list[str]:
-    return ["-", figure["not_given"]] if "not_given" in figure else [f"{figure[key]:.4g}", on]
+def _given(metric: Mapping[str, Any], key: str, on: str) -> list[str]:
+    return ["-", metric["not_given"]] if "not_given" in metric else [f"{metric[key]:.4g}", on]

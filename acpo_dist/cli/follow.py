@@ -17,7 +17,7 @@ def follow(
         bool, typer.Option("--json", help="One JSON object with the newest metrics; implies --once.")
     ] = False,
 ) -> None:
-    """Follow a run of another process: gains, drift, guard and times, live on a terminal, else a line per iteration."""
+    """Follow a run of another process: gains, drift, guard and times, live, or one line per iteration."""
     from acpo_dist.analysis.report.follow import show_now, show_until_end
     from acpo_dist.analysis.report.metrics import metrics_of, verdict
     from acpo_dist.analysis.report.record import read_run, require_rows

@@ -1,4 +1,4 @@
-"""`acpo generate`: images from a tuned model, through plain diffusers."""
+"""`acpo generate`: generate images with a tuned model and plain diffusers."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,35 +11,39 @@ from acpo_dist.cli.app import answer, app
 @app.command("generate")
 def generate(
     model: Annotated[
-        str, typer.Argument(help="Run, pipeline folder, hub id, or an embedded toy. With --lora a run is its base.")
+        str,
+        typer.Argument(
+            help="Run, pipeline folder, hub id, or an embedded toy. With --lora: the run whose base model is used."
+        ),
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several.")] = None,
-    num: Annotated[int, typer.Option(min=1, help="Images per prompt; their seeds follow from --seed.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Denoise steps, where no schedule says it.")] = 20,
+    num: Annotated[int, typer.Option(min=1, help="Images per prompt; their seeds are derived from --seed.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps, unless a schedule sets them.")] = 20,
     schedule: Annotated[Path | None, typer.Option(help="Trajectory: artefact of `acpo vrg`, or a text file.")] = None,
     solver: Annotated[
         str, typer.Option(help="euler (follows levels exactly) or dpmpp_2m (integer timesteps).")
     ] = "euler",
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 5.0,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance leads away from; default: the run's, or none.")
-    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt; default: the run's, or none.")] = None,
     size: Annotated[
         int | None, typer.Option(help="Height and width in pixels; default: the run's, or the model's own.")
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="0 base model, 1 tuned model; needs --lora or a run that trained a LoRA.")
+        float | None,
+        typer.Option(help="LoRA scale: 0 base model, 1 tuned model; needs --lora or a run that trained a LoRA."),
     ] = None,
     lora_scale_range: Annotated[
         list[str] | None, typer.Option(help="t0:t1:scale, LoRA scale for timesteps t0 to t1; repeat for several.")
     ] = None,
-    grid: Annotated[str | None, typer.Option(help="LoRA scales side by side, such as 0,0.25,0.5,0.75,1.")] = None,
-    seed: Annotated[int, typer.Option(help="Root of the seeds.")] = 0,
+    grid: Annotated[
+        str | None, typer.Option(help="LoRA scales to compare side by side, such as 0,0.25,0.5,0.75,1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Root seed.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the images and their grid.")] = Path("images"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Draw images from prompts and seeds, one PNG each, and a grid with a row per prompt and seed."""
+    """Generate images from prompts and seeds, one PNG each, and a grid with one row per prompt and seed."""
     import torch
 
     from acpo_dist.analysis.release.pipeline import (
@@ -68,12 +72,12 @@ def generate(
         check_scale(value, "--lora-scale")
     ranges = [parse_range(text) for text in lora_scale_range or ()]
     if config is not None and lora is not None:
-        # The run's export holds its LoRA merged in; another one, or a part of it, goes on what the run tuned.
+        # The run's export holds its LoRA merged; another LoRA, or a scaled one, is loaded into the base model.
         pipeline, conditional = open_base(config, solver)
     else:
         pipeline, conditional = open_pipeline(model, solver)
     if conditional and not prompt:
-        raise UsageError("the model draws from prompts: give --prompt, once or more often")
+        raise UsageError("the model takes prompts: set --prompt, once or several times")
     adapter = LoraScale(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
     if config is not None:

@@ -1,4 +1,4 @@
-"""`acpo pairs`: scored images to a file that preference algorithms train on."""
+"""`acpo pairs`: make preference pairs from scored images."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,9 @@ def pairs(
     prompt_column: Annotated[str, typer.Option(help="Column with the prompt.")] = "prompt",
     margin: Annotated[float, typer.Option(min=0, help="Smallest difference, in standard deviations.")] = 0.1,
     beaten: Annotated[bool, typer.Option(help="Keep pairs whose loser some score prefers.")] = False,
-    duplicates: Annotated[float, typer.Option(min=0, help="Leave out near-duplicates (rms on 8 x 8); 0: keep.")] = 0.02,
+    duplicates: Annotated[
+        float, typer.Option(min=0, help="Leave out near-duplicates (rms on 8 x 8); 0 keeps them.")
+    ] = 0.02,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with scores used and counts.")] = False,
 ) -> None:
     """Make preference pairs from scored images: best and worst of each prompt; omissions are counted by reason."""
@@ -36,7 +38,7 @@ def pairs(
     used = list(images[0].scores)
     told = ", ".join(f"{name} {count}" for name, count in counts.items())
     if not kept:
-        raise DataError(f"no pair is left by {', '.join(used)} ({told}).")
+        raise DataError(f"no pair is left with the scores {', '.join(used)} ({told}).")
     write_pairs(out, kept)
     if as_json:
         answer({"pairs": len(kept), "out": str(out), "scores": used, "counts": counts})

@@ -14,7 +14,7 @@ def plan(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, as learner.learning_rate=1e-4.")
     ] = None,
     device: Annotated[str, typer.Option(help="h200, h100, a100-80, a100-40, l40s, rtx4090, cpu or auto.")] = "auto",
-    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for an hour, in any currency.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU hour, in any currency.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster to compare the plan with, such as auto.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
@@ -74,7 +74,7 @@ def _text(found: dict[str, Any], iterations: int) -> str:
         held = ", ".join(f"{amount:g} {name}" for name, amount in cluster["missing_now"].items())
         lines.append(
             f"cluster: {len(cluster['machines'])} machines; missing: {missing or 'nothing'}"
-            + (f"; held by others or not there now: {held}" if held else "")
+            + (f"; in use or missing now: {held}" if held else "")
         )
     if "cost" in found:
         lines.append("cost: {gpu_hours:.3g} GPU hours, {price:.4g}".format(**found["cost"]))

@@ -1,4 +1,4 @@
-"""`acpo promote`: a clean run into the model registry, with a card."""
+"""`acpo promote`: register a run in the model registry, with a model card."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,12 @@ def promote_command(
     uri: Annotated[str | None, typer.Option(help="MLflow tracking URI; the run's if not given.")] = None,
     checkpoint: Annotated[str, typer.Option(help="best (by its judges), newest, or an iteration.")] = "best",
     evaluation: Annotated[list[Path] | None, typer.Option(help="Folder of `acpo eval` for the card; repeat.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Although the guard is not clean; it is said so.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote even if the guard is not clean; tags and card state it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Register the checkpoint that a run's judges liked best, if the guard is clean, with a model card."""
+    """Register the run's best checkpoint by its judges, if the guard is clean, with a model card."""
     from acpo_dist.analysis.release.promote import promote
     from acpo_dist.tracking.console import Console
 

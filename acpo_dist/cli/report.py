@@ -12,18 +12,18 @@ from acpo_dist.cli.app import answer, app
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; by default report.html in the run, or beside the first of several.")
+        Path | None, typer.Option(help="The page; default: report.html in the run, or beside the first of several.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts in the gallery.")] = 12,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Seeds of each prompt; diversity needs two.")] = 2,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Seeds per prompt; diversity needs two.")] = 2,
     at: Annotated[
-        str, typer.Option(help="Weights to draw with: export, last, best (by the judges), or an iteration.")
+        str, typer.Option(help="Checkpoint of the images: export, last, best (by the judges), or an iteration.")
     ] = "export",
-    samples: Annotated[bool, typer.Option(help="Draw images and measure drift by timestep.")] = True,
+    samples: Annotated[bool, typer.Option(help="Render images and measure drift by timestep.")] = True,
     mlflow: Annotated[bool, typer.Option(help="Add the page to the runs in MLflow.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with the metrics.")] = False,
 ) -> None:
-    """One HTML file about runs: quality against drift, judges, guard, time, base | tuned images. Works offline."""
+    """Write one HTML file about runs: quality against drift, judges, guard, time, images. Works offline."""
     from acpo_dist.analysis.report.build import GalleryOptions, build_report
     from acpo_dist.analysis.report.metrics import verdict
     from acpo_dist.tracking.console import Console

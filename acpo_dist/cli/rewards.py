@@ -30,12 +30,12 @@ def list_rewards(
     if as_json:
         answer({"rewards": rows})
         return
-    # The tables are the answer here, so they go to standard output; the first fits 80 columns.
+    # The tables are the result, so they go to standard output; the first fits 80 columns.
     console = Console(rich_console=rich.console.Console(file=sys.stdout))
     flags = ("needs_download", "differentiable", "needs_prompts")
     console.table(
-        f"{len(rows)} metrics. fetch: weights are downloaded unless given; grad: has a gradient; text: reads prompts; "
-        "better: when the score is; min: smallest side in pixels",
+        f"{len(rows)} metrics. fetch: weights are downloaded unless given; grad: has a gradient; text: reads "
+        "prompts; better: direction of better scores; min: smallest side in pixels",
         ["metric", "fetch", "grad", "text", "range", "better", "min"],
         [
             [row["name"], *("yes" if row[flag] else "no" for flag in flags), row["range"], row["direction"],

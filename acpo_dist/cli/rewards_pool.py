@@ -1,4 +1,4 @@
-"""`acpo rewards status` and `acpo rewards scale`: the pool of a live run."""
+"""`acpo rewards status` and `acpo rewards scale`: the reward pool of a live run."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from acpo_dist.cli.app import answer
 from acpo_dist.cli.rewards import rewards_app
 
 Address = Annotated[str | None, typer.Option(help="Ray cluster; by default RAY_ADDRESS, else the one on this machine.")]
-Run = Annotated[str | None, typer.Option(help="Run id, where several are live; `acpo rewards status` lists them.")]
+Run = Annotated[str | None, typer.Option(help="Run id, if several are live; `acpo rewards status` lists them.")]
 
 
 @rewards_app.command("status")
@@ -59,13 +59,15 @@ def status(
 @rewards_app.command("scale")
 def scale(
     metric: Annotated[str, typer.Argument(help="Name of the reward or judge.")],
-    replicas: Annotated[str, typer.Argument(metavar="N|MIN:MAX", help="Replicas, or bounds that follow the load.")],
+    replicas: Annotated[
+        str, typer.Argument(metavar="N|MIN:MAX", help="Number of replicas, or bounds for autoscaling.")
+    ],
     address: Address = None,
     run: Run = None,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait until the number holds.")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait until the number is reached.")] = 120.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Change the number of replicas of a live run; no request is lost, replicas that stay are not restarted."""
+    """Change the number of replicas of a live run; requests are kept, and remaining replicas are not restarted."""
     from acpo_dist.tracking.console import Console
 
     fewest, most = _parse(replicas)
@@ -79,7 +81,7 @@ def scale(
         answer({"run": pool.run, "metric": metric, "min_replicas": fewest, "max_replicas": most, "running": running})
         return
     wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}, by load"
-    Console().message(f"{metric} of {pool.run}: {running} replicas run ({wanted})")
+    Console().message(f"{metric} of {pool.run}: {running} replicas running ({wanted})")
 
 
 def _parse(text: str) -> tuple[int, int]:
@@ -105,7 +107,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     from acpo_dist.core.errors import UsageError
 
     if not module_available("ray"):
-        raise UsageError("reward pools live on Ray, which is not installed: pip install 'acpo-dist[ray]'")
+        raise UsageError("reward pools run on Ray, which is not installed: pip install 'acpo-dist[ray]'")
     from actors.cluster.connect import joined
 
     with joined(address or "auto"):

@@ -1,4 +1,4 @@
-"""`acpo rewards train`: weights for TwoStream and for IPCE."""
+"""`acpo rewards train`: train weights of TwoStream and IPCE."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from acpo_dist.cli.rewards import rewards_app
 train_app = typer.Typer(no_args_is_help=True, help="Train a reward's weights.")
 rewards_app.add_typer(train_app, name="train")
 
-Seed = Annotated[int, typer.Option(help="Of the split, the weights and every draw.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split, the weights and all random draws.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object with the report.")]
 
 
@@ -34,15 +34,17 @@ def two_stream(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=2, help="Windows per step.")] = 64,
     learning_rate: Annotated[float, typer.Option(min=1e-8, help="Highest one.")] = 3e-3,
-    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the references to report on.")] = 0.2,
-    limit: Annotated[int, typer.Option(min=10, help="Most images that are read.")] = 5_000,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of the references held out for the report.")
+    ] = 0.2,
+    limit: Annotated[int, typer.Option(min=10, help="Largest number of images read.")] = 5_000,
     lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The CSV file holds DMOS.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """TwoStream-IQA on good images under graded damage, or on people's opinions; split by reference image.
+    """Train TwoStream-IQA on good images with graded damage, or on opinion scores; split by reference image.
 
-    Prints rank and linear correlation (SRCC, PLCC) on references that were not trained on. Use the weights as
+    Prints rank and linear correlation (SRCC, PLCC) on held-out references. Use the weights as
     `rewards.train: [{type: two_stream, weights: FILE}]`.
     """
     from acpo_dist.core.errors import UsageError
@@ -75,25 +77,26 @@ def ipce(
     data: Annotated[
         str,
         typer.Argument(
-            help="Parquet file with images and captions, a CSV file (path, the captions' column, and mos if people "
-            "were asked), or `toy`."
+            help="Parquet file with images and captions, a CSV file (path, captions, and optionally mos), or `toy`."
         ),
     ],
     clip: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the CLIP to start from; `toy` makes a tiny one instead.")
+        str | None, typer.Option(help="Folder or hub id of the initial CLIP; `toy` makes a tiny one instead.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the weights.")] = Path("ipce"),
     column: Annotated[str, typer.Option(help="Image column of a parquet file.")] = "image",
     prompt_column: Annotated[str, typer.Option(help="Column with the captions.")] = "prompt",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; `toy`: of each of its two stages.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; with `toy`, of each of its two stages.")] = 400,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(min=1e-8, help="At the start.")] = 5e-6,
-    held_out: Annotated[float, typer.Option(min=0.01, max=0.9, help="Share of the captions to report on.")] = 0.2,
-    limit: Annotated[int, typer.Option(min=10, help="Most images that are read.")] = 5_000,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, help="Initial learning rate.")] = 5e-6,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of the captions held out for the report.")
+    ] = 0.2,
+    limit: Annotated[int, typer.Option(min=10, help="Largest number of images read.")] = 5_000,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """IPCE on captioned images: with opinions on those, else own captions (5) against strange ones (0).
+    """Train IPCE on captioned images: with opinion scores on these, else own captions (5) against other ones (0).
 
     Prints the share of held-out images that score higher with their own caption than with another one. Use the
     weights as `rewards.train: [{type: ipce, weights: FOLDER}]`.
@@ -104,7 +107,7 @@ def ipce(
     console = Console()
     if data == "toy":
         if clip is not None:
-            raise UsageError("`toy` trains a tiny CLIP from nothing: leave --clip out.")
+            raise UsageError("`toy` trains a tiny CLIP from scratch: omit --clip.")
         from acpo_dist.rewards.training.tiny_clip import train_tiny_clip
 
         out.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ def ipce(
         found = {"pairs": tiny.ipce_pairs, **asdict(tiny), "weights": str(out)}
     else:
         if clip is None:
-            raise UsageError("set --clip to a CLIP to start from: folder, or hub id (openai/clip-vit-base-patch32).")
+            raise UsageError("set --clip to the initial CLIP: a folder, or a hub id (openai/clip-vit-base-patch32).")
         from acpo_dist.rewards.training.correspondence import CorrespondenceSettings, read_captioned, train_ipce
 
         console.message(f"reading images and captions of {data}")

@@ -11,7 +11,7 @@ from acpo_dist.cli.app import answer, app, say
 @app.command("runs")
 def runs(
     folder: Annotated[Path | None, typer.Argument(help="Folder with runs, at most four levels down.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="Runs of this MLflow experiment instead.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="List the runs of this MLflow experiment instead.")] = None,
     uri: Annotated[
         str | None, typer.Option(help="MLflow tracking URI; by default MLFLOW_TRACKING_URI, or runs/mlflow.db.")
     ] = None,

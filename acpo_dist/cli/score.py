@@ -1,4 +1,4 @@
-"""`acpo score`: real images through any reward."""
+"""`acpo score`: score images with rewards."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,19 +21,19 @@ def score(
         list[str] | None,
         typer.Option("--reward", "--metric", help="Name from `acpo rewards list`, pyiqa:NAME or module:Class; repeat."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file for the reward, where it takes one.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file of the reward, if it takes one.")] = None,
     column: Annotated[str, typer.Option(help="Image column of a parquet file.")] = "image",
     prompt: Annotated[str, typer.Option(help="Prompt for rewards that read one.")] = "",
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first so many images.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one size scored at once.")] = 8,
-    csv: Annotated[Path | None, typer.Option(help="Write the scores to a CSV file too.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size; images of a batch have one size.")] = 8,
+    csv: Annotated[Path | None, typer.Option(help="Also write the scores to a CSV file.")] = None,
     histogram: Annotated[bool, typer.Option("--histogram", help="Print a histogram of the scores.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write the histogram to an image file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every score.")] = False,
 ) -> None:
     """Score image files with rewards; raw scores in the unit of each reward.
 
-    Images that cannot be read, or that a reward cannot score, are named and left out: exit code 1.
+    Images that cannot be read, or that a reward cannot score, are named and left out, and the exit code is 1.
     """
     from statistics import fmean
 
@@ -77,8 +77,8 @@ def score(
     if as_json:
         answer({"images": len(rows), "mean": means, "scores": rows, "skipped": skipped})
     elif rows:
-        table = [[row["path"], *(_figure(row[name]) for name in names)] for row in rows]
-        mean = ["mean", *(_figure(means.get(name)) for name in names)]
+        table = [[row["path"], *(_shown(row[name]) for name in names)] for row in rows]
+        mean = ["mean", *(_shown(means.get(name)) for name in names)]
         console.table(f"{len(rows)} images", ["path", *names], [*table, mean])
     if histogram and not as_json:
         for name, values in found.items():
@@ -88,7 +88,7 @@ def score(
 
 
 def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: list[str]) -> list[float | None]:
-    """One reward's scores of a batch; None for an image that it cannot score, which is noted."""
+    """Return one reward's scores of a batch; None for an image that it cannot score, which is recorded."""
     import torch
 
     from acpo_dist.core.errors import AcpoError, WorkerError
@@ -97,25 +97,25 @@ def _scores(worker: Any, batch: list[tuple[str, Any]], prompt: str, skipped: lis
         return worker.score(torch.stack([image for _, image in batch]), [prompt] * len(batch))
     except WorkerError:
         raise
-    except Exception as error:  # a reward may be user code; its exception belongs to this image
+    except Exception as error:  # a reward may be user code; its exception concerns this image only
         if len(batch) == 1:
             said = str(error)
             if not isinstance(error, AcpoError):
                 said = f"{worker.name}: {type(error).__name__}: {said.strip().partition(chr(10))[0]}"
             skipped.append(f"{batch[0][0]}: {said}")
             return [None]
-        # Which one is it? The others keep their scores.
+        # Retry one by one, so that only the faulty image loses its score.
         return [score for one in batch for score in _scores(worker, [one], prompt, skipped)]
 
 
-def _figure(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def _batches(
     paths: list[Path], column: str, limit: int | None, size: int, skipped: list[str]
 ) -> Iterator[list[tuple[str, Any]]]:
-    """Consecutive images of one size, at most `size`, fewer of large ones; one that cannot be decoded is noted."""
+    """Yield consecutive images of one size, at most `size`, fewer of large ones; undecodable ones are recorded."""
     from itertools import islice
 
     from acpo_dist.data.images import read_images
@@ -132,7 +132,7 @@ def _batches(
 
 
 def _require_writable(path: Path) -> None:
-    """Refuse a place that nothing can be written to before hours of scoring; what is there already stays."""
+    """Check that a file can be written before hours of scoring; existing content is kept."""
     there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`acpo submit`: a run as a job of a Ray cluster."""
+"""`acpo submit`: submit a run as a job of a Ray cluster."""
 
 import sys
 from pathlib import Path
@@ -19,19 +19,23 @@ def submit(
     working_dir: Annotated[
         Path | None, typer.Option(help="Folder to upload; by default the current one, or none for a shipped CONFIG.")
     ] = None,
-    ship_code: Annotated[bool, typer.Option("--ship-code", help="Run this checkout, not what is installed.")] = False,
+    ship_code: Annotated[
+        bool, typer.Option("--ship-code", help="Run this checkout instead of the installed version.")
+    ] = False,
     env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Environment of the job.")] = None,
-    cpus: Annotated[float, typer.Option(min=0, help="CPUs that the driver takes; 0 keeps it on the head.")] = 0.0,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs that the driver takes.")] = 0.0,
-    resume: Annotated[str | None, typer.Option(help="As in `acpo train`.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the job; by default Ray makes one.")] = None,
+    cpus: Annotated[
+        float, typer.Option(min=0, help="CPUs reserved for the driver; 0 keeps it on the head node.")
+    ] = 0.0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs reserved for the driver.")] = 0.0,
+    resume: Annotated[str | None, typer.Option(help="Resume as in `acpo train`.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; default: chosen by Ray.")] = None,
     follow: Annotated[bool, typer.Option(help="Show the job's output until it ends.")] = True,
     list_: Annotated[bool, typer.Option("--list", help="List jobs.")] = False,
-    stop: Annotated[str | None, typer.Option(metavar="JOB", help="Stop a job; its checkpoints stay.")] = None,
+    stop: Annotated[str | None, typer.Option(metavar="JOB", help="Stop a job; its checkpoints are kept.")] = None,
     logs: Annotated[str | None, typer.Option(metavar="JOB", help="Output of a job until it ends.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
-    """Train on a cluster: check the configuration here, upload its files, and start `acpo train` there."""
+    """Train on a cluster: validate the configuration here, upload its files, and start `acpo train` there."""
     from acpo_dist.config.relations import module_available
     from acpo_dist.core.errors import UsageError
 
@@ -97,7 +101,7 @@ def _follow(client: Any, job: str, as_json: bool) -> None:
     try:
         status = jobs.follow(client, job, write)
     except KeyboardInterrupt:
-        say(f"\n{job} goes on; `acpo submit --logs {job}` shows more, `acpo submit --stop {job}` ends it")
+        say(f"{job} is still running; `acpo submit --logs {job}` shows its output, `acpo submit --stop {job}` ends it")
         raise typer.Exit(interruption()[1]) from None
     _end(jobs.require_job(client, job), f"{job}: {status}", as_json)
     if status != "SUCCEEDED":
@@ -116,7 +120,7 @@ def _show(found: list[dict[str, Any]], as_json: bool) -> None:
 
     console = Console(rich_console=rich.console.Console(file=sys.stdout))
     if not found:
-        console.message("no job was submitted to this cluster")
+        console.message("this cluster has no submitted jobs")
         return
     rows = []
     for one in found:

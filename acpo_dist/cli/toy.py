@@ -19,12 +19,14 @@ def _group() -> None:
 @toy_app.command("build")
 def build(
     folder: Annotated[
-        Path, typer.Option(help="Where to write; the package's own assets are in acpo_dist/data/toy/assets.")
+        Path, typer.Option(help="Output folder; the package's own assets are in acpo_dist/data/toy/assets.")
     ] = Path("toy-assets"),
     part: Annotated[
         list[str] | None, typer.Option(help="reward, judge, vae, sdxl, ddpm or sd15; all by default.")
     ] = None,
-    effort: Annotated[float, typer.Option(min=0.001, help="Scales training steps; 1 gives the shipped assets.")] = 1.0,
+    effort: Annotated[
+        float, typer.Option(min=0.001, help="Factor on training steps; 1 gives the shipped assets.")
+    ] = 1.0,
 ) -> None:
     """Rebuild the toy models from seeds (about 100 CPU minutes at effort 1)."""
     from acpo_dist.core.errors import UsageError

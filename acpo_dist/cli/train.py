@@ -34,8 +34,8 @@ def train(
     console.message(f"{config.run.name}: {config.run.iterations} iterations, backend {chosen}, folder {config.run_dir}")
     if chosen == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
         console.message(
-            f"in this process: rollout.num_workers={config.rollout.num_workers} and rewards.replicas="
-            f"{config.rewards.replicas} only count on Ray; the images and figures are the same"
+            f"in one process rollout.num_workers={config.rollout.num_workers} and "
+            f"rewards.replicas={config.rewards.replicas} have no effect; images and metrics are the same"
         )
     result = drive(config, ports_for(chosen), console, resume=resume)
     if as_json:
@@ -56,9 +56,9 @@ def train(
             console.message(f"charts of the runs: {link}")
     if result.guard:
         kept = (
-            f"the export holds iteration {result.guard.best_iteration}, which the judges liked best"
+            f"the export holds iteration {result.guard.best_iteration}, the best by the judges"
             if result.guard.action == "roll_back"
-            else "the export holds the last weights; guard.action=roll_back would hold the best"
+            else "the export holds the last weights; guard.action=roll_back would export the best"
         )
         console.message(f"stopped by the guard:\n{result.guard.text}\n{kept}")
         raise typer.Exit(3)

@@ -1,4 +1,4 @@
-"""`acpo vrg`: measure the prediction error, optimise a trajectory on it, look at both."""
+"""`acpo vrg`: measure the prediction error, optimise a trajectory with it, and show both."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ app.add_typer(vrg_app, name="vrg")
 def measure_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="Run, configuration, pipeline folder or toy-sdxl.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    out: Annotated[Path, typer.Option(help="Artefact to write; a plot goes beside it.")] = Path("vrg.json"),
+    out: Annotated[Path, typer.Option(help="Artefact to write; a plot is written beside it.")] = Path("vrg.json"),
     gate: Annotated[bool, typer.Option(help="Validate the optimum against a long reference, as training does.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
@@ -55,10 +55,10 @@ def optimize_command(
     trust: Annotated[
         float, typer.Option(help="log_trust: share of the gap in log sigma that a level may move.")
     ] = 0.25,
-    lp: Annotated[float, typer.Option(help="paper_box: half width of the box on alpha_i.")] = 0.01,
+    lp: Annotated[float, typer.Option(help="paper_box: half width of the box around alpha_i.")] = 0.01,
     reg_lambda: Annotated[float, typer.Option(help="paper_box: weight of the end point's shift.")] = 100.0,
-    solver: Annotated[str, typer.Option(help="Solver whose response J uses.")] = "first_order",
-    out: Annotated[Path | None, typer.Option(help="Artefact to write; a plot goes beside it.")] = None,
+    solver: Annotated[str, typer.Option(help="Solver whose response defines J.")] = "first_order",
+    out: Annotated[Path | None, typer.Option(help="Artefact to write; a plot is written beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Optimise a trajectory on an existing table; takes a fraction of a second."""
@@ -77,7 +77,7 @@ def optimize_command(
 
 @vrg_app.command("show")
 def show_command(
-    path: Annotated[Path, typer.Argument(help="Artefact, or a run: its newest.")],
+    path: Annotated[Path, typer.Argument(help="Artefact, or a run, whose newest artefact is shown.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the artefact.")] = False,
 ) -> None:
     """Show an artefact: the table, the trajectory before and after, and the validation."""
@@ -114,7 +114,7 @@ def _print(report: dict[str, Any]) -> None:
         ratio, steps = f"ratio {gate['ratio']:.3f}", f"{gate['reference_steps']} steps"
         say(f"validation at trust {gate['trust']:g}: distance to {steps}, {ratio}{_clipped(gate)}")
     if "adopted" in report:
-        say("adopted" if report["adopted"] else "kept the trajectory before")
+        say("adopted" if report["adopted"] else "kept the previous trajectory")
 
 
 def _clipped(gate: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ class GuardConfig(Section):
     smoothing: float = Field(default=0.3, gt=0, le=1)
     """Weight of the newest iteration in the running means of the rules; drift uses each iteration alone."""
     warmup: int = Field(default=5, ge=0)
-    """First checks, during which running means settle; only drift and gross violations (`blatant`) count."""
+    """First checks, during which running means settle; only drift and values over `gross` count."""
     patience: int = Field(default=3, ge=1)
     """Consecutive checks over a limit before a rule changes its level; at most 2 for drift."""
     gross: float | None = Field(default=2.0, ge=1)

@@ -31,8 +31,8 @@ def fit_normaliser(
     # Scores are float32 numbers; differences in the last digits are rounding errors.
     if std <= _ROUNDING * max(abs(score) for score in scores):
         raise RewardError(
-            f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it cannot tell them apart, so nothing "
-            "can be learnt from it. Check that it fits the image size and kind, or leave it out."
+            f"metric `{name}` gives {mean:g} for all {len(scores)} base samples: it does not distinguish them, so "
+            "there is nothing to learn from it. Check that it fits the image size and kind, or remove it."
         )
     sign = 1 if higher_is_better else -1
     target = None

@@ -62,7 +62,7 @@ def check_base(context: RunContext, handles: Sequence[RolloutHandle]) -> None:
 
 
 def describe_problems(images: Tensor, clean: Tensor, config: Any) -> dict[str, str]:
-    """What is implausible about base samples.
+    """Describe what is implausible about base samples.
 
     Args:
         images: uint8 RGB (B, 3, H, W).
@@ -85,5 +85,5 @@ def _real_statistics(path: Path | None, column: str, side: int) -> dict[str, flo
     try:
         return sanity_statistics(torch.stack(real_images(path, column=column, size=side, most=_IMAGES)))
     except DataError:
-        # Reported where the data is loaded; the samples are then compared with what any image can be.
+        # Reported where the data is loaded; the samples are then compared with limits for any image.
         return None

@@ -34,7 +34,7 @@ class LoopState:
     """Mean squared drift of the last iteration in which the weights changed."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for `state.json`; floats survive the round trip through JSON exactly."""
+        """Return plain data for `state.json`; floats survive the round trip through JSON exactly."""
         return {
             "version": self.version,
             "anchor_weight": self.controller.weight,
@@ -89,7 +89,7 @@ def _with_ceilings(
             continue
         ceiling, source = hinge, "as configured"
         if isinstance(hinge, Path):
-            # At the size of the model's own images: the score of some metrics depends on the size.
+            # At the size of the model's images, since the score of some metrics depends on the size.
             side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
             images = torch.stack(
                 real_images(hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples)
@@ -100,14 +100,14 @@ def _with_ceilings(
         console.message(f"hinge of {entry.name}: {ceiling:+.3f} base standard deviations, {source}")
         if ceiling <= 0:
             console.message(
-                f"warning: this hinge is not above the average base sample, so {entry.name} has little left to gain"
+                f"warning: this hinge is not above the average base sample, so {entry.name} can gain little"
             )
         found[entry.name] = replace(normalisers[entry.name], target=ceiling, ceiling=ceiling)
     return found
 
 
 def _generate_calibration(context: RunContext, label: str) -> list[RolloutHandle]:
-    """Generate the calibration samples with the present weights; prompts and seeds never change."""
+    """Generate the calibration samples with the current weights; prompts and seeds never change."""
     config = context.config
     per_prompt = config.rollout.samples_per_prompt
     groups = sample_prompts(
@@ -127,7 +127,7 @@ def _score(context: RunContext, handles: Sequence[RolloutHandle], label: str) ->
 
 
 def measure_gain(context: RunContext, state: LoopState) -> dict[str, float]:
-    """Mean normalised score of the present weights on the calibration prompts and seeds, where the base model has 0."""
+    """Return the mean normalised score of the current weights on the calibration samples; the base model has 0."""
     scores = _score(context, _generate_calibration(context, "gain"), "gain")
     return {
         f"gain/{name}": sum(normaliser.normalise(score) for score in scores[name].values()) / len(scores[name])
@@ -164,7 +164,7 @@ def _controller(config: Config, weight: float, last_excess: float | None = None)
 
 
 def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
-    """The state that a checkpoint holds."""
+    """Return the state in a checkpoint."""
     state = checkpoint.state
     return LoopState(
         iteration=checkpoint.iteration,
@@ -177,7 +177,7 @@ def resume(config: Config, checkpoint: Checkpoint) -> LoopState:
 
 
 def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: float = 1.0) -> tuple[RewardTerm, ...]:
-    """The rewards that train, with their configured weights times `scale`, the guard's reward scale."""
+    """Return the training rewards, with their configured weights times `scale`, the guard's reward scale."""
     return tuple(
         RewardTerm(name=name, weight=scale * weight, normaliser=normalisers[name])
         for name, weight in config.rewards.term_weights().items()
@@ -185,7 +185,7 @@ def reward_terms(config: Config, normalisers: dict[str, Normaliser], scale: floa
 
 
 def names_of(entries: Sequence[Any]) -> list[str]:
-    """Names of rewards or judges, in configuration order."""
+    """Return the names of rewards or judges, in configuration order."""
     return [entry.name for entry in entries]
 
 

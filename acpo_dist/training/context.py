@@ -23,7 +23,7 @@ class RunContext:
 
 
 def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: str) -> list[PromptGroup]:
-    """`count` groups of one sample each, with the same prompts and seeds for every policy version.
+    """Return `count` groups of one sample each, with the same prompts and seeds for every policy version.
 
     Args:
         count: number of prompts to sample.

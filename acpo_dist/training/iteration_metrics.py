@@ -10,7 +10,7 @@ from acpo_dist.training.calibration import names_of
 
 
 def score_metrics(config: Config, scores: ScoreTable, normalisers: Mapping[str, Normaliser]) -> dict[str, float]:
-    """Mean, minimum, maximum and gain of every reward and judge, and the mean of the composed reward.
+    """Compute mean, minimum, maximum and gain of every reward and judge, and the mean of the composed reward.
 
     Args:
         scores: raw scores of the iteration's samples by metric and sample id.
@@ -41,7 +41,7 @@ def score_metrics(config: Config, scores: ScoreTable, normalisers: Mapping[str, 
 
 
 def drift_of(config: Config, metrics: Mapping[str, float]) -> float:
-    """The largest mean squared drift in the learner's metrics.
+    """Return the largest mean squared drift in the learner's metrics.
 
     Args:
         metrics: `TrainReport.metrics` of an iteration in which the weights changed.

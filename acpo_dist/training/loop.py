@@ -209,12 +209,12 @@ class Trainer:
 
     @property
     def _ended(self) -> Decision | None:
-        """The guard's last decision if it ends the run."""
+        """Return the guard's last decision if it ends the run."""
         decision = self._guard.decision
         return decision if decision is not None and decision.ends else None
 
     def _select(self, groups: Sequence[PromptGroup], handles: Sequence[RolloutHandle], scores: ScoreTable) -> Selection:
-        """Samples to train on: rollouts selected by the algorithm, or pairs of `data.pairs`."""
+        """Return the samples to train on: rollouts selected by the algorithm, or pairs of `data.pairs`."""
         config, ports, state = self._config, self._ports, self._state
         if ports.pairs is not None:
             count = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt // 2
@@ -269,9 +269,9 @@ class Trainer:
             names = [name for one in report.skipped for name in one.sample_ids]
             raise NonFiniteError(
                 f"iteration {iteration}: more than learner.max_skipped_steps={config.learner.max_skipped_steps} "
-                "optimiser steps in a row had a loss or gradient that is not finite; these steps changed no weight. "
-                f"{path} lists their samples ({', '.join(names[:3]) or 'only the gradient was not finite'}). `--resume "
-                "auto` with a larger learner.max_skipped_steps continues past them; a lower learner.learning_rate or "
+                "consecutive optimiser steps had a non-finite loss or gradient; these steps changed no weight. "
+                f"{path} lists their samples ({', '.join(names[:3]) or 'only the gradient was not finite'}). "
+                "`--resume auto` with a larger learner.max_skipped_steps continues; a lower learner.learning_rate or "
                 "learner.precision=float32 in a new run may avoid them."
             )
         tried = report.optim_steps + len(report.skipped)

@@ -18,7 +18,7 @@ _FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd
 
 
 def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:
-    """Configuration of a run folder, a configuration file, or a pipeline folder.
+    """Return the configuration of a run folder, a configuration file, or a pipeline folder.
 
     Returns:
         (configuration, the run's folder or None).
@@ -42,13 +42,13 @@ def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path |
 
 
 def keeps_own_trajectory(overrides: Sequence[str]) -> bool:
-    """Whether the trajectory of a run's checkpoint applies: no override sets another one."""
+    """Return whether the trajectory of a run's checkpoint applies: no override sets another one."""
     keys = {text.partition("=")[0].strip() for text in overrides}
     return not keys & {"sampler", "sampler.num_steps", "sampler.spacing", "sampler.trajectory"}
 
 
 def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True) -> LocalRollouts:
-    """A rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
+    """Return a rollout pool in this process, with the weights and the trajectory of the run's newest checkpoint.
 
     Args:
         own_sampler: use the trajectory of the checkpoint; False uses the trajectory of the configuration.
@@ -74,7 +74,7 @@ def open_rollouts(config: Config, run: Path | None, *, own_sampler: bool = True)
 
 
 def prepared(config: Config, run: Path) -> Config:
-    """The run's configuration with every `train` replaced by the path of the trained files.
+    """Return the run's configuration with every `train` replaced by the path of the trained files.
 
     Raises:
         ModelError: the run has not trained its base model yet.
@@ -97,7 +97,7 @@ def _trained(entry: Any, run: Path) -> Any:
 
 
 def _bare_config(source: str, overrides: Sequence[str]) -> Config:
-    """Schema defaults for a pipeline folder; its reward and algorithm are placeholders that are not used."""
+    """Return schema defaults for a pipeline folder; reward and algorithm are placeholders that are not used."""
     from acpo_dist.config.overrides import merge_overrides
     from acpo_dist.models.loading import resolve_path
 

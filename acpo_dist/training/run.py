@@ -49,7 +49,7 @@ Hook = Callable[[Config, Ports, tuple[str, ...]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """Result of a finished run."""
+    """Result of a run."""
 
     run_dir: Path
     iterations: int
@@ -92,8 +92,8 @@ def drive(
                 restarts, resume = restarts + 1, "auto"
                 logger.warning("%s", error)
                 console.message(
-                    f"{str(error).splitlines()[0]}; going on from the newest checkpoint, or from the start without one "
-                    f"(restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
+                    f"{str(error).splitlines()[0]}; continuing from the newest checkpoint, or from the start without "
+                    f"one (restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
                 )
 
 
@@ -156,7 +156,7 @@ def _attempt(
 def _ended_before(
     config: Config, folder: RunFolder, checkpoint: Checkpoint, ended: Decision, console: Console, started: float
 ) -> RunResult:
-    """The result of a run that the guard has ended; trains nothing and changes no record."""
+    """Return the result of a run that the guard ended; nothing is trained and no record changes."""
     console.message(
         "the guard has ended this run. Change guard.* to continue from its last weights, or name an earlier checkpoint "
         f"of {folder.root / 'checkpoints'} with --resume"
@@ -175,7 +175,7 @@ def _ended_before(
 
 
 def _require_images(config: Config) -> None:
-    """Read one image before the model loads, so that a wrong column is found at once.
+    """Read one image before the model loads, so that a wrong column is reported early.
 
     A shipped configuration may leave data.path to the command line, so the schema cannot require it.
     """
@@ -215,7 +215,7 @@ def _open_tracker(config: Config, folder: RunFolder):
 def _final_weights(
     config: Config, folder: RunFolder, iterations: int, guard: Decision | None
 ) -> tuple[int, WeightBundle]:
-    """(iteration, float32 weights): the last ones, or after a roll-back those of the best checkpoint by the judges.
+    """Return (iteration, float32 weights): the last ones, or after a roll-back the best by the judges.
 
     Read from the checkpoint, because the learner exports weights in the dtype of the rollout workers.
     """
@@ -249,7 +249,7 @@ def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle
 
 
 def read_export_facts(folder: Path) -> dict[str, Any] | None:
-    """Weights in a run's export (`iteration`, `policy_version`, `policy_sha256`); None if it is incomplete."""
+    """Return facts about a run's export (`iteration`, `policy_version`, `policy_sha256`); None if it is incomplete."""
     try:
         return json.loads((folder / EXPORT_FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):

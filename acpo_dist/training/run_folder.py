@@ -114,7 +114,7 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
 
 
 def read_run_config(root: Path) -> Config:
-    """Configuration of an existing run.
+    """Return the configuration of an existing run.
 
     Raises:
         ResumeError: the folder is no run.
@@ -152,7 +152,7 @@ def _from_path(config: Config, path: Path) -> Checkpoint:
     _require_same(config, path)
     checkpoint = CheckpointStore(path / "checkpoints", keep=config.checkpoint.keep).newest()
     if checkpoint is None:
-        raise ResumeError(f"{path} is a run, but has no complete checkpoint yet; start a new run in another run.dir")
+        raise ResumeError(f"{path} is a run without a complete checkpoint; start a new run in another run.dir")
     return checkpoint
 
 
@@ -196,7 +196,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]):
 
 
 def git_commit() -> str | None:
-    """Commit of this code's git working tree, with `-dirty` if it has changes; None outside git."""
+    """Return the commit of this code's git working tree, with `-dirty` if it has changes; None outside git."""
     folder = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

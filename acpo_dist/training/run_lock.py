@@ -43,17 +43,17 @@ class LockHolder:
     """Heartbeat counter. A count and not a time, because the clocks of two hosts differ."""
 
     def __str__(self) -> str:
-        """Process and host, for messages."""
+        """Return process and host, for messages."""
         return f"process {self.pid} on {self.host}"
 
 
 def lock_holder(root: Path) -> LockHolder | None:
-    """The process in the lock file, alive or not; None without a readable lock file."""
+    """Return the process in the lock file, alive or not; None without a readable lock file."""
     return _parsed(_content(root / LOCK_FILE))
 
 
 def sign_of(holder: LockHolder) -> Sign:
-    """Whether the holder is alive, without waiting; `unknown` on another host."""
+    """Return whether the holder is alive, without waiting; `unknown` on another host."""
     if holder.place != _place():
         return "unknown"
     try:
@@ -128,7 +128,7 @@ class RunLock:
                         return
                     self._write(replace(self._me, beat=count))
             except OSError as error:
-                # The storage may come back; if not, the run itself fails on it.
+                # The storage may recover; if not, the run itself fails on it.
                 logger.warning("%s cannot be written: %s", self._path, error)
 
     def release(self) -> None:
@@ -213,7 +213,7 @@ def held(root: Path, *, wait: Callable[[float], object] = time.sleep) -> Iterato
 
 
 def _content(path: Path) -> bytes | None:
-    """Content of the file; None if it is missing or unreadable."""
+    """Return the content of the file; None if it is missing or unreadable."""
     try:
         return path.read_bytes()
     except OSError:
@@ -228,7 +228,7 @@ def _parsed(content: bytes | None) -> LockHolder | None:
 
 
 def _started(process: psutil.Process) -> float:
-    """Start time in ticks since boot on Linux; psutil elsewhere, whose wall clock may be changed."""
+    """Return the start time in ticks since boot on Linux, from psutil elsewhere, whose wall clock may be changed."""
     try:
         content = Path(f"/proc/{process.pid}/stat").read_text(encoding="utf-8", errors="replace")
         # The name in brackets may hold any character; the fields after it start with the third, and this is the 22nd.

@@ -41,7 +41,7 @@ PARTS = tuple(SEEDS)
 NULL_SHARE = 0.10
 _LATENT_BANK = 34_560
 _WEB_EXPONENT = 0.5
-"""The latent model learns from mostly poor images, so that there is quality to be gained."""
+"""The latent model learns from mostly poor images, so that its quality can be raised."""
 
 
 def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | None = None) -> None:
@@ -68,7 +68,7 @@ def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | 
 def draw_spoiled(
     family: dict[str, Damage], count: int, generator: torch.Generator, *, severity_exponent: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random scenes with random damage: (images, severities, caption ids)."""
+    """Return random scenes with random damage: (images, severities, caption ids)."""
     ids = torch.randint(len(templates()), (count,), generator=generator)
     images, severity = spoil(templates()[ids], family, generator, severity_exponent=severity_exponent)
     return images, severity, caption_index()[ids]
@@ -124,7 +124,7 @@ def _latent_bank(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor
 
 
 def _load_vae(folder: Path, part: str) -> AutoencoderKL:
-    """The VAE that the toy models share; it lies in toy-sdxl."""
+    """Return the VAE that the toy models share; it is stored in toy-sdxl."""
     vae_folder = folder / "toy-sdxl" / "vae"
     if not vae_folder.is_dir():
         raise FileNotFoundError(f"toy-{part} needs its VAE in {vae_folder}; build the part `vae` first")
@@ -140,7 +140,7 @@ def _token_ids(folder: Path, texts: Sequence[str]) -> Tensor:
 
 
 def _captioned_latents(vae: AutoencoderKL, seed: int) -> ExampleBatch:
-    """Random latents with (caption id, 1 to keep the caption or 0 to drop it)."""
+    """Return random latents with (caption id, 1 to keep the caption or 0 to drop it)."""
     latents, caption_ids = _latent_bank(vae, torch.Generator().manual_seed(seed))
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:

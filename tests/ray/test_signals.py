@@ -15,5 +15,5 @@ def test_a_run_on_ray_that_is_terminated_ends_in_order(tmp_path):
     process = started(tmp_path / "run", "cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.judges=[]")
     said = interrupted_by(signal.SIGTERM, tmp_path / "run", process)
     assert process.returncode == 143, said
-    assert "terminated; go on with" in said and "SIGTERM received" not in said
+    assert "terminated; continue with" in said and "SIGTERM received" not in said
     assert not (tmp_path / "run" / LOCK_FILE).exists()

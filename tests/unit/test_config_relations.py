@@ -58,7 +58,7 @@ def test_prompts_must_fit_the_model(smallest):
 def test_two_metrics_of_one_name_are_refused(smallest):
     judge = f"rewards.judges=[{{type: '{PLUGINS}:Smooth', name: NAME}}]"
     said = refusal(smallest, judge.replace("NAME", "smooth"), kind=RewardConfigError)
-    assert "two rewards or judges are called `smooth`" in said
+    assert "`smooth`" in said
     load_config(smallest, [judge.replace("NAME", "other")])
 
 

@@ -131,7 +131,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkey
     Path("finish").touch()
     drawn.clear()
     code, _, err = acpo(*command, "--out", "parts", "--resume")
-    assert code == 0 and "1 images in parts are gone or changed" in err
+    assert code == 0 and "1 images in parts are missing" in err
     # The chunk with the changed image and the one that was never begun; the other is kept.
     assert len(drawn) == 8
     assert rows_of(Path("parts")) == rows_of(Path("whole"))
@@ -172,7 +172,7 @@ def test_a_judge_that_fails_names_the_sample_and_is_no_bad_score(acpo, images):
     # The others of the same request keep what the judge says of each alone.
     means = [float(np.asarray(Image.open(images / f"{n}.png")).mean() / 255) for n in (0, 2, 3, 5)]
     assert failing["model"]["mean"] == pytest.approx(np.mean(means), rel=1e-5)
-    assert "1.png" in err and "not as bad" in err
+    assert "1.png" in err and "2 scores are missing" in err
 
 
 def test_an_unreadable_image_is_missing_and_named(acpo, images):
@@ -286,11 +286,11 @@ def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):
     ("arguments", "words"),
     [
         (["toy-sdxl", "--judges", "sharpness"], "needs --suite"),
-        (["toy-sdxl", "--suite", "toy"], "give --judges"),
+        (["toy-sdxl", "--suite", "toy"], "set --judges"),
         (["toy-sdxl", "--suite", "none", "--judges", "sharpness"], "draws from prompts"),
         (["toy-ddpm", "--suite", "toy", "--judges", "sharpness"], "--suite none"),
         (["toy-sdxl", "--suite", "toy", "--judges", "sharpnes"], "Did you mean `sharpness`?"),
-        (["toy-sdxl", "--suite", "toy", "--judges", "sharpness,sharpness"], "two judges are called `sharpness`"),
+        (["toy-sdxl", "--suite", "toy", "--judges", "sharpness,sharpness"], "two judges have the name `sharpness`"),
         (["toy-sdxl", "--suite", "toy", "--judges", "sharpness", "--compare", "base"], "is no run"),
         (["toy-flux", "--suite", "toy", "--judges", "sharpness"], "embedded: toy-"),
         (["nowhere", "--suite", "toy", "--judges", "sharpness"], "no configuration file `nowhere`"),
@@ -301,7 +301,7 @@ def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):
         ),
         (["images"], "images need --judges"),
         (["images", "--judges", "tests.helpers.judges:PromptLength"], "compares images with their prompts"),
-        (["images", "--judges", "sharpness", "--compare", "toy-sdxl"], "must hold images too"),
+        (["images", "--judges", "sharpness", "--compare", "toy-sdxl"], "must also hold images"),
         (["empty", "--judges", "sharpness"], "empty holds no image"),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_best_checkpoint_is_what_the_guard_said_when_it_saved_the_newest(tmp
     assert chosen_iteration(read_run(root), "best") == found.iteration == 3
     state["guard"]["state"]["best"] = [0, 0.0]
     store.commit(store.prepare(4), 4, state)
-    with pytest.raises(UsageError, match="liked no checkpoint as much as the base model"):
+    with pytest.raises(UsageError, match="no checkpoint scored higher than the base model"):
         chosen_iteration(read_run(root), "best")
     assert chosen_iteration(read_run(root), "export") == 4
 

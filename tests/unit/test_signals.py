@@ -19,7 +19,7 @@ def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_resume(
     process = started(root, "tracking.mlflow=true")
     said = interrupted_by(number, root, process)
     assert process.returncode == code, said
-    assert said.endswith(f"{word}; go on with `acpo train ... --resume auto`\n") and "Traceback" not in said
+    assert said.endswith(f"{word}; continue with `acpo train ... --resume auto`\n") and "Traceback" not in said
     assert not (root / LOCK_FILE).exists()
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     exit_code, listed, _ = command(monkeypatch, capsys, "runs", "--uri", uri, "--experiment", "acpo")

@@ -202,7 +202,7 @@ def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(tiny,
     del artefact["table"]["provenance"]["alpha_bars"]
     bare = tmp_path / "bare.json"
     bare.write_text(json.dumps(artefact))
-    with pytest.raises(VrgError, match="does not say on which noise schedule"):
+    with pytest.raises(VrgError, match=r"table\.provenance\.alpha_bars"):
         optimise_files(bare, bare, mode="log_trust")
 
 
@@ -212,7 +212,7 @@ def test_a_trajectory_of_another_noise_schedule_is_refused(measured, tmp_path):
     path = tmp_path / "other.json"
     path.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), own)}))
     assert read_schedule(path, own) == pool.trajectory()
-    with pytest.raises(VrgError, match="is of another noise schedule"):
+    with pytest.raises(VrgError, match="another noise schedule"):
         read_schedule(path, LINEAR_DDPM)
 
 

@@ -78,8 +78,8 @@ def frechet_distance(features_a: Tensor, features_b: Tensor, *, shrinkage: float
     if fewest <= width and shrinkage == 0:
         raise SampleError(
             f"a Frechet distance on {width} features needs at least {width + 1} samples per set, found {len(a)} and "
-            f"{len(b)}: the covariance would be singular. Draw more samples, take narrower features, use KID, or state "
-            "a shrinkage."
+            f"{len(b)}: the covariance would be singular. Draw more samples, use fewer features, use KID, or set a "
+            "shrinkage."
         )
     mean_a, covariance_a = _moments(a, shrinkage)
     mean_b, covariance_b = _moments(b, shrinkage)
@@ -121,7 +121,7 @@ def kid(
     if subset_size > min(len(a), len(b)):
         raise SampleError(
             f"KID subsets of {subset_size} need as many samples in each set, found {len(a)} and {len(b)}. Draw more, "
-            f"or lower subset_size to {min(len(a), len(b))}; say so with the figure."
+            f"or lower subset_size to {min(len(a), len(b))} and state it with the result."
         )
     generator = torch.Generator().manual_seed(seed)
     values = []

@@ -121,7 +121,7 @@ def vendi_of_features(features: Features, *, bandwidth: float) -> float:
     """
     if not features.noise_blind:
         raise SampleError(
-            f"`{features.source}` features see noise, on which a Vendi score rises when a model falls apart. Use "
+            f"`{features.source}` features depend on noise, on which a Vendi score rises when a model collapses. Use "
             "low-pass features, or another extractor that is declared noise-blind."
         )
     if not bandwidth > 0:

@@ -112,7 +112,7 @@ def evaluate(
         # Loading the judges before writing anything leaves no folder behind if one cannot be built.
         log.start(plan)
         if isinstance(request.subject, ModelSubject) and (damaged := log.verify(log.image_holds)):
-            console.message(f"{damaged} images in {folder} are gone or changed, and are drawn again")
+            console.message(f"{damaged} images in {folder} are missing or changed, and are drawn again")
         before = len(log.rows)
         for arm, subject in request.arms.items():
             what = "draw and judge" if isinstance(subject, ModelSubject) else "judge"
@@ -254,8 +254,8 @@ def _check_prompts(request: Request) -> None:
                 missing = not next(_images(request, subject)).prompt
             if missing:
                 raise UsageError(
-                    f"judge `{section.name}` compares images with their prompts, and {subject.source} has none. "
-                    "Leave it out, or give a parquet file with a column of prompts (--prompt-column)."
+                    f"judge `{section.name}` compares images with their prompts, and {subject.source} has none. Omit "
+                    "it, or give a parquet file with a column of prompts (--prompt-column)."
                 )
 
 

@@ -150,7 +150,7 @@ def check_names(sections: Sequence[Any]) -> None:
     names = [section.name for section in sections]
     for name in names:
         if names.count(name) > 1:
-            raise RewardConfigError(f"two judges are called `{name}`: leave one out, or give each its own `name`.")
+            raise RewardConfigError(f"two judges have the name `{name}`: omit one, or give each its own `name`.")
 
 
 def judge_facts(section: Any) -> dict[str, Any]:

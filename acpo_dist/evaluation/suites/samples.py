@@ -75,7 +75,7 @@ class SampleLog:
         path = self.folder / PLAN
         if path.exists() and not resume:
             raise ResumeError(
-                f"{self.folder} already holds an evaluation. Go on with it by --resume, or choose another --out."
+                f"{self.folder} already holds an evaluation. Continue it with --resume, or choose another --out."
             )
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
@@ -163,8 +163,8 @@ def require_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None
     ]
     if differences:
         raise ResumeError(
-            f"--resume: {folder} was begun with another plan: {'; '.join(differences[:5])}. Restore these values, or "
-            "choose another --out."
+            f"--resume: {folder} was started with another plan: {'; '.join(differences[:5])}. Restore these values, "
+            "or choose another --out."
         )
 
 

@@ -203,7 +203,7 @@ def _stacks(images: Iterable[Image]) -> Iterator[tuple[Tensor, list[str]]]:
 
 def _diversity(features: Features, prompts: Sequence[str]) -> dict[str, Any]:
     if len(set(prompts)) == len(prompts):
-        raise SampleError("one sample of each prompt; --samples-per-prompt 2 or more gives it")
+        raise SampleError("one sample of each prompt; set --samples-per-prompt to 2 or more")
     whole = within_prompt_diversity(features.values, prompts).to_mapping()
     return {key: value for key, value in whole.items() if key != "by_prompt"}
 

@@ -85,7 +85,7 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
     resolve("model", MODELS, config.model.type).check(config.model)
     subject = ModelSubject(source=source, config=config, run=run, facts=_model_facts(source, config, run))
     if subject.conditional != prompted:
-        wrong = "draws from prompts" if subject.conditional else "draws without prompts"
+        wrong = "draws from prompts" if subject.conditional else "takes prompts"
         right = "a suite of prompts" if subject.conditional else "--suite none"
         raise UsageError(f"{source} {wrong}: give {right}.")
     if run is None:
@@ -117,8 +117,8 @@ def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> M
     if wanted == BASE:
         if subject.run is None:
             raise UsageError(
-                f"--compare base: {subject.source} is no run, so nothing is known of what it was tuned from. Name the "
-                "other model: a run, a pipeline folder or an embedded toy."
+                f"--compare base: {subject.source} is no run, so its base model is unknown. Name the other model: a "
+                "run, a pipeline folder or an embedded toy."
             )
         facts = {key: value for key, value in subject.facts.items() if not key.startswith("policy_")}
         return replace(subject, source=BASE, bundle=None, facts=facts | {"source": BASE, "iteration": 0, "kind": BASE})
@@ -160,11 +160,11 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
     store = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep)
     newest = store.newest()
     if newest is None:
-        raise ModelError(f"{run} has no whole checkpoint yet: wait for one, or name a pipeline folder instead.")
+        raise ModelError(f"{run} has no complete checkpoint yet: wait for one, or name a pipeline folder instead.")
     if which == NEWEST:
         return newest
     if which != BEST and not which.isdigit():
-        raise UsageError(f"--checkpoint takes {NEWEST}, {BEST} or an iteration, found `{which}`.")
+        raise UsageError(f"--checkpoint must be {NEWEST}, {BEST} or an iteration, found `{which}`.")
     iteration = newest.best_iteration if which == BEST else int(which)
     if iteration == newest.iteration:
         return newest
@@ -172,7 +172,7 @@ def find_checkpoint(run: Path, config: Config, which: str) -> Checkpoint:
     if not folder.is_dir():
         there = ", ".join(sorted(str(int(path.name)) for path in (run / "checkpoints").glob("[0-9]*")))
         said = (
-            "the judges liked no checkpoint as much as the base model"
+            "no checkpoint scored higher than the base model with the judges"
             if which == BEST and not iteration
             else (f"there is no checkpoint of iteration {iteration}")
         )

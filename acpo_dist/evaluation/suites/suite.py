@@ -137,7 +137,7 @@ def _find(name: str) -> Path:
         for path in sorted(Path(folder).glob("*")):
             if path.name.casefold() in NAMED[name] and path.is_file():
                 return path
-    where = f"is not in {', '.join(folders)}" if folders else f"cannot be looked for, since {DATA_VARIABLE} is unset"
+    where = f"is not in {', '.join(folders)}" if folders else f"cannot be found, since {DATA_VARIABLE} is unset"
     raise DataError(
         f"--suite {name}: its file ({NAMED[name][0]}) {where}. Nothing is downloaded: set {DATA_VARIABLE} to the "
         "folder that holds the file, or give its path as --suite."

@@ -48,10 +48,12 @@ def check_model(config: Config) -> Iterator[Finding]:
     except ModelError as error:
         if looks_local(model.path) or model.path.startswith("toy-"):
             raise
-        advice = f"The run downloads it first, or `hf download {model.path}` does so now."
+        advice = f"The run downloads it when it starts; `hf download {model.path}` downloads it now."
         yield Finding("model", "note", f"not on this disk: {error}", advice)
         return
-    yield Finding("model", "ok", f"`{model.path}` is here; its decoder loads in {time.monotonic() - started:.1f} s")
+    yield Finding(
+        "model", "ok", f"`{model.path}` is available; its decoder loads in {time.monotonic() - started:.1f} s"
+    )
 
 
 def check_plan(config: Config) -> Iterator[Finding]:
@@ -60,7 +62,7 @@ def check_plan(config: Config) -> Iterator[Finding]:
         plan = make_plan(config)
     except ModelError:
         # Already reported by the check of the model.
-        yield Finding("plan", "note", "not worked out without the model")
+        yield Finding("plan", "note", "not computed without the model")
         yield from check_runs(config.run_dir)
         return
     need = ", ".join(f"{name} {amount:.1f} GiB" for name, amount in plan.needed_gib.items())
@@ -77,8 +79,8 @@ def check_folder(config: Config) -> Iterator[Finding]:
     if not (config.run_dir / RESOLVED).is_file():
         return
     newest = CheckpointStore(config.run_dir / "checkpoints", keep=config.checkpoint.keep).newest()
-    what = f"a run with {newest.iteration} iterations saved" if newest else "a run that saved nothing"
-    advice = "`acpo train ... --resume auto` goes on with it; another run.name or run.seed begins afresh."
+    what = f"a run with a checkpoint of {newest.iteration} iterations" if newest else "a run that saved nothing"
+    advice = "`acpo train ... --resume auto` continues it; another run.name or run.seed starts a new run."
     yield Finding("run folder", "note", f"{config.run_dir} holds {what}", advice)
 
 
@@ -101,7 +103,7 @@ def check_base_samples(config: Config) -> Iterator[Finding]:
     device = default_device()
     quick = config.model.path.startswith("toy-") or (device == "cuda" and looks_local(config.model.path))
     if config.model.path == "train" or not quick:
-        yield Finding("base samples", "note", "checked by the run before it trains; its samples/base.png shows them")
+        yield Finding("base samples", "note", "checked by the run before training; its samples/base.png shows them")
         return
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     groups = fixed_groups(config, prompts, _BASE_SAMPLES, stream="doctor")
@@ -123,7 +125,7 @@ def check_rewards(config: Config) -> Iterator[Finding]:
     for entry in (*config.rewards.train, *config.rewards.judges):
         role = "reward" if entry.name in training else "judge"
         if getattr(entry, "weights", None) == "train":
-            yield Finding(f"{role} `{entry.name}`", "note", "trained by the run before it begins")
+            yield Finding(f"{role} `{entry.name}`", "note", "trained by the run before the first iteration")
             continue
         try:
             worker = RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=device)

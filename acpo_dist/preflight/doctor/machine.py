@@ -58,17 +58,17 @@ def check_system() -> Iterator[Finding]:
     limit, free = _memory()
     yield judged(
         free > _FREE_GIB * _GIB, "memory", f"{free / _GIB:.1f} of {limit / _GIB:.1f} GiB free",
-        f"The toy needs about {_FREE_GIB} GiB on Ray; close what else runs here.",
+        f"The toy needs about {_FREE_GIB} GiB on Ray; close other programs.",
     )  # fmt: skip
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     yield judged(
         files >= _OPEN_FILES, "open files", f"at most {files} per process",
-        "Ray opens many: `ulimit -n 65536` before it starts.",
+        "Ray opens many files: run `ulimit -n 65536` before it starts.",
     )  # fmt: skip
     shared = shutil.disk_usage("/dev/shm").free / _GIB if Path("/dev/shm").is_dir() else 0.0
     yield judged(
         shared >= _SHARED_GIB, "shared memory", f"{shared:.1f} GiB free in /dev/shm",
-        "Ray then keeps tensors on disk, which is slow; a container takes --shm-size=8g.",
+        "Ray then keeps tensors on disk, which is slow; start a container with --shm-size=8g.",
     )  # fmt: skip
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     yield judged(
@@ -96,11 +96,11 @@ def check_devices() -> Iterator[Finding]:
     if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         build = f"is built for CUDA {found['build']}" if found["build"] else "is built without CUDA"
         yield Finding(
-            "devices", "failed", f"an NVIDIA driver is here, but torch sees no GPU; torch {build}",
-            "Install the torch that fits the driver (`nvidia-smi` names its CUDA version).",
+            "devices", "failed", f"an NVIDIA driver is installed, but torch finds no GPU; torch {build}",
+            "Install the torch build for the driver (`nvidia-smi` shows its CUDA version).",
         )  # fmt: skip
     else:
-        advice = "The toys and small DDPMs train without one; SDXL and SD 1.x do not."
+        advice = "The toys and small DDPMs train without a GPU; SDXL and SD 1.x do not."
         yield Finding("devices", "note", "no GPU", advice)
 
 
@@ -109,7 +109,8 @@ def check_process_group() -> Iterator[Finding]:
     done = in_child(_GROUP, timeout_s=60)
     yield judged(
         done.succeeded, "process group", "gloo works" if done.succeeded else done.text,
-        f"Does /etc/hosts know `{platform.node()}`? Or name a network: GLOO_SOCKET_IFNAME=eth0.", otherwise="failed",
+        f"Add `{platform.node()}` to /etc/hosts, or set a network interface: GLOO_SOCKET_IFNAME=eth0.",
+        otherwise="failed",
     )  # fmt: skip
 
 

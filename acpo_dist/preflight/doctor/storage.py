@@ -42,7 +42,7 @@ def check_runs(folder: Path, needed_gib: float = _LEAST_GIB) -> Iterator[Finding
     free = shutil.disk_usage(there).free / _GIB
     yield judged(
         free >= needed_gib, "runs", f"{folder}, {free:.1f} GiB free",
-        f"About {needed_gib:.1f} GiB are wanted: free some, set ACPO_RUNS, or lower checkpoint.keep.",
+        f"About {needed_gib:.1f} GiB are required: free some space, set ACPO_RUNS, or lower checkpoint.keep.",
     )  # fmt: skip
 
 
@@ -56,11 +56,11 @@ def check_tracking(uri: str) -> Iterator[Finding]:
         path = Path(uri.removeprefix("sqlite:///"))
         writable = os.access(path if path.exists() else _existing(path.parent), os.W_OK)
         yield judged(
-            writable, "tracking", f"{path}, {'there' if path.exists() else 'the first run makes it'}",
+            writable, "tracking", f"{path}, {'exists' if path.exists() else 'the first run creates it'}",
             "It cannot be written: set tracking.mlflow_uri or MLFLOW_TRACKING_URI.",
         )  # fmt: skip
     else:
-        yield Finding("tracking", "note", f"{shown} is not looked at")
+        yield Finding("tracking", "note", f"{shown} is not checked")
 
 
 def _ask(uri: str, shown: str) -> Finding:
@@ -74,13 +74,16 @@ def _ask(uri: str, shown: str) -> Finding:
             return Finding("tracking", "ok", f"{shown} answers with {answer.status}")
     except urllib.error.HTTPError as error:
         found = f"{shown} answers with {error.code} {error.reason}"
-        advice = "It may want MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        advice = "It may require MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN."
     except OSError as error:
         found = f"{shown} does not answer: {getattr(error, 'reason', error)}"
-        advice = "A run goes on without it and sends what waited later; is its server running?"
+        advice = "A run continues without it and sends pending records later; check that its server is running."
     except (http.client.HTTPException, ValueError) as error:
         # The error text may contain the address with its password.
-        found, advice = f"{shown} is no address that can be asked ({type(error).__name__})", "See tracking.mlflow_uri."
+        found, advice = (
+            f"{shown} is no address that can be reached ({type(error).__name__})",
+            "See tracking.mlflow_uri.",
+        )
     return Finding("tracking", "warning", found, advice)
 
 
@@ -91,7 +94,7 @@ def check_hub() -> Iterator[Finding]:
     cache = Path(constants.HF_HUB_CACHE)
     there = _existing(cache)
     offline = "; HF_HUB_OFFLINE is set, so nothing is downloaded" if constants.HF_HUB_OFFLINE else ""
-    token = "; a token is there" if get_token() else ""
+    token = "; a token is set" if get_token() else ""
     free = shutil.disk_usage(there).free / _GIB
     yield judged(
         os.access(there, os.W_OK), "model cache", f"{cache}, {free:.1f} GiB free{offline}{token}",

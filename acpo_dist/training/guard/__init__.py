@@ -1,1 +1,1 @@
-"""Watches a run for reward hacking, on figures alone: judges, statistics of images, drift."""
+"""Monitor a run for reward hacking from its metrics: judges, image statistics and drift."""

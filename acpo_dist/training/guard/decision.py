@@ -32,7 +32,7 @@ class Reason:
 
     @property
     def text(self) -> str:
-        """The reason as a sentence with value and limits."""
+        """Return the reason as a sentence with value and limits."""
         kind, _, what = self.rule.partition("/")
         stop = "no stop limit" if self.stop is None else f"stop at {self.stop:g}"
         return f"{WORDING[kind].format(value=self.value, what=what)} (warns at {self.warn:g}, {stop})"
@@ -64,16 +64,16 @@ class Decision:
 
     @property
     def text(self) -> str:
-        """One line per reason."""
+        """Return one line per reason."""
         return "\n".join(reason.text for reason in self.reasons)
 
     def to_metrics(self) -> dict[str, float]:
-        """Metrics for tracking: `guard/<rule>` as shares of the stop limits, reward scale and best iteration."""
+        """Return metrics for tracking: `guard/<rule>` as shares of the stop limits, reward scale and best iteration."""
         shares = {f"guard/{name}": value for name, value in self.stop_shares.items()}
         return shares | {"guard/reward_scale": self.reward_scale, "guard/best_iteration": float(self.best_iteration)}
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return JSON-compatible data."""
         return asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The guard: from each iteration's signals to a decision, resumable to the bit."""
+"""The guard converts each iteration's signals to a decision; a resumed guard decides identically, bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -46,7 +46,7 @@ class Guard:
             ValueError: an iteration seen before, or a signal that is not finite.
         """
         if iteration <= self._iteration:
-            raise ValueError(f"the guard has seen iteration {self._iteration} already, and was given {iteration}")
+            raise ValueError(f"the guard has already checked iteration {self._iteration}, and was given {iteration}")
         now = signals.flat()
         self._iteration = iteration
         self._checks += 1
@@ -89,7 +89,7 @@ class Guard:
             self._best = (iteration, score)
 
     def state(self) -> dict[str, Any]:
-        """Complete state as plain data for a checkpoint; floats survive JSON exactly."""
+        """Return the complete state as plain data for a checkpoint; floats survive JSON exactly."""
         return {
             "iteration": self._iteration,
             "checks": self._checks,
@@ -129,7 +129,7 @@ class Guard:
         return state is not None and state.over_gross >= _gross_patience(rule)
 
     def _metrics(self, smoothed: Mapping[str, float]) -> dict[str, float]:
-        """Value of every enabled rule, higher is worse."""
+        """Return the value of every enabled rule, higher is worse."""
         rewards = [value for name, value in smoothed.items() if name.startswith("reward/")]
         judges = {name: value for name, value in smoothed.items() if name.startswith("judge/")}
         metrics: dict[str, float] = {}
@@ -152,12 +152,12 @@ class Guard:
         if self._checks <= self._quiet_until:
             return ()
         config, raised = self._config, []
-        for name, figure in metrics.items():
+        for name, value in metrics.items():
             before = after = self._rules.get(name, RuleState())
             limits = self._limit(name)
             if self._counts(name):
                 patience = min(config.patience, _DRIFT_PATIENCE) if name == "drift" else config.patience
-                after = step(after, figure, limits, patience=patience, release=config.release)
+                after = step(after, value, limits, patience=patience, release=config.release)
             if limits.stop is not None and config.gross is not None:
                 after = step_gross(after, alone[name], config.gross * limits.stop, patience=_gross_patience(name))
             self._rules[name] = after
@@ -192,7 +192,7 @@ class Guard:
 
 
 _DRIFT_PATIENCE = 2
-"""Consecutive checks over a limit: the drift controller may overshoot once."""
+"""Return the required consecutive checks over a limit; the drift controller may overshoot once."""
 
 
 def _gross_patience(rule: str) -> int:

@@ -62,7 +62,7 @@ class GuardMonitor:
         )  # fmt: skip
 
     def probe(self, learner: LearnerGroup, handles: Sequence[RolloutHandle]) -> dict[int, float]:
-        """Drift of the learner's updated weights before they are published, on the images of one chunk.
+        """Measure drift of the learner's updated weights before they are published, on the images of one chunk.
 
         Returns:
             timestep -> mean squared drift in the anchor's own units, on forward-noised images; empty if
@@ -102,7 +102,9 @@ class GuardMonitor:
             text = next(reason.text for reason in decision.reasons if reason.rule == name)
             self._console.message(f"guard, iteration {iteration + 1}: {text}")
         if decision.action == "lower_reward":
-            self._console.message(f"guard: reward weights are multiplied by {decision.reward_scale:g} from now on")
+            self._console.message(
+                f"guard: reward weights are multiplied by {decision.reward_scale:g} from the next iteration on"
+            )
         if decision.raised or decision.action in ("lower_reward", "stop", "roll_back"):
             self._record(decision)
         return decision
@@ -112,7 +114,7 @@ class GuardMonitor:
         self._guard.saved(iteration, judge_gains)
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for the checkpoint."""
+        """Return plain data for a checkpoint."""
         reference = self._reference.to_mapping() if self._reference else None
         gauge = asdict(self._gauge) if self._gauge else None
         ended = self.decision.to_mapping() if self.decision and self.decision.ends else None
@@ -142,14 +144,14 @@ class GuardMonitor:
         return getattr(self._config.algorithm, "anchor", None)
 
     def _images(self, handles: Sequence[RolloutHandle]) -> tuple[Tensor, list[str]]:
-        """The first `guard.images` images, with their prompts."""
+        """Return the first `guard.images` images with their prompts."""
         found = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
         found = found[: self._config.guard.images]
         return self._pool.images(handles, [sample_id for sample_id, _ in found]), [prompt for _, prompt in found]
 
 
 def ending_of(config: Config, state: Mapping[str, Any]) -> Decision | None:
-    """The decision that ended the run with this checkpoint, or None.
+    """Return the decision that ended the run with this checkpoint, or None.
 
     None also if the guard's configuration has changed since: with other limits or another action the run may continue.
     """
@@ -160,7 +162,7 @@ def ending_of(config: Config, state: Mapping[str, Any]) -> Decision | None:
 
 
 def probe_rms(probe: Mapping[int, float]) -> float:
-    """Root mean square over timesteps; 0 if `probe` is empty."""
+    """Return the root mean square over timesteps; 0 if `probe` is empty."""
     return fmean(probe.values()) ** 0.5 if probe else 0.0
 
 

@@ -17,7 +17,7 @@ class RunningMean:
 
     @property
     def value(self) -> float:
-        """The mean so far.
+        """The current mean.
 
         Raises:
             ZeroDivisionError: no value was added.
@@ -25,7 +25,7 @@ class RunningMean:
         return self.total / self.weight
 
     def add(self, value: float, smoothing: float) -> "RunningMean":
-        """Mean with one more value, whose weight is `smoothing` in the long run."""
+        """Return the mean with one more value, whose weight is `smoothing` in the long run."""
         return RunningMean(
             total=(1 - smoothing) * self.total + smoothing * value, weight=(1 - smoothing) * self.weight + smoothing
         )
@@ -33,7 +33,7 @@ class RunningMean:
 
 @dataclass(frozen=True, kw_only=True)
 class RuleState:
-    """Where a rule stands."""
+    """Level and counters of a rule."""
 
     level: Level = "ok"
     over_warn: int = 0
@@ -43,23 +43,23 @@ class RuleState:
     """Consecutive checks far beyond the stop limit, each taken alone."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for `state.json`; `RuleState(**mapping)` restores it."""
+        """Return plain data for `state.json`; `RuleState(**mapping)` restores it."""
         return asdict(self)
 
 
-def step(state: RuleState, figure: float, limits: Limits, *, patience: int, release: float) -> RuleState:
-    """One check.
+def step(state: RuleState, value: float, limits: Limits, *, patience: int, release: float) -> RuleState:
+    """Check one value against the limits and return the new state.
 
-    A rule rises after `patience` consecutive checks at or over a limit, and falls back to `ok` only under `release`
-    times its warn limit: a figure that hovers at a limit neither flickers nor is forgotten.
+    A rule rises after `patience` consecutive checks at or over a limit, and returns to `ok` only under `release` times
+    its warn limit, so that a value near a limit neither switches the level repeatedly nor is dropped.
 
     Args:
-        figure: higher is worse, in the unit of the limits.
+        value: value in the unit of the limits, higher is worse.
     """
-    over_warn = state.over_warn + 1 if figure >= limits.warn else 0
-    over_stop = state.over_stop + 1 if limits.stop is not None and figure >= limits.stop else 0
+    over_warn = state.over_warn + 1 if value >= limits.warn else 0
+    over_stop = state.over_stop + 1 if limits.stop is not None and value >= limits.stop else 0
     level: Level = state.level
-    if figure < release * limits.warn:
+    if value < release * limits.warn:
         level = "ok"
     elif over_stop >= patience:
         level = "stop"
@@ -68,12 +68,12 @@ def step(state: RuleState, figure: float, limits: Limits, *, patience: int, rele
     return replace(state, level=level, over_warn=over_warn, over_stop=over_stop)
 
 
-def step_gross(state: RuleState, figure: float, line: float, *, patience: int) -> RuleState:
-    """The same check once more, after `step`, on the value of this iteration alone.
+def step_gross(state: RuleState, value: float, line: float, *, patience: int) -> RuleState:
+    """Check the unsmoothed value of this iteration, after `step`.
 
     Args:
-        figure: unsmoothed value.
-        line: far beyond the stop limit; the rule goes to `stop` after `patience` consecutive checks at or over it.
+        value: unsmoothed value.
+        line: limit far beyond the stop limit; the rule stops after `patience` consecutive checks at or over it.
     """
-    over = state.over_gross + 1 if figure >= line else 0
+    over = state.over_gross + 1 if value >= line else 0
     return replace(state, level="stop" if over >= patience else state.level, over_gross=over)

@@ -19,7 +19,7 @@ class Reference:
     """Computed with the same estimator, features and sample count as in the iterations."""
 
     def to_mapping(self) -> dict[str, Any]:
-        """Plain data for `state.json`; `Reference(**mapping)` restores it exactly."""
+        """Return plain data for `state.json`; `Reference(**mapping)` restores it exactly."""
         return asdict(self)
 
 
@@ -39,7 +39,7 @@ class Signals:
     """Rms drift as a multiple of its budget."""
 
     def flat(self) -> dict[str, float]:
-        """All signals by name, as the guard smooths and tracking records them.
+        """Return all signals by name, as smoothed by the guard and recorded by tracking.
 
         Raises:
             ValueError: a signal is not finite.
@@ -58,7 +58,7 @@ class Signals:
 
 
 def fit_reference(content: Mapping[str, Sequence[float]], *, diversity: float | None, min_std: float) -> Reference:
-    """Statistics of the calibration samples.
+    """Compute the statistics of the calibration samples.
 
     Args:
         content: statistic -> one value per calibration sample, each in [0, 1].
@@ -69,7 +69,7 @@ def fit_reference(content: Mapping[str, Sequence[float]], *, diversity: float | 
         ValueError: no sample, or a diversity that is not positive, so that a ratio to it is not defined.
     """
     if diversity is not None and not diversity > 0:
-        raise ValueError(f"the base model's diversity must be positive, found {diversity}: leave it out")
+        raise ValueError(f"the base model's diversity must be positive, found {diversity}: omit it")
     return Reference(
         content_mean={name: fmean(values) for name, values in content.items()},
         content_std={name: max(min_std, pstdev(values)) for name, values in content.items()},

@@ -265,7 +265,7 @@ def trajectory_from_mapping(data: Mapping[str, Any]) -> Trajectory:
 
 
 def _text_levels(path: Path) -> tuple[float, ...]:
-    """Levels of a published trajectory file (t = 0 first) or of an optimised file (with additional columns)."""
+    """Return the levels of a published trajectory file (t = 0 first) or of an optimised file (more columns)."""
     try:
         optimised = ";" in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -274,14 +274,14 @@ def _text_levels(path: Path) -> tuple[float, ...]:
 
 
 def _schedule_of(table: ErrorTable, path: Path) -> np.ndarray:
-    """alpha_bar by timestep of the schedule of a table: stored in artefacts, `LINEAR_DDPM` for published tables."""
+    """Return alpha_bar by timestep of a table's schedule: stored in artefacts, `LINEAR_DDPM` for published tables."""
     own = table.provenance.get("alpha_bars")
     if own is not None:
         return np.asarray(own, dtype=np.float64)
     if path.suffix == ".json":
         raise VrgError(
-            f"{path} does not say on which noise schedule its table was measured (table.provenance.alpha_bars), so "
-            "timesteps cannot be worked out. Measure it again with `acpo vrg measure`."
+            f"{path} does not contain the noise schedule of its table (table.provenance.alpha_bars), so timesteps "
+            "cannot be computed. Measure it again with `acpo vrg measure`."
         )
     return LINEAR_DDPM
 
@@ -291,9 +291,9 @@ def _require_timesteps(path: Path, found: Trajectory, wanted: np.ndarray) -> Non
     if distance.max() > TIMESTEP_TOLERANCE:
         step = int(distance.argmax())
         raise VrgError(
-            f"{path} is of another noise schedule: step {step} has timestep {found.timesteps[step]:g} at alpha_bar "
-            f"{found.alpha_bars[step]:.6g}, where this model has timestep {wanted[step]:.1f}. Measure a trajectory "
-            "for this model with `acpo vrg measure`."
+            f"{path} belongs to another noise schedule: step {step} has timestep {found.timesteps[step]:g} at "
+            f"alpha_bar {found.alpha_bars[step]:.6g}, where this model has timestep {wanted[step]:.1f}. Measure a "
+            "trajectory for this model with `acpo vrg measure`."
         )
 
 

@@ -46,7 +46,7 @@ def measure(
 
 
 def table_drift(old: ErrorTable, sums: ErrorSums) -> float:
-    """Drift of the error table: largest change of log v over the nodes.
+    """Return the drift of the error table: largest change of log v over the nodes.
 
     The median change is subtracted, because a common factor of v does not change the best trajectory; so is twice the
     standard error of the change.

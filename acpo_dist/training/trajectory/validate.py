@@ -67,7 +67,7 @@ class Update:
     diagnostics: Mapping[str, list[float]]
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the update, by name."""
+        """Return the metrics of the update, by name."""
         known = self.table.standard_errors
         metrics = {
             "vrg/adopted": float(self.adopted), "vrg/j0": self.j0, "vrg/j1": self.j1,
@@ -125,7 +125,7 @@ def consider(
             solver=solver,
         )  # fmt: skip
         if found.j1 > found.j0 * (1 - config.vrg.min_gain):
-            logger.info("the optimum promises %.2f %%: not worth a change", 100 * (1 - found.j1 / found.j0))
+            logger.info("the optimum predicts a gain of %.2f %%, below vrg.min_gain", 100 * (1 - found.j1 / found.j0))
             break
         candidate = replace_levels(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
@@ -196,7 +196,7 @@ class Validation:
         )  # fmt: skip
 
     def _errors(self, trajectory: Trajectory) -> torch.Tensor:
-        """Mean squared distance from the reference per sample, float64, shape (B,)."""
+        """Return the mean squared distance from the reference per sample, float64, shape (B,)."""
         final_latents = self._pool.final_latents(self._groups, trajectory)
         return (final_latents - self._reference).double().square().flatten(1).mean(1)
 
@@ -209,7 +209,7 @@ def set_trajectory(pool: RolloutPool, trajectory: Trajectory) -> None:
     """
     answers = pool.set_trajectory(trajectory)
     if set(answers) != {trajectory.schedule_id}:
-        raise WeightSyncError(f"workers follow {sorted(set(answers))} instead of trajectory {trajectory.schedule_id}")
+        raise WeightSyncError(f"workers use {sorted(set(answers))} instead of trajectory {trajectory.schedule_id}")
 
 
 def replace_levels(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha_bars: FloatArray) -> Trajectory:
