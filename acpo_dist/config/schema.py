@@ -11,6 +11,7 @@ from acpo_dist.config.plugins import AlgorithmConfig, MetricConfig, ModelConfig
 from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.roles import RolesConfig
 from acpo_dist.config.section import Section, plugin
+from acpo_dist.core.files import folder_name
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
@@ -20,7 +21,7 @@ class RunConfig(Section):
     """Name, length and folder of the run."""
 
     name: str = "run"
-    """Name in tracking and of the default folder."""
+    """Name in tracking and of the default folder, where `/`, `:` and the like become `_`."""
     dir: Path | None = None
     """Folder of the run; None uses `runs/<name>-<seed>`, or `<name>-<seed>` in the folder that ACPO_RUNS names."""
     iterations: int = Field(default=100, ge=1)
@@ -301,7 +302,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """Folder of the run."""
-        return self.run.dir or Path(os.environ.get("ACPO_RUNS", "runs")) / f"{self.run.name}-{self.run.seed}"
+        return self.run.dir or Path(os.environ.get("ACPO_RUNS", "runs")) / folder_name(self.run.name, self.run.seed)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return plain nested data, as written to `resolved.yaml`."""

@@ -1,6 +1,7 @@
 """Durable writes, and conversion of storage errors (disk full or unavailable) to `StorageError`."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from acpo_dist.core.errors import StorageError
 
 _NUMBERS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
+_NAME_BYTES = 200
+"""Longest name of a run in the name of its folder; file systems allow 255 bytes per component."""
 _IN_WORDS = re.compile(r"\(os error (\d+)\)")
 """Format in which safetensors (Rust) reports an operating system error."""
 
@@ -58,6 +61,18 @@ def replace_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def folder_name(name: str, seed: int) -> str:
+    """Name of the folder of a run: `name-seed`, one path component that every file system accepts.
+
+    Characters that some file systems refuse become `_`; a long name is cut and gets a hash, so that it stays unique.
+    """
+    legal = re.sub(r"[^\w .,+=@()\[\]{}#~!-]", "_", name).strip(" .") or "run"
+    if len(legal.encode()) > _NAME_BYTES:
+        mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+        legal = f"{legal.encode()[: _NAME_BYTES - 9].decode(errors='ignore')}-{mark}"
+    return f"{legal}-{seed}"
 
 
 def _explain(error: Exception, number: int, folder: Path) -> str:

@@ -74,6 +74,22 @@ def shown_uri(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
+def access_advice(said: str) -> str:
+    """What to do about an MLflow server that responds but refuses access; empty for any other error.
+
+    Args:
+        said: text of the error, with status code and body.
+    """
+    if "Invalid Host header" in said:
+        return (
+            "The server does not accept the host name in this address: start it with `mlflow server --allowed-hosts "
+            "HOST:PORT` (or MLFLOW_SERVER_ALLOWED_HOSTS), or use an address that it accepts."
+        )
+    if re.search(r"\b(401|403)\b", said):
+        return "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+    return ""
+
+
 def sqlite_file(uri: str) -> Path | None:
     """The database file of a SQLite URI; None for another store or one in memory."""
     if not uri.startswith("sqlite"):

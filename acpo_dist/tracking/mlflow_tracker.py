@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, shorten
 from acpo_dist.core.files import replace_file
 from acpo_dist.core.ports import Tracker
 from acpo_dist.tracking.mlflow_records import deliver, flatten, is_refusal, lane, metrics_record, tag_values
-from acpo_dist.tracking.mlflow_run import RunFacts, describe_run, make_sqlite, open_run, shown_uri, sqlite_uri
+from acpo_dist.tracking.mlflow_run import (
+    RunFacts,
+    access_advice,
+    describe_run,
+    make_sqlite,
+    open_run,
+    shown_uri,
+    sqlite_uri,
+)
 from acpo_dist.tracking.spool import Spool
 
 if TYPE_CHECKING:
@@ -170,10 +178,11 @@ class MlflowTracker(Tracker):
     def _report(self, errors: list[Exception]) -> None:
         if errors and not self._warned:
             self._warned = True
-            said = f"{type(errors[0]).__name__}: {errors[0]}".partition("\n")[0]
+            said = shorten(f"{type(errors[0]).__name__}: {errors[0]}".partition("\n")[0], 250)
+            advice = access_advice(said)
             logger.warning(
-                "MLflow at %s cannot be used (%s). Training goes on; records wait in %s and are sent when it answers.",
-                shown_uri(self.uri), shown_uri(said), self._spool.path,
+                "MLflow at %s cannot be used (%s).%s Training goes on; records wait in %s and are sent when it accepts "
+                "them.", shown_uri(self.uri), shown_uri(said), f" {advice}" if advice else "", self._spool.path,
             )  # fmt: skip
         elif self._failing and not errors:
             logger.info("MLflow at %s has taken everything that waited", shown_uri(self.uri))

@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-from acpo_dist.core.errors import ResumeError, RunTakenError
+from acpo_dist.core.errors import ResumeError, RunTakenError, UsageError, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -103,16 +103,25 @@ class RunLock:
 
         Raises:
             ResumeError: another live process holds the lock.
+            UsageError: the folder cannot be made or written.
         """
-        self._made = not self._path.parent.is_dir()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                with self._path.open("x", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(self._me)))
-                return
-            except FileExistsError:
-                self._remove_dead(wait)
+        folder = self._path.parent
+        self._made = not os.path.isdir(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                try:
+                    with self._path.open("x", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(self._me)))
+                    return
+                except FileExistsError:
+                    self._remove_dead(wait)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
+            raise UsageError(
+                f"run.dir: {shorten(str(folder), 250)} cannot be made or written: {reason}. Set run.dir, or "
+                "ACPO_RUNS for the folder of all runs, to a folder of your own with free space."
+            ) from error
 
     def beat(self) -> None:
         """Write heartbeats until `release`; runs in its own thread."""

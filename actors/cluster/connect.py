@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -51,7 +52,7 @@ def join(address: str) -> None:
                 logger.warning("%s", warning)
         _init(address, include_dashboard=dashboard)
     except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(_explain(address, error)) from error
+        raise UsageError(explain(address, error)) from error
     except SystemExit as stop:
         if stop.code == signal.SIGTERM and callable(handler):
             # Raised by Ray's own handler, which is installed as soon as it connects.
@@ -145,9 +146,16 @@ def small_shared_memory(free: int, needed: int) -> str:
     )
 
 
-def _explain(address: str, error: Exception) -> str:
+def explain(address: str, error: Exception) -> str:
+    """Message for a cluster that cannot be joined: what is wrong, and the remedy."""
     where = "in RAY_ADDRESS or on this machine" if address == "auto" else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if versions := re.findall(r"(Ray|Python): (\S+)", str(error)) if "ersion mismatch" in str(error) else []:
+        theirs, ours = (", ".join(f"{name} {number}" for name, number in versions[at : at + 2]) for at in (0, 2))
+        return (
+            f"the cluster {where} runs {theirs}, and this process {ours}. Ray needs the same versions of both on all "
+            "machines: install the cluster's versions here, or start the run from its head node (`acpo submit`)."
+        )
     if isinstance(error, AuthenticationError):
         return f"the cluster {where} requires its token: {_ended(reason)} {TOKEN_HELP}"
     if address == "local" and "AF_UNIX" in reason:

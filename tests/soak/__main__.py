@@ -22,11 +22,17 @@ def main() -> int:
         "--kind", default="any", choices=["any", "learner", "roles", "local", "disk", "reward", "mlflow"]
     )
     parser.add_argument("--log", type=Path, default=Path("runs/soak.jsonl"), help="file that results are added to")
+    parser.add_argument("--twin", type=Path, help="file with the metrics of the undisturbed run; made if it is missing")
     given = parser.parse_args()
     given.log.parent.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="soak"))
     started, failed = time.monotonic(), 0
-    expected = twin(root)
+    if given.twin is not None and given.twin.exists():
+        expected = json.loads(given.twin.read_text())
+    else:
+        expected = twin(root)
+        if given.twin is not None:
+            given.twin.write_text(json.dumps(expected))
     for seed in range(given.seed, given.seed + given.cases):
         if time.monotonic() - started > 60 * given.minutes:
             break

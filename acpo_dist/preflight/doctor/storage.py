@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from acpo_dist.core.errors import shorten
 from acpo_dist.preflight.doctor.finding import Finding, judged
+from acpo_dist.tracking.mlflow_run import access_advice
 
 _GIB = 2**30
 _LEAST_GIB = 5.0
 _ANSWER_S = 10.0
+_API = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
+"""A request as a run sends it: MLflow answers `/health` whatever host name and account are given."""
+_BODY = 2000
 
 
 def check_runs(folder: Path, needed_gib: float = _LEAST_GIB) -> Iterator[Finding]:
@@ -66,15 +71,18 @@ def check_tracking(uri: str) -> Iterator[Finding]:
 def _ask(uri: str, shown: str) -> Finding:
     kind = urlparse(uri)
     account, _, where = kind.netloc.rpartition("@")
-    asked = urllib.request.Request(f"{kind._replace(netloc=where).geturl().rstrip('/')}/health")
-    if account:
-        asked.add_header("Authorization", f"Basic {base64.b64encode(unquote(account).encode()).decode()}")
+    asked = urllib.request.Request(f"{kind._replace(netloc=where).geturl().rstrip('/')}{_API}")
+    if given := _authorization(unquote(account)):
+        asked.add_header("Authorization", given)
     try:
         with urllib.request.urlopen(asked, timeout=_ANSWER_S) as answer:
             return Finding("tracking", "ok", f"{shown} answers with {answer.status}")
     except urllib.error.HTTPError as error:
-        found = f"{shown} answers with {error.code} {error.reason}"
-        advice = "It may require MLFLOW_TRACKING_USERNAME and _PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        said = error.read(_BODY).decode(errors="replace")
+        if "RESOURCE_DOES_NOT_EXIST" in said:
+            return Finding("tracking", "ok", f"{shown} answers")
+        found = shorten(f"{shown} answers with {error.code} {error.reason}: {said}", 300)
+        advice = access_advice(f"{error.code} {said}") or "Is this the address of an MLflow server?"
     except OSError as error:
         found = f"{shown} does not answer: {getattr(error, 'reason', error)}"
         advice = "A run continues without it and sends pending records later; check that its server is running."
@@ -85,6 +93,15 @@ def _ask(uri: str, shown: str) -> Finding:
             "See tracking.mlflow_uri.",
         )
     return Finding("tracking", "warning", found, advice)
+
+
+def _authorization(account: str) -> str:
+    """Header with the account of the address or of the variables that MLflow reads; empty without one."""
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if account or user:
+        return f"Basic {base64.b64encode((account or f'{user}:{password}').encode()).decode()}"
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN", "")
+    return f"Bearer {token}" if token else ""
 
 
 def check_hub() -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Manage the trajectory of a run: configured trajectory, validation at the start, and updates after table drift."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ class TrajectoryManager:
         """
         self._base = self._configured()
         set_trajectory(self._pool, self._base)
+        if (note := few_late_states(self._base, self._config, len(self._alpha_bars))) is not None:
+            self._console.message(f"warning: {note}")
         return self._update(0) if self._config.vrg.enabled else {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -134,3 +137,23 @@ class TrajectoryManager:
     def _configured(self) -> Trajectory:
         sampler = self._config.sampler
         return configured_trajectory(sampler.trajectory, sampler.num_steps, self._alpha_bars) or self._base
+
+
+def few_late_states(trajectory: Trajectory, config: Config, num_train_timesteps: int) -> str | None:
+    """Warning for a trajectory with a single state that the learner trains on; None otherwise.
+
+    Args:
+        trajectory: the trajectory of the rollouts.
+        config: the run's configuration.
+        num_train_timesteps: T.
+    """
+    sampler = config.sampler
+    late = [timestep for timestep in trajectory.timesteps if timestep <= sampler.latest_share * num_train_timesteps]
+    if len(late) != 1 or sampler.late_per_sample == 1 or trajectory.num_steps == 1:
+        return None
+    # Rounded up, so that the second last step is included.
+    share = math.ceil(100 * trajectory.timesteps[-2] / num_train_timesteps) / 100
+    return (
+        f"only 1 of {trajectory.num_steps} denoise steps is at or below sampler.t_max={sampler.latest_share:g}, so the "
+        f"learner trains at timestep {late[0]:.0f} alone. sampler.t_max={share:g} adds the step before it."
+    )

@@ -1,0 +1,168 @@
+"""Failures that users of such tools report: each is avoided, or named in one message with its remedy."""
+
+import http.server
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from acpo_dist.config.load import load_config
+from acpo_dist.core.errors import LONGEST, UsageError
+from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.objective.advantage import group_advantages
+from acpo_dist.preflight.doctor.storage import check_tracking
+from acpo_dist.tracking.mlflow_tracker import MlflowTracker
+from acpo_dist.training.run_lock import held
+from acpo_dist.training.trajectory.manager import few_late_states
+from tests.conftest import TINY
+
+LONG = "ü" * 300
+LAUNCHERS = {
+    "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1",
+    "TORCHELASTIC_RUN_ID": "none", "ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_DEEPSPEED": "true",
+    "SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_NODELIST": "node[1-4]", "UV": "/usr/bin/uv",
+    "UV_RUN_RECURSION_DEPTH": "1",
+}  # fmt: skip
+PROXIES = {
+    name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+}
+
+
+class OtherHost(http.server.BaseHTTPRequestHandler):
+    """Answers as MLflow does to a host name that it does not know; `/health` is always answered."""
+
+    def do_GET(self) -> None:
+        known = self.path == "/health"
+        self.send_response(200 if known else 403)
+        self.end_headers()
+        self.wfile.write(b"OK" if known else b"Invalid Host header - possible DNS rebinding attack detected")
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_host(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OtherHost) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_an_mlflow_server_that_refuses_the_host_name_is_quoted_with_the_option_that_allows_it(
+    other_host, tmp_path, caplog
+):
+    tracker = MlflowTracker(other_host, "acpo", "one", spool=tmp_path / "mlflow", params={}, tags={})
+    tracker.close("FINISHED")
+    said = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "403" in said and "Invalid Host header" in said and "--allowed-hosts" in said and other_host in said
+    assert len(said) <= LONGEST + len(str(tmp_path))
+
+
+def test_the_doctor_asks_mlflow_what_a_run_asks_it(other_host):
+    (found,) = check_tracking(other_host)
+    assert found.verdict == "warning" and "Invalid Host header" in found.found and "--allowed-hosts" in found.advice
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a/b",
+        "../../outside",
+        "/absolute",
+        "a:b",
+        "with spaces",
+        "äöü Ω 你好",
+        LONG,
+        "a" * 300,
+        "..",
+        " ",
+        "a\0b",
+        "CON?*",
+    ],
+)
+def test_any_run_name_gives_one_folder_inside_the_folder_of_all_runs(name, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACPO_RUNS", str(tmp_path))
+    folder = load_config("toy_sdxl", [f"run.name={name}"]).run_dir
+    with held(folder):
+        assert folder.is_dir() and folder.parent == tmp_path
+    assert load_config("toy_sdxl", [f"run.name={name}"]).run.name == name
+
+
+def test_long_run_names_that_differ_at_their_end_give_different_folders():
+    first, second = (load_config("toy_sdxl", [f"run.name={LONG}{end}"]).run_dir for end in "ab")
+    assert first != second
+
+
+@pytest.mark.parametrize("folder", ["file/run", "/proc/run", "x" * 300])
+def test_a_run_folder_that_cannot_be_made_is_a_mistake_of_the_user_with_the_key_to_set(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as caught, held(tmp_path / folder):
+        pytest.fail("the folder cannot be made")
+    assert "run.dir" in str(caught.value) and "ACPO_RUNS" in str(caught.value) and len(str(caught.value)) <= LONGEST
+
+
+def test_a_trajectory_with_one_late_state_is_reported_with_the_share_that_gives_two():
+    few = Trajectory(timesteps=(999.0, 749.0, 499.0, 249.0), alpha_bars=(0.01, 0.1, 0.4, 0.8, 1.0))
+    config = load_config("toy_sdxl", ["sampler.num_steps=4", "sampler.t_max=null", "sampler.guidance_scale=1"])
+    said = few_late_states(few, config, 1000)
+    assert said is not None and "sampler.t_max=0.3" in said and "sampler.t_max=0.5 " in said and "249" in said
+    assert few_late_states(few, load_config("toy_sdxl", ["sampler.t_max=0.5"]), 1000) is None
+    assert (
+        few_late_states(few, load_config("toy_sdxl", ["sampler.t_max=0.3", "sampler.late_per_sample=1"]), 1000) is None
+    )
+
+
+def test_a_group_whose_spread_is_a_residue_of_rounding_is_left_out_and_counted():
+    # Scores that differ by 2e-4 where those of the base model have a standard deviation of 0.35.
+    quality = {"a0": 0.0, "a1": 2e-4 / 0.35, "b0": 0.0, "b1": 0.2}
+    found = group_advantages([["a0", "a1"], ["b0", "b1"]], {"m": quality}, {"m": 1.0})
+    assert set(found.values) == {"b0", "b1"} and found.counts.flat_groups == 1
+
+
+def test_another_version_of_ray_or_python_on_the_cluster_is_one_message_with_both_versions():
+    pytest.importorskip("ray", reason="needs the extra `ray`")
+    import ray
+    from ray._private.utils import check_version_info
+
+    from actors.cluster import connect
+
+    with pytest.raises(RuntimeError) as refused:
+        check_version_info({"ray_version": "2.9.0", "python_version": "3.8.1"}, "192.0.2.1")
+    said = connect.explain("192.0.2.1:6379", refused.value)
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert all(part in said for part in ("Ray 2.9.0, Python 3.8.1", f"Ray {ray.__version__}, Python {python}"))
+    assert "192.0.2.1:6379" in said and "\n" not in said and len(said) <= LONGEST
+
+
+def test_proxies_and_the_variables_of_launchers_change_nothing(tmp_path, tiny):
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.tracking.jsonl import read_metrics
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+
+    command = [sys.executable, "-c", "from acpo_dist.cli import main; main()", "train", "toy_sdxl", "--json"]
+    name = f"run.name=süß/{LONG}"
+    done = subprocess.run(
+        [*command, *TINY, "run.iterations=1", name], capture_output=True, text=True, timeout=600,
+        env={**os.environ, **LAUNCHERS, **PROXIES, "ACPO_RUNS": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = Path(json.loads(done.stdout)["run_dir"])
+    calm = tmp_path / "calm"
+    drive(tiny("run.iterations=1", f"run.dir={calm}"), open_ports, Console(quiet=True))
+
+    def figures(root: Path) -> list[dict[str, float]]:
+        rows = read_metrics(root / "metrics.jsonl")
+        return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+    assert figures(folder) == figures(calm)
