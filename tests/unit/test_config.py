@@ -120,7 +120,7 @@ def test_files_that_extend_each_other_in_a_circle_are_refused_with_the_way_round
 
 
 def test_a_file_that_extends_itself_is_refused(tmp_path):
-    assert "circle" in refusal(write(tmp_path / "a.yaml", {"extends": "a"}))
+    assert "circular" in refusal(write(tmp_path / "a.yaml", {"extends": "a"}))
 
 
 @pytest.mark.parametrize(("parent", "message"), [("absent", "no configuration file `absent`"), (["a"], "names one")])

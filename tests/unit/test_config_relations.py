@@ -50,7 +50,7 @@ def test_a_zero_stage_needs_ray(smallest, stage):
 
 
 def test_prompts_must_fit_the_model(smallest):
-    assert "the model draws from prompts" in refusal(smallest, "data.prompts=none")
+    assert "the model takes prompts" in refusal(smallest, "data.prompts=none")
     assert "the model is unconditional" in refusal(smallest, f"model.type={PLUGINS}:Unprompted")
     load_config(smallest, [f"model.type={PLUGINS}:Unprompted", "data.prompts=none"])
 
