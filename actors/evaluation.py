@@ -26,12 +26,12 @@ from actors.rollout import RayRollouts
 
 
 class RayBackend(Backend):
-    """The configured cluster, or a local one that lasts as long as `open`."""
+    """Runs an evaluation on the configured cluster, or on a local one that exists during `open`."""
 
     name = "ray"
 
     def __init__(self, config: Config, *, workers: int) -> None:
-        """Take resources and time limits from `config`; `open` comes before any other call."""
+        """Take resources and time limits from `config`; call `open` first."""
         self._config, self._workers = config, workers
         # One chunk running and one queued per worker, so none is idle while images are fetched.
         self.chunks_at_once = 2 * workers
@@ -70,7 +70,7 @@ class RayBackend(Backend):
     def judges(self, sections: Sequence[Any]) -> Iterator[JudgePool]:
         rewards = self._config.rewards
         cpus = self._share(rewards.cpus_per_replica, len(sections) * rewards.replicas)
-        # One request at a time per replica: a score must not depend on what it is batched with.
+        # One request at a time per replica: a score must not depend on the other images of its batch.
         alone = MetricPoolConfig(
             replicas=rewards.replicas, max_ongoing_requests=1, max_batch=CHUNK, cpus=cpus, gpus=rewards.gpus_per_replica
         )
@@ -86,7 +86,7 @@ class RayBackend(Backend):
             pool.close()
 
     def _share(self, cpus: float, count: int) -> float:
-        """CPUs of one worker; on a cluster of its own, workers and judges take at most half of it each."""
+        """Return the CPUs of one worker; on a cluster of its own, workers and judges use at most half of it each."""
         if not self._own:
             return cpus
         return min(cpus, max(0.01, int(50 * ray.cluster_resources().get("CPU", 1.0) / count) / 100))
@@ -107,7 +107,7 @@ class ServeJudges(JudgePool):
             try:
                 return answer.result()
             except NoAnswerError as error:
-                # The pool has failed; the images may be fine.
+                # The pool has failed; the images may be valid.
                 raise WorkerError(f"{error} Scores so far are saved: continue with --resume.") from error
 
         return wait

@@ -1,4 +1,4 @@
-"""Wait for calls of many actors with a deadline, and turn Ray's exceptions into errors that name the worker."""
+"""Wait for calls of many actors with a deadline, and convert Ray's exceptions to errors that name the worker."""
 
 import logging
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ logger = logging.getLogger(__name__)
 
 
 def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str, Any]:
-    """Results of one call per worker, by worker name.
+    """Return the result of one call per worker, by worker name.
 
     Args:
         calls: worker name -> object reference.
         timeout_s: seconds without any response.
-        what: names the call in errors.
+        what: name of the call in errors.
 
     Raises:
         AcpoError: raised by a worker itself.
-        WorkerLostError: a worker died, or its arguments were on a machine that is lost; names the worker.
-        WorkerError: a worker failed, or did not respond in time; names it.
+        WorkerLostError: a worker died, or its arguments were on a lost machine; names the worker.
+        WorkerError: a worker failed, or did not respond in time; names the worker.
     """
     waiting = {reference: name for name, reference in calls.items()}
     results: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str
 
 
 def fetch(reference: Any, *, name: str, what: str, timeout_s: float | None = None) -> Any:
-    """One result; errors as in `gather`."""
+    """Return one result; errors as in `gather`."""
     try:
         return ray.get(reference, timeout=timeout_s)
     except RayTaskError as error:

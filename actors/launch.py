@@ -89,7 +89,7 @@ def connected(config: Config) -> Iterator[None]:
 
 
 def _gradients(config: Config) -> dict[str, bool]:
-    """Whether the pool returns gradients of a metric, by name."""
+    """Return whether the pool computes gradients of a metric, by name."""
     training = {entry.name for entry in config.rewards.train}
     return {
         entry.name: entry.name in training and entry.differentiable
@@ -98,12 +98,12 @@ def _gradients(config: Config) -> dict[str, bool]:
 
 
 def _require_own_packages() -> None:
-    """Refuse another package named `actors` that shadows this project's."""
+    """Reject another package named `actors` that shadows this project's."""
     import actors
 
     ours = Path(acpo_dist.__file__).resolve().parent.parent / "actors"
     found = Path(str(actors.__file__)).resolve().parent
     if found != ours:
         raise UsageError(
-            f"the package `actors` is taken by {found}, expected {ours}; start `acpo` from another folder."
+            f"the package `actors` was imported from {found}, expected {ours}; start `acpo` from another folder."
         )

@@ -47,12 +47,12 @@ class LearnerActor:
     def __init__(self, rank: int, world_size: int, model_type: str, cpus: float, gpus: float) -> None:
         """Set up the process and import the model's family while the other roles start."""
         self._device = set_up(cpus=cpus, gpus=gpus)
-        # Ray shows each rank its own GPU alone, so the local rank is always 0.
+        # Ray shows each rank only its own GPU, so the local rank is always 0.
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size))
         resolve("model", MODELS, model_type)
 
     def address(self) -> tuple[str, int]:
-        """Address of the process group: this host and a free port."""
+        """Return the address of the process group: this host and a free port."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
@@ -101,7 +101,7 @@ class LearnerActor:
         return self._worker.measure_drift(ray.get(references), timesteps, space=space)
 
     def export(self, version: int, ema: bool) -> tuple[WeightBundle, str]:
-        """The bundle and its checksum, as two objects of the object store."""
+        """Return the bundle and its checksum as two objects of the object store."""
         bundle = self._worker.export(version, ema=ema)
         return bundle, bundle.checksum
 
@@ -113,7 +113,7 @@ class LearnerActor:
         """Return, which shows that the process is alive."""
 
     def holds(self, file: Path, content: bytes) -> str:
-        """Empty if this machine reads the same content from the file, else its address."""
+        """Return an empty text if this machine reads the same content from the file, else its address."""
         try:
             return "" if file.read_bytes() == content else ray.util.get_node_ip_address()
         except OSError:
@@ -125,7 +125,7 @@ class LearnerActor:
 
 
 class RayLearner(LearnerGroup):
-    """All learner ranks, called from the driver. A rank that fails ends the others, which would wait for it forever."""
+    """All learner ranks, called from the driver. If a rank fails, the others are ended; they would wait for it."""
 
     def __init__(self, config: Config, role: Role, group: Any) -> None:
         """Start the actors; `build` loads the models."""
@@ -149,7 +149,7 @@ class RayLearner(LearnerGroup):
         """Load the models and connect the ranks to the reward pool.
 
         Args:
-            rewards: the pool that answers for gradients of rewards.
+            rewards: the pool that computes gradients of rewards.
             config: another configuration for the same ranks, which replace what they have loaded.
         """
         self._config, self._rewards = config or self._config, rewards
@@ -207,7 +207,7 @@ class RayLearner(LearnerGroup):
         return {int(name): value for name, value in MetricSums.merge(answers).means().items()}
 
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
-        """Object reference of the bundle, and its checksum; the driver does not fetch the bundle."""
+        """Return an object reference of the bundle, and its checksum; the driver does not fetch the bundle."""
         bundle, checksum = self._first.export.options(num_returns=2).remote(version, ema)
         return bundle, fetch(checksum, name="learner/0", what="export", timeout_s=self._timeout_s)
 
@@ -254,7 +254,7 @@ class RayLearner(LearnerGroup):
         return None
 
     def _require_shared_folder(self) -> None:
-        """Refuse a run folder that is not shared by all ranks, since checkpoints would be lost.
+        """Reject a run folder that is not shared by all ranks, since checkpoints would be lost.
 
         Raises:
             UsageError: names the machines.
@@ -268,7 +268,7 @@ class RayLearner(LearnerGroup):
         }
         if elsewhere:
             raise UsageError(
-                f"{file.parent} is not the same folder on {', '.join(sorted(elsewhere))} as here, so checkpoints would "
+                f"{file.parent} is another folder on {', '.join(sorted(elsewhere))} than here, so checkpoints would "
                 "be lost. Put runs on storage that all machines share: set ACPO_RUNS on every machine, or run.dir."
             )
 

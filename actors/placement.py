@@ -26,11 +26,11 @@ class Role:
     cpus: float
     gpus: float
     strategy: str
-    """PACK keeps a gang together, SPREAD survives the loss of a node."""
+    """PACK keeps a gang on few nodes, SPREAD survives the loss of a node."""
     count_key: str
     """Configuration key that sets the count."""
     least: int | None = None
-    """Workers with which the run starts; None for all."""
+    """Workers with which the run starts; None means all."""
     resources: Mapping[str, float] = field(default_factory=dict)
     """Custom resources of one worker."""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -69,12 +69,12 @@ class PlacementPlan:
         return total
 
     def role(self, name: str) -> Role:
-        """A role by name."""
+        """Return a role by name."""
         return next(role for role in self.roles if role.name == name)
 
 
 def plan_placement(config: Config) -> PlacementPlan:
-    """The roles of a configuration; no cluster is needed."""
+    """Return the roles of a configuration; no cluster is needed."""
     learner, rollout, rewards = config.learner, config.rollout, config.rewards
     roles = config.cluster.roles
     pools = {entry.name: rewards.pool_of(entry.name) for entry in (*rewards.train, *rewards.judges)}
@@ -95,13 +95,13 @@ def plan_placement(config: Config) -> PlacementPlan:
 
 
 def shortfall(plan: PlacementPlan, available: Mapping[str, float]) -> dict[str, float]:
-    """Resources that a start lacks: name -> amount."""
+    """Return the resources that are missing for a start: name -> amount."""
     missing = {name: need - available.get(name, 0.0) for name, need in plan.needed().items()}
     return {name: amount for name, amount in missing.items() if amount > 1e-9}
 
 
 def await_resources(plan: PlacementPlan, *, timeout_s: float) -> None:
-    """Wait until the cluster can place what the run needs to start; its autoscaler sees the request.
+    """Wait until the cluster can place what the run needs to start; its autoscaler receives the request.
 
     Raises:
         PlacementError: after `timeout_s`; names needed, available and missing resources, and the keys to lower.
@@ -117,7 +117,7 @@ def await_resources(plan: PlacementPlan, *, timeout_s: float) -> None:
             if now - started >= timeout_s:
                 raise PlacementError(explain(plan, node_offers(), waited_s=timeout_s))
             if now - logged >= _LOG_EVERY_S:
-                logger.warning("waiting for room: %s", explain(plan, node_offers(), waited_s=now - started))
+                logger.warning("waiting for resources: %s", explain(plan, node_offers(), waited_s=now - started))
                 logged = now
     finally:
         remove_placement_group(reservation)
@@ -154,7 +154,7 @@ class NodeOffer:
 
 
 def node_offers() -> list[NodeOffer]:
-    """The live machines of the cluster that this process is connected to."""
+    """Return the live machines of the connected cluster."""
     return [
         NodeOffer(address=node["NodeManagerAddress"], resources=node["Resources"], labels=node.get("Labels", {}))
         for node in ray.nodes() if node["Alive"]
@@ -162,12 +162,12 @@ def node_offers() -> list[NodeOffer]:
 
 
 def matches(labels: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
-    """Whether labels satisfy one of Ray's label selectors."""
+    """Return whether labels satisfy one of Ray's label selectors."""
     return all(_accepts(labels.get(name), condition) for name, condition in wanted.items())
 
 
 def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float) -> str:
-    """Message with needed, available and missing resources, by role where roles select machines by label."""
+    """Return a message with needed, available and missing resources, by role if roles select machines by label."""
     there: dict[str, float] = {}
     for node in nodes:
         for name, amount in node.resources.items():
@@ -193,7 +193,7 @@ def explain(plan: PlacementPlan, nodes: Sequence[NodeOffer], *, waited_s: float)
 
 
 def lacking(role: Role, nodes: Sequence[NodeOffer]) -> str:
-    """What the machines that a role may use lack for it; empty if nothing."""
+    """Return what the machines allowed for a role lack for it; empty if nothing is missing."""
     allowed = [node for node in nodes if matches(node.labels, role.labels)]
     if not allowed:
         return f"a machine with the labels {dict(role.labels)} for {role.name} (cluster.roles)"

@@ -4,10 +4,10 @@ import os
 
 
 def set_up(*, cpus: float, gpus: float) -> str:
-    """Thread counts, allocator and accelerator choice of this process.
+    """Set thread counts, allocator and accelerator of this process.
 
     Returns:
-        The device to use: `cuda` where Ray gave this worker a GPU, else `cpu`.
+        Device to use: `cuda` if Ray gave this worker a GPU, else `cpu`.
     """
     threads = str(max(1, int(cpus)))
     os.environ["OMP_NUM_THREADS"] = threads

@@ -1,6 +1,6 @@
-"""Every private or generated Ray name that this project uses, behind plain functions; tried with Ray 2.60.
+"""Every private or generated Ray name that this project uses, behind plain functions; tested with Ray 2.60.
 
-No other module imports such names, so a new version of Ray is checked here alone.
+No other module imports such names, so a new version of Ray is checked only here.
 """
 
 from collections.abc import Callable
@@ -17,44 +17,44 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.router import SharedRouterLongPollClient
 from ray.serve.generated import serve_pb2
 
-# The generated module's classes are built at run time, so no type checker sees them.
+# The generated module's classes are built at run time, so a type checker does not see them.
 _pb: Any = serve_pb2
 
 
 def forget_cluster() -> None:
-    """Drop what Ray Serve caches about the cluster of this process; to be called when the process leaves it.
+    """Drop Ray Serve's caches about the cluster of this process; call it when the process leaves the cluster.
 
     Serve recognises a controller of an earlier cluster by the job id, and the first job of every new cluster has the
-    same id. A process that starts its own Ray twice would send its requests to the controller that is gone.
+    same id. A process that starts its own Ray twice would send its requests to the former controller.
     """
     context._set_global_client(None)
     SharedRouterLongPollClient.get_or_create.cache_clear()  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def end_serve_handles() -> None:
-    """Stop the routers of all Serve handles of this process, which would go on polling the controller."""
+    """Stop the routers of all Serve handles of this process, which would otherwise continue to poll the controller."""
     if context._cached_client_from_current_session():
         client: Any = context._global_client
         client.shutdown_cached_handles()
 
 
 def control_address(address: str) -> str | None:
-    """HOST:PORT of the control service that an address such as `auto` means; None for a cluster yet to be started."""
+    """Return HOST:PORT of the control service at an address such as `auto`; None for a cluster not yet started."""
     return canonicalize_bootstrap_address(address)
 
 
 def object_store_bytes() -> int:
-    """Size in bytes of the object store that a cluster started on this machine gets."""
+    """Return the size in bytes of the object store of a cluster started on this machine."""
     return utils.resolve_object_store_memory(utils.estimate_available_memory())
 
 
 def ended_jobs() -> set[str]:
-    """Ids (hexadecimal) of the jobs, submitted or interactive, whose driver process has ended."""
+    """Return ids (hexadecimal) of the jobs, submitted or interactive, whose driver process has ended."""
     return {job["JobID"] for job in state.jobs() if job["IsDead"]}
 
 
 def read_key(key: str) -> str | None:
-    """Value of a key of the cluster's key-value store, or None."""
+    """Return the value of a key of the cluster's key-value store, or None."""
     found = internal_kv._internal_kv_get(key.encode())
     return found.decode() if found else None
 
@@ -63,7 +63,9 @@ def write_key(key: str, value: str, *, overwrite: bool = True) -> None:
     """Set a key of the cluster's key-value store.
 
     Args:
-        overwrite: False keeps a value that is already there.
+        key: the key.
+        value: the new value.
+        overwrite: False keeps an existing value.
     """
     internal_kv._internal_kv_put(key.encode(), value.encode(), overwrite=overwrite)
 
@@ -74,14 +76,14 @@ def delete_key(key: str) -> None:
 
 
 def is_uploaded(file: Path, folder: Path, excludes: list[str]) -> bool:
-    """Whether Ray uploads a file or folder with a working directory.
+    """Return whether Ray uploads a file or folder with a working directory.
 
     Args:
         file: absolute path within `folder`.
         folder: the working directory.
-        excludes: patterns in the syntax of .gitignore, beside those of .gitignore and .rayignore files.
+        excludes: patterns in the syntax of .gitignore, in addition to those of .gitignore and .rayignore files.
     """
-    # Ray reads ignore files on its way down.
+    # Ray applies ignore files from the top of the tree downwards.
     ways = [*(folder / part for part in reversed(file.relative_to(folder).parents)), file]
     filters: list[Callable[[Path], bool]] = [_get_excludes(folder, excludes)]
     for way in ways:
@@ -92,7 +94,7 @@ def is_uploaded(file: Path, folder: Path, excludes: list[str]) -> bool:
 
 
 def replica_bounds(application: str, deployment: str) -> tuple[int, int]:
-    """Smallest and largest number of replicas of a Serve deployment, as configured."""
+    """Return the configured smallest and largest number of replicas of a Serve deployment."""
     config = _deployed(application, deployment).deployment_config
     if config.HasField("autoscaling_config"):
         return config.autoscaling_config.min_replicas, config.autoscaling_config.max_replicas
@@ -100,7 +102,7 @@ def replica_bounds(application: str, deployment: str) -> tuple[int, int]:
 
 
 def replica_resources(application: str, deployment: str) -> str:
-    """Ray options of one replica of a Serve deployment (CPUs, GPUs), as JSON."""
+    """Return Ray options of one replica of a Serve deployment (CPUs, GPUs), as JSON."""
     return _deployed(application, deployment).replica_config.ray_actor_options.decode()
 
 
@@ -133,7 +135,7 @@ def reconfigure(application: str, deployment: str, change: Callable[[Any], None]
 
 
 def _deployed(application: str, deployment: str, timeout_s: float = 60.0) -> Any:
-    """Serve's own record of a deployment."""
+    """Return Serve's own record of a deployment."""
     record: Any = ray.get(_controller().get_deployment_info.remote(deployment, application), timeout=timeout_s)
     return _pb.DeploymentRoute.FromString(record).deployment_info
 

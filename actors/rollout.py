@@ -28,8 +28,10 @@ from actors.worker_pool import TASK_RETRIES, Answer, NotLoadedError, WorkerPool
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """Weights and trajectory of a task. They are arguments of the task, so a restarted process, or another one that
-    repeats it, draws the same samples."""
+    """Weights and trajectory of a task.
+
+    They are arguments of the task, so that a restarted process, or another one that repeats it, draws the same samples.
+    """
 
     version: int = 0
     bundle: tuple[Any, ...] = ()
@@ -55,7 +57,7 @@ class RolloutActor:
             self._loaded = RolloutWorker(model, sampler, device=device, name=name)
             self._first = self._loaded.trajectory
         except Exception as error:
-            # Ray restarts an actor whose constructor fails, without end, and reports it as lost.
+            # Ray restarts an actor whose constructor fails without limit, and reports it as lost.
             self._failed = NotLoadedError(error, self._process)
 
     @property
@@ -65,7 +67,7 @@ class RolloutActor:
         return self._loaded
 
     def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
-        """Draw a chunk; its handle, the latents and the images are three objects of the object store."""
+        """Draw a chunk; return its handle, the latents and the images as three objects of the object store."""
         self._assume(policy)
         batch = self._worker.generate(plans)
         handle = RolloutHandle(
@@ -93,15 +95,15 @@ class RolloutActor:
         return Answer(self._process, self._worker.set_trajectory(trajectory))
 
     def alpha_bars(self) -> Tensor:
-        """The model's noise schedule."""
+        """Return the model's noise schedule."""
         return self._worker.alpha_bars
 
     def trajectory(self) -> Trajectory:
-        """The trajectory in use."""
+        """Return the trajectory in use."""
         return self._worker.trajectory
 
     def ready(self) -> Answer:
-        """Process id and Ray's node id, once the model is loaded."""
+        """Return process id and Ray's node id, once the model is loaded."""
         assert self._worker is not None
         return Answer(self._process, (os.getpid(), ray.get_runtime_context().get_node_id()))
 
@@ -152,15 +154,15 @@ class RayRollouts(RolloutPool):
 
     @property
     def redone(self) -> int:
-        """Tasks that were repeated because a worker was lost or late."""
+        """Number of tasks that were repeated because a worker was lost or late."""
         return self._workers.redone
 
     def await_ready(self) -> dict[str, int]:
-        """Wait until the models are loaded; process id by name of the workers that are ready."""
+        """Wait until the models are loaded; return process ids by name of the workers that are ready."""
         return {name: pid for name, (pid, _) in self._ready().items()}
 
     def nodes(self) -> list[str]:
-        """Ray's node ids of the rollout workers, once the models are loaded."""
+        """Return Ray's node ids of the rollout workers, once the models are loaded."""
         return sorted({node for _, node in self._ready().values()})
 
     def _ready(self) -> dict[str, Any]:
@@ -170,7 +172,7 @@ class RayRollouts(RolloutPool):
 
     @override
     def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
-        # Chunks go to whichever worker is free; what a lost one had is drawn again.
+        # Chunks go to any free worker; chunks of a lost worker are drawn again.
         chunks, policy = chunks_of(groups, self._chunk), self._policy
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
@@ -185,7 +187,7 @@ class RayRollouts(RolloutPool):
 
     @override
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
-        # The latents go from worker to worker.
+        # The latents are sent from worker to worker.
         policy = self._policy
         done = self._workers.spread(
             [handle.sample_ids[0] for handle in handles],
@@ -208,7 +210,7 @@ class RayRollouts(RolloutPool):
 
     @override
     def set_trajectory(self, trajectory: Trajectory) -> list[str]:
-        # Who is late learns it with its next task.
+        # A late worker receives it with its next task.
         self._policy = replace(self._policy, trajectory=trajectory)
         ids = self._workers.ask(
             lambda actor: actor.set_trajectory.remote(trajectory), what="set trajectory", least=self._least
@@ -247,7 +249,7 @@ class RayRollouts(RolloutPool):
 
     @override
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        # Only chunks that hold a wanted image are fetched.
+        # Only chunks with a wanted image are fetched.
         wanted = set(sample_ids)
         found: dict[str, Tensor] = {}
         for handle in handles:

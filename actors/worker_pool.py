@@ -1,4 +1,4 @@
-"""A pool of interchangeable actors, any of which may be lost, late or new. Tasks go to the responsive ones."""
+"""A pool of interchangeable actors, which may be lost, late or new. Tasks go to the responsive ones."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ _SHOWN = 500
 _MAX_FAILURES = 3
 """Workers that one task may end before the run fails; each is counted after `TASK_RETRIES` retries by Ray."""
 TASK_RETRIES = 3
-"""Times that Ray itself repeats a task whose worker or result was lost."""
+"""Number of times that Ray itself repeats a task whose worker or result was lost."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class WorkerPool:
         self.actors = dict(actors)
         self._timeout_s, self._late_s, self._ping = timeout_s, late_s, ping
         self._away: dict[Any, str] = {}
-        """Pending call -> name of a late or lost worker, which gets no tasks until it responds."""
+        """Pending call -> name of a late or lost worker, which receives no tasks until it responds."""
         self._processes: dict[str, str] = {}
         self._lost: dict[str, str] = {}
         """Last error of every lost worker."""
@@ -117,7 +117,7 @@ class WorkerPool:
                 logger.warning("`%s`: waiting for %s", what, ", ".join(sorted(waiting.values())))
                 logged = now
         for reference, name in waiting.items():
-            logger.warning("%s has not responded to `%s`; going on without it until it does", name, what)
+            logger.warning("%s has not responded to `%s`; continuing without it until it responds", name, what)
             self._away[reference] = name
         if len(results) < least:
             raise WorkerLostError(
@@ -137,6 +137,7 @@ class WorkerPool:
         Args:
             names: one per task, for errors.
             submit: (actor, index) -> (reference to wait for, payload to return with the result).
+            what: name of the call in errors.
             advance: called with the index of a finished task.
 
         Returns:
@@ -181,12 +182,12 @@ class WorkerPool:
                 who = ", ".join(sorted({task.name for task in running.values()} | set(self._away.values())))
                 raise WorkerLostError(f"{who}: no response to `{what}` within {self._timeout_s:g} s")
         for reference, task in running.items():
-            # Another worker was faster; the result is dropped, and the worker returns when it responds.
+            # Another worker was faster; the result is dropped, and the worker rejoins when it responds.
             self._away[reference] = task.name
         return [done[index] for index in range(len(names))]
 
     def _overdue(self, running: Mapping[Any, _Running], done: Mapping[int, Any], took: Sequence[float]) -> int | None:
-        """Index of a task whose worker is late and that no other worker has; None if there is none."""
+        """Return the index of a task whose worker is late and that no other worker has; None if there is none."""
         limit = self._late_s + 3 * (median(took) if took else self._timeout_s)
         given = Counter(task.index for task in running.values())
         for task in running.values():
@@ -197,7 +198,7 @@ class WorkerPool:
         return None
 
     def _result(self, reference: Any, name: str, what: str) -> Answer | None:
-        """The answer; None if the worker was lost, which then gets no tasks until it responds to a ping."""
+        """Return the answer; None if the worker was lost, which then receives no tasks until it responds to a ping."""
         try:
             answer: Answer = fetch(reference, name=name, what=what)
         except WorkerError as error:
@@ -219,7 +220,7 @@ class WorkerPool:
         return answer
 
     def _readmit(self) -> None:
-        """Readmit workers that have responded meanwhile, and remove those that Ray does not restart."""
+        """Readmit workers that have responded in the meantime, and remove those that Ray does not restart."""
         if not self._away:
             return
         ready, _ = ray.wait(list(self._away), num_returns=len(self._away), timeout=0)
@@ -237,13 +238,13 @@ class WorkerPool:
             self._processes[name] = answer.process
             logger.warning("%s responds again", name)
         if not self.actors:
-            raise WorkerLostError("no worker is left; the log says why")
+            raise WorkerLostError("no worker is left; see the log for the reasons")
 
     def _drop(self, name: str, error: NotLoadedError, *, late: bool = False) -> None:
-        """Remove a worker that, on a machine that is new to the run, cannot load its model.
+        """Remove a worker that cannot load its model on a machine that is new to the run.
 
         Args:
-            late: the run has started without it.
+            late: whether the run has started without it.
 
         Raises:
             AcpoError: the cause, if the worker was part of the start of the run or is the last one.
@@ -254,7 +255,7 @@ class WorkerPool:
         kill({name: self.actors.pop(name)})
 
     def _dead(self, name: str) -> bool:
-        """Whether Ray does not restart a lost actor; a call to one that is being restarted waits."""
+        """Return whether Ray will not restart a lost actor; a call to one that is being restarted waits."""
         sign = self._ping(self.actors[name])
         if not ray.wait([sign], timeout=_LOOK_S)[0]:
             self._away[sign] = name
@@ -267,6 +268,6 @@ class WorkerPool:
 
 
 def _unloaded(error: WorkerError) -> NotLoadedError | None:
-    """The error of a worker that could not load its model, if that is what was raised."""
+    """Return the error of a worker that could not load its model, if that was raised."""
     cause = getattr(error.__cause__, "cause", None)
     return cause if isinstance(cause, NotLoadedError) else None

@@ -100,7 +100,7 @@ class Aesthetic:
         if first.in_features != self._clip.width:
             raise RewardConfigError(
                 f"`{config.name}`: the head in {config.weights} takes vectors of {first.in_features} numbers, "
-                f"`{config.clip}` gives {self._clip.width}: set `clip` to the model that the head was trained on."
+                f"`{config.clip}` gives {self._clip.width}: set `clip` to the model of the head."
             )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -133,7 +133,7 @@ def read_head(path: Path, activation: str, *, name: str) -> nn.Sequential:
         biases = [state.pop(key.removesuffix("weight") + "bias") for _, key in order]
         widths = [*(weight.shape[1] for weight in weights), 1]
         if not weights or state or [weight.shape[0] for weight in weights] != widths[1:]:
-            raise ValueError("expected linear layers `N.weight`, `N.bias` that end in one number, and nothing else")
+            raise ValueError("expected only linear layers `N.weight`, `N.bias`, of which the last returns one number")
         layers: list[nn.Module] = []
         for weight, bias in zip(weights, biases, strict=True):
             layer = nn.Linear(weight.shape[1], weight.shape[0])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def clip_unusable(source: str) -> str | None:
-    """Why no CLIP can be loaded from `source` here, or None if nothing speaks against trying. Cheap.
+    """Return the reason why no CLIP can be loaded from `source` here, or None. Cheap.
 
     Args:
         source: folder written by `save_pretrained`, or a hub id `owner/name`.
@@ -22,21 +22,21 @@ def clip_unusable(source: str) -> str | None:
 
     if HF_HUB_OFFLINE and not is_downloaded(source):
         return (
-            f"`{source}` is not in the hub's cache on this machine, and HF_HUB_OFFLINE is set. Run "
-            f"`hf download {source}` where there is a network, or give the path of a folder that holds it"
+            f"`{source}` is not in the hub's cache on this machine, and HF_HUB_OFFLINE is set. Run `hf download "
+            f"{source}` on a machine with network access, or give the path of a folder with the model"
         )
     return None
 
 
 def local_folder(source: str) -> Path | None:
-    """The folder that `source` means, or None for a hub id."""
+    """Return the folder of `source`, or None for a hub id."""
     folder = Path(source).expanduser()
     local = source.startswith((".", "/", "~")) or source.count("/") != 1 or folder.exists()
     return folder if local else None
 
 
 def is_downloaded(source: str) -> bool:
-    """Whether the hub's cache on this machine holds the model's configuration."""
+    """Return whether the hub's cache on this machine holds the model's configuration."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

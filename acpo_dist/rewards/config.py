@@ -14,17 +14,18 @@ from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts, facts_of
 _ASSETS = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
 _OURS = "code: Apache-2.0"
 _HUB = f"{_OURS}; weights: their model card"
-_TURN = "`prefer: less` turns it round"
+_TURN = "`prefer: less` reverses it"
 _STANDARD_SIZE = 224
 PATCHES = 256
-"""Most tiles of an image that TwoStream scores: all up to 512 x 512, a fixed quarter of those of 1024 x 1024."""
+"""Largest number of tiles that TwoStream scores per image: all up to 512 x 512, a fixed quarter of 1024 x 1024."""
 
 
 class NetworkConfig(MetricConfig):
-    """Keys of the metrics that are networks of our own."""
+    """Keys of the built-in network metrics."""
 
     weights: str = "toy"
-    """`toy` for the embedded weights, a safetensors file, or `train` to train on damaged `data.path` first."""
+    """`toy` for the embedded weights, a safetensors file, or `train` to train on damaged images of `data.path`
+    first."""
     train_steps: int = Field(default=800, ge=1)
     """Optimiser steps of that training."""
 
@@ -36,11 +37,11 @@ class NetworkConfig(MetricConfig):
 
     @property
     def file(self) -> Path:
-        """Weights file, for any value of `weights` but `train`."""
+        """Weights file, unless `weights` is `train`."""
         return _ASSETS / self.toy_file if self.weights == "toy" else Path(self.weights).expanduser()
 
     def unusable(self) -> str | None:
-        """A missing weights file."""
+        """Report a missing weights file."""
         if self.weights == "train" or self.file.is_file():
             return None
         return f"no weights at `{self.file}`; set `weights` to `toy` or to a safetensors file"
@@ -51,7 +52,8 @@ class TwoStreamConfig(NetworkConfig):
 
     type: Literal["two_stream"] = "two_stream"
     patches: int = Field(default=PATCHES, ge=1)
-    """Most 32 x 32 tiles scored per image; of more, this many are drawn from `seed`, the same in every call."""
+    """Largest number of 32 x 32 tiles scored per image; if there are more, this many are drawn from `seed`, the same
+    in every call."""
     seed: int = 0
     """Seed of the drawn tiles."""
 
@@ -71,17 +73,17 @@ class StridedJudgeConfig(NetworkConfig):
 
 
 class StatisticConfig(MetricConfig):
-    """Keys of the metrics that are one formula."""
+    """Keys of the image statistics."""
 
     prefer: Literal["more", "less"] = "more"
-    """Which way counts as better; a statistic has no better of its own."""
+    """Direction that counts as better; a statistic has no direction of its own."""
 
     licence: ClassVar[str] = _OURS
     lightweight: ClassVar[bool] = True
 
     @property
     def direction(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """+1 to have more of it, -1 to have less."""
+        """+1 for `more`, -1 for `less`."""
         return 1 if self.prefer == "more" else -1
 
 
@@ -114,7 +116,7 @@ class SaturationConfig(StatisticConfig):
 
 
 class EdgeDensityConfig(StatisticConfig):
-    """Share of edge pixels: scores only."""
+    """Share of edge pixels, without a gradient."""
 
     type: Literal["edge_density"] = "edge_density"
 
@@ -133,7 +135,7 @@ class SoftEdgeDensityConfig(StatisticConfig):
 
 
 class ColourEntropyConfig(StatisticConfig):
-    """Entropy of the colour histogram: scores only."""
+    """Entropy of the colour histogram, without a gradient."""
 
     type: Literal["colour_entropy"] = "colour_entropy"
 
@@ -157,47 +159,47 @@ class ClipTextConfig(MetricConfig):
     weights: str
     """Folder written by `save_pretrained`, or hub id, of a transformers CLIP."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, where `weights` brings none."""
+    """Folder or hub id of the tokenizer, if `weights` contains none."""
 
     needs_prompts: ClassVar[bool] = True
     needs_download: ClassVar[bool] = True
     licence: ClassVar[str] = _HUB
 
     def unusable(self) -> str | None:
-        """A missing model or tokenizer."""
+        """Report a missing model or tokenizer."""
         return clip_unusable(self.weights) or (clip_unusable(self.tokenizer) if self.tokenizer else None)
 
 
 class ClipScoreConfig(ClipTextConfig):
-    """Which CLIP, and what stands before the prompt."""
+    """The CLIP, and the prefix of the prompt."""
 
     type: Literal["clip_score"] = "clip_score"
     weights: str = "openai/clip-vit-base-patch32"
     prefix: str = "A photo depicts "
-    """Put before every prompt."""
+    """Prefix of every prompt."""
 
     score_range: ClassVar[str] = "0, 2.5"
     note: ClassVar[str] = "`weights`: hub id or folder of a CLIP"
 
 
 class PickScoreConfig(ClipTextConfig):
-    """Which preference model."""
+    """The preference model."""
 
     type: Literal["pick_score"] = "pick_score"
     weights: str = "yuvalkirstain/PickScore_v1"
 
     score_range: ClassVar[str] = "~18, ~24"
-    note: ClassVar[str] = "`weights`: hub id or folder of a preference CLIP; differences count"
+    note: ClassVar[str] = "`weights`: hub id or folder of a preference CLIP; only differences are meaningful"
 
 
 class AestheticConfig(MetricConfig):
-    """Which head on which CLIP."""
+    """The head and its CLIP."""
 
     type: Literal["aesthetic"] = "aesthetic"
     weights: str
     """safetensors file of the head: pairs `N.weight`, `N.bias` (any prefix), applied in the order of N."""
     clip: str = "openai/clip-vit-large-patch14"
-    """Folder or hub id of the transformers CLIP that the head was trained on."""
+    """Folder or hub id of the transformers CLIP on which the head was trained."""
     activation: Literal["none", "relu", "gelu"] = "none"
     """Activation between the layers; LAION's improved predictor has none."""
 
@@ -207,22 +209,22 @@ class AestheticConfig(MetricConfig):
     note: ClassVar[str] = "`weights`: safetensors file of the head; `clip`: hub id or folder of its CLIP"
 
     def unusable(self) -> str | None:
-        """A missing head or CLIP."""
+        """Report a missing head or CLIP."""
         if not Path(self.weights).expanduser().is_file():
             return f"no head at `{self.weights}`; set `weights` to a safetensors file with its linear layers"
         return clip_unusable(self.clip)
 
 
 class IpceConfig(ClipTextConfig):
-    """Which CLIP, and which patches."""
+    """The CLIP, and its patches."""
 
     type: Literal["ipce"] = "ipce"
     short_side: int = Field(default=512, ge=_STANDARD_SIZE)
-    """Least length of the shorter side in pixels, for a CLIP of 224 pixels; the 30K set used 768."""
+    """Minimum length of the shorter side in pixels, for a CLIP of 224 pixels; the 30K set used 768."""
     patches: int = Field(default=8, ge=1)
-    """Local views; the paper trains with 8 drawn ones and tests with 15 even ones."""
+    """Number of local views; the paper trains with 8 random ones and tests with 15 evenly spaced ones."""
     positions: Literal["seeded", "even"] = "seeded"
-    """Drawn from `seed`, the same in every call, or evenly spaced."""
+    """Patch positions: drawn from `seed`, the same in every call, or evenly spaced."""
     seed: int = 0
     """Seed of the patch positions."""
 
@@ -231,82 +233,82 @@ class IpceConfig(ClipTextConfig):
 
 
 class PyiqaConfig(MetricConfig):
-    """Which metric of pyiqa."""
+    """The metric of pyiqa."""
 
     type: Literal["pyiqa"] = "pyiqa"
     metric: str
-    """pyiqa's name, such as musiq or piqe; `acpo rewards list` has them all."""
+    """pyiqa's name, such as musiq or piqe; `acpo rewards list` shows all names."""
     weights: str | None = None
-    """File to load instead of a download: a state dict as .pth (bare, or below `params`) or safetensors."""
+    """File to load instead of a download: a state dict as .pth (bare, or under the key `params`) or safetensors."""
 
     def default_name(self) -> str:
-        """The metric's own name."""
+        """Default name: the metric's own."""
         return self.metric
 
     @property
     def facts(self) -> PyiqaFacts | None:
-        """The row of our table; None for a name that pyiqa does not have."""
+        """The metric's row of the table; None for a name that pyiqa does not have."""
         return PYIQA.get(self.metric)
 
     @property
     def needs_prompts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Of `clipscore` alone, which is refused."""
+        """True only for `clipscore`, which is rejected."""
         return self.metric == "clipscore"
 
     @property
     def needs_download(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """From the table."""
+        """As in the table."""
         return self.facts is not None and self.facts.download
 
     @property
     def differentiable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """From the table."""
+        """As in the table."""
         return self.facts is not None and self.facts.differentiable
 
     @property
     def direction(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """pyiqa's own metadata where it is installed, else the table."""
+        """pyiqa's own metadata if it is installed, else as in the table."""
         return -1 if facts_of(self.metric)["lower_better"] else 1
 
     @property
     def score_range(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """pyiqa's own metadata where it is installed, else the table."""
+        """pyiqa's own metadata if it is installed, else as in the table."""
         return facts_of(self.metric)["score_range"]
 
     @property
     def minimum_size(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """From the table."""
+        """As in the table."""
         return self.facts.minimum if self.facts else 1
 
     @property
     def licence(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """From the table."""
+        """As in the table."""
         return self.facts.licence if self.facts else "not stated"
 
     @property
     def note(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """What to know before choosing it."""
+        """Limitations of the metric."""
         facts = self.facts
         if facts is None:
             return ""
         notes = {
             f"not usable here: {facts.refused}": facts.refused,
-            "`weights` takes a local file": facts.local,
+            "`weights` accepts a local file": facts.local,
             "one image at a time": not facts.batched,
         }
         return "; ".join(text for text, holds in notes.items() if holds)
 
     def unusable(self) -> str | None:
-        """An unknown or refused metric, a missing file, or no pyiqa."""
+        """Report an unknown or rejected metric, a missing file, or a missing pyiqa."""
         facts = self.facts
         if facts is None:
             return f"pyiqa has no no-reference metric `{self.metric}`.{nearest(self.metric, sorted(PYIQA))}"
         if facts.refused:
             return f"pyiqa's `{self.metric}` {facts.refused}"
         if self.weights is not None and facts.local is None:
-            return f"pyiqa's `{self.metric}` takes no weights from a file; leave `weights` out"
+            return f"pyiqa's `{self.metric}` reads no weights from a file; remove `weights`"
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
-            return f"no weights at `{self.weights}`; set `weights` to a file that exists, or leave it out"
+            return f"no weights at `{self.weights}`; set `weights` to an existing file, or remove it"
         if importlib.util.find_spec("pyiqa") is None:
             return "pyiqa is not installed (noncommercial licence, optional): pip install 'acpo-dist[pyiqa]'"
         return None

@@ -15,16 +15,16 @@ def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
 
     Args:
         images: expected to be floating-point RGB in [0, 1], shape (B, 3, H, W), B at least 1.
-        name: the metric, for the message.
-        minimum: smallest height and width that the metric is defined for.
+        name: name of the metric, for the message.
+        minimum: smallest height and width that the metric supports.
 
     Raises:
-        RewardError: wrong rank, channels, size, type or range; no image; or values that are not finite.
+        RewardError: wrong rank, channels, size, type or range; no image; or non-finite values.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise RewardError(f"`{name}` scores RGB images of shape (B, 3, H, W), found shape {tuple(images.shape)}")
     if len(images) == 0:
-        raise RewardError(f"`{name}` was asked to score no images at all (shape {tuple(images.shape)})")
+        raise RewardError(f"`{name}` received no images (shape {tuple(images.shape)})")
     if not images.is_floating_point():
         raise RewardError(f"`{name}` takes floating-point images in [0, 1], found {images.dtype}; divide by 255 first")
     height, width = images.shape[2:]
@@ -33,7 +33,7 @@ def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
     low, high = images.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = int((~torch.isfinite(images.detach()).flatten(1).all(1)).sum())
-        raise RewardError(f"`{name}`: {bad} of {len(images)} images hold values that are not finite")
+        raise RewardError(f"`{name}`: {bad} of {len(images)} images contain non-finite values")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise RewardError(f"`{name}` takes images in [0, 1], found values from {low:.4g} to {high:.4g}")
 

@@ -52,12 +52,13 @@ def patch_corners(
 
 
 def ipce_views(images: Tensor, *, size: int, short_side: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Patches and whole image: (B, 3, H, W) in [0, 1] -> (B, V, 3, S, S), differentiable.
+    """Return patches and whole image: (B, 3, H, W) in [0, 1] -> (B, V, 3, S, S), differentiable.
 
     Args:
+        images: (B, 3, H, W) in [0, 1].
         size: S.
-        short_side: least length of the shorter side, for a model of 224 pixels; smaller images are upscaled.
-        count: P, fewer where the grid has fewer.
+        short_side: minimum length of the shorter side, for a model of 224 pixels; smaller images are upscaled.
+        count: P, or fewer if the grid has fewer.
         generator: draws patch corners without repetition; None spaces them evenly.
     """
     height, width = images.shape[2:]
@@ -72,10 +73,12 @@ def ipce_views(images: Tensor, *, size: int, short_side: int, count: int, genera
 
 
 def ipce_quality(view_vectors_BVD: Tensor, level_vectors_BLD: Tensor, scale: Tensor | float) -> Tensor:
-    """Quality (B,) in [0, 5] from unit vectors of the views (whole image last) and of the five level texts.
+    """Return the quality (B,) in [0, 5] from unit vectors of the views (whole image last) and of the five level texts.
 
     Args:
-        scale: e to CLIP's logit scale.
+        views: unit vectors (B, V, D).
+        texts: unit vectors of the level texts.
+        scale: e to the power of CLIP's logit scale.
     """
     logits = scale * view_vectors_BVD @ level_vectors_BLD.transpose(1, 2)
     share = (logits[:, :-1].mean(1).softmax(-1) + logits[:, -1].softmax(-1)) / 2
@@ -84,7 +87,7 @@ def ipce_quality(view_vectors_BVD: Tensor, level_vectors_BLD: Tensor, scale: Ten
 
 
 class Ipce(ClipTextMetric):
-    """IPCE as a metric, 0 to 5; weights fine-tuned for it (`recipes/tiny_clip.py` shows how), or zero-shot."""
+    """IPCE as a metric, 0 to 5; weights fine-tuned for it (`acpo rewards train ipce`), or zero-shot."""
 
     Config = IpceConfig
 

@@ -12,21 +12,21 @@ from acpo_dist.rewards.pyiqa_table import PYIQA
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRow:
-    """One line of the listing."""
+    """One row of the listing."""
 
     name: str
-    """As `acpo score --reward` takes it."""
+    """Name for `acpo score --reward`."""
     type: str
-    """As a configuration names it."""
+    """Name in a configuration."""
     needs_download: bool
-    """Weights come from elsewhere on first use, unless a local file or folder is given."""
+    """Whether weights are downloaded on first use, unless a local file or folder is given."""
     differentiable: bool
-    """May drive an algorithm that needs the reward's gradient."""
+    """Whether algorithms that need the reward's gradient can use it."""
     needs_prompts: bool
     range: str
     """Lowest and highest raw score; `~` means about."""
     direction: str
-    """`higher` or `lower` is better."""
+    """Direction of better scores: `higher` or `lower`."""
     minimum_size: int
     """Smallest height and width of an image, in pixels."""
     licence: str
@@ -34,9 +34,9 @@ class RewardRow:
 
 
 def reward_listing() -> list[dict[str, Any]]:
-    """All metrics, ours first, then pyiqa's; the keys are the fields of `RewardRow`.
+    """Return all metrics, built-in ones first, then pyiqa's; the keys are the fields of `RewardRow`.
 
-    Range and direction of pyiqa's metrics are pyiqa's own where it is installed.
+    Range and direction of pyiqa's metrics come from pyiqa if it is installed.
     """
     ours = [_row(name, _section(name)) for name in REWARDS if name != "pyiqa"]
     theirs = [_row(f"pyiqa:{name}", PyiqaConfig(metric=name)) for name in PYIQA]
@@ -44,7 +44,7 @@ def reward_listing() -> list[dict[str, Any]]:
 
 
 def _section(name: str) -> MetricConfig:
-    # No fact depends on the keys a user must set, so they need not be set here.
+    # No fact depends on the keys that a user must set, so they need not be set here.
     return section_class("reward", REWARDS, MetricConfig, name).model_construct(type=name)
 
 

@@ -10,12 +10,12 @@ from acpo_dist.core.registry import REWARDS
 
 
 def metric_section(text: str, option: str, **keys: Any) -> MetricConfig:
-    """Section of one metric.
+    """Return the section of one metric.
 
     Args:
         text: name from `acpo rewards list`, `pyiqa:NAME`, `module:Class`, or a section in YAML such as
             `{type: pick_score, weights: FOLDER}`.
-        option: command line option that `text` was given to, for messages.
+        option: command line option of `text`, for messages.
         keys: further keys of the section.
 
     Raises:

@@ -23,7 +23,8 @@ from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
 _NETWORK_TIMEOUT_S = 30.0
 _CPU_PIXELS = 224 * 224
-"""Most pixels in one forward on a CPU: CNNIQA is twice as fast on one image of this size as on sixteen."""
+"""Largest number of pixels per forward pass on a CPU: CNNIQA is twice as fast on one image of this size as on
+sixteen."""
 _BUILD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, AttributeError, AssertionError)
 _READ_ERRORS = (OSError, RuntimeError, ValueError, AttributeError, EOFError, pickle.UnpicklingError, SafetensorError)
 _ANNOUNCED = re.compile(r'Downloading: "(\S+)" to (\S+)')
@@ -132,11 +133,11 @@ def _read_state(path: Path, config: PyiqaConfig) -> dict[str, Tensor]:
 def _build_message(config: PyiqaConfig, facts: PyiqaFacts, error: Exception, said: str) -> str:
     parts = [f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}."]
     if config.weights is not None:
-        parts.append(f"Its weights were to come from {config.weights}.")
+        parts.append(f"Its weights were set to {config.weights}.")
     announced = _ANNOUNCED.findall(said)
     if announced:
         address, target = announced[-1]
-        parts.append(f"Without a network, fetch {address} elsewhere and put it at {target}.")
+        parts.append(f"Without a network, download {address} elsewhere and store it as {target}.")
     if facts.backbone:
         parts.append(f"It downloads its backbone in any case: {facts.backbone}.")
     if config.weights is None and facts.local is not None:

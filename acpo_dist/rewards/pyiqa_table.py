@@ -1,9 +1,9 @@
-"""Facts about every no-reference metric of pyiqa 0.1.16 that we state ourselves; nothing of pyiqa is here.
+"""Facts about every no-reference metric of pyiqa 0.1.16, collected by this project; contains no code or data of pyiqa.
 
-Range and direction repeat pyiqa's own metadata, which is used where pyiqa is installed and which a test compares.
+Range and direction repeat pyiqa's own metadata, which is used if pyiqa is installed and which a test compares.
 Gradient, smallest image and batching were measured on piqe, entropy, cnniqa, musiq, wadiqam_nr, uranker and metaiqa
-(tests/unit/test_reward_pyiqa.py); for metrics that cannot be built without a download they are read off pyiqa's
-documentation and source.
+(tests/unit/test_reward_pyiqa.py); for metrics that need a download they are taken from pyiqa's documentation and
+source.
 """
 
 import functools
@@ -17,37 +17,38 @@ CODE_LICENCE = "code: PolyForm Noncommercial 1.0.0 and S-Lab 1.0"
 
 @dataclass(frozen=True, kw_only=True)
 class PyiqaFacts:
-    """What to know about a metric before it is built."""
+    """Facts about a metric that are known without building it."""
 
     score_range: str
-    """As pyiqa gives it: lowest, highest; `~` means about."""
+    """Range in pyiqa's notation: lowest, highest; `~` means about."""
     trained_on: str = ""
-    """Data behind its weights, whose own terms apply; empty if it has none."""
+    """Training data of its weights, which has its own terms; empty without weights."""
     lower_better: bool = False
     differentiable: bool = True
-    """Whether the gradient with respect to the image is of use."""
+    """Whether the gradient with respect to the image is usable."""
     download: bool = True
-    """Whether it fetches weights (or parameters, or a backbone) on first use."""
+    """Whether it downloads weights (or parameters, or a backbone) on first use."""
     minimum: int = 32
     """Smallest height and width."""
     channels_last: bool = False
-    """Whether its network takes images in that order of memory, which is faster on a CPU."""
+    """Whether its network supports the channels-last layout, which is faster on a CPU."""
     batched: bool = True
-    """Whether it takes several images at once; else they are given one by one."""
+    """Whether it scores several images at once; otherwise they are passed one by one."""
     local: Literal["params", "bare", "file"] | None = None
-    """How a file in `weights` is read: a state dict below the key `params`, a bare one, or as it is; None: not at all.
+    """Form of a file in `weights`: a state dict under the key `params`, bare, or any (`file`); None: not supported.
 
-    State dicts are repacked for pyiqa, so either form and safetensors will do."""
+    State dicts are repacked for pyiqa, so both forms and safetensors are accepted.
+    """
     backbone: str = ""
-    """What is downloaded even when the weights are local."""
+    """Download that is needed even if the weights are local."""
     options: tuple[tuple[str, Any], ...] = ()
-    """What pyiqa must be told to read a local file, because it derives it from the name of the download."""
+    """Option that pyiqa needs to read a local file, because it derives it from the name of the download."""
     refused: str = ""
-    """Why it cannot be a reward or a judge here."""
+    """Reason why it cannot be a reward or a judge here."""
 
     @property
     def licence(self) -> str:
-        """Short note; the terms themselves are the authors'."""
+        """Short note on the licence; the authors' own terms apply."""
         weights = f"; weights: terms of their authors, trained on {self.trained_on}" if self.trained_on else ""
         return CODE_LICENCE + weights
 
@@ -159,18 +160,18 @@ PYIQA: dict[str, PyiqaFacts] = {
     "fgresq": replace(_UNIT, differentiable=False, trained_on="fine-grained restoration pairs", local="file"),
     "clipscore": PyiqaFacts(
         score_range="0, 2.5", trained_on="OpenAI's CLIP data",
-        refused="compares an image with a caption; use our own type `clip_score`",
+        refused="compares an image with a caption; use the built-in type `clip_score`",
     ),
     "fid": _SETS,
     "sfid": _SETS,
     "fid_dinov2": replace(_SETS, trained_on="DINOv2's data"),
     "inception_score": replace(_SETS, lower_better=False),
 }  # fmt: skip
-"""Every name that pyiqa 0.1.16 files under no-reference metrics."""
+"""All names in pyiqa 0.1.16's list of no-reference metrics."""
 
 
 def facts_of(name: str) -> dict[str, Any]:
-    """Direction and range of a metric: pyiqa's own metadata where it is installed, else our table's."""
+    """Return direction and range of a metric: pyiqa's own metadata if it is installed, else this table's."""
     facts = PYIQA[name]
     ours = {"lower_better": facts.lower_better, "score_range": facts.score_range}
     theirs = metadata().get(name, {})
@@ -179,9 +180,9 @@ def facts_of(name: str) -> dict[str, Any]:
 
 @functools.cache
 def metadata() -> dict[str, dict[str, Any]]:
-    """pyiqa's description of its metrics by name; empty where pyiqa is not installed.
+    """Return pyiqa's description of its metrics by name; empty if pyiqa is not installed.
 
-    Read from its one file, because importing pyiqa takes seconds.
+    Read from its source file, because importing pyiqa takes seconds.
     """
     package = importlib.util.find_spec("pyiqa")
     folders = package.submodule_search_locations if package else None

@@ -28,7 +28,7 @@ LUMINANCE = (0.299, 0.587, 0.114)
 BINS = 8
 """Bins per channel of the colour histogram: at most 9 bits."""
 EDGE = 0.1
-"""Sobel magnitude from which a pixel is an edge; an upright step from black to white has 0.5, nothing above 0.56."""
+"""Sobel magnitude above which a pixel is an edge; a vertical step from black to white has 0.5, the maximum is 0.56."""
 EDGE_WIDTH = 0.02
 """Width of the logistic step of the soft edge density, in the same unit."""
 
@@ -115,7 +115,7 @@ def _histogram(joint: Tensor, share: Tensor) -> Tensor:
 
 
 def _entropy(share: Tensor) -> Tensor:
-    # The small number keeps the slope of an empty bin finite; it moves the entropy by less than 1e-5 bits.
+    # The small constant keeps the slope of an empty bin finite; it changes the entropy by less than 1e-5 bits.
     return -(share * torch.log2(share + 1e-9)).sum(1).clamp(max=0)
 
 

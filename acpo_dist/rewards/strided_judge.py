@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 16
-"""Least height and width of an image."""
+"""Minimum height and width of an image."""
 
 
 class _Residual(nn.Module):

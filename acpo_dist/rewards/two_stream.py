@@ -1,8 +1,8 @@
 """TwoStream-IQA: an image stream and a gradient-magnitude stream, position-sensitive pooling, mean over patches.
 
-Our own differentiable definition of the published design (Yan, Gong and Zhang, IEEE TIP 28(5), 2019): luminance
+An own differentiable definition of the published design (Yan, Gong and Zhang, IEEE TIP 28(5), 2019): luminance
 gradients by Sobel filters with a smooth magnitude, three pooling stages per stream, R-FCN-like position-sensitive
-pooling over 3 x 3 bins, and the mean over 32 x 32 tiles for larger images, or over so many of them, drawn once.
+pooling over 3 x 3 bins, and the mean over 32 x 32 tiles of larger images, or over a fixed number of tiles, drawn once.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from acpo_dist.rewards.config import PATCHES
 PATCH = 32
 _BINS = 3
 _TILES_AT_ONCE = 256
-"""Tiles per forward pass, which bounds memory for any batch and image size."""
+"""Tiles per forward pass; bounds the memory for any batch and image size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +116,14 @@ class TwoStream(nn.Module):
         return torch.cat(scores).mean(0)
 
     def _tiles(self, planes: Tensor, corners: list[tuple[int, int]]) -> Tensor:
-        """Scores (T, B) of the tiles at these corners; planes are RGB and gradient magnitude (B, 4, H, W)."""
+        """Score (T, B) the tiles at these corners; planes are RGB and gradient magnitude (B, 4, H, W)."""
         tiles = torch.cat([planes[..., y : y + PATCH, x : x + PATCH] for y, x in corners])
         features = torch.cat([self.image_stream(tiles[:, :3] - 0.5), self.gradient_stream(tiles[:, 3:])], 1)
         return self.head(features).reshape(len(corners), planes.shape[0])
 
 
 def tile_corners(height: int, width: int, *, patches: int, seed: int) -> list[tuple[int, int]]:
-    """Upper left corners (y, x) of the tiles of an image, or of `patches` of them, drawn from the seed."""
+    """Return the upper left corners (y, x) of the tiles of an image, or of `patches` tiles drawn from the seed."""
     corners = [(y, x) for y in _tile_starts(height) for x in _tile_starts(width)]
     if len(corners) <= patches:
         return corners

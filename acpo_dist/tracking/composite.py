@@ -47,7 +47,7 @@ class CompositeTracker(Tracker):
         for index, tracker in enumerate(self._trackers):
             try:
                 call(tracker)
-            except Exception as error:  # the port's promise: a tracker never stops training
+            except Exception as error:  # A tracker never stops training.
                 self._report(index, what, error)
 
     def _report(self, index: int, what: str, error: Exception) -> None:
@@ -55,6 +55,6 @@ class CompositeTracker(Tracker):
         self._failed.add(index)
         name = type(self._trackers[index]).__name__
         logger.log(
-            level, "%s.%s failed and may miss records from here on; training goes on: %s: %s",
+            level, "%s.%s failed and may miss records from now on; training continues: %s: %s",
             name, what, type(error).__name__, error, exc_info=error,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from acpo_dist.core.ports import Advance
 from acpo_dist.tracking.panel import LivePanel
 
 SHOWN = ("reward/*/mean", "judge/*/mean", "drift/rms", "drift/budget", "anchor/weight", "time/iteration")
-"""Metrics of the line per iteration, in this order; `metrics.jsonl` has all of them."""
+"""Metrics in the line per iteration, in this order; `metrics.jsonl` has all metrics."""
 
 _UNBOUNDED = 10_000
 
@@ -41,11 +41,11 @@ class Console:
 
     @contextmanager
     def phase(self, name: str, total: int | None) -> Iterator[Advance]:
-        """Show a phase while the block runs: count, rate and time left, on a terminal; otherwise nothing.
+        """Show a phase while the block runs: count, rate and remaining time, on a terminal only.
 
         Args:
-            name: what is shown, such as `rollout`.
-            total: number of samples; None when it is not known.
+            name: name of the phase, such as `rollout`.
+            total: number of samples; None if unknown.
 
         Yields:
             A function to call with the number of samples just finished, from any thread.
@@ -62,18 +62,20 @@ class Console:
         try:
             yield lambda count: progress.advance(task, count)
         finally:
-            progress.refresh()  # the last count is seen however short the phase
+            progress.refresh()  # The last count is shown even if the phase was short.
             progress.remove_task(task)
             if outermost:
                 self._progress = None
                 progress.stop()
 
     def iteration(self, iteration: int, total: int, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """Print one line with the metrics named in `SHOWN`, or update the panel, which stays on the screen at the end.
+        """Print one line with the metrics named in `SHOWN`, or update the panel, which remains on the screen.
 
         Args:
             iteration: number of completed iterations.
-            last: the run ends after this iteration, although `total` is larger.
+            total: number of iterations of the run.
+            metrics: metrics of the iteration.
+            last: whether the run ends after this iteration, although `total` is larger.
         """
         if self._panel is not None and not self._quiet:
             self._panel.add(iteration, total, metrics)
@@ -85,7 +87,7 @@ class Console:
         self.message("  ".join([f"iteration {iteration:>{len(str(total))}}/{total}", *values]))
 
     def message(self, text: str) -> None:
-        """Plain text: brackets are not markup, and long lines are left to the terminal to wrap."""
+        """Print plain text: brackets are not markup, and the terminal wraps long lines."""
         if not self._quiet:
             self.rich.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -101,7 +103,7 @@ def print_table(
     rows: Sequence[Sequence[object]],
     console: rich.console.Console | None = None,
 ) -> None:
-    """Print a table: long cells are folded on a terminal; elsewhere every row is one line of any length.
+    """Print a table; on a terminal long cells are wrapped, elsewhere every row is one line of any length.
 
     Args:
         title: line above the table.

@@ -11,7 +11,7 @@ _WIDTH = 40
 
 
 def text_histogram(values: Sequence[float], *, bins: int = 12) -> list[str]:
-    """Lines `from .. to  bar  count`, lowest values first.
+    """Return lines `from .. to  bar  count`, lowest values first.
 
     Raises:
         ValueError: no value, or one that is not finite.
@@ -29,13 +29,13 @@ def text_histogram(values: Sequence[float], *, bins: int = 12) -> list[str]:
 
 
 def save_histogram(values_by_name: Mapping[str, Sequence[float]], path: Path, *, bins: int = 30) -> None:
-    """One panel per name with its mean marked; the path's ending decides the format.
+    """Draw one panel per name with its mean marked; the suffix of the path selects the format.
 
     Raises:
-        ValueError: nothing to draw, a value that is not finite, or an unknown ending.
+        ValueError: no values, a value that is not finite, or an unknown suffix.
         OSError: the file cannot be written.
     """
-    # Imported here: matplotlib takes a second to load, and no pyplot: its figures and backend are process-wide.
+    # Imported here: matplotlib takes a second to load. pyplot is avoided: its figures and backend are process-wide.
     from matplotlib.figure import Figure
 
     if not values_by_name:
@@ -56,7 +56,7 @@ def save_histogram(values_by_name: Mapping[str, Sequence[float]], path: Path, *,
 
 def _histogram(values: Sequence[float], bins: int) -> tuple[list[int], np.ndarray]:
     if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"a histogram needs finite values, found {len(values)} of which not all are")
+        raise ValueError(f"a histogram needs finite values, found {len(values)} values, not all of them finite")
     counts, edges = np.histogram(values, bins=bins)
     return counts.tolist(), edges
 

@@ -12,7 +12,7 @@ from torch import Tensor
 GAP = 2
 """Pixels between images."""
 MIN_SIDE = 64
-"""Smaller images are scaled up until their shorter side has this many pixels."""
+"""Smaller images are enlarged until their shorter side has this many pixels."""
 _MARGIN = 6
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
@@ -31,14 +31,14 @@ def save_grid(
 
     Args:
         images_BCHW: uint8, B images of C = 1 or 3 channels.
-        path: the PNG; its folder is made.
-        columns: images per row; no more than B are used.
-        scale: whole factor, at least 1, of nearest-neighbour enlargement; None enlarges what is below `MIN_SIDE`.
-        labels: one text per row, written on its left.
+        path: the PNG; its folder is created.
+        columns: images per row; at most B are used.
+        scale: integer factor, at least 1, of nearest-neighbour enlargement; None enlarges images below `MIN_SIDE`.
+        labels: one text per row, written at its left.
         title: text above the grid.
 
     Raises:
-        ValueError: wrong shape or dtype, nothing to show, or labels that do not match the rows.
+        ValueError: wrong shape or dtype, no image, or labels that do not match the rows.
         OSError: the file cannot be written.
     """
     images_BHWC, columns = _checked(images_BCHW, columns), min(columns, images_BCHW.shape[0])
@@ -70,18 +70,18 @@ def save_grid(
 
 
 def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Draw metrics over iterations, one panel per entry, two panels side by side.
+    """Draw metrics over iterations, one panel per entry, two panels per row.
 
     Args:
-        rows: as `read_metrics` gives them; a null value leaves a gap in its curve, a missing one does not.
-        keys_by_panel: metric names by the title of their panel; names without any value are left out.
-        path: the image; its ending decides the format, its folder is made.
+        rows: result of `read_metrics`; a null value leaves a gap in its curve, a missing one does not.
+        keys_by_panel: metric names by the title of their panel; names without values are omitted.
+        path: the image; its suffix selects the format, its folder is created.
 
     Raises:
         ValueError: no panel.
         OSError: the file cannot be written.
     """
-    # Imported here: matplotlib takes a second to load, and no pyplot: its figures and backend are process-wide.
+    # Imported here: matplotlib takes a second to load. pyplot is avoided: its figures and backend are process-wide.
     from matplotlib.figure import Figure
 
     if not keys_by_panel:
@@ -95,7 +95,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     for axis in axes[len(keys_by_panel) :]:
         axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)  # without pyplot, savefig picks the Agg canvas for PNG
+    figure.savefig(path)  # Without pyplot, savefig uses the Agg canvas for PNG.
 
 
 def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -120,12 +120,14 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
 
 
 def _checked(images_BCHW: Tensor, columns: int) -> Tensor:
-    """Images as (B, H, W, 3) on the CPU."""
+    """Convert images to (B, H, W, 3) on the CPU."""
     if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] not in (1, 3):
         found = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
         raise ValueError(f"a grid needs uint8 images of shape (B, 1 or 3, H, W), found {found}")
     if not images_BCHW.numel() or columns < 1:
-        raise ValueError(f"a grid needs an image and a column, found {tuple(images_BCHW.shape)} in {columns} columns")
+        raise ValueError(
+            f"a grid needs at least one image and one column, found {tuple(images_BCHW.shape)} in {columns} columns"
+        )
     return images_BCHW.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 

@@ -36,7 +36,7 @@ class JsonlTracker(Tracker):
         path.parent.mkdir(parents=True, exist_ok=True)
         mend_last_line(path)
         self._path = path
-        # Unbuffered: a line that fails half-way must not wait in a buffer and land in front of the next one.
+        # Unbuffered: a line that fails halfway must not remain in a buffer and be written before the next one.
         self._file = path.open("ab", buffering=0)
 
     @override
@@ -70,7 +70,7 @@ class JsonlTracker(Tracker):
         start = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, "the line was written in part", str(self._path))
+                raise OSError(errno.ENOSPC, "the line was written partially", str(self._path))
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(start)
@@ -78,7 +78,7 @@ class JsonlTracker(Tracker):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows in file order. Lines that are not JSON objects, such as a torn last one, are left out and logged.
+    """Return the rows in file order; lines that are not JSON objects, such as an incomplete last one, are logged.
 
     Raises:
         OSError: the file cannot be read.
@@ -89,10 +89,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_after(path: Path, iteration: int) -> int:
     """Drop the rows of iteration `iteration` and later, which a resumed run repeats.
 
-    The file is replaced whole, so a crash leaves the old or the new one. Unreadable lines go too.
+    The file is replaced atomically; unreadable lines are dropped too.
 
     Returns:
-        The number of complete rows dropped; 0 when there is no file.
+        Number of complete rows dropped; 0 if there is no file.
 
     Raises:
         OSError: the file cannot be read or replaced.
@@ -106,7 +106,7 @@ def truncate_after(path: Path, iteration: int) -> int:
 
 
 def mend_last_line(path: Path) -> None:
-    """Make the file end with a newline: cut a torn last line off, or complete one that lacks only its newline."""
+    """Make the file end with a newline: remove an incomplete last line, or add a missing newline."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -114,7 +114,7 @@ def mend_last_line(path: Path) -> None:
     if not tail:
         return
     if parse_object(tail) is None:
-        logger.warning("%s: the last line is torn (%d bytes) and was cut off", path, len(tail))
+        logger.warning("%s: the last line was incomplete (%d bytes) and was removed", path, len(tail))
         os.truncate(path, len(data) - len(tail))
     else:
         with path.open("ab") as file:
@@ -122,7 +122,7 @@ def mend_last_line(path: Path) -> None:
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object on a line, or None."""
+    """Return the JSON object on a line, or None."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -131,7 +131,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def plain_number(value: Any) -> int | float:
-    """A number that JSON can write: int stays int, tensors and numpy scalars become float."""
+    """Convert a number for JSON: int stays int, tensors and numpy scalars become float."""
     return value if isinstance(value, int) else float(value)
 
 
@@ -143,6 +143,6 @@ def _rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         row = parse_object(line)
         if row is None:
             torn = "torn" if number == len(lines) else "not a JSON object"
-            logger.warning("%s: line %d is %s and was left out", path, number, torn)
+            logger.warning("%s: line %d is %s and was omitted", path, number, torn)
         else:
             yield line, row

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
-"""Longest wait for a tracking server to take a connection; MLflow's own client would try for minutes."""
+"""Seconds until a connection to a tracking server fails; MLflow's own client would retry for minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +41,12 @@ class TrackedRun:
 
 
 def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> list[TrackedRun]:
-    """Runs of an experiment, oldest first.
+    """Return the runs of an experiment, oldest first.
 
     Args:
         uri: tracking URI.
         experiment: name of the experiment.
-        histories: prefixes of the metrics whose whole history is fetched, one request each.
+        histories: prefixes of the metrics whose complete history is fetched, one request each.
 
     Raises:
         UsageError: MLflow is not installed, cannot be reached, or has no such experiment.
@@ -69,7 +69,7 @@ def find_tracked_runs(uri: str, experiment: str, histories: Sequence[str]) -> li
                 return [_tracked(client, run, histories) for run in runs]
     except UsageError:
         raise
-    except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+    except Exception as error:  # MLflow raises the exceptions of its stores, drivers and HTTP libraries
         raise _unusable(uri, error) from error
 
 
@@ -86,12 +86,12 @@ def charts_link(uri: str, experiment: str) -> str | None:
     """
     try:
         found = connect(uri).get_experiment_by_name(experiment)
-    except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+    except Exception as error:  # MLflow raises the exceptions of its stores, drivers and HTTP libraries
         logger.debug("no link to the charts of %s: %s", experiment, shown_uri(str(error)))
         return None
     if found is None:
         return None
-    # The address of an experiment alone opens an overview that shows traces of language models, and no runs.
+    # The address of an experiment alone opens an overview of language model traces without runs.
     page = f"#/experiments/{found.experiment_id}/runs?compareRunsMode=CHART"
     if urlsplit(uri).scheme in ("http", "https"):
         return f"{shown_uri(uri).rstrip('/')}/{page}"
@@ -102,7 +102,7 @@ def charts_link(uri: str, experiment: str) -> str | None:
 def attach(
     uri: str, run_id: str, file: Path, *, folder: str, metrics: Mapping[str, float], step: int, tags: Mapping[str, str]
 ) -> None:
-    """Add a file, metrics and tags to a run that may have ended; doing it again replaces the file.
+    """Add a file, metrics and tags to a run that may have ended; a second call replaces the file.
 
     Raises:
         UsageError: MLflow is not installed, cannot be reached, or does not know the run.
@@ -177,5 +177,5 @@ def _unusable(uri: str, error: Exception) -> UsageError:
     said = f"{type(error).__name__}: {error}".partition("\n")[0]
     return UsageError(
         f"MLflow at {shown_uri(uri)} cannot be used ({shown_uri(said)}). Start its server, correct --uri (or "
-        "MLFLOW_TRACKING_URI, tracking.mlflow_uri), or name run folders instead."
+        "MLFLOW_TRACKING_URI, tracking.mlflow_uri), or give run folders instead."
     )

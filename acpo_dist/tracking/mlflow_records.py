@@ -1,4 +1,4 @@
-"""Records on their way to MLflow: names and values in the form it takes, and the calls that deliver them."""
+"""Conversion of records to MLflow's names and values, and their delivery."""
 
 import json
 import math
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ENTITIES_PER_BATCH = 100
-"""Params or tags per call; MLflow refuses more."""
+"""Params or tags per call; MLflow rejects more."""
 METRICS_PER_BATCH = 1000
-"""Metrics per call; MLflow refuses more."""
+"""Metrics per call; MLflow rejects more."""
 _NAME_LENGTH = 250
 _PARAM_LENGTH = 500
 _TAG_LENGTH = 5000
@@ -31,9 +31,9 @@ class UndeliverableError(Exception):
 
 
 def metrics_record(iteration: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Metrics of one iteration as JSON-ready data with the present time."""
+    """Return metrics of one iteration as JSON-compatible data with the current time."""
     values = {legal_name(name): plain_number(value) for name, value in metrics.items()}
-    # JSON has no NaN, but MLflow does: as text it survives the way.
+    # JSON has no NaN, but MLflow does: NaN is transported as text.
     texts = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
     return {"kind": "metrics", "iteration": iteration, "time_ms": time.time_ns() // 1_000_000, "metrics": texts}
 
@@ -44,11 +44,11 @@ def lane(record: Mapping[str, Any]) -> str:
 
 
 def deliver(client: "MlflowClient", run_id: str, record: Mapping[str, Any]) -> None:
-    """Send one record; sending it again changes nothing, since it carries its own time.
+    """Send one record; repeated sending changes nothing, since the record has its own time.
 
     Raises:
-        UndeliverableError: the image is gone, or the kind of record is unknown.
-        Exception: whatever MLflow raises.
+        UndeliverableError: the image is missing, or the kind of record is unknown.
+        Exception: raised by MLflow.
     """
     from mlflow.entities import Metric, RunTag
 
@@ -59,7 +59,7 @@ def deliver(client: "MlflowClient", run_id: str, record: Mapping[str, Any]) -> N
                 client.log_batch(run_id, metrics=batch)
         case {"kind": "image", "path": path}:
             if not Path(path).is_file():
-                raise UndeliverableError(f"the image {path} is gone")
+                raise UndeliverableError(f"the image {path} is missing")
             client.log_artifact(run_id, path, "samples")
         case {"kind": "text", "name": name, "text": text}:
             client.log_text(run_id, text, f"config/{name}")
@@ -80,7 +80,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested data as MLflow params: `rewards.train.0.type`, the keys that overrides use, with values cut to fit."""
+    """Flatten nested data to MLflow params: `rewards.train.0.type`, the keys of overrides; long values are cut."""
     flat: dict[str, str] = {}
     for key, value in mapping.items():
         name = f"{prefix}{key}"
@@ -94,14 +94,14 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def tag_values(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Facts as MLflow tags: text as it is, anything else as JSON where that is possible."""
+    """Convert facts to MLflow tags: text is unchanged, other values become JSON if possible."""
     texts = {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in tags.items()}
     return {legal_name(key): text[:_TAG_LENGTH] for key, text in texts.items()}
 
 
 def legal_name(name: str) -> str:
-    """The name with what MLflow refuses replaced, so that one odd name does not cost a whole batch."""
-    # MLflow allows colons only on some systems, and no name that a file system would read as another.
+    """Replace characters that MLflow rejects, so that one invalid name does not lose a whole batch."""
+    # MLflow allows colons only on some systems, and no name that a file system would normalise.
     legal = re.sub(r"[^\w./ -]", "_", name)[:_NAME_LENGTH]
     return posixpath.normpath(legal).lstrip("./") or "_"
 

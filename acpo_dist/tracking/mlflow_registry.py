@@ -31,11 +31,11 @@ class ModelVersion:
     version: str
     run_id: str
     source: str
-    """Where its files lie."""
+    """Address of its files."""
 
     @property
     def model_uri(self) -> str:
-        """As MLflow's own functions take it."""
+        """URI in the form of MLflow's own functions."""
         return f"models:/{self.name}/{self.version}"
 
 
@@ -46,10 +46,10 @@ def register(
     """Upload a folder to the MLflow run of a run, and register it as the next version of a model.
 
     Args:
-        uri: tracking URI; None takes MLFLOW_TRACKING_URI, or the database beside the run.
-        run_dir: the run; its `mlflow/run_id` names its MLflow run. A run that was not tracked gets one now.
-        model: name of the registered model, made if it does not exist.
-        alias: moved to the new version; None leaves aliases alone.
+        uri: tracking URI; None uses MLFLOW_TRACKING_URI, or the database beside the run.
+        run_dir: the run; its `mlflow/run_id` names its MLflow run. An untracked run gets a new MLflow run.
+        model: name of the registered model, created if it does not exist.
+        alias: moved to the new version; None changes no alias.
 
     Raises:
         ConfigError: MLflow is not installed.
@@ -76,12 +76,12 @@ def register(
             client.set_registered_model_alias(model, alias, version.version)
     except AcpoError:
         raise
-    except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+    except Exception as error:  # MLflow raises the exceptions of its stores, drivers and HTTP libraries
         said = "refused" if is_refusal(error) else "cannot be used"
         why = shown_uri(str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise TrackingError(
-            f"MLflow at {shown_uri(where)} {said}: {why} Nothing was "
-            "promoted; the export and its card are written. Name another store with --uri."
+            f"MLflow at {shown_uri(where)} {said}: {why} Nothing was promoted; the export and its card are written. "
+            "Set another store with --uri."
         ) from error
     return ModelVersion(
         uri=shown_uri(where), name=model, version=str(version.version), run_id=run_id, source=shown_uri(source)
@@ -89,7 +89,7 @@ def register(
 
 
 def _run_id(client: "MlflowClient", uri: str, run_dir: Path, experiment: str, run_name: str) -> str:
-    """The MLflow run that belongs to a run; ended again, since opening it says that it goes on."""
+    """Return the MLflow run of a run; it is ended again, since opening it sets its status to RUNNING."""
     file = run_dir / "mlflow" / "run_id"
     known = file.read_text().strip() if file.is_file() else ""
     facts = RunFacts(uri=uri, experiment=experiment, run_name=run_name, params={}, tags={})

@@ -1,4 +1,4 @@
-"""Find or make the MLflow run that belongs to an experiment run."""
+"""Find or create the MLflow run of an experiment run."""
 
 import logging
 import os
@@ -32,18 +32,18 @@ class RunFacts:
 
 
 def open_run(client: "MlflowClient", facts: RunFacts, known_id: str) -> "Run":
-    """Continue the run `known_id`, with status RUNNING again, or start one if that is empty or gone.
+    """Continue the run `known_id`, with status RUNNING, or start a new one if the id is empty or unknown.
 
     Raises:
         ConfigError: the experiment was deleted in MLflow.
-        Exception: whatever MLflow raises when it cannot be reached.
+        Exception: raised by MLflow if it cannot be reached.
     """
     run = _find_run(client, known_id) if known_id else None
     if run is not None:
         client.update_run(run.info.run_id, status="RUNNING")
         return run
     if known_id:
-        logger.warning("MLflow run %s is not in %s any more; starting a new one", known_id, shown_uri(facts.uri))
+        logger.warning("MLflow run %s no longer exists in %s; starting a new one", known_id, shown_uri(facts.uri))
     return client.create_run(_experiment_id(client, facts), run_name=facts.run_name)
 
 
@@ -51,7 +51,7 @@ def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
     """Set the tags of a run and its missing params; MLflow params are immutable.
 
     Raises:
-        Exception: whatever MLflow raises when it cannot be reached.
+        Exception: raised by MLflow if it cannot be reached.
     """
     from mlflow.entities import Param, RunTag
 
@@ -62,11 +62,11 @@ def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
             client.log_batch(run.info.run_id, params=batch)
         for batch in batches(tags, ENTITIES_PER_BATCH):
             client.log_batch(run.info.run_id, tags=batch)
-    except Exception as error:  # MLflow raises whatever its store raises
+    except Exception as error:  # MLflow raises the exceptions of its store
         if not is_refusal(error):
             raise
         # `resolved.yaml` holds the same data; metrics must not wait for params that the server rejects.
-        logger.warning("MLflow refused params or tags of run %s, which lacks some now: %s", run.info.run_id, error)
+        logger.warning("MLflow rejected params or tags of run %s, which are now incomplete: %s", run.info.run_id, error)
 
 
 def shown_uri(text: str) -> str:
@@ -91,17 +91,17 @@ def access_advice(said: str) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The database file of a SQLite URI; None for another store or one in memory."""
+    """Return the database file of a SQLite URI; None for another store or one in memory."""
     if not uri.startswith("sqlite"):
         return None
-    from sqlalchemy.engine import make_url  # MLflow's way to the file: how it reads % and ? changed between versions
+    from sqlalchemy.engine import make_url  # MLflow's own conversion: its handling of % and ? changed between versions.
 
     database = make_url(uri).database
     return Path(os.path.abspath(database)) if database and database != ":memory:" else None
 
 
 def sqlite_uri(file: Path) -> str:
-    """SQLite URI of an absolute path."""
+    """Return the SQLite URI of an absolute path."""
     # Quote only `%` and `?`: MLflow creates a stray folder for a path with unnecessary quoting.
     return "sqlite:///" + str(file).replace("%", "%25").replace("?", "%3F")
 
@@ -161,6 +161,6 @@ def _experiment_id(client: "MlflowClient", facts: RunFacts) -> str:
     if found is None or found.lifecycle_stage != "active":
         raise ConfigError(
             f"the MLflow experiment `{facts.experiment}` was deleted in {shown_uri(facts.uri)}; restore it with "
-            "`mlflow experiments restore`, or name another one in `tracking.experiment`."
+            "`mlflow experiments restore`, or set another one in `tracking.experiment`."
         )
     return found.experiment_id

@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
-"""Longest wait for MLflow when a run ends."""
+"""Seconds to wait for MLflow when a run ends."""
 
 
 class MlflowTracker(Tracker):
-    """Records a run in MLflow: one MLflow run, however often the experiment run is stopped and resumed.
+    """Records a run in MLflow: one MLflow run, also if the run is stopped and resumed.
 
     Every record is first appended to `<spool>/pending.jsonl`; a daemon thread sends pending records in order and
-    removes them. Memory stays bounded and a call costs one line on disk. Records that MLflow did not accept, because
-    it was slow or unreachable or the process was killed, are sent with the next record, at `close`, or on resume.
+    removes them. Memory is bounded, and a call writes one line to disk. Records that MLflow did not accept, because it
+    was slow or unreachable or the process was killed, are sent with the next record, at `close`, or on resume.
 
     Args:
         uri: MLflow tracking URI; see `default_uri`.
-        experiment: made if it does not exist; with SQLite its artifacts lie in `mlartifacts` beside the database.
+        experiment: created if it does not exist; with SQLite its artifacts are in `mlartifacts` beside the database.
         run_name: name of a new MLflow run.
-        run_id: MLflow run to continue; None continues the one named in `<spool>/run_id`, or starts one.
-        spool: folder for the run id and for records that wait; each experiment run has its own.
-        params: the configuration, nested or flat; on a restart only what is new is added, MLflow keeps params fixed.
+        run_id: MLflow run to continue; None continues the one in `<spool>/run_id`, or starts one.
+        spool: folder for the run id and for pending records; each run has its own.
+        params: the configuration, nested or flat; on a restart only new keys are added, since MLflow params are fixed.
         tags: searchable facts.
 
     Raises:
-        ConfigError: MLflow is not installed. That it cannot be reached is no error.
+        ConfigError: MLflow is not installed; an unreachable server is not an error.
         OSError: the spool folder cannot be used.
     """
 
@@ -65,7 +65,7 @@ class MlflowTracker(Tracker):
         params: Mapping[str, Any],
         tags: Mapping[str, Any],
     ) -> None:
-        # Here and not in the thread: an import that races with those of the main thread may see half-made modules.
+        # Not in the thread: an import concurrent with imports of the main thread may see incomplete modules.
         try:
             import mlflow.tracking
         except ImportError as error:
@@ -96,7 +96,7 @@ class MlflowTracker(Tracker):
 
     @property
     def run_id(self) -> str | None:
-        """The MLflow run; None until MLflow has answered for the first time."""
+        """The MLflow run id; None until MLflow has responded for the first time."""
         return self._run_id or None
 
     @override
@@ -123,10 +123,11 @@ class MlflowTracker(Tracker):
         self._wake.set()
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._refused:
-            logger.warning("%d records for MLflow were dropped in all", self._refused)
+            logger.warning("%d records for MLflow were dropped", self._refused)
         if self._thread.is_alive() or self._failing:
             logger.warning(
-                "MLflow at %s did not take everything: %d records wait in %s and are sent when the run is resumed",
+                "MLflow at %s did not accept everything: %d records are pending in %s and are sent when the run is "
+                "resumed",
                 shown_uri(self.uri), len(self._spool), self._spool.path,
             )  # fmt: skip
 
@@ -135,16 +136,16 @@ class MlflowTracker(Tracker):
         self._wake.set()
 
     def _write(self) -> None:
-        """Body of the thread: one attempt at everything that waits, per record and at the end."""
+        """Body of the thread: one attempt to send all pending records, per record and at the end."""
         status = None
         while status is None:
             self._wake.wait()
             self._wake.clear()
-            # Read before the attempt: then every record put before `close` is part of the last attempt.
+            # Read before the attempt, so that the last attempt includes every record put before `close`.
             status = self._status
             try:
                 errors = self._attempt(status)
-            except Exception as error:  # MLflow raises whatever its stores, drivers and HTTP libraries raise
+            except Exception as error:  # MLflow raises the exceptions of its stores, drivers and HTTP libraries
                 errors = [error]
             self._report(errors)
 
@@ -159,7 +160,7 @@ class MlflowTracker(Tracker):
         make_sqlite(self.uri, self._new_client)
         client = self._new_client(tracking_uri=self.uri)
         run = open_run(client, self._facts, self._run_id)
-        # Kept before anything else can fail: the next attempt and the next process must find this run again.
+        # Stored before anything else can fail: the next attempt and the next process must find this run again.
         self._run_id = run.info.run_id
         replace_file(self._id_file, run.info.run_id.encode())
         describe_run(client, run, self._facts)
@@ -173,7 +174,7 @@ class MlflowTracker(Tracker):
                 raise
             self._refused += 1
             if self._refused == 1:
-                logger.warning("a record for MLflow is dropped: %s", shown_uri(str(error)))
+                logger.warning("a record for MLflow was dropped: %s", shown_uri(str(error)))
 
     def _report(self, errors: list[Exception]) -> None:
         if errors and not self._warned:
@@ -181,15 +182,15 @@ class MlflowTracker(Tracker):
             said = shorten(f"{type(errors[0]).__name__}: {errors[0]}".partition("\n")[0], 250)
             advice = access_advice(said)
             logger.warning(
-                "MLflow at %s cannot be used (%s).%s Training goes on; records wait in %s and are sent when it accepts "
+                "MLflow at %s cannot be used (%s).%s Training continues; records are kept in %s and sent when it accepts "
                 "them.", shown_uri(self.uri), shown_uri(said), f" {advice}" if advice else "", self._spool.path,
             )  # fmt: skip
         elif self._failing and not errors:
-            logger.info("MLflow at %s has taken everything that waited", shown_uri(self.uri))
+            logger.info("MLflow at %s has accepted all pending records", shown_uri(self.uri))
         self._failing = bool(errors)
 
 
 def default_uri(run_dir: Path) -> str:
-    """MLFLOW_TRACKING_URI, or else a SQLite database beside the run folder, shared by the runs that lie there."""
+    """Return MLFLOW_TRACKING_URI, or else a SQLite database beside the run folder, shared by its neighbours."""
     beside = Path(os.path.abspath(run_dir)).parent / "mlflow.db"
     return os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(beside)

@@ -1,4 +1,4 @@
-"""The key metrics of a run on a few lines of a terminal; `acpo train` and `acpo follow` show the same."""
+"""Key metrics of a run on a few lines of a terminal; shared by `acpo train` and `acpo follow`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,35 +15,35 @@ SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PLAIN = "_.-=+*#"
 _WIDTH = 28
-"""Iterations that a spark line shows."""
+"""Iterations shown by a spark line."""
 _RECENT = 10
-"""Number of last iterations whose mean time gives the estimate."""
+"""Number of last iterations whose mean time gives the estimated remaining time."""
 _NO_RULE = ("guard/reward_scale", "guard/best_iteration")
 _PHASES = ("rollout", "reward", "learn", "sync")
 
 
 class LivePanel:
-    """Collects rows, and renders the newest with a short past."""
+    """Collects rows, and renders the newest with a short history."""
 
     def __init__(self, name: str = "") -> None:
-        """Start with nothing to show.
+        """Start without rows.
 
         Args:
-            name: of the run, for the title.
+            name: name of the run, for the title.
         """
         self._name, self._rows, self._total = name, [], 0
         self.note = ""
-        """A last line, such as the age of the metrics."""
+        """Last line, such as the age of the metrics."""
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
     def add(self, iteration: int, total: int, row: Mapping[str, Any]) -> None:
-        """Add the metrics of an iteration; an iteration that is not newer starts again, as for another run.
+        """Add the metrics of an iteration; an iteration that is not newer clears the rows, as for another run.
 
         Args:
-            iteration: iterations that are done.
-            row: as in `metrics.jsonl`, with `<role>/<name>/gain` where gains are known.
+            iteration: number of completed iterations.
+            row: as in `metrics.jsonl`, with `<role>/<name>/gain` if gains are known.
         """
         if self._rows and iteration <= self._rows[-1][0]:
             self._rows = []
@@ -94,7 +94,7 @@ class LivePanel:
             rule, value = max(guard, key=lambda pair: pair[1])
             word = "OVER" if value >= 1 else "nearest"
             scale = row.get("guard/reward_scale", 1.0)
-            lowered = f"; reward weights at {scale:g} of what was set" if scale != 1 else ""
+            lowered = f"; reward weights at {scale:g} of their configured values" if scale != 1 else ""
             lines.append(("guard", f"{value:.0%}", f"{word}: {rule}, of its stop limit{lowered}"))
         times = [f"{phase} {row[f'time/{phase}']:.1f}" for phase in _PHASES if row.get(f"time/{phase}") is not None]
         if times:
@@ -102,7 +102,7 @@ class LivePanel:
         return lines
 
     def _score(self, role: str, stem: str, blocks: str) -> tuple[str, str, str]:
-        """Gain in base standard deviations where it is known, else the raw mean and its change."""
+        """Format the gain in base standard deviations if known, else the raw mean and its change."""
         name = f"{role} {stem.partition('/')[2]}"
         gains = self._past(f"{stem}/gain")
         if gains[-1] is not None:
@@ -122,7 +122,7 @@ class LivePanel:
 
 
 def spark(values: Sequence[float | None], blocks: str = _BLOCKS) -> str:
-    """The last values as a line of blocks between their least and greatest; a gap is a space."""
+    """Return the last values as a line of blocks between their minimum and maximum; a gap is a space."""
     shown = [value if value is not None and math.isfinite(value) else None for value in values[-_WIDTH:]]
     known = [value for value in shown if value is not None]
     if not known:
@@ -135,7 +135,7 @@ def spark(values: Sequence[float | None], blocks: str = _BLOCKS) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Format hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

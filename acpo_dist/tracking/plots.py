@@ -11,7 +11,7 @@ from acpo_dist.vrg.table import ErrorTable
 
 
 def save_trajectory_plot(path: Path, table: ErrorTable, trajectories: Mapping[str, Trajectory]) -> None:
-    """The measured error with its standard errors, and the levels of each trajectory below it, in one PNG.
+    """Plot the measured error with its standard errors, and the levels of each trajectory below it, as PNG.
 
     Raises:
         OSError: the file cannot be written.

@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 class Spool:
-    """A first-in first-out file of JSON records: any thread appends, one thread drains.
+    """A first-in first-out file of JSON records: any thread appends, one thread sends.
 
     Args:
-        path: the file; it exists only while records wait. Its folder is made.
+        path: the file; it exists only while records are pending. Its folder is created.
 
     Raises:
         OSError: the folder or the file cannot be used.
@@ -33,7 +33,7 @@ class Spool:
         return len(self._lines())
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add a record at the end.
+        """Append a record.
 
         Raises:
             OSError: the disk is full or gone.
@@ -64,7 +64,7 @@ class Spool:
                 try:
                     send(record)
                     continue
-                except Exception as error:  # whatever the receiver's library raises; the caller decides what to say
+                except Exception as error:  # exceptions of the receiver's library; the caller reports them
                     failures[name] = error
             left.append(line)
         self._forget(len(lines), left)
@@ -75,7 +75,7 @@ class Spool:
             return self.path.read_bytes().splitlines() if self.path.exists() else []
 
     def _forget(self, seen: int, left: list[bytes]) -> None:
-        """Replace the first `seen` lines by `left`; what was appended meanwhile follows."""
+        """Replace the first `seen` lines by `left`; lines appended in the meantime follow."""
         if seen == len(left):
             return
         with self._lock:

@@ -12,14 +12,14 @@ from actors.placement import NodeOffer, PlacementPlan, lacking, node_offers, pla
 
 
 def cluster_capacity(config: Config, address: str) -> dict[str, Any]:
-    """Machines of a running cluster, their free resources, and what a run lacks there.
+    """Return the machines of a running cluster, their free resources, and what a run lacks there.
 
     Args:
-        config: the run.
-        address: of the cluster's control service, such as `auto` on one of its machines or HOST:6379.
+        config: configuration of the run.
+        address: address of the cluster's control service, such as `auto` on one of its machines, or HOST:6379.
 
     Returns:
-        As `compare`.
+        Result of `compare`.
 
     Raises:
         UsageError: the cluster cannot be joined.
@@ -32,7 +32,7 @@ def cluster_capacity(config: Config, address: str) -> dict[str, Any]:
 
 
 def compare(plan: PlacementPlan, nodes: Sequence[NodeOffer], free: dict[str, float]) -> dict[str, Any]:
-    """Needed, available and missing resources as plain data.
+    """Return needed, available and missing resources as plain data.
 
     Args:
         plan: roles of the run.

@@ -21,7 +21,7 @@ from actors.placement import node_offers
 
 _TIMEOUT_S = 180.0
 _REPORTED = ("open files", "shared memory")
-"""Checks of a machine that are reported; the others do not matter to a worker."""
+"""Checks of a machine that are reported; the others are irrelevant for a worker."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class MachineReport:
 
     software: Software
     marker: bool
-    """Whether the machine sees a file of this one in the folder of runs."""
+    """Whether the machine sees a file that this one wrote into the folder of runs."""
     findings: list[Finding]
 
 
 def check_cluster(address: str, runs: Path) -> Iterator[Finding]:
-    """Check all machines of a cluster, and leave nothing there.
+    """Check all machines of a cluster; temporary files are removed.
 
     Args:
-        address: of the cluster's control service, such as `auto` on one of its machines or HOST:6379; `local` starts a
-            cluster and checks that.
+        address: address of the cluster's control service, such as `auto` on one of its machines, or HOST:6379; `local`
+            starts a cluster and checks it.
         runs: folder that every machine must share.
 
     Raises:
@@ -53,7 +53,7 @@ def check_cluster(address: str, runs: Path) -> Iterator[Finding]:
 def _check_machines(runs: Path) -> Iterator[Finding]:
     nodes = bounded(node_offers, what="list machines")
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.is_dir())
-    # In a folder of its own: some network file systems hide files that are open.
+    # In a separate folder: some network file systems hide files that are open.
     with tempfile.TemporaryDirectory(prefix=".acpo-doctor-", dir=there) as probe:
         marker = Path(probe) / uuid.uuid4().hex
         marker.touch()
@@ -78,10 +78,10 @@ def _check_machines(runs: Path) -> Iterator[Finding]:
 
 
 def judge_machine(name: str, seen: MachineReport, mine: Software, runs: Path) -> Iterator[Finding]:
-    """Findings of one machine's report.
+    """Yield findings from one machine's report.
 
     Args:
-        name: of the machine.
+        name: name of the machine.
         seen: its report.
         mine: software of this process.
         runs: folder that the machines must share.
@@ -89,12 +89,12 @@ def judge_machine(name: str, seen: MachineReport, mine: Software, runs: Path) ->
     texts = differences(mine, seen.software)
     yield judged(
         not texts, name, "; ".join(texts) or f"same software as this machine (code {mine.code})",
-        "Install the same on every machine; workers with other software refuse to work (cluster.mixed_software).",
+        "Install the same on every machine; workers with other software refuse to start (cluster.mixed_software).",
         otherwise="failed",
     )  # fmt: skip
     if not seen.marker:
         advice = "Checkpoints would be lost: put runs on shared storage (ACPO_RUNS on every machine, or run.dir)."
-        yield Finding(name, "failed", f"{runs} is not the same folder there as here", advice)
+        yield Finding(name, "failed", f"{runs} is another folder there than here", advice)
     for finding in seen.findings:
         yield Finding(f"{name}, {finding.check}", finding.verdict, finding.found, finding.advice)
 

@@ -1,4 +1,4 @@
-"""Join and leave a Ray cluster; errors say what is wrong with the address or the token."""
+"""Join and leave a Ray cluster; error messages distinguish a wrong address from a wrong token."""
 
 import logging
 import math
@@ -32,11 +32,11 @@ TOKEN_HELP = "Set RAY_AUTH_MODE=token and put it into RAY_AUTH_TOKEN, RAY_AUTH_T
 
 
 def join(address: str) -> None:
-    """Connect this process; `leave` ends that.
+    """Connect this process; `leave` disconnects it.
 
     Args:
         address: HOST:PORT of the cluster's control service; `auto` for $RAY_ADDRESS, else the cluster of this machine;
-            `local` starts a cluster for this process, whatever else runs on this machine.
+            `local` starts a cluster for this process, even if another one runs on this machine.
 
     Raises:
         UsageError: there is no cluster at the address, or it requires a token that this process does not have.
@@ -60,7 +60,7 @@ def join(address: str) -> None:
         raise
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     if in_charge and callable(handler):
-        # Ray has replaced it by one that aborts the process.
+        # Ray has replaced the handler by one that aborts the process.
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -93,7 +93,7 @@ def joined(address: str) -> Iterator[None]:
     """Stay connected during the block; an existing connection is used and kept.
 
     Raises:
-        UsageError: as `join`.
+        UsageError: as in `join`.
     """
     if ray.is_initialized():
         yield
@@ -106,7 +106,7 @@ def joined(address: str) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Disconnect this process, and stop a cluster that it has started; a later `join` starts from nothing."""
+    """Disconnect this process, and stop a cluster that it has started; a later `join` starts from a clean state."""
     attempt(end_serve_handles, what="end Serve handles", timeout_s=_HANDLES_TIMEOUT_S)
     forget_cluster()
     ray.shutdown()
@@ -116,7 +116,7 @@ def _require_listener(address: str) -> None:
     """Connect to the control service once, since Ray itself retries for minutes.
 
     Raises:
-        OSError: nothing listens there, or the host is unknown.
+        OSError: nothing listens at the address, or the host is unknown.
         ValueError: the address has another form.
     """
     where = control_address(address)
@@ -130,7 +130,7 @@ def _require_listener(address: str) -> None:
 
 
 def small_shared_memory(free: int, needed: int) -> str:
-    """Warning for a machine whose shared memory is too small for Ray's object store; empty if it is large enough.
+    """Return a warning if this machine's shared memory is too small for Ray's object store; empty otherwise.
 
     Args:
         free: free bytes of /dev/shm.
@@ -169,8 +169,9 @@ def explain(address: str, error: Exception) -> str:
     if address == "local":
         return f"no local Ray cluster can be started: {_ended(reason)}"
     return (
-        f"no Ray cluster {where}: {_ended(reason)} Is it running, and is this its own address (HOST:6379), not that of "
-        f"its job service? `acpo submit` starts a run from outside the cluster. If it requires a token: {TOKEN_HELP}"
+        f"no Ray cluster {where}: {_ended(reason)} Check that it is running, and that this is its own address "
+        "(HOST:6379), not that of its job service. `acpo submit` starts a run from outside the cluster. If it "
+        f"requires a token: {TOKEN_HELP}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Calls to a cluster's control services, which have no time limit of their own: each is bounded and named."""
+"""Calls to a cluster's control services with a time limit and a name, which Ray's own calls lack."""
 
 import logging
 import threading
@@ -23,11 +23,12 @@ _INTERRUPTED_S = 5.0
 
 
 def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL_TIMEOUT_S) -> Result:
-    """Result of a call, which runs in a thread of its own.
+    """Return the result of a call, which runs in its own thread.
 
     Args:
         call: uses Ray's or Serve's control service.
-        what: names the call in errors.
+        what: name of the call in errors.
+        timeout_s: time limit in seconds.
 
     Raises:
         AcpoError: raised by the call itself.
@@ -41,7 +42,7 @@ def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL
         except BaseException as error:
             future.set_exception(error)
 
-    # A daemon: a call that never returns must not keep the process.
+    # A daemon, so that a call that never returns does not keep the process alive.
     threading.Thread(target=run, daemon=True, name=f"ray {what}").start()
     try:
         return future.result(timeout_s)
@@ -59,7 +60,7 @@ def bounded(call: Callable[[], Result], *, what: str, timeout_s: float = CONTROL
 
 
 def attempt(call: Callable[[], object], *, what: str, timeout_s: float = CONTROL_TIMEOUT_S) -> None:
-    """The same for clean-up: a failure is logged, so that it does not hide why the run ends."""
+    """Make a call for clean-up: a failure is only logged, so that it does not hide why the run ends."""
     try:
         bounded(call, what=what, timeout_s=timeout_s)
     except AcpoError as error:
@@ -68,7 +69,7 @@ def attempt(call: Callable[[], object], *, what: str, timeout_s: float = CONTROL
 
 @contextmanager
 def named_failures() -> Iterator[None]:
-    """Turn an exception of Ray that no other handler has named into a `WorkerLostError`.
+    """Convert an exception of Ray that no other handler has converted to a `WorkerLostError`.
 
     Raises:
         WorkerLostError: Ray or Serve failed in the block.
@@ -80,6 +81,6 @@ def named_failures() -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Type and last line of an exception, at most 300 characters."""
+    """Return type and last line of an exception, at most 300 characters."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ _NO_FILES = ("toy", "none")
 
 
 def relative_files(config: Config) -> dict[str, str]:
-    """Key -> relative path of a file or folder that the run reads.
+    """Return key -> relative path of the files and folders that the run reads.
 
     A text that may also be a name (of a hub repository, of a shipped file) counts if such a file exists here.
     """

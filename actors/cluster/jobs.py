@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: which files are uploaded, and calls to Ray's job service."""
+"""Runs as Ray jobs: selection of uploaded files, and calls to Ray's job service."""
 
 import asyncio
 import os
@@ -22,9 +22,9 @@ EXCLUDES = (
     ".git-credentials", ".pypirc", ".npmrc", ".huggingface", ".password-store", "*.pem", "*.key", "id_rsa*", "id_dsa*",
     "id_ecdsa*", "id_ed25519*", "auth_token*", "*_history",
 )  # fmt: skip
-"""Never uploaded: generated files, large files and possible secrets, beside the patterns of `.gitignore`."""
+"""Never uploaded: generated files, large files and possible secrets, in addition to the patterns of `.gitignore`."""
 OWN_CODE = ("/acpo_dist", "/actors", "/tests", "/docs", "/benchmarks")
-"""This project's own code is uploaded only on request: it is installed on the machines, and versions must not mix."""
+"""This project's own code is uploaded only on request: it is installed on the machines, and versions must match."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Upload:
 
     @contextmanager
     def runtime_env(self) -> Iterator[dict[str, Any]]:
-        """Ray's runtime environment; staged copies exist as long as the block."""
+        """Context with Ray's runtime environment; staged copies exist during the block."""
         if not self.only:
             yield {"working_dir": str(self.folder), "excludes": list(self.excludes)}
             return
@@ -54,15 +54,15 @@ class Upload:
 
 
 def plan_upload(source: str, folder: Path | None, *, ship_code: bool = False) -> tuple[str, Upload | None]:
-    """The configuration's name within the job, and the upload that it needs.
+    """Return the configuration's name within the job, and the upload that it needs.
 
     Args:
         source: a configuration file, or the name of a shipped configuration.
-        folder: folder to upload; None takes the current folder if the file lies in it, else the file's own. A shipped
-            configuration needs nothing.
+        folder: folder to upload; None uses the current folder if the file is in it, else the file's own. A shipped
+            configuration needs none.
 
     Raises:
-        UsageError: the folder does not hold the file, or would be a home folder that was not named.
+        UsageError: the folder does not contain the file, or would be a home folder that was not given explicitly.
     """
     excludes = EXCLUDES if ship_code else EXCLUDES + OWN_CODE
     file = Path(source)
@@ -78,23 +78,24 @@ def plan_upload(source: str, folder: Path | None, *, ship_code: bool = False) ->
 
 
 def _no_home(folder: Path | None, implied: Path | None = None) -> Path:
-    """The named folder, else the implied one, unless that holds the user's home folder."""
+    """Return the given folder, else the implied one, unless that contains the user's home folder."""
     if folder is not None:
         return folder.resolve()
     root, home = (implied or Path.cwd()).resolve(), Path.home().resolve()
     if home.is_relative_to(root):
         raise UsageError(
-            f"all of {root} would be uploaded. Put the configuration and what it names into a folder of their own, or "
-            "name the folder with --working-dir."
+            f"all of {root} would be uploaded. Move the configuration and the files that it names into a separate "
+            "folder, or set the folder with --working-dir."
         )
     return root
 
 
 def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None:
-    """Check that an upload holds the files that the job reads; a shipped configuration uploads these files alone.
+    """Check that an upload contains the files that the job reads; a shipped configuration uploads only these files.
 
     Args:
-        files: key of the configuration -> relative path, as `relative_files` finds them.
+        upload: files of the job.
+        files: key of the configuration -> relative path, result of `relative_files`.
 
     Raises:
         UsageError: the job would not find one of them.
@@ -103,8 +104,8 @@ def with_files(upload: Upload | None, files: Mapping[str, str]) -> Upload | None
     folder = upload.folder if upload else here
     for key, name in files.items():
         file = (folder / name).resolve()
-        where = "the folder that is uploaded" if upload else "this folder, from where it would be uploaded"
-        shared = "Put it there, or give its absolute path on storage that all machines share."
+        where = "the folder that is uploaded" if upload else "this folder, which would be uploaded"
+        shared = "Move it there, or give its absolute path on storage that all machines share."
         if not file.is_relative_to(folder) or not file.exists():
             raise UsageError(f"{key}={name} is not in {where}, {folder}, so the job would not find it. {shared}")
         if upload and not _is_uploaded(upload, file):
@@ -125,7 +126,7 @@ def _is_uploaded(upload: Upload, file: Path) -> bool:
 
 
 def connect(address: str | None) -> Any:
-    """Ray's job client; Ray itself reads the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or its default file).
+    """Return Ray's job client; Ray itself reads the token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or its default file).
 
     Raises:
         UsageError: there is no job service, or the token is missing or wrong.
@@ -142,8 +143,8 @@ def connect(address: str | None) -> Any:
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"no job service at {where} ({error}). Forward the cluster's with `ray dashboard cluster.yaml`, or name "
-            "another with --address or RAY_API_SERVER_ADDRESS."
+            f"no job service at {where} ({error}). Forward the cluster's with `ray dashboard cluster.yaml`, or set "
+            "another address with --address or RAY_API_SERVER_ADDRESS."
         ) from error
 
 
@@ -199,10 +200,10 @@ def follow(client: Any, job: str, write: Callable[[str], Any]) -> str:
 
 
 def require_job(client: Any, job: str) -> dict[str, Any]:
-    """Facts of one job.
+    """Return the properties of one job.
 
     Raises:
-        UsageError: there is no such job.
+        UsageError: the job does not exist.
     """
     found = [one for one in list_jobs(client) if one["job"] == job]
     if not found:
@@ -211,7 +212,7 @@ def require_job(client: Any, job: str) -> dict[str, Any]:
 
 
 def list_jobs(client: Any) -> list[dict[str, Any]]:
-    """Facts of all submitted jobs, newest first; times in seconds since 1970."""
+    """Return the properties of all submitted jobs, newest first; times in seconds since 1970."""
     jobs = [one for one in client.list_jobs() if one.submission_id]
     return [
         {

@@ -17,7 +17,7 @@ def forget(application: str) -> None:
 
 
 def orphans() -> list[str]:
-    """Applications whose driver process has ended without ending them: it was killed, or its machine was lost.
+    """Return applications whose driver process ended without ending them: it was killed, or its machine was lost.
 
     An application without a record, such as one of another program, is left out.
     """

@@ -1,4 +1,4 @@
-"""Code and library versions of a machine, so that workers which would compute something else refuse to start."""
+"""Code and library versions of a machine, so that workers with different software refuse to start."""
 
 import hashlib
 import socket
@@ -17,7 +17,7 @@ PACKAGES = (
 )  # fmt: skip
 """Packages that metrics depend on. Ray compares its own version and Python's when a machine joins."""
 _REMEDY = (
-    "Install the same on every machine (for code under work, `acpo submit --ship-code`), or set "
+    "Install the same on every machine (for code under development, `acpo submit --ship-code`), or set "
     "cluster.mixed_software=true to skip this check."
 )
 
@@ -32,13 +32,13 @@ class Software:
     """Version by distribution; missing ones are left out."""
 
     def code_alone(self) -> "Software":
-        """The code alone, for a worker with an environment of its own."""
+        """Return only the code, for a worker with its own environment."""
         return replace(self, packages={})
 
 
 @cache
 def software() -> Software:
-    """Code and libraries of this process."""
+    """Return code and libraries of this process."""
     root = Path(acpo_dist.__file__).resolve().parent
     files = sorted(
         [*root.rglob("*.py"), *(root.parent / "actors").rglob("*.py"), *(root / "data" / "toy" / "assets").rglob("*.*")]
@@ -50,13 +50,13 @@ def software() -> Software:
         digest.update(content)
     found = {}
     for name, number in installed_versions(PACKAGES).items():
-        # `+cpu` and `+cu128` are builds of one version, and a head needs no GPU.
+        # `+cpu` and `+cu128` are builds of one version, and a head node needs no GPU.
         found[name] = number.partition("+")[0]
     return Software(digest.hexdigest()[:12], found)
 
 
 def differences(expected: Software, found: Software) -> list[str]:
-    """One text per difference. A package that one side lacks is none: it fails by itself where it is needed."""
+    """Return one text per difference. A missing package is no difference: it fails where it is needed."""
     texts = []
     if expected.code != found.code:
         texts.append(f"acpo_dist has other code ({found.code}, not {expected.code})")

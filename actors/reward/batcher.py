@@ -14,7 +14,7 @@ class Job:
     """A queued request."""
 
     kind: Hashable
-    """Only requests of one kind share a batch: method, size and type of the images."""
+    """Requests of one kind share a batch: method, size and type of the images."""
     images: int
     payload: Any
     future: Future[Any] = field(default_factory=Future)
@@ -23,7 +23,7 @@ class Job:
 
 @dataclass
 class Vitals:
-    """Work of a replica since it was ready; durations in seconds."""
+    """Work of a replica since it became ready; durations in seconds."""
 
     requests: int = 0
     batches: int = 0
@@ -34,7 +34,7 @@ class Vitals:
 
 
 class Batcher:
-    """Computes in its own thread, so that the event loop stays free for health checks."""
+    """Computes in its own thread, so that the event loop remains free for health checks."""
 
     def __init__(
         self, run: Callable[[Hashable, Sequence[Any]], Sequence[Any]], *, max_images: int, wait_s: float,
@@ -44,10 +44,10 @@ class Batcher:
 
         Args:
             run: (kind, payloads of one kind) -> one result per payload.
-            max_images: most images of a batch; a larger request is a batch of its own.
-            wait_s: seconds that a batch which is not full waits for more requests.
+            max_images: largest number of images in a batch; a larger request is a batch of its own.
+            wait_s: seconds that an incomplete batch waits for more requests.
             between: called between batches, and every `pause_s` seconds without requests.
-            pause_s: seconds.
+            pause_s: seconds between two calls of `between` without requests.
         """
         self._run, self._max_images, self._wait_s = run, max_images, wait_s
         self._between, self._pause_s = between, pause_s
@@ -76,7 +76,7 @@ class Batcher:
         return 0.0 if started is None else time.monotonic() - started
 
     def vitals(self) -> Vitals:
-        """Work so far, including the time of the current batch."""
+        """Return the work so far, including the time of the current batch."""
         done = self._vitals
         return replace(done, busy_s=done.busy_s + self.running_s())
 
@@ -90,7 +90,7 @@ class Batcher:
             self._started = None
 
     def _gather(self) -> list[Job]:
-        """The next batch: queued requests of one kind, in order of arrival; empty after `pause_s` without requests."""
+        """Return the next batch: queued requests of one kind, oldest first; empty after `pause_s` without any."""
         with self._changed:
             if not self._jobs and not self._changed.wait(self._pause_s):
                 return []
@@ -131,7 +131,7 @@ class Batcher:
             job.future.set_result(answer)
 
     def _count(self, batch: list[Job]) -> None:
-        """Count a batch before its results are set, so that a caller which has a result sees it counted."""
+        """Count a batch before its results are set, so that a caller with a result sees it counted."""
         self._vitals.requests += len(batch)
         self._vitals.batches += 1
         self._vitals.images += sum(job.images for job in batch)

@@ -1,4 +1,4 @@
-"""Requests to the reward pool, retried until the deadline; no score is ever made up."""
+"""Requests to the reward pool, repeated until the deadline; a missing score is never replaced."""
 
 import logging
 import time
@@ -30,14 +30,15 @@ class NoAnswerError(RewardError):
 
 
 _MAX_FAILURES = {"refused": 3, "nonfinite": 3, "memory": 3, "lost": 20, "timeout": 20, "unfit": 20}
-"""Failures of one request by cause before it is given up, so that a request that no replica can compute ends, and one
-that ends replicas does not end them all."""
+"""Failures of one request by cause before it fails, so that a request that no replica can compute does not retry
+without end, and one that ends replicas does not end all of them."""
 _OWN_FAULT = ("refused", "nonfinite", "memory")
-"""Causes that lie in the request itself if they occur on one replica after the other."""
+"""Causes that concern the request itself if they occur on several replicas."""
 _LOST = (RayError, DeploymentUnavailableError, RequestCancelledError, RayServeException, ConnectionError)
 _PATIENCE = 1.5
-"""Times rewards.attempt_timeout_s after which a caller checks whether the pool makes progress. A replica whose batch
-takes longer than one such time ends itself, so by then the request is queued, or its process or machine is gone."""
+"""Factor on rewards.attempt_timeout_s after which a caller checks whether the pool makes progress. A replica whose
+batch takes longer than one such time ends itself; after that the request is queued, or its process or machine is
+lost."""
 _LONGEST = 4
 """Largest duration of one attempt in a pool that makes progress, in units of rewards.deadline_s."""
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
@@ -68,11 +69,11 @@ class RewardClient(GradientSource):
 
     @property
     def retries(self) -> int:
-        """Attempts that failed and were followed by another one."""
+        """Number of attempts that failed and were repeated."""
         return self.counts.retries
 
     def handle(self, metric: str) -> Any:
-        """Serve's handle of a metric."""
+        """Return Serve's handle of a metric."""
         return self._handles[metric]
 
     @override
@@ -80,11 +81,11 @@ class RewardClient(GradientSource):
         return self._executor().submit(self._request, metric, "value_and_grad", sent, tuple(prompts))
 
     def submit_scores(self, metric: str, images: Any, prompts: Sequence[str]) -> Future[list[float]]:
-        """The same as `score`, as a future."""
+        """Return the result of `score` as a future."""
         return self._executor().submit(self.score, metric, images, prompts)
 
     def score(self, metric: str, images: Any, prompts: Sequence[str]) -> list[float]:
-        """Raw scores of images.
+        """Return raw scores of images.
 
         Args:
             metric: name of a reward or judge.
@@ -102,12 +103,12 @@ class RewardClient(GradientSource):
         return self._threads
 
     def _request(self, metric: str, method: str, *arguments: Any) -> Any:
-        """Response of any replica, with retries."""
+        """Return the response of any replica, with retries."""
         with self.counts.request(metric):
             return _Request(self, metric, method, arguments).answer()
 
     def replicas(self, metric: str) -> int:
-        """Number of running replicas of a metric."""
+        """Return the number of running replicas of a metric."""
         return running_replicas(self.link.applications[metric])
 
 
@@ -136,14 +137,14 @@ class _Request:
             if time.monotonic() >= deadline:
                 raise NoAnswerError(
                     f"reward `{self.metric}`: no response within rewards.deadline_s={link.deadline_s:g} s; the last "
-                    f"attempt: {self.last}. Raise it, add replicas (`acpo rewards scale {self.metric} N`), or see "
-                    "`acpo rewards status`."
+                    f"attempt: {self.last}. Raise the deadline, add replicas (`acpo rewards scale {self.metric} N`), "
+                    "or see `acpo rewards status`."
                 )
             try:
                 answer = self._attempt(started)
             except _AttemptError as error:
                 self._failed(error)
-                # Serve queues a request while there is no replica; the pause is for a pool that rejects it.
+                # Serve queues a request while there is no replica; the pause is for a pool that rejects requests.
                 time.sleep(max(0.0, min(self.pause_s, deadline - time.monotonic())))
                 self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
                 continue
@@ -170,7 +171,7 @@ class _Request:
             raise _AttemptError("lost", f"the replica died ({type(error).__name__})") from error
 
     def _wait(self, response: Any, started: float) -> Any:
-        """The response, however long it is queued, as long as the pool makes progress."""
+        """Wait for the response, even if it is queued for long, as long as the pool makes progress."""
         link, liveness = self.client.link, self.client.liveness_records[self.metric]
         patience_s, first = _PATIENCE * link.attempt_timeout_s, time.monotonic()
         while True:
@@ -179,8 +180,8 @@ class _Request:
             try:
                 return response.result(timeout_s=max(0.0, min(patience_s, remaining)))
             except TimeoutError as error:
-                # While all replicas respond and requests complete, this one is queued: another attempt would put it at
-                # the end of the queue. A response that was lost on its way never arrives, so the wait is bounded.
+                # While all replicas respond and requests complete, this one is queued: another attempt would move it to
+                # the end of the queue. A lost response never arrives, so the wait is bounded.
                 waited_s = time.monotonic() - first
                 if (
                     remaining > 0
@@ -193,7 +194,7 @@ class _Request:
                 raise _AttemptError("timeout", f"no response within {waited_s:.3g} s") from error
 
     def _avoided(self) -> frozenset[str]:
-        """Replicas to avoid, as long as there are others."""
+        """Return the replicas to avoid while there are others."""
         if self.bad and self.client.replicas(self.metric) > len(self.bad):
             return frozenset(self.bad)
         return frozenset()
@@ -212,7 +213,7 @@ class _Request:
             raise NoAnswerError(f"reward `{self.metric}` failed {limit} times: {error}") from error
 
     def _end_wrong_replicas(self) -> None:
-        """End replicas whose response was not finite, since another replica has computed it. Serve replaces them."""
+        """End replicas whose response was not finite if another one could compute it; Serve replaces them."""
         for name in self.wrong:
             try:
                 ray.kill(ray.get_actor(name, namespace="serve"))

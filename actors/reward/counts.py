@@ -33,7 +33,7 @@ class RequestCounts:
 
     @property
     def retries(self) -> int:
-        """Attempts that failed and were followed by another one."""
+        """Number of attempts that failed and were repeated."""
         return sum(count for cause, count in self.causes.items() if cause in _RETRIES)
 
     def again(self, cause: str) -> None:
@@ -58,7 +58,7 @@ class RequestCounts:
             self._latencies.setdefault(metric, deque(maxlen=_REMEMBERED)).append(time.monotonic() - started)
 
     def take_latencies(self) -> dict[str, dict[str, float]]:
-        """Median and 95th percentile of the latencies in seconds, by metric, since the last call."""
+        """Return median and 95th percentile of the latencies in seconds, by metric, since the last call."""
         with self._lock:
             taken, self._latencies = self._latencies, {}
         return {
@@ -66,7 +66,7 @@ class RequestCounts:
         }
 
     def to_metrics(self) -> dict[str, float]:
-        """Metrics for tracking."""
+        """Return metrics for tracking."""
         return {
             "reward_pool/requests": float(self.requests),
             "reward_pool/unanswered": float(self.unanswered),
@@ -90,7 +90,7 @@ class ReplicaClock:
 
 
 def utilisation(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
-    """Share of their time that replicas spent computing since their last report or their start."""
+    """Return the share of time that replicas spent computing since their last report or their start."""
     none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
     busy = sum(clock.busy_s - before.get(name, none).busy_s for name, clock in now.items())
     passed = sum(clock.up_s - before.get(name, none).up_s for name, clock in now.items())
@@ -98,7 +98,7 @@ def utilisation(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClo
 
 
 def mean_batch(before: Mapping[str, ReplicaClock], now: Mapping[str, ReplicaClock]) -> float:
-    """Images per batch since the last reports; 0 without batches."""
+    """Return images per batch since the last reports; 0 without batches."""
     none = ReplicaClock(busy_s=0.0, up_s=0.0, batches=0, images=0)
     images = sum(clock.images - before.get(name, none).images for name, clock in now.items())
     batches = sum(clock.batches - before.get(name, none).batches for name, clock in now.items())

@@ -1,7 +1,7 @@
 """HTTP gateway of the reward pool for other runs and programs: tokens, lossless bodies, limits, no pickle.
 
-Serve's own ingress would run the same application in place of the few lines that start a server here, but its proxies
-listen on one host and port for all runs of a cluster, and outlive the run that has enabled them.
+Serve's own ingress could run this application instead of the few lines that start a server here, but its proxies listen
+on one host and port for all runs of a cluster, and outlive the run that enabled them.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ class Reply:
 
 
 class RefusedError(Exception):
-    """A request that is answered by an error status."""
+    """A request that is rejected with an error status."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -62,7 +62,7 @@ class Gateway:
         Args:
             ask: (metric, `score` or `gradient`, images or `WireTensor`, prompts) -> scores or `ScoredGradient`.
             metrics: name -> whether it has gradients.
-            cut: tensor that gradients are with respect to: `latent` or `image`.
+            cut: tensor of the gradients: `latent` or `image`.
             tokens: accepted tokens.
             max_bytes: largest body.
             idle_s: seconds without data after which an incomplete request is rejected.
@@ -90,7 +90,7 @@ class Gateway:
 
     async def _answer(self, scope: Any, receive: Any) -> Reply:
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        # First of all: without a token, no name, no limit and no byte of the body is handled.
+        # First: without a token, no name, limit or byte of the body is processed.
         self._require_token(headers.get("authorization", b""))
         parts = scope["path"].strip("/").split("/", 2)
         if parts == ["v1", "metrics"]:
@@ -149,16 +149,16 @@ class Gateway:
 
     def _require_token(self, header: bytes) -> None:
         scheme, _, token = header.partition(b" ")
-        # All tokens are compared in full, so that the time reveals nothing.
+        # All tokens are compared in full, so that the duration reveals nothing.
         matches = [hmac.compare_digest(token.strip(), known) for known in self._tokens]
         if scheme.lower() != b"bearer" or not any(matches):
-            raise RefusedError(401, "a valid token is needed: Authorization: Bearer TOKEN")
+            raise RefusedError(401, "a valid token is required: Authorization: Bearer TOKEN")
 
     def _require_metric(self, metric: str, what: str) -> None:
         if metric not in self._metrics:
-            raise RefusedError(404, f"no reward or judge is called `{metric}`; known: {', '.join(self._metrics)}")
+            raise RefusedError(404, f"no reward or judge has the name `{metric}`; known: {', '.join(self._metrics)}")
         if what == "gradient" and not self._metrics[metric]:
-            raise RefusedError(404, f"`{metric}` has scores only: it is a judge, or not differentiable")
+            raise RefusedError(404, f"`{metric}` has no gradient: it is a judge, or not differentiable")
 
 
 def _require_method(scope: Any, method: str) -> None:
@@ -171,7 +171,7 @@ def _json(status: int, value: Mapping[str, Any]) -> Reply:
 
 
 def read_tokens(http: HttpConfig) -> tuple[str, ...]:
-    """Tokens from the environment.
+    """Return the tokens from the environment.
 
     Raises:
         UsageError: there are none, or one has fewer than 16 characters.
@@ -181,7 +181,7 @@ def read_tokens(http: HttpConfig) -> tuple[str, ...]:
         raise UsageError(
             f"rewards.http is enabled, but ${http.token_env} holds "
             f"{'no token' if not tokens else 'a token of fewer than 16 characters'}. Set it to one or more, separated "
-            'by commas; `python -c "import secrets; print(secrets.token_urlsafe())"` makes one.'
+            'by commas; `python -c "import secrets; print(secrets.token_urlsafe())"` generates one.'
         )
     return tokens
 
@@ -195,7 +195,7 @@ class GatewayActor:
         """Start the server.
 
         Raises:
-            OSError: the address is in use, or not of this machine.
+            OSError: the address is in use, or does not belong to this machine.
         """
         import uvicorn
 
@@ -219,7 +219,7 @@ class GatewayActor:
 
 
 def open_gateway(link: PoolLink, metrics: Mapping[str, bool], cut: str, http: HttpConfig) -> tuple[Any, str]:
-    """Start the gateway on this node; returns the actor, which must be kept, and its URL.
+    """Start the gateway on this node; return the actor, which must be kept, and its URL.
 
     Raises:
         UsageError: no token is set.

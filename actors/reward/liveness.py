@@ -35,14 +35,14 @@ class Liveness:
         self._lock = threading.Lock()
         self._checked, self._all_replied = -math.inf, False
         self.heard = -math.inf
-        """Last response of a replica to any process, on the monotonic clock."""
+        """Time of the last response of a replica to any process, on the monotonic clock."""
 
     def answered(self) -> None:
         """Record a response to this process."""
         self.heard = time.monotonic()
 
     def check(self) -> bool:
-        """Query the replicas for the time of their last response to any process; whether all of them replied."""
+        """Query the replicas for the time of their last response to any process; return whether all of them replied."""
         with self._lock:
             if time.monotonic() - self._checked >= _CHECK_EVERY_S:
                 # Taken before the query, so that a time computed from an age is never too late.
@@ -56,7 +56,7 @@ class Liveness:
 
 
 def replica_vitals(handle: Any) -> list[dict[str, Any]]:
-    """State of every replica of a deployment; one that does not reply within 2 s is left out."""
+    """Return the state of every replica of a deployment; replicas that do not reply within 2 s are left out."""
     try:
         answers = handle.broadcast("vitals").results(timeout_s=_VITALS_TIMEOUT_S, return_exceptions=True)
     except (RayError, RayServeException, TimeoutError) as error:
@@ -66,7 +66,7 @@ def replica_vitals(handle: Any) -> list[dict[str, Any]]:
 
 
 def serve_status() -> Any:
-    """Serve's status of all applications.
+    """Return Serve's status of all applications.
 
     Raises:
         WorkerLostError: Serve's controller is gone or does not respond.
@@ -75,7 +75,7 @@ def serve_status() -> Any:
 
 
 def running_replicas(application: str) -> int:
-    """Number of replicas of an application that accept requests; 0 without the application."""
+    """Return the number of replicas of an application that accept requests; 0 without the application."""
     found = serve_status().applications.get(application)
     deployment = found.deployments.get(REPLICA) if found else None
     return int(deployment.replica_states.get(ReplicaState.RUNNING, 0)) if deployment else 0

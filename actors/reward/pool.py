@@ -35,7 +35,7 @@ _IMAGES_AT_ONCE = 16
 
 
 def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRewards":
-    """Start one Serve application per metric, called `<run_id>-<metric>`.
+    """Start one Serve application per metric, named `<run_id>-<metric>`.
 
     Args:
         near: Ray's node ids that replicas prefer.
@@ -59,7 +59,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
             model=config.model if entry.name in training and rewards.cut == "latent" else None,
             cut=rewards.cut, wire_dtype=rewards.wire_dtype, cpus=pool.cpus or 0.0, gpus=pool.gpus or 0.0,
             max_batch=pool.max_batch, batch_wait_s=pool.batch_wait_s, attempt_timeout_s=rewards.attempt_timeout_s,
-            # A metric may ask for libraries of its own.
+            # A metric may need its own libraries.
             software=expected.code_alone() if expected and pool.runtime_env.pip else expected,
         )  # fmt: skip
         targets.append(
@@ -70,7 +70,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
     names = [target.name for target in targets]
     try:
         bounded(lambda: [own(name) for name in names], what="record the owner of the reward pool")
-        # Together: every replica loads its model while the others do.
+        # Started together, so that replicas load their models in parallel.
         bounded(
             lambda: serve.run_many(
                 targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
@@ -85,7 +85,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         delete(names)
         raise WorkerError(f"the reward pool could not be started: {error}") from error
     except BaseException:
-        # Interrupted: Serve would keep the applications, and the resources that they hold.
+        # On an interrupt Serve would keep the applications and their resources.
         delete(names)
         raise
     link = PoolLink(
@@ -96,7 +96,7 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
 
 
 def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
-    """Ray options: where a replica may run, and which nodes it prefers."""
+    """Return Ray options: where a replica may run, and which nodes it prefers."""
     options: dict[str, Any] = {"resources": dict(role.resources)} if role.resources else {}
     labels = dict(role.labels)
     if near:
@@ -122,7 +122,7 @@ def _deployment(pool: MetricPoolConfig, where: Mapping[str, Any]) -> Any:
 
 
 def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingConfig:
-    """Serve's autoscaling between two numbers of replicas, by the number of ongoing requests."""
+    """Return Serve's autoscaling between two numbers of replicas, by the number of ongoing requests."""
     return AutoscalingConfig(
         min_replicas=fewest, max_replicas=most, initial_replicas=fewest,
         target_ongoing_requests=pool.target_ongoing_requests, upscale_delay_s=pool.upscale_delay_s,
@@ -131,7 +131,7 @@ def autoscaling(fewest: int, most: int, pool: MetricPoolConfig) -> AutoscalingCo
 
 
 def delete(applications: Sequence[str]) -> None:
-    """End applications and delete what they have recorded; a cluster that does not respond is logged."""
+    """End applications and delete their records; a cluster that does not respond is logged."""
 
     def end() -> None:
         for name in applications:
@@ -168,7 +168,7 @@ class ServeRewards(RewardPool):
     def score(
         self, handles: Sequence[RolloutHandle], metrics: Sequence[str], advance: Advance | None = None
     ) -> ScoreTable:
-        # As many requests under way as the replicas can hold, Serve spreads them by load.
+        # With as many requests in flight as the replicas can hold, Serve distributes them by load.
         with ExitStack() as stack:
             waiting = {}
             for metric in metrics:
@@ -196,7 +196,7 @@ class ServeRewards(RewardPool):
         ]
 
     def vitals(self) -> dict[str, list[dict[str, Any]]]:
-        """State of every replica, by metric; a replica that does not respond within 2 s is left out."""
+        """Return the state of every replica, by metric; a replica that does not respond within 2 s is left out."""
         return {name: replica_vitals(self.client.handle(name)) for name in self.link.applications}
 
     @override
@@ -233,7 +233,7 @@ class ServeRewards(RewardPool):
         delete(list(self.link.applications.values()))
 
     def _window(self, metric: str) -> int:
-        """Concurrent requests: enough to fill the replicas, and one more each, which makes Serve scale up."""
+        """Return the number of concurrent requests: enough to fill the replicas, and one more each for autoscaling."""
         pool = self._pools[metric]
         replicas = max(pool.bounds[1], self.client.replicas(metric))
         return min((pool.max_ongoing_requests + 1) * replicas, pool.max_queued_requests, _MOST_THREADS)

@@ -1,4 +1,4 @@
-"""A replica of one metric: batches requests, and ends itself when its canary fails; Serve replaces it."""
+"""A replica of one metric: batches requests, and ends itself if its canary fails; Serve replaces it."""
 
 import asyncio
 import logging
@@ -28,7 +28,7 @@ _FAREWELL_S = 0.5
 
 
 class ReplicaError(RewardError):
-    """This replica cannot compute the request; another may."""
+    """This replica cannot compute the request; another one may."""
 
     def __init__(self, text: str, replica: str = "", cause: str = "unfit") -> None:
         """Store the reason and the replica.
@@ -93,7 +93,7 @@ class RewardReplica:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     async def score(self, images: list[Any], prompts: tuple[str, ...], avoid: frozenset[str]) -> list[float]:
-        """Score images in the object store; a list of one reference, since Serve fetches plain references itself."""
+        """Score images in the object store; takes a list of one reference, since Serve fetches plain references."""
         await self._admit(avoid)
         try:
             images_BCHW: Any = await asyncio.to_thread(ray.get, images[0], timeout=self._timeout_s)
@@ -118,7 +118,7 @@ class RewardReplica:
             raise ReplicaError(self._sick, self._id)
 
     async def vitals(self) -> dict[str, Any]:
-        """State of this replica, and its work since it was ready."""
+        """Return the state of this replica, and its work since it became ready."""
         found, now = self._batcher.vitals(), time.monotonic()
         return {
             "replica": self._id, "pid": os.getpid(), "queue": self._batcher.waiting, "requests": found.requests,
@@ -150,7 +150,7 @@ class RewardReplica:
             self._probe("nonfinite")
             raise ReplicaError(self._sick or str(error), self._id, "nonfinite") from error
         except OutOfMemoryError as error:
-            # Only the end of the process frees the memory for certain.
+            # Only the end of the process reliably frees the memory.
             self._leave(str(error), "memory")
             raise ReplicaError(str(error), self._id, "memory") from error
 
@@ -175,7 +175,7 @@ class RewardReplica:
         os._exit(1)
 
     def _leave(self, reason: str, cause: str) -> None:
-        """Accept no further request, and end soon; Serve starts another replica."""
+        """Stop accepting requests, and end soon; Serve starts another replica."""
         if not self._sick:
             self._sick, self._cause = reason, cause
             logger.error("replica ends itself: %s", reason)
@@ -185,12 +185,12 @@ class RewardReplica:
 
 
 def shared_reference(app: str, mine: float) -> float:
-    """Canary score of the first replica of an application; `mine` for the first."""
+    """Return the canary score of the first replica of an application; `mine` for the first one."""
     write_key(reference_key(app), repr(mine), overwrite=False)
     found = read_key(reference_key(app))
     return float(found) if found else mine
 
 
 def reference_key(app: str) -> str:
-    """Key of that score in the cluster's key-value store."""
+    """Return the key of that score in the cluster's key-value store."""
     return f"acpo/{app}/known_score"

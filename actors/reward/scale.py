@@ -30,14 +30,14 @@ class LivePool:
 
 
 def live_pools(run: str | None = None) -> list[LivePool]:
-    """Reward applications on the connected cluster, of one run or of all."""
+    """Return reward applications on the connected cluster, of one run or of all."""
     matches = [(name, _APPLICATION.fullmatch(name)) for name in serve_status().applications]
     pools = [LivePool(run=match["run"], metric=match["metric"], application=name) for name, match in matches if match]
     return [pool for pool in pools if run in (None, pool.run)]
 
 
 def find_pool(metric: str, run: str | None = None) -> LivePool:
-    """The application of a metric.
+    """Return the application of a metric.
 
     Raises:
         UsageError: there is none, or several runs have one and `run` is None.
@@ -47,18 +47,20 @@ def find_pool(metric: str, run: str | None = None) -> LivePool:
     if len(found) == 1:
         return found[0]
     if found:
-        raise UsageError(f"{len(found)} live runs have `{metric}`: name one with --run {_any(p.run for p in found)}.")
+        raise UsageError(f"{len(found)} live runs have `{metric}`: select one with --run {_any(p.run for p in found)}.")
     runs, metrics = sorted({pool.run for pool in live_pools()}), sorted({pool.metric for pool in pools})
     if run is not None and not pools:
-        raise UsageError(f"no live run is called `{run}`.{nearest(run, runs)} Live: {', '.join(runs) or 'none'}.")
+        raise UsageError(f"no live run has the name `{run}`.{nearest(run, runs)} Live: {', '.join(runs) or 'none'}.")
     if not pools:
-        raise UsageError("no run has a reward pool on this cluster: is it live, and is --address its cluster?")
+        raise UsageError(
+            "no run has a reward pool on this cluster: check that the run is live and that --address is its cluster."
+        )
     known = ", ".join(metrics)
-    raise UsageError(f"no live reward or judge is called `{metric}`.{nearest(metric, metrics)} Live: {known}.")
+    raise UsageError(f"no live reward or judge has the name `{metric}`.{nearest(metric, metrics)} Live: {known}.")
 
 
 def pool_status(pool: LivePool) -> dict[str, Any]:
-    """State of an application and of its replicas, as plain data."""
+    """Return the state of an application and of its replicas, as plain data."""
     deployment = serve_status().applications[pool.application].deployments.get(REPLICA)
     fewest, most = bounded(lambda: replica_bounds(pool.application, REPLICA), what=f"bounds of {pool.metric}")
     vitals = replica_vitals(serve.get_deployment_handle(REPLICA, pool.application))
@@ -87,20 +89,20 @@ def scale(
 ) -> int:
     """Set the number of replicas, or its bounds, and wait until it is reached. Other replicas are not restarted.
 
-    A replica that is removed finishes its requests; callers retry what it cannot finish in time.
+    A removed replica finishes its requests; callers repeat requests that it cannot finish in time.
 
     Args:
         pool: from `find_pool`.
         fewest: smallest number of replicas.
         most: largest number; equal to `fewest` for a fixed number.
         timeout_s: seconds to wait.
-        waiting: called with the number of running replicas while it waits.
+        waiting: called with the number of running replicas during the wait.
 
     Returns:
         Number of running replicas.
 
     Raises:
-        WorkerError: not reached within `timeout_s`; the cluster keeps trying.
+        WorkerError: not reached within `timeout_s`; the cluster continues to try.
     """
     application = pool.application
 
@@ -117,9 +119,9 @@ def scale(
             needs = bounded(lambda: replica_resources(application, REPLICA), what="resources of a replica")
             free = ray.available_resources()
             raise WorkerError(
-                f"`{pool.metric}` has {running} replicas after {timeout_s:g} s, {fewest} to {most} are wanted; a "
-                f"replica needs {needs}, free are {free.get('CPU', 0):g} CPU and "
-                f"{free.get('GPU', 0):g} GPU. The cluster keeps trying: add machines, wait, or scale down."
+                f"`{pool.metric}` has {running} replicas after {timeout_s:g} s, expected {fewest} to {most}; a "
+                f"replica needs {needs}, free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU. The "
+                "cluster continues to try: add machines, wait, or scale down."
             )
         waiting(running)
         # Serve has no call that blocks until a replica is ready.

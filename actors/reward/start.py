@@ -1,4 +1,4 @@
-"""Wait until the reward pool runs, and report why it does not."""
+"""Wait until the reward pool runs, and report why it does not start."""
 
 import re
 import time
@@ -18,7 +18,7 @@ def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
 
     Raises:
         UsageError: raised by a replica itself; a restart would raise it again.
-        WorkerError: an application failed, or does not run in time; with the reason if there is one.
+        WorkerError: an application failed, or does not run in time; with the reason if known.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -52,6 +52,6 @@ def _refuse(application: Any) -> None:
 
 
 def _reason(application: Any) -> str:
-    """Last line of a replica's traceback, else Serve's own message, which names only the deployment."""
+    """Return the last line of a replica's traceback, else Serve's own message, which names only the deployment."""
     last = [one.message.strip().splitlines()[-1] for one in application.deployments.values() if one.message.strip()]
     return "; ".join(last) or application.message or str(application.status)

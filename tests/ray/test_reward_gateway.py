@@ -111,7 +111,7 @@ def test_the_listing_says_what_gives_gradients_and_at_what(pool):
 def test_without_a_token_nothing_is_told(header: str, path: str, port):
     status, answer, headers = ask(port, path, b"body", Authorization=header)
     assert status == 401 and headers["www-authenticate"] == "Bearer"
-    assert answer == {"error": "a valid token is needed: Authorization: Bearer TOKEN"}
+    assert answer == {"error": "a valid token is required: Authorization: Bearer TOKEN"}
 
 
 def test_each_of_several_tokens_opens(port):
@@ -132,7 +132,12 @@ def gradient_body(**changes) -> bytes:
 @pytest.mark.parametrize(
     ("path", "content", "status", "text"),
     [
-        ("/v1/score/twostream", b"", 404, "no reward or judge is called `twostream`; known: two_stream, strided_judge"),
+        (
+            "/v1/score/twostream",
+            b"",
+            404,
+            "no reward or judge has the name `twostream`; known: two_stream, strided_judge",
+        ),
         ("/v2/score/two_stream", b"", 404, "known paths"),
         ("/v1/score/two_stream", b"", 422, "not in the safetensors format"),
         ("/v1/score/two_stream", b"\x80\x04\x95pickle", 422, "not in the safetensors format"),
@@ -142,7 +147,7 @@ def gradient_body(**changes) -> bytes:
         ("/v1/score/two_stream", body(images()[:, :1], [""] * 3), 422, r"found uint8 of shape \(3, 1, 32, 32\)"),
         ("/v1/score/two_stream", body(images()[:0], []), 422, r"found uint8 of shape \(0, 3, 32, 32\)"),
         ("/v1/score/two_stream", body(images(1), ["x" * 5000]), 422, "a prompt has 5000 characters"),
-        ("/v1/gradient/strided_judge", gradient_body(), 404, "has scores only"),
+        ("/v1/gradient/strided_judge", gradient_body(), 404, "has no gradient"),
         (
             "/v1/gradient/two_stream",
             gradient_body(exponent=None),
@@ -195,14 +200,14 @@ def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadlin
 
 
 def test_the_clients_errors_say_what_the_server_said(pool):
-    with pytest.raises(RewardError, match="404: no reward or judge is called `absent`"):
+    with pytest.raises(RewardError, match="404: no reward or judge has the name `absent`"):
         pool.score("absent", images(), [""] * 3)
     with pytest.raises(RewardError, match=r"422: .*one text per image"):
         pool.value_and_grad("two_stream", WireTensor(*_zeros()), [""])
 
 
-@pytest.mark.parametrize(("token", "text"), [(TOKEN, r"413: the request has 16 MiB, the server takes 0\.191"),
-                                            (TOKEN + "x", "401: a valid token is needed")])  # fmt: skip
+@pytest.mark.parametrize(("token", "text"), [(TOKEN, r"413: the request has 16 MiB, the server accepts 0\.191"),
+                                            (TOKEN + "x", "401: a valid token is required")])  # fmt: skip
 def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, port):
     pool = RemotePool(f"http://127.0.0.1:{port}", token, deadline_s=120)
     with pytest.raises(RewardError, match=text):

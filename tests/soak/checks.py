@@ -57,7 +57,9 @@ def ending(code: int, output: str, *, signalled: bool) -> list[str]:
         return problems
     lines = output.strip().splitlines()
     if code in (143, 130) and signalled:
-        return problems if any("continue with" in line for line in lines) else [*problems, "no command to continue with"]
+        return (
+            problems if any("continue with" in line for line in lines) else [*problems, "no command to continue with"]
+        )
     if code:
         named = [line for line in lines if _LINE.match(line)]
         if code < 0 or not named:

@@ -258,11 +258,11 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path):
 def test_a_metric_that_reads_no_file_says_so(tmp_path: Path):
     (tmp_path / "w.pth").touch()
     config = PyiqaMetric.Config(metric="clipiqa", weights=str(tmp_path / "w.pth"))
-    assert "takes no weights from a file" in (config.unusable() or "")
+    assert "reads no weights from a file" in (config.unusable() or "")
 
 
-@pytest.mark.parametrize(("name", "words"), [("fid", "compares sets of images"), ("clipscore", "our own type")])
-def test_what_gives_no_score_to_a_image_alone_is_refused(name: str, words: str):
+@pytest.mark.parametrize(("name", "words"), [("fid", "compares sets of images"), ("clipscore", "`clip_score`")])
+def test_metrics_without_a_score_per_image_are_refused(name: str, words: str):
     assert words in (PyiqaMetric.Config(metric=name).unusable() or "")
 
 
@@ -279,7 +279,7 @@ def test_a_download_that_fails_says_what_to_fetch_and_where_to_put_it(monkeypatc
     with pytest.raises(RewardConfigError) as caught:
         PyiqaMetric(PyiqaMetric.Config(metric="cnniqa"))
     text = str(caught.value)
-    assert "no route to host" in text and f"put it at {tmp_path}" in text and "https://" in text and "`weights`" in text
+    assert "no route to host" in text and f"as {tmp_path}" in text and "https://" in text and "`weights`" in text
     assert capsys.readouterr().out == ""
 
 

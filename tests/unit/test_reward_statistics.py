@@ -145,7 +145,7 @@ def test_a_statistic_may_be_wanted_higher_or_lower():
     [
         (torch.rand(3, 8, 8), r"shape \(B, 3, H, W\), found shape \(3, 8, 8\)"),
         (torch.rand(1, 4, 8, 8), r"found shape \(1, 4, 8, 8\)"),
-        (torch.rand(0, 3, 8, 8), "no images at all"),
+        (torch.rand(0, 3, 8, 8), "no images"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"floating-point images in \[0, 1\], found torch.uint8"),
         (torch.rand(1, 3, 2, 8), "at least 3 x 3, found 2 x 8"),
         (torch.full((2, 3, 8, 8), 200.0), "found values from 200 to 200"),

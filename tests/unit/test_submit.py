@@ -65,7 +65,7 @@ def test_a_home_folder_or_one_above_it_is_only_uploaded_when_it_is_named(tmp_pat
     for folder in (home, tmp_path):
         file = write(folder / "a.yaml", SMALLEST)
         monkeypatch.chdir(folder)
-        with pytest.raises(UsageError, match=f"all of {folder} would be uploaded.*folder of their own"):
+        with pytest.raises(UsageError, match=f"all of {folder} would be uploaded.*--working-dir"):
             jobs.plan_upload(str(file), None)
         assert jobs.plan_upload(str(file), folder)[1].folder == folder
     with pytest.raises(UsageError, match="would be uploaded"):

@@ -306,7 +306,7 @@ def test_an_unreachable_server_is_named_once_and_its_records_wait_on_disk(run_di
     tracker.log_text("resolved.yaml", "x")
     tracker.set_tags({"a": 1})
     tracker.close("FINISHED")
-    assert caplog.text.count("cannot be used") == 1 and caplog.text.count("22 records wait") == 1
+    assert caplog.text.count("cannot be used") == 1 and caplog.text.count("22 records are pending") == 1
     assert [record.get("iteration") for record in waiting(run_dir)] == [*range(20), None, None]
     assert (tracker.uri, tracker.run_id) == (NOWHERE, None)
 
@@ -323,7 +323,7 @@ def test_what_waited_is_sent_as_soon_as_the_store_can_be_used_again(tmp_path, em
     ready.mkdir()
     shutil.copy(empty_database, ready / "mlflow.db")
     (tmp_path / "link").symlink_to(ready)
-    with Heard("cannot be used") as down, Heard("has taken everything") as up:
+    with Heard("cannot be used") as down, Heard("has accepted all") as up:
         tracker = start(run_dir, uri=f"sqlite:///{store}/mlflow.db")
         tracker.log_metrics(0, {"a": 1.0})
         down.wait()
@@ -343,7 +343,7 @@ def test_closing_waits_for_a_silent_server_only_so_long(run_dir, monkeypatch, ca
         tracker.log_metrics(0, {"a": 1.0})
         # The server never answers, so this returns only because the wait is bounded.
         tracker.close("FINISHED")
-    assert "1 records wait" in caplog.text
+    assert "1 records are pending" in caplog.text
     assert [record["iteration"] for record in waiting(run_dir)] == [0]
 
 
@@ -536,7 +536,7 @@ def test_a_grid_refuses_what_it_cannot_show(tmp_path):
         save_grid(images, tmp_path / "x.png", 2, labels=["a", "b", "c"])
     with pytest.raises(ValueError, match=r"uint8 .* found torch.float32"):
         save_grid(images.float(), tmp_path / "x.png", 2)
-    with pytest.raises(ValueError, match="needs an image"):
+    with pytest.raises(ValueError, match="needs at least one image"):
         save_grid(images[:0], tmp_path / "x.png", 2)
 
 

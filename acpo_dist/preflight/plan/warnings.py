@@ -32,7 +32,8 @@ def warnings_for(
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
     if config.learner.offload_optimizer == "cpu":
         found.append(
-            "the optimiser is in host memory (12 bytes per trainable weight over all ranks) and steps on the CPU."
+            "the optimiser is in host memory (12 bytes per trainable weight over all ranks) and its steps run on the "
+            "CPU."
         )
     if config.learner.zero_stage == 3:
         found.append("ZeRO stage 3 gathers weights layer by layer; its peak depends on prefetching (not counted).")

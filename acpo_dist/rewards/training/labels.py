@@ -34,7 +34,7 @@ def csv_rows(path: Path, wanted: Sequence[str], most: int | None = None) -> list
         )
     rows = list(table.records())[:most]
     if not rows:
-        raise DataError(f"{path} holds no row below its first line.")
+        raise DataError(f"{path} has no row below its first line.")
     return rows
 
 

@@ -32,18 +32,18 @@ class LearnerSpec:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per rank and optimiser step."""
+        """Number of micro-batches per rank and optimiser step."""
         return self.learner.global_batch // (self.learner.micro_batch * self.learner.num_ranks)
 
 
 def memory_remedy(spec: LearnerSpec) -> str:
-    """Settings to change when the learner runs out of memory, the cheapest first."""
+    """Return settings to change when the learner runs out of memory, the cheapest first."""
     learner, memory = spec.learner, getattr(spec.model, "memory", None)
     ways = [
         text
         for text, helps in (
             (
-                f"lower learner.micro_batch ({learner.micro_batch}), which leaves the update as it is",
+                f"lower learner.micro_batch ({learner.micro_batch}), which does not change the update",
                 learner.micro_batch > 1,
             ),
             ("set model.memory.gradient_checkpointing=true", memory is not None and not memory.gradient_checkpointing),
@@ -57,7 +57,7 @@ def memory_remedy(spec: LearnerSpec) -> str:
             ),
         )
         if helps
-    ] or ["take a larger device"]
+    ] or ["use a larger device"]
     return f"{ways[0][0].upper()}{'; '.join(ways)[1:]}."
 
 
@@ -65,10 +65,10 @@ class BatchMaker:
     """Builds micro-batches from sample ids."""
 
     def __init__(self, spec: LearnerSpec, family: ModelFamily, *, device: str) -> None:
-        """Open the data that the configuration names.
+        """Open the configured data.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the data cannot be read.
         """
         self._spec, self._family, self._device = spec, family, device
         self._images = self._open_images()
@@ -77,12 +77,12 @@ class BatchMaker:
         """Samples of pairs left out since `take_broken` because an image of the pair could not be decoded."""
 
     def make(self, store: SampleStore, ids: tuple[str, ...], task: TrainTask | None, step: int) -> MicroBatch:
-        """One micro-batch.
+        """Build one micro-batch.
 
         Args:
-            store: where the samples' rollouts are.
-            ids: samples; for a paired algorithm winners and losers side by side.
-            task: the iteration's, or None for base samples before the first.
+            store: rollouts of the samples.
+            ids: samples; for an algorithm on pairs, winner and loser are adjacent.
+            task: the iteration's task, or None for base samples before the first iteration.
             step: optimiser step of the iteration.
         """
         spec = self._spec
@@ -122,7 +122,7 @@ class BatchMaker:
         )
 
     def take_broken(self) -> list[str]:
-        """Samples that were left out since the last call, two of each pair."""
+        """Return the samples left out since the last call, two of each pair."""
         broken, self.broken = self.broken, []
         return broken
 

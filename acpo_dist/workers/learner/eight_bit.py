@@ -10,11 +10,11 @@ from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import CheckpointError, ConfigError
 
 _KEPT = ("state1", "state2", "absmax1", "absmax2")
-"""What an entry holds besides its step and the code book, which is always the same. Small tensors have no scales."""
+"""Keys of an entry besides its step and the code book, which is always the same. Small tensors have no scales."""
 
 
 def make_eight_bit(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
-    """The optimiser; tensors of fewer than 4096 elements keep float32 moments.
+    """Return the optimiser; tensors of fewer than 4096 elements keep float32 moments.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -51,7 +51,7 @@ def put_eight_bit(optimiser: Any, parameters: Mapping[str, nn.Parameter], state:
         if any(f"{key}.{name}" not in state for key in keys):
             raise CheckpointError(
                 f"the checkpoint holds no 8-bit moments of `{name}`: it was written with learner.optimizer=adamw. "
-                "Resume with that, or start a new run."
+                "Resume with this setting, or start a new run."
             )
         for key in keys:
             entry[key].copy_(state[f"{key}.{name}"])

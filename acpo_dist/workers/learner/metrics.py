@@ -20,7 +20,7 @@ class MetricSums:
             self.counts[name] = self.counts.get(name, 0) + values.numel()
 
     def means(self) -> dict[str, float]:
-        """Mean of every metric."""
+        """Return the mean of every metric."""
         return {name: self.sums[name] / self.counts[name] for name in sorted(self.sums) if self.counts[name]}
 
     @staticmethod

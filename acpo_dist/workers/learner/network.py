@@ -25,8 +25,9 @@ class PolicyNetwork(Network):
         """
         self._family = family
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """Arithmetic of the network's own forwards, and of nothing else: embeddings, formulas, the decoder and metrics
-        in this process would be rounded too, and no longer be those of calibration or of a pool elsewhere."""
+        """Autocast context of the network's forward passes only; with a wider scope embeddings, formulas, the
+        decoder and metrics in this process would be rounded too, and differ from calibration and from a pool in
+        another process."""
         self.old_weights: Mapping[str, Tensor] | None = None
         """Trainable weights of the sampling policy, on the device; None while they equal the policy's."""
         self._encoder = (
@@ -72,7 +73,7 @@ class PolicyNetwork(Network):
 
     @override
     def features(self, latents: Tensor, timesteps_B: Tensor, condition: Condition) -> Sequence[Tensor]:
-        """Features of the frozen encoder.
+        """Return features of the frozen encoder.
 
         Raises:
             RuntimeError: the algorithm's configuration has no `encoder`.

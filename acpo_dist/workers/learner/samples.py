@@ -37,15 +37,15 @@ class SampleStore:
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
-        """All samples, in the order of the batches."""
+        """Return all samples, in the order of the batches."""
         return tuple(self._at)
 
     def prompts(self, ids: Sequence[str]) -> tuple[str, ...]:
-        """Prompt of each sample."""
+        """Return the prompt of each sample."""
         return tuple(batch.prompts[row] for batch, row in (self._at[sample_id] for sample_id in ids))
 
     def clean(self, ids: Sequence[str]) -> Tensor:
-        """x_0 of each sample, (B, C, H, W)."""
+        """Return x_0 of each sample, (B, C, H, W)."""
         return torch.stack([batch.latents_BCHW[row] for batch, row in (self._at[sample_id] for sample_id in ids)])
 
     def late(self, ids: Sequence[str], keys: Sequence[int], *, stochastic: bool = False) -> LateStates:
@@ -90,8 +90,9 @@ class SampleStore:
             kept = last_steps(batch)
             if len(kept) < steps:
                 raise ConfigError(
-                    f"algorithm.gradient_steps is {steps}, and rollouts keep the states of the last {len(kept)} steps "
-                    f"without a gap. Raise sampler.late_per_sample (and sampler.t_max), or lower it."
+                    f"algorithm.gradient_steps is {steps}, and rollouts keep the states of the last {len(kept)} "
+                    "steps without a gap. Raise sampler.late_per_sample (and sampler.t_max), or lower "
+                    "algorithm.gradient_steps."
                 )
             kept = kept[-steps:]
             chosen.append(kept[0].latents_BCHW[row])
@@ -119,6 +120,6 @@ def last_steps(batch: RolloutBatch) -> list[LateLatents]:
 
 
 def _take(widths: Sequence[float], share: float) -> int:
-    """Index of the entry in which this share (0 to below 1) of all the widths ends."""
+    """Return the index of the entry in which this share (0 to below 1) of all the widths ends."""
     ends = list(accumulate(widths))
     return bisect_right(ends, share * ends[-1])

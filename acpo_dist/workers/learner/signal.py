@@ -49,17 +49,18 @@ class PooledReward:
         seed: int = 0,
         skippable: bool = False,
     ) -> None:
-        """Store the pool and how its responses combine.
+        """Store the pool and the settings of the composition.
 
         Args:
             source: the pool.
             terms: rewards with weights and normalisers.
             decode: x_0 -> pixels; used by the image cut.
+            cut: `latent` or `image`.
+            wire_dtype: precision of tensors sent to the pool.
             spread: c of the composition (`compose`).
-            crop: side in elements of the window of x0-hat that is scored instead of all of it; None scores all.
-            seed: where the windows lie, call by call.
-            skippable: return a NaN signal for a non-finite x0-hat, so that all ranks skip the step together; otherwise
-                raise.
+            crop: side, in elements of x0-hat, of the window that is scored; None scores the whole.
+            seed: seed of the window positions.
+            skippable: return a NaN signal for a non-finite x0-hat, so that all ranks skip the step; otherwise raise.
         """
         self._source, self._terms, self._decode, self._skippable = source, terms, decode, skippable
         self._cut, self._wire_dtype, self._spread = cut, wire_dtype, spread
@@ -75,7 +76,7 @@ class PooledReward:
         if self._cut == "latent":
             sent = clean
         else:
-            # Exact either way: the chain rule through our own decoder replaces the worker's.
+            # Exact in both cases: the chain rule through the own decoder replaces the worker's.
             clean = clean.clone().requires_grad_(True)
             with torch.enable_grad():
                 sent = self._decode(clean)
@@ -85,7 +86,7 @@ class PooledReward:
             return lambda: skipped
         if not good_B.all():
             raise NonFiniteError(
-                "the policy's own x0-hat is not finite; the step is skipped and no weight leaves the learner"
+                "the policy's own x0-hat is not finite; the step is skipped, and no weights leave the learner"
             )
         started = time.monotonic()
         wire = pack(sent, self._wire_dtype)
@@ -98,7 +99,7 @@ class PooledReward:
             self.waited_s += time.monotonic() - started
             gradient = self._compose_gradient(answers, sent, clean)
             placed = torch.zeros_like(whole, dtype=gradient.dtype)
-            # Nothing outside the window was scored.
+            # Only the window was scored.
             placed[..., rows, columns] = gradient
             return self._signal(answers, placed)
 
@@ -119,7 +120,7 @@ class PooledReward:
         return gradient
 
     def _rewards(self, answers: Sequence[ScoredGradient]) -> list[list[float]]:
-        """Normalised and cut at their ceilings: a row per term."""
+        """Return normalised scores, capped at their ceilings: one row per term."""
         return [
             [term.normaliser.reward(score) for score in answer.scores]
             for term, answer in zip(self._terms, answers, strict=True)
@@ -140,13 +141,13 @@ class PooledReward:
 
     @staticmethod
     def _not_finite(whole: Tensor, good_B: Tensor) -> RewardSignal:
-        """NaN signal for non-finite x0 estimates; the pool is not queried."""
+        """Return a NaN signal for non-finite x0 estimates; the pool is not queried."""
         quality_B = torch.where(good_B, 0.0, torch.nan)
         gradient = torch.zeros_like(whole) + quality_B.reshape(-1, *[1] * (whole.ndim - 1)).to(whole)
         return RewardSignal(quality_B=quality_B, gradient=gradient, target=0.0, per_metric={})
 
     def _window(self, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns that are scored, the same for a whole micro-batch; even over all positions.
+        """Return the scored rows and columns, the same for a micro-batch and uniform over all positions.
 
         Raises:
             RewardConfigError: the window is larger than x0-hat.
@@ -156,8 +157,8 @@ class PooledReward:
             side = self._crop or length
             if side > length:
                 raise RewardConfigError(
-                    f"rewards.latent_crop is {side}, and x0-hat has {height} x {width} elements: make it smaller, or "
-                    "leave it out."
+                    f"rewards.latent_crop is {side}, and x0-hat has {height} x {width} elements: reduce it, or "
+                    "remove it."
                 )
             start = int(torch.randint(length - side + 1, (), generator=self._generator))
             return slice(start, start + side)

@@ -93,7 +93,7 @@ class LearnerWorker:
             self._average = {name: value.clone() for name, value in self._weights.items()}
 
     def train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep]]:
-        """One iteration; every rank calls it with its own samples' batches and the same task.
+        """Run one iteration; every rank calls it with its own samples' batches and the same task.
 
         Returns:
             (metrics of this rank's samples, number of optimiser steps taken, skipped steps with this rank's samples).
@@ -173,7 +173,7 @@ class LearnerWorker:
     def _prepare(
         self, store: SampleStore, task: TrainTask, steps: Sequence[tuple[str, ...]]
     ) -> list[list[Tensor]] | None:
-        """`Algorithm.prepare` of every micro-batch before the first step; None for most algorithms."""
+        """Run `Algorithm.prepare` on every micro-batch before the first step; None for most algorithms."""
         if type(self.algorithm).prepare is BaseAlgorithm.prepare:
             return None
         prepared: list[list[Tensor]] = []
@@ -189,7 +189,7 @@ class LearnerWorker:
 
     @torch.no_grad()
     def observe(self, batches: Sequence[RolloutBatch]) -> dict[str, list[float]]:
-        """`Algorithm.observe` on this rank's share of the base samples."""
+        """Run `Algorithm.observe` on this rank's share of the base samples."""
         store = SampleStore(batches, policy_version=None)
         found: dict[str, list[float]] = {}
         for part, counts in self._share(store.sample_ids):
@@ -228,7 +228,7 @@ class LearnerWorker:
             if null is not None:
                 gradient = gradient * math.sqrt(2 * (scale**2 + (1 - scale) ** 2))
             if space != "x0":
-                # d x0-hat / d eps-hat = -s / a. A velocity's a more is left to the controller: late, a is close to 1.
+                # d x0-hat / d eps-hat = -s / a. The controller corrects the factor a of a velocity, near 1 here.
                 gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)
             if counts:
                 norms += gradient.tolist()
@@ -318,7 +318,7 @@ class LearnerWorker:
         )  # fmt: skip
 
     def _own(self, ids: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """This rank's micro-batches of one optimiser step."""
+        """Return this rank's micro-batches of one optimiser step."""
         engine = self._ready()
         return cut(ids, self._spec.learner.micro_batch)[engine.rank :: engine.world_size]
 

@@ -36,7 +36,7 @@ _SKIPS_SINCE = Version("0.19.8")
 
 
 def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> dict[str, Any]:
-    """DeepSpeed's settings for a learner section; batch identities are computed here and nowhere else."""
+    """Return DeepSpeed's settings for a learner section; batch identities are computed only here."""
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -50,7 +50,7 @@ def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> d
             "round_robin_gradients": False,
             "offload_optimizer": {"device": config.offload_optimizer, "pin_memory": device != "cpu"},
         },
-        # Our optimiser is torch's, so that every engine computes the same update.
+        # The optimiser is torch's, so that all engines compute the same update.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -59,7 +59,7 @@ def zero_settings(config: LearnerConfig, *, accumulation: int, device: str) -> d
 
 
 def _require_skipping(found: str) -> None:
-    """Reject a DeepSpeed version that treats a NaN gradient as one of norm 1; wheels install without the lock file."""
+    """Reject a DeepSpeed version that treats a NaN gradient as one of norm 1; a wheel has no lock file."""
     if Version(found) < _SKIPS_SINCE:
         raise UsageError(
             f"DeepSpeed {found} takes optimiser steps whose gradient is not finite; expected {_SKIPS_SINCE} or "
@@ -79,13 +79,13 @@ class ZeroEngine(Engine):
         _require_skipping(deepspeed.__version__)
         self._network, self._config = network, config
         if device == "cpu":
-            # A shared-memory collective that DeepSpeed would compile on first use; gloo serves without a compiler.
+            # Avoid a shared-memory collective that DeepSpeed would compile on first use; gloo works without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else "nccl", verbose=False)
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         parameters = trainable_tensors(network)
         settings = zero_settings(config, accumulation=accumulation, device=device)
-        # Which of its many optimisers DeepSpeed makes depends on the settings, so no type of it says what is there.
+        # The class of DeepSpeed's optimiser depends on the settings, so no type describes the engine.
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=network, optimizer=make_optimiser(list(parameters.values()), config), config=settings
@@ -96,14 +96,14 @@ class ZeroEngine(Engine):
 
     @override
     def autocast(self) -> AbstractContextManager[None]:
-        # DeepSpeed keeps the network in bfloat16 itself; inputs are cast where the family calls it.
+        # DeepSpeed itself keeps the network in bfloat16; inputs are cast where the family calls it.
         return nullcontext()
 
     @override
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
-        # ZeRO 3 counts micro-batches in its wrapper's forward, which a family's `predict` does not go through; without
-        # this the second micro-batch's gradient would replace the first one's instead of joining it.
+        # ZeRO 3 counts micro-batches in its wrapper's forward, which a family's `predict` bypasses; without
+        # this the second micro-batch's gradient would replace the first one's instead of being added to it.
         clear = getattr(self._engine.optimizer, "clear_backward_seen_flag", None)
         if clear is not None:
             clear()
@@ -131,7 +131,7 @@ class ZeroEngine(Engine):
     @override
     def optimiser_state(self) -> StateTensors:
         state: StateTensors = {"step": self._step_count()}
-        # Before the first step DeepSpeed has none, and a checkpoint of that moment is one like any other.
+        # Before the first step DeepSpeed has no moments; a checkpoint then holds zeros.
         begun = bool(state["step"] > 0)
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
@@ -166,8 +166,8 @@ class ZeroEngine(Engine):
             comm.destroy_process_group()
 
     def _unsharded_step(self) -> float:
-        """ZeRO 0 reports no norm and leaves the update to torch's optimiser, which skips nothing."""
-        # Averaged over ranks already.
+        """Skip non-finite steps for ZeRO 0, which reports no norm and leaves the update to torch's optimiser."""
+        # Already averaged over ranks.
         gradients = [value.grad for value in self._parameters.values() if value.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         update = self._engine.optimizer.step
@@ -192,20 +192,20 @@ class ZeroEngine(Engine):
         return torch.zeros(())
 
     def _make_flat_moments(self, step: Tensor) -> None:
-        """Give the inner optimiser its state before the first step, so that there is somewhere to write to."""
+        """Create the state of the inner optimiser before the first step, so that it can be written."""
         inner = self._engine.optimizer.optimizer
         for group in inner.param_groups:
             for flat in group["params"]:
                 inner.state[flat] = {"step": step.clone(), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         if self._config.zero_stage == 3:
-            # Stage 3 swaps one flat group at a time into the optimiser; all of them need a state.
+            # Stage 3 swaps one flat group at a time into the optimiser; all groups need a state.
             for flat in self._engine.optimizer.fp32_partitioned_groups_flat:
                 inner.state[flat] = {"step": step.clone(), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
         else:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _padded(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """ZeRO 3 cuts a value into equal parts without padding it itself; the other stages take it as it is."""
+        """Pad a value for ZeRO 3, which cuts it into equal parts; the other stages accept it unchanged."""
         value = value.to(dtype=torch.float32, device=parameter.device)
         if self._config.zero_stage != 3:
             return value
@@ -232,7 +232,7 @@ class _Padded(Tensor):
 
 
 def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """ZeRO 3 leaves a parameter empty, and its shape beside it."""
+    """Return the shape of a parameter, which ZeRO 3 leaves empty, with its shape beside it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 

@@ -15,13 +15,13 @@ GradientRequest = tuple[WireTensor, tuple[str, ...]]
 
 
 def score_together(worker: RewardWorker, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-    """Scores per request; all images have one size."""
+    """Compute scores per request; all images have one size."""
     scores = worker.score(torch.cat([images for images, _ in requests]), _prompts(requests))
     return [scores[start:stop] for start, stop in _ranges([len(images) for images, _ in requests])]
 
 
 def gradients_together(worker: RewardWorker, requests: Sequence[GradientRequest]) -> list[ScoredGradient]:
-    """Scores and gradients per request; all tensors have one shape and type."""
+    """Compute scores and gradients per request; all tensors have one shape and type."""
     answer = worker.value_and_grad(join([sent for sent, _ in requests]), _prompts(requests))
     return [answer.rows(start, stop) for start, stop in _ranges([len(sent.data) for sent, _ in requests])]
 

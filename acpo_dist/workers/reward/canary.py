@@ -35,7 +35,7 @@ class Canary:
             except (AcpoError, RuntimeError, ValueError) as error:
                 problems.setdefault(str(error), []).append(f"{size} x {size}")
         raise RewardError(
-            f"reward `{worker.name}` has no finite score for a plain image, so it cannot serve: "
+            f"reward `{worker.name}` has no finite score for a plain image, so it cannot be used:"
             + "; ".join(f"{', '.join(sizes)}: {text}" for text, sizes in problems.items())
         )
 
@@ -56,7 +56,7 @@ class Canary:
         try:
             found = self._score()
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise RewardError(f"reward `{self._worker.name}` cannot score the canary any more: {error}") from error
+            raise RewardError(f"reward `{self._worker.name}` can no longer score the canary: {error}") from error
         if not agree(found, reference):
             raise RewardError(
                 f"reward `{self._worker.name}` scores the canary {found:.6g}, but {reference:.6g} {where}"
@@ -68,12 +68,12 @@ class Canary:
 
 
 def agree(found: float, reference: float) -> bool:
-    """Whether two scores of the canary are equal up to differences between devices."""
+    """Return whether two scores of the canary are equal up to differences between devices."""
     return isfinite(found) and abs(found - reference) <= _TOLERANCE * max(abs(reference), 0.01)
 
 
 def canary(size: int) -> Tensor:
-    """Blobs of colour under noise, always the same: uint8 (1, 3, size, size)."""
+    """Return coloured blobs with noise, always the same: uint8 (1, 3, size, size)."""
     generator = torch.Generator().manual_seed(20190819)
     coarse = torch.rand(1, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)

@@ -30,13 +30,13 @@ def decode_images(body: bytes) -> tuple[Tensor, tuple[str, ...]]:
     """Decode a body of `encode_images`.
 
     Raises:
-        BodyError: another content; names expected and found.
+        BodyError: the content is invalid; names expected and found content.
     """
     tensors, prompts = _decode(body, ("images",))
     images = tensors["images"]
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise BodyError(
-            f"`images` must be uint8 RGB of shape (B, 3, H, W), found {_describe(images)}; divide nothing by 255"
+            f"`images` must be uint8 RGB of shape (B, 3, H, W), found {_describe(images)}; do not divide by 255"
         )
     _require_prompts(prompts, len(images))
     return images, prompts
@@ -51,7 +51,7 @@ def decode_sent(body: bytes) -> tuple[WireTensor, tuple[str, ...]]:
     """Decode a body of `encode_sent`.
 
     Raises:
-        BodyError: another content; names expected and found.
+        BodyError: the content is invalid; names expected and found content.
     """
     tensors, prompts = _decode(body, ("data", "exponent"))
     sent = _wire(tensors)
@@ -69,7 +69,7 @@ def decode_answer(body: bytes) -> ScoredGradient:
     """Decode a body of `encode_answer`.
 
     Raises:
-        BodyError: another content.
+        BodyError: the content is invalid.
     """
     tensors, _ = _decode(body, ("scores", "data", "exponent"))
     return ScoredGradient(tensors["scores"].tolist(), _wire(tensors))
@@ -86,7 +86,7 @@ def _wire(tensors: Mapping[str, Tensor]) -> WireTensor:
     if exponent.dtype != torch.int16 or exponent.shape != data.shape[:1]:
         raise BodyError(f"`exponent` must be int16 of shape ({len(data)},), found {_describe(exponent)}")
     if not bool(torch.isfinite(data).all()):
-        raise BodyError("`data` holds numbers that are not finite")
+        raise BodyError("`data` contains non-finite numbers")
     return WireTensor(data.numpy(), exponent.numpy())
 
 
@@ -110,15 +110,15 @@ def _decode(body: bytes, names: tuple[str, ...]) -> tuple[dict[str, Tensor], tup
         raise BodyError("the metadata `prompts` must be a JSON list of texts")
     longest = max((len(prompt) for prompt in prompts), default=0)
     if longest > _LONGEST_PROMPT:
-        raise BodyError(f"a prompt has {longest} characters, at most {_LONGEST_PROMPT} are taken")
+        raise BodyError(f"a prompt has {longest} characters, the maximum is {_LONGEST_PROMPT}")
     return tensors, tuple(prompts)
 
 
 def _require_prompts(prompts: tuple[str, ...], count: int) -> None:
     if len(prompts) != count:
         raise BodyError(
-            f"the metadata `prompts` must hold one text per image ({count}), found {len(prompts)}; empty texts will "
-            "do for metrics that read none"
+            f"the metadata `prompts` must hold one text per image ({count}), found {len(prompts)}; use empty texts "
+            "for metrics that read none"
         )
 
 

@@ -17,7 +17,7 @@ class OutOfMemoryError(RewardError):
 
 
 def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: str) -> list[Part]:
-    """Results of `run` for consecutive ranges that cover `start` to `stop`, halved where memory runs out.
+    """Return results of `run` for consecutive ranges that cover `start` to `stop`, halved if memory runs out.
 
     Args:
         run: (start, stop) -> result for these images.
@@ -34,7 +34,7 @@ def in_halves(run: Callable[[int, int], Part], start: int, stop: int, *, name: s
         if not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    # Outside the handler: its traceback would keep the tensors of the failed attempt alive.
+    # Outside the handler, whose traceback would keep the tensors of the failed attempt alive.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

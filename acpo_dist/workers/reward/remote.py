@@ -20,13 +20,13 @@ _PAUSE_S = 0.5
 
 
 class RemotePool:
-    """Requests to a pool by URL; a busy or unreachable server is retried until the deadline."""
+    """Requests to a pool by URL; if the server is busy or unreachable, they are repeated until the deadline."""
 
     def __init__(self, url: str, token: str, *, deadline_s: float = 300.0) -> None:
         """Store the address; the first request connects.
 
         Args:
-            url: such as `http://127.0.0.1:8765`.
+            url: address, such as `http://127.0.0.1:8765`.
             token: one of the server's tokens.
             deadline_s: seconds after which a request fails.
         """
@@ -36,11 +36,11 @@ class RemotePool:
         self.retries = 0
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Rewards and judges: `name`, and `gradient_at` (`latent`, `image` or None)."""
+        """Return rewards and judges: `name`, and `gradient_at` (`latent`, `image` or None)."""
         return json.loads(self._ask("/v1/metrics", None))["metrics"]
 
     def score(self, metric: str, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Raw scores of uint8 images (B, 3, H, W).
+        """Return raw scores of uint8 images (B, 3, H, W).
 
         Raises:
             RewardError: the server's message, or no response within the deadline.
@@ -48,7 +48,7 @@ class RemotePool:
         return json.loads(self._ask(f"/v1/score/{metric}", encode_images(images, prompts)))["scores"]
 
     def value_and_grad(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
-        """Raw scores of x0-hat (B, C, h, w) or pixels (B, 3, H, W), by the server's cut, and their gradient.
+        """Return raw scores of x0-hat (B, C, h, w) or pixels (B, 3, H, W), by the server's cut, and their gradient.
 
         Raises:
             RewardError: the server's message, or no response within the deadline.
@@ -68,7 +68,7 @@ class RemotePool:
                     raise RewardError(f"{self._url}{path}: {error.code}: {text}") from error
             except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
                 text = str(error)
-                # Another server may listen there next time.
+                # Another server may listen at this address next time.
                 self._max_bytes = None
             if time.monotonic() + _PAUSE_S >= deadline:
                 raise RewardError(f"{self._url}{path}: no response within {self._deadline_s:g} s: {text}")
@@ -83,7 +83,7 @@ class RemotePool:
             return answer.read()
 
     def _require_room(self, count: int, deadline: float) -> None:
-        """Get the server's limit, and have it check the token, before a body is sent.
+        """Get the server's limit and check the token before a body is sent.
 
         A server that rejects a body closes the connection, and its message may be lost.
         """
@@ -93,8 +93,8 @@ class RemotePool:
             self._max_bytes = limit
         if count > limit:
             raise RewardError(
-                f"{self._url}: 413: the request has {count / 2**20:.3g} MiB, the server takes {limit / 2**20:.3g} "
-                "(rewards.http.max_mib of its run); send fewer images at once"
+                f"{self._url}: 413: the request has {count / 2**20:.3g} MiB, the server accepts {limit / 2**20:.3g} "
+                "(rewards.http.max_mib of its run); send fewer images per request"
             )
 
 

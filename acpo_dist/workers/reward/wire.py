@@ -32,10 +32,10 @@ class WireTensor:
 def pack(tensor: Tensor, dtype: str) -> WireTensor:
     """Scale each sample by a power of two to a largest magnitude in [1, 2), then round to `dtype`.
 
-    Only samples below 1e-38 at their largest stay below 1: a larger factor would not fit into float32.
+    Samples whose largest magnitude is below 1e-38 stay below 1: a larger factor exceeds the range of float32.
 
-    Reward gradients per pixel are 1e-7 and smaller, where plain float16 is subnormal or zero; with the scale the
-    rounding error is 2e-4 relative whatever the magnitude.
+    Reward gradients per pixel are 1e-7 and smaller, where float16 is subnormal or zero; with the scale the relative
+    rounding error is 2e-4 for any magnitude.
 
     Args:
         tensor: (B, ...), finite.

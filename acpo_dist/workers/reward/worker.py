@@ -18,7 +18,7 @@ from acpo_dist.workers.reward.wire import WireTensor, pack, unpack
 Part = TypeVar("Part")
 
 CHUNK = 16
-"""Default of the most images per forward."""
+"""Default of the largest number of images per forward pass."""
 
 
 class NonFiniteScoreError(RewardError):
@@ -33,7 +33,7 @@ class ScoredGradient:
     gradient: WireTensor
 
     def rows(self, start: int, stop: int) -> "ScoredGradient":
-        """Scores and gradients from `start` to before `stop`."""
+        """Return scores and gradients from `start` to before `stop`."""
         return ScoredGradient(self.scores[start:stop], self.gradient.rows(start, stop))
 
 
@@ -47,11 +47,11 @@ class RewardWorker:
 
         Args:
             metric: the metric's configuration section.
-            model: the model's section, for the decoder of the latent cut; None for scores alone.
+            model: the model's section, for the decoder of the latent cut; None for scores only.
             cut: `latent` or `image`.
             wire_dtype: `float16` or `float32`, of returned gradients.
-            device: where metric and decoder run.
-            max_batch: most images per forward; fewer are used if memory runs out.
+            device: torch device of metric and decoder.
+            max_batch: largest number of images per forward pass; fewer are used if memory runs out.
         """
         self.name = metric.name
         self._metric = self._build(resolve("reward", REWARDS, metric.type), metric, device)
@@ -75,14 +75,14 @@ class RewardWorker:
             OutOfMemoryError: a single image does not fit.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            # Floating-point images would be divided by 255 although they lie in [0, 1] already.
+            # Floating-point images would be divided by 255 although they are already in [0, 1].
             raise RewardError(
                 f"reward `{self.name}` scores uint8 RGB images of shape (B, 3, H, W), found {images.dtype} of shape "
                 f"{tuple(images.shape)}"
             )
 
         def run(start: int, stop: int) -> list[float]:
-            # In place on the copy that another type always is, so the caller's images stay as they are.
+            # In place on the copy that the type conversion makes, so the caller's images do not change.
             chunk = images[start:stop].to(self._device, torch.float32).div_(255)
             return self._finite(self._compute(chunk, prompts[start:stop]), chunk)
 
@@ -120,7 +120,7 @@ class RewardWorker:
         def run(start: int, stop: int) -> tuple[list[float], Tensor]:
             values = unpack(sent.rows(start, stop)).to(self._device).requires_grad_(True)
             pixels = decoder.decode(values) if decoder is not None else values
-            # At the border of the gamut only gradients of the update's direction that point inward pass.
+            # At the border of the gamut only gradients whose update points inward pass.
             scores = self._compute(clip_pixels(pixels, ascend=self._ascend), prompts[start:stop])
             gradient = self._differentiate(scores, values)
             numbers = self._finite(scores, values)
@@ -136,7 +136,7 @@ class RewardWorker:
         )
 
     def _build(self, kind: Any, metric: Any, device: str) -> Any:
-        """Construct the metric, which may be a plug-in; its own exceptions name neither reward nor key."""
+        """Construct the metric, which may be a plug-in, whose own exceptions name neither reward nor key."""
         try:
             return kind(metric, device=device)
         except AcpoError:
@@ -149,10 +149,10 @@ class RewardWorker:
             ) from error
 
     def _compute(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (B,) of the metric.
+        """Return scores (B,) of the metric.
 
         Raises:
-            RewardError: the metric raised an exception, or returned something else than floating-point scores (B,).
+            RewardError: the metric raised an exception, or did not return floating-point scores (B,).
         """
         try:
             scores: Any = self._metric(images, prompts)
@@ -173,7 +173,7 @@ class RewardWorker:
         )
 
     def _differentiate(self, scores: Tensor, values: Tensor) -> Tensor:
-        """Gradient of each score with respect to its own entry of `values`."""
+        """Return the gradient of each score with respect to its own entry of `values`."""
         if not scores.requires_grad:
             raise RewardError(
                 f"reward `{self.name}` returned scores without a gradient: they are constant, or were computed under "
@@ -187,8 +187,8 @@ class RewardWorker:
     def _require_prompts(self, count: int, prompts: Sequence[str]) -> None:
         if count == 0 or count != len(prompts):
             raise RewardError(
-                f"reward `{self.name}` needs at least one image and one prompt per image (an empty one where it "
-                f"reads none), found {count} images and {len(prompts)} prompts"
+                f"reward `{self.name}` needs at least one image and one prompt per image (empty if it reads none), "
+                f"found {count} images and {len(prompts)} prompts"
             )
 
     def _chunks(self, run: Callable[[int, int], Part], count: int) -> list[Part]:
@@ -203,14 +203,14 @@ class RewardWorker:
         numbers = scores.detach().float().cpu()
         bad = int((~torch.isfinite(numbers)).sum())
         if bad:
-            # For an image that is not finite itself, the metric is not at fault.
+            # If the image itself is not finite, the metric is not at fault.
             kind = NonFiniteScoreError if bool(torch.isfinite(asked).all()) else RewardError
             raise kind(f"reward `{self.name}`: {bad} of {len(numbers)} scores are not finite")
         return numbers.tolist()
 
 
 def _reason(error: Exception) -> str:
-    """Type and last line of a plug-in's exception, and the line of code that raised it."""
+    """Return type and last line of a plug-in's exception, and the line of code that raised it."""
     lines = str(error).strip().splitlines()
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -28,12 +28,12 @@ class RolloutWorker:
     """Samples from one model along one trajectory."""
 
     def __init__(self, model: Any, sampler: SamplerConfig, *, device: str = "cpu", name: str = "rollout/0") -> None:
-        """Load the model with untouched weights (version 0).
+        """Load the model with its original weights (version 0).
 
         Args:
             model: the model's configuration section.
             sampler: the sampler's section.
-            device: where the model runs.
+            device: torch device.
             name: name of this worker, for messages.
         """
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
@@ -61,7 +61,7 @@ class RolloutWorker:
         return trajectory.schedule_id
 
     def _late_steps(self) -> tuple[int, ...]:
-        """Steps whose states are kept.
+        """Return the steps whose states are kept.
 
         Raises:
             ConfigError: no denoise step is as late as the learner trains.
@@ -177,7 +177,7 @@ class RolloutWorker:
         return StochasticDDIM(self._sampler.eta, noise)
 
     def _guidance_scale(self) -> float:
-        """1 for an unconditional model."""
+        """Return the guidance scale; 1 for an unconditional model."""
         return self._sampler.guidance_for(conditional=self.family.conditional)
 
     def _denoiser(self, prompts: tuple[str, ...]) -> Denoise:
