@@ -182,8 +182,8 @@ class MlflowTracker(Tracker):
             said = shorten(f"{type(errors[0]).__name__}: {errors[0]}".partition("\n")[0], 250)
             advice = access_advice(said)
             logger.warning(
-                "MLflow at %s cannot be used (%s).%s Training continues; records are kept in %s and sent when it accepts "
-                "them.", shown_uri(self.uri), shown_uri(said), f" {advice}" if advice else "", self._spool.path,
+                "MLflow at %s cannot be used (%s).%s Training continues; records are kept in %s and sent when it "
+                "accepts them.", shown_uri(self.uri), shown_uri(said), f" {advice}" if advice else "", self._spool.path,
             )  # fmt: skip
         elif self._failing and not errors:
             logger.info("MLflow at %s has accepted all pending records", shown_uri(self.uri))
