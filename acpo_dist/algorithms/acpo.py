@@ -19,9 +19,10 @@ from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.config import AcpoConfig, DraftConfig, ReflConfig
 from acpo_dist.algorithms.noising import noise_forward, split_branches
 from acpo_dist.algorithms.tail import low_variance_tail, passed_states, sample_tail, states_at
-from acpo_dist.diffusion.prediction import to_clean, to_noise
+from acpo_dist.diffusion.prediction import to_clean
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.objective.anchor import anchor_error, output_drift
+from acpo_dist.objective.noise_space import denoising_residual
 from acpo_dist.objective.perceptual import shape_reward, surrogate
 
 
@@ -111,8 +112,10 @@ class Acpo(BaseAlgorithm):
             anchor = network.predict(states.latents, states.timesteps_B, states.condition)
         kind = network.prediction_type
         drift = output_drift(model_output, anchor, states.alpha_bars_B, kind, self.config.anchor.space)
-        predicted = to_noise(model_output, states.latents, states.alpha_bars_B, kind)
-        return anchor_error(drift), anchor_error(predicted - states.noise), states.is_null_B
+        residual = denoising_residual(
+            model_output, states.latents, batch.clean, states.noise, states.alpha_bars_B, kind
+        )
+        return anchor_error(drift), anchor_error(residual), states.is_null_B
 
 
 class Draft(Acpo):

@@ -21,7 +21,7 @@ from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.prediction import to_clean
-from acpo_dist.objective.anchor import anchor_error, output_drift
+from acpo_dist.objective.anchor import anchor_error, loss_space, output_drift
 from acpo_dist.objective.noise_space import ErrorStatistics, noise_statistics, target_output
 from acpo_dist.objective.policy_gradient import nft_clean_loss, nft_loss, reward_weights
 
@@ -79,10 +79,10 @@ def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor
 def statistics_of(
     batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
 ) -> ErrorStatistics:
-    """Return the errors of policy and base model against the drawn noise, in noise units."""
+    """Return the errors of policy and base model against the drawn noise, in noise units; velocity for flow models."""
     kind = network.prediction_type
     target = target_output(batch.clean, states.noise, states.alpha_bars_B, kind)
-    return noise_statistics(model_output, base, target, states.alpha_bars_B, kind)
+    return noise_statistics(model_output, base, target, states.alpha_bars_B, kind, space=loss_space(kind))
 
 
 class Nft(NoiseSpaceAlgorithm):

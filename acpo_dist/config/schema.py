@@ -60,6 +60,8 @@ class SamplerConfig(Section):
     solver: Literal["ddim", "plms", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "deis", "unipc", "ltsp", "stsp"] = "ddim"
     """Solver of a step, on any trajectory; `heun` calls the network twice per step, `ltsp` and `stsp` split guidance
     off."""
+    shift: float | None = Field(default=None, gt=0)
+    """Shift of a flow model's sigmas, s sigma / (1 + (s - 1) sigma); None is its scheduler's, 1 is even spacing."""
     trajectory: Path | None = None
     """File of a trajectory that replaces the spacing: written by `acpo vrg optimize`, or the published text format."""
     eta: float = Field(default=0.0, ge=0, le=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES, signal_and_noise, to_clean
+from acpo_dist.diffusion.prediction import PREDICTION_TYPES, flow_scale, signal_and_noise, to_clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class CleanRule:
             model_output: network output, after guidance if the sampler uses guidance, shape (B, ...).
             noisy: x_t, same shape.
             alpha_bar_B: alpha_bar per sample, in (0, 1), shape (B,).
-            prediction_type: `epsilon`, `v_prediction` or `sample`.
+            prediction_type: a name in `PREDICTION_TYPES`.
 
         Returns:
             Network output of the same shape that corresponds to the restricted x_0. Elements that the rule does not
@@ -72,6 +72,8 @@ class CleanRule:
             return model_output - signal / spread * change
         if prediction_type == "v_prediction":
             return model_output - change / spread
+        if prediction_type == "flow_prediction":
+            return model_output - change / (flow_scale(alpha_bar_B, clean) * spread)
         if prediction_type == "sample":
             return model_output + change
         raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")

@@ -30,8 +30,8 @@ MAX_ORDER = 4
 
 
 def noise_levels(trajectory: Trajectory) -> tuple[float, ...]:
-    """Sigmas of a trajectory: sqrt(1 / alpha_bar - 1) of the N + 1 levels, decreasing; 0 is clean."""
-    return tuple(math.sqrt(max(0.0, 1 / level - 1)) for level in trajectory.alpha_bars)
+    """Return sqrt(1 / alpha_bar - 1) of the N + 1 levels of a trajectory, decreasing; 0 is clean, inf pure noise."""
+    return tuple(math.sqrt(max(0.0, 1 / level - 1)) if level > 0 else math.inf for level in trajectory.alpha_bars)
 
 
 def adams_bashforth(nodes: Sequence[float], end: float) -> tuple[float, ...]:
@@ -102,7 +102,7 @@ def noise_of(model_output: Tensor, state: Tensor, alpha_bar: float, prediction_t
         model_output: network output, shape (B, ...).
         state: x_t, same shape.
         alpha_bar: noise level of the whole batch.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
 
     Returns:
         eps of the same shape, float32 or float64.

@@ -30,7 +30,7 @@ class Sampler(Protocol):
 
         Args:
             trajectory: noise levels of all steps.
-            prediction_type: `epsilon`, `v_prediction` or `sample`.
+            prediction_type: a name in `prediction.PREDICTION_TYPES`.
             predict: the network, for samplers with more than one call per step. `visit` is not called for these states.
 
         Returns:
@@ -67,9 +67,9 @@ def ddim_step(
     Args:
         model_output: network output at alpha_bar_t, after the model's x_0 rule, shape (B, ...).
         noisy: x_t, same shape.
-        alpha_bar_t: alpha_bar of `noisy`, in (0, 1).
+        alpha_bar_t: alpha_bar of `noisy`, in (0, 1); 0 is allowed for velocity predictions.
         alpha_bar_prev: alpha_bar after the step, above alpha_bar_t.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
         eta: amount of noise; 0 is deterministic.
         noise: unit Gaussian noise of the same shape; required if eta > 0.
 
@@ -128,6 +128,28 @@ class StochasticDDIM(Sampler):
 DEFAULT_SAMPLER = DDIM()
 
 
+def start_exactly(sampler: Sampler, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
+    """Create a stepper for a trajectory that can start without signal (alpha_bar 0).
+
+    Solvers work in z = x / sqrt(alpha_bar), which is infinite there. The first step is then a DDIM step, which is
+    exact in eps because x is eps, and the solver starts at the second level.
+    """
+    if trajectory.alpha_bars[0] > 0 or isinstance(sampler, StochasticDDIM):
+        return sampler.start(trajectory, prediction_type, predict)
+    level, following = trajectory.alpha_bars[:2]
+    rest: Stepper | None = None
+    if trajectory.num_steps > 1:
+        later = Trajectory(timesteps=trajectory.timesteps[1:], alpha_bars=trajectory.alpha_bars[1:])
+        rest = sampler.start(later, prediction_type, lambda step, noisy: predict(step + 1, noisy))
+
+    def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
+        if step == 0 or rest is None:
+            return ddim_step(model_output, state, level, following, prediction_type)
+        return rest(step - 1, model_output, state)
+
+    return advance
+
+
 def sample(
     denoise: Denoise, start: Tensor, trajectory: Trajectory, prediction_type: str,
     *, visit: Visit | None = None, sampler: Sampler = DEFAULT_SAMPLER, rule: CleanRule = NO_RULE,
@@ -141,7 +163,7 @@ def sample(
         denoise: the network, including guidance.
         start: unit Gaussian noise, shape (B, ...). States are float64 if `start` is float64, otherwise float32.
         trajectory: noise levels of all steps.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
         visit: called before every step.
         sampler: the sampler.
         rule: the x_0 rule of the model's scheduler.
@@ -156,7 +178,7 @@ def sample(
         levels = torch.full((noisy.shape[0],), trajectory.alpha_bars[step], dtype=torch.float64, device=noisy.device)
         return rule.apply(model_output, noisy, levels, prediction_type)
 
-    advance = sampler.start(trajectory, prediction_type, predict)
+    advance = start_exactly(sampler, trajectory, prediction_type, predict)
     for step in range(trajectory.num_steps):
         if visit is not None:
             visit(step, state)

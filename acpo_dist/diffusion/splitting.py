@@ -72,7 +72,7 @@ def sample_split(
         denoise: both branches; the module docstring states the number of calls.
         start: unit Gaussian noise, shape (B, ...).
         trajectory: noise levels of all steps.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
         guidance_scale: w of `sampling.guide`; 1 is the conditional branch only, 0 the unconditional branch only.
         scheme: `ltsp` or `stsp`.
         visit: called with the solution at each level; for `stsp` this is between the two half steps of guidance.
@@ -84,7 +84,8 @@ def sample_split(
         x at the end of the trajectory, float32, same shape as `start`.
 
     Raises:
-        ValueError: unknown scheme or prediction type, order outside 1..4, or guidance together with an x_0 rule.
+        ValueError: unknown scheme or prediction type, order outside 1..4, guidance together with an x_0 rule, or a
+            trajectory that starts without signal.
     """
     if scheme not in SHARE_AT_END:
         raise ValueError(f"unknown splitting scheme {scheme!r}; known: {', '.join(SHARE_AT_END)}")
@@ -92,6 +93,11 @@ def sample_split(
         raise ValueError(
             f"sampler.solver {scheme} never forms the guided prediction that the model's clip_sample or thresholding "
             f"acts on, and sampler.guidance_scale is {guidance_scale:g}: use another sampler.solver"
+        )
+    if trajectory.alpha_bars[0] == 0:
+        raise ValueError(
+            f"sampler.solver {scheme} cannot start without signal (alpha_bar 0, as flow models do): its step in "
+            "sigma = s / a is infinite there. Use another sampler.solver, such as ddim or dpmpp_2m"
         )
     share, weight = SHARE_AT_END[scheme], guidance_scale - 1
     sigmas, multistep = noise_levels(trajectory), Multistep(trajectory, order)

@@ -16,7 +16,8 @@ class Trajectory:
     """Timesteps and noise levels of N denoise steps.
 
     Step i conditions the network on `timesteps[i]` and goes from `alpha_bars[i]` to `alpha_bars[i+1]`.
-    `alpha_bars` has N + 1 strictly increasing entries; the last entry is the end of the trajectory (1 is clean).
+    `alpha_bars` has N + 1 strictly increasing entries; the last entry is the end of the trajectory (1 is clean), and
+    the first can be 0, pure noise. Timesteps of flow models are 1000 sigma - 1, so that -1 is clean for every model.
     """
 
     timesteps: tuple[float, ...]
@@ -26,14 +27,14 @@ class Trajectory:
         """Check the levels.
 
         Raises:
-            ValueError: lengths do not match, an alpha_bar is outside (0, 1], or alpha_bars do not increase.
+            ValueError: lengths do not match, an alpha_bar is outside [0, 1], or alpha_bars do not increase.
         """
         if not self.timesteps or len(self.alpha_bars) != len(self.timesteps) + 1:
             raise ValueError(
                 f"N timesteps need N + 1 alpha_bars, found {len(self.timesteps)} and {len(self.alpha_bars)}"
             )
-        if not all(0 < level <= 1 for level in self.alpha_bars) or self.alpha_bars[0] >= 1:
-            raise ValueError(f"alpha_bars must lie in (0, 1], the first below 1; found {self.alpha_bars}")
+        if not all(0 <= level <= 1 for level in self.alpha_bars) or self.alpha_bars[0] >= 1:
+            raise ValueError(f"alpha_bars must lie in [0, 1], the first below 1; found {self.alpha_bars}")
         if any(later <= earlier for earlier, later in zip(self.alpha_bars, self.alpha_bars[1:], strict=False)):
             raise ValueError(f"alpha_bars must increase from noisy to clean; found {self.alpha_bars}")
 

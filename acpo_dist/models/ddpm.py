@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
+from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import DdpmConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import held_dtype, load_part, resolve_path
@@ -64,6 +65,11 @@ class DdpmFamily:
         self.schedule = read_schedule(path, config.revision, "scheduler" if subfolder else None)
         self.prediction_type, self.alpha_bars = self.schedule.prediction_type, self.schedule.alpha_bars
         self.clean_rule = self.schedule.rule
+        if self.prediction_type == "flow_prediction":
+            raise ModelError(
+                f"model.path: `{path}` is a flow model in pixel space ({self.schedule.scheduler}), which has no family "
+                "here; flow models are supported on latents (model.type sdxl)."
+            )
         size = unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (unet.config["in_channels"], height, width)

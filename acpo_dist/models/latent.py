@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from typing_extensions import override
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.compiling import compile_blocks
 from acpo_dist.models.family import Condition, ModelFamily
 from acpo_dist.models.loading import (
@@ -158,6 +159,8 @@ class LatentFamily(ModelFamily):
         """Run the U-Net once; input and output are float32 for any data type of the weights."""
         # Read the current data type: DeepSpeed can change it after loading.
         dtype = self._tuned.dtype
+        if self.prediction_type == "flow_prediction":
+            noisy, timesteps_B = flow_inputs(noisy, timesteps_B, len(self.alpha_bars))
         states = condition.tensors["prompt_embeds"].to(dtype)
         output = self._tuned.active(
             noisy.to(dtype), timesteps_B, states, added_cond_kwargs=self._added(condition), return_dict=False

@@ -60,7 +60,10 @@ class NcpEncoder:
             ModelError: not a U-Net of diffusers, or `output` needs a middle block that the U-Net lacks.
         """
         if not isinstance(unet, UNet2DConditionModel | UNet2DModel):
-            raise ModelError(f"the NCP encoder needs a U-Net of diffusers, found {type(unet).__name__}")
+            raise ModelError(
+                f"algorithm.space is ncp, whose features are the down blocks of a U-Net, and the model's network is a "
+                f"{type(unet).__name__}; transformers have no such blocks. Set algorithm.space=eps."
+            )
         if output != "down" and unet.mid_block is None:
             raise ModelError(f"ncp output `{output}` needs a middle block, which this U-Net lacks; take `down`")
         # diffusers types its models as unions that do not occur.

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from acpo_dist.core.errors import ConfigError, ModelError
 from acpo_dist.diffusion.clean_rule import CleanRule
+from acpo_dist.diffusion.flow import flow_alpha_bars, flow_trajectory
 from acpo_dist.diffusion.prediction import PREDICTION_TYPES
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.models.flow_levels import Arguments, check_flow, flow_sigmas, is_flow
 from acpo_dist.models.loading import load_part
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ OBEYED = frozenset(
     "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value".split()
 )
 """Keys that define the network; applied in every rollout, training step and measurement."""
+FLOW = frozenset(
+    "shift base_shift max_shift base_image_seq_len max_image_seq_len invert_sigmas stochastic_sampling".split()
+)
+"""Keys of flow schedulers; `models.flow_levels` applies or rejects them."""
 SPACING = frozenset(
     "timestep_spacing steps_offset set_alpha_to_one final_sigmas_type use_karras_sigmas use_exponential_sigmas "
     "use_beta_sigmas use_lu_lambdas sigma_min sigma_max interpolation_type lambda_min_clipped".split()
@@ -66,27 +72,41 @@ class NoiseSchedule:
     """Noise schedule, prediction type and x_0 rule of a model, from its scheduler configuration."""
 
     prediction_type: str
-    """`epsilon`, `v_prediction` or `sample`."""
+    """A name in `diffusion.prediction.PREDICTION_TYPES`."""
     alpha_bars: Tensor
-    """Cumulative signal fraction by timestep, float64, shape (T,)."""
+    """Cumulative signal fraction by timestep, float64, shape (T,); for flow models see `diffusion.flow`."""
     rule: CleanRule
     """The x_0 rule of the scheduler."""
     scheduler: str
     """Name of the scheduler's class in diffusers."""
     config: Mapping[str, Any]
     """All keys of the scheduler class, including defaults."""
+    arguments: Arguments | None = None
+    """Arguments of `set_timesteps` in the family's pipeline; None if it passes the number of steps only."""
 
-    def trajectory(self, num_steps: int, spacing: str) -> Trajectory:
+    def trajectory(self, num_steps: int, spacing: str, shift: float | None = None) -> Trajectory:
         """Create a trajectory with a named spacing.
 
         Args:
             num_steps: number of denoise steps.
             spacing: a name in `diffusion.trajectory.SPACINGS`, or `scheduler` for the scheduler's own configuration.
+            shift: replaces the shift of a flow model's scheduler in named spacings; None keeps it.
 
         Raises:
-            ConfigError: the scheduler's own configuration does not define a valid trajectory.
+            ConfigError: the scheduler's own configuration does not define a valid trajectory, or the spacing or the
+                shift is not for this kind of model.
             ValueError: unknown spacing, or more steps than timesteps.
         """
+        if self.prediction_type == "flow_prediction":
+            scheduler = build(self.scheduler, self.config)
+            arguments = self.arguments(scheduler, num_steps) if self.arguments else {}
+            sigmas = flow_sigmas(scheduler, num_steps, spacing, shift, arguments)
+            return flow_trajectory(sigmas, len(self.alpha_bars))
+        if shift is not None:
+            raise ConfigError(
+                f"sampler.shift is {shift:g}, and the model's scheduler ({self.scheduler}) has no flow sigmas to "
+                "shift. Remove sampler.shift."
+            )
         if spacing == "scheduler":
             return self._own_trajectory(num_steps)
         return spaced_trajectory(self.alpha_bars, num_steps, spacing, steps_offset=self.config.get("steps_offset", 0))
@@ -136,7 +156,7 @@ class NoiseSchedule:
 def read_schedule(path: str, revision: str | None = None, subfolder: str | None = "scheduler") -> NoiseSchedule:
     """Read the noise schedule of a pipeline folder.
 
-    The last alpha_bar of a schedule with zero terminal SNR is 2^-24 instead of 0.
+    The last alpha_bar of a discrete schedule with zero terminal SNR is 2^-24 instead of 0; that of a flow model is 0.
 
     Args:
         path: pipeline folder or hub id.
@@ -144,7 +164,8 @@ def read_schedule(path: str, revision: str | None = None, subfolder: str | None 
         subfolder: folder of the scheduler; None for the pipeline folder itself.
 
     Raises:
-        ModelError: the configuration cannot be read, is not a discrete noise schedule, or has an unsupported key.
+        ModelError: the configuration cannot be read, is neither a discrete nor a flow schedule, or has an unsupported
+            key.
     """
     config = load_part(DDPMScheduler.load_config, path, subfolder, revision=revision)
     return schedule_of(config, path)
@@ -161,13 +182,14 @@ def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
         ModelError: see `read_schedule`.
     """
     kind = str(config.get("_class_name"))
-    if kind.startswith(("EDM", "Flow")):
+    if kind.startswith("EDM"):
         raise ModelError(
-            f"model.path: `{path}` is trained for {kind}, whose noise levels are not those of a discrete "
-            "Stable Diffusion schedule; such models cannot be tuned here."
+            f"model.path: `{path}` is trained for {kind}, which scales the network's input and output by the noise "
+            "level; such models cannot be tuned here. Use a model with a discrete Stable Diffusion schedule "
+            "(DDPMScheduler and its relatives) or a flow model (FlowMatchEulerDiscreteScheduler)."
         )
     own = _defaults(kind, path)
-    known = OBEYED | SPACING | STEPPING | set(ONLY) | OBSOLETE
+    known = OBEYED | FLOW | SPACING | STEPPING | set(ONLY) | OBSOLETE
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = sorted(key for key in {*own, *given} if key not in known)
     if unknown:
@@ -177,6 +199,12 @@ def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
         )
     # diffusers ignores keys of other classes; folders contain such keys after the scheduler class was changed.
     full = own | {key: value for key, value in given.items() if key in own}
+    if is_flow(kind, full):
+        check_flow(kind, full, path)
+        return NoiseSchedule(
+            prediction_type="flow_prediction", alpha_bars=flow_alpha_bars(full["num_train_timesteps"]),
+            rule=CleanRule(), scheduler=kind, config=full,
+        )  # fmt: skip
     for key, values in ONLY.items():
         if key in full and full[key] not in values:
             raise ModelError(

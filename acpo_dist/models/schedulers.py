@@ -24,8 +24,12 @@ from typing_extensions import override
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest
 from acpo_dist.diffusion.plms import PLMS, noise_levels
+from acpo_dist.diffusion.prediction import to_velocity
 from acpo_dist.diffusion.sampling import DDIM, Predict, Sampler, Stepper, ddim_step
 from acpo_dist.diffusion.trajectory import Trajectory
+
+LEAST_LEVEL = 2.0**-24
+"""Smallest alpha_bar of a scheduler that is built for its step only."""
 
 RESPACING_FLAGS = (
     "use_karras_sigmas",
@@ -60,13 +64,15 @@ class ScheduledSampler(Sampler):
         final = "zero" if sigmas[-1] == 0 else "sigma_min"
         # Only DEIS lacks the option; it cannot step to sigma = 0 and uses `clean_by_ddim`.
         options = self.options if self.clean_by_ddim else {"final_sigmas_type": final, **self.options}
-        scheduler = build_scheduler(self.scheduler, self.alpha_bars, prediction_type, **options)
+        kind, convert = _as_scheduled(prediction_type)
+        scheduler = build_scheduler(self.scheduler, self.alpha_bars, kind, **options)
         write_levels(scheduler, sigmas, trajectory.timesteps)
 
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
             if self.clean_by_ddim and following == 1:
                 return ddim_step(model_output, state, level, following, prediction_type)
+            model_output = convert(model_output, state, level)
             if not self.scaled:
                 return scheduler.step(model_output.float(), scheduler.timesteps[step], state).prev_sample
             return following**0.5 * _scaled_step(scheduler, step, model_output, state / level**0.5)
@@ -88,7 +94,8 @@ class HeunSampler(Sampler):
 
     @override
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
-        scheduler = build_scheduler(HeunDiscreteScheduler, self.alpha_bars, prediction_type)
+        kind, convert = _as_scheduled(prediction_type)
+        scheduler = build_scheduler(HeunDiscreteScheduler, self.alpha_bars, kind)
         sigmas, timesteps = noise_levels(trajectory), trajectory.timesteps
         # The scheduler is called twice at every inner level: at the end of one step and at the start of the next.
         doubled = [sigma for sigma in sigmas[1:-1] for _ in range(2)]
@@ -97,10 +104,12 @@ class HeunSampler(Sampler):
 
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
+            model_output = convert(model_output, state, level)
             predicted = _scaled_step(scheduler, 2 * step, model_output, state / level**0.5)
             if step + 1 == trajectory.num_steps:
                 return following**0.5 * predicted
             second = predict(step + 1, following**0.5 * predicted)
+            second = convert(second, following**0.5 * predicted, following)
             return following**0.5 * _scaled_step(scheduler, 2 * step + 1, second, predicted)
 
         return advance
@@ -155,6 +164,20 @@ def make_sampler(name: str, alpha_bars_T: Tensor) -> Sampler:
     return SAMPLERS[name].build(alpha_bars_T)
 
 
+def _as_scheduled(prediction_type: str) -> tuple[str, Callable[[Tensor, Tensor, float], Tensor]]:
+    """Return a diffusers prediction type, and the conversion (output, state, alpha_bar) -> output of that type.
+
+    States have a^2 + s^2 = 1 for every model, so a flow model's output is passed to schedulers as a v-prediction.
+    """
+    if prediction_type != "flow_prediction":
+        return prediction_type, lambda model_output, state, level: model_output
+
+    def convert(model_output: Tensor, state: Tensor, level: float) -> Tensor:
+        return to_velocity(model_output, state, torch.full((len(state),), level, dtype=torch.float64))
+
+    return "v_prediction", convert
+
+
 def build_scheduler(scheduler: type, alpha_bars_T: Tensor, prediction_type: str, **options: Any) -> Any:
     """Create a diffusers scheduler with the noise levels of a model.
 
@@ -165,6 +188,8 @@ def build_scheduler(scheduler: type, alpha_bars_T: Tensor, prediction_type: str,
         options: further arguments of the class.
     """
     levels = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars_T.detach().to("cpu", torch.float64)])
+    # The scheduler's own levels are replaced, but must be finite: a flow model's last level is 0.
+    levels = levels.clamp(min=LEAST_LEVEL)
     betas = (1 - levels[1:] / levels[:-1]).tolist()
     return scheduler(num_train_timesteps=len(betas), trained_betas=betas, prediction_type=prediction_type, **options)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from acpo_dist.diffusion.prediction import signal_and_noise
+from acpo_dist.diffusion.prediction import PREDICTION_TYPES, signal_and_noise, to_noise
 from acpo_dist.objective.anchor import output_drift
 
 
@@ -82,8 +82,8 @@ def noise_statistics(
         policy_output: output of the policy with the graph, (B, ...), any floating dtype.
         reference_output: output of the frozen network on the same x_t, t and condition, (B, ...).
         target_output: exact output, result of the function `target_output`, (B, ...).
-        alpha_bar_B: in (0, 1).
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        alpha_bar_B: in (0, 1); 0 is allowed for velocity predictions in units of `v`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
         space: `eps`, `v` or `x0`.
 
     Raises:
@@ -95,7 +95,7 @@ def noise_statistics(
 
 
 def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str) -> Tensor:
-    """Return the exact network output at x_t = a x_0 + s eps: eps, a eps - s x_0, or x_0.
+    """Return the exact network output at x_t = a x_0 + s eps: eps, a eps - s x_0, x_0, or a flow's eps - x_0.
 
     Raises:
         ValueError: unknown prediction type.
@@ -104,10 +104,25 @@ def target_output(clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_
         return noise
     if prediction_type == "sample":
         return clean
+    if prediction_type == "flow_prediction":
+        return noise - clean
     if prediction_type == "v_prediction":
         signal, spread = signal_and_noise(alpha_bar_B, clean)
         return signal * noise - spread * clean
-    raise ValueError(f"unknown prediction_type {prediction_type!r}; known: epsilon, v_prediction, sample")
+    raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+
+
+def denoising_residual(
+    model_output: Tensor, noisy: Tensor, clean: Tensor, noise: Tensor, alpha_bar_B: Tensor, prediction_type: str
+) -> Tensor:
+    """Return eps-hat - eps, or v-hat - v for flow models, (B, ...), with the graph of `model_output`.
+
+    Raises:
+        ValueError: unknown prediction type.
+    """
+    if prediction_type == "flow_prediction":
+        return model_output - target_output(clean, noise, alpha_bar_B, prediction_type)
+    return to_noise(model_output, noisy, alpha_bar_B, prediction_type) - noise
 
 
 def min_snr_weight(alpha_bar_B: Tensor, gamma: float) -> Tensor:

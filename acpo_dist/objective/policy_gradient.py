@@ -117,15 +117,16 @@ def transition(
     """Return the DDIM(eta) step between two levels; samples of a batch may be at different steps.
 
     sigma^2 = eta^2 (1 - prev) / (1 - t) (1 - t / prev), mean = sqrt(prev) x0-hat + sqrt(1 - prev - sigma^2) eps-hat.
-    It supports non-uniform trajectories, since no timestep is derived from a spacing.
+    For flow models this is the coefficient-preserving stochastic step, exact from pure noise (t = 0) on. It supports
+    non-uniform trajectories, since no timestep is derived from a spacing.
 
     Args:
         model_output: network output at x_t, guided if the rollout was guided.
         noisy: x_t.
-        alpha_bar_t_B: level before the step, in (0, 1).
+        alpha_bar_t_B: level before the step, in [0, 1); 0 for velocity predictions only.
         alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
         eta: in (0, 1]; 1 is DDPM's posterior.
-        prediction_type: `epsilon`, `v_prediction` or `sample`.
+        prediction_type: a name in `prediction.PREDICTION_TYPES`.
         rule: rule that the model's scheduler applies to x0-hat; clipped elements pass no gradient.
 
     Raises:
@@ -137,12 +138,12 @@ def transition(
     if not 0 < eta <= 1:
         raise ValueError(f"a stochastic step needs 0 < eta <= 1, found {eta}; with eta = 0 it has no density")
     before, after = alpha_bar_t_B.double(), alpha_bar_prev_B.double()
-    fits = (before > 0) & (before < after) & (after < 1)
+    fits = (before >= 0) & (before < after) & (after < 1)
     if not bool(fits.all()):
         bad = int(fits.long().argmin())
         raise ValueError(
-            "a stochastic step needs 0 < alpha_bar_t < alpha_bar_prev < 1; a step that ends clean is deterministic and "
-            f"has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
+            "a stochastic step needs 0 <= alpha_bar_t < alpha_bar_prev < 1; a step that ends clean is deterministic "
+            f"and has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
         )
     model_output = rule.apply(model_output, noisy, alpha_bar_t_B, prediction_type)
     clean = to_clean(model_output, noisy, alpha_bar_t_B, prediction_type)

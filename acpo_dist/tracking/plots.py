@@ -28,7 +28,8 @@ def save_trajectory_plot(path: Path, table: ErrorTable, trajectories: Mapping[st
     above.errorbar(table.sigmas, table.v, yerr=table.standard_errors, fmt="o", ms=3, color="C0", capsize=2)
     above.set(xscale="log", yscale="log", ylabel="v = E e² per element", title="prediction error and trajectory")
     for row, (name, trajectory) in enumerate(trajectories.items()):
-        sigmas = to_sigmas(trajectory.alpha_bars[:-1])
+        # Pure noise, a flow model's first level, lies at infinity.
+        sigmas = to_sigmas([level for level in trajectory.alpha_bars[:-1] if level > 0])
         below.plot(sigmas, np.full(len(sigmas), -row), "|", ms=14, color=f"C{row + 1}", label=name)
     below.set(yticks=[], xlabel="sigma = sqrt(1 / alpha_bar - 1)", ylim=(-len(trajectories) + 0.4, 0.6))
     below.legend(loc="center right", fontsize=8)

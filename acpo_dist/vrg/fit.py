@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from acpo_dist.core.errors import VrgError
-from acpo_dist.vrg.levels import FloatArray, to_alpha_bars, to_sigmas
+from acpo_dist.vrg.levels import FloatArray, finite_levels, to_alpha_bars, to_sigmas
 
 if TYPE_CHECKING:
     from acpo_dist.vrg.table import ErrorTable
@@ -30,6 +30,8 @@ def check_fit(table: "ErrorTable", levels_T: FloatArray) -> None:
     Raises:
         VrgError: the table does not match the schedule.
     """
+    # Tables have no node at pure noise, where sigma is infinite.
+    levels_T = finite_levels(levels_T)
     if table.timesteps is not None:
         _check_nodes(table, levels_T)
     _check_range(table, levels_T)

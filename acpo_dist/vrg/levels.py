@@ -1,8 +1,9 @@
 """Noise levels as `alpha_bar` and as `sigma`, in float64.
 
 `alpha_bar` is the cumulative signal fraction in (0, 1). `sigma = sqrt(1 / alpha_bar - 1)` is the noise-to-signal ratio,
-called `sigmas` in diffusers. N denoise steps, K table nodes, T training timesteps. Sequences of length N are in
-sampling order, from noisy to clean: sigma decreases, alpha_bar increases.
+called `sigmas` in diffusers; it is infinite at alpha_bar 0, the first level of flow models. N denoise steps, K table
+nodes, T training timesteps. Sequences of length N are in sampling order, from noisy to clean: sigma decreases,
+alpha_bar increases.
 """
 
 import numpy as np
@@ -16,7 +17,8 @@ FloatArray = NDArray[np.float64]
 def to_sigmas(alpha_bars: ArrayLike) -> FloatArray:
     """Convert alpha_bars to noise-to-signal ratios of the same shape."""
     levels = np.asarray(alpha_bars, dtype=np.float64)
-    return np.sqrt((1 - levels) / levels)
+    with np.errstate(divide="ignore"):
+        return np.sqrt((1 - levels) / levels)
 
 
 def to_alpha_bars(sigmas: ArrayLike) -> FloatArray:
@@ -35,19 +37,25 @@ def checked_schedule(alpha_bars_T: ArrayLike) -> FloatArray:
         The same values as float64, shape (T,).
 
     Raises:
-        VrgError: not a vector, a level outside (0, 1), or levels that do not decrease with the timestep.
+        VrgError: not a vector, a level outside (0, 1) (the last one may be 0), or levels that do not decrease with
+            the timestep.
     """
     levels = np.asarray(alpha_bars_T, dtype=np.float64)
     if levels.ndim != 1 or len(levels) < 2:
         raise VrgError(f"a schedule is a vector of at least 2 alpha_bars, found the shape {levels.shape}.")
-    if not (np.isfinite(levels).all() and levels.min() > 0 and levels.max() < 1):
+    if not (np.isfinite(levels).all() and levels.min() >= 0 and levels.max() < 1):
         raise VrgError(
             f"the scheduler's alpha_bars must lie in (0, 1), found {levels.min():g} to {levels.max():g}.\n"
-            "  A schedule with zero terminal SNR has no finite sigma at its end: clamp alpha_bar there, e.g. to 1e-4."
+            "  Only the last one may be 0, where a flow model starts."
         )
     if (np.diff(levels) >= 0).any():
         raise VrgError("the scheduler's alpha_bars must fall strictly with the timestep (alphas_cumprod in diffusers).")
     return levels
+
+
+def finite_levels(alpha_bars_T: FloatArray) -> FloatArray:
+    """Return the levels of a schedule whose sigma is finite: all of them, or all but the last one."""
+    return alpha_bars_T if alpha_bars_T[-1] > 0 else alpha_bars_T[:-1]
 
 
 def checked_sigmas(sigmas: ArrayLike, sigma_end: float = 0.0) -> FloatArray:

@@ -71,6 +71,10 @@ def optimize(
     A global grid search on the first-order objective is followed by a gradient method on the objective of `solver`. The
     result is a local optimum for other solvers than `first_order`.
 
+    A trajectory can start at pure noise (sigma infinite, a flow model). In velocity units its first step weighs
+    ((s_1 - s_2) / (1 - s_2))^2 = 1 (s the flow's sigma, s_1 = 1) wherever it ends, so J does not place that end: the
+    first finite node is then fixed as well, and j0 and j1 leave the constant out.
+
     Args:
         sigmas: N nodes, strictly increasing or decreasing.
         table: the error table of J.
@@ -92,7 +96,7 @@ def optimize(
         VrgError: an unknown mode, an argument out of range, or invalid sigmas.
     """
     began = time.process_time()
-    start = checked_sigmas(sigmas, sigma_end)
+    noise, start = _split_pure_noise(sigmas, sigma_end)
     solver = as_solver(solver)
     lowest = _checked_floor(start, sigma_min)
     settings: dict[str, Any] = {"solver": solver.name, "sigma_min": sigma_min, "sigma_end": sigma_end}
@@ -114,8 +118,8 @@ def optimize(
         raise VrgError(f"unknown mode {mode!r}; known: log_trust, paper_box.")
     settings["interpolation"] = table.interpolation
     return OptimisedTrajectory(
-        sigmas=tuple(found.tolist()),
-        alpha_bars=tuple(to_alpha_bars(found).tolist()),
+        sigmas=(*noise, *found.tolist()),
+        alpha_bars=tuple(to_alpha_bars([*noise, *found]).tolist()),
         j0=cumulative_error(start, table, sigma_end=sigma_end, solver=solver),
         j1=cumulative_error(found, table, sigma_end=sigma_end, solver=solver),
         cpu_seconds=time.process_time() - began,
@@ -124,6 +128,15 @@ def optimize(
         mode=mode,
         settings=settings,
     )
+
+
+def _split_pure_noise(sigmas: ArrayLike, sigma_end: float) -> tuple[tuple[float, ...], FloatArray]:
+    """Return the infinite first node, if there is one, and the finite nodes in sampling order."""
+    nodes = np.array(sigmas, dtype=np.float64)
+    if nodes.ndim == 1 and len(nodes) > 1 and np.isposinf(nodes[[0, -1]]).any():
+        finite = nodes[1:] if np.isposinf(nodes[0]) else nodes[:-1]
+        return (float("inf"),), checked_sigmas(finite, sigma_end)
+    return (), checked_sigmas(nodes, sigma_end)
 
 
 def _checked_floor(start: FloatArray, sigma_min: float | None) -> float:

@@ -1,5 +1,8 @@
 """Convert sigma to the timestep that conditions the network, by linear interpolation in log sigma.
 
+In a schedule that ends without signal (a flow model's) log sigma is infinite at the end; the interpolation is then in
+s / (a + s) = sigma / (1 + sigma), in which a flow model's timesteps are even, so that it is exact.
+
 N denoise steps (noisy to clean), T training timesteps, 0-based. Source: Karras et al. 2022, as implemented in
 diffusers' schedulers.
 """
@@ -31,17 +34,19 @@ def to_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> FloatArray:
     Raises:
         VrgError: a sigma is outside the schedule.
     """
-    log_sigmas_T = np.log(to_sigmas(checked_schedule(alpha_bars_T)))
-    log_sigmas = np.log(np.asarray(sigmas, dtype=np.float64))
-    if (
-        log_sigmas.min() < log_sigmas_T[0] - EDGE_TOLERANCE or log_sigmas.max() > log_sigmas_T[-1] + EDGE_TOLERANCE
-    ):  # clamping would condition the network on a noise level that differs from the sample's
+    sigmas, sigmas_T = np.asarray(sigmas, dtype=np.float64), to_sigmas(checked_schedule(alpha_bars_T))
+    if np.isinf(sigmas_T[-1]):
+        at, grid = 1 - 1 / (1 + sigmas), 1 - 1 / (1 + sigmas_T)
+    else:
+        at, grid = np.log(sigmas), np.log(sigmas_T)
+    # Clamping would condition the network on a noise level that differs from the sample's.
+    if at.min() < grid[0] - EDGE_TOLERANCE or at.max() > grid[-1] + EDGE_TOLERANCE:
         raise VrgError(
-            f"sigmas {np.exp(log_sigmas.min()):.6g} to {np.exp(log_sigmas.max()):.6g} leave the scheduler's range "
-            f"{np.exp(log_sigmas_T[0]):.6g} to {np.exp(log_sigmas_T[-1]):.6g}.\n"
+            f"sigmas {sigmas.min():.6g} to {sigmas.max():.6g} leave the scheduler's range {sigmas_T[0]:.6g} to "
+            f"{sigmas_T[-1]:.6g}.\n"
             "  Pass sigma_min to optimize, or use the scheduler the trajectory was made for."
         )
-    return np.interp(log_sigmas, log_sigmas_T, np.arange(len(log_sigmas_T), dtype=np.float64))
+    return np.interp(at, grid, np.arange(len(grid), dtype=np.float64))
 
 
 def to_integer_timesteps(sigmas: ArrayLike, alpha_bars_T: ArrayLike) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def test_sixteen_log_spaced_nodes_with_fractional_timesteps_fit():
     ("levels", "words"),
     [
         (SDXL_LEVELS[::-1], "fall strictly"),
-        (np.append(SDXL_LEVELS, 0.0), "zero terminal SNR"),
+        (np.append(SDXL_LEVELS, -1e-3), r"in \(0, 1\)"),
         (SDXL_LEVELS[:1], "at least 2"),
         (np.append(1.5, SDXL_LEVELS), r"in \(0, 1\)"),
     ],

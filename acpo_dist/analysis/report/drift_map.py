@@ -16,7 +16,7 @@ from acpo_dist.core.files import replace_file
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.evaluation.metrics.drift import output_errors
 from acpo_dist.models.family import ModelFamily, copy_weights
-from acpo_dist.objective.anchor import drift_unit, resolve_space
+from acpo_dist.objective.anchor import drift_unit, loss_space, resolve_space
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object
 from acpo_dist.training.local import default_device
@@ -113,8 +113,11 @@ def _measure(
     timesteps = [min(total - 1, round(share * total)) for share in SHARES]
     space = resolve_space(space, family.prediction_type)
     found = output_errors(family, clean, prompts, timesteps).anchor
+    if space == loss_space(family.prediction_type):
+        return found
     return {
-        timestep: value * drift_unit(float(family.alpha_bars[timestep]), space) for timestep, value in found.items()
+        timestep: value * drift_unit(float(family.alpha_bars[timestep]), space, family.prediction_type)
+        for timestep, value in found.items()
     }
 
 

@@ -1,6 +1,7 @@
 """Drift of a policy from its frozen base model, and its denoising error, by timestep.
 
-Legend: B samples. Errors are means over the elements of a sample, in noise units, then means over samples.
+Legend: B samples. Errors are means over the elements of a sample, in noise units (velocity units for flow models, see
+`objective.anchor.loss_space`), then means over samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.seeding import generator
-from acpo_dist.diffusion.prediction import add_noise, to_noise
+from acpo_dist.diffusion.prediction import add_noise, flow_scale
 from acpo_dist.evaluation.metrics.distances import SampleError
 from acpo_dist.models.family import ModelFamily
-from acpo_dist.objective.anchor import anchor_error, output_drift
+from acpo_dist.objective.anchor import anchor_error, loss_space, output_drift
+from acpo_dist.objective.noise_space import denoising_residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,21 +66,26 @@ def output_errors(
         for part in _batches(len(clean), batch_size):
             noise = torch.stack([_noise(clean.shape[1:], seed, timestep, index) for index in part])
             levels = family.alpha_bars[timestep].cpu().expand(len(part))
-            noisy = add_noise(clean[part.start : part.stop].float().cpu(), noise, levels)
+            own = clean[part.start : part.stop].float().cpu()
+            noisy = add_noise(own, noise, levels)
             model_outputs = _outputs(family, noisy, float(timestep), prompts[part.start : part.stop])
+            kind = family.prediction_type
             policy, base = (
-                to_noise(model_output, noisy, levels, family.prediction_type) for model_output in model_outputs
+                denoising_residual(model_output, noisy, own, noise, levels, kind) for model_output in model_outputs
             )
-            drift = output_drift(*model_outputs, levels, family.prediction_type)
+            drift = output_drift(*model_outputs, levels, kind, loss_space(kind))
             sums["anchor"][timestep] += float(anchor_error(drift).double().sum())
-            sums["denoising"][timestep] += float(anchor_error(policy - noise).double().sum())
-            sums["base_denoising"][timestep] += float(anchor_error(base - noise).double().sum())
+            sums["denoising"][timestep] += float(anchor_error(policy).double().sum())
+            sums["base_denoising"][timestep] += float(anchor_error(base).double().sum())
     means = {name: {t: total / len(clean) for t, total in by_t.items()} for name, by_t in sums.items()}
     return OutputErrors(**means, num_samples=len(clean))
 
 
 def kl_weights(alpha_bars_T: Tensor) -> Tensor:
     """Compute the weight of ||eps_policy - eps_base||^2 in the KL divergence of one DDPM step.
+
+    A table that ends without signal belongs to a flow model; the weights are then those of its velocity, w_t a^2 with
+    a = 1 - sigma, which stay finite at the noisy end.
 
     w_t = beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) with sigma_t^2 = beta_t, the larger of DDPM's two
     variances, so that the last step is finite too. Source: Ho et al. 2020; KL of Gaussians with equal covariance.
@@ -90,7 +97,12 @@ def kl_weights(alpha_bars_T: Tensor) -> Tensor:
         Weight by timestep, float64 (T,).
     """
     alpha_bars = alpha_bars_T.double().cpu()
-    alphas = alpha_bars / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+    alphas = alpha_bars / before
+    if alpha_bars[-1] == 0:
+        # a^2 / alpha_t = c^2 alpha_bar_{t-1}, with c of `diffusion.prediction`.
+        scale = flow_scale(alpha_bars, alpha_bars)
+        return (1 - alphas) * scale.square() * before / (2 * (1 - alpha_bars))
     return (1 - alphas) / (2 * alphas * (1 - alpha_bars))
 
 
@@ -105,7 +117,7 @@ def path_kl(
     drift further.
 
     Args:
-        drift_by_timestep: timestep -> mean squared noise-space drift per element.
+        drift_by_timestep: timestep -> mean squared drift per element, in the units of `output_errors`.
         alpha_bars_T: cumulative signal fraction, (T,).
         num_elements: D, elements of one x_0.
 

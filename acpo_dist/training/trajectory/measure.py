@@ -8,7 +8,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.types import PromptGroup
 from acpo_dist.data.prompts import sample_prompts
-from acpo_dist.vrg.levels import FloatArray, to_sigmas
+from acpo_dist.vrg.levels import FloatArray, finite_levels, to_sigmas
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.vrg.table import ErrorTable
 
@@ -30,7 +30,7 @@ def measure(
         Error sums at `vrg.nodes` log-spaced nodes.
     """
     vrg = config.vrg
-    sigmas_T = to_sigmas(alpha_bars)
+    sigmas_T = to_sigmas(finite_levels(alpha_bars))
     nodes = np.exp(np.linspace(np.log(sigmas_T[0]), np.log(sigmas_T[-1]), vrg.nodes))
     nodes[[0, -1]] = sigmas_T[[0, -1]]
     total: ErrorSums | None = None

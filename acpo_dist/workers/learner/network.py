@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from acpo_dist.algorithms.base import Network
 from acpo_dist.config.plugins import EncoderConfig
+from acpo_dist.core.errors import ModelError
 from acpo_dist.diffusion.clean_rule import CleanRule
 from acpo_dist.models.family import Condition, Denoiser
 from acpo_dist.models.ncp import NcpEncoder
@@ -21,8 +22,14 @@ class PolicyNetwork(Network):
         """Copy the encoder from the base weights, before a checkpoint is loaded and before DeepSpeed shards them.
 
         Raises:
-            ModelError: the family's network has no such encoder.
+            ModelError: the family's network has no such encoder, or the model is a flow model.
         """
+        if encoder is not None and family.prediction_type == "flow_prediction":
+            raise ModelError(
+                "algorithm.space is ncp, and the model is a flow model: NCP compares states after one reverse step of "
+                "a discrete schedule, which divides by a = 1 - sigma and is undefined at sigma 1. Set "
+                "algorithm.space=eps, whose errors are those of the velocity."
+            )
         self._family = family
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
         """Autocast context of the network's forward passes only; with a wider scope embeddings, formulas, the

@@ -20,7 +20,7 @@ from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle
-from acpo_dist.diffusion.prediction import add_noise, to_clean
+from acpo_dist.diffusion.prediction import add_noise, flow_scale, to_clean
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.models.loading import held_dtype
@@ -227,7 +227,11 @@ class LearnerWorker:
             gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
             if null is not None:
                 gradient = gradient * math.sqrt(2 * (scale**2 + (1 - scale) ** 2))
-            if space != "x0":
+            if space == "v" and self.family.prediction_type == "flow_prediction":
+                # d x0-hat / d v-hat = -s with s = sigma, finite at pure noise.
+                level = late.alpha_bars_B
+                gradient = gradient * (flow_scale(level, level) * (1 - level).sqrt()).to(gradient)
+            elif space != "x0":
                 # d x0-hat / d eps-hat = -s / a. The controller corrects the factor a of a velocity, near 1 here.
                 gradient = gradient * ((1 - late.alpha_bars_B) / late.alpha_bars_B).sqrt().to(gradient)
             if counts:

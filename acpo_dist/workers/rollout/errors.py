@@ -9,6 +9,8 @@ from torch import Tensor
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.diffusion.prediction import add_noise, to_noise
 from acpo_dist.models.family import ModelFamily
+from acpo_dist.objective.anchor import output_drift
+from acpo_dist.objective.noise_space import denoising_residual
 from acpo_dist.vrg.levels import to_alpha_bars
 from acpo_dist.vrg.sums import ErrorSums, sums_of
 from acpo_dist.vrg.timesteps import to_timesteps
@@ -46,6 +48,11 @@ def measure_errors(
         model_output = family.predict(noisy, at, condition)
         changed.append(rule.share_changed(model_output, noisy, alpha_bars, kind).cpu().numpy())
         model_output = rule.apply(model_output, noisy, alpha_bars, kind)
-        error = to_noise(model_output, noisy, alpha_bars, kind) - noise
+        if kind == "flow_prediction":
+            # d eps = a dv: near pure noise a difference of noise predictions would be rounding error.
+            residual = denoising_residual(model_output, noisy, clean, noise, alpha_bars, kind)
+            error = output_drift(residual, torch.zeros_like(residual), alpha_bars, kind, "eps")
+        else:
+            error = to_noise(model_output, noisy, alpha_bars, kind) - noise
         errors.append(error.flatten(2).double().cpu().numpy())
     return sums_of(sigmas, np.stack(errors), np.stack(changed))

@@ -39,7 +39,7 @@ class RolloutWorker:
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
-        self.set_trajectory(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing))
+        self.set_trajectory(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing, sampler.shift))
 
     @property
     def version(self) -> int:
@@ -56,7 +56,15 @@ class RolloutWorker:
 
         Returns:
             Its schedule id, which is recorded with every sample.
+
+        Raises:
+            ConfigError: the solver cannot start at the trajectory's first level.
         """
+        if trajectory.alpha_bars[0] == 0 and self._sampler.solver in SHARE_AT_END:
+            raise ConfigError(
+                f"sampler.solver is {self._sampler.solver}, which cannot start without signal, and this model's first "
+                "level has none (sigma 1 of a flow model). Set another sampler.solver, such as ddim or dpmpp_2m."
+            )
         self.trajectory = trajectory
         return trajectory.schedule_id
 

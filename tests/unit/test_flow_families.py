@@ -1,0 +1,90 @@
+"""Flow families draw the images of their diffusers pipelines, and train as other families do."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+import acpo_dist.data.toy
+from acpo_dist.config.load import load_config
+from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.types import SamplePlan
+from acpo_dist.data.toy.world import captions
+from acpo_dist.models.config import SdxlConfig, TuningConfig
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.rollout.worker import RolloutWorker
+from tests.conftest import TINY
+
+ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
+PROMPTS = (captions()[3], captions()[40])
+STEPS = 6
+
+
+class PipelineScheduler(FlowMatchEulerDiscreteScheduler):
+    """The flow scheduler with the two attributes that SDXL's pipeline reads of a scheduler."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+
+def start(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def flow_sdxl(folder: Path, **config) -> Path:
+    """toy-sdxl with the scheduler of a flow model: a rectified-flow SDXL, whose weights are not trained as one."""
+    target = Path(shutil.copytree(ASSETS / "toy-sdxl", folder / "flow-sdxl"))
+    content = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | config
+    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(content))
+    return target
+
+
+@torch.no_grad()
+def drawn(config, sampler: SamplerConfig) -> Tensor:
+    worker = RolloutWorker(config, sampler)
+    plans = [SamplePlan(sample_id=f"s{i}", prompt_id=i, prompt=prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
+    return worker.family.decode(worker.final_latents(plans, worker.trajectory)).clamp(0, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_rectified_flow_sdxl_draws_the_images_of_its_pipeline(guidance: float, tmp_path: Path) -> None:
+    folder = flow_sdxl(tmp_path, shift=2.5)
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "toy-sdxl", dtype=torch.float32)
+    pipeline.scheduler = PipelineScheduler(shift=2.5)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.stack([start((4, 8, 8), seed) for seed in range(2)])
+    theirs = pipeline(
+        list(PROMPTS), latents=latents, num_inference_steps=STEPS, guidance_scale=guidance, output_type="pt"
+    ).images
+    sampler = SamplerConfig(num_steps=STEPS, spacing="scheduler", guidance_scale=guidance)
+    config = SdxlConfig(path=str(folder), tuning=TuningConfig(method="lora", rank=4))
+    torch.testing.assert_close(drawn(config, sampler), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_acpo_trains_a_rectified_flow_sdxl_and_its_drift_is_measured_to_the_first_level(
+    method: str, tmp_path: Path
+) -> None:
+    options = [f"model.path={flow_sdxl(tmp_path)}", f"run.dir={tmp_path / 'run'}", f"model.tuning.method={method}"]
+    drive(load_config("toy_sdxl", [*TINY, "run.iterations=2", *options]), open_ports, Console(quiet=True))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    drift = {key: value for row in rows for key, value in row.items() if key.startswith("drift/")}
+    assert drift["drift/rms"] > 0
+    assert all(torch.isfinite(torch.tensor(value)) for value in drift.values())
+
+
+def test_splitting_and_ncp_are_refused_by_name_for_flow_models(tmp_path: Path) -> None:
+    folder = flow_sdxl(tmp_path)
+    with pytest.raises(ConfigError, match=r"sampler\.solver.*stsp"):
+        RolloutWorker(SdxlConfig(path=str(folder)), SamplerConfig(num_steps=4, solver="stsp"))
