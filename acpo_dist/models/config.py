@@ -101,8 +101,16 @@ class Sd15Config(LatentConfig):
 class BaseTrainingConfig(Section):
     """Training of a base model from scratch on `data.path`."""
 
+    image_size: int = Field(default=32, ge=8, le=256)
+    """Side in pixels; larger images are scaled down and cropped."""
+    channels: tuple[int, ...] = Field(default=(16, 32, 64), min_length=2)
+    """U-Net channels by level, multiples of 16; each level halves the resolution."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     """Prediction type of the network."""
+    timestep_sampling: Literal["uniform", "log_normal"] = "uniform"
+    """Distribution of training timesteps; `log_normal` concentrates on middle noise levels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the forward pass; on a CPU, bfloat16 is faster only with AVX-512 BF16 or AMX."""
     steps: int = Field(default=4000, ge=1)
     """Optimiser steps."""
     max_seconds: float | None = Field(default=None, gt=0)

@@ -17,7 +17,6 @@ from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.data.images import ImageSet, load_images
 from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage
-from acpo_dist.data.toy.world import IMAGE_SIZE
 from acpo_dist.models.training.denoiser import train_denoiser
 from acpo_dist.models.training.toy_models import new_ddpm, save_ddpm
 from acpo_dist.rewards.strided_judge import StridedJudge
@@ -55,7 +54,7 @@ def prepare(config: Config, root: Path, console: Console) -> Config:
     root.mkdir(parents=True, exist_ok=True)
     model = config.model
     if train_model:
-        images = load_images(config.data.path, data.image_column, data.max_images, IMAGE_SIZE)
+        images = load_images(config.data.path, data.image_column, data.max_images, model.base.image_size)
         model = model.model_copy(update={"path": str(_train_base(model, images, root / "ddpm", console))})
     missing = [entry for entry in wanted if not _weights_of(entry, root).is_file()]
     if missing:
@@ -92,15 +91,16 @@ def _train_base(model: Any, images: ImageSet, folder: Path, console: Console) ->
 
     seed = derive_seed("base", model.seed) % 2**31
     torch.manual_seed(seed)
-    unet = new_ddpm()
     base = model.base
+    unet = new_ddpm(base.image_size, base.channels)
     limit = f", {base.max_seconds:.0f} s at most" if base.max_seconds else ""
     console.message(f"no base model given: training one on {len(images)} images, {base.steps} steps{limit}")
     with console.phase("base model", base.steps) as advance:
         loss = train_denoiser(
             unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
             batch_size=base.batch_size, seed=seed, learning_rate=base.learning_rate, max_seconds=base.max_seconds,
-            prediction_type=base.prediction_type, progress=lambda step, steps, loss: advance(1),
+            prediction_type=base.prediction_type, timestep_sampling=base.timestep_sampling,
+            dtype=getattr(torch, base.dtype), progress=lambda step, steps, loss: advance(1),
         )  # fmt: skip
     save_ddpm(folder, unet, half=False, prediction_type=base.prediction_type)
     console.message(f"base model trained on {len(images)} images: {base.prediction_type} error {loss:.4f}; {folder}")

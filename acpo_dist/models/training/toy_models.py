@@ -1,5 +1,6 @@
 """Architectures of the embedded toy models: the SDXL, SD 1.5 and DDPM classes at a thousandth of their size."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -117,18 +118,24 @@ class ToySd15(nn.Module):
         return self.text_encoder(token_ids).last_hidden_state
 
 
-def new_ddpm() -> UNet2DModel:
-    """Return an untrained pixel-space noise predictor of 0.7 M parameters for 32 x 32 RGB."""
+def new_ddpm(image_size: int = IMAGE_SIZE, channels: Sequence[int] = (16, 32, 64)) -> UNet2DModel:
+    """Return an untrained pixel-space U-Net for RGB images, with attention at its lowest resolution.
+
+    Args:
+        image_size: side of the images in pixels.
+        channels: channels by level; each level halves the resolution.
+    """
+    lower = len(channels) - 1
     return UNet2DModel(
-        sample_size=IMAGE_SIZE,
+        sample_size=image_size,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=tuple(channels),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * lower + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * lower,
         norm_num_groups=8,
-        attention_head_dim=16,
+        attention_head_dim=min(16, channels[0]),
     )
 
 
