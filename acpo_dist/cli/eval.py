@@ -37,7 +37,7 @@ def evaluate_command(
     workers: Annotated[int, typer.Option(min=1, help="Rollout workers; more than one requires Ray.")] = 1,
     backend: Annotated[str, typer.Option(help="local, ray or auto.")] = "auto",
     features: Annotated[
-        str, typer.Option(help="low-pass[:SIZE], inception:FILE or network:MODULE:CLASS:FILE.")
+        str, typer.Option(help="low-pass[:SIZE], inception:FILE, efficientnet-lite0:FILE or network:MODULE:CLASS:FILE.")
     ] = "low-pass",
     drift: Annotated[
         int, typer.Option(min=0, help="Samples for the drift of a run from its base model; 0 disables it.")

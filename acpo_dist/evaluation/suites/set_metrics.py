@@ -94,7 +94,8 @@ def open_extractor(text: str) -> Extractor:
     """Open a feature extractor by name.
 
     Args:
-        text: `low-pass` or `low-pass:SIZE`, `inception:FILE`, or `network:MODULE:CLASS:FILE`.
+        text: `low-pass` or `low-pass:SIZE`, `inception:FILE`, `efficientnet-lite0:FILE`, or
+            `network:MODULE:CLASS:FILE`.
 
     Returns:
         The extractor.
@@ -107,11 +108,14 @@ def open_extractor(text: str) -> Extractor:
         return LowPassPixels(int(rest)) if rest else LowPassPixels()
     if kind == "inception" and rest:
         return InceptionFeatures(Path(rest))
+    if kind == "efficientnet-lite0" and rest:
+        return NetworkFeatures.load("acpo_dist.evaluation.metrics.efficientnet:EfficientNetLite0", Path(rest))
     if kind == "network" and rest.count(":") >= 2:
         module, name, file = rest.split(":", 2)
         return NetworkFeatures.load(f"{module}:{name}", Path(file))
     raise UsageError(
-        f"--features {text}: expected low-pass, low-pass:SIZE, inception:FILE or network:MODULE:CLASS:FILE."
+        f"--features {text}: expected low-pass, low-pass:SIZE, inception:FILE, efficientnet-lite0:FILE or "
+        "network:MODULE:CLASS:FILE."
     )
 
 
