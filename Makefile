@@ -1,4 +1,4 @@
-# Needs make and Python 3.11 or 3.12, nothing else. `make PYTHON=python3.12 install` picks another interpreter.
+# Needs only make and Python 3.11 or 3.12. `make PYTHON=python3.12 install` selects another interpreter.
 
 PYTHON ?= python3
 UV_VERSION := 0.13.8
@@ -9,9 +9,9 @@ HINT := install Python 3.11 or 3.12, or name one, as in make PYTHON=python3.12 i
 JOBS ?= 2
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
-# Two torch threads that fight over one core are many times slower than one.
+# Two torch threads on one core are many times slower than one.
 export OMP_NUM_THREADS ?= 1
-# Some wheels are large; do not give up on a slow line.
+# Some wheels are large and may take long on a slow connection.
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
@@ -20,9 +20,9 @@ export UV_HTTP_TIMEOUT ?= 300
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-install: $(STAMP) ## make .venv with the pinned requirements and this project in it
+install: $(STAMP) ## create .venv with the pinned requirements and this project
 
-# A working .venv is kept as it is: making it again with another interpreter would break it.
+# A working .venv is kept: creating it again with another interpreter would break it.
 $(STAMP): requirements.txt pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
@@ -36,22 +36,22 @@ venv:
 		|| { echo "acpo_dist does not run on $$($(PYTHON) --version 2>&1): $(HINT)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-demo: $(STAMP) ## the whole system at work on a toy, without GPU or network
+demo: $(STAMP) ## train and compare on an embedded toy, without GPU or network
 	$(BIN)/acpo demo
 
-# One file stays in one process, for the sake of what its tests share; tests/conftest.py starts the longest files first.
+# Tests of one file run in one process and share fixtures; tests/conftest.py starts the longest files first.
 # Tests on Ray start many processes, so they run after the others and one by one.
-test: $(STAMP) ## every promise of the project on the CPU
+test: $(STAMP) ## all tests that run on the CPU
 	$(BIN)/python -m pytest tests -m "not ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest tests -m "ray and not slow and not cluster"
 
-test-slow: $(STAMP) ## what takes long by nature: more cases, long statistics, SDXL at full size (24 GiB of memory)
+test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL at full size (24 GiB of memory)
 	ACPO_FULL_SDXL=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
 
-soak: $(STAMP) ## runs that are killed, stopped and starved at random, for ten minutes; ARGS="--minutes 120 --seed 7"
+soak: $(STAMP) ## runs with random faults for ten minutes; ARGS="--minutes 120 --seed 7"
 	$(BIN)/python -m tests.soak $(ARGS)
 
-cluster-test: $(STAMP) ## a cluster of three hosts made of namespaces, from `ray up` to `ray down`; needs root and half an hour
+cluster-test: $(STAMP) ## a cluster of three hosts in namespaces, from `ray up` to `ray down`; needs root, takes half an hour
 	$(BIN)/python -m tests.cluster.bench $(ARGS)
 
 lint: $(STAMP) ## style, formatting, types and import rules
@@ -60,7 +60,7 @@ lint: $(STAMP) ## style, formatting, types and import rules
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-cache
 
-format: $(STAMP) ## put the code into the house format
+format: $(STAMP) ## format the code
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
@@ -70,6 +70,6 @@ bench: $(STAMP) ## run every benchmark
 toy: $(STAMP) ## train the embedded toy models again
 	$(BIN)/acpo toy build
 
-clean: ## remove caches and build products; .venv and runs/ stay
+clean: ## remove caches and build products; keeps .venv and runs/
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 	find $(wildcard acpo_dist actors tests benchmarks) -type d -name __pycache__ -prune -exec rm -rf {} +

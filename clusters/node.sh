@@ -1,27 +1,27 @@
-# Sourced by bash on every machine of a cluster that `ray up` made: the environment of Ray's processes, and what to run.
+# Sourced by bash on every machine of a cluster started by `ray up`: environment of Ray's processes, and functions.
 . ~/acpo/env.sh
-# A machine of one's own may differ from the others, for example ACPO_RAY_OPTIONS='--labels=acpo-role=learner'.
+# Settings of a single machine, for example ACPO_RAY_OPTIONS='--labels=acpo-role=learner'.
 [ ! -f ~/acpo/host.sh ] || . ~/acpo/host.sh
 
 export PATH=$HOME/acpo/venv/bin:$PATH
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token
 export RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
-# Queues for what MLflow offers besides tracking: eight processes, and files in /dev/shm that outlive it.
+# Disables job queues of MLflow that tracking does not need: eight processes, and files left in /dev/shm.
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 export ACPO_RUNS=$ACPO_SHARED/runs HF_HOME=${HF_HOME:-$ACPO_SHARED/huggingface}
 # Jobs run on the head, where MLflow listens on loopback.
 export MLFLOW_TRACKING_URI=http://127.0.0.1:$ACPO_MLFLOW_PORT
-# Ray keeps many connections open; take what this machine allows.
+# Ray keeps many connections open; use the limit of this machine.
 ulimit -n "$(ulimit -Hn)"
-# A stopped job frees its workers before it is killed.
+# Time for a stopped job to release its workers before it is killed.
 export RAY_JOB_STOP_WAIT_TIME_S=60
 
-# The wheel and the pinned requirements that were copied here; nothing is done where they are installed already.
+# Install the copied wheel and the pinned requirements, unless they are installed.
 acpo_install() {
     local wanted python wheel
-    # `ray down` calls a plain `ray stop` on the head, and goes on without a word when there is no `ray`.
+    # `ray down` calls `ray stop` on the head, and continues silently if there is no `ray`.
     grep -qs acpo/venv/bin ~/.bashrc || echo 'export PATH=$PATH:$HOME/acpo/venv/bin' >> ~/.bashrc
-    # The wheel that was built last; `ray up` copies new files here and leaves the old ones, which pip would not take too.
+    # The newest wheel; `ray up` copies new files and keeps old ones, and pip rejects several wheels.
     wheel=$(ls -t ~/acpo/dist/*.whl | head -n 1)
     [ -n "$wheel" ] || { echo "no wheel in dist: build it with hatchling build -t wheel" >&2; return 1; }
     find ~/acpo/dist -name '*.whl' ! -path "$wheel" -delete
@@ -32,7 +32,7 @@ acpo_install() {
         if [ -n "$python" ]; then
             "$python" -m venv ~/acpo/venv || return 1
         else
-            # Ubuntu 22.04 has Python 3.10 only; uv brings another one.
+            # Ubuntu 22.04 has only Python 3.10; uv installs another one.
             python3 -m pip install --user -q uv && ~/.local/bin/uv venv -q --seed --python 3.11 ~/acpo/venv || return 1
         fi
     fi
@@ -78,7 +78,7 @@ acpo_mount() {
     mkdir -p "$ACPO_RUNS" "$HF_HOME"
 }
 
-# Only on the head, on loopback: `ray attach cluster.yaml -p 5000` forwards it. It ends when Ray does.
+# Only on the head, on loopback: `ray attach cluster.yaml -p 5000` forwards it. It ends with Ray.
 acpo_mlflow() {
     curl -fs -o /dev/null "$MLFLOW_TRACKING_URI/health" && return 0
     nohup setsid bash -c '
@@ -89,22 +89,22 @@ acpo_mlflow() {
         kill $server; wait' > ~/acpo/mlflow.log 2>&1 < /dev/null &
 }
 
-# On a machine of one's own that is not the head: `ray down` ends Ray on the head alone. The raylets of the others end by
-# themselves when they have not heard of the head for a minute, but not the process that reads the logs.
+# For own machines other than the head: `ray down` ends Ray only on the head. The raylets of the others end after a
+# minute without the head, but not the process that reads the logs.
 acpo_end_with_head() {
     nohup setsid bash -c '
         raylet=$(pgrep -n -u "$(id -u)" -x raylet)
-        reader=$(pgrep -n -u "$(id -u)" -f "[r]ay/_private/log_monitor.py")  # [r]: not this line itself
+        reader=$(pgrep -n -u "$(id -u)" -f "[r]ay/_private/log_monitor.py")  # [r] excludes this line
         while kill -0 $raylet; do sleep 2; done
         kill $reader' > /dev/null 2>&1 < /dev/null &
 }
 
-# What an earlier `ray up` left running here.
+# Stop the processes of an earlier `ray up`.
 acpo_stop() {
     ray stop --force >/dev/null 2>&1 || true
 }
 
-# What `ray up` brought to this machine, after `ray down`. What lies in ACPO_SHARED stays.
+# Remove what `ray up` installed on this machine, after `ray down`; keeps the content of ACPO_SHARED.
 acpo_remove() {
     acpo_stop
     [ -z "$ACPO_NETWORK" ] || acpo_as_root nft delete table inet acpo 2>/dev/null
