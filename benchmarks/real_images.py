@@ -113,9 +113,9 @@ class Study:
     @torch.no_grad()
     def model(self, name: str, folder: Path) -> dict[str, float]:
         """Measure a `DDPMPipeline` folder; the first one is the base model."""
-        pipeline = DDPMPipeline.from_pretrained(folder)
+        pipeline: Any = DDPMPipeline.from_pretrained(folder)
         unet = pipeline.unet.eval()
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(STEPS)
         sample = torch.randn(self._samples, *self._real.shape[1:], generator=torch.Generator().manual_seed(1))
         for timestep in scheduler.timesteps:
@@ -136,7 +136,7 @@ class Study:
             "diversity": mean_pairwise_distance(features),
         }  # fmt: skip
 
-    def _denoising(self, unet: Any, scheduler: DDIMScheduler) -> dict[str, float]:
+    def _denoising(self, unet: Any, scheduler: Any) -> dict[str, float]:
         generator = torch.Generator().manual_seed(2)
         clean = 2 * self._real - 1
         noise = torch.randn(clean.shape, generator=generator)
