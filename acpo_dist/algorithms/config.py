@@ -104,6 +104,11 @@ class NoiseSpaceConfig(AlgorithmConfig):
 
     t_max: float = Field(default=1.0, gt=0, le=1)
     """Largest timestep for forward noising, as a share of the noise schedule."""
+    prompt_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the samples that are trained without their prompt, in place of `anchor.null_share`; 0.2 in the published
+    code of Diffusion-DPO."""
+    offset_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of an offset per sample and channel that is added to the noise; trainers use 0.03 to 0.1."""
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
 
 

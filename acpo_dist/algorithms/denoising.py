@@ -35,18 +35,20 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         self, batch: MicroBatch, network: Network, reward: RewardGradient, anchor_weight: float,
         prepared_B: Tensor | None = None,
     ) -> Loss:  # fmt: skip
-        """Compute the weighted objective on conditional samples, and the anchor on all samples.
+        """Compute the weighted objective, and the anchor on all samples.
 
-        With an anchor, a share of the samples is predicted without its prompt.
+        With an anchor, a share of the samples is predicted without its prompt and excluded from the objective. With
+        `prompt_dropout`, that share is trained without its prompt instead.
         """
-        anchor = self.config.anchor
+        anchor, dropout = self.config.anchor, self.config.prompt_dropout
         # A state at t = 0 is x_0 itself: it carries no noise, and NCP's reverse step is undefined there.
         states = noise_forward(
             batch,
             network,
             lowest=1,
             t_max=self.config.t_max,
-            null_share=anchor.null_share if anchor_weight > 0 else 0.0,
+            null_share=dropout or (anchor.null_share if anchor_weight > 0 else 0.0),
+            offset=self.config.offset_noise,
         )
         model_output, base = both_outputs(network, states)
         drift = anchor_error(
@@ -55,7 +57,8 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
         # An unreadable image is replaced by a placeholder, which must not enter the anchor.
         drift = torch.where(batch.readable, drift, torch.zeros_like(drift))
         objective, metrics = self.objective(batch, network, states, model_output, base)
-        objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
+        if not dropout:
+            objective = torch.where(states.is_null_B, torch.zeros_like(objective), objective)
         seen = batch.readable
         metrics["anchor/uniform"] = drift.detach()[seen]
         metrics |= split_branches(drift.detach()[seen], states.is_null_B[seen])

@@ -29,7 +29,7 @@ class NoisedStates:
 
 def noise_forward(
     batch: MicroBatch, network: Network, *, lowest: int = 0, t_max: float = 1.0, null_share: float = 0.0,
-    condition: Any = None,
+    offset: float = 0.0, condition: Any = None,
 ) -> NoisedStates:  # fmt: skip
     """Noise `batch.clean` at timesteps drawn uniformly from [lowest, t_max T).
 
@@ -39,6 +39,7 @@ def noise_forward(
         lowest: smallest timestep.
         t_max: upper bound of the timesteps as a share of T.
         null_share: probability that a sample is predicted without its prompt.
+        offset: standard deviation of a constant per sample and channel that is added to the noise.
         condition: conditioning of the prompts; None encodes them.
     """
     device, levels = batch.clean.device, network.alpha_bars
@@ -46,7 +47,7 @@ def noise_forward(
         # Only the branch without prompts exists.
         null_share = 0.0
     highest = max(lowest + 1, round(t_max * len(levels)))
-    draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share) for key in batch.noise_keys]
+    draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share, offset) for key in batch.noise_keys]
     timesteps = torch.tensor([timestep for timestep, _, _ in draws], device=device)
     is_null = torch.tensor([null for _, null, _ in draws], device=device)
     noise = torch.stack([noise for _, _, noise in draws]).to(device)
@@ -67,8 +68,13 @@ def split_branches(error_B: Tensor, is_null_B: Tensor) -> dict[str, Tensor]:
     return {name: values for name, values in parts.items() if len(values)}
 
 
-def _draw(key: int, shape: torch.Size, lowest: int, highest: int, null_share: float) -> tuple[int, bool, Tensor]:
+def _draw(
+    key: int, shape: torch.Size, lowest: int, highest: int, null_share: float, offset: float
+) -> tuple[int, bool, Tensor]:
     generator = torch.Generator().manual_seed(key)
     timestep = int(torch.randint(lowest, highest, (), generator=generator))
     null = bool(torch.rand((), generator=generator) < null_share)
-    return timestep, null, torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    if offset > 0:
+        noise = noise + offset * torch.randn((shape[0], *[1] * (len(shape) - 1)), generator=generator)
+    return timestep, null, noise
