@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from acpo_dist.core.errors import AcpoError
+from acpo_dist.core.errors import AcpoError, hide_passwords
 
 _GO_ON = {"train": "--resume auto"}
 """Commands that can be continued, and the option that does it."""
@@ -75,7 +75,7 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 def say(text: str) -> None:
     """Write a line to standard error."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(hide_passwords(text) + "\n")
 
 
 def _keep_standard_output() -> None:
@@ -93,5 +93,5 @@ _answers: list[TextIO] = []
 def answer(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output, which receives nothing else."""
     stream = _answers[-1] if _answers else sys.stdout
-    stream.write(json.dumps(value) + "\n")
+    stream.write(hide_passwords(json.dumps(value)) + "\n")
     stream.flush()

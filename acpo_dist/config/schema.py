@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from acpo_dist.config.guard import GuardConfig
 from acpo_dist.config.plugins import AlgorithmConfig, MetricConfig, ModelConfig
 from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.roles import RolesConfig
 from acpo_dist.config.section import Section, plugin
+from acpo_dist.core.errors import hide_passwords
 from acpo_dist.core.files import folder_name
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
@@ -257,13 +258,25 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Also record the run in MLflow."""
     mlflow_uri: str | None = None
-    """Tracking URI; None uses MLFLOW_TRACKING_URI, or else SQLite beside the run folder (`mlflow.db`)."""
+    """Tracking URI without a password; None uses MLFLOW_TRACKING_URI, or else SQLite beside the run folder
+    (`mlflow.db`)."""
     experiment: str = "acpo"
     """MLflow experiment."""
     images_every: int = Field(default=20, ge=1)
     """Iterations between sample grids."""
     num_images: int = Field(default=24, ge=1)
     """Images per grid, always of the same prompts and seeds."""
+
+    @field_validator("mlflow_uri")
+    @classmethod
+    def _refuse_password(cls, uri: str | None) -> str | None:
+        # The configuration is written to the run folder and to MLflow.
+        if uri is not None and hide_passwords(uri) != uri:
+            raise ValueError(
+                "the address holds an account, and configurations are recorded. Set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or put the whole address into MLFLOW_TRACKING_URI."
+            )
+        return uri
 
 
 class ClusterConfig(Section):

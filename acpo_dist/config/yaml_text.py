@@ -8,6 +8,9 @@ from yaml.composer import ComposerError
 
 from acpo_dist.core.errors import ConfigError, quoted, shorten
 
+_MOST_VALUES = 100_000
+"""Values of a document after its aliases are followed; a configuration has some hundred."""
+
 
 class _Loader(yaml.SafeLoader):
     """Parses 1e-4 as a number, as other languages do, and rejects a key that is set twice."""
@@ -57,6 +60,7 @@ def read_yaml(text: str, *, whole: bool = False) -> Any:
     try:
         value = yaml.load(text, _Loader)
         ends = [token.end_mark.index for token in yaml.scan(text, _Loader) if whole and token.end_mark is not None]
+        _require_small(value)
         rest = text[sorted(set(ends))[-2 if len(set(ends)) > 1 else -1] :].strip() if ends else ""
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         reason = getattr(error, "problem", None) or str(error)
@@ -64,6 +68,27 @@ def read_yaml(text: str, *, whole: bool = False) -> Any:
     if rest.startswith("#"):
         raise ConfigError(f"not valid here: {quoted(rest)} follows the value. Put a text with # into quotes.")
     return value
+
+
+def _require_small(value: Any) -> None:
+    """Refuse data that a few lines with anchors and aliases blow up to billions of values, or that contains itself.
+
+    Raises:
+        ValueError: more than `_MOST_VALUES` values, or a value within itself.
+    """
+    sizes: dict[int, int] = {}
+
+    def count(part: Any) -> int:
+        if not isinstance(part, dict | list):
+            return 1
+        if id(part) not in sizes:
+            # Found again below itself: infinitely many.
+            sizes[id(part)] = _MOST_VALUES + 1
+            sizes[id(part)] = 1 + sum(map(count, part.values() if isinstance(part, dict) else part))
+        return sizes[id(part)]
+
+    if count(value) > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES} values, or a value that contains itself")
 
 
 def read_scalar(text: str) -> Any:

@@ -1,5 +1,7 @@
 """User-facing errors. Each message states what was found, what was expected, where it is set and the remedy."""
 
+import re
+
 LONGEST = 600
 """Maximum length of a message about user input, in characters."""
 
@@ -21,6 +23,11 @@ def quoted(value: object, most: int = 80) -> str:
         return "a deeply nested value"
 
 
+def hide_passwords(text: str) -> str:
+    """Return the text with the account of every address (`//user:password@host`) replaced by `***`."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
 class AcpoError(Exception):
     """Base class of errors that a user can cause or resolve; the command line prints only the message."""
 
@@ -37,7 +44,8 @@ class ConfigError(UsageError):
     """A configuration file or override is wrong. The message has at most `LONGEST` characters."""
 
     def __init__(self, message: str) -> None:
-        """Shorten the message."""
+        """Shorten the message, and remove passwords of addresses."""
+        message = hide_passwords(message)
         super().__init__(message if len(message) <= LONGEST else shorten(message, LONGEST))
 
 

@@ -15,6 +15,31 @@ _ORIENTATION = 0x0112
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """Exceptions that Pillow raises on damaged files of its various formats."""
 
+MAX_PIXELS = 2**27
+"""Largest image that is decoded: 134 megapixels, above the largest cameras."""
+MAX_FILE_BYTES = 2**28
+"""Largest encoded image that is unpacked from an archive."""
+
+
+def require_small(count: int) -> None:
+    """Check the size in bytes of an encoded image before it is unpacked.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if count > MAX_FILE_BYTES:
+        raise ValueError(f"it has {count / 2**20:.0f} MiB unpacked, at most {MAX_FILE_BYTES >> 20} are read")
+
+
+def require_few_pixels(image: Image.Image) -> None:
+    """Check the size of an image that is open, before its pixels are decoded.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+
 
 def decode(source: Path | bytes | None) -> Image.Image:
     """Decode an image to RGB; grey images of 16 bits per pixel are scaled to 8.
@@ -31,6 +56,7 @@ def decode(source: Path | bytes | None) -> Image.Image:
     if source is None:
         raise ValueError("the row is empty")
     with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
+        require_few_pixels(image)
         image.load()
         image = upright(image)
         if image.mode.startswith(("I", "F")):

@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acpo_dist.core.errors import DataError
-from acpo_dist.data.decoding import UNDECODABLE, decode, fit
+from acpo_dist.core.errors import DataError, shorten
+from acpo_dist.data.decoding import UNDECODABLE, decode, fit, require_small
 from acpo_dist.data.folders import files_below
 from acpo_dist.data.parquet_images import encoded_rows, open_parquet
 
@@ -269,22 +270,21 @@ def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> It
         names = _archived(path)
         with zipfile.ZipFile(path) as archive:
             for name in names:
-                try:
-                    content = archive.read(name)
-                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, zlib.error):
-                    content = b""  # damaged or encrypted: reported as undecodable below
-                yield from _decode_or_skip(content, f"{path}#{name}", f"{path}, entry {name}", skip)
+                entry = partial(_unpack, archive, name)
+                yield from _decode_or_skip(entry, f"{path}#{name}", f"{path}, entry {name}", skip)
         return
     if not _is_parquet(path):
-        yield from _decode_or_skip(path, str(path), str(path), skip)
+        yield from _decode_or_skip(lambda: path, str(path), str(path), skip)
         return
     with open_parquet(path, column) as file:
         for row, encoded in enumerate(encoded_rows(file, path, column)):
-            yield from _decode_or_skip(encoded, f"{path}#{row}", f"{path}, row {row} of column `{column}`", skip)
+            yield from _decode_or_skip(
+                lambda cell=encoded: cell, f"{path}#{row}", f"{path}, row {row} of column `{column}`", skip
+            )
 
 
 def _decode_or_skip(
-    source: Path | bytes | None, name: str, where: str, skip: Callable[[str], None] | None
+    source: Callable[[], Path | bytes | None], name: str, where: str, skip: Callable[[str], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
     # A generator that raises is finished, so continuing after the error would skip the remaining rows.
     try:
@@ -297,11 +297,24 @@ def _decode_or_skip(
     yield name, image
 
 
-def _decode_named(source: Path | bytes | None, name: str) -> Tensor:
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read an entry of an archive.
+
+    Raises:
+        ValueError: the entry is damaged, encrypted or too large.
+    """
+    require_small(archive.getinfo(name).file_size)
     try:
-        pixels = np.asarray(decode(source))
+        return archive.read(name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise ValueError(f"damaged or encrypted: {error}") from error
+
+
+def _decode_named(source: Callable[[], Path | bytes | None], name: str) -> Tensor:
+    try:
+        pixels = np.asarray(decode(source()))
     except UNDECODABLE as error:
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {shorten(str(error), 300)}") from error
     # The copy is required because Pillow's buffer is read-only.
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from acpo_dist.core.errors import DataError, shorten
 from acpo_dist.core.seeding import generator
 from acpo_dist.data.decoding import decode_square
+from acpo_dist.data.parquet_images import require_honest
 
 IMAGES = ("jpg_0", "jpg_1")
 LABEL, CAPTION = "label_0", "caption"
@@ -242,5 +243,7 @@ def _open_files(path: Path) -> list[_PairFile]:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{entry} is not a readable parquet file: {shorten(str(error))}") from error
         file.require([*IMAGES, LABEL, CAPTION])
+        for column in IMAGES:
+            require_honest(file.file, entry, column)
         files.append(file)
     return files

@@ -7,9 +7,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from acpo_dist.core.errors import DataError, shorten
+from acpo_dist.core.errors import DataError, quoted, shorten
+from acpo_dist.data.decoding import MAX_FILE_BYTES
 
 _ROWS_AT_ONCE = 256
+_MOST_PACKED = 20
+"""Factor by which a column of encoded images may unpack; repeated images are packed well."""
 
 
 def open_parquet(path: Path, column: str) -> pq.ParquetFile:
@@ -68,12 +71,30 @@ def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[byte
     Raises:
         DataError: the file is damaged.
     """
+    require_honest(file, path, column)
     try:
         for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _encoded(value, path)
+            for value in batch.column(0):
+                yield _encoded(value.as_py(), path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {shorten(str(error))}") from error
+
+
+def require_honest(file: pq.ParquetFile, path: Path, column: str) -> None:
+    """Refuse row groups that unpack to many times their size, as encoded images never do.
+
+    Raises:
+        DataError: a row group of the column is a bomb.
+    """
+    for group in range(file.metadata.num_row_groups):
+        chunks = [file.metadata.row_group(group).column(index) for index in range(file.metadata.num_columns)]
+        for chunk in chunks:
+            unpacked, packed = chunk.total_uncompressed_size, max(1, chunk.total_compressed_size)
+            if chunk.path_in_schema.split(".")[0] == column and unpacked > max(MAX_FILE_BYTES, _MOST_PACKED * packed):
+                raise DataError(
+                    f"{path}: row group {group} of `{column}` unpacks from {packed >> 10} KiB to {unpacked >> 20} MiB, "
+                    "which encoded images do not; the file is not read."
+                )
 
 
 def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
@@ -81,5 +102,11 @@ def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
     if not isinstance(value, dict):
         return value
     if value["bytes"] is None and value.get("path"):
+        root = parquet.parent.resolve()
+        if not (root / value["path"]).resolve().is_relative_to(root):
+            raise DataError(
+                f"{parquet}: a row names {quoted(value['path'])}, which is not in the folder of the parquet file. Put "
+                "the images beside it, or write their bytes into the rows."
+            )
         return parquet.parent / value["path"]
     return value["bytes"]

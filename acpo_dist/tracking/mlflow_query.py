@@ -96,7 +96,7 @@ def charts_link(uri: str, experiment: str) -> str | None:
     if urlsplit(uri).scheme in ("http", "https"):
         return f"{shown_uri(uri).rstrip('/')}/{page}"
     command = "mlflow" if shutil.which("mlflow") else shlex.quote(str(Path(sys.executable).with_name("mlflow")))
-    return f"{command} ui --backend-store-uri {shlex.quote(uri)}, then open http://127.0.0.1:5000/{page}"
+    return f"{command} ui --backend-store-uri {shlex.quote(shown_uri(uri))}, then open http://127.0.0.1:5000/{page}"
 
 
 def attach(

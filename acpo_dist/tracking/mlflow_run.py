@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.errors import ConfigError, hide_passwords
 from acpo_dist.tracking.mlflow_records import ENTITIES_PER_BATCH, batches, is_refusal
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def describe_run(client: "MlflowClient", run: "Run", facts: RunFacts) -> None:
 
 def shown_uri(text: str) -> str:
     """Return text for logs, with the password of a tracking URI removed."""
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
+    return hide_passwords(text)
 
 
 def access_advice(said: str) -> str:

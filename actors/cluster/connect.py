@@ -79,8 +79,9 @@ def _init(address: str, *, include_dashboard: bool | None) -> None:
             )  # fmt: skip
             return
         except Exception as error:
-            # Ray raises the base class itself when its node is not up within 30 s, as on a busy machine.
-            if type(error) is not Exception:
+            # On a busy machine, Ray raises the base class itself when its node is not up within 30 s, and RuntimeError
+            # when its control service is not.
+            if type(error) not in (Exception, RuntimeError) or address != "local":
                 raise
             ray.shutdown()
             if number == attempts:

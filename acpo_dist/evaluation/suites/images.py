@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError
-from acpo_dist.data.decoding import upright
+from acpo_dist.data.decoding import require_few_pixels, upright
 from acpo_dist.data.folders import files_below
 from acpo_dist.data.images import IMAGE_SUFFIXES, PARQUET_SUFFIXES
 
@@ -118,6 +118,7 @@ def decode(data: bytes | None, name: str) -> Tensor:
         with Image.open(BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"only 8-bit images are supported, found mode {image.mode}")
+            require_few_pixels(image)
             image.load()
             pixels = np.array(upright(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
