@@ -105,9 +105,9 @@ class LearnerActor:
         bundle = self._worker.export(version, ema=ema)
         return bundle, bundle.checksum
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Sequence[int]) -> None:
         """Run `LearnerWorker.save`."""
-        self._worker.save(folder)
+        self._worker.save(folder, earlier)
 
     def ping(self) -> None:
         """Return, which shows that the process is alive."""
@@ -217,10 +217,10 @@ class RayLearner(LearnerGroup):
         return fetch(reference, name="learner/0", what="export", timeout_s=self._timeout_s)
 
     @override
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Sequence[int] = ()) -> None:
         # The folder must be on storage that rank 0 and the driver share.
         target = folder.resolve()
-        self._all("save", lambda actor: actor.save.remote(target))
+        self._all("save", lambda actor: actor.save.remote(target, earlier))
 
     def close(self) -> None:
         """End all ranks."""

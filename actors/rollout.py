@@ -1,6 +1,7 @@
 """Rollout workers as restartable actors; lost samples are drawn again from the same seeds."""
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightAck, WeightBundle
-from acpo_dist.core.weights import require_acks
+from acpo_dist.core.weights import kept_versions, require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.rollout.chunks import chunks_of
@@ -24,6 +25,8 @@ from actors.group import fetch, kill
 from actors.placement import Role
 from actors.process import set_up
 from actors.worker_pool import TASK_RETRIES, Answer, NotLoadedError, WorkerPool
+
+_CLOSE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,12 @@ class RayRollouts(RolloutPool):
         self._first_least, self._least = options.min_workers or role.count, options.min_workers or 1
         self._chunk = config.rollout.batch_size
         self._timeout_s = config.cluster.worker_timeout_s
-        self._policy = Policy()
+        self._earlier = config.pipeline.max_staleness
+        self._bundles: dict[int, Any] = {}
+        """Object references of the weights by version; empty for the base model."""
+        self._trajectory: Trajectory | None = None
+        self._lock = threading.RLock()
+        """Held while the pool works: samples may be drawn in another thread."""
 
     @property
     def redone(self) -> int:
@@ -166,55 +174,70 @@ class RayRollouts(RolloutPool):
         return sorted({node for _, node in self._ready().values()})
 
     def _ready(self) -> dict[str, Any]:
-        found = self._workers.ask(lambda actor: actor.ready.remote(), what="load model", least=self._first_least)
+        with self._lock:
+            found = self._workers.ask(lambda actor: actor.ready.remote(), what="load model", least=self._first_least)
         self._first_least = self._least
         return found
 
+    def _policy(self, version: int | None = None) -> Policy:
+        """Published weights, the newest for None, with the trajectory in use."""
+        if not self._bundles:
+            return Policy(trajectory=self._trajectory)
+        wanted = max(self._bundles) if version is None else version
+        return Policy(version=wanted, bundle=(self._bundles[wanted],), trajectory=self._trajectory)
+
     @override
-    def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
+    def generate(
+        self, groups: Sequence[PromptGroup], advance: Advance | None = None, *, version: int | None = None
+    ) -> list[RolloutHandle]:
         # Chunks go to any free worker; chunks of a lost worker are drawn again.
-        chunks, policy = chunks_of(groups, self._chunk), self._policy
+        chunks = chunks_of(groups, self._chunk)
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
             meta, latents, images = actor.generate.options(num_returns=3).remote(chunks[index], policy)
             return meta, (latents, images)
 
-        done = self._workers.spread(
-            [chunk[0].sample_id for chunk in chunks], submit, what="generate",
-            advance=(lambda index: advance(len(chunks[index]))) if advance else None,
-        )  # fmt: skip
+        with self._lock:
+            policy = self._policy(version)
+            done = self._workers.spread(
+                [chunk[0].sample_id for chunk in chunks], submit, what="generate",
+                advance=(lambda index: advance(len(chunks[index]))) if advance else None,
+            )  # fmt: skip
         return [replace(meta, payload=payload) for meta, payload in done]
 
     @override
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
         # The latents are sent from worker to worker.
-        policy = self._policy
-        done = self._workers.spread(
-            [handle.sample_ids[0] for handle in handles],
-            lambda actor, index: (
-                actor.measure_errors.remote(handles[index].payload[0], tuple(sigmas), policy), None,
-            ),
-            what="measure errors",
-        )  # fmt: skip
+        policy = self._policy()
+        with self._lock:
+            done = self._workers.spread(
+                [handle.sample_ids[0] for handle in handles],
+                lambda actor, index: (
+                    actor.measure_errors.remote(handles[index].payload[0], tuple(sigmas), policy), None,
+                ),
+                what="measure errors",
+            )  # fmt: skip
         return [sums for sums, _ in done]
 
     @override
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
-        chunks, policy = chunks_of(groups, self._chunk), self._policy
-        done = self._workers.spread(
-            [chunk[0].sample_id for chunk in chunks],
-            lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
-            what="final latents",
-        )  # fmt: skip
+        chunks, policy = chunks_of(groups, self._chunk), self._policy()
+        with self._lock:
+            done = self._workers.spread(
+                [chunk[0].sample_id for chunk in chunks],
+                lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
+                what="final latents",
+            )  # fmt: skip
         return torch.cat([final_latents for final_latents, _ in done])
 
     @override
     def set_trajectory(self, trajectory: Trajectory) -> list[str]:
         # A late worker receives it with its next task.
-        self._policy = replace(self._policy, trajectory=trajectory)
-        ids = self._workers.ask(
-            lambda actor: actor.set_trajectory.remote(trajectory), what="set trajectory", least=self._least
-        )
+        with self._lock:
+            self._trajectory = trajectory
+            ids = self._workers.ask(
+                lambda actor: actor.set_trajectory.remote(trajectory), what="set trajectory", least=self._least
+            )
         return list(ids.values())
 
     @override
@@ -224,8 +247,8 @@ class RayRollouts(RolloutPool):
 
     @override
     def trajectory(self) -> Trajectory:
-        if self._policy.trajectory is not None:
-            return self._policy.trajectory
+        if self._trajectory is not None:
+            return self._trajectory
         name, actor = self._anyone()
         return fetch(actor.trajectory.remote(), name=name, what="trajectory", timeout_s=self._timeout_s)
 
@@ -243,7 +266,10 @@ class RayRollouts(RolloutPool):
         Returns:
             Acknowledgements of the workers that have responded.
         """
-        self._policy = replace(self._policy, version=version, bundle=(bundle,))
+        self._bundles = kept_versions({**self._bundles, version: bundle}, self._earlier)
+        if self._earlier:
+            # Drawing goes on: a worker loads and verifies a version with its next chunk of that version.
+            return []
         acks = self._workers.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
         return list(acks.values())
 
@@ -259,9 +285,12 @@ class RayRollouts(RolloutPool):
         return torch.stack([found[sample_id] for sample_id in sample_ids])
 
     def close(self) -> None:
-        """End the actors."""
+        """End the actors; a thread that still draws fails at once, and is waited for."""
         kill(self._started)
+        if self._lock.acquire(timeout=_CLOSE_S):
+            self._lock.release()
 
     def _anyone(self) -> tuple[str, Any]:
-        name = next(iter(self._workers.present() or self._workers.actors))
+        with self._lock:
+            name = next(iter(self._workers.present() or self._workers.actors))
         return name, self._workers.actors[name]

@@ -42,7 +42,8 @@ class Ddpo(BaseAlgorithm):
         It is computed here and not in the rollout, because other batch shapes and lower precision change it by more
         than the clip range.
         """
-        conditional, unconditional = _branches(batch, network)
+        with network.old():
+            conditional, unconditional = _branches(batch, network)
         _, step = _taken(batch, network, conditional, unconditional)
         return step
 

@@ -144,6 +144,11 @@ class AlgorithmConfig(Section):
         return None
 
     @property
+    def compares_policies(self) -> bool:
+        """Whether the loss compares the policy with the weights that drew the samples."""
+        return self.needs_noise or self.sampling_decay(0) is not None
+
+    @property
     def encoder(self) -> EncoderConfig | None:
         """Frozen encoder whose features the algorithm needs, or None."""
         return None

@@ -25,6 +25,7 @@ def check_relations(config: Config) -> None:
     _check_anchor(config)
     _check_rewards(config)
     _check_vrg(config)
+    _check_pipeline(config)
 
 
 def _check_batches(config: Config) -> None:
@@ -217,6 +218,23 @@ def _check_vrg(config: Config) -> None:
             f"vrg.reference_steps is {vrg.reference_steps} and sampler.num_steps is {steps}: the reference must be "
             f"much finer than the trajectories that it validates. Set vrg.reference_steps={4 * steps} or more, or "
             "omit it."
+        )
+
+
+def _check_pipeline(config: Config) -> None:
+    staleness, algorithm = config.pipeline.max_staleness, config.algorithm
+    if staleness == 0:
+        return
+    if config.data.pairs is not None:
+        raise ConfigError(
+            f"pipeline.max_staleness is {staleness}, and data.pairs is set: the learner trains on pairs of a file, so "
+            "no rollouts can be drawn ahead for it. Set pipeline.max_staleness=0."
+        )
+    if config.learner.zero_stage == 3 and algorithm.compares_policies:
+        raise ConfigError(
+            f"pipeline.max_staleness is {staleness}, learner.zero_stage is 3, and algorithm `{algorithm.type}` runs "
+            "the weights that drew the samples in the learner, which ZeRO 3 cannot do with sharded parameters. Set "
+            "learner.zero_stage to 0, 1 or 2, or pipeline.max_staleness=0."
         )
 
 

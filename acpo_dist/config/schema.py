@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from acpo_dist.config.guard import GuardConfig
+from acpo_dist.config.pipeline import PipelineConfig
 from acpo_dist.config.plugins import AlgorithmConfig, MetricConfig, ModelConfig
 from acpo_dist.config.pool import HttpConfig, MetricPoolConfig
 from acpo_dist.config.roles import RolesConfig
@@ -309,6 +310,7 @@ class Config(Section):
     rewards: RewardsConfig
     algorithm: plugin("algorithm", ALGORITHMS, AlgorithmConfig)  # pyright: ignore[reportInvalidTypeForm]
     guard: GuardConfig = GuardConfig()
+    pipeline: PipelineConfig = PipelineConfig()
     learner: LearnerConfig = LearnerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -26,12 +26,25 @@ Advance = Callable[[int], None]
 class RolloutPool(Protocol):
     """Draws samples."""
 
-    def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
-        """Draw every sample of every group. Chunks never split a group and do not depend on the number of workers."""
+    def generate(
+        self, groups: Sequence[PromptGroup], advance: Advance | None = None, *, version: int | None = None
+    ) -> list[RolloutHandle]:
+        """Draw every sample of every group. Chunks never split a group and do not depend on the number of workers.
+
+        Args:
+            groups: samples to draw.
+            advance: called with the number of samples of each finished chunk.
+            version: published version of the weights, at most `pipeline.max_staleness` older than the newest; None
+                draws with the newest.
+        """
         ...
 
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        """Load weights into every worker and return each worker's acknowledgement."""
+        """Make a version the newest, and return the acknowledgements of the workers that have loaded it.
+
+        With `pipeline.max_staleness` above 0 no worker stops for it: each one loads and verifies it with its next chunk
+        of that version.
+        """
         ...
 
     def trajectory(self) -> Any:
@@ -119,11 +132,19 @@ class LearnerGroup(Protocol):
         ...
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """Return the trainable weights gathered from all ranks, or their moving average with `ema`."""
+        """Return the trainable weights gathered from all ranks, or their moving average with `ema`.
+
+        An earlier version is exported as it was published, up to `pipeline.max_staleness` versions back.
+        """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimiser state and averages to `folder`, in a format independent of the number of ranks."""
+    def save(self, folder: Path, earlier: Sequence[int] = ()) -> None:
+        """Write weights, optimiser state and averages to `folder`, in a format independent of the number of ranks.
+
+        Args:
+            folder: where to write.
+            earlier: versions whose weights are written too; samples in flight were drawn with them.
+        """
         ...
 
     def start(self, folder: Path | None) -> None:

@@ -143,7 +143,7 @@ class TrainTask:
 
     iteration: int
     policy_version: int
-    """Version of the weights that drew the rollouts; gradients are computed at the same version."""
+    """Version of the weights that drew the rollouts."""
     sample_ids: tuple[str, ...]
     """Samples to train on, in the global order from which micro-batches are cut."""
     weights: Mapping[str, float]
@@ -151,6 +151,8 @@ class TrainTask:
     anchor_weight: float
     learning_rate: float
     rewards: tuple[RewardTerm, ...]
+    staleness: int = 0
+    """Versions by which the learner's weights, at which gradients are computed, are newer than `policy_version`."""
     constants: Mapping[str, float] = field(default_factory=dict[str, float])
     """Result of `Algorithm.calibrate` on base samples before the first iteration."""
 

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.types import WeightAck, WeightBundle
+
+Kept = TypeVar("Kept")
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -24,6 +27,12 @@ def make_bundle(version: int, tensors: Mapping[str, Tensor]) -> WeightBundle:
     """Bundle CPU copies of the tensors with their checksum."""
     copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     return WeightBundle(version=version, checksum=checksum(copies), tensors=copies)
+
+
+def kept_versions(versions: Mapping[int, Kept], earlier: int) -> dict[int, Kept]:
+    """Return the newest version and those at most `earlier` versions older."""
+    newest = max(versions, default=0)
+    return {version: kept for version, kept in versions.items() if version >= newest - earlier}
 
 
 def require_acks(version: int, wanted: str, acks: list[WeightAck]) -> None:

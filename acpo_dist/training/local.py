@@ -1,5 +1,6 @@
 """The ports in one process, without Ray: the worker classes are called directly."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from acpo_dist.core.types import (
     WeightAck,
     WeightBundle,
 )
-from acpo_dist.core.weights import require_acks
+from acpo_dist.core.weights import kept_versions, require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.learner.batches import LearnerSpec
@@ -66,23 +67,31 @@ class LocalRollouts(RolloutPool):
         """Load the worker."""
         self.worker = RolloutWorker(config.model, config.sampler, device=device)
         self._chunk = config.rollout.batch_size
+        self._earlier = config.pipeline.max_staleness
+        self._bundles: dict[int, WeightBundle] = {}
+        self._lock = threading.Lock()
+        """Held while the worker draws or changes: samples may be drawn in another thread."""
 
     @override
-    def generate(self, groups: Sequence[PromptGroup], advance: Advance | None = None) -> list[RolloutHandle]:
+    def generate(
+        self, groups: Sequence[PromptGroup], advance: Advance | None = None, *, version: int | None = None
+    ) -> list[RolloutHandle]:
         handles = []
-        for plans in chunks_of(groups, self._chunk):
-            batch = self.worker.generate(plans)
-            handles.append(
-                RolloutHandle(
-                    sample_ids=batch.sample_ids,
-                    prompts=batch.prompts,
-                    policy_version=batch.policy_version,
-                    schedule_id=batch.schedule_id,
-                    payload=batch,
+        with self._lock:
+            self._use(version)
+            for plans in chunks_of(groups, self._chunk):
+                batch = self.worker.generate(plans)
+                handles.append(
+                    RolloutHandle(
+                        sample_ids=batch.sample_ids,
+                        prompts=batch.prompts,
+                        policy_version=batch.policy_version,
+                        schedule_id=batch.schedule_id,
+                        payload=batch,
+                    )
                 )
-            )
-            if advance:
-                advance(len(plans))
+                if advance:
+                    advance(len(plans))
         return handles
 
     @override
@@ -95,19 +104,34 @@ class LocalRollouts(RolloutPool):
 
     @override
     def set_trajectory(self, trajectory: Trajectory) -> list[str]:
-        return [self.worker.set_trajectory(trajectory)]
+        with self._lock:
+            return [self.worker.set_trajectory(trajectory)]
 
     @override
     def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
-        return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
+        with self._lock:
+            self._use(None)
+            return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
 
     @override
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
-        return [self.worker.measure_errors(handle.payload, sigmas) for handle in handles]
+        with self._lock:
+            self._use(None)
+            return [self.worker.measure_errors(handle.payload, sigmas) for handle in handles]
 
     @override
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        return [self.worker.load(bundle)]
+        if self._earlier == 0:
+            return [self.worker.load(bundle)]
+        self._bundles = kept_versions({**self._bundles, bundle.version: bundle}, self._earlier)
+        return []
+
+    def _use(self, version: int | None) -> None:
+        """Load a published version, the newest for None, unless the worker holds it."""
+        wanted = max(self._bundles, default=self.worker.version) if version is None else version
+        if wanted != self.worker.version:
+            bundle = self._bundles[wanted]
+            require_acks(wanted, bundle.checksum, [self.worker.load(bundle)])
 
     @override
     def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
@@ -216,8 +240,8 @@ class LocalLearner(LearnerGroup):
         return self.worker.export(version, ema=ema)
 
     @override
-    def save(self, folder: Path) -> None:
-        self.worker.save(folder)
+    def save(self, folder: Path, earlier: Sequence[int] = ()) -> None:
+        self.worker.save(folder, earlier)
 
     @override
     def close(self) -> None:
@@ -242,5 +266,5 @@ def learner_spec(config: Config) -> LearnerSpec:
     """Return the configuration sections of a learner rank."""
     return LearnerSpec(
         model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards,
-        sampler=config.sampler, data=config.data, seed=config.run.seed,
+        sampler=config.sampler, data=config.data, seed=config.run.seed, max_staleness=config.pipeline.max_staleness,
     )  # fmt: skip

@@ -9,25 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from acpo_dist.algorithms.base import Algorithm
-from acpo_dist.core.clock import PhaseClock
+from acpo_dist.core.clock import PhaseClock, RoleClock
 from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import (
-    PromptGroup,
     RolloutHandle,
     ScoredGroups,
-    ScoreTable,
     Selection,
     TrainReport,
     TrainTask,
 )
-from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.tracking.images import save_grid
 from acpo_dist.training.calibration import calibrate, measure_gain, names_of, resume, reward_terms
 from acpo_dist.training.context import RunContext, fixed_groups
 from acpo_dist.training.guard.guard import Decision
 from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.training.iteration_metrics import drift_of, score_metrics
+from acpo_dist.training.samples import ScoredSamples, groups_of, open_samples
 from acpo_dist.training.trajectory.manager import TrajectoryManager
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 from acpo_dist.workers.learner.rates import learning_rate
@@ -58,6 +56,8 @@ class Trainer:
         config, ports, folder = context.config, context.ports, context.folder
         self._context, self._config, self._ports, self._folder = context, config, ports, folder
         self._prompts, self._console = context.prompts, context.console
+        self._roles = RoleClock()
+        self._samples = open_samples(context, self._roles)
         ports.learner.start(checkpoint.learner_folder if checkpoint else None)
         self._trajectory = TrajectoryManager(
             config, ports.rollout, folder, ports.tracker, context.prompts, context.console
@@ -73,11 +73,16 @@ class Trainer:
         if checkpoint:
             self._state = resume(config, checkpoint)
             self._guard.restore(checkpoint.state)
+            self._samples.restore(checkpoint.state)
         else:
             self._state = calibrate(context, self._algorithm, self._guard)
             if config.guard.action == "roll_back":
                 self.save_checkpoint()
         ports.weights.publish(self._state.version)
+
+    def close(self) -> None:
+        """Stop drawing samples ahead."""
+        self._samples.close()
 
     def fit(self) -> LoopResult:
         """Run the remaining iterations, record each, and measure the gain of the final weights."""
@@ -117,24 +122,18 @@ class Trainer:
         """
         config, ports, state = self._config, self._ports, self._state
         clock = PhaseClock()
-        groups = sample_prompts(
-            self._prompts, iteration=state.iteration, run_seed=config.run.seed,
-            num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
-        )  # fmt: skip
-        handles: list[RolloutHandle] = []
-        scores: ScoreTable = {}
         if self._needs_rollouts:
-            total = sum(len(group.samples) for group in groups)
-            with clock.phase("rollout"), self._console.phase("rollout", total) as advance:
-                handles = ports.rollout.generate(groups, advance)
-            names = [*names_of(config.rewards.train), *names_of(config.rewards.judges)]
-            with clock.phase("reward"), self._console.phase("reward", total * len(names)) as advance:
-                scores = ports.reward.score(handles, names, advance)
-        selection = self._select(groups, handles, scores)
-        task = self._task(selection)
-        with clock.phase("learn"), self._console.phase("learn", len(task.sample_ids)) as advance:
-            report = ports.learner.train(handles, task, advance)
-        with clock.phase("probe"):
+            samples = self._samples.take(state.iteration, state.version, clock)
+        else:
+            groups = groups_of(self._context, state.iteration)
+            samples = ScoredSamples(groups=groups, handles=(), scores={}, version=state.version)
+        handles, scores = samples.handles, samples.scores
+        selection = self._select(samples)
+        task = self._task(selection, samples.version)
+        with clock.phase("learn"), self._roles.busy("learner"):
+            with self._console.phase("learn", len(task.sample_ids)) as advance:
+                report = ports.learner.train(handles, task, advance)
+        with clock.phase("probe"), self._roles.busy("learner"):
             probe = self._guard.probe(ports.learner, handles) if handles else {}
         self._folder.require_ours()
         if report.skipped:
@@ -151,7 +150,10 @@ class Trainer:
             "drift/rms": drift**0.5,
             **{f"drift/at/{timestep}": value for timestep, value in probe.items()},
             **ports.reward.counters(),
+            **self._samples.metrics(),
         }
+        if config.pipeline.max_staleness:
+            metrics["pipeline/staleness"] = float(task.staleness)
         if state.controller.budget is not None:
             metrics["drift/budget"] = state.controller.budget
         if handles:
@@ -162,13 +164,17 @@ class Trainer:
             metrics |= decision.to_metrics()
         # Rolled-back weights are never published: the workers keep the weights of the iteration before.
         if self._ended is None or self._ended.action != "roll_back":
-            with clock.phase("sync"):
+            with clock.phase("sync"), self._roles.busy("learner"):
                 ports.weights.publish(state.version + 1)
             state.version += 1
+        else:
+            # Drawn with weights that followed the ones that the run returns to.
+            self._samples.discard()
         if moved:
             state.controller, state.drift = state.controller.update(drift), drift
         state.iteration += 1
-        return metrics | {"sync/version": float(state.version)} | clock.metrics()
+        waited_s = report.metrics.get("time/reward_gradient", 0.0)
+        return metrics | {"sync/version": float(state.version)} | clock.metrics(self._roles, waited_s)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present iteration; an incomplete one is removed if writing fails."""
@@ -176,13 +182,15 @@ class Trainer:
         folder.require_ours()
         partial = folder.checkpoints.prepare(state.iteration)
         try:
-            self._ports.learner.save(partial / "learner")
+            flying = self._samples.to_mapping()
+            versions = sorted({version for _, version in flying.get("in_flight", [])})
+            self._ports.learner.save(partial / "learner", versions)
             # The judges score the saved weights themselves: running means lag behind them by some iterations.
             exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0
             gains = measure_gain(self._context, state) if exact and not self._ended else {}
             judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
             self._guard.saved(state.iteration, judges)
-            mapping = state.to_mapping() | self._trajectory.to_mapping() | self._guard.to_mapping()
+            mapping = state.to_mapping() | self._trajectory.to_mapping() | self._guard.to_mapping() | flying
             folder.require_ours()
             path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=self._guard.best_iteration)
         except BaseException:
@@ -213,9 +221,10 @@ class Trainer:
         decision = self._guard.decision
         return decision if decision is not None and decision.ends else None
 
-    def _select(self, groups: Sequence[PromptGroup], handles: Sequence[RolloutHandle], scores: ScoreTable) -> Selection:
+    def _select(self, samples: ScoredSamples) -> Selection:
         """Return the samples to train on: rollouts selected by the algorithm, or pairs of `data.pairs`."""
         config, ports, state = self._config, self._ports, self._state
+        groups, handles, scores = samples.groups, samples.handles, samples.scores
         if ports.pairs is not None:
             count = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt // 2
             ids = ports.pairs.sample_pairs(iteration=state.iteration, count=count, run_seed=config.run.seed)
@@ -234,15 +243,16 @@ class Trainer:
             )
         )  # fmt: skip
 
-    def _task(self, selection: Selection) -> TrainTask:
+    def _task(self, selection: Selection, drawn_version: int) -> TrainTask:
         config, state, scale = self._config, self._state, self._guard.reward_scale
         weights = selection.weights
         if not config.algorithm.pathwise:
             # A pathwise objective is scaled by its reward terms; one that uses scores only, by its sample weights.
             weights = {name: scale * weight for name, weight in weights.items()}
         return TrainTask(
-            iteration=state.iteration, policy_version=state.version, sample_ids=selection.sample_ids, weights=weights,
-            anchor_weight=state.controller.weight, learning_rate=learning_rate(config, state.iteration),
+            iteration=state.iteration, policy_version=drawn_version, staleness=state.version - drawn_version,
+            sample_ids=selection.sample_ids, weights=weights, anchor_weight=state.controller.weight,
+            learning_rate=learning_rate(config, state.iteration),
             rewards=reward_terms(config, state.normalisers, scale), constants=state.constants,
         )  # fmt: skip
 
@@ -291,6 +301,9 @@ def run(
         on_start: called once weights are published, before the first iteration (evaluation of the base model).
     """
     trainer = Trainer(context, checkpoint)
-    if on_start is not None:
-        on_start()
-    return trainer.fit()
+    try:
+        if on_start is not None:
+            on_start()
+        return trainer.fit()
+    finally:
+        trainer.close()

@@ -29,6 +29,8 @@ class LearnerSpec:
     sampler: SamplerConfig
     data: DataConfig
     seed: int
+    max_staleness: int = 0
+    """`pipeline.max_staleness`: number of earlier versions whose weights are kept."""
 
     @property
     def accumulation(self) -> int:

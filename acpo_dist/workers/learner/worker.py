@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
-from acpo_dist.core.weights import make_bundle
+from acpo_dist.core.weights import kept_versions, make_bundle
 from acpo_dist.diffusion.prediction import add_noise, flow_scale, to_clean
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.models.family import copy_weights, trainable_tensors
@@ -34,6 +35,8 @@ from acpo_dist.workers.learner.signal import GradientSource, PooledReward
 
 logger = logging.getLogger(__name__)
 
+EARLIER = "version-"
+"""Start of the names of files with weights of earlier versions."""
 ZERO_SNR = 1e-6
 """alpha_bar below which the last level is treated as pure noise; ordinary schedules end at 4e-5 or more."""
 
@@ -59,6 +62,8 @@ class LearnerWorker:
         self._average: dict[str, Tensor] = {}
         self._old: dict[str, Tensor] = {}
         """Weights of the sampling policy; empty if the policy itself draws the rollouts."""
+        self._earlier: dict[int, dict[str, Tensor]] = {}
+        """Weights of published versions that may still draw samples; empty if rollouts wait for the learner."""
         self._skipped_in_a_row = 0
 
     @property
@@ -85,6 +90,7 @@ class LearnerWorker:
         if folder and weights is not None:
             engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
+            self._earlier = {version: load_file(path) for version, path in _earlier_files(folder).items()}
         self._weights = engine.weights()
         if self._spec.algorithm.sampling_decay(0) is not None:
             old = load_file(folder / "old.safetensors") if folder else self._weights
@@ -105,7 +111,13 @@ class LearnerWorker:
         with within_memory(
             f"the learner, micro-batches of {self._spec.learner.micro_batch}", memory_remedy(self._spec)
         ):
-            return self._train(batches, task)
+            version = task.policy_version + task.staleness
+            if self._spec.max_staleness:
+                self._earlier = kept_versions({**self._earlier, version: self._sampling}, self._spec.max_staleness)
+            if not task.staleness:
+                return self._train(batches, task)
+            with self._drawn_with(self._earlier[task.policy_version]):
+                return self._train(batches, task)
 
     def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep]]:
         engine = self._ready()
@@ -274,7 +286,7 @@ class LearnerWorker:
         """Return the weights for the next rollouts, the same on every rank: the policy's or the sampling policy's.
 
         Args:
-            version: number of the bundle.
+            version: number of the bundle; an earlier one is exported as it was published.
             ema: export the average over optimiser steps (`learner.ema_decay`) instead.
         """
         # Cast to the rollout workers' type, so that their acknowledged checksum covers the same bytes.
@@ -282,11 +294,15 @@ class LearnerWorker:
         dtype = held_dtype(model.dtype, method=model.tuning.method, trainable=False)
         if model.tuning.method == "lora":
             dtype = torch.float32
-        weights = self._average if ema else self._old or self._weights
+        weights = self._average if ema else self._earlier.get(version, self._sampling)
         return make_bundle(version, {name: value.to(dtype) for name, value in weights.items()})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, earlier: Sequence[int] = ()) -> None:
         """Write the state; every rank calls it, rank 0 writes.
+
+        Args:
+            folder: where to write.
+            earlier: versions whose weights are written too.
 
         Raises:
             StorageError: the disk is full or gone.
@@ -299,6 +315,7 @@ class LearnerWorker:
                 parts = {"policy": self._weights, "ema": self._average, "optimizer": moments}
                 if self._old:
                     parts["old"] = self._old
+                parts |= {f"{EARLIER}{version:06d}": self._earlier[version] for version in earlier}
                 for name, tensors in parts.items():
                     save_file(tensors, folder / f"{name}.safetensors")
                     # Older checkpoints are deleted as soon as this one is complete.
@@ -308,6 +325,23 @@ class LearnerWorker:
         """Leave the process group."""
         if self._engine is not None:
             self._engine.close()
+
+    @property
+    def _sampling(self) -> dict[str, Tensor]:
+        """Weights for the next rollouts; never changed in place."""
+        return self._old or self._weights
+
+    @contextmanager
+    def _drawn_with(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Context in which `network.old()` runs these weights, if the algorithm compares policies."""
+        before = self.network.old_weights
+        if self._spec.algorithm.compares_policies:
+            self.network.old_weights = self._placed(weights)
+        try:
+            yield
+        finally:
+            if not self._old:
+                self.network.old_weights = before
 
     def _ready(self) -> Engine:
         if self._engine is None:
@@ -344,16 +378,21 @@ class LearnerWorker:
 
     def _set_old(self, weights: dict[str, Tensor]) -> None:
         self._old = weights
+        self.network.old_weights = self._placed(weights)
+
+    def _placed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         own = trainable_tensors(self.family.network)
-        self.network.old_weights = {
-            name: value.to(device=self._device, dtype=own[name].dtype) for name, value in weights.items()
-        }
+        return {name: value.to(device=self._device, dtype=own[name].dtype) for name, value in weights.items()}
 
     def _put_weights(self, weights: dict[str, Tensor]) -> None:
         try:
             copy_weights(self.family.network, weights)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
+
+
+def _earlier_files(folder: Path) -> dict[int, Path]:
+    return {int(path.stem.removeprefix(EARLIER)): path for path in folder.glob(f"{EARLIER}*.safetensors")}
 
 
 def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:
