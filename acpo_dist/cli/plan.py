@@ -68,6 +68,11 @@ def _text(found: dict[str, Any], iterations: int) -> str:
         f"{iterations * found['seconds_per_iteration'] / 3600:.3g} h for {iterations} iterations",
         "placement: {cpus:g} CPUs, {gpus:g} GPUs, backend {backend}".format(**found["placement"]),
     ]
+    for name, split in found["splits"].items():
+        lines.append(
+            "GPUs, {}: {rollout} rollout, {reward} reward, {learner} learner; {seconds:.3g} s per iteration, "
+            "{idle:.0%} idle".format(name, **split)
+        )
     if "cluster" in found:
         cluster = found["cluster"]
         missing = "; ".join([*(f"{n:g} {name}" for name, n in cluster["missing"].items()), *cluster["missing_by_role"]])

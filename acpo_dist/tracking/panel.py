@@ -20,6 +20,7 @@ _RECENT = 10
 """Number of last iterations whose mean time gives the estimated remaining time."""
 _NO_RULE = ("guard/reward_scale", "guard/best_iteration")
 _PHASES = ("rollout", "reward", "learn", "sync")
+_ROLES = ("rollout", "learner", "reward")
 
 
 class LivePanel:
@@ -99,6 +100,10 @@ class LivePanel:
         times = [f"{phase} {row[f'time/{phase}']:.1f}" for phase in _PHASES if row.get(f"time/{phase}") is not None]
         if times:
             lines.append(("time", f"{row.get('time/iteration') or 0.0:.1f} s", " · ".join(times)))
+        idle = {role: row[f"idle/{role}"] for role in _ROLES if row.get(f"idle/{role}") is not None}
+        if idle:
+            shares = " · ".join(f"{role} {share:.0%}" for role, share in idle.items())
+            lines.append(("idle", f"{min(idle.values()):.0%}", shares))
         return lines
 
     def _score(self, role: str, stem: str, blocks: str) -> tuple[str, str, str]:

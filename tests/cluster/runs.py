@@ -105,7 +105,7 @@ def largest_difference(calm: Sequence[dict[str, float]], other: Sequence[dict[st
     worst, where = 0.0, ""
     for mine, theirs in zip(calm, other, strict=True):
         for name, value in mine.items():
-            if name.startswith(("time/", "reward_pool/")):
+            if name.startswith(("time/", "idle/", "reward_pool/")):
                 continue
             found = abs(value - theirs.get(name, math.inf)) / max(1.0, abs(value))
             if not found <= worst:

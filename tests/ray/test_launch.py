@@ -31,7 +31,7 @@ SMALL = [
 
 
 def _metrics(root):
-    skip = ("time/", "reward_pool/")
+    skip = ("time/", "idle/", "reward_pool/")
     return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
 
 

@@ -65,7 +65,7 @@ def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     """Recorded metrics without times and counts of requests."""
-    skip = ("time/", "reward_pool/")
+    skip = ("time/", "idle/", "reward_pool/")
     return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(folder / "metrics.jsonl")]
 
 

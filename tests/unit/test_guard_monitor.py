@@ -173,7 +173,7 @@ def test_a_lowered_reward_halves_its_weight_and_a_restart_remembers_it(tiny, tmp
     drive(tiny("run.iterations=2", f"run.dir={parts}", *options), open_ports, QUIET, resume="auto")
     rows = [read_metrics(root / "metrics.jsonl") for root in (whole, parts)]
     assert [row["guard/reward_scale"] for row in rows[0][:2]] == [0.5, 0.5]
-    keep = [key for key in rows[0][1] if not key.startswith("time/") and "requests" not in key]
+    keep = [key for key in rows[0][1] if not key.startswith(("time/", "idle/")) and "requests" not in key]
     assert {key: rows[0][1][key] for key in keep} == {key: rows[1][1][key] for key in keep}
     assert len((whole / "guard.jsonl").read_text().splitlines()) == 1
     assert (parts / "guard.jsonl").read_text() == (whole / "guard.jsonl").read_text()

@@ -15,6 +15,7 @@ from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.preflight.plan import phases
+from acpo_dist.preflight.plan.balance import splits
 from acpo_dist.preflight.plan.kernels import Kernels
 from acpo_dist.preflight.plan.memory import LearnerState, learner_state
 from acpo_dist.preflight.plan.networks import new_text_encoders, new_unet, new_vae
@@ -319,6 +320,27 @@ def test_workers_of_several_roles_on_one_gpu_are_added_up():
     # Four workers: the judge's replica holds no decoder.
     assert shared.needed_gib["shared"] == pytest.approx(sum(apart.needed_gib.values()) + CONTEXT_GIB)
     assert set(planned("toy_sdxl", device="rtx4090").needed_gib) == {"all"}
+
+
+def test_the_best_split_gives_each_role_gpus_in_proportion_to_its_work():
+    seconds, devices = {"rollout": 12.0, "reward": 2.0, "learner": 2.0}, {"rollout": 2, "reward": 1, "learner": 5}
+    config = load_config("toy_sdxl", ["learner.micro_batch=1", "learner.global_batch=32"])
+    found = splits(config, seconds, devices)
+    assert found["configured"].devices == devices and found["configured"].seconds == pytest.approx(16)
+    # 24, 2 and 10 device seconds; the number of ranks divides 32 micro-batches.
+    assert found["overlapped"].devices == {"rollout": 4, "reward": 2, "learner": 2}
+    assert found["overlapped"].seconds == pytest.approx(6)
+    assert found["overlapped"].idle == pytest.approx(1 - 36 / (8 * 6))
+    assert found["synchronous"].seconds <= 16
+    assert all(sum(split.devices.values()) == 8 for split in found.values())
+
+
+def test_roles_that_overlap_in_one_process_need_their_memory_together():
+    turns, overlapped = (planned("toy_sdxl", f"pipeline.max_staleness={n}", device="rtx4090") for n in (0, 1))
+    least = min(overlapped.roles["rollout"].activations, overlapped.roles["learner"].activations)
+    assert overlapped.needed_gib["all"] >= turns.needed_gib["all"] + 0.9 * least
+    # On one device drawing ahead saves no time.
+    assert overlapped.seconds_per_iteration == turns.seconds_per_iteration == sum(turns.seconds.values())
 
 
 def test_a_hub_model_that_is_not_on_disk_is_planned_on_its_published_architecture(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from tests.conftest import poison
 
 
 def of_this_process(row):
-    return {name: value for name, value in row.items() if name.startswith(("time/", "reward_pool/"))}
+    return {name: value for name, value in row.items() if name.startswith(("time/", "idle/", "reward_pool/"))}
 
 
 PROMPTS = ["a red circle on a white background", "a blue cross on a black background"]

@@ -151,7 +151,7 @@ def test_a_run_measures_first_records_what_it_did_and_goes_on_with_the_same_traj
     first, second = rows[0][0], rows[0][1]
     assert {"vrg/j0", "vrg/j1", "vrg/adopted", "vrg/standard_error", "vrg/bias_ratio"} <= first.keys()
     assert "vrg/table_drift" in second
-    keys = [key for key in second if not key.startswith("time/") and "requests" not in key]
+    keys = [key for key in second if not key.startswith(("time/", "idle/")) and "requests" not in key]
     assert {key: second[key] for key in keys} == {key: rows[1][1][key] for key in keys}
     artefact = json.loads((whole / "vrg/000000.json").read_text())
     assert artefact["trajectory"]["schedule_id"] and (whole / "vrg/000000.png").stat().st_size > 1000

@@ -1,6 +1,7 @@
 """Tables of `acpo runs`, `acpo compare` and the report: metrics as text, the same on a terminal and in HTML."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from acpo_dist.analysis.report.compare import SeedGroup, Spread
@@ -10,7 +11,9 @@ from acpo_dist.analysis.report.record import ROLES, RunRecord
 COLUMNS = ("run", "seed", "state", "iterations", "quality", "rewards", "judges", "drift", "diversity", "guard", "time")
 LIST_COLUMNS = ("run", "seed", "state", "done", "reward", "judge", "drift", "guard", "time", "path")
 SEED_COLUMNS = ("runs", "seeds", "left out", "quality", "drift", "gains", "time")
-PHASE_COLUMNS = ("phase", "in all", "share", "per iteration", "reserves")
+PHASE_COLUMNS = ("phase", "in all", "share", "per iteration", "idle", "reserves")
+_ROLE_OF = {"rollout": "rollout", "reward": "reward", "learn": "learner"}
+"""Role that works in a phase."""
 TRAJECTORY_COLUMNS = ("measured at", "error before", "error after", "validation ratio", "outcome")
 _MOST_ROWS = 500
 
@@ -102,11 +105,20 @@ def phase_table(record: RunRecord) -> Table:
     sums["other"] = max(0.0, whole - sum(sums.values()))
     whole, count, reserved = sum(sums.values()), len(record.rows), _reserved(record.config)
     rows = [
-        [phase, duration(seconds), f"{seconds / whole:.0%}", duration(seconds / count), reserved.get(phase, "-")]
+        [
+            phase, duration(seconds), f"{seconds / whole:.0%}", duration(seconds / count), _idle(record, phase),
+            reserved.get(phase, "-"),
+        ]
         for phase, seconds in sums.items()
         if whole
-    ]
+    ]  # fmt: skip
     return PHASE_COLUMNS, rows
+
+
+def _idle(record: RunRecord, phase: str) -> str:
+    """Mean share of an iteration in which the role of a phase had no work."""
+    shares = [share for row in record.rows if (share := row.get(f"idle/{_ROLE_OF.get(phase)}")) is not None]
+    return f"{fmean(shares):.0%}" if shares else "-"
 
 
 def trajectory_table(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -14,10 +14,17 @@ from acpo_dist.models.loading import DTYPES, held_dtype
 from acpo_dist.models.schedulers import SAMPLERS
 from acpo_dist.models.vae import VAE_DTYPES
 from acpo_dist.preflight.plan import phases
+from acpo_dist.preflight.plan.balance import Split, iteration_seconds, splits
 from acpo_dist.preflight.plan.memory import GIB, LearnerState, Memory, learner_state
 from acpo_dist.preflight.plan.networks import new_text_encoders
 from acpo_dist.preflight.plan.rates import Device, device_for
-from acpo_dist.preflight.plan.sharing import needed_gib, replicas_of, reward_devices, rollout_devices
+from acpo_dist.preflight.plan.sharing import (
+    needed_gib,
+    one_process,
+    replicas_of,
+    reward_devices,
+    rollout_devices,
+)
 from acpo_dist.preflight.plan.tracer import Trace
 from acpo_dist.preflight.plan.warnings import warnings_for
 
@@ -38,12 +45,16 @@ class Plan:
     needed_gib: dict[str, float]
     """Peak GiB per device, for the workers of a role that share one, the workers of several roles (`shared`), or the
     process that holds all roles (`all`)."""
+    overlapped: bool = False
+    """Whether rollouts are drawn ahead on devices of their own."""
+    splits: dict[str, Split] = field(default_factory=dict)
+    """Splits of the run's GPUs between the roles; empty in one process and without GPUs."""
     warnings: list[str] = field(default_factory=list)
 
     @property
     def seconds_per_iteration(self) -> float:
-        """Sum of the phases in seconds; the on-policy loop runs them in sequence."""
-        return sum(self.seconds.values())
+        """Seconds of the phases that run in sequence."""
+        return iteration_seconds(self.seconds, overlapped=self.overlapped)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return JSON-compatible data."""
@@ -56,6 +67,7 @@ class Plan:
             "batch": self.batch,
             "seconds_per_iteration": self.seconds_per_iteration,
             "seconds": self.seconds,
+            "splits": {name: split.to_mapping() for name, split in self.splits.items()},
             "teraflops_per_sample": self.teraflops,
             "device": {"name": self.device.name, "memory_gib": self.device.memory_gib, "needed_gib": self.needed_gib},
             "warnings": self.warnings,
@@ -112,8 +124,22 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
             "reward": sum(replicas_of(config).values()),
         },
         teraflops={name: value / 1e12 for name, value in flops.items()},
+        overlapped=config.pipeline.max_staleness > 0 and not one_process(config),
+        splits=_splits(config, seconds),
         warnings=warnings_for(config, architecture, roles, needed, target),
     )  # fmt: skip
+
+
+def _splits(config: Config, seconds: dict[str, float]) -> dict[str, Split]:
+    """Return the splits of a run whose roles have GPUs of their own."""
+    gpus = (config.rollout.gpus_per_worker, config.learner.gpus_per_rank)
+    if one_process(config) or min(gpus) == 0:
+        return {}
+    devices = {
+        "rollout": rollout_devices(config), "reward": max(reward_devices(config).values()),
+        "learner": config.learner.num_ranks,
+    }  # fmt: skip
+    return splits(config, seconds, devices)
 
 
 def count_parameters(setting: phases.Setting) -> dict[str, int]:
@@ -164,6 +190,11 @@ def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, 
     weights, gradients, optimizer = learner_state(state)
     copied = torch.float32 if memory is None else DTYPES[memory.anchor_dtype]
     anchor = copied.itemsize * parameters["network"] if full else 0
+    if config.algorithm.sampling_decay(0) is not None or (
+        config.pipeline.max_staleness and config.algorithm.compares_policies
+    ):
+        # The weights that drew the samples, beside the ones that train.
+        anchor += (2 if state.narrow and learner.zero_stage is not None else 4) * parameters["trainable"]
     # Without an earlier micro-batch the trace allocates the gradients itself.
     extra = traced.learn.peak_bytes if setting.accumulated else max(0.0, traced.learn.peak_bytes - gradients)
     sampling = max(traced.step.peak_bytes, traced.decode.peak_bytes)

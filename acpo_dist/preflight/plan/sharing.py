@@ -68,7 +68,11 @@ def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> d
     context = CONTEXT_GIB if device.memory_gib is not None else 0.0
     if one_process(config):
         held = sum(memory.total - memory.activations for memory in roles.values())
-        return {"all": held + max(memory.activations for memory in roles.values()) + context}
+        working = {name: memory.activations for name, memory in roles.items()}
+        if config.pipeline.max_staleness:
+            # Rollouts are drawn in another thread while the learner works.
+            return {"all": held + working["rollout"] + max(working["learner"], working["reward"]) + context}
+        return {"all": held + max(working.values()) + context}
     workers = _workers(config, {name: memory.total + context for name, memory in roles.items()}, context)
     needed = {name: _fullest(members) for name, members in workers.items()}
     together = _fullest(member for members in workers.values() for member in members)
