@@ -131,15 +131,15 @@ def test_samples_in_flight_are_drawn_again_with_their_recorded_version(ahead):
     assert [again.take(at, at, PhaseClock()).version for at in (4, 5, 6)] == [2, 3, 4]
 
 
-def test_an_error_while_drawing_ahead_reaches_the_driver_with_the_iteration_that_needs_the_samples(ahead):
-    samples, pool = ahead("pipeline.max_staleness=1", "run.iterations=3")
+def test_an_error_while_drawing_ahead_reaches_the_driver_when_it_takes_the_samples(ahead):
+    samples, pool = ahead("pipeline.max_staleness=1", "run.iterations=4")
     samples.take(0, 0, PhaseClock())
-    samples.take(1, 1, PhaseClock())
+    pool.gate.clear()
+    samples.restore({"in_flight": [[3, 0]]})
     pool.score = None
+    pool.gate.set()
     with pytest.raises(TypeError):
-        for iteration in (2, 3):
-            samples.take(iteration, iteration, PhaseClock())
-            pool.drawn.clear()
+        samples.take(3, 1, PhaseClock())
 
 
 def test_closing_ends_a_drawing_after_its_chunk(ahead):
