@@ -249,6 +249,16 @@ def _check_rewards(config: Config) -> None:
                 f"rewards.pool.{name}: no reward or judge has this name.{nearest(name, names)} "
                 f"Known: {', '.join(names)}."
             )
+    if not config.rewards.train and config.data.pairs is None:
+        raise RewardConfigError(
+            f"rewards.train is empty, and `{config.algorithm.type}` learns from rewards: name a metric, as in "
+            "rewards.train=[{type: two_stream}], or train on pairs of a file with data.pairs."
+        )
+    if not names:
+        raise RewardConfigError(
+            "rewards.train and rewards.judges are empty: the rollouts of the run would not be scored. Name a metric in "
+            "rewards.judges, as in rewards.judges=[{type: two_stream}]."
+        )
     conditional = config.model.conditional
     pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):

@@ -144,8 +144,8 @@ RewardPlugin = plugin("reward", REWARDS, MetricConfig)
 class RewardsConfig(Section):
     """Rewards, judges, and how the pool serves them."""
 
-    train: tuple[RewardPlugin, ...] = Field(min_length=1)  # pyright: ignore[reportInvalidTypeForm]
-    """Metrics that drive the update."""
+    train: tuple[RewardPlugin, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
+    """Metrics that drive the update; may be empty with `data.pairs`."""
     judges: tuple[RewardPlugin, ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """Held-out metrics: measured, never optimised."""
     combine: Literal["sum", "mean", "pessimistic"] = "sum"

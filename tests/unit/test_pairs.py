@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from acpo_dist.core.errors import DataError
+from acpo_dist.core.errors import DataError, RewardConfigError
 from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.models.family import trainable_tensors
@@ -138,6 +138,18 @@ def test_a_run_on_pairs_skips_a_broken_image_and_counts_it(tiny, tmp_path):
     assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 4
     assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["drift/rms"] > 0
+
+
+def test_a_run_on_pairs_needs_no_reward(tiny, tmp_path):
+    path, root = pair_file(tmp_path / "pairs.parquet", [{} for _ in range(4)]), tmp_path / "run"
+    config = tiny(
+        "algorithm={type: dpo}", f"data.pairs={path}", "rewards.train=[]", "run.iterations=1", f"run.dir={root}"
+    )
+    drive(config, open_ports, Console(quiet=True))
+    row = read_metrics(root / "metrics.jsonl")[0]
+    assert "judge/strided_judge/mean" in row and not any(name.startswith("reward/two") for name in row)
+    with pytest.raises(RewardConfigError, match=r"rewards\.train is empty"):
+        tiny("rewards.train=[]")
 
 
 def test_rollouts_only_every_few_iterations_train_the_same_weights_on_pairs(tiny, tmp_path):
