@@ -80,7 +80,7 @@ def _roles(seed: int, chosen: random.Random) -> Case:
 def _local(seed: int, chosen: random.Random) -> Case:
     fault = chosen.choice(["SIGKILL", "SIGTERM", "SIGSTOP", "damaged checkpoint"])
     phases = ["iterating", "saving", "export", *(["start"] if fault != "damaged checkpoint" else [])]
-    return Case(seed, "local", [], [_of(chosen, fault, phases), _of(chosen, "SIGKILL", phases)])
+    return Case(seed, "local", [], _in_order([_of(chosen, fault, phases), _of(chosen, "SIGKILL", phases)]))
 
 
 def _of(chosen: random.Random, fault: str, phases: list[str]) -> Injection:
