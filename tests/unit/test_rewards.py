@@ -7,11 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from scipy import ndimage
 from torch import Tensor
 
 import acpo_dist.data.toy
@@ -21,8 +19,6 @@ from acpo_dist.data.toy.world import templates
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.training.toy_models import new_vae
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
-from acpo_dist.rewards.pyiqa_metric import PyiqaMetric
-from acpo_dist.rewards.two_stream import PUBLISHED, TOY, TwoStream, gradient_magnitude
 from acpo_dist.workers.reward.wire import pack, unpack
 from acpo_dist.workers.reward.worker import CHUNK, NonFiniteScoreError, RewardWorker
 
@@ -113,79 +109,6 @@ def images(count: int) -> Tensor:
     """uint8 images of the toy world under noise."""
     clean = templates()[torch.randperm(864, generator=rng(0))[:count]]
     return ((clean + 0.1 * torch.randn(clean.shape, generator=rng(1))).clamp(0, 1) * 255).to(torch.uint8)
-
-
-# TwoStream
-
-
-def test_the_published_size_has_the_published_number_of_parameters():
-    def convolution(before: int, after: int, width: int) -> int:
-        return before * after * width**2 + after
-
-    def stream(channels: int) -> int:
-        layers = [(channels, 32, 7), (32, 64, 5), (64, 128, 3), (128, 256, 3), (256, 9 * 24, 1)]
-        return sum(convolution(*layer) for layer in layers)
-
-    head = convolution(2 * 9 * 24, 512, 1) + convolution(512, 512, 1) + convolution(512, 1, 1)
-    counted = sum(parameter.numel() for parameter in TwoStream(PUBLISHED).parameters())
-    assert counted == stream(3) + stream(1) + head == 1_442_801
-
-
-def test_the_gradient_image_is_sobels_magnitude():
-    images = torch.rand(2, 3, 20, 24, generator=rng(0), dtype=torch.float64)
-    luminance = np.tensordot(images.numpy(), [0.299, 0.587, 0.114], axes=([1], [0]))
-    for found, grey in zip(gradient_magnitude(images)[:, 0], luminance, strict=True):
-        # scipy's "nearest" is the replicated border.
-        slopes = [ndimage.sobel(grey, axis=axis, mode="nearest") / 8 for axis in (0, 1)]
-        # float32 weights of the luminance would show at 1e-8; this is float64.
-        np.testing.assert_allclose(found, np.sqrt(slopes[0] ** 2 + slopes[1] ** 2 + 1e-6), rtol=0, atol=1e-12)
-
-
-def test_the_gradient_image_of_a_flat_image_is_differentiable():
-    flat = torch.full((1, 3, 32, 32), 0.4, requires_grad=True)
-    gradient_magnitude(flat).sum().backward()
-    assert bool(torch.isfinite(flat.grad).all())
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "tops", "lefts", "painted"),
-    [(64, 96, [0, 32], [0, 32, 64], [0, 32, 64]), (32, 44, [0], [0, 12], [0])],
-    ids=["six tiles", "overlap"],
-)
-def test_large_images_score_the_mean_of_their_own_tiles(height: int, width: int, tops, lefts, painted):
-    torch.manual_seed(0)
-    network = TwoStream(TOY).eval().double().requires_grad_(False)
-    images = torch.full((2, 3, height, width), 0.5, dtype=torch.float64)
-    # Flat wherever a tile is cut: then a tile's gradient image is the same alone as within the whole.
-    for top in tops:
-        for left in painted:
-            images[..., top + 4 : top + 28, left + 16 : left + 28] = torch.rand(2, 3, 24, 12, generator=rng(top + left))
-    for image, score in zip(images, network(images), strict=True):
-        alone = network(torch.stack([image[:, top : top + 32, left : left + 32] for top in tops for left in lefts]))
-        assert float(alone.std()) > 0
-        assert float(score) == pytest.approx(float(alone.mean()), abs=1e-12)
-
-
-def test_every_pixel_of_a_image_that_tiles_do_not_fit_counts():
-    torch.manual_seed(0)
-    image = torch.rand(1, 3, 37, 50, generator=rng(0)).requires_grad_(True)
-    TwoStream(TOY).eval()(image).sum().backward()
-    assert bool((image.grad.abs().sum((0, 1)) > 0).all())
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 31, 32), (1, 3, 32, 31), (1, 1, 32, 32), (3, 32, 32)])
-def test_images_below_one_tile_or_without_three_channels_are_refused(shape: tuple):
-    with pytest.raises(ValueError, match="RGB images of at least 32 x 32"):
-        TwoStream(TOY)(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("size", [PUBLISHED, TOY], ids=["published", "toy"])
-def test_every_parameter_gets_a_gradient(size):
-    torch.manual_seed(0)
-    network = TwoStream(size).eval()
-    network(torch.rand(4, 3, 32, 32, generator=rng(0))).sum().backward()
-    without = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
-    assert without == []
 
 
 # The worker's gradient
@@ -369,59 +292,3 @@ def test_a_file_that_holds_other_weights_is_refused(tmp_path: Path):
     for path in (tmp_path / "garbage.safetensors", other):
         with pytest.raises(RewardConfigError, match="does not hold weights for `two_stream`"):
             TwoStreamMetric(TwoStreamMetric.Config(weights=str(path)))
-
-
-# pyiqa
-
-
-@pytest.mark.parametrize("name", ["piqe", "entropy", "niqe", "ilniqe", "brisque", "nrqm", "pi", "qalign"])
-def test_metrics_of_pyiqa_without_a_usable_gradient_cannot_drive_an_update(name: str):
-    assert not PyiqaMetric.Config(metric=name).differentiable
-
-
-@pytest.mark.parametrize("name", ["musiq", "maniqa", "cnniqa", "dbcnn", "topiq_nr", "clipiqa+", "hyperiqa"])
-def test_metrics_of_pyiqa_with_a_gradient_can(name: str):
-    assert PyiqaMetric.Config(metric=name).differentiable
-
-
-def test_a_misspelt_metric_of_pyiqa_is_refused_with_a_suggestion():
-    with pytest.raises(RewardConfigError, match=r"`musik`.*Did you mean `musiq`"):
-        PyiqaMetric(PyiqaMetric.Config(metric="musik"))
-
-
-def known_to_the_table(name: str) -> bool:
-    reason = PyiqaMetric.Config(metric=name).unusable()
-    return reason is None or "pyiqa has no" not in reason
-
-
-@needs_pyiqa
-def test_the_table_agrees_with_pyiqa_on_names_and_directions():
-    from pyiqa.default_model_configs import DEFAULT_CONFIGS
-
-    no_reference = {name: entry for name, entry in DEFAULT_CONFIGS.items() if entry["metric_mode"] == "NR"}
-    listed = [name for name in DEFAULT_CONFIGS if known_to_the_table(name)]
-    assert len(listed) > 50 and set(listed) <= set(no_reference)
-    wanted = {name: -1 if no_reference[name].get("lower_better", False) else 1 for name in listed}
-    assert {name: PyiqaMetric.Config(metric=name).direction for name in listed} == wanted
-
-
-@needs_pyiqa
-@pytest.mark.parametrize("name", ["piqe", "entropy"])
-def test_metrics_of_pyiqa_that_need_no_download_score_one_image_like_four(name: str):
-    served, images_BCHW = worker(PyiqaMetric.Config(metric=name)), images(4)
-    together = served.score(images_BCHW, [""] * 4)
-    alone = [served.score(images_BCHW[i : i + 1], [""])[0] for i in range(4)]
-    assert len(set(together)) > 1
-    # Sums of float32 over 1024 pixels, of scores up to 100.
-    assert together == pytest.approx(alone, abs=1e-3)
-
-
-@needs_pyiqa
-@pytest.mark.parametrize("name", ["piqe", "entropy"])
-def test_metrics_listed_without_a_gradient_have_none(name: str):
-    import pyiqa
-
-    metric = pyiqa.create_metric(name, as_loss=True, loss_reduction="none")
-    images_BCHW = (images(2).float() / 255).requires_grad_(True)
-    score = metric(images_BCHW).sum()
-    assert not score.requires_grad or not torch.autograd.grad(score, images_BCHW)[0].any()

@@ -1,4 +1,5 @@
-import io
+"""The MLflow tracker: no record is lost, and training never waits; several trackers are independent."""
+
 import json
 import logging
 import math
@@ -8,19 +9,14 @@ import socket
 import threading
 
 import pytest
-import rich.console
-import torch
 from PIL import Image
 
 from acpo_dist.tracking import mlflow_tracker
 from acpo_dist.tracking.composite import CompositeTracker
-from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.images import GAP, save_curves, save_grid
-from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
+from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
 from acpo_dist.tracking.mlflow_records import flatten, legal_name
 from acpo_dist.tracking.mlflow_run import RunFacts, make_sqlite, open_run, shown_uri, sqlite_file
 from acpo_dist.tracking.mlflow_tracker import MlflowTracker, default_uri
-from acpo_dist.tracking.spool import Spool
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -98,110 +94,6 @@ def history(run_dir, run_id, key):
 def waiting(run_dir):
     path = run_dir / "mlflow" / "pending.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-# metrics.jsonl
-
-
-def test_every_iteration_is_one_line_on_disk_at_once(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    tracker = JsonlTracker(path)
-    tracker.log_metrics(0, {"drift/rms": 0.5, "sync/version": 1})
-    tracker.log_metrics(1, {"drift/rms": torch.tensor(0.25)})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"iteration": 0, "drift/rms": 0.5, "sync/version": 1},
-        {"iteration": 1, "drift/rms": 0.25},
-    ]
-    tracker.close("FINISHED")
-    tracker.close("FINISHED")
-
-
-def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path, caplog):
-    path = tmp_path / "metrics.jsonl"
-    JsonlTracker(path).log_metrics(7, {"loss": math.nan, "grad": -math.inf, "fine": 1.0})
-    row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
-    assert row == {"iteration": 7, "loss": None, "grad": None, "fine": 1.0}
-    assert "iteration 7" in caplog.text and "loss=nan" in caplog.text and "grad=-inf" in caplog.text
-    assert "fine=" not in caplog.text
-
-
-def test_a_torn_last_line_is_left_out_when_reading_and_logged(tmp_path, caplog):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 0, "a": 1.0}\n{"iteration": 1, "a": 0.')
-    assert read_metrics(path) == [{"iteration": 0, "a": 1.0}]
-    assert "line 2 is torn" in caplog.text
-
-
-def test_a_line_written_after_a_torn_one_is_whole(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 0}\n{"iterat')
-    JsonlTracker(path).log_metrics(1, {})
-    assert path.read_text() == '{"iteration": 0}\n{"iteration": 1}\n'
-
-
-def test_a_last_line_that_lacks_only_its_newline_is_kept(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 0}')
-    JsonlTracker(path).log_metrics(1, {})
-    assert [row["iteration"] for row in read_metrics(path)] == [0, 1]
-
-
-def test_resuming_forgets_the_resume_point_and_what_follows(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"iteration": {i}, "a": 0.1}}\n' for i in range(5)) + '{"iteration": 5, "a"')
-    assert truncate_after(path, 3) == 2
-    assert path.read_text() == "".join(f'{{"iteration": {i}, "a": 0.1}}\n' for i in range(3))
-    assert [child.name for child in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert truncate_after(tmp_path / "absent.jsonl", 3) == 0
-
-
-def test_a_line_that_could_not_be_forced_to_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    tracker = JsonlTracker(path)
-    tracker.log_metrics(0, {})
-
-    def full(descriptor):
-        raise OSError(28, "no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space"):
-            tracker.log_metrics(1, {})
-    tracker.log_metrics(2, {})
-    assert [row["iteration"] for row in read_metrics(path)] == [0, 2]
-
-
-# spool
-
-
-def test_a_failing_lane_of_the_spool_keeps_its_records_in_order_and_holds_nobody_back(tmp_path):
-    spool = Spool(tmp_path / "pending.jsonl")
-    for number in range(6):
-        spool.append({"lane": "odd" if number % 2 else "even", "number": number})
-    sent = []
-
-    def send(record):
-        if record["number"] == 3:
-            raise OSError("down")
-        if record["number"] == 0:
-            spool.append({"lane": "even", "number": 6})
-        sent.append(record["number"])
-
-    errors = spool.drain(send, lambda record: record["lane"])
-    assert sent == [0, 1, 2, 4] and [str(error) for error in errors] == ["down"]
-    assert [json.loads(line)["number"] for line in spool.path.read_text().splitlines()] == [3, 5, 6]
-    assert spool.drain(lambda record: None, lambda record: "all") == []
-    assert not spool.path.exists()
-
-
-def test_a_spool_torn_by_a_crash_keeps_its_whole_records(tmp_path):
-    path = tmp_path / "pending.jsonl"
-    path.write_text('{"number": 0}\n{"num')
-    spool = Spool(path)
-    spool.append({"number": 1})
-    seen = []
-    spool.drain(seen.append, lambda record: "all")
-    assert seen == [{"number": 0}, {"number": 1}]
 
 
 # MLflow
@@ -422,130 +314,3 @@ def test_an_interrupt_passes_through_the_composite():
 
     with pytest.raises(KeyboardInterrupt):
         CompositeTracker([Interrupted()]).log_metrics(0, {})
-
-
-# Console
-
-
-def console_on(stream, **options):
-    return Console(rich_console=rich.console.Console(file=stream, **options))
-
-
-def test_the_line_of_an_iteration_shows_the_chosen_figures_on_stderr_only(capsys):
-    metrics = {"time/iteration": 12.345, "reward/musiq/mean": 0.123456, "reward/musiq/std": 9.0, "drift/rms": math.nan}
-    Console().iteration(7, 100, metrics | {"judge/nr/mean": 2e-7, "learner/loss": 1.0})
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err == (
-        "iteration   7/100  reward/musiq/mean 0.1235  judge/nr/mean 2e-07  drift/rms nan  time/iteration 12.3 s\n"
-    )
-
-
-def test_without_a_terminal_a_phase_shows_nothing():
-    stream = io.StringIO()
-    with console_on(stream).phase("rollout", 4) as advance:
-        advance(4)
-    assert stream.getvalue() == ""
-
-
-def test_on_a_terminal_a_phase_shows_count_and_name_and_survives_nesting_and_errors():
-    stream = io.StringIO()
-    console = console_on(stream, force_terminal=True, width=100)
-    with pytest.raises(RuntimeError, match="boom"), console.phase("rollout", 4) as advance:
-        with console.phase("decode", None) as inner:
-            inner(1)
-        advance(3)
-        console.message("[not markup]")
-        raise RuntimeError("boom")
-    with console.phase("learn", 2) as advance:
-        advance(2)
-    shown = stream.getvalue()
-    assert "rollout" in shown and "decode" in shown and "3/4" in shown and "2/2" in shown and "[not markup]" in shown
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 2, "the cursor is hidden and shown again"
-
-
-def test_a_table_shows_every_cell_whole_and_checks_its_rows():
-    stream = io.StringIO()
-    console = console_on(stream, width=200)
-    console.table("checks", ["what", "found"], [["folder", "/a" * 40], ["ratio", 0.123456]])
-    assert "/a" * 40 in stream.getvalue() and "0.1235" in stream.getvalue()
-    with pytest.raises(ValueError, match="2 columns, but a row with 1"):
-        console.table("checks", ["what", "found"], [["folder"]])
-
-
-def test_a_table_that_nobody_watches_has_one_line_per_row_however_narrow():
-    stream = io.StringIO()
-    console_on(stream, width=40).table("t", [f"column {i}" for i in range(12)], [[-0.0123456] * 12, [1234.5] * 12])
-    lines = stream.getvalue().splitlines()
-    assert any(line.count("-0.01235") == 12 for line in lines) and any(line.count("1234") == 12 for line in lines)
-
-
-def test_a_quiet_console_says_nothing(capsys):
-    console = Console(quiet=True)
-    console.message("x")
-    console.table("t", ["a"], [["b"]])
-    console.iteration(0, 1, {"drift/rms": 1.0})
-    with console.phase("rollout", 1) as advance:
-        advance(1)
-    assert capsys.readouterr() == ("", "")
-
-
-# Images
-
-
-def test_a_grid_has_gaps_and_enlarges_small_images_pixel_by_pixel(tmp_path):
-    images = torch.randint(0, 256, (5, 3, 16, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    save_grid(images, tmp_path / "new" / "grid.png", 3)
-    with Image.open(tmp_path / "new" / "grid.png") as grid:
-        assert grid.size == (3 * 128 + 2 * GAP, 2 * 64 + GAP)
-        assert grid.getpixel((128, 0)) == (255, 255, 255)
-        x, y = 128 + GAP + 4 * 31 + 3, 64 + GAP + 4 * 15 + 3
-        assert grid.getpixel((x, y)) == tuple(images[4, :, 15, 31].tolist())
-
-
-@pytest.mark.parametrize(
-    ("shape", "columns", "scale", "size"),
-    [
-        ((2, 3, 100, 64), 8, None, (2 * 64 + GAP, 100)),
-        ((1, 1, 8, 8), 1, 3, (24, 24)),
-        ((1, 3, 48, 48), 1, None, (96, 96)),
-    ],
-    ids=["large enough, fewer than columns", "grey, given scale", "scale is whole"],
-)
-def test_a_grid_has_the_size_of_its_images(tmp_path, shape, columns, scale, size):
-    save_grid(torch.zeros(shape, dtype=torch.uint8), tmp_path / "grid.png", columns, scale=scale)
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == size
-
-
-def test_labels_and_title_are_drawn_beside_the_images(tmp_path):
-    images = torch.zeros((4, 3, 64, 64), dtype=torch.uint8)
-    save_grid(images, tmp_path / "grid.png", 2, labels=["base", "iteration 100"], title="a red square")
-    with Image.open(tmp_path / "grid.png") as grid:
-        width, height = grid.size
-        left, top = width - (2 * 64 + GAP), height - (2 * 64 + GAP)
-        assert left > 60 and top > 15
-        for box in [(0, top, left, top + 64), (0, top + 64 + GAP, left, height), (0, 0, width, top)]:
-            assert grid.crop(box).convert("L").getextrema()[0] < 128, "there is ink"
-        assert grid.crop((left, top, left + 64, top + 64)).convert("L").getextrema() == (0, 0)
-
-
-def test_a_grid_refuses_what_it_cannot_show(tmp_path):
-    images = torch.zeros((4, 3, 8, 8), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="make 2 rows, but there are 3 labels"):
-        save_grid(images, tmp_path / "x.png", 2, labels=["a", "b", "c"])
-    with pytest.raises(ValueError, match=r"uint8 .* found torch.float32"):
-        save_grid(images.float(), tmp_path / "x.png", 2)
-    with pytest.raises(ValueError, match="needs at least one image"):
-        save_grid(images[:0], tmp_path / "x.png", 2)
-
-
-def test_curves_are_drawn_with_gaps_and_without_unknown_names(tmp_path):
-    rows = [{"iteration": i, "a": i / 3, "b": None if i == 2 else 1.0} for i in range(5)] + [{"iteration": 5}]
-    panels = {"both": ["a", "b", "unknown"], "empty": ["unknown"], "third": ["a"]}
-    save_curves(rows, panels, tmp_path / "new" / "curves.png")
-    with Image.open(tmp_path / "new" / "curves.png") as image:
-        assert image.size == (2 * 768, 2 * 432)
-        assert len(set(image.convert("RGB").reduce(2).get_flattened_data())) > 10
-    with pytest.raises(ValueError, match="at least one panel"):
-        save_curves(rows, {}, tmp_path / "x.png")
