@@ -33,7 +33,7 @@ def check_images(images: Tensor, *, name: str, minimum: int = 1) -> None:
     low, high = images.detach().aminmax()
     if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = int((~torch.isfinite(images.detach()).flatten(1).all(1)).sum())
-        raise RewardError(f"`{name}`: {bad} of {len(images)} images contain non-finite values")
+        raise RewardError(f"`{name}`: {bad} of {len(images)} images are not finite")
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise RewardError(f"`{name}` takes images in [0, 1], found values from {low:.4g} to {high:.4g}")
 

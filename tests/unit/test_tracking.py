@@ -151,7 +151,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_replaced_by_a_new_one(run_dir, capl
     second.close("FINISHED")
     assert second.run_id != first.run_id
     assert (run_dir / "mlflow" / "run_id").read_text() == second.run_id
-    assert f"MLflow run {first.run_id} is not in" in caplog.text
+    assert f"MLflow run {first.run_id} no longer exists" in caplog.text
 
 
 def test_an_experiment_that_another_process_makes_in_the_same_moment_is_shared(run_dir):
@@ -250,7 +250,7 @@ def test_a_image_that_mlflow_cannot_take_does_not_hold_back_the_figures(run_dir,
     tracker.close("FINISHED")
     assert history(run_dir, tracker.run_id, "a") == [(0, 1.0)]
     assert [record["path"] for record in waiting(run_dir)] == [str(image)]
-    assert "gone.png is gone" in caplog.text and "1 records for MLflow were dropped" in caplog.text
+    assert "gone.png is missing" in caplog.text and "1 records for MLflow were dropped" in caplog.text
 
 
 def test_the_default_store_lies_beside_the_run_folder_unless_the_environment_names_one(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def _wire(tensors: Mapping[str, Tensor]) -> WireTensor:
     if exponent.dtype != torch.int16 or exponent.shape != data.shape[:1]:
         raise BodyError(f"`exponent` must be int16 of shape ({len(data)},), found {_describe(exponent)}")
     if not bool(torch.isfinite(data).all()):
-        raise BodyError("`data` contains non-finite numbers")
+        raise BodyError("`data` is not finite")
     return WireTensor(data.numpy(), exponent.numpy())
 
 
