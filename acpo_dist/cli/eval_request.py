@@ -7,11 +7,19 @@ from typing import Any
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
+from acpo_dist.data.captions import CAPTION_COLUMNS
+from acpo_dist.data.images import holds_images
 from acpo_dist.evaluation.suites.evaluate import Request
-from acpo_dist.evaluation.suites.images import holds_images
 from acpo_dist.evaluation.suites.judges import check_names, judge_sections
 from acpo_dist.evaluation.suites.set_metrics import open_extractor
-from acpo_dist.evaluation.suites.subject import BASE, ModelSubject, open_comparison, open_images, open_model
+from acpo_dist.evaluation.suites.subject import (
+    BASE,
+    ImageSubject,
+    ModelSubject,
+    open_comparison,
+    open_images,
+    open_model,
+)
 from acpo_dist.evaluation.suites.suite import UNCONDITIONAL, load_suite
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.training.run_folder import RESOLVED
@@ -97,8 +105,8 @@ def _images(options: Options, common: dict[str, Any]) -> tuple[Request, Config]:
     if options.suite is not None:
         suite = load_suite(options.suite, prompt_column=options.prompt_column, category_column=options.category_column)
     request = Request(
-        subject=open_images(options.source), suite=suite, sections=judge_sections(options.judges),
-        comparison=open_images(options.compare) if options.compare is not None else None, **common,
+        subject=_images_of(options, options.source), suite=suite, sections=judge_sections(options.judges),
+        comparison=_images_of(options, options.compare) if options.compare is not None else None, **common,
     )  # fmt: skip
     # Only its placement is used, and only on Ray: no model is loaded.
     return request, load_config("toy_sdxl", options.overrides)
@@ -115,6 +123,11 @@ def _judges(options: Options, subject: ModelSubject) -> tuple[tuple[Any, ...], f
     sections = (*rewards.judges, *rewards.train)
     check_names(sections)
     return sections, trained_on
+
+
+def _images_of(options: Options, source: str) -> ImageSubject:
+    columns = dict.fromkeys((options.prompt_column, *CAPTION_COLUMNS))
+    return open_images(source, image_column=options.image_column, caption_columns=tuple(columns))
 
 
 def _is_model(path: Path) -> bool:

@@ -118,8 +118,8 @@ def _batches(
     """Yield consecutive images of one size, at most `size`, fewer of large ones; undecodable ones are recorded."""
     from itertools import islice
 
+    from acpo_dist.data.decoding import at_once
     from acpo_dist.data.images import read_images
-    from acpo_dist.evaluation.suites.images import at_once
 
     batch: list[tuple[str, Any]] = []
     for name, image in islice(read_images(paths, column=column, skip=skipped.append), limit):

@@ -1,6 +1,7 @@
 """Decode one encoded image to 8-bit RGB."""
 
 import struct
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from acpo_dist.core.errors import DataError
+from acpo_dist.core.errors import DataError, shorten
+from acpo_dist.core.sizes import Size
 
 _ORIENTATION = 0x0112
+_PIXELS_AT_ONCE = 16 * 1024 * 1024
+"""Maximum number of pixels of stacked images: 200 MB as float32, not counting the activations of a network."""
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """Exceptions that Pillow raises on damaged files of its various formats."""
 
@@ -53,8 +57,8 @@ def decode(source: Path | bytes | None) -> Image.Image:
     Raises:
         One of `UNDECODABLE`.
     """
-    if source is None:
-        raise ValueError("the row is empty")
+    if source is None or source == b"":
+        raise ValueError("it is empty")
     with Image.open(source if isinstance(source, Path) else BytesIO(source)) as image:
         require_few_pixels(image)
         image.load()
@@ -64,26 +68,77 @@ def decode(source: Path | bytes | None) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def fit(image: Image.Image, size: int | None) -> np.ndarray:
-    """Convert an image to uint8 (3, H, W); with `size`, its central square is cropped and resized."""
-    if size is not None and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), Image.Resampling.BICUBIC)
+def decode_named(source: Path | bytes | None | Callable[[], Path | bytes | None], name: str) -> Tensor:
+    """Decode an image as in `decode`.
+
+    Args:
+        source: as in `decode`, or a function that returns it and raises one of `UNDECODABLE`.
+        name: name of the image in the message.
+
+    Returns:
+        uint8 RGB (3, H, W).
+
+    Raises:
+        DataError: the image cannot be decoded.
+    """
+    try:
+        pixels = np.asarray(decode(source() if callable(source) else source))
+    except UNDECODABLE as error:
+        raise DataError(f"{name} cannot be read as an image: {shorten(str(error), 300)}") from error
+    # The copy is required because Pillow's buffer is read-only.
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def encode_png(image: Tensor) -> bytes:
+    """Encode a uint8 RGB image (3, H, W) as PNG; equal images give equal bytes."""
+    buffer = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def at_once(image: Tensor, most: int) -> int:
+    """Return the number of images of this size, (3, H, W), to stack: `most`, or fewer if memory is short."""
+    return max(1, min(most, _PIXELS_AT_ONCE // (image.shape[1] * image.shape[2])))
+
+
+def fit(image: Image.Image, size: int | Size | None) -> np.ndarray:
+    """Convert an image to uint8 (3, H, W).
+
+    Args:
+        image: the image.
+        size: (width, height), or the side of a square: the largest central part of this aspect ratio is cropped and
+            resized to it. None keeps the image.
+    """
+    wanted = (size, size) if isinstance(size, int) else size
+    if wanted is not None and image.size != wanted:
+        image = image.crop(central_box(image.size, wanted))
+        if image.size != wanted:
+            image = image.resize(wanted, Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
-def decode_square(encoded: bytes | None, size: int) -> Tensor:
-    """Decode one image, crop its central square and resize it.
+def central_box(size: Size, wanted: Size) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) of the largest central part of an image with the aspect ratio of `wanted`.
+
+    Args:
+        size: (width, height) of the image.
+        wanted: (width, height) of which the ratio counts.
+    """
+    width = min(size[0], max(1, round(size[1] * wanted[0] / wanted[1])))
+    height = min(size[1], max(1, round(size[0] * wanted[1] / wanted[0])))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def decode_fitted(encoded: bytes | None, size: int | Size) -> Tensor:
+    """Decode one image, crop and resize it as in `fit`.
 
     Args:
         encoded: encoded bytes.
-        size: side in pixels.
+        size: (width, height), or the side of a square.
 
     Returns:
-        RGB (3, size, size), float32 in [0, 1].
+        RGB (3, height, width), float32 in [0, 1].
 
     Raises:
         DataError: the image cannot be decoded.

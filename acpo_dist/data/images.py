@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acpo_dist.core.errors import DataError, shorten
-from acpo_dist.data.decoding import UNDECODABLE, decode, fit, require_small
+from acpo_dist.core.errors import DataError
+from acpo_dist.core.sizes import Size
+from acpo_dist.data.decoding import UNDECODABLE, decode, decode_named, fit, require_small
 from acpo_dist.data.folders import files_below
 from acpo_dist.data.parquet_images import encoded_rows, open_parquet
 
@@ -55,7 +56,7 @@ class ImageSet:
         return self.tensor[torch.as_tensor(indices, dtype=torch.long)].float() / 255
 
 
-def load_images(path: Path, column: str, max_images: int | None = None, size: int | None = None) -> ImageSet:
+def load_images(path: Path, column: str, max_images: int | None = None, size: int | Size | None = None) -> ImageSet:
     """Decode the images of a parquet file, a folder (of images or of parquet files), a zip archive or an image file.
 
     Args:
@@ -63,7 +64,7 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
         column: column of parquet files with the encoded image, as bytes or as a struct with the fields `bytes` and
             `path`.
         max_images: maximum number of images: the first rows of a parquet file, or files spread evenly over a folder.
-        size: side in pixels; images of another size are cropped to their central square and resized.
+        size: (width, height), or the side of a square; images of another size are cropped and resized as in `fit`.
 
     Returns:
         The images.
@@ -72,7 +73,7 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
         DataError: the file is missing or no parquet file; the column is absent, of the wrong type or empty; a row
             cannot be decoded; or, without `size`, the images differ in size.
     """
-    if not _is_parquet(path):
+    if not is_parquet(path):
         images = real_images(path, column=column, size=size, most=max_images)
         sizes = {tuple(image.shape[1:]) for image in images}
         if len(sizes) > 1:
@@ -133,7 +134,7 @@ def read_images(
     """
     files: dict[str, Path] = {}
     for path in paths:
-        for file in _expand(Path(path), column):
+        for file in expand(Path(path), column):
             files.setdefault(os.path.abspath(file), file)
     return itertools.chain.from_iterable(_read_one(file, column, skip) for file in files.values())
 
@@ -159,26 +160,36 @@ def expand_globs(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def holds_images(path: Path) -> bool:
+    """Return whether a path is an image, a parquet file, a zip archive, or a folder with one of them at any depth."""
+    known = IMAGE_SUFFIXES | PARQUET_SUFFIXES | ARCHIVE_SUFFIXES
+    if path.is_file():
+        return path.suffix.lower() in known
+    return path.is_dir() and any(file.suffix.lower() in known for file in files_below(path))
+
+
 def count_images(paths: Sequence[Path], *, column: str = "image") -> int:
     """Count the images that `read_images` will try to decode.
 
     Raises:
         DataError: as `read_images`.
     """
-    files = {os.path.abspath(file): file for path in paths for file in _expand(Path(path), column)}.values()
+    files = {os.path.abspath(file): file for path in paths for file in expand(Path(path), column)}.values()
     return sum(
-        pq.read_metadata(file).num_rows if _is_parquet(file) else len(_archived(file)) if _is_archive(file) else 1
+        pq.read_metadata(file).num_rows if is_parquet(file) else len(archived_images(file)) if is_archive(file) else 1
         for file in files
     )
 
 
-def real_images(path: Path, *, column: str = "image", size: int | None = None, most: int | None = None) -> list[Tensor]:
+def real_images(
+    path: Path, *, column: str = "image", size: int | Size | None = None, most: int | None = None
+) -> list[Tensor]:
     """Read the images of a file, a folder or a parquet file into memory.
 
     Args:
         path: file or folder.
         column: image column of a parquet file.
-        size: side in pixels, as in `load_images`; None keeps the size of each image.
+        size: as in `load_images`; None keeps the size of each image.
         most: maximum number of images: spread evenly over the sorted files of a folder, or the first rows of a parquet
             file.
 
@@ -188,7 +199,7 @@ def real_images(path: Path, *, column: str = "image", size: int | None = None, m
     Raises:
         DataError: the path is missing or holds no image, or an image cannot be decoded.
     """
-    paths = _expand(path, column)
+    paths = expand(path, column)
     if most is not None and len(paths) > most:
         paths = [paths[index * len(paths) // most] for index in range(most)]
     found = [image for _, image in itertools.islice(read_images(paths, column=column), most)]
@@ -202,12 +213,21 @@ def real_images(path: Path, *, column: str = "image", size: int | None = None, m
     ]
 
 
-def _expand(path: Path, column: str) -> list[Path]:
+def expand(path: Path, column: str) -> list[Path]:
+    """Return the image files, parquet files or archives of a path, sorted.
+
+    Args:
+        path: a file, which is returned, or a folder, searched at every depth.
+        column: image column of parquet files.
+
+    Raises:
+        DataError: the path is missing, a folder holds no image, or a parquet file lacks the column.
+    """
     if path.is_dir():
         return _images_below(path, column)
     if not path.is_file():
         raise DataError(f"no such file or folder: {path}")
-    if _is_parquet(path):
+    if is_parquet(path):
         open_parquet(path, column).close()
     return [path]
 
@@ -224,7 +244,7 @@ def _images_below(folder: Path, column: str) -> list[Path]:
             f"{folder} holds no image: {len(files)} files, none ending in {', '.join(sorted(IMAGE_SUFFIXES))}, "
             ".parquet or .zip."
         )
-    if _is_parquet(found[0]):
+    if is_parquet(found[0]):
         open_parquet(found[0], column).close()
     report_skipped(folder, [str(file.relative_to(folder)) for file in set(files) - set(found)])
     return found
@@ -246,7 +266,7 @@ def report_skipped(place: Path, names: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _archived(path: Path) -> list[str]:
+def archived_images(path: Path) -> list[str]:
     """Return the sorted names of the images in a zip archive.
 
     Raises:
@@ -266,14 +286,14 @@ def _archived(path: Path) -> list[str]:
 
 
 def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> Iterator[tuple[str, Tensor]]:
-    if _is_archive(path):
-        names = _archived(path)
+    if is_archive(path):
+        names = archived_images(path)
         with zipfile.ZipFile(path) as archive:
             for name in names:
                 entry = partial(_unpack, archive, name)
                 yield from _decode_or_skip(entry, f"{path}#{name}", f"{path}, entry {name}", skip)
         return
-    if not _is_parquet(path):
+    if not is_parquet(path):
         yield from _decode_or_skip(lambda: path, str(path), str(path), skip)
         return
     with open_parquet(path, column) as file:
@@ -288,7 +308,7 @@ def _decode_or_skip(
 ) -> Iterator[tuple[str, Tensor]]:
     # A generator that raises is finished, so continuing after the error would skip the remaining rows.
     try:
-        image = _decode_named(source, where)
+        image = decode_named(source, where)
     except DataError as error:
         if skip is None:
             raise
@@ -297,7 +317,7 @@ def _decode_or_skip(
     yield name, image
 
 
-def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+def unpack(archive: zipfile.ZipFile, name: str) -> bytes:
     """Read an entry of an archive.
 
     Raises:
@@ -310,22 +330,15 @@ def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
         raise ValueError(f"damaged or encrypted: {error}") from error
 
 
-def _decode_named(source: Callable[[], Path | bytes | None], name: str) -> Tensor:
-    try:
-        pixels = np.asarray(decode(source()))
-    except UNDECODABLE as error:
-        raise DataError(f"{name} cannot be read as an image: {shorten(str(error), 300)}") from error
-    # The copy is required because Pillow's buffer is read-only.
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
-
-
 def _size_text(image: np.ndarray) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive, by its suffix."""
     return path.suffix.lower() in ARCHIVE_SUFFIXES
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
+    """Return whether a file is a parquet file, by its suffix."""
     return path.suffix.lower() in PARQUET_SUFFIXES

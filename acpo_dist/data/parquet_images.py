@@ -1,6 +1,6 @@
 """Encoded images in a column of a parquet file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,28 @@ def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[byte
     Raises:
         DataError: the file is damaged.
     """
-    require_honest(file, path, column)
+    for row in parquet_rows(file, path, [column]):
+        yield encoded_cell(row[column], path)
+
+
+def parquet_rows(file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Read rows as dictionaries; dictionary-encoded columns hold their values.
+
+    Args:
+        file: open parquet file.
+        path: its path.
+        columns: columns to read.
+
+    Raises:
+        DataError: the file is damaged, or a row group unpacks to many times its size.
+    """
+    for column in columns:
+        require_honest(file, path, column)
     try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
-            for value in batch.column(0):
-                yield _encoded(value.as_py(), path)
+        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+            # Value by value: a batch of decoded rows would hold its images twice.
+            for cells in zip(*(batch.column(column) for column in columns), strict=True):
+                yield {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged: {shorten(str(error))}") from error
 
@@ -97,11 +114,16 @@ def require_honest(file: pq.ParquetFile, path: Path, column: str) -> None:
                 )
 
 
-def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
-    """Return the content of a cell; a struct without bytes names a file relative to the parquet file."""
+def encoded_cell(value: Any, parquet: Path) -> bytes | Path | None:
+    """Return the content of a cell; a struct without bytes names a file relative to the parquet file.
+
+    Raises:
+        DataError: the named file is outside the folder of the parquet file.
+    """
     if not isinstance(value, dict):
         return value
-    if value["bytes"] is None and value.get("path"):
+    content = value.get("bytes")
+    if not content and value.get("path"):
         root = parquet.parent.resolve()
         if not (root / value["path"]).resolve().is_relative_to(root):
             raise DataError(
@@ -109,4 +131,4 @@ def _encoded(value: Any, parquet: Path) -> bytes | Path | None:
                 "the images beside it, or write their bytes into the rows."
             )
         return parquet.parent / value["path"]
-    return value["bytes"]
+    return content

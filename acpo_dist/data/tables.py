@@ -4,7 +4,7 @@ import codecs
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +50,28 @@ class Table:
         Raises:
             DataError: the column does not exist.
         """
-        folded = [name.casefold() for name in self.header]
-        if column in self.header:
-            return self.header.index(column)
-        if column.casefold() not in folded:
-            raise DataError(
-                f"{_prefix(key)}{self.path} has no column `{column}`. Columns found: {', '.join(self.header)}."
-            )
-        return folded.index(column.casefold())
+        return self.header.index(find_column(self.header, column, f"{_prefix(key)}{self.path}"))
 
     def records(self) -> Iterator[dict[str, str]]:
         """Return the rows as dictionaries by column name."""
         return (dict(zip(self.header, row.cells, strict=True)) for row in self.rows)
+
+
+def find_column(names: Sequence[str], column: str, where: str) -> str:
+    """Find a column, ignoring case; an exact match takes precedence.
+
+    Args:
+        names: existing columns.
+        column: name of the column.
+        where: name of the file, for the message.
+
+    Raises:
+        DataError: the column does not exist.
+    """
+    found = column if column in names else next((n for n in names if n.casefold() == column.casefold()), None)
+    if found is None:
+        raise DataError(f"{where} has no column `{column}`. Columns found: {', '.join(names)}.")
+    return found
 
 
 def read_text(path: Path, key: str = "") -> str:
@@ -83,6 +93,19 @@ def read_text(path: Path, key: str = "") -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{_prefix(key)}{path} cannot be read: {error.strerror or error}") from error
+    return decode_text(raw, f"{_prefix(key)}{path}")
+
+
+def decode_text(raw: bytes, where: str) -> str:
+    """Decode UTF-8, UTF-16 or UTF-32 text and remove its BOM.
+
+    Args:
+        raw: the bytes.
+        where: name of the file, for messages.
+
+    Raises:
+        DataError: another encoding.
+    """
     encoding = next((name for mark, name in _BOMS if raw.startswith(mark)), None)
     if encoding is None:
         even, odd = raw[0::2].count(0), raw[1::2].count(0)
@@ -91,7 +114,7 @@ def read_text(path: Path, key: str = "") -> str:
         return raw.decode(encoding)
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{_prefix(key)}{path} cannot be read: it is neither UTF-8 nor UTF-16 text ({error}). Save it as UTF-8."
+            f"{where} cannot be read: it is neither UTF-8 nor UTF-16 text ({error}). Save it as UTF-8."
         ) from error
 
 

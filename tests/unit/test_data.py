@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.decoding import decode_named
+from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.folders import files_below
 from acpo_dist.data.images import count_images, load_images, read_images
 from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.data.toy.world import captions
-from acpo_dist.evaluation.suites.images import count_image_files, decode, read_image_files
 from tests.helpers.data import DATA
 
 
@@ -475,7 +476,7 @@ def test_images_are_turned_as_their_exif_orientation_says(tmp_path):
     ]  # fmt: skip
     for path, scene, (_, image) in zip(paths, scenes, read_images(paths), strict=True):
         assert np.array_equal(image.permute(1, 2, 0), scene), path.name
-        assert torch.equal(decode(path.read_bytes(), path.name), image)
+        assert torch.equal(decode_named(path.read_bytes(), path.name), image)
     exif[0x0112] = 6
     Image.fromarray(noise).save(tmp_path / "damaged.jpg", exif=exif, quality=95)
     broken = (tmp_path / "damaged.jpg").read_bytes().replace(b"Exif\0\0MM", b"Exif\0\0XX")
@@ -495,7 +496,7 @@ def test_linked_folders_are_searched_and_no_folder_is_entered_twice(tmp_path):
     (elsewhere / "loop").symlink_to(folder)
     names = [str(file.relative_to(folder)) for file in files_below(folder)]
     assert names == ["1.png", "more/deep/3.png", "z/2.png"]
-    assert count_images([folder]) == count_image_files(folder) == 3
+    assert count_images([folder]) == len(EncodedImages(folder)) == 3
 
 
 def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_than_passed_over():
@@ -508,7 +509,7 @@ def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_t
         try:
             if root:
                 os.seteuid(65534)  # nothing is closed to root
-            for count in (count_images, lambda paths: count_image_files(paths[0])):
+            for count in (count_images, lambda paths: EncodedImages(paths[0])):
                 with pytest.raises(DataError, match=r"secret cannot be listed \(Permission denied\)"):
                     count([folder])
         finally:
@@ -519,4 +520,4 @@ def test_a_folder_that_cannot_be_listed_and_a_link_to_nothing_are_named_rather_t
         with pytest.raises(DataError, match=r"2\.png cannot be read"):
             list(read_images([folder]))
         with pytest.raises(DataError, match=r"2\.png cannot be read"):
-            list(read_image_files(folder, indices=[0, 1]))
+            [image.data for image in EncodedImages(folder).read([0, 1])]
