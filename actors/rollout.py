@@ -13,13 +13,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.by_size import Mixed, gather
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import kept_versions, require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
-from acpo_dist.workers.rollout.chunks import chunks_of
+from acpo_dist.workers.rollout.chunks import chunks_of, in_order
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, kill
 from actors.placement import Role
@@ -220,7 +221,7 @@ class RayRollouts(RolloutPool):
         return [sums for sums, _ in done]
 
     @override
-    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Mixed:
         chunks, policy = chunks_of(groups, self._chunk), self._policy()
         with self._lock:
             done = self._workers.spread(
@@ -228,7 +229,7 @@ class RayRollouts(RolloutPool):
                 lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
                 what="final latents",
             )  # fmt: skip
-        return torch.cat([final_latents for final_latents, _ in done])
+        return in_order(groups, chunks, [final_latents for final_latents, _ in done])
 
     @override
     def set_trajectory(self, trajectory: Trajectory) -> list[str]:
@@ -274,7 +275,7 @@ class RayRollouts(RolloutPool):
         return list(acks.values())
 
     @override
-    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
+    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Mixed:
         # Only chunks with a wanted image are fetched.
         wanted = set(sample_ids)
         found: dict[str, Tensor] = {}
@@ -282,7 +283,7 @@ class RayRollouts(RolloutPool):
             if wanted & set(handle.sample_ids):
                 images = fetch(handle.payload[1], name="object store", what="images", timeout_s=self._timeout_s)
                 found.update(zip(handle.sample_ids, images, strict=True))
-        return torch.stack([found[sample_id] for sample_id in sample_ids])
+        return gather([found[sample_id] for sample_id in sample_ids])
 
     def close(self) -> None:
         """End the actors; a thread that still draws fails at once, and is waited for."""

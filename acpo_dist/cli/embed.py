@@ -19,7 +19,7 @@ def embed(
     from acpo_dist.config.load import load_config
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.registry import MODELS, resolve
-    from acpo_dist.data.prompts import load_prompts
+    from acpo_dist.data.prompts import run_prompts
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.local import default_device
 
@@ -28,7 +28,7 @@ def embed(
     if not hasattr(family, "embeddings"):
         raise UsageError(f"a `{config.model.type}` model takes no prompts: there is nothing to embed.")
     # The empty prompt is the null condition of guidance and of the anchor.
-    prompts = ("", *load_prompts(config.data.prompts, config.data.prompt_column))
+    prompts = ("", *run_prompts(config))
     embeddings = family.embeddings(config.model, device=default_device())
     console = Console()
     with console.phase("embed", len(set(prompts))) as advance:

@@ -25,8 +25,15 @@ def generate(
     ] = "euler",
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 5.0,
     negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt; default: the run's, or none.")] = None,
+    literal_weights: Annotated[
+        bool, typer.Option("--literal-weights", help="Encode weights such as (a red car:1.2) as plain text.")
+    ] = False,
     size: Annotated[
-        int | None, typer.Option(help="Height and width in pixels; default: the run's, or the model's own.")
+        str | None,
+        typer.Option(
+            help="WIDTHxHEIGHT in pixels, or one number for a square; default: the run's (of several, the one with the "
+            "largest share), or the model's own."
+        ),
     ] = None,
     lora: Annotated[Path | None, typer.Option(help="LoRA of the tuned model, in diffusers' or kohya's layout.")] = None,
     lora_scale: Annotated[
@@ -52,11 +59,14 @@ def generate(
         images_of,
         open_base,
         open_pipeline,
+        prompt_arguments,
         run_config,
         size_arguments,
     )
     from acpo_dist.core.errors import UsageError
     from acpo_dist.core.seeding import derive_seed
+    from acpo_dist.core.sizes import main_size, parse_size
+    from acpo_dist.data.prompts import require_no_weights
     from acpo_dist.models.lora_scale import LoraScale, check_scale, parse_grid, parse_range
     from acpo_dist.tracking.console import Console
     from acpo_dist.tracking.images import save_grid
@@ -80,19 +90,25 @@ def generate(
         raise UsageError("the model takes prompts: set --prompt, once or several times")
     adapter = LoraScale(pipeline, lora) if lora is not None else None
     prompts = prompt or [""]
+    try:
+        wanted_size = parse_size(size) if size is not None else None
+    except ValueError as error:
+        raise UsageError(f"--size: {error}") from error
     if config is not None:
-        size = getattr(config.model, "image_size", None) if size is None else size
+        wanted_size = main_size(config.model.sizes) if size is None else wanted_size
         negative_prompt = getattr(config.model, "negative_prompt", None) if negative_prompt is None else negative_prompt
-    trajectory_args = arguments_for(pipeline, schedule, steps) | size_arguments(pipeline, size)
+    literal = literal_weights or (config is not None and config.data.prompt_weights == "literal")
+    require_no_weights([*prompts, negative_prompt or ""], "literal" if literal else "refuse", "--prompt")
+    trajectory_args = arguments_for(pipeline, schedule, steps) | size_arguments(pipeline, wanted_size)
     console, rows, images, labels = Console(), [], [], []
     out.mkdir(parents=True, exist_ok=True)
     with console.phase("generate", len(prompts) * num * len(scales)) as advance:
         for index, text in enumerate(prompts):
             for sample in range(num):
                 own = derive_seed("generate", seed, text, sample)
-                asked: dict[str, Any] = {"prompt": text, "guidance_scale": guidance_scale} if conditional else {}
-                if conditional and negative_prompt is not None:
-                    asked["negative_prompt"] = negative_prompt
+                asked: dict[str, Any] = {"guidance_scale": guidance_scale} if conditional else {}
+                if conditional:
+                    asked |= prompt_arguments(pipeline, config, text, negative_prompt)
                 for place, scale in enumerate(scales):
                     if adapter is not None:
                         adapter.set(scale, ranges)

@@ -20,7 +20,7 @@ def measure_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Measure the error table of a model on its own samples, then optimise and validate a trajectory."""
-    from acpo_dist.data.prompts import load_prompts
+    from acpo_dist.data.prompts import run_prompts
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.open_model import keeps_own_trajectory, open_rollouts, source_config
     from acpo_dist.training.trajectory.artefact import artefact_of, write_artefact
@@ -28,7 +28,7 @@ def measure_command(
     from acpo_dist.training.trajectory.validate import consider, describe
 
     config, run = source_config(source, overrides or [])
-    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    prompts = run_prompts(config)
     console = Console()
     pool = open_rollouts(config, run, own_sampler=keeps_own_trajectory(overrides or []))
     alpha_bars = pool.alpha_bars().numpy()

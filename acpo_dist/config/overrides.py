@@ -63,6 +63,9 @@ def read_value(annotation: Any, text: str) -> Any:
         # An empty path would be the working directory.
         if type(None) in options and (text == "null" or (text == "" and str not in options)):
             return None
+        lists = any(get_origin(option) in (tuple, list, dict) for option in options)
+        if lists and text.lstrip()[:1] in ("[", "{"):
+            return read_yaml(text, whole=True)
         other = {type(option.value) if isinstance(option, _Choice) else option for option in options}
         other = other - {str, Path, type(None)} | ({int} if float in other else set())
         return scalar if type(scalar) in other else text

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from acpo_dist.config.section import Section
+from acpo_dist.core.sizes import Size
 
 
 class MetricConfig(Section):
@@ -70,6 +71,11 @@ class ModelConfig(Section):
     """Whether the model takes prompts."""
     pixel_space: ClassVar[bool] = False
     """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
+
+    @property
+    def sizes(self) -> tuple[tuple[Size, float], ...]:
+        """Configured image sizes (width, height) with their shares; empty for the model's own size."""
+        return ()
 
 
 class AnchorConfig(Section):

@@ -180,6 +180,11 @@ def _check_pairs(config: Config) -> None:
         raise ConfigError(
             "data.pairs holds captioned images, and the model takes no prompts: unset data.pairs to pair the rollouts."
         )
+    if len(config.model.sizes) > 1:
+        raise ConfigError(
+            f"data.pairs is set and model.image_size names {len(config.model.sizes)} sizes: pairs are cropped to one. "
+            "Set model.image_size to one size."
+        )
 
 
 def _check_anchor(config: Config) -> None:

@@ -36,9 +36,12 @@ class DataConfig(Section):
     """Prompts and real images."""
 
     prompts: str = "toy"
-    """`toy` (captions of the toy world), `none` (unconditional), or a text, CSV or TSV file of prompts."""
+    """`toy` (captions of the toy world), `none` (unconditional), a .txt, .csv, .tsv, .jsonl or .parquet file of
+    prompts, or a folder or zip archive of captioned images."""
     prompt_column: str = "prompt"
-    """Column of a CSV or TSV file, case-insensitive."""
+    """Column of a table of prompts, case-insensitive."""
+    prompt_weights: Literal["refuse", "literal"] = "refuse"
+    """Prompts with weights such as `(a red car:1.2)`: `refuse` them, or encode them as plain text (`literal`)."""
     path: Path | None = None
     """Real images: a folder (of images or parquet files), a parquet file, a zip archive or an image file. Used by base
     models and metrics set to `train`, by the anchor's forward-noised batch and by the data term."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from acpo_dist.core.by_size import Mixed
 from acpo_dist.core.types import (
     GradientScale,
     PromptGroup,
@@ -59,8 +60,11 @@ class RolloutPool(Protocol):
         """Set the trajectory of every worker from the next `generate` on; returns each worker's schedule id."""
         ...
 
-    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Any) -> Tensor:
-        """Return x_0 (B, C, H, W) of every sample along another trajectory from the same noise; keeps all state."""
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Any) -> Mixed:
+        """Return x_0 of every sample along another trajectory from the same noise; keeps all state.
+
+        The order is that of the samples: (B, C, H, W), or a list of (C, H, W) for several sizes.
+        """
         ...
 
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[Any]:
@@ -71,8 +75,11 @@ class RolloutPool(Protocol):
         """
         ...
 
-    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
-        """Return images of the given samples, uint8 (B, 3, H, W), in the order of `sample_ids`."""
+    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Mixed:
+        """Return images of the given samples, uint8, in the order of `sample_ids`.
+
+        (B, 3, H, W), or a list of (3, H, W) for several sizes.
+        """
         ...
 
     def close(self) -> None:

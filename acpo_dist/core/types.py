@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from acpo_dist.core.sizes import Size
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePlan:
@@ -15,6 +17,8 @@ class SamplePlan:
     prompt_id: int
     prompt: str
     seed: int
+    size: Size | None = None
+    """(width, height) in pixels; None draws the model's own size."""
 
 
 @dataclass(frozen=True, kw_only=True)

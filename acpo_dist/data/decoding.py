@@ -68,7 +68,7 @@ def decode(source: Path | bytes | None) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_named(source: Path | bytes | None | Callable[[], Path | bytes | None], name: str) -> Tensor:
+def decode_named(source: Path | bytes | Callable[[], Path | bytes | None] | None, name: str) -> Tensor:
     """Decode an image as in `decode`.
 
     Args:

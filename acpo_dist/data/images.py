@@ -290,7 +290,7 @@ def _read_one(path: Path, column: str, skip: Callable[[str], None] | None) -> It
         names = archived_images(path)
         with zipfile.ZipFile(path) as archive:
             for name in names:
-                entry = partial(_unpack, archive, name)
+                entry = partial(unpack, archive, name)
                 yield from _decode_or_skip(entry, f"{path}#{name}", f"{path}, entry {name}", skip)
         return
     if not is_parquet(path):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from acpo_dist.core.errors import DataError, shorten
 from acpo_dist.core.seeding import generator
-from acpo_dist.data.decoding import decode_square
+from acpo_dist.core.sizes import Size
+from acpo_dist.data.decoding import decode_fitted
 from acpo_dist.data.parquet_images import require_honest
 
 IMAGES = ("jpg_0", "jpg_1")
@@ -88,12 +89,12 @@ class PairBatch:
 class PairSet:
     """Reads rows on demand and caches the last two row groups."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int | Size) -> None:
         """Open the files.
 
         Args:
             path: a parquet file, or a folder of them (read in sorted order).
-            size: side in pixels; images are cropped to their central square and resized.
+            size: (width, height), or the side of a square, to which images are cropped and resized.
 
         Raises:
             DataError: a file is missing or unreadable, or lacks a column.
@@ -152,7 +153,7 @@ class PairSet:
             first_wins = float(cells[LABEL]) == 1.0
             encoded = cells[IMAGES[0 if first_wins == is_winner else 1]]
             try:
-                image = decode_square(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
+                image = decode_fitted(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
             except DataError:
                 image = torch.zeros(3, self._size, self._size)
                 broken_rows.add(row)

@@ -1,15 +1,20 @@
 """Configuration sections of the model families. The module does not import torch, so validation is fast."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from typing_extensions import override
 
 from acpo_dist.config.plugins import ModelConfig
 from acpo_dist.config.section import Section
+from acpo_dist.core.errors import quoted
+from acpo_dist.core.sizes import BUCKET_SIDE, Size, buckets_of, parse_size
 
 DtypeName = Literal["float32", "bfloat16"]
 VaeDtypeName = Literal["float32", "bfloat16", "float16"]
+_TOY_SIDE = 32
+"""Area of the buckets of embedded toys."""
 
 
 class TuningConfig(Section):
@@ -54,8 +59,68 @@ class SpeedConfig(Section):
     kernels; `aot_eager` only traces, to test whether a model can be compiled."""
 
 
+class SizeShare(Section):
+    """One of several image sizes."""
+
+    size: Annotated[Size, BeforeValidator(lambda value: _pair(value))]
+    """Width and height in pixels."""
+    share: float = Field(default=1.0, gt=0)
+    """Share of the samples, relative to the other sizes."""
+
+
+class Buckets(Section):
+    """SDXL's aspect ratios at another area."""
+
+    buckets: int = Field(ge=16)
+    """Side in pixels of the square with that area; 1024 gives the published sizes."""
+
+
+def _pair(value: Any) -> Size:
+    """Width and height from one number, two numbers, or text such as `832x1216`."""
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    if isinstance(value, list | tuple) and len(value) == 2:
+        width, height = value
+        if type(width) is int and type(height) is int and min(width, height) > 0:
+            return width, height
+    raise ValueError(f"expected [width, height] in pixels, found {quoted(value)}")
+
+
+def _image_size(value: Any) -> Any:
+    """One of the forms of `image_size`."""
+    if value is None or value == "buckets" or isinstance(value, SizeShare | Buckets):
+        return value
+    if isinstance(value, dict):
+        return Buckets.model_validate(value) if set(value) == {"buckets"} else (SizeShare.model_validate(value),)
+    several = isinstance(value, list | tuple) and not all(type(side) is int for side in value)
+    try:
+        if several and value:
+            return tuple(
+                entry if isinstance(entry, SizeShare)
+                else SizeShare.model_validate(entry if isinstance(entry, dict) else {"size": entry})
+                for entry in value
+            )  # fmt: skip
+        width, height = _pair(value)
+    except ValueError as error:
+        raise ValueError(
+            f"found {quoted(value)}, expected one number (a square), [width, height], `buckets` (SDXL's sizes), "
+            "{buckets: SIDE}, or a list of sizes such as [{size: [832, 1216], share: 2}, {size: 1024}]"
+        ) from error
+    return width if width == height else (width, height)
+
+
+ImageSize = Annotated[
+    int | Literal["buckets"] | tuple[int, int] | Buckets | tuple[SizeShare, ...] | None, BeforeValidator(_image_size)
+]
+
+
 class LatentConfig(ModelConfig):
     """A latent diffusion model and its tuning."""
+
+    bucket_side: ClassVar[int] = BUCKET_SIDE
+    """Side of the square whose area `image_size: buckets` has."""
 
     path: str
     """Embedded toy, pipeline folder, or hub id."""
@@ -67,19 +132,38 @@ class LatentConfig(ModelConfig):
     """Do not access the hub: the model must be a folder or in the local cache."""
     vae: str | None = None
     """Folder or hub id of a VAE that replaces the pipeline's own."""
-    image_size: int | None = None
-    """Height and width in pixels; None means the U-Net's default."""
+    image_size: ImageSize = None
+    """Size in pixels: one number (a square), [width, height], `buckets` (SDXL's published list; `{buckets: 512}` at
+    another area), or a list of `{size, share}`, which an iteration mixes; None means the U-Net's default."""
     dtype: DtypeName = "float32"
     """Data type of the frozen weights and of rollouts."""
     vae_dtype: VaeDtypeName = "float32"
     """Data type of the VAE. SDXL's VAE overflows in float16, which raises an error."""
     negative_prompt: str | None = None
     """Prompt of the unconditional branch of guidance; None means the family's null condition."""
+    long_prompts: Literal["chunk", "cut"] = "chunk"
+    """Prompts of more than 75 tokens: `chunk` encodes each 75 tokens by themselves and concatenates the results, as
+    other SDXL tools do; `cut` drops the rest and reports how many prompts are affected."""
     tuning: TuningConfig = TuningConfig()
     memory: MemoryConfig = MemoryConfig()
     speed: SpeedConfig = SpeedConfig()
     seed: int = 0
     """Seed of the adapters' initial values."""
+
+    @property
+    @override
+    def sizes(self) -> tuple[tuple[Size, float], ...]:
+        value = self.image_size
+        if value is None:
+            return ()
+        if isinstance(value, str | Buckets):
+            own = _TOY_SIDE if self.path.startswith("toy-") else self.bucket_side
+            return tuple((size, 1.0) for size in buckets_of(own if isinstance(value, str) else value.buckets))
+        if isinstance(value, int):
+            return (((value, value), 1.0),)
+        if isinstance(value[0], int):
+            return ((value, 1.0),)  # pyright: ignore[reportReturnType]
+        return tuple((entry.size, entry.share) for entry in value)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class SdxlConfig(LatentConfig):
@@ -93,9 +177,13 @@ class SdxlConfig(LatentConfig):
 class Sd15Config(LatentConfig):
     """A Stable Diffusion 1.x or 2.x model and its tuning."""
 
+    bucket_side: ClassVar[int] = 512
     type: Literal["sd15"] = "sd15"
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """Embedded toy (`toy-sd15`), pipeline folder, or hub id."""
+    clip_skip: int | None = Field(default=None, ge=1)
+    """Layers of the text encoder that are skipped at its end, as diffusers counts them: 1 takes the output of the
+    second to last layer (2 in other tools). None takes the last layer's."""
 
 
 class BaseTrainingConfig(Section):

@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.sizes import Size
 from acpo_dist.models.config import DdpmConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.loading import held_dtype, load_part, resolve_path
@@ -73,7 +74,7 @@ class DdpmFamily:
         size = unet.config["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         self.sample_shape = (unet.config["in_channels"], height, width)
-        self.pixels = height
+        self.size = (width, height)
         self.decoder = PixelDecoder()
 
     @classmethod
@@ -107,6 +108,15 @@ class DdpmFamily:
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Return an empty condition; prompts are ignored."""
         return Condition({})
+
+    def sized(self, condition: Condition, noisy: Tensor) -> Condition:
+        """Return the empty condition."""
+        return condition
+
+    def shape_of(self, size: Size | None) -> tuple[int, int, int]:
+        """Return (C, H, W) of x_0 for images of a size (width, height); None is the model's own."""
+        width, height = size or self.size
+        return self.sample_shape[0], height, width
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
         """Run the U-Net once.

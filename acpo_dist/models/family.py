@@ -9,8 +9,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from acpo_dist.core.sizes import Size
 from acpo_dist.diffusion.clean_rule import CleanRule
 from acpo_dist.models.noise_levels import NoiseSchedule
+
+CHUNKS = "chunks"
+"""Number of chunks of each prompt, int64 (B,) on the CPU; absent if all have one."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Condition:
     """Conditioning tensors of B samples, by diffusers' argument names; empty for an unconditional model."""
 
     tensors: Mapping[str, Tensor]
+    padding: Tensor | None = None
+    """States of an empty chunk, (1, length, D), with which a shorter prompt is extended; None if no prompt has several
+    chunks."""
 
     def where_null(self, is_null_B: Tensor, null: "Condition") -> "Condition":
         """Replace the condition of selected samples by the null condition.
@@ -26,15 +33,62 @@ class Condition:
             is_null_B: samples to replace, bool, shape (B,).
             null: the null condition, broadcast over the batch.
         """
+        own, null = _of_one_length(self, null)
         mixed = {}
-        for name, value in self.tensors.items():
+        for name, value in own.tensors.items():
+            if name not in null.tensors:
+                # Original size and crop of a real image do not depend on the prompt.
+                mixed[name] = value
+                continue
             mask = is_null_B.reshape(-1, *[1] * (value.ndim - 1)).to(value.device)
             mixed[name] = torch.where(mask, null.tensors[name], value)
-        return Condition(mixed)
+        return Condition(mixed, own.padding)
 
     def join(self, other: "Condition") -> "Condition":
-        """Concatenate two batches along the first axis."""
-        return Condition({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
+        """Concatenate two batches along the first axis; where a prompt has several chunks, row by row as long."""
+        own, other = _of_one_length(self, other)
+        joined = {name: torch.cat([value, other.tensors[name]]) for name, value in own.tensors.items()}
+        return Condition(joined, own.padding)
+
+    def mask(self, device: torch.device | str) -> Tensor | None:
+        """Return the states that belong to each prompt, bool (B, length); None if all prompts are equally long."""
+        chunks = self.tensors.get(CHUNKS)
+        if chunks is None or int(chunks.min()) == int(chunks.max()):
+            return None
+        length = self.tensors["prompt_embeds"].shape[1]
+        ends = chunks[:, None] * (length // int(chunks.max()))
+        return (torch.arange(length)[None] < ends).to(device)
+
+
+def _of_one_length(first: Condition, second: Condition) -> tuple[Condition, Condition]:
+    """Extend the shorter prompt of each pair of rows by empty chunks, so that guidance compares equal lengths."""
+    if CHUNKS not in first.tensors and CHUNKS not in second.tensors:
+        return first, second
+    counts = [
+        condition.tensors.get(CHUNKS, torch.ones(len(condition.tensors["prompt_embeds"]), dtype=torch.long))
+        for condition in (first, second)
+    ]
+    wanted = torch.maximum(*counts)
+    padding = (
+        second.padding if first.padding is None else first.padding,
+        (first.padding if second.padding is None else second.padding),
+    )
+    return (
+        _extended(first, counts[0], wanted, padding[0]),
+        _extended(second, counts[1], wanted, padding[1]),
+    )
+
+
+def _extended(condition: Condition, counts_B: Tensor, wanted_B: Tensor, padding: Tensor | None) -> Condition:
+    assert padding is not None, "a condition of several chunks has the states of an empty one"
+    states, length = condition.tensors["prompt_embeds"], padding.shape[1]
+    most = int(wanted_B.max())
+    rows = []
+    for row, (count, target) in enumerate(zip(counts_B.tolist(), wanted_B.tolist(), strict=True)):
+        own = states[row, : count * length]
+        rest = own.new_zeros((most - target) * length, own.shape[1])
+        rows.append(torch.cat([own, *[padding[0].to(own)] * (target - count), rest]))
+    return Condition({**condition.tensors, "prompt_embeds": torch.stack(rows), CHUNKS: wanted_B}, padding)
 
 
 class Decoder(Protocol):
@@ -65,6 +119,15 @@ class Denoiser(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, with caching; the empty prompt gives the null condition."""
+        ...
+
+    def sized(self, condition: Condition, noisy: Tensor) -> Condition:
+        """Add the conditioning that depends on the size of the samples, unless `condition` has it.
+
+        Args:
+            condition: result of `encode`.
+            noisy: x_t, shape (B, C, H, W).
+        """
         ...
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
@@ -103,9 +166,9 @@ class ModelFamily(Denoiser, Protocol):
     """The noise schedule, from which trajectories are created."""
     device: str
     sample_shape: tuple[int, int, int]
-    """(C, H, W) of x_0."""
-    pixels: int
-    """Height and width of the images in pixels."""
+    """(C, H, W) of x_0 at `size`."""
+    size: Size
+    """(width, height) of the images in pixels; the first one if the configuration has several."""
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -135,6 +198,10 @@ class ModelFamily(Denoiser, Protocol):
         """Load the decoder only, for a reward worker."""
         ...
 
+    def shape_of(self, size: Size | None) -> tuple[int, int, int]:
+        """Return (C, H, W) of x_0 for images of a size (width, height); None is the model's own."""
+        ...
+
     def decode(self, clean: Tensor) -> Tensor:
         """Decode x_0 to RGB around [0, 1], float32, not clipped, differentiable."""
         ...
@@ -143,7 +210,7 @@ class ModelFamily(Denoiser, Protocol):
         """Encode images to x_0, without gradients.
 
         Args:
-            pixels: RGB in [0, 1], shape (B, 3, `pixels`, `pixels`).
+            pixels: RGB in [0, 1], shape (B, 3, height, width).
 
         Returns:
             x_0, shape (B, C, H, W), float32.

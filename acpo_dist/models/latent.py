@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from typing_extensions import override
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.sizes import Size, size_text
 from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.compiling import compile_blocks
 from acpo_dist.models.family import Condition, ModelFamily
@@ -25,7 +26,7 @@ from acpo_dist.models.loading import (
     resolve_path,
 )
 from acpo_dist.models.noise_levels import read_schedule
-from acpo_dist.models.text import Encoders, PromptEmbeddings, fingerprint, load_encoders
+from acpo_dist.models.text import CHUNKS, Encoder, Encoders, PromptEmbeddings, fingerprint, load_encoders
 from acpo_dist.models.tuning import TunedNetwork
 from acpo_dist.models.vae import VaeDecoder, load_vae
 
@@ -73,16 +74,23 @@ class LatentFamily(ModelFamily):
         self.schedule = read_schedule(path, config.revision)
         self.prediction_type, self.alpha_bars = self.schedule.prediction_type, self.schedule.alpha_bars
         self.clean_rule = self.schedule.rule
+        self._zero_null = self._null_is_zeros(config, path)
         self._embeddings = PromptEmbeddings(
             self._load_encoders, self._embed, device=device, folder=self._cache_folder(config, path),
             free=config.memory.free_text_encoders,
         )  # fmt: skip
         self.decoder = self.load_decoder(config, device=device)
         factor = 2 ** (len(self.decoder.vae.config["block_out_channels"]) - 1)
-        self.pixels = config.image_size or self._own_side(unet) * factor
-        if self.pixels % factor:
-            raise ModelError(f"model.image_size ({self.pixels}) must be a multiple of {factor}, the VAE's reduction.")
-        self.sample_shape = (unet.config["in_channels"], self.pixels // factor, self.pixels // factor)
+        self.factor, self._channels = factor, int(unet.config["in_channels"])
+        sizes = [size for size, _ in config.sizes] or [self._own_size(unet)]
+        odd = [size_text(size) for size in sizes if size[0] % factor or size[1] % factor]
+        if odd:
+            raise ModelError(
+                f"model.image_size: {', '.join(odd[:3])}: width and height must be multiples of {factor}, the VAE's "
+                "reduction."
+            )
+        self.size = sizes[0]
+        self.sample_shape = self.shape_of(None)
 
     @classmethod
     @override
@@ -149,10 +157,55 @@ class LatentFamily(ModelFamily):
             folder=cls._cache_folder(config, path), free=True,
         )  # fmt: skip
 
+    @classmethod
+    def chunk_counts(cls, config: Any, prompts: Sequence[str]) -> list[int]:
+        """Return the number of chunks of each prompt; only the tokenizers are loaded.
+
+        Raises:
+            ModelError: a tokenizer is missing.
+        """
+        path = resolve_path(config.path)
+        encoders = [
+            Encoder(load_part(AutoTokenizer.from_pretrained, path, name, revision=config.revision), None)
+            for name, _, _ in cls.text_parts
+        ]
+        return [max(len(encoder.chunks(prompt, cut=False)) for encoder in encoders) for prompt in prompts]
+
+    @classmethod
+    def guided_condition(cls, config: Any, encoders: Encoders, prompt: str, negative: str | None) -> Condition:
+        """Encode the two branches of guidance with loaded encoders, for a pipeline of diffusers.
+
+        Args:
+            config: the `model` section.
+            encoders: the pipeline's text encoders.
+            prompt: the prompt.
+            negative: prompt of the unconditional branch; None is the family's null condition.
+
+        Returns:
+            Conditions of the unconditional and the conditional branch, in this order, equally long.
+        """
+        embed = cls._embedder(config.model_copy(update={"negative_prompt": negative}), resolve_path(config.path))
+        with torch.no_grad():
+            padding = embed(encoders, None)["prompt_embeds"]
+            null = Condition(embed(encoders, ""), padding)
+            return null.join(Condition(embed(encoders, prompt), padding))
+
     @override
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, each once; the empty prompt gives the null condition, or that of `negative_prompt`."""
-        return Condition(self._embeddings(prompts) | self._extra(len(prompts)))
+        tensors = self._embeddings(prompts)
+        if self._zero_null and not any(prompts):
+            return Condition(tensors, padding=torch.zeros_like(tensors["prompt_embeds"][:1]))
+        return Condition(tensors, padding=self._embeddings.padding() if CHUNKS in tensors else None)
+
+    @override
+    def shape_of(self, size: Size | None) -> tuple[int, int, int]:
+        width, height = size or self.size
+        return self._channels, height // self.factor, width // self.factor
+
+    @override
+    def sized(self, condition: Condition, noisy: Tensor) -> Condition:
+        return condition
 
     @override
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
@@ -163,7 +216,12 @@ class LatentFamily(ModelFamily):
             noisy, timesteps_B = flow_inputs(noisy, timesteps_B, len(self.alpha_bars))
         states = condition.tensors["prompt_embeds"].to(dtype)
         output = self._tuned.active(
-            noisy.to(dtype), timesteps_B, states, added_cond_kwargs=self._added(condition), return_dict=False
+            noisy.to(dtype),
+            timesteps_B,
+            states,
+            added_cond_kwargs=self._added(self.sized(condition, noisy)),
+            encoder_attention_mask=condition.mask(noisy.device),
+            return_dict=False,
         )
         return output[0].float()
 
@@ -205,10 +263,6 @@ class LatentFamily(ModelFamily):
         """Whether the null condition is zeros instead of the encoded empty prompt."""
         return False
 
-    def _extra(self, count: int) -> dict[str, Tensor]:
-        """Conditioning that is the same for every prompt."""
-        return {}
-
     def _added(self, condition: Condition) -> dict[str, Tensor] | None:
         """The U-Net's `added_cond_kwargs`."""
         return None
@@ -228,16 +282,16 @@ class LatentFamily(ModelFamily):
 
     # Internal helpers
 
-    def _own_side(self, unet: Any) -> int:
-        """Default height and width of the U-Net's latents."""
+    def _own_size(self, unet: Any) -> Size:
+        """Default width and height of the model's images in pixels."""
         size = unet.config["sample_size"]
-        sides = {size} if isinstance(size, int) else set(size or ())
-        if len(sides) != 1:
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) != 2:
             raise ModelError(
-                f"model.path: the U-Net of `{self.path}` says sample_size {size}, expected one number or two equal "
-                "ones. Set model.image_size to the height and width in pixels that are to be drawn."
+                f"model.path: the U-Net of `{self.path}` has sample_size {size}, expected one or two numbers. Set "
+                "model.image_size to the width and height of the images in pixels."
             )
-        return int(sides.pop())
+        return int(sides[1]) * self.factor, int(sides[0]) * self.factor
 
     @classmethod
     def _whole(cls, config: Any, path: str, **parts: Any) -> Any:
@@ -270,7 +324,7 @@ class LatentFamily(ModelFamily):
     def _load_encoders(self) -> Encoders:
         return self._encoders(self.config, self.path, self.device)
 
-    def _embed(self, encoders: Encoders, prompt: str) -> dict[str, Tensor]:
+    def _embed(self, encoders: Encoders, prompt: str | None) -> dict[str, Tensor]:
         return self._embedder(self.config, self.path)(encoders, prompt)
 
     @classmethod
@@ -281,5 +335,6 @@ class LatentFamily(ModelFamily):
         parts = [name for part in cls.text_parts for name in part[:2]]
         return root / fingerprint(
             path, parts, dtype=config.dtype, variant=config.variant, negative_prompt=config.negative_prompt,
-            null_is_zeros=cls._null_is_zeros(config, path),
+            null_is_zeros=cls._null_is_zeros(config, path), long_prompts=config.long_prompts,
+            clip_skip=getattr(config, "clip_skip", None),
         )  # fmt: skip

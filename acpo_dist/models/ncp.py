@@ -105,6 +105,7 @@ class NcpEncoder:
         arguments: dict[str, Any] = {}
         if condition.tensors:
             arguments["encoder_hidden_states"] = condition.tensors["prompt_embeds"].to(dtype)
+            arguments["encoder_attention_mask"] = condition.mask(latents.device)
         if "pooled_prompt_embeds" in condition.tensors:
             arguments["added_cond_kwargs"] = {
                 "text_embeds": condition.tensors["pooled_prompt_embeds"].to(dtype),

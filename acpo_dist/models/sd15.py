@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import Sd15Config
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.text import Encoders
+from acpo_dist.models.text import Encoder, Encoders, encode_chunks
 
 
 class Sd15Family(LatentFamily):
@@ -25,9 +25,21 @@ class Sd15Family(LatentFamily):
 
     @classmethod
     def _embedder(cls, config: Sd15Config, path: str) -> Any:
-        def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
-            # Output of the last layer after its norm. The null condition is the encoded empty prompt, not zeros.
-            return {"prompt_embeds": encoders[0](prompt or config.negative_prompt or "")[0]}
+        def embed(encoders: Encoders, prompt: str | None) -> dict[str, Tensor]:
+            # The null condition is the encoded empty prompt, not zeros.
+            text = prompt or ("" if prompt is None else config.negative_prompt) or ""
+            # As in diffusers, the null condition is that of the last layer.
+            skipped = config.clip_skip if prompt else None
+
+            def states(encoder: Encoder, output: Any) -> Tensor:
+                if skipped is None:
+                    return output[0]
+                # transformers 5 has no `text_model` around the layers.
+                layers = getattr(encoder.model, "text_model", encoder.model)
+                return layers.final_layer_norm(output.hidden_states[-(skipped + 1)])
+
+            cut = config.long_prompts == "cut"
+            return encode_chunks(encoders, text, states, cut=cut, hidden=skipped is not None)[0]
 
         return embed
 

@@ -6,13 +6,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from typing_extensions import override
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import SdxlConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.loading import DTYPES, load_part
-from acpo_dist.models.text import Encoders
+from acpo_dist.models.loading import load_part
+from acpo_dist.models.text import Encoders, encode_chunks
 
 TIME_IDS = 6
 """Number of time ids: original size, crop and target size, two values each."""
@@ -29,27 +30,19 @@ class SdxlFamily(LatentFamily):
 
     Config = SdxlConfig
 
-    def __init__(self, config: SdxlConfig, *, path: str, device: str, trainable: bool) -> None:
-        """Load all components. Called by `load`; arguments as in `LatentFamily`."""
-        super().__init__(config, path=path, device=device, trainable=trainable)
-        sizes = [self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]
-        self._time_ids = torch.tensor(sizes, dtype=DTYPES[config.dtype], device=device)
-
     @classmethod
     def _embedder(cls, config: SdxlConfig, path: str) -> Any:
         zeros = cls._null_is_zeros(config, path)
 
-        def embed(encoders: Encoders, prompt: str) -> dict[str, Tensor]:
-            text = prompt or config.negative_prompt or ""
-            states, pooled = [], None
-            for encoder in encoders:
-                output = encoder(text, hidden=True)
-                # SDXL uses the penultimate layer of both encoders and the projection of the second encoder.
-                states.append(output.hidden_states[-2])
-                pooled = output[0]
-            assert pooled is not None
-            made = {"prompt_embeds": torch.cat(states, -1), "pooled_prompt_embeds": pooled}
-            return {name: torch.zeros_like(value) for name, value in made.items()} if zeros and not prompt else made
+        def embed(encoders: Encoders, prompt: str | None) -> dict[str, Tensor]:
+            text = prompt or ("" if prompt is None else config.negative_prompt) or ""
+            # SDXL uses the penultimate layer of both encoders, and the projection of the second encoder's first chunk.
+            made, last = encode_chunks(
+                encoders, text, lambda _, output: output.hidden_states[-2], cut=config.long_prompts == "cut",
+                hidden=True,
+            )  # fmt: skip
+            made["pooled_prompt_embeds"] = last[0]
+            return {name: torch.zeros_like(value) for name, value in made.items()} if zeros and prompt == "" else made
 
         return embed
 
@@ -58,8 +51,15 @@ class SdxlFamily(LatentFamily):
         index = load_part(cls.pipeline.load_config, path, None)
         return bool(index.get("force_zeros_for_empty_prompt", True)) and config.negative_prompt is None
 
-    def _extra(self, count: int) -> dict[str, Tensor]:
-        return {"time_ids": self._time_ids.expand(count, -1)}
+    @override
+    def sized(self, condition: Condition, noisy: Tensor) -> Condition:
+        """Add time ids of an image that was drawn at its size and not cropped, unless the condition has its own."""
+        if "time_ids" in condition.tensors:
+            return condition
+        height, width = (side * self.factor for side in noisy.shape[2:])
+        # float32 for any data type of the weights: the embedding of the ids is computed in float32.
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=noisy.device)
+        return Condition({**condition.tensors, "time_ids": ids.expand(len(noisy), -1)})
 
     def _added(self, condition: Condition) -> dict[str, Tensor]:
         tensors = condition.tensors

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from acpo_dist.core.by_size import Mixed
+
 GAP = 2
 """Pixels between images."""
 MIN_SIDE = 64
@@ -19,7 +21,7 @@ _PAPER = (255, 255, 255)
 
 
 def save_grid(
-    images_BCHW: Tensor,
+    images: Mixed,
     path: Path,
     columns: int,
     *,
@@ -30,7 +32,7 @@ def save_grid(
     """Write images as one PNG, row by row.
 
     Args:
-        images_BCHW: uint8, B images of C = 1 or 3 channels.
+        images: uint8, B images of C = 1 or 3 channels; images of several sizes are centred in equal cells.
         path: the PNG; its folder is created.
         columns: images per row; at most B are used.
         scale: integer factor, at least 1, of nearest-neighbour enlargement; None enlarges images below `MIN_SIDE`.
@@ -41,12 +43,14 @@ def save_grid(
         ValueError: wrong shape or dtype, no image, or labels that do not match the rows.
         OSError: the file cannot be written.
     """
-    images_BHWC, columns = _checked(images_BCHW, columns), min(columns, images_BCHW.shape[0])
-    count, height, width, _ = images_BHWC.shape
+    shown = _checked(images, columns)
+    count, columns = len(shown), min(columns, len(shown))
+    height, width = (max(image.shape[side] for image in shown) for side in (0, 1))
     rows = math.ceil(count / columns)
     if labels is not None and len(labels) != rows:
         raise ValueError(f"{count} images in {columns} columns make {rows} rows, but there are {len(labels)} labels")
-    factor = max(1, math.ceil(MIN_SIDE / min(height, width)) if scale is None else scale)
+    shortest = min(min(image.shape[:2]) for image in shown)
+    factor = max(1, math.ceil(MIN_SIDE / shortest) if scale is None else scale)
     height, width = height * factor, width * factor
 
     font = ImageFont.load_default(size=14)
@@ -61,10 +65,12 @@ def save_grid(
     for row, label in enumerate(labels or ()):
         middle = top + row * (height + GAP) + height // 2
         draw.text((_MARGIN, middle), label, fill=_INK, font=font, anchor="lm")
-    for index, image_HWC in enumerate(images_BHWC):
+    for index, image_HWC in enumerate(shown):
         row, column = divmod(index, columns)
-        image = Image.fromarray(image_HWC.numpy()).resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(image, (left + column * (width + GAP), top + row * (height + GAP)))
+        size = image_HWC.shape[1] * factor, image_HWC.shape[0] * factor
+        image = Image.fromarray(image_HWC.numpy()).resize(size, Image.Resampling.NEAREST)
+        corner = left + column * (width + GAP), top + row * (height + GAP)
+        canvas.paste(image, (corner[0] + (width - size[0]) // 2, corner[1] + (height - size[1]) // 2))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, format="PNG")
 
@@ -119,16 +125,17 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
         axis.text(0.5, 0.5, "no values", ha="center", va="center", transform=axis.transAxes)
 
 
-def _checked(images_BCHW: Tensor, columns: int) -> Tensor:
-    """Convert images to (B, H, W, 3) on the CPU."""
-    if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] not in (1, 3):
-        found = f"{images_BCHW.dtype} {tuple(images_BCHW.shape)}"
-        raise ValueError(f"a grid needs uint8 images of shape (B, 1 or 3, H, W), found {found}")
-    if not images_BCHW.numel() or columns < 1:
-        raise ValueError(
-            f"a grid needs at least one image and one column, found {tuple(images_BCHW.shape)} in {columns} columns"
-        )
-    return images_BCHW.detach().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+def _checked(images: Mixed, columns: int) -> list[Tensor]:
+    """Convert images to (H, W, 3) on the CPU."""
+    shown: list[Tensor] = []
+    for image in images:
+        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
+            found = f"{image.dtype} {tuple(image.shape)}"
+            raise ValueError(f"a grid needs uint8 images of shape (1 or 3, H, W), found {found}")
+        shown.append(image.detach().cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous())
+    if not shown or columns < 1:
+        raise ValueError(f"a grid needs at least one image and one column, found {len(shown)} in {columns} columns")
+    return shown
 
 
 def _text_width(font: Any, text: str) -> int:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from acpo_dist.core.by_size import Mixed, by_size
 from acpo_dist.core.errors import DataError, ModelError
+from acpo_dist.core.sizes import Size
 from acpo_dist.core.types import RolloutHandle
 from acpo_dist.data.images import real_images
 from acpo_dist.evaluation.metrics.sanity import latent_problems, sanity_problems, sanity_statistics
@@ -61,29 +62,34 @@ def check_base(context: RunContext, handles: Sequence[RolloutHandle]) -> None:
         raise ModelError(f"the base model draws no images: {fatal[0]} ({path}).")
 
 
-def describe_problems(images: Tensor, clean: Tensor, config: Any) -> dict[str, str]:
+def describe_problems(images: Mixed, clean: Mixed, config: Any) -> dict[str, str]:
     """Describe what is implausible about base samples.
 
     Args:
-        images: uint8 RGB (B, 3, H, W).
-        clean: x_0 (B, C, H, W) of some samples, as `RolloutPool.final_latents` returns them.
+        images: uint8 RGB (B, 3, H, W), or B images of several sizes.
+        clean: x_0 of some samples, as `RolloutPool.final_latents` returns them.
         config: the run's configuration; with `data.path` the samples are compared with those images.
 
     Returns:
         Problem -> one sentence with value, limit and remedy; empty for plausible samples. Those in `FATAL` leave
         nothing to train on.
     """
-    real = _real_statistics(config.data.path, config.data.image_column, min(images.shape[2:]))
-    pixel_space = clean.shape[1:] == images.shape[1:]
-    problems = latent_problems(clean, pixel_space=pixel_space) | sanity_problems(sanity_statistics(images), real)
+    largest = max((part for _, part in by_size(images)), key=len)
+    real = _real_statistics(config.data.path, config.data.image_column, (largest.shape[3], largest.shape[2]))
+    pixel_space = config.model.pixel_space
+    problems: dict[str, str] = {}
+    for _, part in by_size(clean):
+        problems |= latent_problems(part, pixel_space=pixel_space)
+    # Statistics between images need one size: the most frequent one.
+    problems |= sanity_problems(sanity_statistics(largest), real)
     return {name: f"{text}; {_REMEDIES[name]}" for name, text in problems.items()}
 
 
-def _real_statistics(path: Path | None, column: str, side: int) -> dict[str, float] | None:
+def _real_statistics(path: Path | None, column: str, size: Size) -> dict[str, float] | None:
     if path is None:
         return None
     try:
-        return sanity_statistics(torch.stack(real_images(path, column=column, size=side, most=_IMAGES)))
+        return sanity_statistics(torch.stack(real_images(path, column=column, size=size, most=_IMAGES)))
     except DataError:
         # Reported where the data is loaded; the samples are then compared with limits for any image.
         return None

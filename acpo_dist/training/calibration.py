@@ -11,7 +11,7 @@ from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.config.schema import Config
 from acpo_dist.core.types import Normaliser, RewardTerm, RolloutHandle, ScoreTable
 from acpo_dist.data.images import real_images
-from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
 from acpo_dist.training.base_check import check_base
@@ -90,9 +90,14 @@ def _with_ceilings(
         ceiling, source = hinge, "as configured"
         if isinstance(hinge, Path):
             # At the size of the model's images, since the score of some metrics depends on the size.
-            side = min(ports.rollout.images(handles, handles[0].sample_ids[:1]).shape[2:])
+            height, width = ports.rollout.images(handles, handles[0].sample_ids[:1])[0].shape[1:]
             images = torch.stack(
-                real_images(hinge, column=config.data.image_column, size=side, most=config.rewards.calibration_samples)
+                real_images(
+                    hinge,
+                    column=config.data.image_column,
+                    size=(width, height),
+                    most=config.rewards.calibration_samples,
+                )
             )
             scores = ports.reward.score_images(entry.name, images)
             ceiling = sum(map(normalisers[entry.name].normalise, scores)) / len(scores)
@@ -113,6 +118,7 @@ def _generate_calibration(context: RunContext, label: str) -> list[RolloutHandle
     groups = sample_prompts(
         context.prompts, iteration=0, run_seed=config.run.seed, stream="calibration",
         num_prompts=-(-config.rewards.calibration_samples // per_prompt), samples_per_prompt=per_prompt,
+        mix=size_mix(config),
     )  # fmt: skip
     total = sum(len(group.samples) for group in groups)
     with context.console.phase(f"{label}: rollout", total) as advance:

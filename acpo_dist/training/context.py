@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.types import PromptGroup
-from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.run_folder import RunFolder
 
@@ -30,5 +30,6 @@ def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: 
         stream: name of the sequence of prompts and seeds; see `sample_prompts`.
     """
     return sample_prompts(
-        prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
-    )
+        prompts, iteration=0, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream,
+        mix=size_mix(config),
+    )  # fmt: skip

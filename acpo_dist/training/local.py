@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.allocator import keep_freed_memory
+from acpo_dist.core.by_size import Mixed, gather
 from acpo_dist.core.ports import Advance, LearnerGroup, Ports, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.types import (
     GradientScale,
@@ -33,7 +34,7 @@ from acpo_dist.workers.learner.signal import GradientSource
 from acpo_dist.workers.learner.worker import LearnerWorker
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import RewardWorker, ScoredGradient
-from acpo_dist.workers.rollout.chunks import chunks_of
+from acpo_dist.workers.rollout.chunks import chunks_of, in_order
 from acpo_dist.workers.rollout.worker import RolloutWorker
 
 
@@ -108,10 +109,11 @@ class LocalRollouts(RolloutPool):
             return [self.worker.set_trajectory(trajectory)]
 
     @override
-    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Tensor:
+    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> Mixed:
+        chunks = chunks_of(groups, self._chunk)
         with self._lock:
             self._use(None)
-            return torch.cat([self.worker.final_latents(plans, trajectory) for plans in chunks_of(groups, self._chunk)])
+            return in_order(groups, chunks, [self.worker.final_latents(plans, trajectory) for plans in chunks])
 
     @override
     def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
@@ -134,9 +136,9 @@ class LocalRollouts(RolloutPool):
             require_acks(wanted, bundle.checksum, [self.worker.load(bundle)])
 
     @override
-    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Tensor:
+    def images(self, handles: Sequence[RolloutHandle], sample_ids: Sequence[str]) -> Mixed:
         at = {name: handle.payload.images_BCHW[row] for handle in handles for row, name in enumerate(handle.sample_ids)}
-        return torch.stack([at[sample_id] for sample_id in sample_ids])
+        return gather([at[sample_id] for sample_id in sample_ids])
 
     @override
     def close(self) -> None:

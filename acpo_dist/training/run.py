@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,7 +14,7 @@ import torch
 
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import ConfigError, RunTakenError, WorkerLostError
+from acpo_dist.core.errors import ConfigError, ModelError, RunTakenError, WorkerLostError
 from acpo_dist.core.files import on_storage, replace_file
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
@@ -23,8 +23,9 @@ from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
-from acpo_dist.data.prompts import load_prompts
+from acpo_dist.data.prompts import run_prompts
 from acpo_dist.models.family import copy_weights, trainable_tensors
+from acpo_dist.models.text import describe_long
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_curves
@@ -102,13 +103,16 @@ def _attempt(
     at_end: Hook | None, restarts: int, lock: Callable[[], RunLock],
 ) -> RunResult:  # fmt: skip
     started = time.monotonic()
-    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    prompts = run_prompts(config)
     _require_images(config)
     pairs = None
     if config.data.pairs is not None:
         pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
+    long = long_prompts(config, prompts)
+    if long:
+        console.message(f"warning: {long}" if config.model.long_prompts == "cut" else long)
     ours = lock()
     # Also on a restart: a host that lost its workers may have been disconnected, and its lock taken over.
     ours.require()
@@ -151,6 +155,19 @@ def _attempt(
         mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
         export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
     )  # fmt: skip
+
+
+def long_prompts(config: Config, prompts: Sequence[str]) -> str | None:
+    """Describe the prompts that the text encoders cannot encode at once; None without any."""
+    family = resolve("model", MODELS, config.model.type)
+    if not hasattr(family, "chunk_counts"):
+        return None
+    try:
+        counts = family.chunk_counts(config.model, [*prompts, config.model.negative_prompt or ""])
+    except ModelError:
+        # The driver of a cluster may not have the model; its workers report it if they do not have it either.
+        return None
+    return describe_long(counts, config.model.long_prompts)
 
 
 def _ended_before(

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from acpo_dist.core.clock import PhaseClock, RoleClock
 from acpo_dist.core.types import PromptGroup, RolloutHandle, ScoreTable
-from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.training.calibration import names_of
 from acpo_dist.training.context import RunContext
 
@@ -240,6 +240,7 @@ def groups_of(context: RunContext, iteration: int) -> list[PromptGroup]:
     return sample_prompts(
         context.prompts, iteration=iteration, run_seed=config.run.seed,
         num_prompts=config.rollout.prompts_per_iteration, samples_per_prompt=config.rollout.samples_per_prompt,
+        mix=size_mix(config),
     )  # fmt: skip
 
 

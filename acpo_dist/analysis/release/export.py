@@ -13,6 +13,7 @@ from acpo_dist.analysis.release.verdict import guard_ending
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ModelError, UsageError
 from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.sizes import size_text
 from acpo_dist.models.architectures import architecture_of, prediction_type_of
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers, text_width
 from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
@@ -216,7 +217,7 @@ def _drawn_with(config: Config) -> dict[str, str]:
     """Return settings of the run's images that differ from a pipeline's defaults."""
     said = {
         "revision of the base model": getattr(config.model, "revision", None),
-        "image size": getattr(config.model, "image_size", None),
+        "image size": ", ".join(size_text(size) for size, _ in config.model.sizes) or None,
         "negative prompt": getattr(config.model, "negative_prompt", None),
     }
     return {name: str(value) for name, value in said.items() if value is not None}

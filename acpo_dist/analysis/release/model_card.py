@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.sizes import main_size
 from acpo_dist.evaluation.suites.set_metrics import counts_of, reasons_of
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.rewards.listing import reward_listing
@@ -102,10 +103,10 @@ def _arguments(config: Config, schedule: str | None) -> list[str]:
     steps = config.sampler.num_steps
     if config.data.prompts == "none":
         return [f"num_inference_steps={max(steps, 50)}"]
-    size, negative = config.model.image_size, config.model.negative_prompt
+    size, negative = main_size(config.model.sizes), config.model.negative_prompt
     return [
         json.dumps(_example(config)),
-        *([f"height={size}, width={size}"] if size else []),
+        *([f"height={size[1]}, width={size[0]}"] if size else []),
         *([f"negative_prompt={json.dumps(negative)}"] if negative is not None else []),
         f"guidance_scale={config.sampler.guidance_scale:g}",
         "**levels" if schedule else f"num_inference_steps={steps}",

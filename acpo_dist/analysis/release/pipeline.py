@@ -12,12 +12,15 @@ from torch import Tensor
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.core.sizes import Size, size_text
 from acpo_dist.models.loading import load_part, resolve_path
 from acpo_dist.models.schedulers import pipeline_arguments
+from acpo_dist.models.text import Encoder
 from acpo_dist.training.run_folder import RESOLVED, read_run_config
 from acpo_dist.training.trajectory.artefact import read_schedule
 
 _SCHEDULERS = {"euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
 _MULTIPLE = 8
 """Image sizes of diffusers' pipelines are multiples of this, whatever the VAE."""
 
@@ -100,8 +103,8 @@ def _ready(pipeline: Any, solver: str) -> tuple[Any, bool]:
     return pipeline, conditional
 
 
-def size_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
-    """Return height and width for the pipeline's call; nothing for the pipeline's own size.
+def size_arguments(pipeline: Any, size: Size | None) -> dict[str, Any]:
+    """Return width and height for the pipeline's call; nothing for the pipeline's own size.
 
     Raises:
         UsageError: a pixel-space pipeline, or a size that the pipeline does not support.
@@ -111,11 +114,42 @@ def size_arguments(pipeline: Any, size: int | None) -> dict[str, Any]:
     if isinstance(pipeline, DDPMPipeline):
         raise UsageError("--size: a DDPMPipeline has a fixed image size; omit the option")
     step = math.lcm(_MULTIPLE, pipeline.vae_scale_factor)
-    if size < step or size % step:
+    if any(side < step or side % step for side in size):
         raise UsageError(
-            f"height and width must be a multiple of {step}, found {size} (--size, or the run's model.image_size)"
+            f"width and height must be multiples of {step}, found {size_text(size)} (--size, or the run's "
+            "model.image_size)"
         )
-    return {"height": size, "width": size}
+    return {"height": size[1], "width": size[0]}
+
+
+def prompt_arguments(pipeline: Any, config: Config | None, prompt: str, negative: str | None) -> dict[str, Any]:
+    """Prompt and negative prompt for the pipeline's call, as the run encodes them.
+
+    A prompt of several chunks, or with `model.clip_skip`, is passed as embeddings: pipelines cut it.
+
+    Args:
+        pipeline: a pipeline that takes prompts.
+        config: the run's configuration; None for any other model.
+        prompt: the prompt.
+        negative: the negative prompt, or None.
+    """
+    plain = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
+    kind = next((kind for name, kind in _FAMILIES.items() if type(pipeline).__name__ == name), None)
+    family = resolve("model", MODELS, kind) if kind else None
+    if family is None:
+        return plain
+    model = config.model if config is not None else family.Config(path=pipeline.name_or_path)
+    encoders = [Encoder(getattr(pipeline, tokens), getattr(pipeline, name)) for tokens, name, _ in family.text_parts]
+    cut = model.long_prompts == "cut"
+    several = any(len(encoder.chunks(text, cut=cut)) > 1 for encoder in encoders for text in (prompt, negative or ""))
+    if not several and getattr(model, "clip_skip", None) is None:
+        return plain
+    tensors = family.guided_condition(model, encoders, prompt, negative).tensors
+    found = {"negative_prompt_embeds": tensors["prompt_embeds"][:1], "prompt_embeds": tensors["prompt_embeds"][1:]}
+    if "pooled_prompt_embeds" in tensors:
+        pooled = tensors["pooled_prompt_embeds"]
+        found |= {"negative_pooled_prompt_embeds": pooled[:1], "pooled_prompt_embeds": pooled[1:]}
+    return found
 
 
 def arguments_for(pipeline: Any, schedule: Path | None, steps: int) -> dict[str, Any]:

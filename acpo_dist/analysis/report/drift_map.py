@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.analysis.report.sample_renderer import REPORT, SampleRenderer
+from acpo_dist.core.by_size import Mixed, gather
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.files import replace_file
 from acpo_dist.core.registry import MODELS, resolve
@@ -64,9 +64,10 @@ def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Conso
     """
     columns: dict[int, dict[int, float]] = {}
     family: ModelFamily | None = None
-    clean = torch.empty(0)
+    clean: Mixed = torch.empty(0)
     groups = renderer.groups[:_SAMPLES]
-    prompts = [plan.prompt for group in groups for plan in group.samples][:_SAMPLES]
+    plans = [plan for group in groups for plan in group.samples][:_SAMPLES]
+    prompts, ids = [plan.prompt for plan in plans], [plan.sample_id for plan in plans]
     for iteration in record.checkpoints:
         checkpoint = renderer.checkpoint(iteration)
         file = renderer.root / REPORT / f"drift-{iteration:06d}.json"
@@ -75,7 +76,12 @@ def from_checkpoints(record: RunRecord, renderer: SampleRenderer, console: Conso
         if kept is None:
             if family is None:
                 handles = renderer.draw(None, None, groups, label="drift: base images")
-                clean = torch.cat([handle.payload.latents_BCHW for handle in handles])[:_SAMPLES]
+                at = {
+                    name: row
+                    for handle in handles
+                    for name, row in zip(handle.sample_ids, handle.payload.latents_BCHW, strict=True)
+                }
+                clean = gather([at[name] for name in ids])
                 renderer.close()
                 kind = resolve("model", MODELS, renderer.config.model.type)
                 family = kind.load(renderer.config.model, device=default_device(), trainable=True)
@@ -101,7 +107,7 @@ def anchor_space(record: RunRecord) -> str:
 
 @torch.no_grad()
 def _measure(
-    family: ModelFamily, checkpoint: Checkpoint, clean: Tensor, prompts: Sequence[str], space: str
+    family: ModelFamily, checkpoint: Checkpoint, clean: Mixed, prompts: Sequence[str], space: str
 ) -> dict[int, float]:
     try:
         copy_weights(family.network, checkpoint.bundle().tensors)

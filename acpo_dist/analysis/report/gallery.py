@@ -8,10 +8,10 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.analysis.report.sample_renderer import Sample, SampleRenderer, read_pixels
+from acpo_dist.core.by_size import Mixed, map_by_size
 from acpo_dist.core.types import Normaliser
 from acpo_dist.evaluation.metrics.content import content_statistics
 from acpo_dist.evaluation.metrics.distances import SampleError
@@ -101,7 +101,7 @@ def embedded(sample: Sample) -> dict[str, Any]:
     return {"url": url, "width": image.width, "height": image.height, "sharp": image.width < _LARGEST // 2}
 
 
-def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
+def content_shifts(base: Mixed, tuned: Mixed) -> dict[str, float]:
     """Return the shift of each content statistic's mean, in standard deviations of the base images (at least 0.05)."""
     before, after = content_statistics(base), content_statistics(tuned)
     return {
@@ -110,11 +110,14 @@ def content_shifts(base: Tensor, tuned: Tensor) -> dict[str, float]:
     }
 
 
-def diversity_share(base: Tensor, tuned: Tensor, prompts: Sequence[str]) -> float | None:
+def diversity_share(base: Mixed, tuned: Mixed, prompts: Sequence[str]) -> float | None:
     """Return the within-prompt distance of tuned relative to base images; None with one seed per prompt."""
-    extract = LowPassPixels(8 if min(base.shape[2:]) >= 32 else 4)
+    extract = LowPassPixels(8 if min(min(image.shape[1:]) for image in base) >= 32 else 4)
     try:
-        before, after = (within_prompt_diversity(extract(images).values, prompts) for images in (base, tuned))
+        before, after = (
+            within_prompt_diversity(map_by_size(images, lambda part: extract(part).values), prompts)
+            for images in (base, tuned)
+        )
     except (SampleError, ValueError):
         return None
     return after.mean_distance / before.mean_distance if before.mean_distance > 0 else None

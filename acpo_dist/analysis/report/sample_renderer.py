@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from acpo_dist.analysis.report.record import RunRecord
 from acpo_dist.config.schema import Config
+from acpo_dist.core.by_size import Mixed, by_size, gather
 from acpo_dist.core.errors import CheckpointError, UsageError
 from acpo_dist.core.files import replace_file
 from acpo_dist.core.types import PromptGroup, RolloutHandle
-from acpo_dist.data.prompts import load_prompts, sample_prompts
+from acpo_dist.data.prompts import run_prompts, sample_prompts, size_mix
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import parse_object
 from acpo_dist.training.local import LocalRollouts, default_device
@@ -66,11 +66,11 @@ class SampleRenderer:
         assert record.root is not None
         self.root, self._console = record.root, console
         self.config = prepare(read_run_config(self.root), self.root / "base", console)
-        data = self.config.data
-        texts = load_prompts(data.prompts, data.prompt_column)
+        texts = run_prompts(self.config)
         self.groups = sample_prompts(
-            texts, iteration=0, run_seed=_SEED, stream="report", num_prompts=prompts, samples_per_prompt=per_prompt
-        )
+            texts, iteration=0, run_seed=_SEED, stream="report", num_prompts=prompts, samples_per_prompt=per_prompt,
+            mix=size_mix(self.config),
+        )  # fmt: skip
         self._store = CheckpointStore(self.root / "checkpoints", keep=self.config.checkpoint.keep)
         self._pool: LocalRollouts | None = None
         self._tuned = False
@@ -143,7 +143,7 @@ class SampleRenderer:
             self._tuned, self._spaced = False, self._pool.trajectory()
         return self._pool
 
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, list[float]]:
+    def _score(self, images: Mixed, prompts: Sequence[str]) -> dict[str, list[float]]:
         rewards = self.config.rewards
         entries = {entry.name: entry for entry in (*rewards.train, *rewards.judges)}
         if self._metrics is None:
@@ -152,10 +152,17 @@ class SampleRenderer:
                 for entry in entries.values()
             ]
         with self._console.phase("images: score", None):
-            return {worker.name: worker.score(images, prompts) for worker in self._metrics}
+            return {worker.name: _score_all(worker, images, prompts) for worker in self._metrics}
 
     def _digest(self, weights: str, trajectory: Any) -> str:
         return _digest_of(self.config, weights, trajectory, [plan.seed for g in self.groups for plan in g.samples])
+
+
+def _score_all(worker: RewardWorker, images: Mixed, prompts: Sequence[str]) -> list[float]:
+    scores = dict[int, float]()
+    for indices, part in by_size(images):
+        scores |= zip(indices, worker.score(part, [prompts[index] for index in indices]), strict=True)
+    return [scores[index] for index in range(len(images))]
 
 
 def chosen_iteration(record: RunRecord, at: str) -> int | None:
@@ -209,10 +216,10 @@ def _best(record: RunRecord) -> int:
     return best
 
 
-def read_pixels(samples: Sequence[Sample]) -> Tensor:
-    """Return images as uint8 (N, 3, H, W)."""
-    arrays = [np.asarray(Image.open(sample.file).convert("RGB")) for sample in samples]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+def read_pixels(samples: Sequence[Sample]) -> Mixed:
+    """Return images as uint8 (N, 3, H, W), or N images of several sizes."""
+    arrays = [np.array(Image.open(sample.file).convert("RGB")) for sample in samples]
+    return gather([torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays])
 
 
 def _weights_sum(checkpoint: Checkpoint | None) -> str:

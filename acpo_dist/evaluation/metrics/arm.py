@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from acpo_dist.core.ports import LearnerGroup, RewardPool, RolloutPool
@@ -51,7 +52,8 @@ def evaluate_toy_arm(
     scores = reward.score(handles, metrics)
     ids = [plan.sample_id for group in groups for plan in group.samples]
     prompts = [plan.prompt for group in groups for plan in group.samples]
-    images = rollout.images(handles, ids)
+    # The exact oracle knows images of one size.
+    images = torch.stack(list(rollout.images(handles, ids)))
     held = [
         handle
         for index, handle in enumerate(handles)

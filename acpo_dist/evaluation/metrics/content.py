@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from acpo_dist.core.by_size import Mixed, map_by_size
 from acpo_dist.evaluation.metrics.features import as_float
 
 STATISTICS = ("edge_density", "colour_entropy", "dark_share", "saturated_share", "clipped_share", "contrast")
@@ -21,11 +22,11 @@ _LEVELS = 8
 """Number of histogram levels per colour channel."""
 
 
-def content_statistics(images: Tensor) -> dict[str, Tensor]:
+def content_statistics(images: Mixed) -> dict[str, Tensor]:
     """Compute the content statistics of each image.
 
     Args:
-        images: RGB (N, 3, H, W), uint8 or float, clipped to [0, 1]; H and W at least 2.
+        images: RGB (N, 3, H, W), or N images of several sizes, uint8 or float, clipped to [0, 1]; H and W at least 2.
 
     Returns:
         Statistic name -> float32 (N,) on the CPU, each in [0, 1]:
@@ -39,6 +40,12 @@ def content_statistics(images: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: `images` has another shape or type.
     """
+    if isinstance(images, Tensor):
+        return _statistics(images)
+    return {name: map_by_size(images, lambda part, name=name: _statistics(part)[name]) for name in STATISTICS}
+
+
+def _statistics(images: Tensor) -> dict[str, Tensor]:
     pixels = as_float(images).cpu()
     luminance = (pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
     low, high = pixels.amin(1), pixels.amax(1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acpo_dist.core.by_size import Mixed, by_size
 from acpo_dist.core.seeding import generator
 from acpo_dist.diffusion.prediction import add_noise, flow_scale
 from acpo_dist.evaluation.metrics.distances import SampleError
@@ -39,7 +40,7 @@ class OutputErrors:
 
 @torch.no_grad()
 def output_errors(
-    family: ModelFamily, clean: Tensor, prompts: Sequence[str], timesteps: Sequence[int],
+    family: ModelFamily, clean: Mixed, prompts: Sequence[str], timesteps: Sequence[int],
     *, seed: int = 0, batch_size: int = 16,
 ) -> OutputErrors:  # fmt: skip
     """Measure drift and denoising error on forward-noised x_0; held-out data gives the reverse KL, see `path_kl`.
@@ -48,7 +49,7 @@ def output_errors(
 
     Args:
         family: model loaded with its anchor.
-        clean: x_0 (B, C, H, W), float32: scaled latents, or pixels in [-1, 1].
+        clean: x_0 (B, C, H, W), or B of several sizes, float32: scaled latents, or pixels in [-1, 1].
         prompts: B prompts; ignored by an unconditional model.
         timesteps: integers of the noise schedule; 0 is only valid if the model does not predict x_0.
         seed: seed of the noise.
@@ -63,12 +64,12 @@ def output_errors(
     _require_prompts(len(clean), prompts)
     sums = {name: dict.fromkeys(timesteps, 0.0) for name in ("anchor", "denoising", "base_denoising")}
     for timestep in timesteps:
-        for part in _batches(len(clean), batch_size):
-            noise = torch.stack([_noise(clean.shape[1:], seed, timestep, index) for index in part])
+        for indices, part in _parts(clean, batch_size):
+            noise = torch.stack([_noise(part.shape[1:], seed, timestep, index) for index in indices])
             levels = family.alpha_bars[timestep].cpu().expand(len(part))
-            own = clean[part.start : part.stop].float().cpu()
+            own = part.float().cpu()
             noisy = add_noise(own, noise, levels)
-            model_outputs = _outputs(family, noisy, float(timestep), prompts[part.start : part.stop])
+            model_outputs = _outputs(family, noisy, float(timestep), [prompts[index] for index in indices])
             kind = family.prediction_type
             policy, base = (
                 denoising_residual(model_output, noisy, own, noise, levels, kind) for model_output in model_outputs
@@ -107,7 +108,7 @@ def kl_weights(alpha_bars_T: Tensor) -> Tensor:
 
 
 def path_kl(
-    drift_by_timestep: Mapping[int, float] | Mapping[float, float], alpha_bars_T: Tensor, num_elements: int
+    drift_by_timestep: Mapping[int, float] | Mapping[float, float], alpha_bars_T: Tensor, num_elements: float
 ) -> float:
     """Estimate KL(policy path || base path) of the T-step DDPM, an upper bound on the KL of its images.
 
@@ -119,7 +120,7 @@ def path_kl(
     Args:
         drift_by_timestep: timestep -> mean squared drift per element, in the units of `output_errors`.
         alpha_bars_T: cumulative signal fraction, (T,).
-        num_elements: D, elements of one x_0.
+        num_elements: D, elements of one x_0; their mean over samples of several sizes.
 
     Returns:
         The KL divergence in nats.
@@ -156,6 +157,13 @@ def _noise(shape: torch.Size, seed: int, timestep: int, index: int) -> Tensor:
 def _batches(count: int, size: int) -> Iterator[range]:
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
+
+
+def _parts(clean: Mixed, size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (indices, x_0) of up to `size` samples of one size."""
+    for indices, part in by_size(clean):
+        for few in _batches(len(part), size):
+            yield indices[few.start : few.stop], part[few.start : few.stop]
 
 
 def _require_prompts(count: int, prompts: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
+from acpo_dist.core.by_size import Mixed, map_by_size
 from acpo_dist.evaluation.metrics.diversity import vendi_of_features
 from acpo_dist.evaluation.metrics.features import Features, LowPassPixels
 from acpo_dist.evaluation.metrics.manifold import exact_distances
@@ -32,11 +33,11 @@ class SpreadGauge:
     """Images per block."""
     by_prompt: bool
 
-    def measure(self, images: Tensor, prompts: Sequence[str]) -> float | None:
+    def measure(self, images: Mixed, prompts: Sequence[str]) -> float | None:
         """Measure diversity.
 
         Args:
-            images: RGB (N, 3, H, W).
+            images: RGB (N, 3, H, W), or N images of several sizes.
             prompts: one per image.
 
         Returns:
@@ -54,7 +55,7 @@ class SpreadGauge:
 
 
 def fit_gauge(
-    images: Tensor, prompts: Sequence[str], *, samples_per_prompt: int, per_iteration: int
+    images: Mixed, prompts: Sequence[str], *, samples_per_prompt: int, per_iteration: int
 ) -> SpreadGauge | None:
     """Fit the gauge of a run to base samples.
 
@@ -79,16 +80,18 @@ def fit_gauge(
     return SpreadGauge(bandwidth=bandwidth, block=block, by_prompt=by_prompt) if bandwidth > 0 else None
 
 
-def _features(images: Tensor) -> Features | None:
-    pixels = images.shape[2] * images.shape[3]
+def _features(images: Mixed) -> Features | None:
+    pixels = min(image.shape[1] * image.shape[2] for image in images)
     size = next((size for size in _SIZES if pixels >= 16 * size**2), None)
     if size is None:
         return None
     extract = LowPassPixels(size)
-    parts = [extract(part) for part in images.split(_AT_ONCE)]
-    return Features(
-        values=torch.cat([part.values for part in parts]), source=parts[0].source, noise_blind=parts[0].noise_blind
-    )
+    facts = extract(images[0][None])
+
+    def values(part: Tensor) -> Tensor:
+        return torch.cat([extract(few).values for few in part.split(_AT_ONCE)])
+
+    return Features(values=map_by_size(images, values), source=facts.source, noise_blind=facts.noise_blind)
 
 
 def _blocks(prompts: Sequence[str], block: int, *, by_prompt: bool) -> list[list[int]]:

@@ -10,7 +10,8 @@ from torch import Tensor
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, SamplePlan
-from acpo_dist.evaluation.suites.images import EncodedImage, decode, digest, encode
+from acpo_dist.data.decoding import decode_named, encode_png
+from acpo_dist.data.encoded import EncodedImage, digest
 from acpo_dist.evaluation.suites.judges import CHUNK, JudgePool, PendingJudgement
 from acpo_dist.evaluation.suites.samples import Sample, SampleLog
 from acpo_dist.workers.rollout.chunks import chunks_of
@@ -59,7 +60,7 @@ def kept_chunks(
         if not missing:
             advance(len(rows))
             continue
-        images = tuple(decode(log.read_image(row), row.image) for row in rows)
+        images = tuple(decode_named(log.read_image(row), row.image) for row in rows)
         yield [Chunk(rows=tuple(rows), images=images, judges=missing)]
 
 
@@ -79,7 +80,7 @@ def drawn_chunks(
         for chunk in wave:
             rows = []
             for plan in chunk:
-                data = encode(images_BCHW[plan.sample_id])
+                data = encode_png(images_BCHW[plan.sample_id])
                 name = log.image_path(arm, plan.sample_id)
                 log.write_image(name, data)
                 rows.append(
@@ -112,7 +113,7 @@ def found_chunks(
             if old is not None and old.sha256 == row.sha256:
                 row = replace(row, scores=old.scores, errors=old.errors)
             try:
-                tensors.append(decode(image.data, image.name))
+                tensors.append(decode_named(image.data, image.name))
                 rows.append(row)
             except DataError as error:
                 broken.append(replace(row, scores=dict.fromkeys(judges), errors=dict.fromkeys(judges, str(error))))

@@ -1,7 +1,6 @@
 """Drift of a run from its base model by timestep, on the run's own samples."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 from acpo_dist.core.registry import MODELS, resolve
@@ -36,9 +35,10 @@ def run_drift(subject: ModelSubject, groups: Sequence[PromptGroup], backend: Bac
     copy_weights(family.network, subject.bundle.tensors)
     prompts = [plan.prompt for group in groups for plan in group.samples]
     errors = output_errors(family, clean, prompts, DRIFT_TIMESTEPS)
+    elements = sum(latents.numel() for latents in clean) / len(clean)
     mean = sum(errors.anchor.values()) / len(errors.anchor)
     return {
         **errors.to_mapping(),
         "rms": mean**0.5,
-        "path_kl_nats": path_kl(errors.anchor, family.alpha_bars, prod(family.sample_shape)),
+        "path_kl_nats": path_kl(errors.anchor, family.alpha_bars, elements),
     }

@@ -14,11 +14,12 @@ from acpo_dist.core.files import replace_file
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Advance
 from acpo_dist.core.types import PromptGroup
+from acpo_dist.data.encoded import EncodedImage
+from acpo_dist.data.prompts import size_mix
 from acpo_dist.evaluation.metrics.features import Extractor
 from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.chunks import Chunk, drawn_chunks, found_chunks, judge_all, kept_chunks, split_chunks
 from acpo_dist.evaluation.suites.drift import run_drift
-from acpo_dist.evaluation.suites.images import EncodedImage, read_image_files
 from acpo_dist.evaluation.suites.judges import judge_facts
 from acpo_dist.evaluation.suites.samples import REPORT, Sample, SampleLog
 from acpo_dist.evaluation.suites.set_metrics import judge_metrics, set_metrics, total_missing
@@ -80,6 +81,8 @@ class Request:
                 "seed": self.seed, "samples_per_prompt": self.samples_per_prompt,
                 "batch_size": config.rollout.batch_size, "sampler": config.sampler.model_dump(mode="json"),
             }  # fmt: skip
+            if config.model.sizes:
+                plan["image_size"] = config.model.model_dump(mode="json")["image_size"]
         else:
             plan |= {"image_column": self.image_column, "prompt_column": self.prompt_column}
         return plan
@@ -165,16 +168,16 @@ def _chunks(
 
 
 def _images(request: Request, subject: ImageSubject) -> Iterator[EncodedImage]:
-    count = min(request.limit or subject.count, subject.count)
-    indices = [index * subject.count // count for index in range(count)]
-    return read_image_files(
-        subject.path, indices=indices, image_column=request.image_column, prompt_column=request.prompt_column
-    )
+    whole = len(subject.images)
+    count = min(request.limit or whole, whole)
+    return subject.images.read([index * whole // count for index in range(count)])
 
 
 def _groups(request: Request) -> list[PromptGroup]:
     assert request.suite is not None
-    return sample_groups(request.suite, samples_per_prompt=request.samples_per_prompt, seed=request.seed)
+    # Both arms draw the sizes of the first model.
+    mix = size_mix(request.subject.config) if isinstance(request.subject, ModelSubject) else None
+    return sample_groups(request.suite, samples_per_prompt=request.samples_per_prompt, seed=request.seed, mix=mix)
 
 
 def _order(request: Request, log: SampleLog) -> list[tuple[str, str]]:
@@ -233,7 +236,7 @@ def _schedules(log: SampleLog) -> dict[str, list[str]]:
 
 def _total(request: Request, subject: Subject) -> int:
     if isinstance(subject, ImageSubject):
-        return min(request.limit or subject.count, subject.count)
+        return min(request.limit or len(subject.images), len(subject.images))
     assert request.suite is not None
     return len(request.suite.prompts) * request.samples_per_prompt
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.core.errors import RewardConfigError, WorkerError
-from acpo_dist.evaluation.suites.images import at_once
+from acpo_dist.data.decoding import at_once
 from acpo_dist.rewards.naming import metric_section
 from acpo_dist.workers.reward.worker import RewardWorker
 

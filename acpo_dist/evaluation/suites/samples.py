@@ -9,7 +9,7 @@ from typing import Any
 
 from acpo_dist.core.errors import ResumeError
 from acpo_dist.core.files import replace_file
-from acpo_dist.evaluation.suites.images import digest
+from acpo_dist.data.encoded import digest
 from acpo_dist.tracking.jsonl import mend_last_line, parse_object
 
 PLAN = "plan.json"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import DataError, ModelError, UsageError
+from acpo_dist.data.decoding import at_once, decode_named
 from acpo_dist.evaluation.metrics.content import content_statistics
 from acpo_dist.evaluation.metrics.distances import SampleError, frechet_distance, kid
 from acpo_dist.evaluation.metrics.diversity import mean_pairwise_distance, vendi_of_features, within_prompt_diversity
 from acpo_dist.evaluation.metrics.features import Extractor, Features, InceptionFeatures, LowPassPixels, NetworkFeatures
 from acpo_dist.evaluation.metrics.manifold import exact_distances, manifold_report
 from acpo_dist.evaluation.metrics.paired import bootstrap_mean, compare_paired, prompt_means
-from acpo_dist.evaluation.suites.images import at_once, decode
 from acpo_dist.evaluation.suites.samples import Sample
 
 CONFIDENCE = 0.95
@@ -193,7 +193,7 @@ def _stacks(images: Iterable[Image]) -> Iterator[tuple[Tensor, list[str]]]:
     ids: list[str] = []
     for row, data in images:
         try:
-            image = decode(data, row.image)
+            image = decode_named(data, row.image)
         except DataError:
             continue  # it has no score either, and is counted there
         if tensors and (len(tensors) == at_once(tensors[0], _STACK) or image.shape != tensors[0].shape):

@@ -11,8 +11,8 @@ from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import require_acks
+from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.evaluation.suites.images import count_image_files
 from acpo_dist.evaluation.suites.judges import weights_digest
 from acpo_dist.models.loading import resolve_path
 from acpo_dist.training.open_model import keeps_own_trajectory, prepared, source_config
@@ -50,18 +50,26 @@ class ImageSubject:
     """Existing images."""
 
     source: str
-    path: Path
-    count: int
+    images: EncodedImages = field(repr=False)
     facts: dict[str, Any]
 
 
-def open_images(source: str) -> ImageSubject:
-    """Open a folder of images, an image, or a parquet file."""
-    path = Path(source)
-    count = count_image_files(path)
-    if not count:
+def open_images(source: str, *, image_column: str, caption_columns: Sequence[str]) -> ImageSubject:
+    """Open a folder of images, an image, a zip archive, or a parquet file or a folder of them.
+
+    Args:
+        source: the path.
+        image_column: column of parquet files with the encoded image.
+        caption_columns: columns with the caption, see `EncodedImages`.
+
+    Raises:
+        DataError: the images cannot be listed.
+        UsageError: there are none.
+    """
+    images = EncodedImages(Path(source), image_column=image_column, caption_columns=caption_columns)
+    if not len(images):
         raise UsageError(f"{source} holds no image.")
-    return ImageSubject(source=source, path=path, count=count, facts={"kind": "images", "source": source})
+    return ImageSubject(source=source, images=images, facts={"kind": "images", "source": source})
 
 
 def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompted: bool) -> ModelSubject:
@@ -101,7 +109,7 @@ def open_model(source: str, overrides: Sequence[str], *, checkpoint: str, prompt
 
 
 def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> ModelSubject:
-    """Open the model to compare with; it uses the sampler of the first model.
+    """Open the model to compare with; it uses the sampler and the image sizes of the first model.
 
     Args:
         wanted: a source as in `open_model`, or `base`: the model that a run was tuned from.
@@ -123,7 +131,14 @@ def open_comparison(wanted: str, subject: ModelSubject, *, checkpoint: str) -> M
         facts = {key: value for key, value in subject.facts.items() if not key.startswith("policy_")}
         return replace(subject, source=BASE, bundle=None, facts=facts | {"source": BASE, "iteration": 0, "kind": BASE})
     other = open_model(wanted, [], checkpoint=checkpoint, prompted=subject.conditional)
-    sections = {"sampler": subject.config.sampler, "rollout": subject.config.rollout, "cluster": subject.config.cluster}
+    sections: dict[str, Any] = {
+        "sampler": subject.config.sampler,
+        "rollout": subject.config.rollout,
+        "cluster": subject.config.cluster,
+    }
+    if subject.config.model.sizes and hasattr(other.config.model, "image_size"):
+        size = {"image_size": subject.config.model.image_size}
+        sections["model"] = other.config.model.model_copy(update=size)
     return replace(other, config=other.config.model_copy(update=sections), trajectory=subject.trajectory)
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.data.prompts import SizeMix
 from acpo_dist.data.tables import read_lines, read_table
 from acpo_dist.data.toy.world import SHAPES, captions
 
@@ -94,7 +95,7 @@ def load_suite(
     return Suite(name=name if name in (*NAMED, "toy") else Path(name).stem, prompts=chosen, total=len(entries))
 
 
-def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int) -> list[PromptGroup]:
+def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int, mix: SizeMix | None = None) -> list[PromptGroup]:
     """Create one group per prompt.
 
     The seed of a sample depends only on `seed`, the prompt's text and the sample's number. Models are therefore
@@ -104,6 +105,8 @@ def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int) -> list[P
         suite: prompts.
         samples_per_prompt: samples per group.
         seed: root seed.
+        mix: sizes of the images; None leaves the size to the model. The size of a prompt depends only on `seed` and
+            the prompt's place in the whole suite.
 
     Returns:
         The groups, in suite order.
@@ -112,10 +115,11 @@ def sample_groups(suite: Suite, *, samples_per_prompt: int, seed: int) -> list[P
     groups = []
     for entry in suite.prompts:
         occurrence = seen[entry.prompt] = seen.get(entry.prompt, -1) + 1
+        size = mix.pick(entry.prompt_id, "evaluation", seed) if mix else None
         samples = tuple(
             SamplePlan(
                 sample_id=f"{entry.prompt_id:05d}-{number}", prompt_id=entry.prompt_id, prompt=entry.prompt,
-                seed=derive_seed("evaluation", seed, entry.prompt, occurrence, number),
+                seed=derive_seed("evaluation", seed, entry.prompt, occurrence, number), size=size,
             )
             for number in range(samples_per_prompt)
         )  # fmt: skip

@@ -10,7 +10,7 @@ from acpo_dist.core.errors import AcpoError, ModelError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
-from acpo_dist.data.prompts import load_prompts
+from acpo_dist.data.prompts import run_prompts
 from acpo_dist.models.loading import looks_local
 from acpo_dist.preflight.doctor.finding import Finding
 from acpo_dist.preflight.doctor.storage import check_runs
@@ -18,6 +18,7 @@ from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.base_check import FATAL, describe_problems
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalRollouts, default_device
+from acpo_dist.training.run import long_prompts
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from acpo_dist.workers.reward.canary import Canary
@@ -86,9 +87,11 @@ def check_folder(config: Config) -> Iterator[Finding]:
 
 def check_data(config: Config) -> Iterator[Finding]:
     """Check prompts, images and pairs."""
-    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    prompts = run_prompts(config)
     if config.data.prompts != "none":
         yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
+        if long := long_prompts(config, prompts):
+            yield Finding("long prompts", "warning" if config.model.long_prompts == "cut" else "note", long)
     if config.data.path is not None:
         image = load_images(config.data.path, config.data.image_column, 1, None)
         size = " x ".join(str(side) for side in image.tensor.shape[-2:])
@@ -105,7 +108,7 @@ def check_base_samples(config: Config) -> Iterator[Finding]:
     if config.model.path == "train" or not quick:
         yield Finding("base samples", "note", "checked by the run before training; its samples/base.png shows them")
         return
-    prompts = load_prompts(config.data.prompts, config.data.prompt_column)
+    prompts = run_prompts(config)
     groups = fixed_groups(config, prompts, _BASE_SAMPLES, stream="doctor")
     rollouts = LocalRollouts(config, device=device)
     handles = rollouts.generate(groups)

@@ -62,10 +62,14 @@ def reduction(architecture: Architecture) -> int:
 
 
 def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
-    """Return (C, H, W) of x_0 for the configured `image_size`, or for the default of the U-Net."""
-    factor, size = reduction(architecture), architecture.unet["sample_size"]
-    pixels = getattr(config, "image_size", None) or (size if isinstance(size, int) else size[0]) * factor
-    return architecture.unet["in_channels"], pixels // factor, pixels // factor
+    """Return (C, H, W) of x_0 for the largest configured size, or for the default of the U-Net."""
+    factor, channels = reduction(architecture), architecture.unet["in_channels"]
+    if config.sizes:
+        width, height = max((size for size, _ in config.sizes), key=lambda size: size[0] * size[1])
+        return channels, height // factor, width // factor
+    size = architecture.unet["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
 
 
 class MetaFamily:
@@ -128,6 +132,10 @@ class MetaFamily:
             tensors["pooled_prompt_embeds"] = zeros(architecture.text_encoders[-1]["projection_dim"])
             tensors["time_ids"] = zeros(TIME_IDS)
         return Condition(tensors)
+
+    def sized(self, condition: Condition, noisy: Tensor) -> Condition:
+        """Return the condition, which has time ids already."""
+        return condition
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
         """Run one U-Net pass with float32 input and output."""

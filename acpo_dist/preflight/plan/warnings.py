@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.sizes import size_text
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.preflight.plan.memory import Memory
 from acpo_dist.preflight.plan.rates import Device
@@ -30,6 +31,10 @@ def warnings_for(
     metrics = [entry.name for entry in (*config.rewards.train, *config.rewards.judges) if not entry.lightweight]
     if metrics:
         found.append(f"the networks of the metrics themselves are not counted: {', '.join(metrics)}.")
+    sizes = [size for size, _ in config.model.sizes]
+    if len(sizes) > 1:
+        largest = max(sizes, key=lambda size: size[0] * size[1])
+        found.append(f"memory and time are those of the largest of {len(sizes)} image sizes, {size_text(largest)}.")
     if config.learner.offload_optimizer == "cpu":
         found.append(
             "the optimiser is in host memory (12 bytes per trainable weight over all ranks) and its steps run on the "

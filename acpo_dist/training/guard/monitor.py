@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.by_size import Mixed
 from acpo_dist.core.ports import LearnerGroup, RolloutPool, Tracker
 from acpo_dist.core.types import Normaliser, RolloutHandle, ScoreTable
 from acpo_dist.evaluation.metrics.content import content_statistics
@@ -143,7 +144,7 @@ class GuardMonitor:
     def _anchor(self) -> Any:
         return getattr(self._config.algorithm, "anchor", None)
 
-    def _images(self, handles: Sequence[RolloutHandle]) -> tuple[Tensor, list[str]]:
+    def _images(self, handles: Sequence[RolloutHandle]) -> tuple[Mixed, list[str]]:
         """Return the first `guard.images` images with their prompts."""
         found = [pair for handle in handles for pair in zip(handle.sample_ids, handle.prompts, strict=True)]
         found = found[: self._config.guard.images]
@@ -166,5 +167,5 @@ def probe_rms(probe: Mapping[int, float]) -> float:
     return fmean(probe.values()) ** 0.5 if probe else 0.0
 
 
-def _content(images: Tensor) -> dict[str, list[float]]:
+def _content(images: Mixed) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in content_statistics(images).items()}

@@ -7,7 +7,7 @@ import numpy as np
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import RolloutPool
 from acpo_dist.core.types import PromptGroup
-from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.vrg.levels import FloatArray, finite_levels, to_sigmas
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.vrg.table import ErrorTable
@@ -78,5 +78,6 @@ def single_samples(
         iteration: index within the random stream.
     """
     return sample_prompts(
-        prompts, iteration=iteration, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream
-    )
+        prompts, iteration=iteration, run_seed=config.run.seed, num_prompts=count, samples_per_prompt=1, stream=stream,
+        mix=size_mix(config),
+    )  # fmt: skip

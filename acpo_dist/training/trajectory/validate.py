@@ -198,7 +198,10 @@ class Validation:
     def _errors(self, trajectory: Trajectory) -> torch.Tensor:
         """Return the mean squared distance from the reference per sample, float64, shape (B,)."""
         final_latents = self._pool.final_latents(self._groups, trajectory)
-        return (final_latents - self._reference).double().square().flatten(1).mean(1)
+        if isinstance(final_latents, torch.Tensor) and isinstance(self._reference, torch.Tensor):
+            return (final_latents - self._reference).double().square().flatten(1).mean(1)
+        pairs = zip(final_latents, self._reference, strict=True)
+        return torch.stack([(latents - reference).double().square().mean() for latents, reference in pairs])
 
 
 def set_trajectory(pool: RolloutPool, trajectory: Trajectory) -> None:

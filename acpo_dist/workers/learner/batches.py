@@ -74,7 +74,7 @@ class BatchMaker:
         """
         self._spec, self._family, self._device = spec, family, device
         self._images = self._open_images()
-        self._pairs = PairSet(spec.data.pairs, family.pixels) if spec.data.pairs is not None else None
+        self._pairs = PairSet(spec.data.pairs, family.size) if spec.data.pairs is not None else None
         self.broken: list[str] = []
         """Samples of pairs left out since `take_broken` because an image of the pair could not be decoded."""
 
@@ -164,4 +164,4 @@ class BatchMaker:
         anchor = getattr(self._spec.algorithm, "anchor", None)
         if data.path is None or getattr(anchor, "source", "rollout") != "data":
             return None
-        return load_images(data.path, data.image_column, data.max_images, self._family.sample_shape[-1])
+        return load_images(data.path, data.image_column, data.max_images, self._family.size)

@@ -87,4 +87,4 @@ class PolicyNetwork(Network):
         """
         if self._encoder is None:
             raise RuntimeError("features need an encoder, and the algorithm's configuration has none")
-        return self._encoder.features(latents, timesteps_B, condition)
+        return self._encoder.features(latents, timesteps_B, self._family.sized(condition, latents))

@@ -40,6 +40,13 @@ class SampleStore:
         """Return all samples, in the order of the batches."""
         return tuple(self._at)
 
+    def ids_by_size(self) -> list[list[str]]:
+        """Samples of each size, in the order of the batches."""
+        found: dict[torch.Size, list[str]] = {}
+        for sample_id, (batch, _) in self._at.items():
+            found.setdefault(batch.latents_BCHW.shape[1:], []).append(sample_id)
+        return list(found.values())
+
     def prompts(self, ids: Sequence[str]) -> tuple[str, ...]:
         """Return the prompt of each sample."""
         return tuple(batch.prompts[row] for batch, row in (self._at[sample_id] for sample_id in ids))

@@ -68,8 +68,12 @@ class LearnerWorker:
 
     @property
     def num_elements(self) -> int:
-        """D, elements of one latent tensor."""
-        return math.prod(self.family.sample_shape)
+        """D, elements of one latent tensor; their mean by share if the run mixes sizes."""
+        shares = self._spec.model.sizes
+        if len(shares) < 2:
+            return math.prod(self.family.sample_shape)
+        total = sum(share for _, share in shares)
+        return round(sum(share * math.prod(self.family.shape_of(size)) for size, share in shares) / total)
 
     def start(self, folder: Path | None) -> None:
         """Build the engine; with a folder, load weights, moments and averages first."""
@@ -204,7 +208,7 @@ class LearnerWorker:
         """Run `Algorithm.observe` on this rank's share of the base samples."""
         store = SampleStore(batches, policy_version=None)
         found: dict[str, list[float]] = {}
-        for part, counts in self._share(store.sample_ids):
+        for part, counts in self._share(store):
             metrics = self.algorithm.observe(self.batches.make(store, part, None, 0), self.network)
             if not metrics:
                 return {}
@@ -225,7 +229,7 @@ class LearnerWorker:
         reward = self._reward(terms, derive_seed("crop", self._spec.seed, "calibration", self._ready().rank))
         space = resolve_space(self._spec.algorithm.anchor.space, self.family.prediction_type)
         norms: list[float] = []
-        for part, counts in self._share(store.sample_ids):
+        for part, counts in self._share(store):
             batch = self.batches.make(store, part, None, 0)
             late, full = batch.late, getattr(self._spec.algorithm, "guidance", "conditional") == "full"
             if batch.tail is not None:
@@ -263,7 +267,7 @@ class LearnerWorker:
         """
         store = SampleStore(batches, policy_version=None)
         sums = MetricSums()
-        for part, counts in self._share(store.sample_ids):
+        for part, counts in self._share(store):
             clean = store.clean(part).to(self._device)
             condition = self.family.encode(store.prompts(part))
             for timestep in timesteps:
@@ -360,14 +364,14 @@ class LearnerWorker:
         engine = self._ready()
         return cut(ids, self._spec.learner.micro_batch)[engine.rank :: engine.world_size]
 
-    def _share(self, ids: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], bool]]:
-        """Yield this rank's micro-batches, and whether each one contributes to the result.
+    def _share(self, store: SampleStore) -> Iterator[tuple[tuple[str, ...], bool]]:
+        """Yield this rank's micro-batches, each of one size, and whether each one contributes to the result.
 
         ZeRO 3 gathers collectively, so all ranks must run the same number of forward passes: a rank without a batch
         repeats the last one, which is then ignored.
         """
         engine = self._ready()
-        parts = cut(ids, self._spec.learner.micro_batch)
+        parts = [part for ids in store.ids_by_size() for part in cut(ids, self._spec.learner.micro_batch)]
         for start in range(0, len(parts), engine.world_size):
             index = start + engine.rank
             yield parts[min(index, len(parts) - 1)], index < len(parts)

@@ -2,15 +2,33 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from acpo_dist.core.by_size import Mixed, gather
+from acpo_dist.core.sizes import Size
 from acpo_dist.core.types import PromptGroup, SamplePlan
 
 
 def chunks_of(groups: Sequence[PromptGroup], batch_size: int) -> list[tuple[SamplePlan, ...]]:
-    """Join consecutive groups to chunks of up to `batch_size` samples; a larger group is a chunk of its own."""
-    chunks: list[list[SamplePlan]] = []
+    """Join groups of one size to chunks of up to `batch_size` samples; a larger group is a chunk of its own.
+
+    Sizes follow in order of appearance, and the groups of one size keep their order.
+    """
+    chunks: dict[Size | None, list[list[SamplePlan]]] = {}
     for group in groups:
-        if chunks and len(chunks[-1]) + len(group.samples) <= batch_size:
-            chunks[-1].extend(group.samples)
+        own = chunks.setdefault(group.samples[0].size, [])
+        if own and len(own[-1]) + len(group.samples) <= batch_size:
+            own[-1].extend(group.samples)
         else:
-            chunks.append(list(group.samples))
-    return [tuple(chunk) for chunk in chunks]
+            own.append(list(group.samples))
+    return [tuple(chunk) for own in chunks.values() for chunk in own]
+
+
+def in_order(groups: Sequence[PromptGroup], chunks: Sequence[Sequence[SamplePlan]], latents: Sequence[Tensor]) -> Mixed:
+    """Return the latents of all chunks in the order of the groups' samples."""
+    at = {
+        plan.sample_id: row
+        for chunk, part in zip(chunks, latents, strict=True)
+        for plan, row in zip(chunk, part, strict=True)
+    }
+    return gather([at[plan.sample_id] for group in groups for plan in group.samples])

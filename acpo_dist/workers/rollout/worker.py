@@ -89,7 +89,7 @@ class RolloutWorker:
 
     @torch.no_grad()
     def generate(self, plans: Sequence[SamplePlan]) -> RolloutBatch:
-        """Draw one chunk; each sample depends only on its seed, its prompt and the weights.
+        """Draw one chunk of one size; each sample depends only on its seed, its prompt and the weights.
 
         Raises:
             ConfigError: the trajectory has no step that is as late as the learner trains.
@@ -145,7 +145,7 @@ class RolloutWorker:
         return WeightAck(worker=self._name, version=bundle.version, checksum=checksum(held))
 
     def _sample(self, plans: Sequence[SamplePlan], trajectory: Trajectory, visit: Visit | None) -> Tensor:
-        start = torch.stack([self._start(plan.seed) for plan in plans]).to(self._device)
+        start = torch.stack([self._start(plan) for plan in plans]).to(self._device)
         prompts = tuple(plan.prompt for plan in plans)
         kind, solver, rule = self.family.prediction_type, self._sampler.solver, self.family.clean_rule
         if solver in SHARE_AT_END:
@@ -158,8 +158,9 @@ class RolloutWorker:
             self._denoiser(prompts), start, trajectory, kind, visit=visit, sampler=self._sampling_rule(plans), rule=rule
         )
 
-    def _start(self, seed: int) -> Tensor:
-        return torch.randn(self.family.sample_shape, generator=torch.Generator().manual_seed(seed))
+    def _start(self, plan: SamplePlan) -> Tensor:
+        shape = self.family.shape_of(plan.size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed))
 
     def _late_state(self, step: int, kept: dict[int, Tensor]) -> LateLatents:
         stochastic = self._sampler.eta > 0
@@ -176,7 +177,7 @@ class RolloutWorker:
     def _sampling_rule(self, plans: Sequence[SamplePlan]) -> Sampler:
         if self._sampler.eta == 0:
             return make_sampler(self._sampler.solver, self.family.alpha_bars)
-        shape = self.family.sample_shape
+        shape = self.family.shape_of(plans[0].size)
 
         def noise(step: int) -> Tensor:
             draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
