@@ -1,5 +1,7 @@
 """ACPO: raises the perceptual score at late timesteps and anchors the noise prediction to the base model's."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.config import AcpoConfig, DraftConfig, ReflConfig
 from acpo_dist.algorithms.noising import noise_forward, split_branches
 from acpo_dist.algorithms.tail import low_variance_tail, passed_states, sample_tail, states_at
+from acpo_dist.core.seeding import derive_seed
 from acpo_dist.diffusion.prediction import to_clean
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.objective.anchor import anchor_error, output_drift
@@ -48,6 +51,7 @@ class Acpo(BaseAlgorithm):
         if self.config.reward_weight > 0:
             # The pool decodes, scores and differentiates in parallel with the anchor's forward passes.
             answer = reward(clean, batch.prompts * (len(clean) // len(batch.prompts)))
+        on_data = self._on_data(batch, network, reward)
         if outputs is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and anchor_weight > 0):
                 outputs = both_branches(network, late, batch.prompts, scale)
@@ -67,7 +71,8 @@ class Acpo(BaseAlgorithm):
             total = total + anchor_weight * drift
         learns_data = self.config.data_weight > 0 and batch.clean_is_real
         if (anchor_weight > 0 and self.config.anchor.uniform) or learns_data:
-            uniform, denoising, is_null = self._uniform(batch, network, condition)
+            own = condition if batch.clean_prompts is None else None
+            uniform, denoising, is_null = self._uniform(batch, network, own)
             if self.config.anchor.uniform:
                 total = total + anchor_weight * uniform
             metrics["anchor/uniform"] = uniform.detach()
@@ -80,6 +85,11 @@ class Acpo(BaseAlgorithm):
             term = term.reshape(-1, len(batch.sample_ids)).mean(0)
             total = total + self.config.reward_weight * batch.weights_B * term
             metrics |= seen
+        if on_data is not None:
+            estimate, wait = on_data
+            term, seen = self._perceptual(estimate, wait())
+            total = total + self.config.data_reward_weight * term
+            metrics |= {f"data/{name}": value for name, value in seen.items()}
         return Loss(per_sample=total, metrics=metrics)
 
     def _scored(
@@ -96,6 +106,18 @@ class Acpo(BaseAlgorithm):
         # After the first step the states depend on the weights; anchor gradients must not pass through them.
         outputs = sampled.outputs if batch.tail.trajectory.num_steps == 1 else None
         return late, batch.guidance_scale, outputs, sampled.clean
+
+    def _on_data(
+        self, batch: MicroBatch, network: Network, reward: RewardGradient
+    ) -> tuple[Tensor, Callable[[], RewardSignal]] | None:
+        """Request the reward on x0-hat of the real images at late timesteps; None without `data_reward_weight`."""
+        if self.config.data_reward_weight == 0 or not batch.clean_is_real:
+            return None
+        keys = tuple(derive_seed("data reward", key) for key in batch.noise_keys)
+        states = noise_forward(replace(batch, noise_keys=keys), network, lowest=1, t_max=batch.latest_share)
+        model_output = network.predict(states.latents, states.timesteps_B, states.condition)
+        clean = to_clean(model_output, states.latents, states.alpha_bars_B, network.prediction_type)
+        return clean, reward(clean, batch.prompts if batch.clean_prompts is None else batch.clean_prompts)
 
     def _perceptual(self, clean: Tensor, signal: RewardSignal) -> tuple[Tensor, dict[str, Tensor]]:
         value, slope = shape_reward(signal.quality_B, self.config.shape, signal.target)

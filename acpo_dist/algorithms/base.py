@@ -31,8 +31,13 @@ class Network(Protocol):
         """Cumulative signal fraction by timestep, float64 (T,), on the CPU."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Any:
-        """Return the conditioning of the prompts."""
+    def encode(self, prompts: Sequence[str], conditioning: Mapping[str, Tensor] | None = None) -> Any:
+        """Return the conditioning of the prompts.
+
+        Args:
+            prompts: one per sample.
+            conditioning: tensors that replace the network's own, such as original size and crop of real images.
+        """
         ...
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Any) -> Tensor:
@@ -101,6 +106,12 @@ class MicroBatch:
     """Set if the algorithm's configuration has `gradient_steps`."""
     clean: Tensor
     """x_0 (B, C, H, W) for forward noising: the sample's own, or a real image."""
+    clean_prompts: tuple[str, ...] | None = None
+    """Captions of the real images in `clean`; None if `prompts` describe it."""
+    clean_conditioning: Mapping[str, Tensor] = field(default_factory=dict)
+    """Conditioning of the images in `clean` besides their captions, such as original size and crop."""
+    latest_share: float = 1.0
+    """Largest late timestep as a share of the noise schedule (`sampler.t_max`)."""
     clean_is_real: bool
     """Whether `clean` holds real images, for which the ordinary denoising loss is valid."""
     weights_B: Tensor

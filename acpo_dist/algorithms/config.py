@@ -33,7 +33,8 @@ class WideAnchorConfig(AnchorConfig):
     uniform: bool = True
     """Also anchor a second batch at uniform timesteps, so that drift at early steps is limited too."""
     source: Literal["rollout", "data"] = "rollout"
-    """Source of x_0 for that batch: the rollouts, or real images (`data.path`, pixel models)."""
+    """Source of x_0 for that batch: the rollouts, or real images (`data.path`), which need captions for a model
+    with prompts."""
 
 
 class OptionalWideAnchorConfig(WideAnchorConfig, OptionalAnchorConfig):
@@ -64,6 +65,9 @@ class AcpoConfig(AlgorithmConfig):
     separately, for one more forward and backward pass. Sampler steps always use the rollouts' guidance."""
     data_weight: float = Field(default=0.0, ge=0)
     """Weight of the ordinary denoising loss on real images (`data.path`), on the anchor's uniform batch."""
+    data_reward_weight: float = Field(default=0.0, ge=0)
+    """Weight of the reward on x0-hat of real images noised to late timesteps (up to `sampler.t_max`), beside the reward
+    on rollouts."""
     pathwise: ClassVar[bool] = True
 
 

@@ -43,7 +43,8 @@ def noise_forward(
         condition: conditioning of the prompts; None encodes them.
     """
     device, levels = batch.clean.device, network.alpha_bars
-    if not any(batch.prompts):
+    prompts = batch.prompts if batch.clean_prompts is None else batch.clean_prompts
+    if not any(prompts):
         # Only the branch without prompts exists.
         null_share = 0.0
     highest = max(lowest + 1, round(t_max * len(levels)))
@@ -53,7 +54,8 @@ def noise_forward(
     noise = torch.stack([noise for _, _, noise in draws]).to(device)
     alpha_bars = levels[timesteps.cpu()].to(device)
     if condition is None:
-        condition = network.encode(batch.prompts)
+        extra = batch.clean_conditioning
+        condition = network.encode(prompts, extra) if extra else network.encode(prompts)
     if null_share > 0:
         condition = condition.where_null(is_null, network.encode([""] * len(draws)))
     return NoisedStates(

@@ -25,6 +25,8 @@ def show(report: Mapping[str, Any], folder: Path) -> None:
     console.table(*_sets(sets))
     if "drift" in report:
         console.table(*_drift(report["drift"]))
+    if "denoising" in report:
+        console.table(*_denoising(report["denoising"]))
     console.message(f"{report['how']['samples']} samples in {folder}; evaluation.json has all metrics")
 
 
@@ -82,6 +84,14 @@ def _sets(sets: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
             rows.append([name, *_given(between["manifold"], name, counts)])
     source = next((one["features"] for one in sets.values() if "features" in one), "none")
     return f"sets, on {source} features", ["metric", "value", "on"], rows
+
+
+def _denoising(found: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    model, base = found["by_timestep"]["model"], found["by_timestep"]["base"]
+    rows = [[str(t), f"{base[t]:.4g}", f"{model[t]:.4g}", f"{model[t] / base[t]:.3f}"] for t in model]
+    rows.append(["mean", f"{found['base']:.4g}", f"{found['model']:.4g}", f"{found['ratio']:.3f}"])
+    title = f"denoising error on {found['num_images']} held-out images of {found['images']}"
+    return title, ["timestep", "base", "model", "ratio"], rows
 
 
 def _drift(drift: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:

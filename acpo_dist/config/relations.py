@@ -199,16 +199,23 @@ def _check_anchor(config: Config) -> None:
             "null. Set the budget, or a weight; algorithm.anchor.weight=0 switches the anchor off."
         )
     from_data = getattr(anchor, "source", "rollout") == "data"
-    if from_data and not config.model.pixel_space:
-        raise ConfigError(
-            f"algorithm.anchor.source is `data`, but `{config.model.type}` works on latents and data.path holds "
-            "images: set algorithm.anchor.source=rollout."
-        )
     if getattr(config.algorithm, "data_weight", 0) > 0 and not from_data:
         raise ConfigError(
             f"algorithm.data_weight is {config.algorithm.data_weight}, and the denoising loss needs a batch of real "
             "images: set algorithm.anchor.source=data and data.path."
         )
+    if getattr(config.algorithm, "data_reward_weight", 0) > 0 and not from_data:
+        raise ConfigError(
+            f"algorithm.data_reward_weight is {config.algorithm.data_reward_weight}, which needs a batch of real "
+            "images: set algorithm.anchor.source=data and data.path."
+        )
+    for key in ("flip", "held_out"):
+        value = getattr(config.data, key)
+        if value and config.model.pixel_space:
+            raise ConfigError(
+                f"data.{key} is {value}, which applies to the captioned images of latent models, and "
+                f"`{config.model.type}` works on pixels. Leave it out."
+            )
 
 
 def _anchor_is_off(algorithm: Any) -> bool:

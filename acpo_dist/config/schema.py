@@ -47,6 +47,15 @@ class DataConfig(Section):
     models and metrics set to `train`, by the anchor's forward-noised batch and by the data term."""
     image_column: str = "image"
     """Column of parquet files with the image: encoded bytes, or a struct with the fields `bytes` and `path`."""
+    caption_column: str | None = None
+    """Column of parquet files and `metadata.jsonl` with the caption of an image; None takes `caption`, `text` or
+    `prompt`. Images in folders and zip archives take it from a .txt file of the same name too."""
+    flip: bool = False
+    """Mirror half of the captioned images, which doubles the cache of latents."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the captioned images that does not train and on which `acpo eval` measures the denoising error."""
+    latent_cache: Path | None = None
+    """Folder of the latents of captioned images, which several runs may share; None is `latents` in the run folder."""
     max_images: int | None = Field(default=None, ge=1)
     """Largest number of images used: the first rows of a parquet file, files spread evenly over a folder."""
     pairs: Path | None = None

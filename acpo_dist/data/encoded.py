@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import logging
 import os
 import zipfile
@@ -93,6 +94,11 @@ class EncodedImages:
     def __len__(self) -> int:
         """Return the number of images."""
         return self._count
+
+    def stamp(self) -> str:
+        """Return a hash of the names and byte counts of the files."""
+        facts = [[os.path.relpath(file, self._root), file.stat().st_size] for file in self._files]
+        return digest(json.dumps(facts).encode())
 
     def read(self, indices: Sequence[int] | None = None) -> Iterator[EncodedImage]:
         """Return images in order.

@@ -203,6 +203,18 @@ class LatentFamily(ModelFamily):
         width, height = size or self.size
         return self._channels, height // self.factor, width // self.factor
 
+    def size_conditioning(
+        self, originals: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size
+    ) -> dict[str, Tensor]:
+        """Return the conditioning on the size and crop of real images; empty if the network takes none.
+
+        Args:
+            originals: (width, height) of each image file in pixels.
+            crops: (top, left) of each crop, in pixels of the resized image.
+            size: (width, height) of the crops.
+        """
+        return {}
+
     @override
     def sized(self, condition: Condition, noisy: Tensor) -> Condition:
         return condition

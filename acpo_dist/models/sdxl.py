@@ -1,5 +1,6 @@
 """Stable Diffusion XL: two text encoders, pooled and size conditioning, latent VAE."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from typing_extensions import override
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.sizes import Size
 from acpo_dist.models.config import SdxlConfig
 from acpo_dist.models.family import Condition
 from acpo_dist.models.latent import LatentFamily
@@ -50,6 +52,15 @@ class SdxlFamily(LatentFamily):
     def _null_is_zeros(cls, config: SdxlConfig, path: str) -> bool:
         index = load_part(cls.pipeline.load_config, path, None)
         return bool(index.get("force_zeros_for_empty_prompt", True)) and config.negative_prompt is None
+
+    @override
+    def size_conditioning(
+        self, originals: Sequence[Size], crops: Sequence[tuple[int, int]], size: Size
+    ) -> dict[str, Tensor]:
+        rows = [
+            [height, width, *crop, size[1], size[0]] for (width, height), crop in zip(originals, crops, strict=True)
+        ]
+        return {"time_ids": torch.tensor(rows, dtype=torch.float32, device=self.device)}
 
     @override
     def sized(self, condition: Condition, noisy: Tensor) -> Condition:

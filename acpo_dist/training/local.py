@@ -264,9 +264,15 @@ class LocalChannel(WeightChannel):
         return bundle.checksum
 
 
+def latent_cache(config: Config) -> Path:
+    """Return the folder of the latents of `data.path`."""
+    return config.data.latent_cache or config.run_dir / "latents"
+
+
 def learner_spec(config: Config) -> LearnerSpec:
     """Return the configuration sections of a learner rank."""
     return LearnerSpec(
         model=config.model, algorithm=config.algorithm, learner=config.learner, rewards=config.rewards,
         sampler=config.sampler, data=config.data, seed=config.run.seed, max_staleness=config.pipeline.max_staleness,
+        latent_cache=latent_cache(config),
     )  # fmt: skip

@@ -21,6 +21,8 @@ from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
+from acpo_dist.data.captions import CAPTION_COLUMNS
+from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import run_prompts
@@ -41,6 +43,7 @@ from acpo_dist.workers.learner.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
+_CAPTIONS_TRIED = 32
 EXPORT_FACTS = "acpo.json"
 
 OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
@@ -204,6 +207,21 @@ def _require_images(config: Config) -> None:
         )
     if config.data.path is not None:
         load_images(config.data.path, config.data.image_column, 1, None)
+        if getattr(anchor, "source", "rollout") == "data" and config.model.conditional:
+            _require_captions(config)
+
+
+def _require_captions(config: Config) -> None:
+    data = config.data
+    assert data.path is not None
+    columns = (data.caption_column,) if data.caption_column else CAPTION_COLUMNS
+    images = EncodedImages(data.path, image_column=data.image_column, caption_columns=columns)
+    if not any(image.prompt for image in images.read(range(min(len(images), _CAPTIONS_TRIED)))):
+        raise ConfigError(
+            f"algorithm.anchor.source is `data` and the model takes prompts, but the first images of data.path "
+            f"({data.path}) have no caption. Expected a .txt file beside each image, metadata.jsonl, or one of the "
+            f"columns {', '.join(columns)} (data.caption_column)."
+        )
 
 
 def _open_tracker(config: Config, folder: RunFolder):

@@ -119,7 +119,7 @@ def test_drawbench_prompts_arrive_complete():
         ("comma.csv", b"prompt\na cat, sitting\n", "line 2: 2 cells, the header has 1"),
         ("quote.csv", b'prompt\n"never closed\na dog\n', "cannot be read"),
         ("latin1.txt", "Hündchen".encode("latin-1"), "cannot be read"),
-        ("prompts.json", b"[]", "expected a .txt, .csv or .tsv file"),
+        ("prompts.json", b"[]", "expected a .txt, .csv, .tsv, .jsonl or .parquet file"),
     ],
 )
 def test_a_prompt_file_that_cannot_serve_is_refused(tmp_path, name, content, message):

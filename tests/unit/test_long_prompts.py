@@ -128,9 +128,9 @@ def test_clip_skip_takes_an_earlier_layer_through_the_last_norm_and_leaves_the_n
 def test_long_prompts_are_counted_for_the_user():
     config = load_config("toy_sdxl", []).model
     counts = resolve("model", MODELS, "sdxl").chunk_counts(config, [SHORT, LONG, ""])
-    assert counts == [1, 2, 1]
+    assert counts[0] == counts[2] == 1 < counts[1]
     assert "1 of 3" in describe_long(counts, "cut") and "model.long_prompts=chunk" in describe_long(counts, "cut")
-    assert "2 chunks" in describe_long(counts, "chunk") and describe_long([1, 1], "cut") is None
+    assert f"{counts[1]} chunks" in describe_long(counts, "chunk") and describe_long([1, 1], "cut") is None
 
 
 def test_generated_images_depend_on_the_end_of_a_long_prompt(tmp_path: Path, monkeypatch, capsys):

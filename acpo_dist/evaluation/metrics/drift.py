@@ -5,7 +5,7 @@ Legend: B samples. Errors are means over the elements of a sample, in noise unit
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ class OutputErrors:
 @torch.no_grad()
 def output_errors(
     family: ModelFamily, clean: Mixed, prompts: Sequence[str], timesteps: Sequence[int],
-    *, seed: int = 0, batch_size: int = 16,
+    *, seed: int = 0, batch_size: int = 16, conditioning: Mapping[str, Tensor] | None = None,
 ) -> OutputErrors:  # fmt: skip
     """Measure drift and denoising error on forward-noised x_0; held-out data gives the reverse KL, see `path_kl`.
 
@@ -54,6 +54,7 @@ def output_errors(
         timesteps: integers of the noise schedule; 0 is only valid if the model does not predict x_0.
         seed: seed of the noise.
         batch_size: samples per forward pass.
+        conditioning: conditioning of the B samples besides their prompts, such as original size and crop.
 
     Returns:
         Errors by timestep.
@@ -69,7 +70,10 @@ def output_errors(
             levels = family.alpha_bars[timestep].cpu().expand(len(part))
             own = part.float().cpu()
             noisy = add_noise(own, noise, levels)
-            model_outputs = _outputs(family, noisy, float(timestep), [prompts[index] for index in indices])
+            model_outputs = _outputs(
+                family, noisy, float(timestep), [prompts[index] for index in indices],
+                {name: value[indices] for name, value in (conditioning or {}).items()},
+            )  # fmt: skip
             kind = family.prediction_type
             policy, base = (
                 denoising_residual(model_output, noisy, own, noise, levels, kind) for model_output in model_outputs
@@ -139,11 +143,16 @@ def path_kl(
     return float((kl_weights(alpha_bars_T).numpy() * drift).sum()) * num_elements
 
 
-def _outputs(family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _outputs(
+    family: ModelFamily, noisy: Tensor, timestep: float, prompts: Sequence[str],
+    conditioning: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the outputs of policy and base model for the same input, on the CPU."""
     device = next(family.network.parameters()).device
     moved, timesteps = noisy.to(device), torch.full((len(noisy),), timestep, device=device)
     condition = family.encode(prompts)
+    if conditioning:
+        condition = replace(condition, tensors={**condition.tensors, **conditioning})
     policy = family.predict(moved, timesteps, condition)
     with family.anchored():
         base = family.predict(moved, timesteps, condition)

@@ -19,6 +19,7 @@ from acpo_dist.data.prompts import size_mix
 from acpo_dist.evaluation.metrics.features import Extractor
 from acpo_dist.evaluation.suites.backend import Backend
 from acpo_dist.evaluation.suites.chunks import Chunk, drawn_chunks, found_chunks, judge_all, kept_chunks, split_chunks
+from acpo_dist.evaluation.suites.denoising import held_out_denoising
 from acpo_dist.evaluation.suites.drift import run_drift
 from acpo_dist.evaluation.suites.judges import judge_facts
 from acpo_dist.evaluation.suites.samples import REPORT, Sample, SampleLog
@@ -130,6 +131,11 @@ def evaluate(
         with console.phase("drift from the base", None):
             groups = _groups(request)[: max(1, request.drift // request.samples_per_prompt)]
             report["drift"] = run_drift(request.subject, groups, backend)
+    if isinstance(request.subject, ModelSubject) and request.subject.bundle is not None:
+        with console.phase("denoising error", None):
+            denoising = held_out_denoising(request.subject)
+        if denoising is not None:
+            report["denoising"] = denoising
     report["provenance"] = {
         **request.plan(), "schedule_ids": _schedules(log), "features": request.features, "software": _software(),
         "git_commit": git_commit(),

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from acpo_dist.core.types import TrainTask
 from acpo_dist.data.images import ImageSet, load_images
 from acpo_dist.data.pairs import PairSet, is_pair_id
 from acpo_dist.models.family import ModelFamily
+from acpo_dist.workers.learner.real_images import RealBatch, RealImages
 from acpo_dist.workers.learner.samples import SampleStore
 
 
@@ -31,6 +33,8 @@ class LearnerSpec:
     seed: int
     max_staleness: int = 0
     """`pipeline.max_staleness`: number of earlier versions whose weights are kept."""
+    latent_cache: Path | None = None
+    """Folder of the latents of `data.path`."""
 
     @property
     def accumulation(self) -> int:
@@ -74,6 +78,7 @@ class BatchMaker:
         """
         self._spec, self._family, self._device = spec, family, device
         self._images = self._open_images()
+        self._captioned = self._open_captioned()
         self._pairs = PairSet(spec.data.pairs, family.size) if spec.data.pairs is not None else None
         self.broken: list[str] = []
         """Samples of pairs left out since `take_broken` because an image of the pair could not be decoded."""
@@ -94,6 +99,7 @@ class BatchMaker:
         unreadable: Tensor | None = None
         tail: TailStates | None = None
         real = False
+        captioned: RealBatch | None = None
         if is_pair_id(ids[0]):
             assert self._pairs is not None, "pair ids need data.pairs"
             read = self._pairs.read(ids)
@@ -108,6 +114,9 @@ class BatchMaker:
             clean, prompts = store.clean(ids), store.prompts(ids)
             if self._images is not None:
                 clean, real = 2 * self._images.batch([key % len(self._images) for key in keys]) - 1, True
+            if self._captioned is not None:
+                captioned = self._captioned.batch(keys)
+                clean, real = captioned.clean, True
         return MicroBatch(
             sample_ids=ids,
             prompts=prompts,
@@ -115,6 +124,9 @@ class BatchMaker:
             states=states,
             tail=tail,
             clean=clean.to(self._device),
+            clean_prompts=captioned.captions if captioned else None,
+            clean_conditioning=captioned.conditioning if captioned else {},
+            latest_share=spec.sampler.latest_share,
             clean_is_real=real,
             weights_B=weights.to(self._device),
             guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),
@@ -159,9 +171,20 @@ class BatchMaker:
             following_alpha_bars_B=levels.to(self._device) if levels is not None else None,
         )
 
+    @property
+    def _uses_data(self) -> bool:
+        anchor = getattr(self._spec.algorithm, "anchor", None)
+        return self._spec.data.path is not None and getattr(anchor, "source", "rollout") == "data"
+
+    def _open_captioned(self) -> RealImages | None:
+        if not self._uses_data or self._family.pixel_space:
+            return None
+        assert self._spec.latent_cache is not None, "set by `learner_spec`"
+        return RealImages(self._spec.data, self._family, self._spec.latent_cache)
+
     def _open_images(self) -> ImageSet | None:
         data = self._spec.data
-        anchor = getattr(self._spec.algorithm, "anchor", None)
-        if data.path is None or getattr(anchor, "source", "rollout") != "data":
+        if not self._uses_data or not self._family.pixel_space:
             return None
+        assert data.path is not None
         return load_images(data.path, data.image_column, data.max_images, self._family.size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -62,8 +63,9 @@ class PolicyNetwork(Network):
         return self._family.alpha_bars
 
     @override
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        return self._family.encode(prompts)
+    def encode(self, prompts: Sequence[str], conditioning: Mapping[str, Tensor] | None = None) -> Condition:
+        condition = self._family.encode(prompts)
+        return replace(condition, tensors={**condition.tensors, **conditioning}) if conditioning else condition
 
     @override
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
