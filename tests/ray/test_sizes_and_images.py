@@ -1,0 +1,42 @@
+"""Two learner ranks and two rollout workers on several sizes and captioned images: as in one process, and resumed."""
+
+import pytest
+
+from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.run import drive
+from tests.helpers.captioned import write_captioned
+
+pytestmark = pytest.mark.ray
+QUIET = Console(quiet=True)
+OPTIONS = [
+    "model.image_size=[[32, 32], [32, 48]]", "algorithm.anchor.source=data", "algorithm.data_weight=1",
+    "algorithm.data_reward_weight=0.5", "data.flip=true", "sampler.num_steps=3", "checkpoint.every=1",
+    "learner.micro_batch=2", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
+    "cluster.worker_timeout_s=900", "rewards.judges=[]",
+]  # fmt: skip
+TWO = ["rollout.num_workers=2", "learner.num_ranks=2", "learner.zero_stage=1"]
+
+
+def _rows(root):
+    skip = ("time/", "reward_pool/")
+    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
+
+
+def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_does_and_resume_exactly(
+    cluster, tiny, tmp_path
+):
+    from acpo_dist.training.local import open_ports as local_ports
+    from actors.launch import open_ports as ray_ports
+
+    folder = write_captioned(tmp_path / "images", 8, shapes=((32, 32), (40, 60)))
+    options = [*OPTIONS, f"data.path={folder}", f"data.latent_cache={tmp_path / 'latents'}"]
+    alone, whole, parts = (tmp_path / name for name in ("alone", "whole", "parts"))
+    drive(tiny(*options, "run.iterations=1", f"run.dir={alone}"), local_ports, QUIET)
+    drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={whole}"), ray_ports, QUIET)
+    drive(tiny(*options, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
+    drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
+    first = _rows(whole)[0]
+    for name, value in _rows(alone)[0].items():
+        assert first[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert _rows(whole)[1] == _rows(parts)[1]
