@@ -199,7 +199,8 @@ def test_each_algorithm_is_counted_by_the_forwards_it_makes():
     once = learner_flops("algorithm.anchor.uniform=false")
     groups = ("rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=8", "sampler.guidance_scale=3")
     assert whole == pytest.approx(2 * once, rel=0.01)
-    assert learner_flops("algorithm={type: draft}") == pytest.approx(once, rel=0.01)
+    # The last sampler step is guided: both branches.
+    assert learner_flops("algorithm={type: draft}") == pytest.approx(2 * once, rel=0.01)
     # Both branches, and a forward over them before the first step.
     ddpo = learner_flops("algorithm={type: ddpo}", "sampler.eta=1", *groups)
     step = phase_flops(phases.rollout, *groups)
@@ -208,6 +209,19 @@ def test_each_algorithm_is_counted_by_the_forwards_it_makes():
     assert ddpo == pytest.approx(2 * once + step, rel=0.01)
     # NCP runs the frozen down blocks on policy, reference and target.
     assert learner_flops("algorithm={type: dpo, space: ncp}", *groups) > 1.1 * once
+
+
+def test_each_sampler_step_with_a_gradient_is_counted_with_its_recomputation():
+    tail = ("sampler.late_per_sample=4", "sampler.num_steps=4", "algorithm.anchor.uniform=false")
+    two, three, most = (
+        learner_flops(*tail, f"algorithm.gradient_steps={steps}", *more)
+        for steps, more in ((2, ()), (3, ()), ("random", ("algorithm.max_gradient_steps=3",)))
+    )
+    # A policy forward with its backward pass and a second forward, for both branches of the guidance; `once` has a
+    # forward of the base model in place of the second one, and no gradient with respect to the state.
+    once = learner_flops("algorithm.anchor.uniform=false")
+    assert 2 * once < three - two < 2.3 * once
+    assert most == three
 
 
 def test_a_plugged_in_algorithm_is_counted_by_its_own_forwards(monkeypatch):

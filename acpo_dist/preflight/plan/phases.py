@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acpo_dist.algorithms.base import Algorithm, LateStates, MicroBatch
+from acpo_dist.algorithms.base import Algorithm, LateStates, MicroBatch, TailStates
 from acpo_dist.config.schema import Config
 from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm
+from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.loading import held_dtype
@@ -156,6 +157,7 @@ def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch
         return torch.zeros(count, dtype=torch.float64, device=META)
 
     stochastic = config.algorithm.needs_noise
+    steps = _gradient_steps(config)
     conditional = setting.architecture.family != "ddpm"
     return MicroBatch(
         sample_ids=tuple(str(index) for index in range(count)), prompts=(_PROMPT if conditional else "",) * count,
@@ -164,6 +166,21 @@ def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch
             latents=states(), timesteps_B=torch.zeros(count, dtype=torch.long, device=META), alpha_bars_B=levels(),
             following=states() if stochastic else None, following_alpha_bars_B=levels() if stochastic else None,
         ),
+        tail=TailStates(latents=states(), trajectory=_last_steps(steps)) if steps else None,
         clean_is_real=getattr(config.algorithm.anchor, "source", "rollout") == "data",
         weights_B=torch.ones(count, device=META), guidance_scale=setting.guidance_scale, eta=config.sampler.eta,
     )  # fmt: skip
+
+
+def _gradient_steps(config: Config) -> int:
+    """Return the number of sampler steps that carry the reward gradient, at most; 0 if an estimate is scored."""
+    steps = getattr(config.algorithm, "gradient_steps", "estimate")
+    if steps == "random":
+        return config.algorithm.max_gradient_steps or config.sampler.num_steps
+    return 0 if steps == "estimate" else steps
+
+
+def _last_steps(count: int) -> Trajectory:
+    """Return any `count` steps to a clean sample: cost does not depend on the noise levels."""
+    levels = [0.5 + 0.5 * step / count for step in range(count + 1)]
+    return Trajectory(timesteps=tuple(float(count - step) for step in range(count)), alpha_bars=tuple(levels))
