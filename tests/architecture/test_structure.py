@@ -87,7 +87,7 @@ def test_the_library_imports_without_any_optional_extra():
 
 
 @pytest.mark.parametrize(("module", "needed"), DOORS.items())
-def test_a_door_needs_its_own_extra_and_no_other(module: str, needed: str):
+def test_an_optional_dependency_needs_only_its_own_extra(module: str, needed: str):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, found none")
     failures, _ = import_without(tuple(extra for extra in EXTRAS if extra != needed), [module])

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 ACPO = Path(sys.executable).parent / "acpo"
 
 
-def test_every_machine_is_asked_what_it_runs_and_sees(cluster, tmp_path, monkeypatch):
+def test_every_machine_reports_its_software_and_run_folder(cluster, tmp_path, monkeypatch):
     (found,) = checks.check_cluster("auto", tmp_path / "runs")
     assert found.verdict == "ok" and software().code in found.found and list(tmp_path.iterdir()) == []
     assert cluster.is_initialized()
@@ -26,7 +26,7 @@ def test_every_machine_is_asked_what_it_runs_and_sees(cluster, tmp_path, monkeyp
     assert other.verdict == "failed" and "not 1.0" in other.found and "mixed_software" in other.advice
 
 
-def test_a_run_folder_that_a_machine_does_not_see_is_told(tmp_path):
+def test_a_run_folder_that_is_not_shared_is_reported(tmp_path):
     seen = checks.MachineReport(software(), marker=False, findings=[])
     same, folder = checks.judge_machine("machine a", seen, software(), tmp_path)
     assert same.verdict == "ok"

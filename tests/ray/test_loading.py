@@ -74,7 +74,7 @@ class Loads:
         os._exit(1)
 
 
-def test_a_worker_that_cannot_load_after_a_loss_is_left_out_and_the_last_one_says_why(cluster, tmp_path):
+def test_a_worker_that_cannot_load_after_a_loss_is_excluded_and_the_last_one_raises_the_reason(cluster, tmp_path):
     files = {name: tmp_path / name for name in ("a", "b")}
     for file in files.values():
         file.touch()

@@ -27,7 +27,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_samples_on_a_node_that_is_lost_are_drawn_again_alike_and_the_pool_goes_on(found):
+def test_samples_of_a_lost_node_are_drawn_again_identically_and_the_pool_continues(found):
     rollout = found["rollout"]
     assert rollout["nodes"] == 2
     # No update lies between the two rollouts: version 2 holds the weights of version 1.

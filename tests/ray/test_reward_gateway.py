@@ -99,7 +99,7 @@ def test_gradients_over_http_are_those_of_the_worker_to_the_last_bit(wire_dtype:
     assert (found.gradient.exponent == wanted.gradient.exponent).all()
 
 
-def test_the_listing_says_what_gives_gradients_and_at_what(pool):
+def test_the_listing_states_which_metrics_have_gradients_and_at_which_tensor(pool):
     assert pool.metrics() == [
         {"name": "two_stream", "gradient_at": "latent"},
         {"name": "strided_judge", "gradient_at": None},
@@ -108,7 +108,7 @@ def test_the_listing_says_what_gives_gradients_and_at_what(pool):
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
 @pytest.mark.parametrize("path", ["/v1/metrics", "/v1/score/two_stream", "/anything"])
-def test_without_a_token_nothing_is_told(header: str, path: str, port):
+def test_requests_without_a_token_reveal_nothing(header: str, path: str, port):
     status, answer, headers = ask(port, path, b"body", Authorization=header)
     assert status == 401 and headers["www-authenticate"] == "Bearer"
     assert answer == {"error": "a valid token is required: Authorization: Bearer TOKEN"}
@@ -192,14 +192,14 @@ def test_a_body_that_hides_its_size_is_cut_off_at_the_limit(port):
     assert connection.getresponse().status == 413
 
 
-def test_the_client_asks_again_when_the_pool_is_busy_and_gives_up_at_the_deadline(port):
+def test_the_client_retries_while_the_pool_is_busy_and_fails_at_the_deadline(port):
     impatient = RemotePool(f"http://127.0.0.1:{port}", TOKEN, deadline_s=1.2)
     with pytest.raises(RewardError, match=r"1\.2 s: no replica answers"):
         impatient.score("two_stream", images(1), ["a prompt without a replica"])
     assert impatient.retries >= 1
 
 
-def test_the_clients_errors_say_what_the_server_said(pool):
+def test_the_clients_errors_quote_the_server(pool):
     with pytest.raises(RewardError, match="404: no reward or judge has the name `absent`"):
         pool.score("absent", images(), [""] * 3)
     with pytest.raises(RewardError, match=r"422: .*one text per image"):
@@ -208,14 +208,14 @@ def test_the_clients_errors_say_what_the_server_said(pool):
 
 @pytest.mark.parametrize(("token", "text"), [(TOKEN, r"413: the request has 16 MiB, the server accepts 0\.191"),
                                             (TOKEN + "x", "401: a valid token is required")])  # fmt: skip
-def test_why_a_large_request_is_refused_is_said_at_once(token: str, text: str, port):
+def test_a_large_request_is_rejected_at_once_with_the_reason(token: str, text: str, port):
     pool = RemotePool(f"http://127.0.0.1:{port}", token, deadline_s=120)
     with pytest.raises(RewardError, match=text):
         pool.score("two_stream", torch.zeros(64, 3, 296, 296, dtype=torch.uint8), [""] * 64)
     assert pool.retries == 0
 
 
-def test_clients_that_stop_in_the_middle_of_a_body_keep_nobody_out_and_are_told_to_go():
+def test_clients_that_stall_in_a_body_do_not_block_others_and_time_out():
     from actors.reward.gateway import Gateway
 
     door = Gateway(lambda metric, what, sent, prompts: [0.5] * len(sent), METRICS, cut="latent", tokens=(TOKEN,),
@@ -241,7 +241,7 @@ def _zeros():
 
 
 @pytest.mark.parametrize(("value", "text"), [("", "no token"), ("short", "fewer than 16"), (f"{TOKEN},x", "fewer")])
-def test_the_door_does_not_open_without_tokens_that_are_long_enough(value: str, text: str, monkeypatch):
+def test_the_gateway_does_not_start_without_tokens_of_sufficient_length(value: str, text: str, monkeypatch):
     from actors.reward.gateway import read_tokens
 
     monkeypatch.setenv("ACPO_REWARDS_TOKEN", value)

@@ -70,7 +70,7 @@ def whole(pool) -> bool:
     ("fault", "cause"),
     [("hang", "lost"), ("nan", "nonfinite"), ("nan_on_requests", "nonfinite"), ("memory", "memory")],
 )
-def test_a_replica_that_goes_wrong_under_load_costs_no_request_and_is_replaced(
+def test_a_faulty_replica_under_load_loses_no_request_and_is_replaced(
     fault: str, cause: str, faulty, load, undisturbed, faults
 ):
     until(lambda: whole(faulty))
@@ -136,7 +136,7 @@ def test_a_frozen_process_costs_its_requests_one_attempt_each(faulty, load, undi
     assert after["reward_pool/retries/timeout"] > before["reward_pool/retries/timeout"]
 
 
-def test_a_image_that_no_replica_can_score_is_an_error_and_ends_no_replica(cluster, faulty):
+def test_an_image_that_no_replica_can_score_is_an_error_and_ends_no_replica(cluster, faulty):
     until(lambda: whole(faulty))
     before = {one["pid"] for one in faulty.vitals()[FAULTY]}
     with pytest.raises(RewardError, match="needs images of at least 3 x 3, found 2 x 2"):
@@ -170,7 +170,7 @@ def acpo(*arguments: str) -> dict:
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def test_scaling_from_one_to_four_and_back_during_load_loses_nothing_and_restarts_nobody(plain, load):
+def test_scaling_from_one_to_four_and_back_under_load_loses_no_request_and_restarts_no_replica(plain, load):
     first = plain.vitals()["sharpness"][0]["pid"]
     wanted = dict(plain.score(load, ["sharpness"])["sharpness"])
     before, sizes = plain.counters(), []
@@ -235,7 +235,7 @@ def test_real_images_score_the_same_in_one_process_and_on_one_replica_and_three(
     acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
 
 
-def test_gradients_from_the_pool_are_those_of_autograd_in_one_graph_whoever_shares_the_batch(plain):
+def test_gradients_from_the_pool_equal_autograd_in_one_graph_for_any_batch(plain):
     from acpo_dist.models.sdxl import SdxlFamily
     from acpo_dist.objective.perceptual import clip_pixels
     from acpo_dist.rewards.metrics import TwoStreamMetric
@@ -270,7 +270,7 @@ def test_a_metric_with_bounds_gets_replicas_while_requests_wait(plain, load):
     acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
 
 
-def test_counters_say_how_long_answers_took_and_how_busy_the_replicas_were(plain, load):
+def test_counters_report_latencies_and_utilisation(plain, load):
     # The second replica of the test before leaves.
     until(lambda: plain.counters()["reward_pool/sharpness/replicas"] == 1)
     plain.score(load, ["sharpness"])

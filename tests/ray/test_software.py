@@ -102,7 +102,7 @@ class Machine:
 
 
 @pytest.mark.ray
-def test_a_machine_with_other_software_that_joins_later_is_left_out_and_the_run_goes_on(cluster, caplog):
+def test_a_machine_with_other_software_that_joins_later_is_not_used_and_the_run_continues(cluster, caplog):
     gate = cluster.remote(lambda: None).options(num_cpus=0.1)
     shell = cluster.remote(Machine).options(num_cpus=0.1)
     actors = {"here": shell.remote(software(), "here"), "late": shell.remote(ELSEWHERE, "late")}

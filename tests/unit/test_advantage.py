@@ -86,7 +86,7 @@ def test_a_faint_vote_is_no_disagreement():
     assert group_advantages([GROUP], qualities, {"iqa": 1.0, "text": 1.0}).counts.disagreeing == 2
 
 
-def test_an_evaluator_that_cannot_tell_the_group_apart_has_no_say():
+def test_an_evaluator_without_spread_in_the_group_does_not_vote():
     # 0.1 three times: the mean is off by a rounding error, which must not turn into a vote.
     names = ("a", "b", "c")
     qualities = {"iqa": dict(a=-1.0, b=0.0, c=1.0), "flat": dict.fromkeys(names, 0.1)}
@@ -133,7 +133,7 @@ def test_flat_colours_are_constant_and_images_are_not(dtype: torch.dtype):
     assert constant_images(images).tolist() == [True, True, False, False]
 
 
-def test_a_image_that_is_not_finite_has_no_content():
+def test_an_image_that_is_not_finite_has_no_content():
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     image[0, 1, 2, 3] = math.nan
     assert constant_images(image).tolist() == [True]

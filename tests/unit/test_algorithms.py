@@ -79,7 +79,7 @@ PAIRINGS = [
 
 
 @pytest.mark.parametrize(("algorithm", "family"), PAIRINGS)
-def test_every_algorithm_trains_every_family_and_says_how_far_it_drifted(tiny, tmp_path, algorithm, family):
+def test_every_algorithm_trains_every_family_and_reports_its_drift(tiny, tmp_path, algorithm, family):
     root = tmp_path / "run"
     drive(tiny(*settings(algorithm, family), "run.iterations=2", f"run.dir={root}"), open_ports, Console(quiet=True))
     first, second, gain = read_metrics(root / "metrics.jsonl")
@@ -167,7 +167,7 @@ def test_the_gradient_of_nft_is_that_of_its_two_branches_written_out(tiny):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
-def test_ddpo_begins_at_ratio_one_whatever_the_batch_size(tiny, tmp_path, micro_batch):
+def test_ddpo_starts_at_ratio_one_for_any_batch_size(tiny, tmp_path, micro_batch):
     root = tmp_path / "run"
     config = tiny(
         *settings("ddpo"),

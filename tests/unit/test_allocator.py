@@ -39,5 +39,5 @@ def test_the_next_tensor_of_40_megabytes_faults_in_few_pages_again():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_who_has_chosen_an_allocator_keeps_it():
+def test_a_configured_allocator_is_not_changed():
     assert _faults("keep", MALLOC_ARENA_MAX="1").returncode == 3

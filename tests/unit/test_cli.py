@@ -150,7 +150,7 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     assert lines[0] == "path,two_stream,sharpness" and len(lines) == 6
 
 
-def test_a_image_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
+def test_an_image_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
     import torch
     from PIL import Image
 

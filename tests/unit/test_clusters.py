@@ -144,7 +144,7 @@ def test_shared_storage_that_is_not_mounted_stops_the_machine_from_joining(tmp_p
 
 @pytest.mark.parametrize("name", LAUNCHED)
 @pytest.mark.parametrize("kind", ["head", "worker"])
-def test_a_machine_that_was_stopped_and_comes_back_mounts_and_closes_its_doors_before_ray_starts(name, kind):
+def test_a_restarted_machine_mounts_storage_and_closes_its_ports_before_ray_starts(name, kind):
     """Ray's own updater skips the setup of a machine whose tags say that it was set up."""
     updater = pytest.importorskip("ray.autoscaler._private.updater", reason="needs the extra `ray`")
     config, ran = _read(name), []
@@ -191,7 +191,7 @@ def test_disks_of_google_machines_are_of_a_type_that_gpu_machines_take_in_the_cl
         assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
 
 
-def test_machines_of_ones_own_end_what_ray_down_does_not_reach():
+def test_own_machines_end_the_processes_that_ray_down_does_not_reach():
     assert _read("clusters/local.yaml")["worker_start_ray_commands"][-1].endswith("acpo_end_with_head")
 
 

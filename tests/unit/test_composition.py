@@ -115,7 +115,7 @@ class Together(Workers):
         return self._threads.submit(compute)
 
 
-def test_metrics_that_are_computed_elsewhere_are_asked_at_once_and_mean_the_same():
+def test_remote_metrics_are_requested_in_parallel_with_the_same_result():
     images_BCHW = images(4)
     signals = [
         PooledReward(source, terms(), lambda clean: clean, cut="image", wire_dtype="float32", spread=0.7)(
@@ -230,7 +230,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_finds_its_hinge_on_real_images_keeps_it_and_goes_on_with_it(tiny, real, tmp_path, capsys):
+def test_a_hinge_from_real_images_is_saved_and_used_after_a_resume(tiny, real, tmp_path, capsys):
     def config(name: str, iterations: int):
         return tiny(
             f"run.dir={tmp_path / name}", f"run.iterations={iterations}", "checkpoint.every=1",

@@ -84,7 +84,7 @@ def test_a_value_that_yaml_would_cut_or_change_is_refused_with_its_key(override)
         f"rewards.train=[{'{type: x}, ' * 500}]", f"rewards.train.0.hinge={'h' * 5000}", "run.seed=" + "\n" * 700 + "x",
     ],
 )  # fmt: skip
-def test_the_message_is_short_whatever_was_typed(override):
+def test_the_message_is_short_for_any_input(override):
     with pytest.raises(AcpoError) as caught:
         load_config("toy_sdxl", [override])
     assert len(str(caught.value)) <= LONGEST

@@ -62,7 +62,7 @@ def test_two_metrics_of_one_name_are_refused(smallest):
     load_config(smallest, [judge.replace("NAME", "other")])
 
 
-def test_a_reward_without_gradient_drives_only_algorithms_that_need_none(smallest):
+def test_a_reward_without_gradient_is_accepted_only_by_algorithms_that_need_none(smallest):
     scores_only = f"rewards.train.0.type={PLUGINS}:ScoresOnly"
     said = refusal(smallest, scores_only, kind=RewardConfigError)
     assert "rewards.train.0 (`smooth`): has no usable gradient" in said
@@ -90,7 +90,7 @@ def test_a_metric_that_cannot_work_here_is_refused_with_its_own_reason(smallest,
         (["algorithm.data_weight=1"], "algorithm.anchor.source=data"),
     ],
 )
-def test_an_anchor_that_could_not_do_what_was_asked_is_refused(overrides, message):
+def test_an_anchor_without_effect_is_refused(overrides, message):
     assert message in refusal("toy_sdxl", *overrides, kind=UsageError)
 
 

@@ -37,7 +37,7 @@ def unused(listening):
         ["rewards", "scale", "musiq", "2", "--address"],
     ],
 )
-def test_every_command_says_that_nobody_listens_there(arguments, unused):
+def test_every_command_reports_that_no_cluster_listens_at_the_address(arguments, unused):
     from typer.testing import CliRunner
 
     from acpo_dist.cli import commands  # noqa: F401  (registers the commands)
@@ -61,7 +61,7 @@ def test_a_run_on_such_a_cluster_ends_with_the_same_message(unused, tiny):
         pytest.fail("there is no cluster")
 
 
-def test_a_missing_token_is_said_in_one_message(listening, tmp_path):
+def test_a_missing_token_is_reported_in_one_message(listening, tmp_path):
     # In a process of its own: Ray reads how it authenticates once.
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     variables |= {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}

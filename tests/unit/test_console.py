@@ -18,7 +18,7 @@ def console_on(stream, **options):
     return Console(rich_console=rich.console.Console(file=stream, **options))
 
 
-def test_the_line_of_an_iteration_shows_the_chosen_figures_on_stderr_only(capsys):
+def test_the_line_of_an_iteration_shows_the_selected_metrics_only_on_stderr(capsys):
     metrics = {"time/iteration": 12.345, "reward/musiq/mean": 0.123456, "reward/musiq/std": 9.0, "drift/rms": math.nan}
     Console().iteration(7, 100, metrics | {"judge/nr/mean": 2e-7, "learner/loss": 1.0})
     out, err = capsys.readouterr()
@@ -60,14 +60,14 @@ def test_a_table_shows_every_cell_whole_and_checks_its_rows():
         console.table("checks", ["what", "found"], [["folder"]])
 
 
-def test_a_table_that_nobody_watches_has_one_line_per_row_however_narrow():
+def test_a_table_outside_a_terminal_has_one_line_per_row_at_any_width():
     stream = io.StringIO()
     console_on(stream, width=40).table("t", [f"column {i}" for i in range(12)], [[-0.0123456] * 12, [1234.5] * 12])
     lines = stream.getvalue().splitlines()
     assert any(line.count("-0.01235") == 12 for line in lines) and any(line.count("1234") == 12 for line in lines)
 
 
-def test_a_quiet_console_says_nothing(capsys):
+def test_a_quiet_console_prints_nothing(capsys):
     console = Console(quiet=True)
     console.message("x")
     console.table("t", ["a"], [["b"]])

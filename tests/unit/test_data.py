@@ -231,7 +231,7 @@ def test_images_come_out_of_parquet_bit_by_bit(tmp_path, kind):
 
 
 @pytest.mark.parametrize("indices", [[2, 0], torch.tensor([2, 0])], ids=["list", "tensor"])
-def test_a_batch_is_float_in_zero_to_one_in_the_order_asked_for(tmp_path, indices):
+def test_a_batch_is_float_in_zero_to_one_in_the_requested_order(tmp_path, indices):
     pixels = [np.full((2, 2, 3), level, np.uint8) for level in (0, 51, 255)]
     images = load_images(write_parquet(tmp_path / "p.parquet", [encode(each) for each in pixels]), "image")
     batch = images.batch(indices)
@@ -240,7 +240,7 @@ def test_a_batch_is_float_in_zero_to_one_in_the_order_asked_for(tmp_path, indice
     assert batch[0].unique().tolist() == [1.0] and batch[1].unique().tolist() == [0.0]
 
 
-def test_only_the_first_images_are_used_when_asked(tmp_path):
+def test_max_images_uses_only_the_first_images(tmp_path):
     values = [encode(image(0)), encode(image(1)), b"damaged, but never reached"]
     images = load_images(write_parquet(tmp_path / "p.parquet", values), "image", max_images=2)
     assert torch.equal(images.tensor[1], as_tensor(image(1)))
@@ -461,7 +461,7 @@ def test_rows_behind_a_damaged_one_are_still_read_when_it_is_skipped(tmp_path):
     assert ["row 1" in skipped[0], "row 3" in skipped[1], len(skipped)] == [True, True, 2]
 
 
-def test_images_are_turned_as_their_exif_orientation_says(tmp_path):
+def test_the_exif_orientation_is_applied(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     exif = Image.Exif()
     paths = []

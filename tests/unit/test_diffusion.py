@@ -245,7 +245,7 @@ def test_guidance_at_scale_one_is_the_conditional_and_at_zero_the_unconditional_
     assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
 
 
-def test_guidance_above_one_goes_beyond_the_conditional_answer():
+def test_guidance_above_one_extrapolates_the_conditional_output():
     guided = guide(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 3.0]), 5.0)
     assert guided.tolist() == [3.0, -2.0]
 

@@ -53,7 +53,7 @@ def test_a_library_that_does_not_fit_torch_is_found_though_it_is_installed(tmp_p
     assert zero.verdict == "failed" and "ended by signal 6" in zero.found and "acpo-dist[zero]" in zero.advice
 
 
-def test_another_version_than_this_was_written_for_is_told_and_a_missing_extra_is_no_failure(tmp_path, monkeypatch):
+def test_an_unsupported_version_is_reported_and_a_missing_extra_is_no_failure(tmp_path, monkeypatch):
     (tmp_path / "mlflow-1.0.dist-info").mkdir()
     (tmp_path / "mlflow-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mlflow\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -78,12 +78,12 @@ def test_this_machine_passes_with_what_it_has():
     assert all(one.advice for one in found.values() if one.verdict in ("warning", "failed"))
 
 
-def test_more_threads_than_cores_are_told(monkeypatch):
+def test_more_threads_than_cores_are_reported(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "4096")
     assert by_check(machine.check_system())["processors"].verdict == "warning"
 
 
-def test_a_folder_that_cannot_be_written_and_a_full_disk_are_told(tmp_path):
+def test_a_folder_that_cannot_be_written_and_a_full_disk_are_reported(tmp_path):
     (good,) = storage.check_runs(tmp_path / "not" / "yet" / "there", 0.0)
     assert good.verdict == "ok" and list(tmp_path.iterdir()) == []
     (full,) = storage.check_runs(tmp_path, 1e9)
@@ -102,7 +102,7 @@ class Store(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_tracking_server_is_asked_and_its_password_is_not_shown():
+def test_a_tracking_server_is_contacted_and_its_password_is_not_shown():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         where = f"127.0.0.1:{server.server_port}"
@@ -152,7 +152,7 @@ def test_a_model_that_is_not_on_this_disk_is_a_note_and_nothing_is_downloaded(so
     assert set(asked) <= {True}
 
 
-def test_a_model_that_the_run_trains_first_is_said_to_be_so():
+def test_a_model_that_the_run_trains_first_is_reported_as_such():
     from acpo_dist.config.load import load_config
 
     (found,) = configured.check_model(load_config("cifar10_ddpm", ["data.path=images.parquet"]))

@@ -151,7 +151,7 @@ def test_after_a_refused_step_the_next_one_is_as_if_nothing_had_been():
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_the_asked_precision_is_that_of_the_forward_pass_and_weights_stay_float32(precision: str, dtype: torch.dtype):
+def test_the_precision_applies_to_the_forward_pass_and_weights_stay_float32(precision: str, dtype: torch.dtype):
     layers = network()
     engine = TorchEngine(layers, CONFIG.model_copy(update={"precision": precision}), accumulation=1)
     with engine.autocast():

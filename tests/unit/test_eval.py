@@ -58,7 +58,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_an_evaluation_of_a_model_writes_samples_images_and_figures(acpo):
+def test_an_evaluation_of_a_model_writes_samples_images_and_metrics(acpo):
     code, out, err = acpo(
         "eval", "toy-sdxl", *TINY, "--suite", "toy", "--limit", "6", "--samples-per-prompt", "2", "--judges",
         "two_stream,sharpness", "--out", "e", "--json",
@@ -104,7 +104,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
-def test_a_killed_evaluation_goes_on_and_ends_as_if_it_had_not_been(acpo, monkeypatch):
+def test_a_killed_evaluation_resumes_with_the_result_of_an_uninterrupted_one(acpo, monkeypatch):
     from acpo_dist.workers.rollout.worker import RolloutWorker
 
     command = ["eval", "toy-sdxl", *TINY, "--suite", "toy", "--limit", "12", "--judges", "two_stream"]
@@ -183,7 +183,7 @@ def test_an_unreadable_image_is_missing_and_named(acpo, images):
     assert report["judges"][0]["model"]["num_samples"] == 5
 
 
-def test_images_are_paired_by_name_whatever_their_format(acpo, images, tmp_path):
+def test_images_of_any_format_are_paired_by_name(acpo, images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for path in images.iterdir():
@@ -208,7 +208,7 @@ def test_images_are_paired_by_name_whatever_their_format(acpo, images, tmp_path)
     assert metrics["paired"] == expected and metrics["num_unpaired"] == 1 and not metrics["higher_is_better"]
 
 
-def test_the_table_counts_pairs_and_what_has_none_and_says_why_there_is_no_difference(acpo, images, tmp_path):
+def test_the_table_counts_pairs_and_unpaired_images_and_explains_a_missing_difference(acpo, images, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     for number in range(4):

@@ -64,7 +64,7 @@ def test_a_named_suite_is_found_in_the_data_folder_and_missed_with_instructions(
         ("prompt,category\na, b, c\n", "line 2: 3 cells"),
     ],
 )
-def test_a_file_that_is_no_suite_says_why(tmp_path, content, words):
+def test_a_file_that_is_no_suite_is_refused_with_the_reason(tmp_path, content, words):
     path = tmp_path / "bad.csv"
     path.write_text(content)
     with pytest.raises(DataError, match=words):

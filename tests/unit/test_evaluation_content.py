@@ -33,7 +33,7 @@ def test_every_statistic_is_a_number_between_zero_and_one_per_image():
     ],
     ids=["dark", "black", "grey", "red", "over-exposed"],
 )  # fmt: skip
-def test_plain_images_are_told_apart(rgb, dark: int, saturated: int, clipped: int):
+def test_plain_images_have_different_statistics(rgb, dark: int, saturated: int, clipped: int):
     image = plain(*rgb)
     found = [only(image, name) for name in ("dark_share", "saturated_share", "clipped_share")]
     assert found == [dark, saturated, clipped]

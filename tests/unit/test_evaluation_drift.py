@@ -64,7 +64,7 @@ def test_drift_of_a_velocity_model_is_given_in_noise_units():
         assert errors.anchor[timestep] == pytest.approx(0.01 * float(ALPHA_BARS[timestep]), rel=1e-4)
 
 
-def test_every_sample_goes_with_its_own_prompt_in_any_batch():
+def test_every_sample_has_its_own_prompt_in_any_batch():
     family = KnownFamily(offset=0.1)
     prompts = ["", "a", "abc", "", "ab"]
     wanted = sum((0.1 * (1 + len(prompt))) ** 2 for prompt in prompts) / 5

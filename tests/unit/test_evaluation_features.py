@@ -65,7 +65,7 @@ def test_an_unknown_network_is_refused(tmp_path: Path):
         NetworkFeatures.load("nowhere:Network", tmp_path / "own.safetensors")
 
 
-def test_missing_inception_weights_say_what_to_do(tmp_path: Path):
+def test_missing_inception_weights_are_refused_with_a_remedy(tmp_path: Path):
     with pytest.raises(ModelError, match="Nothing is downloaded"):
         InceptionFeatures(tmp_path / "inception-2015-12-05.pt")
 

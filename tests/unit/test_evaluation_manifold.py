@@ -38,7 +38,7 @@ def by_brute_force(reference: np.ndarray, generated: np.ndarray, neighbours: int
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 5])
-def test_the_manifold_figures_agree_with_brute_force(neighbours: int):
+def test_the_manifold_metrics_agree_with_brute_force(neighbours: int):
     reference, generated = cloud(60, 3, 0), 0.7 * cloud(45, 3, 1, centre=0.8)
     report = manifold_report(reference, generated, neighbours=neighbours)
     found = (report.precision, report.recall, report.density, report.coverage)

@@ -22,7 +22,7 @@ def world(seed: int, effect: float = 0.3) -> tuple[np.ndarray, np.ndarray, list[
 @pytest.mark.parametrize(
     ("method", "least", "most"), [("studentized", 0.875, 0.925), ("bca", 0.845, 0.925), ("percentile", 0.845, 0.925)]
 )
-def test_intervals_over_prompts_cover_the_truth_as_often_as_promised(method, least: float, most: float):
+def test_intervals_over_prompts_have_their_nominal_coverage(method, least: float, most: float):
     hits, naive, worlds = 0, 0, 1000
     for seed in range(worlds):
         tuned, base, prompts = world(seed)

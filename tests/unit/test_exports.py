@@ -76,7 +76,7 @@ def test_the_exported_schedule_makes_plain_diffusers_draw_the_rollouts_image(run
     assert "EulerDiscreteScheduler" in card and "schedule.json" in card
 
 
-def test_averaged_weights_are_exported_when_asked_for(runs, tmp_path, monkeypatch, capsys):
+def test_averaged_weights_are_exported_on_request(runs, tmp_path, monkeypatch, capsys):
     for weights in ("raw", "ema"):
         command(monkeypatch, capsys, "export", runs["sdxl"], "--out", tmp_path / weights, "--weights", weights)
     raw, ema = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("raw", "ema"))
@@ -208,7 +208,7 @@ def test_an_export_after_a_roll_back_to_the_base_model_is_refused(taken_back, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_kohyas_file_says_which_stable_diffusion_it_belongs_to_and_what_that_predicts(tmp_path):
+def test_kohyas_file_names_its_stable_diffusion_version_and_prediction_type(tmp_path):
     folder = Path(shutil.copytree(ASSETS / "toy-sd15", tmp_path / "v"))
     scheduler = folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "v_prediction"}))

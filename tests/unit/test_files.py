@@ -26,7 +26,7 @@ LESS_THAN_WEIGHTS = 1_000_000
 """Bytes of the largest file that may be written: the toy's adapters take 1.3 million."""
 
 
-def test_a_full_disk_is_told_from_other_errors_whoever_writes(tmp_path):
+def test_a_full_disk_is_distinguished_from_other_errors_for_any_writer(tmp_path):
     assert storage_errno(OSError(errno.ENOSPC, "full")) == errno.ENOSPC
     assert storage_errno(OSError(errno.ENOENT, "absent")) is None and storage_errno(ValueError("(os error 28)")) is None
     assert storage_errno(SafetensorError("I/O error: No space left on device (os error 28)")) == errno.ENOSPC
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_another_run_that_finds_no_room_leaves_none_behind(tmp_p
     assert list((tmp_path / "b").iterdir()) == []
 
 
-def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
+def test_safetensors_message_about_a_full_disk_is_recognised(tmp_path):
     program = (
         "import resource, sys, torch\n"
         "from safetensors.torch import save_file\n"

@@ -61,7 +61,7 @@ def same(found, wanted) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_the_gradient_goes_through_the_last_steps_to_the_finished_sample(model, steps):
+def test_the_gradient_passes_through_the_last_steps_to_the_final_sample(model, steps):
     batch = with_tail(model, steps)
     recipe = Acpo(AcpoConfig(gradient_steps=steps))
     found = gradients(model, recipe.loss(batch, model, brightness, 0.0).per_sample.mean())

@@ -120,7 +120,7 @@ def test_a_rule_that_is_switched_off_is_not_even_reported():
     assert decision.action == "none" and "drift" not in decision.metrics and "guard/drift" not in decision.to_metrics()
 
 
-def test_figures_of_few_samples_do_not_count_during_the_warmup():
+def test_values_of_few_samples_do_not_count_during_the_warmup():
     guard = Guard(with_(FAST, warmup=3))
     assert [guard.update(i, Signals(diversity=0.1)).action for i in range(4)] == ["none", "none", "none", "stop"]
 
@@ -129,7 +129,7 @@ def test_drift_counts_from_the_first_check_on():
     assert Guard(with_(FAST, warmup=3)).update(0, Signals(drift=5.0)).action == "stop"
 
 
-def test_gross_drift_stops_at_its_first_check_and_is_said_as_it_is():
+def test_gross_drift_stops_at_its_first_check_and_is_reported_unsmoothed():
     guard = Guard(GuardConfig(action="roll_back"))
     assert guard.update(0, Signals(drift=0.5)).action == "none"
     decision = guard.update(1, Signals(drift=2.7))
@@ -137,7 +137,7 @@ def test_gross_drift_stops_at_its_first_check_and_is_said_as_it_is():
     assert decision.text.startswith("drift is 2.70 times its budget") and decision.metrics["drift"] == 2.7
 
 
-def test_a_noisy_figure_must_be_gross_twice_in_a_row():
+def test_a_noisy_value_must_be_gross_in_two_consecutive_checks():
     guard = Guard(GuardConfig(action="stop"))
     judges = [-1.3, 0.0, -1.3, 0.0, -1.3, -1.3]
     actions = [guard.update(i, judged(j, reward=j)).action for i, j in enumerate(judges)]
@@ -166,7 +166,7 @@ def test_nothing_is_gross_in_the_cooldown_after_a_lowering():
     assert actions == ["lower_reward", *["none"] * 4, "lower_reward"]
 
 
-def test_the_reason_names_the_figure_and_both_limits():
+def test_the_reason_names_the_value_and_both_limits():
     decision = Guard(FAST).update(0, judged(-0.7, reward=-0.7))
     assert decision.text == (
         "judge `held out` is 0.70 base standard deviations below the base model (warns at 0.45, stop at 0.6)"
@@ -183,7 +183,7 @@ def test_metrics_are_shares_of_the_stop_limit():
     }  # fmt: skip
 
 
-def test_a_figure_that_is_not_finite_is_refused():
+def test_a_value_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="drift"):
         Guard(FAST).update(0, Signals(drift=float("nan")))
 
@@ -223,7 +223,7 @@ def test_lowering_the_reward_waits_for_its_effect_and_ends_in_a_stop():
     assert decisions[0].reasons[0].rule == "drift"
 
 
-def test_a_lowered_run_that_recovers_goes_on():
+def test_a_run_with_lowered_reward_that_recovers_continues():
     guard = Guard(with_(FAST, action="lower_reward"))
     guard.update(0, Signals(drift=2.0))
     assert {guard.update(iteration, Signals(drift=0.5)).action for iteration in range(1, 20)} == {"none"}

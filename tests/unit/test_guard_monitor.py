@@ -38,7 +38,7 @@ def test_a_quiet_guard_is_recorded_at_every_iteration_and_changes_nothing(tiny, 
         assert {k: v for k, v in off.items() if "time" not in k} == {k: v for k, v in warn.items() if "time" not in k}
 
 
-def test_a_broken_rule_stops_the_run_with_exit_code_3_and_says_why(tiny, tmp_path, monkeypatch, capsys):
+def test_a_broken_rule_stops_the_run_with_exit_code_3_and_the_reason(tiny, tmp_path, monkeypatch, capsys):
     from tests.conftest import TINY
 
     root = tmp_path / "run"
@@ -198,7 +198,7 @@ def test_resuming_a_run_that_the_guard_has_ended_trains_and_exports_nothing_new(
     assert _unet(root) == before and read_metrics(root / "metrics.jsonl") == rows
 
 
-def test_under_another_guard_an_ended_run_goes_on(tiny, tmp_path):
+def test_an_ended_run_continues_under_another_guard(tiny, tmp_path):
     root = tmp_path / "run"
     options = [f"run.dir={root}", "guard.drift_budget=1e-6", "run.iterations=2"]
     drive(tiny(*options, "guard.action=stop"), open_ports, QUIET)

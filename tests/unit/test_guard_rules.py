@@ -150,11 +150,11 @@ def test_a_rule_falls_back_only_under_its_release():
     assert levels([1.5, 1.5, 0.9, 0.5, 0.9, 0.49, 0.9, 1.5]) == ["ok", "warn", "warn", "warn", "warn", "ok", "ok", "ok"]
 
 
-def test_a_figure_that_jumps_over_both_limits_goes_straight_to_stop():
+def test_a_value_over_both_limits_raises_the_rule_directly_to_stop():
     assert levels([3.0, 3.0]) == ["ok", "stop"]
 
 
-def test_a_gross_figure_stops_after_its_own_patience_and_is_counted_apart():
+def test_a_gross_value_stops_after_its_own_patience_and_is_counted_separately():
     state, seen = RuleState(), []
     for figure in (5.0, 3.9, 4.0, 4.0, 1.0):
         state = step_gross(state, figure, 4.0, patience=2)

@@ -55,7 +55,7 @@ def test_every_transition_that_has_a_density_is_taken_equally_often(timesteps):
         assert abs(float((taken == timestep).double().mean()) - expected) < 4 * error
 
 
-def test_a_policy_gradient_trains_on_all_transitions_unless_told_otherwise():
+def test_a_policy_gradient_trains_on_all_transitions_by_default():
     assert SamplerConfig(eta=1.0).latest_share == 1.0 and SamplerConfig().latest_share == 0.3
     assert SamplerConfig(eta=1.0, t_max=0.4).latest_share == 0.4
 

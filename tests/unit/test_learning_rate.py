@@ -43,7 +43,7 @@ def test_warm_up_reaches_the_height_and_multiplies_the_fall(tiny):
     assert [learning_rate(config, i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
 
 
-def test_a_step_is_as_long_as_the_rate_that_the_driver_gave(tiny):
+def test_the_length_of_a_step_follows_the_rate_of_the_task(tiny):
     layer = torch.nn.Linear(3, 3)
     engine = TorchEngine(layer, tiny("learner.learning_rate=1e-3").learner, accumulation=1)
     before = engine.weights()

@@ -35,7 +35,7 @@ def shown(panel):
     ("values", "wanted"),
     [([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"), ([1, None, 3], "▁ █"), ([2, 2], "▁▁"), ([float("nan")], ""), ([], "")],
 )
-def test_a_spark_line_goes_from_least_to_greatest(values, wanted):
+def test_a_spark_line_spans_minimum_to_maximum(values, wanted):
     assert spark(values) == wanted
 
 
@@ -56,7 +56,7 @@ def test_the_panel_shows_gains_drift_guard_phases_and_what_is_left():
     assert "36%" in text and "nearest: drift" in text and "rollout 1.0 · learn 0.8" in text
 
 
-def test_a_rule_over_its_limit_and_a_lowered_reward_are_said():
+def test_a_rule_over_its_limit_and_a_lowered_reward_are_shown():
     panel = LivePanel()
     panel.add(1, 2, row(0, reward=1, judge=1, drift=0.5, **{"guard/drift": 1.4, "guard/reward_scale": 0.5}))
     text = shown(panel)
@@ -124,7 +124,7 @@ def test_watching_ends_with_the_run_and_shows_gains_in_base_units(tmp_path):
     assert looks[-1][0][-1]["reward/two_stream/gain"] == pytest.approx(1.5)
 
 
-def test_watching_ends_when_the_process_that_drives_the_run_does(tmp_path):
+def test_following_ends_with_the_process_that_holds_the_run_lock(tmp_path):
     root = make_run(tmp_path / "run", ROWS[:2], "run.iterations=4")
     stream, console = terminal()
     with ExitStack() as driving:

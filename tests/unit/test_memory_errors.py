@@ -44,7 +44,7 @@ def test_other_errors_pass_as_they_are():
 
 
 @pytest.mark.parametrize(("part", "advice"), [("predict", "sampling 2 at once"), ("decode", "vae_slicing=true")])
-def test_a_rollout_says_whether_sampling_or_decoding_did_not_fit(part, advice, monkeypatch):
+def test_a_rollout_error_names_sampling_or_decoding(part, advice, monkeypatch):
     worker = RolloutWorker(SdxlFamily.Config(path="toy-sdxl"), SamplerConfig(num_steps=2, t_max=0.9), name="rollout/3")
     monkeypatch.setattr(worker.family, part, allocate_too_much)
     plans = [SamplePlan(sample_id=f"s{seed}", prompt_id=0, prompt="a red circle", seed=seed) for seed in (0, 1)]
@@ -64,7 +64,7 @@ def test_the_learners_advice_names_what_is_not_done_yet():
     assert "tune with LoRA" in memory_remedy(learner_spec(full))
 
 
-def test_a_run_whose_learner_runs_out_of_memory_goes_on_from_its_checkpoint(tiny, tmp_path: Path, monkeypatch):
+def test_a_run_whose_learner_runs_out_of_memory_resumes_from_its_checkpoint(tiny, tmp_path: Path, monkeypatch):
     from acpo_dist.workers.learner.engine import TorchEngine
 
     cut = tmp_path / "cut"

@@ -236,7 +236,7 @@ def test_gradients_reach_every_trainable_weight_and_nothing_else(tuning: TuningC
     assert touched == set(trainable_tensors(family.network))
 
 
-def test_adapters_start_the_same_for_the_same_seed_whatever_the_global_generator_does():
+def test_adapters_start_the_same_for_the_same_seed_for_any_global_generator_does():
     torch.manual_seed(1)
     first = trainable_tensors(load("sdxl").network)
     torch.manual_seed(2)

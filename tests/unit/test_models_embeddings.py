@@ -45,7 +45,7 @@ def test_cached_embeddings_are_the_encoded_ones_and_need_no_encoder_the_second_t
     assert len(counted) == 8
 
 
-def test_a_run_that_was_interrupted_goes_on_with_what_the_folder_lacks(tmp_path, counted):
+def test_an_interrupted_run_encodes_only_prompts_that_the_folder_lacks(tmp_path, counted):
     embeddings = SdxlFamily.embeddings(
         SdxlFamily.Config(path="toy-sdxl", memory=MemoryConfig(embedding_cache=tmp_path)), device="cpu"
     )
@@ -89,7 +89,7 @@ def test_a_model_that_encodes_its_empty_prompt_does_not_take_anothers_zeros(tmp_
     assert cached(tmp_path, path=str(folder)).encode([""]).tensors["prompt_embeds"].any()
 
 
-def test_a_large_file_is_told_from_another_by_blocks_over_all_of_it(tmp_path, monkeypatch):
+def test_large_files_are_distinguished_by_blocks_over_their_whole_length(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_WHOLE", 1000)
     monkeypatch.setattr(text, "_BLOCK", 16)
     monkeypatch.setattr(text, "_BLOCKS", 64)

@@ -78,7 +78,7 @@ def test_a_variant_that_is_not_there_is_refused_with_what_is(tmp_path):
         SdxlFamily.check(SdxlFamily.Config(path=str(copy_of_toy(tmp_path)), variant="fp16"))
 
 
-def test_offline_never_asks_the_hub(tmp_path, monkeypatch):
+def test_offline_never_contacts_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *a, **k: pytest.fail("asked the hub"))
@@ -94,7 +94,7 @@ def test_offline_never_asks_the_hub(tmp_path, monkeypatch):
         ("RepositoryNotFoundError", "no such model, or you may not read it"),
     ],
 )
-def test_what_the_hub_refuses_says_what_to_run(kind, message):
+def test_refusals_of_the_hub_are_reported_with_the_command_to_run(kind, message):
     from huggingface_hub import errors
 
     def refuse(path, **options):

@@ -218,7 +218,7 @@ def test_wrong_time_ids_are_refused_with_what_was_expected():
         family.predict(noise(1, 4, 8, 8), torch.tensor([1]), condition)
 
 
-def test_a_image_size_that_the_vae_cannot_make_is_refused():
+def test_an_image_size_that_the_vae_cannot_make_is_refused():
     with pytest.raises(ModelError, match=r"model\.image_size: 30x30.* multiples of 4"):
         load(image_size=30)
 

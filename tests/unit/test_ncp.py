@@ -124,7 +124,7 @@ def test_tf32_is_off_inside_and_back_to_what_it_was_outside():
     assert (conv.fp32_precision, matmul.fp32_precision) == before != ("ieee", "ieee")
 
 
-def test_the_encoder_is_float32_whatever_the_model_is_held_in():
+def test_the_encoder_is_float32_for_any_dtype_of_the_model():
     family = SdxlFamily.load(SdxlFamily.Config(path="toy-sdxl", dtype="bfloat16"), device="cpu", trainable=True)
     encoder = NcpEncoder(family.network)
     assert {parameter.dtype for parameter in encoder.network.parameters()} == {torch.float32}
@@ -226,7 +226,7 @@ def test_a_network_that_is_no_unet_is_refused():
         NcpEncoder(nn.Linear(1, 1))
 
 
-def test_a_missing_middle_block_is_refused_only_where_it_is_asked_for():
+def test_a_missing_middle_block_is_refused_only_for_outputs_that_need_it():
     network = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), down_block_types=("DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type=None, layers_per_block=1, norm_num_groups=4,

@@ -152,7 +152,7 @@ COMMON = (
 )  # fmt: skip
 
 
-def test_rollouts_are_drawn_by_the_average_of_the_policy_and_a_resumed_run_goes_on_with_it(tiny, tmp_path):
+def test_rollouts_use_the_average_of_the_policy_also_in_a_resumed_run(tiny, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     drive(tiny(*COMMON, "run.iterations=3", f"run.dir={whole}"), open_ports, Console(quiet=True))
     drive(tiny(*COMMON, "run.iterations=2", f"run.dir={halves}"), open_ports, Console(quiet=True))

@@ -198,7 +198,7 @@ def test_the_anchor_is_exactly_zero_when_both_heads_are_equal(prediction_type: s
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_the_anchor_measures_the_same_drift_whatever_the_network_predicts(prediction_type: str, space: str):
+def test_the_anchor_measures_the_same_drift_for_every_prediction_type(prediction_type: str, space: str):
     # Two answers to the same x_t, written as all three heads by the conversion table.
     noisy, shape = noise(6, 3, 5, 5, seed=0), (-1, 1, 1, 1)
     signal, spread = LEVELS.sqrt().reshape(shape), (1 - LEVELS).sqrt().reshape(shape)
@@ -359,7 +359,7 @@ def test_the_sign_turns_where_lower_is_better():
 
 @pytest.mark.parametrize("higher_is_better", [True, False])
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.9])
-def test_the_target_leaves_the_asked_share_of_base_samples_below_it(higher_is_better: bool, quantile: float):
+def test_the_target_has_the_configured_share_of_base_samples_below_it(higher_is_better: bool, quantile: float):
     scores = noise(200, seed=1).tolist()
     normaliser = fit_normaliser("m", scores, higher_is_better=higher_is_better, target_quantile=quantile)
     below = statistics.fmean(normaliser.normalise(score) < normaliser.target for score in scores)

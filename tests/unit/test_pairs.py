@@ -49,7 +49,7 @@ def verdicts(**scores: list[float]) -> list[tuple[str, str, Verdict]]:
     return [(pair.winner, pair.loser, pair.verdict) for pair in pairs]
 
 
-def test_best_goes_with_worst_and_every_sample_is_in_one_pair():
+def test_the_best_is_paired_with_the_worst_and_every_sample_is_in_one_pair():
     assert verdicts(q=[1.0, 4.0, 3.0, 2.0]) == [("b", "a", Verdict.KEPT), ("c", "d", Verdict.KEPT)]
 
 
@@ -80,7 +80,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path):
     assert index.counts == {"rows": 6, "usable": 2, "tie": 1, "unlabelled": 1, "no_caption": 2}
 
 
-def test_a_label_that_says_nothing_is_refused_with_its_row(tmp_path):
+def test_an_invalid_label_is_refused_with_its_row(tmp_path):
     path = pair_file(tmp_path / "pairs.parquet", [{}, {"label_0": 0.7}])
     with pytest.raises(DataError, match=r"row 1: label_0 is 0\.7"):
         PairSet(path, 32).index()
@@ -114,7 +114,7 @@ def test_one_pass_takes_every_usable_pair_once_and_the_next_in_another_order(tmp
     assert PairSet(path, 32).index().sample_pairs(iteration=2, count=5, run_seed=0) == dealt[2]
 
 
-def test_only_absolute_winners_are_kept_where_asked(tmp_path):
+def test_absolute_pairs_keep_only_absolute_winners(tmp_path):
     uids = [("a", "b", 1.0), ("b", "c", 1.0), ("d", "a", 0.5)]
     rows = [{"image_0_uid": x, "image_1_uid": y, "label_0": label} for x, y, label in uids]
     index = PairSet(pair_file(tmp_path / "pairs.parquet", rows), 32).index(absolute=False)

@@ -103,7 +103,7 @@ def learner_step(family, config):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-def test_a_learner_step_allocates_what_the_plan_says_within_15_percent(tuning, checkpointing):
+def test_a_learner_step_allocates_the_planned_memory_within_15_percent(tuning, checkpointing):
     memory = f"model.memory.gradient_checkpointing={checkpointing}".lower()
     config = load_config("toy_sdxl", [*SMALL, f"model.tuning.method={tuning}", memory])
     plan = planned("toy_sdxl", *SMALL, f"model.tuning.method={tuning}", memory).roles["learner"]
@@ -111,7 +111,7 @@ def test_a_learner_step_allocates_what_the_plan_says_within_15_percent(tuning, c
     assert plan.activations + plan.gradients == pytest.approx(measured, rel=0.15)
 
 
-def test_recomputation_saves_what_the_plan_says_it_saves():
+def test_recomputation_saves_the_planned_memory():
     plans = [
         planned(
             "toy_sdxl", *SMALL, "model.tuning.method=lora", f"model.memory.gradient_checkpointing={value}"
@@ -122,7 +122,7 @@ def test_recomputation_saves_what_the_plan_says_it_saves():
     assert plans[1].weights == plans[0].weights and plans[1].optimizer == plans[0].optimizer
 
 
-def test_decoding_and_its_backward_pass_allocate_what_the_plan_says_within_15_percent():
+def test_decoding_and_its_backward_pass_allocate_the_planned_memory_within_15_percent():
     config = load_config("toy_sdxl", SMALL)
     plan, family = planned("toy_sdxl", *SMALL), family_of(config)
     clean = torch.randn(4, *family.sample_shape)

@@ -171,7 +171,7 @@ def test_no_density_is_made_up_for_a_step_that_has_none(before: float, after: fl
 # The surrogate
 
 
-def test_the_first_ratio_is_1_whatever_the_batch_size():
+def test_the_first_ratio_is_1_for_any_batch_size():
     family = DdpmFamily.load(DdpmFamily.Config(path="toy-ddpm"), device="cpu", trainable=False)
     trajectory = spaced_trajectory(family.alpha_bars, 10, "trailing")
     step = 6

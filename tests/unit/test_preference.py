@@ -56,7 +56,7 @@ def test_the_policys_error_is_the_references_plus_twice_c_plus_a():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_the_statistics_are_those_of_the_noise_whatever_the_network_predicts(prediction_type: str):
+def test_the_statistics_are_in_noise_units_for_every_prediction_type(prediction_type: str):
     clean, eps = noise(6, 2, 4, 4, seed=0), noise(6, 2, 4, 4, seed=1)
     noisy, signal, spread = add_noise(clean, eps, LEVELS), at(LEVELS.sqrt()), at((1 - LEVELS).sqrt())
     model_outputs = []

@@ -88,7 +88,7 @@ def test_half_precision_inputs_take_the_step_in_float32(posterior: bool):
 
 
 @pytest.mark.parametrize(("timestep", "stride"), [(0, 1), (5, 0)])
-def test_a_step_that_goes_nowhere_is_refused(timestep: int, stride: int):
+def test_a_step_of_length_zero_is_refused(timestep: int, stride: int):
     with pytest.raises(ValueError, match="timesteps >= 1 and a stride >= 1"):
         ncp_step(torch.tensor([7, timestep]), torch.linspace(0.99, 0.1, 50), stride)
 

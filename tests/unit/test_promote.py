@@ -104,7 +104,7 @@ def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, tmp_path,
     assert str(client.get_model_version_by_alias("toy", "promoted").version) == "2"
 
 
-def test_the_card_loads_the_model_as_it_says_and_names_what_matters(run, tmp_path, acpo, monkeypatch):
+def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(run, tmp_path, acpo, monkeypatch):
     code, _, err = acpo("promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}", "--checkpoint", "newest")
     assert code == 0, err
     head, text = card_of(run / "export")
@@ -122,7 +122,7 @@ def test_the_card_loads_the_model_as_it_says_and_names_what_matters(run, tmp_pat
 
 
 @pytest.mark.parametrize("case", ["standing warning", "ended", "no judge"])
-def test_a_run_that_is_not_clean_is_refused_unless_forced_and_then_says_so(run, tmp_path, acpo, case):
+def test_a_run_that_is_not_clean_is_refused_unless_forced_and_the_card_states_it(run, tmp_path, acpo, case):
     from mlflow.tracking import MlflowClient
 
     if case == "standing warning":
@@ -160,7 +160,7 @@ def test_a_warning_that_has_passed_does_not_stand_in_the_way_and_is_on_the_card(
     assert "iteration 1, warn: judge `strided_judge` has fallen 0.70" in card_of(run / "export-000002")[1]
 
 
-def test_figures_of_an_evaluation_go_on_the_card(run, tmp_path, acpo):
+def test_metrics_of_an_evaluation_are_added_to_the_card(run, tmp_path, acpo):
     found = acpo(
         "eval", str(run), "--checkpoint", "best", "--suite", "toy", "--limit", "4", "--compare", "base", "--drift", "0",
         "--out", str(tmp_path / "e"), "--json",

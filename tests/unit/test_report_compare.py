@@ -84,7 +84,7 @@ def test_labels_are_as_long_as_they_must_be_to_differ(four, tmp_path):
     assert labels_of(runs_below(four)[0][:1]) == ["toy-sdxl"]
 
 
-def test_the_front_is_what_brute_force_says():
+def test_the_front_agrees_with_brute_force():
     draw = random.Random(0)
     points = [(draw.randrange(6) / 5, draw.randrange(6) / 5) for _ in range(40)]
     beaten = {
@@ -129,7 +129,7 @@ def test_runs_lists_what_can_be_read_and_names_what_cannot(four, monkeypatch, ca
         (["runs", "--experiment", "e", "--uri", "sqlite:///none.db"], "none.db does not exist"),
     ],
 )
-def test_bad_input_ends_with_exit_code_2_and_says_why(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_input_ends_with_exit_code_2_and_the_reason(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     code, out, err = run_cli(monkeypatch, capsys, *arguments)
     assert code == 2 and words in err and out == ""

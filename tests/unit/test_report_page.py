@@ -235,7 +235,7 @@ def test_a_second_report_draws_nothing_again(runs, monkeypatch):
     assert [v.drift for v in again.views] == [v.drift for v in report.views]
 
 
-def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_the_report_of_a_run_without_checkpoints_lists_what_is_missing(tmp_path, monkeypatch, capsys):
     root = make_run(tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1, **{"learner/skipped_steps": 2.0})])
     with (root / "metrics.jsonl").open("a") as file:
         file.write("torn")
@@ -250,7 +250,7 @@ def test_a_run_without_checkpoints_gets_a_report_that_says_what_is_missing(tmp_p
         assert words in page and any(words in note for note in answer["runs"][0]["notes"])
 
 
-def test_an_unreachable_mlflow_leaves_the_report_and_says_so(tmp_path, capsys):
+def test_an_unreachable_mlflow_is_reported_and_the_report_is_kept(tmp_path, capsys):
     root = make_run(
         tmp_path / "run", [row(0, reward=0.5, judge=0.4, drift=0.1)], "tracking.mlflow_uri=http://127.0.0.1:9"
     )

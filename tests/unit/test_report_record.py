@@ -61,7 +61,7 @@ def test_a_run_is_running_while_it_is_driven_and_unfinished_from_then_on(tmp_pat
     assert read_run(root).state == "running" and read_run(old(root)).state == "unfinished"
 
 
-def test_the_best_checkpoint_is_what_the_guard_said_when_it_saved_the_newest(tmp_path):
+def test_the_best_checkpoint_is_the_guards_best_in_the_newest_checkpoint(tmp_path):
     rows = [row(i, reward=0.5, judge=0.5, drift=0.1, **{"guard/best_iteration": 2.0}) for i in range(4)]
     root = make_run(tmp_path / "run", rows)
     store = CheckpointStore(root / "checkpoints", keep=9)
@@ -87,7 +87,7 @@ def test_broken_lines_are_counted_and_left_out(tmp_path, caplog):
     assert "line 5 is not a JSON object" in caplog.text
 
 
-def test_a_figure_that_was_not_finite_is_a_gap_and_never_a_number(tmp_path):
+def test_a_value_that_was_not_finite_is_a_gap_and_never_a_number(tmp_path):
     rows = [row(0, reward=0.5, judge=0.4, drift=0.1), row(1, reward=0.5, judge=0.4, drift=0.1, **{"drift/rms": None})]
     record = read_run(make_run(tmp_path / "run", rows, checkpoint=2))
     assert record.rows[1]["drift/rms"] is None and record.recent("drift/rms") == 0.1

@@ -269,7 +269,7 @@ def test_a_hub_id_that_was_never_downloaded_fails_with_the_command_that_download
         PickScore(config)
 
 
-def test_an_unreachable_hub_is_an_error_that_says_what_to_run(monkeypatch):
+def test_an_unreachable_hub_is_an_error_with_the_command_to_run(monkeypatch):
     import huggingface_hub
 
     def unreachable(*arguments: object, **options: object) -> str:

@@ -127,7 +127,7 @@ def test_even_patches_span_the_image_from_corner_to_corner():
     assert patch_corners(512, 512, size=224, count=1, generator=None) == [(0, 0)]
 
 
-def test_a_image_with_few_places_gives_fewer_patches():
+def test_an_image_with_few_places_gives_fewer_patches():
     assert patch_corners(224, 256, size=224, count=8, generator=rng(0)) in ([(0, 0), (0, 32)], [(0, 32), (0, 0)])
 
 

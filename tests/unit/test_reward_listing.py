@@ -53,7 +53,7 @@ def test_what_needs_no_download_scores_the_smallest_image_and_none_smaller(name:
             metric(images[..., 1:], [""] * 2)
 
 
-def test_metrics_that_compare_with_the_prompt_say_so():
+def test_metrics_that_read_prompts_are_marked():
     assert {row["name"] for row in LISTING if row["needs_prompts"]} == {
         "clip_score", "pick_score", "ipce", "pyiqa:clipscore",
     }  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_run_in_one_process_with_a_faulty_reward_ends_with_an_error_that_names
     assert "`mine`" in str(error.value) and len(str(error.value)) <= 600
 
 
-def test_a_reward_that_is_the_same_for_all_images_moves_nothing_by_itself_and_says_so(tiny, tmp_path):
+def test_a_constant_reward_moves_no_weight_and_is_reported(tiny, tmp_path):
     train = f'[{{"type": "{PLUGIN}", "name": "mine", "fault": "flat"}}]'
     config = tiny(f"rewards.train={train}", "rewards.judges=[]", "run.iterations=1", f"run.dir={tmp_path / 'run'}")
     with pytest.raises(AcpoError) as error:

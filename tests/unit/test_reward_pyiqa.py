@@ -97,7 +97,7 @@ def test_direction_and_range_in_the_table_repeat_pyiqas(name: str):
     assert (PYIQA[name].lower_better, PYIQA[name].score_range) == (theirs["lower_better"], theirs["score_range"])
 
 
-def test_only_what_needs_no_download_says_so():
+def test_only_metrics_without_a_download_are_marked_so():
     assert {name for name, facts in PYIQA.items() if not facts.download} == {"piqe", "entropy"}
 
 
@@ -110,7 +110,7 @@ def test_where_pyiqa_is_missing_the_table_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_a_metric_has_a_gradient_exactly_where_the_table_says_so(name: str, built: Callable[[str], PyiqaMetric]):
+def test_a_metric_has_a_gradient_exactly_if_the_table_states_it(name: str, built: Callable[[str], PyiqaMetric]):
     images_BCHW = images(2).requires_grad_(True)
     # Asked of the network itself, since our own call switches the gradient off where the table has none.
     score = built(name).network(images_BCHW.clone()).sum()
@@ -207,7 +207,7 @@ def test_what_is_no_image_is_refused_by_name(images: Tensor, words: str, built: 
 
 @pytest.mark.parametrize("name", ["cnniqa", "metaiqa"])
 @pytest.mark.parametrize("form", ["params", "bare", "module", "safetensors"])
-def test_local_weights_are_loaded_whatever_their_form(name: str, form: str, weights, built, tmp_path: Path):
+def test_local_weights_of_any_form_are_loaded(name: str, form: str, weights, built, tmp_path: Path):
     state = torch.load(weights(name), weights_only=True)["params"]
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
     if form == "safetensors":
@@ -255,7 +255,7 @@ def test_weights_that_are_not_there_are_named(tmp_path: Path):
         PyiqaMetric(config)
 
 
-def test_a_metric_that_reads_no_file_says_so(tmp_path: Path):
+def test_weights_for_a_metric_that_reads_no_file_are_refused(tmp_path: Path):
     (tmp_path / "w.pth").touch()
     config = PyiqaMetric.Config(metric="clipiqa", weights=str(tmp_path / "w.pth"))
     assert "reads no weights from a file" in (config.unusable() or "")
@@ -266,7 +266,7 @@ def test_metrics_without_a_score_per_image_are_refused(name: str, words: str):
     assert words in (PyiqaMetric.Config(metric=name).unusable() or "")
 
 
-def test_a_download_that_fails_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path: Path, capsys):
+def test_a_failed_download_is_reported_with_address_and_target(monkeypatch, tmp_path: Path, capsys):
     from urllib.error import URLError
 
     from pyiqa.utils import download_util

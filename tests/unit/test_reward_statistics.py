@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_finite_differences(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_says_it_has_a_gradient_has_one_and_the_rest_have_none(name: str):
+def test_statistics_have_a_gradient_exactly_if_they_declare_one(name: str):
     kind = resolve("reward", REWARDS, name)
     images = noise().float().requires_grad_(True)
     score = kind(kind.Config())(images, [""] * 4)

@@ -144,7 +144,7 @@ def test_ipce_trains_on_captioned_images_and_loads_as_a_reward(monkeypatch, caps
     assert 0 <= after <= 5 and after != before
 
 
-def test_ipce_without_a_model_or_captions_says_what_is_missing(monkeypatch, capsys, tmp_path):
+def test_ipce_without_a_model_or_captions_is_refused_with_what_is_missing(monkeypatch, capsys, tmp_path):
     data = str(captioned_parquet(tmp_path / "set.parquet", 12))
     code, _, err = run(monkeypatch, capsys, "ipce", data)
     assert code == 2 and "--clip" in err

@@ -60,7 +60,7 @@ def test_large_images_score_the_mean_of_their_own_tiles(height: int, width: int,
         assert float(score) == pytest.approx(float(alone.mean()), abs=1e-12)
 
 
-def test_every_pixel_of_a_image_that_tiles_do_not_fit_counts():
+def test_every_pixel_counts_in_an_image_that_tiles_do_not_divide():
     torch.manual_seed(0)
     image = torch.rand(1, 3, 37, 50, generator=rng(0)).requires_grad_(True)
     TwoStream(TOY).eval()(image).sum().backward()

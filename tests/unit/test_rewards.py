@@ -205,7 +205,7 @@ def test_images_reach_the_metric_scaled_to_one():
 
 
 @our_metrics
-def test_a_score_does_not_depend_on_which_images_are_asked_together(metric: MetricConfig):
+def test_a_score_does_not_depend_on_the_other_images_of_the_batch(metric: MetricConfig):
     images_BCHW, served = images(CHUNK + 5), worker(metric)
     together = served.score(images_BCHW, [""] * len(images_BCHW))
     backwards = served.score(images_BCHW.flip(0), [""] * len(images_BCHW))[::-1]
@@ -216,7 +216,7 @@ def test_a_score_does_not_depend_on_which_images_are_asked_together(metric: Metr
     assert together[::5] == pytest.approx(alone, abs=2e-6)
 
 
-def test_a_gradient_does_not_depend_on_which_images_are_asked_together():
+def test_a_gradient_does_not_depend_on_the_other_images_of_the_batch():
     served, values = worker(cut="latent"), torch.randn(6, 4, 8, 8, generator=rng(0))
     together = unpack(served.value_and_grad(pack(values, "float32"), [""] * 6).gradient)
     alone = [unpack(served.value_and_grad(pack(value[None], "float32"), [""]).gradient) for value in values]

@@ -303,7 +303,7 @@ def weights_of(root):
 
 
 @pytest.mark.parametrize("where", ["the same folder", "another folder"])
-def test_a_run_resumed_from_a_named_checkpoint_goes_on_from_it_after_a_loss_too(finished, tmp_path, where):
+def test_a_run_resumed_from_a_named_checkpoint_continues_from_it_also_after_a_loss(finished, tmp_path, where):
     whole, config = finished
     root = tmp_path / "run"
     if where == "the same folder":
@@ -327,7 +327,7 @@ def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(fini
     assert {path.name for path in (root / "checkpoints").iterdir()} == {"000001", "000002", "000003"}
 
 
-def test_the_export_says_which_weights_it_holds(finished):
+def test_the_export_names_its_weights(finished):
     from acpo_dist.core.weights import checksum
 
     root, _ = finished

@@ -111,7 +111,7 @@ def test_all_prediction_types_of_one_network_arrive_at_the_same_place(name: str)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
-def test_the_network_is_called_as_often_as_the_registry_says_and_first_at_the_visited_states(name: str):
+def test_the_number_of_network_calls_is_the_registered_one_and_the_first_is_at_the_visited_state(name: str):
     trajectory = spaced_trajectory(SDXL_LEVELS, 6, "trailing")
     asked: list[tuple[float, Tensor]] = []
     seen: dict[int, Tensor] = {}
@@ -136,7 +136,7 @@ def test_two_walks_of_one_sampler_do_not_know_of_each_other(name: str):
     assert torch.equal(first, sample(network, start, trajectory, "epsilon", sampler=using))
 
 
-def test_walks_are_ddim_unless_told_otherwise():
+def test_sampling_is_ddim_by_default():
     trajectory = spaced_trajectory(SDXL_LEVELS, 8, "trailing")
     start = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     default = sample(network, start, trajectory, "epsilon")

@@ -58,7 +58,7 @@ def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passe
     assert code == 1 and paths(out) == [f"{file}#0", f"{file}#2"] and "row 1" in err
 
 
-def test_a_image_that_a_reward_cannot_take_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
+def test_an_image_that_a_reward_cannot_score_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
     Image.new("RGB", (32, 32), (0, 200, 0)).save(folder / "a" / "0_green.png")
     for name in ("1.png", "2.png"):
         Image.new("RGB", (32, 32), (150, 80, 90)).save(folder / "a" / name)

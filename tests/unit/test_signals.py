@@ -12,7 +12,7 @@ from tests.helpers.interrupted import interrupted_by, started
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_run_that_is_told_to_end_leaves_a_whole_folder_and_says_how_to_resume(
+def test_an_interrupted_run_leaves_a_complete_folder_and_prints_how_to_resume(
     number, code, word, tmp_path, monkeypatch, capsys
 ):
     root = tmp_path / "run"

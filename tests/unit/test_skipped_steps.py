@@ -113,7 +113,7 @@ def test_too_many_skipped_steps_end_a_run_with_all_of_them_recorded(tiny, tmp_pa
     assert [line["iteration"] for line in lines] == [0, 1] and all(line["samples"] for line in lines)
 
 
-def test_a_run_goes_on_past_a_refused_step_and_says_what_it_left_out(tiny, tmp_path, monkeypatch):
+def test_a_run_continues_past_a_skipped_step_and_reports_it(tiny, tmp_path, monkeypatch):
     root = tmp_path / "run"
     drawn = []
     generate = LocalRollouts.generate

@@ -131,7 +131,7 @@ def unused_port():
         (["toy_sdxl", "--env", "TOKEN"], "--env KEY=VALUE"),
     ],
 )
-def test_a_mistake_is_found_before_the_cluster_is_asked(arguments, said):
+def test_a_mistake_is_found_before_the_cluster_is_contacted(arguments, said):
     from typer.testing import CliRunner
 
     from acpo_dist.cli import commands  # noqa: F401  (registers the commands)

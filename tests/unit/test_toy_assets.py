@@ -77,7 +77,7 @@ def _draw(source, count, guidance):
     return images.float() / 255, [plan.prompt for plan in plans]
 
 
-def test_toy_sdxl_draws_what_the_prompt_says_in_many_ways():
+def test_toy_sdxl_draws_the_prompt_with_diversity():
     images, prompts = _draw("toy_sdxl", 144, guidance=1.5)
     report = judge_exactly(images, prompts)
     assert report.caption_accuracy >= 0.80
@@ -85,7 +85,7 @@ def test_toy_sdxl_draws_what_the_prompt_says_in_many_ways():
     assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
 
 
-def test_toy_sd15_draws_what_the_prompt_says_in_many_ways():
+def test_toy_sd15_draws_the_prompt_with_diversity():
     images, prompts = _draw("toy_sd15", 144, guidance=1.5)
     report = judge_exactly(images, prompts)
     assert report.caption_accuracy >= 0.80

@@ -239,7 +239,7 @@ def test_closing_waits_for_a_silent_server_only_so_long(run_dir, monkeypatch, ca
     assert [record["iteration"] for record in waiting(run_dir)] == [0]
 
 
-def test_a_image_that_mlflow_cannot_take_does_not_hold_back_the_figures(run_dir, tmp_path, caplog):
+def test_an_image_that_mlflow_cannot_store_does_not_delay_the_metrics(run_dir, tmp_path, caplog):
     image = tmp_path / "grid.png"
     Image.new("RGB", (4, 4)).save(image)
     (run_dir.parent / "mlartifacts").write_text("a file where the artifact folder should be")

@@ -26,7 +26,7 @@ def test_every_iteration_is_one_line_on_disk_at_once(tmp_path):
     tracker.close("FINISHED")
 
 
-def test_figures_that_are_not_finite_become_null_and_are_named(tmp_path, caplog):
+def test_metrics_that_are_not_finite_become_null_and_are_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     JsonlTracker(path).log_metrics(7, {"loss": math.nan, "grad": -math.inf, "fine": 1.0})
     row = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
@@ -84,7 +84,7 @@ def test_a_line_that_could_not_be_forced_to_disk_leaves_the_file_as_it_was(tmp_p
 # spool
 
 
-def test_a_failing_lane_of_the_spool_keeps_its_records_in_order_and_holds_nobody_back(tmp_path):
+def test_a_failing_lane_of_the_spool_keeps_its_records_in_order_and_blocks_no_other(tmp_path):
     spool = Spool(tmp_path / "pending.jsonl")
     for number in range(6):
         spool.append({"lane": "odd" if number % 2 else "even", "number": number})

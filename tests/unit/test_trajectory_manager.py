@@ -141,7 +141,7 @@ def test_a_common_factor_of_the_table_is_no_drift_but_a_change_of_shape_is(measu
     assert table_drift(table, replace(sums, square_K=bent)) > 0.1
 
 
-def test_a_run_measures_first_records_what_it_did_and_goes_on_with_the_same_trajectory(tiny, tmp_path):
+def test_a_run_measures_first_records_the_result_and_resumes_with_the_same_trajectory(tiny, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, *QUICK, "checkpoint.every=1", "vrg.probe_every=2", "vrg.probe_images=8", "vrg.max_drift=1e-9"]
     drive(tiny("run.iterations=2", f"run.dir={whole}", *options), open_ports, QUIET)

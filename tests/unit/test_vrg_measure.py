@@ -83,7 +83,7 @@ def test_neighbouring_nodes_correlate_as_shared_noise_makes_them():
     assert np.allclose(sums.diagnostics()["lag1_correlation"][:-1], exact, atol=0.02)
 
 
-def test_one_worker_and_four_give_the_same_table_whatever_the_sharding():
+def test_the_table_does_not_depend_on_the_sharding():
     clean, prompts, ids = data(24)
     whole = measure_errors(GaussianDenoiser(), clean, prompts, ids, SIGMAS.tolist())
     parts = [
