@@ -94,7 +94,12 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
         raise ValueError("curves need at least one panel")
     across = min(2, len(keys_by_panel))
     down = math.ceil(len(keys_by_panel) / across)
-    figure = Figure(figsize=(6.4 * across, 3.6 * down), dpi=120, layout="constrained")
+    figure = Figure(figsize=(6.4 * across, 3.6 * down), dpi=120)
+    # Inches; the constrained layout of matplotlib would draw every figure twice.
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=0.7 / width, right=1 - 0.2 / width, bottom=0.55 / height, top=1 - 0.4 / height, wspace=0.18, hspace=0.38
+    )
     axes = figure.subplots(down, across, squeeze=False, sharex=True).flatten()
     for axis, (title, keys) in zip(axes, keys_by_panel.items(), strict=False):
         _draw_panel(axis, title, rows, keys)

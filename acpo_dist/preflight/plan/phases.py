@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch
 
 def _gradient_steps(config: Config) -> int:
     """Return the number of sampler steps that carry the reward gradient, at most; 0 if an estimate is scored."""
-    steps = getattr(config.algorithm, "gradient_steps", "estimate")
+    steps: Any = getattr(config.algorithm, "gradient_steps", "estimate")
     if steps == "random":
         return config.algorithm.max_gradient_steps or config.sampler.num_steps
     return 0 if steps == "estimate" else steps
