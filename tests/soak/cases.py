@@ -20,7 +20,6 @@ class Case:
     overrides: list[str] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
     small_disk: bool = False
-    mlflow: bool = False
 
 
 def draw(seed: int, kind: str = "any") -> Case:
@@ -32,9 +31,9 @@ def draw(seed: int, kind: str = "any") -> Case:
     """
     chosen = random.Random(seed)
     if kind == "any":
-        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward", "mlflow"])
+        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward"])
     case = {
-        "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward, "mlflow": _mlflow
+        "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward
     }[kind](seed, chosen)  # fmt: skip
     for injection in case.injections:
         injection.seed = chosen.randrange(2**32)
@@ -100,7 +99,3 @@ def _reward(seed: int, chosen: random.Random) -> Case:
     fault = chosen.choice(["nan", "hang", "memory"])
     overrides = [*_engine(chosen), "rewards.replicas=2", "rewards.attempt_timeout_s=20"]
     return Case(seed, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])
-
-
-def _mlflow(seed: int, chosen: random.Random) -> Case:
-    return Case(seed, "local", [], [Injection("SIGKILL", "mlflow", "iterating", 1)], mlflow=True)

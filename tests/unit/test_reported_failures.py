@@ -4,6 +4,7 @@ import http.server
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -166,3 +167,24 @@ def test_proxies_and_the_variables_of_launchers_change_nothing(tmp_path, tiny):
         return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
 
     assert figures(folder) == figures(calm)
+
+
+def test_a_run_folder_that_was_moved_goes_on_from_its_checkpoint(tmp_path):
+    from acpo_dist.training.run_folder import open_run
+
+    first, second = (load_config("toy_sdxl", [f"run.dir={tmp_path / name}"]) for name in ("here", "there"))
+    folder, none = open_run(first, None)
+    assert none is None
+    partial = folder.checkpoints.prepare(2)
+    folder.checkpoints.commit(partial, 2, {"version": 2})
+    folder.metrics.write_text('{"iteration": 0}\n{"iteration": 1}\n')
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved, checkpoint = open_run(second, "auto")
+    assert moved.root == tmp_path / "there" and checkpoint is not None and checkpoint.iteration == 2
+
+
+def test_no_file_has_a_fixed_name_in_the_folder_that_all_users_of_a_machine_share():
+    root = Path(__file__).resolve().parents[2]
+    sources = [path for part in ("acpo_dist", "actors") for path in (root / part).rglob("*.py")]
+    named = [path.name for path in sources if re.search(r"""["'](/tmp|/var/tmp|/dev/shm)/""", path.read_text("utf-8"))]
+    assert named == []

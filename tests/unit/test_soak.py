@@ -11,7 +11,7 @@ from tests.soak.faults import damage
 from tests.soak.matrix import render, rows_of
 from tests.soak.processes import PHASES, phase_of
 
-KINDS = ("any", "learner", "roles", "local", "disk", "reward", "mlflow")
+KINDS = ("any", "learner", "roles", "local", "disk", "reward")
 
 
 @pytest.mark.parametrize("kind", KINDS)
