@@ -170,8 +170,7 @@ def test_a_score_does_not_depend_on_the_batch(name: str, folder: Path, head: Pat
 
 
 def test_nothing_of_the_model_is_trainable(folder: Path):
-    metric = PickScore(PickScore.Config(weights=str(folder)))
-    model = metric._clip._model
+    model = ClipBackbone(str(folder), name="x").model
     assert not model.training
     assert not any(parameter.requires_grad or parameter.dtype != torch.float32 for parameter in model.parameters())
 
@@ -216,7 +215,13 @@ def test_the_text_cache_forgets_the_oldest(folder: Path, monkeypatch):
     assert len(backbone.text_vectors(captions()[:5])) == 5
     backbone.text_vectors(captions()[2:3])
     backbone.text_vectors(captions()[9:10])
-    assert list(backbone._cache) == [captions()[4], captions()[2], captions()[9]]
+    encoded: list[str] = []
+    tokenise = backbone.encode_texts
+    monkeypatch.setattr(backbone, "encode_texts", lambda texts: encoded.extend(texts) or tokenise(texts))
+    backbone.text_vectors([captions()[index] for index in (4, 2, 9)])
+    assert encoded == []
+    backbone.text_vectors([captions()[3]])
+    assert encoded == [captions()[3]]
 
 
 @pytest.mark.parametrize("kind", TEXT_METRICS)
