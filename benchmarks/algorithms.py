@@ -59,7 +59,7 @@ def main() -> None:
 
 
 class Meter:
-    """CPU seconds and network calls of training, with evaluation left out."""
+    """CPU seconds and network calls of training, excluding evaluation."""
 
     def __init__(self, networks) -> None:
         """Count the calls of these networks."""
@@ -74,7 +74,7 @@ class Meter:
 
     @contextmanager
     def paused(self):
-        """Count nothing inside."""
+        """Exclude the calls in this block."""
         self.seconds += time.process_time() - self._since
         self.running = False
         yield
@@ -82,7 +82,7 @@ class Meter:
 
 
 class Watched:
-    """A weight channel that evaluates every so many versions."""
+    """A weight channel that evaluates at regular versions."""
 
     def __init__(self, inner, evaluate, every: int) -> None:
         """Wrap the channel."""
@@ -97,7 +97,7 @@ class Watched:
 
 
 def run_arm(name: str, seed: int, options) -> list[dict]:
-    """One run; its evaluations, the base's first."""
+    """Execute one run and return its evaluations, the base model's first."""
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
@@ -136,7 +136,7 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
 
 
 def make_table(lines: list[dict], goal: float) -> str:
-    """Markdown: the last evaluation of every arm against the base of the same seed, and the cost to the goal."""
+    """Return Markdown: the last evaluation of every arm relative to the base model of the same seed, and the cost."""
     runs: dict[str, dict[int, list[dict]]] = {}
     for line in lines:
         runs.setdefault(line["arm"], {}).setdefault(line["seed"], []).append(line)
@@ -176,7 +176,7 @@ def make_table(lines: list[dict], goal: float) -> str:
 
 
 def in_spreads(ends: list[dict[str, float]], key: str) -> str:
-    """The mean change of a ratio as a multiple of its standard deviation over seeds; - for one seed."""
+    """Return the mean change of a ratio as a multiple of its standard deviation over seeds; - for one seed."""
     ratios = [end[key] for end in ends]
     if len(ratios) < 2:
         return "-"
@@ -185,7 +185,7 @@ def in_spreads(ends: list[dict[str, float]], key: str) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, with the range where there is one."""
+    """Format the mean, with the range if there is one."""
     mean = statistics.fmean(values)
     digits = 0 if mean >= 20 else 3 if mean < 1 else 2
     text = f"{mean:.{digits}f}"

@@ -54,7 +54,8 @@ COLUMNS = (
     "captions, kept / base",
 )  # fmt: skip
 ENTROPY = 0.25
-"""Nats of template entropy whose loss is a fall; while nothing collapses it moves by some 0.03 on the same seeds."""
+"""Loss of template entropy, in nats, that counts as a fall; without a collapse it varies by about 0.03 on the same
+seeds."""
 
 
 class FallenError(Exception):
@@ -62,7 +63,7 @@ class FallenError(Exception):
 
 
 def main() -> None:
-    """Grade every arm and seed, or read what runs have written, and print the table."""
+    """Evaluate every arm and seed, or read existing results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(ARMS), choices=ARMS)
@@ -90,13 +91,13 @@ class Look:
     errors: torch.Tensor
     """Squared distance of each image to the nearest clean template."""
     hits: torch.Tensor
-    """1 where that template has the prompt's caption."""
+    """1 if that template has the prompt's caption."""
     entropy: float
-    """Of the templates, in nats: low where few are drawn."""
+    """Entropy of the templates, in nats; low if few are drawn."""
 
 
 class Oracle:
-    """Looks at versions on the same prompts and seeds, image by image."""
+    """Evaluates versions on the same prompts and seeds, image by image."""
 
     def __init__(self, config, prompts, samples: int, sigmas: float) -> None:
         """Fix prompts and seeds."""
@@ -127,12 +128,12 @@ class Oracle:
         }
 
     def fallen(self, look: Look) -> bool:
-        """Whether any of its figures is below the base's by more than its noise."""
+        """Return whether a metric is below the base model's by more than its noise."""
         seen = self.against_base(look)
         return max(seen["error_z"], seen["caption_z"]) > self._sigmas or seen["entropy_lost"] > ENTROPY
 
     def first_fall(self) -> int | None:
-        """First version that has fallen."""
+        """Return the first version that has fallen."""
         return next((version for version in sorted(self.looks) if self.fallen(self.looks[version])), None)
 
     def history(self) -> dict[int, dict[str, float]]:
@@ -141,13 +142,13 @@ class Oracle:
 
 
 def worse(difference: torch.Tensor) -> float:
-    """Mean in its standard errors; 0 where nothing differs."""
+    """Return the mean in standard errors; 0 without differences."""
     spread = float(difference.std()) / len(difference) ** 0.5
     return round(float(difference.mean()) / spread, 2) if spread else 0.0
 
 
 def grade(arm: str, seed: int, options) -> dict:
-    """A guarded run, and for an arm that cheats its twin without a guard."""
+    """Execute a guarded run, and for a hacking arm also its twin without a guard."""
     started = time.process_time()
     every = {"fast": 1, "slow": options.every, "acpo": options.every_acpo}[arm]
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +207,7 @@ def guarded(arm: str, seed: int, options, every: int, root: Path) -> tuple[dict,
 
 
 def twin_of(arm: str, seed: int, options, every: int, root: Path, seen: Oracle) -> Oracle:
-    """The same run without a guard, until the oracle has fallen; what was seen already is not looked at again."""
+    """Execute the same run without a guard until the oracle falls; versions that are already measured are skipped."""
     config, oracle = prepare(arm, seed, options, root, "none")
     oracle.looks |= seen.looks
     if oracle.first_fall() is not None:
@@ -219,7 +220,7 @@ def twin_of(arm: str, seed: int, options, every: int, root: Path, seen: Oracle) 
 
 
 def prepare(arm: str, seed: int, options, root: Path, action: str):
-    """Configuration and a fresh oracle of one run."""
+    """Return configuration and a new oracle of one run."""
     source, extra = ARMS[arm]
     config = load_config(
         source,
@@ -231,7 +232,7 @@ def prepare(arm: str, seed: int, options, root: Path, action: str):
 
 
 def watched(oracle: Oracle, every: int, *, more: int | None):
-    """In-process ports whose weight channel lets the oracle look; a run ends at its fall or after `more` looks."""
+    """In-process ports whose weight channel calls the oracle; a run ends at its fall or after `more` measurements."""
     before = len(oracle.looks)
 
     @contextmanager
@@ -258,7 +259,7 @@ def decisions(root: Path) -> list[dict]:
 
 
 def make_table(lines: list[dict]) -> str:
-    """Markdown, one row per run."""
+    """Return Markdown, one row per run."""
     rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for line in sorted(lines, key=lambda line: (list(ARMS).index(line["arm"]), line["seed"])):
         falls, kept = line.get("oracle_falls_at"), line["kept"]

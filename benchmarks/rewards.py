@@ -37,7 +37,7 @@ from actors.reward.pool import ServeRewards, deploy
 
 BATCH = 16
 REPEATS = 3
-"""The best counts, of the plain loop and of the pool: what else a machine does only ever slows them."""
+"""Number of repetitions; the best counts, since other load on a machine only slows measurements."""
 METRICS = ("cnniqa", "musiq", "piqe")
 WITHOUT_GRADIENT = ("piqe",)
 
@@ -70,12 +70,12 @@ def main() -> None:
 
 
 def count(options: argparse.Namespace, size: int) -> int:
-    """Images of a measurement: whole batches."""
+    """Images of a measurement, a multiple of the batch."""
     return max(1, round(options.pixels / size**2 / BATCH)) * BATCH
 
 
 def local_weights(name: str, folder: Path) -> Path | None:
-    """A file with random weights, or None where the metric has none."""
+    """Write a file with random weights, or return None if the metric has none."""
     from pyiqa.archs.cnniqa_arch import CNNIQA
     from pyiqa.archs.musiq_arch import MUSIQ
 
@@ -92,7 +92,7 @@ def local_weights(name: str, folder: Path) -> Path | None:
 
 
 def plain_speed(name: str, weights: Path | None, size: int, images: int) -> dict[str, float]:
-    """Images per second of the plain loop: scores, and scores with gradients."""
+    """Measure images per second of the plain loop: scores, and scores with gradients."""
     from pyiqa import create_metric
 
     local = {}
@@ -127,7 +127,7 @@ def plain_speed(name: str, weights: Path | None, size: int, images: int) -> dict
 
 @contextlib.contextmanager
 def pool(metric: str, weights: Path | None, replicas: int, *, cut: str) -> Iterator[ServeRewards]:
-    """The pool with one metric, as a run would start it."""
+    """Start the pool with one metric, as a run does."""
     entry = {"type": "pyiqa", "metric": metric, "name": metric, "weights": str(weights) if weights else None}
     role = ("judges", "train") if metric in WITHOUT_GRADIENT else ("train", "judges")
     rewards = {role[0]: [entry], role[1]: [{"type": "sharpness"}] if metric in WITHOUT_GRADIENT else []}
@@ -146,7 +146,7 @@ def pool(metric: str, weights: Path | None, replicas: int, *, cut: str) -> Itera
 
 
 def pool_speed(rewards: ServeRewards, metric: str, size: int, images: int) -> dict[str, float]:
-    """Images per second of the pool: scores, and scores with gradients."""
+    """Measure images per second of the pool: scores, and scores with gradients."""
     batches = random_images(images, size).split(BATCH)
     # Copies: a part of a larger tensor would travel with all of it.
     handles = [
@@ -180,7 +180,7 @@ def compare(metric: str, size: int, replicas: int, plain: dict[str, float], foun
 
 
 def cuts(metric: str, weights: Path | None, sizes: list[int]) -> None:
-    """Print bytes and time per image of both cuts, the learner's share included."""
+    """Print bytes and time per image of both cuts, including the learner's share."""
     decoder = SdxlFamily.load_decoder(SdxlFamily.Config(path="toy-sdxl"), device="cpu")
     with torch.no_grad():
         factor = decoder.decode(torch.zeros(1, 4, 8, 8)).shape[-1] // 8
@@ -210,7 +210,7 @@ def random_images(number: int, size: int) -> Tensor:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """How long a call takes."""
+    """Measure the duration of a call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -34,7 +34,7 @@ ARMS = {name: ",".join(overrides) for name, overrides in demo.ARMS.items()}
 
 
 def main() -> None:
-    """Run the arms and print their figures."""
+    """Run the arms and print their metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arm", action="append", default=[], metavar="NAME=OVERRIDES")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """All arms of one seed: figures by arm, the base first."""
+    """Run all arms of one seed and return metrics by arm, the base model first."""
     rows: dict[str, dict[str, float]] = {}
     shown: list[torch.Tensor] = []
 

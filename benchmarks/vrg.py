@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """One of the two kinds."""
+    """Run one of the two comparisons."""
     if options.kind == "time":
         for path in options.trajectory or sorted(SHARED.glob("trajectory_*.txt")):
             compare_optimisers(options.table, path, options.epochs)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compare_optimisers(table_path: Path, trajectory_path: Path, epochs: int) -> None:
-    """One line: ours and the descent, same start, table, box and objective."""
+    """Return one row: ours and momentum descent, with the same start, table, box and objective."""
     table = read_table(table_path)
     start = to_sigmas(read_schedule(trajectory_path, LINEAR_DDPM).alpha_bars[:-1])
     ours = optimize(start, table, mode="paper_box", lp=0.01, reg_lambda=100)
@@ -119,7 +119,7 @@ def descend(sigmas: np.ndarray, table, epochs: int) -> float:
 
 
 def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
-    """One row per spacing and number of steps."""
+    """Return one row per spacing and number of steps."""
     config, run = source_config(model, [f"run.seed={seed}", "rollout.batch_size=64", *guidance(model)])
     pool = open_rollouts(config, run)
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
@@ -145,12 +145,12 @@ def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
 
 
 def guidance(model: str) -> list[str]:
-    """The toy's own guidance; none for an unconditional model."""
+    """Return the override of the toy's guidance scale; none for an unconditional model."""
     return ["sampler.guidance_scale=1.5"] if model == "toy-sdxl" else []
 
 
 def spacings(alpha_bars: np.ndarray, count: int) -> dict[str, Trajectory]:
-    """Named starts, all from the last timestep."""
+    """Return named initial trajectories, all from the last timestep."""
     total, sigmas = len(alpha_bars), to_sigmas(alpha_bars)
     low, high = sigmas[0], sigmas[-1]
     ramp = np.linspace(0, 1, count)
@@ -169,7 +169,7 @@ def spacings(alpha_bars: np.ndarray, count: int) -> dict[str, Trajectory]:
 
 
 def at(sigmas: np.ndarray, alpha_bars: np.ndarray) -> Trajectory:
-    """A trajectory through sigmas (falling) to clean."""
+    """Return a trajectory through decreasing sigmas to a clean end."""
     inside = np.clip(sigmas, *to_sigmas(alpha_bars[[0, -1]]))
     levels = to_alpha_bars(inside)
     levels[0] = alpha_bars[-1]
@@ -179,7 +179,7 @@ def at(sigmas: np.ndarray, alpha_bars: np.ndarray) -> Trajectory:
 
 
 def kid_of(ends: Tensor, others: Tensor) -> float:
-    """Unbiased squared MMD with KID's cubic kernel, on 4x4 means of the samples: blind to fine noise."""
+    """Unbiased squared MMD with KID's cubic kernel, on 4x4 means of the samples, which ignore fine noise."""
     x, y = (torch.nn.functional.adaptive_avg_pool2d(part.double(), 4).flatten(1).numpy() for part in (ends, others))
     xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     n, m = len(x), len(y)
@@ -187,7 +187,7 @@ def kid_of(ends: Tensor, others: Tensor) -> float:
 
 
 def summarise(rows: list[dict]) -> None:
-    """A table of VRG over its start, with the spread over seeds; and how many cells are better, equal, worse."""
+    """Print a table of VRG relative to its start, with all seeds, and the number of better, equal and worse cells."""
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
         cells.setdefault((row["model"], row["steps"], row["spacing"]), []).append(row)
@@ -211,7 +211,7 @@ def say(row: dict) -> None:
 
 
 def print_line(text: str) -> None:
-    """At once, so that a pipe shows progress."""
+    """Flushed, so that a pipe shows progress."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

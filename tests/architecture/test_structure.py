@@ -1,4 +1,4 @@
-"""Promises about the shape of the project that no linter checks: optional parts stay optional, the wheel is whole."""
+"""Structure of the project beyond the linter: optional dependencies are optional, and the wheel is complete."""
 
 import ast
 import importlib.metadata
@@ -62,7 +62,7 @@ def python_files() -> list[Path]:
 
 
 def listed_files() -> list[Path]:
-    """Files that are committed, or would be by the next `git add`."""
+    """Files that are committed, or would be committed by `git add`."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False)

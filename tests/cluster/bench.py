@@ -1,4 +1,4 @@
-"""A cluster of three separate machines, from `ray up` to `ray down`, with everything that docs/cluster.md promises.
+"""A cluster of three separate machines, from `ray up` to `ray down`, with everything that docs/cluster.md documents.
 
     python -m tests.cluster.bench                                # all steps, then clean up; half an hour on two cores
     python -m tests.cluster.bench --only up undisturbed learner_host     # some, and leave the machines on
@@ -33,7 +33,7 @@ STEPS: dict[str, Callable[[Cluster], dict[str, Any]]] = {
         steps_cluster.down,
     )
 }  # fmt: skip
-"""In this order; each leaves the machines ready for the next."""
+"""In this order; each step leaves the machines ready for the next."""
 
 
 def main(arguments: list[str] | None = None) -> int:

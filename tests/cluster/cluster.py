@@ -1,4 +1,4 @@
-"""The cluster as one works with it: commands at a desk outside, commands on its head, and what Ray says of it."""
+"""The cluster as used: commands on a computer outside, commands on its head, and its state according to Ray."""
 
 import json
 from dataclasses import dataclass
@@ -46,38 +46,38 @@ class Cluster:
         return next(host for host in self.net.hosts.values() if host.address == address)
 
     def at_desk(self, command: str, *, folder: Path | None = None, timeout: float = 180) -> str:
-        """Output of a command that is typed outside the cluster, with the environment that docs/cluster.md asks for."""
+        """Return the output of a command outside the cluster, with the environment of docs/cluster.md."""
         return self.desk.run(f"{_DESK} && cd {folder or self.checkout} && {command}", timeout=timeout)
 
     def try_at_desk(self, command: str, *, timeout: float = 180) -> Any:
-        """The same, whether it fails or not."""
+        """As `at_desk`, also if it fails."""
         return self.desk.call(f"{_DESK} && cd {self.checkout} && {command}", timeout=timeout)
 
     def on_head(self, command: str, *, timeout: float = 180) -> str:
-        """Output of a command on the head."""
+        """Return the output of a command on the head."""
         return self.head.run(f"{_HEAD} && {command}", timeout=timeout)
 
     def try_on(self, host: Host, command: str, *, timeout: float = 180) -> Any:
-        """A command on any machine of the cluster, whether it fails or not."""
+        """Run a command on any machine of the cluster, also if it fails."""
         return host.call(f"{_HEAD} && {command}", timeout=timeout)
 
     def head_json(self, command: str, *, timeout: float = 180) -> Any:
-        """What a command with `--json` says on the head."""
+        """Return the result of a command with `--json` on the head."""
         return json.loads(self.on_head(f"{command} --json", timeout=timeout).strip().splitlines()[-1])
 
     def forward(self) -> None:
-        """`ray dashboard` at the desk: the only way to the job service."""
+        """Start `ray dashboard` outside the cluster: the only access to the job service."""
         log = self.folder / "dashboard.log"
         self.desk.spawn(f"{_DESK} && cd {self.checkout} && exec ray dashboard {CONFIG}", log)
         until(lambda: self.desk.listens(8265), 60, f"`ray dashboard` does not forward; see {log}")
 
     def end_forward(self) -> None:
-        """Ctrl-C for `ray dashboard`."""
+        """Send Ctrl-C to `ray dashboard`."""
         self.desk.call("pkill -x ssh")
         until(lambda: not self.desk.processes(), 30, lambda: f"still at the desk: {self.desk.processes()}")
 
     def nodes(self) -> list[str]:
-        """Addresses of the live machines; empty while the head does not answer."""
+        """Return the addresses of the live machines; empty while the head does not respond."""
         done = self.try_on(self.head, "ray list nodes --filter state=ALIVE --format json", timeout=90)
         try:
             return sorted(node["node_ip"] for node in json.loads(done.stdout[done.stdout.index("[") :]))
@@ -85,7 +85,7 @@ class Cluster:
             return []
 
     def workers(self) -> list[Worker]:
-        """Live learner ranks, rollout workers and reward replicas."""
+        """Return live learner ranks, rollout workers and reward replicas."""
         where = {node["node_id"]: node["node_ip"] for node in self._list("nodes")}
         found = []
         for actor in self._list("actors --filter state=ALIVE --detail"):
@@ -95,7 +95,7 @@ class Cluster:
         return found
 
     def places(self) -> dict[str, set[str]]:
-        """Role -> addresses of the machines with live workers of it."""
+        """Return role -> addresses of the machines with live workers of the role."""
         workers = self.workers()
         return {role: {one.address for one in workers if one.role == role} for role in _CLASSES.values()}
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 USER = "acpo"
-"""Name that machines are entered by: root under another name, so that its home is not that of the real root."""
+"""Name of the user on the machines: root under another name, with another home than the real root."""
 _TOOLS = {"ip": "iproute2", "ss": "iproute2", "ssh": "openssh-client", "rsync": "rsync", "nsenter": "util-linux",
           "unshare": "util-linux", "pgrep": "procps", "curl": "curl", "nft": "nftables"}  # fmt: skip
 _SSHD = "/usr/sbin/sshd"
 
 
 def why_not() -> str:
-    """Why machines cannot be made here; empty if they can."""
+    """Return why machines cannot be created here; empty if they can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = sorted({package for tool, package in _TOOLS.items() if shutil.which(tool) is None})
@@ -45,7 +45,7 @@ class Host:
     folder: Path
     """Holds its home and its files."""
     prefix: str
-    """Of the names of its namespace and links."""
+    """Prefix of the names of its namespace and links."""
 
     @property
     def home(self) -> Path:
@@ -63,14 +63,14 @@ class Host:
 
     @property
     def init(self) -> int | None:
-        """PID 1 of the machine, as it is called outside; None while it is off."""
+        """PID 1 of the machine, in the outer namespace; None while it is off."""
         if not self._pid_file.exists():
             return None
         pid = int(self._pid_file.read_text())
         return pid if Path(f"/proc/{pid}").exists() else None
 
     def start(self, shared: Path, addresses: Mapping[str, str]) -> None:
-        """Switch it on, and wait until ssh answers.
+        """Start it, and wait until ssh responds.
 
         Args:
             shared: folder that all machines see as /mnt/acpo.
@@ -121,7 +121,7 @@ class Host:
         )
 
     def run(self, command: str, *, timeout: float = 120, env: Mapping[str, str] | None = None) -> str:
-        """Output of a command there, run as a login would.
+        """Return the output of a command on the machine, run as by a login.
 
         Raises:
             AssertionError: it fails; with its output.
@@ -133,14 +133,14 @@ class Host:
     def call(
         self, command: str, *, timeout: float = 120, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """The same, whether it fails or not."""
+        """As `run`, also if it fails."""
         return subprocess.run(
             self.inside("bash", "-c", command), env=self._environment(env), timeout=timeout, capture_output=True,
             text=True,
         )  # fmt: skip
 
     def spawn(self, command: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start a command there."""
+        """Start a command on the machine."""
         with log.open("wb") as file:
             return subprocess.Popen(
                 self.inside("bash", "-c", command), env=self._environment(env), stdin=subprocess.DEVNULL, stdout=file,
@@ -148,7 +148,7 @@ class Host:
             )  # fmt: skip
 
     def inside(self, *command: str) -> list[str]:
-        """The command line that runs a command there."""
+        """Return the command line that runs a command on the machine."""
         assert self.init is not None, f"{self.name} is off"
         spaces = "--net --pid --mount --uts --ipc".split()
         return ["nsenter", "--target", str(self.init), *spaces, f"--wd={self.home}", *command]
@@ -158,17 +158,17 @@ class Host:
         return base | {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"} | dict(env or {})
 
     def listens(self, port: int) -> bool:
-        """Whether something listens on a TCP port."""
+        """Return whether a TCP port is listened on."""
         return any(where.rsplit(":", 1)[1] == str(port) for where, _ in self.listeners())
 
     def listeners(self) -> list[tuple[str, str]]:
-        """Every listening TCP socket: (address:port, who)."""
+        """Return every listening TCP socket: (address:port, process)."""
         done = run_here("ip", "netns", "exec", self.namespace, "ss", "-H", "-l", "-t", "-n", "-p")
         rows = [line.split() for line in done.splitlines() if line.strip()]
         return [(row[3], row[5] if len(row) > 5 else "") for row in rows]
 
     def processes(self) -> list[str]:
-        """Command lines of what runs there, but for PID 1 and the ssh server."""
+        """Return command lines of the processes on the machine, except PID 1 and the ssh server."""
         if self.init is None:
             return []
         space = os.readlink(f"/proc/{self.init}/ns/pid")
@@ -183,15 +183,15 @@ class Host:
         return [line[:100] for line in found if line and not line.startswith(own) and line != "sleep 1"]
 
     def cut(self) -> None:
-        """Pull the network cable."""
+        """Disconnect the network."""
         run_here("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "down")
 
     def join(self) -> None:
-        """Put it back."""
+        """Reconnect it."""
         run_here("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", "up")
 
     def power_off(self) -> None:
-        """End everything there at once. Nobody is told: the cable goes first, and stays out until `start`."""
+        """End all processes at once without notice: the network is disconnected first, until `start`."""
         self.cut()
         pid = self.init
         if pid is not None:
@@ -200,7 +200,7 @@ class Host:
 
 
 def until(found, timeout_s: float, otherwise: str | Callable[[], str]):
-    """What `found` returns once it is true.
+    """Return the value of `found` once it is true.
 
     Args:
         otherwise: what to say when it is not; called then, if it has to look.
@@ -225,7 +225,7 @@ def _children(pid: int) -> list[int]:
 
 
 def run_here(*command: str) -> str:
-    """Output of a command outside all machines.
+    """Return the output of a command outside all machines.
 
     Raises:
         AssertionError: it fails; with what it says.

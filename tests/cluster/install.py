@@ -1,4 +1,4 @@
-"""What lies on the machines before `ray up`: what everybody has to put in, and what would have to be downloaded."""
+"""Files on the machines before `ray up`: user settings, and what would otherwise be downloaded."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def prepare(net: Network, checkout: Path, roles: Mapping[str, str]) -> None:
 
 
 def copy_code(folder: Path, extra: str) -> None:
-    """Copy this checkout's code, as somebody has it who works on it.
+    """Copy this checkout's code, as in a working copy.
 
     Args:
         extra: what this copy's `acpo_dist` does besides, when it is imported.
@@ -68,7 +68,7 @@ def _fill_in(net: Network, checkout: Path, roles: Mapping[str, str]) -> None:
 
 
 def _make_venv(venv: Path, checkout: Path) -> Path:
-    """What `acpo_install` makes, but with the packages of this checkout's environment."""
+    """Create the environment of `acpo_install` with the packages of this checkout."""
     own = Path(sys.prefix)
     subprocess.run([os.path.realpath(sys.executable), "-m", "venv", "--without-pip", str(venv)], check=True)
     site = next(venv.glob("lib/python*/site-packages"))

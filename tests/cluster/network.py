@@ -1,4 +1,4 @@
-"""Machines on one wire, and one outside that reaches the first of them over another."""
+"""Machines on one network, and one outside that reaches the first of them over another network."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from tests.cluster.hosts import Host, run_here, until
 
 
 class Network:
-    """The wires, and all machines."""
+    """The links, and all machines."""
 
     def __init__(self, folder: Path, names: Sequence[str], *, outside: str, prefix: str = "acpo") -> None:
         """Describe it; `up` makes it.
@@ -25,7 +25,7 @@ class Network:
         self.hosts = {name: Host(name, where, folder / name, prefix) for name, where in self.addresses.items()}
         self.desk = Host(outside, "10.78.0.9", folder / outside, prefix)
         self.door = "10.78.0.1"
-        """Address of the first machine as the one outside sees it."""
+        """Address of the first machine as seen from outside."""
 
     @property
     def _switch(self) -> str:
@@ -64,7 +64,7 @@ class Network:
         host.start(self.shared, {**self.addresses, self.desk.name: self.desk.address})
 
     def down(self) -> None:
-        """End all machines and remove the links; also what an earlier attempt has left half made."""
+        """End all machines and remove the links, including remains of an earlier attempt."""
         for host in self._everyone:
             if host.init is not None:
                 os.kill(host.init, signal.SIGKILL)
@@ -73,7 +73,7 @@ class Network:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
     def leftovers(self) -> list[str]:
-        """Namespaces that are still there."""
+        """Return existing namespaces."""
         return [line for line in run_here("ip", "netns", "list").splitlines() if line.startswith(f"{self._prefix}-")]
 
 

@@ -1,4 +1,4 @@
-"""Runs on the bench: how they are started, and what they leave."""
+"""Runs on the bench: start, and results."""
 
 import json
 import math
@@ -27,13 +27,13 @@ OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def labels(**roles: str) -> list[str]:
-    """Overrides that say which machines a role may use."""
+    """Overrides that select the machines of a role."""
     return [f"cluster.roles.{role}.labels={{acpo-role: '{where}'}}" for role, where in roles.items()]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run and the job that it is."""
+    """A run and its job."""
 
     cluster: Cluster
     name: str
@@ -46,12 +46,12 @@ class Run:
 
     @property
     def arguments(self) -> str:
-        """What follows `acpo train` or `acpo submit`."""
+        """Return the arguments of `acpo train` or `acpo submit`."""
         words = ["toy_sdxl", f"run.name={self.name}", f"run.seed={self.seed}", *SMALL, *self.overrides]
         return shlex.join(words)
 
     def submit(self, *options: str) -> "Run":
-        """Start it with `acpo submit`, and leave it to itself; what an earlier attempt has left goes first."""
+        """Start it with `acpo submit` without following; results of an earlier attempt are removed first."""
         shutil.rmtree(self._folder, ignore_errors=True)
         self.cluster.try_at_desk(f"ray job delete --address {JOBS} {self.name}")
         words = shlex.join(options)
@@ -59,23 +59,23 @@ class Run:
         return self
 
     def status(self, job: str = "") -> str:
-        """In Ray's words."""
+        """Return the status of the job in Ray's terms."""
         # Asked every few seconds: curl costs a hundredth of a Python that imports Ray.
         token = (self.cluster.desk.home / ".ray/auth_token").read_text().strip()
         url = f"{JOBS}/api/jobs/{job or self.name}"
         return json.loads(self.cluster.desk.run(f"curl -fs -H 'Authorization: Bearer {token}' {url}"))["status"]
 
     def output(self, job: str = "") -> str:
-        """What it has said so far."""
+        """Return its output so far."""
         return self.cluster.at_desk(f"acpo submit --logs {job or self.name} --no-follow")
 
     def rows(self) -> list[dict[str, float]]:
-        """Its metrics, one mapping per iteration."""
+        """Return its metrics, one mapping per iteration."""
         file = self._folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def await_rows(self, count: int, timeout_s: float = 400) -> None:
-        """Wait for so many iterations; one that ends before fails with its output."""
+        """Wait for a number of iterations; a run that ends before fails with its output."""
 
         def there() -> bool:
             time.sleep(0.5)
@@ -85,7 +85,7 @@ class Run:
         assert len(self.rows()) >= count, self.output()[-6000:]
 
     def finish(self, job: str = "", timeout_s: float = 600) -> "Run":
-        """Wait for a good end."""
+        """Wait for success."""
 
         def over() -> bool:
             time.sleep(2)
@@ -97,7 +97,7 @@ class Run:
 
 
 def largest_difference(calm: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> tuple[float, str]:
-    """The largest relative difference between metrics of two runs (absolute below 1), and where it is.
+    """Return the largest relative difference between metrics of two runs (absolute below 1), and its place.
 
     Times and what the reward pool says of itself are left out: these may differ.
     """

@@ -1,4 +1,4 @@
-"""Steps: the cluster comes up, lets in whom it should, and goes away."""
+"""Steps: the cluster starts, accepts only authorised clients, and stops."""
 
 import shutil
 import time
@@ -15,7 +15,7 @@ _GONE_S = 180
 
 
 def up(cluster: Cluster) -> dict[str, Any]:
-    """Three machines, the real `ray up` over ssh, a cluster of three nodes, MLflow, and a way in from the desk."""
+    """Three machines, the real `ray up` over ssh, a cluster of three nodes, MLflow, and access from outside."""
     cluster.net.down()
     shutil.rmtree(cluster.folder, ignore_errors=True)
     prepare(cluster.net, cluster.checkout, cluster.roles)
@@ -35,7 +35,7 @@ def up(cluster: Cluster) -> dict[str, Any]:
 
 
 def listeners(cluster: Cluster) -> dict[str, Any]:
-    """Dashboard, jobs and MLflow are on loopback; the outside reaches ssh alone, the other machines Ray."""
+    """Dashboard, jobs and MLflow are on loopback; only ssh is reachable from outside."""
     found = {name: {where for where, _ in host.listeners()} for name, host in cluster.net.hosts.items()}
     for name, rows in found.items():
         odd = [where for where in rows if where.endswith((":8265", ":5000")) and not where.startswith("127.0.0.1:")]
@@ -75,7 +75,7 @@ def token(cluster: Cluster) -> dict[str, Any]:
 
 
 def down(cluster: Cluster) -> dict[str, Any]:
-    """`ray down` ends everything that `ray up` began, and `acpo_remove` takes its files away."""
+    """`ray down` ends everything that `ray up` started, and `acpo_remove` deletes its files."""
     if cluster.desk.init is None or not (cluster.checkout / CONFIG).exists():
         clean(cluster)
         return {}

@@ -1,4 +1,4 @@
-"""Steps: machines are lost in the middle of a run, or cut off, and the metrics are those of an undisturbed run."""
+"""Steps: machines are lost or disconnected during a run, and the metrics are those of an undisturbed run."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests.cluster.runs import Run, labels, largest_difference
 _NOTICE_S = 180
 """Longest time, on two busy cores, from the loss of a machine to the next finished iteration."""
 _BACK_S = 300
-"""Longest time until Ray's autoscaler has taken in a machine that is there again."""
+"""Longest time until Ray's autoscaler has added a restarted machine."""
 _CUT_S = 20
 _LOST_AFTER = 7
 """Iterations before a machine is lost; a checkpoint is made after every fifth."""
@@ -20,11 +20,11 @@ _TOLERANCE = 1e-3
 another batch are the same to about 1e-7 only; training makes differences grow."""
 
 RESTARTED = "cluster.max_restarts)"
-"""What a run says once for each restart."""
+"""Message that a run prints for each restart."""
 
 _COMMON = ("run.iterations=16", "cluster.roles.rollout.late_s=10")
 _MOVABLE = (*_COMMON, *labels(learner="in(learner,rollout)", rollout="in(learner,rollout)", reward="in(head,rollout)"))
-"""Learner and rollout workers find room on either machine."""
+"""Learner and rollout workers fit on either machine."""
 _LEARNER_APART = (*_COMMON, *labels(learner="learner", rollout="in(learner,rollout)", reward="in(head,rollout)"))
 """A rollout worker and all reward replicas are on the third machine: replicas rather go where rollout workers are."""
 _REWARD_APART = (*_COMMON, *labels(learner="learner", rollout="learner", reward="in(head,rollout)"),
@@ -33,32 +33,32 @@ _REWARD_APART = (*_COMMON, *labels(learner="learner", rollout="learner", reward=
 
 
 def undisturbed(cluster: Cluster) -> dict[str, Any]:
-    """What the disturbed runs must come out as."""
+    """Expected metrics of the disturbed runs."""
     return {"iterations": len(Run(cluster, "calm", 0, _MOVABLE).submit().finish().rows())}
 
 
 def rollout_host(cluster: Cluster) -> dict[str, Any]:
-    """The machine of a rollout worker and of all reward replicas goes away for good."""
+    """The machine of a rollout worker and of all reward replicas is lost permanently."""
     return _lose(Run(cluster, "lost-rollout", 0, _LEARNER_APART), _of("rollout", "reward", never="learner"), restarts=0)
 
 
 def reward_host(cluster: Cluster) -> dict[str, Any]:
-    """A machine with reward replicas and nothing else goes away for good."""
+    """A machine with only reward replicas is lost permanently."""
     return _lose(Run(cluster, "lost-reward", 0, _REWARD_APART), _of("reward", never="rollout"), restarts=0)
 
 
 def learner_host(cluster: Cluster) -> dict[str, Any]:
-    """The learner's machine goes away: the same job goes on from its newest checkpoint."""
+    """The learner's machine is lost: the same job continues from its newest checkpoint."""
     return _lose(Run(cluster, "lost-learner", 0, _MOVABLE), _of("learner"), restarts=1)
 
 
 def cut_rollout(cluster: Cluster) -> dict[str, Any]:
-    """The machine of a rollout worker and of all reward replicas is cut off for 20 s and comes back."""
+    """The machine of a rollout worker and of all reward replicas is disconnected for 20 s."""
     return _cut(Run(cluster, "cut-rollout", 0, _LEARNER_APART), _of("rollout", "reward", never="learner"))
 
 
 def cut_learner(cluster: Cluster) -> dict[str, Any]:
-    """The learner's machine is cut off for 20 s and comes back."""
+    """The learner's machine is disconnected for 20 s."""
     return _cut(Run(cluster, "cut-learner", 0, _LEARNER_APART), _of("learner"))
 
 
@@ -125,7 +125,7 @@ def _like_calm(calm: Run, run: Run) -> float:
 
 
 def _all_back(cluster: Cluster) -> dict[str, Any]:
-    """A machine that is there again is taken in by Ray's autoscaler, which runs on the head."""
+    """A restarted machine is added by Ray's autoscaler, which runs on the head."""
     started = time.monotonic()
     until(lambda: len(cluster.nodes()) == 3, _BACK_S, "not all machines are there again")
     return {"taken_in_again_s": time.monotonic() - started}

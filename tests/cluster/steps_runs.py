@@ -1,4 +1,4 @@
-"""Steps: runs as jobs, the reward pool scaled under one of them, two compared, one stopped and gone on with."""
+"""Steps: runs as jobs, scaling of the reward pool under one of them, comparison of two, stop and resume of one."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.cluster.runs import JOBS, Run, labels
 _ONE_ROLE_EACH = (*labels(learner="learner", rollout="rollout", reward="head"),
                   "cluster.roles.reward.near_rollout=false")  # fmt: skip
 _STOPPED_S = 90
-"""Longest wait, after `acpo submit --stop`, for the job to be over; node.sh gives it 60 s to free its workers."""
+"""Longest wait, after `acpo submit --stop`, for the end of the job; node.sh gives it 60 s to release its workers."""
 _MARK = """
 import os as _os
 import pathlib as _pathlib
@@ -24,11 +24,11 @@ _marks = _pathlib.Path("/mnt/acpo/shipped")
 _marks.mkdir(exist_ok=True)
 (_marks / f"{_socket.gethostname()} {_os.getpid()}").touch()
 """
-"""What shipped code does besides, so that one sees in which processes it runs."""
+"""Marker that shipped code prints, which shows the processes it runs in."""
 
 
 def plan(cluster: Cluster) -> dict[str, Any]:
-    """`acpo plan --address` holds a run against the live cluster."""
+    """`acpo plan --address` compares a run with the live cluster."""
     fits = Run(cluster, "planned", 0, _ONE_ROLE_EACH).arguments
     found = cluster.head_json(f"acpo plan {fits} --address auto")["cluster"]
     machines = {one["address"]: one["labels"]["acpo-role"] for one in found["machines"]}
@@ -104,7 +104,7 @@ def stop(cluster: Cluster) -> dict[str, Any]:
 
 
 def ship_code(cluster: Cluster) -> dict[str, Any]:
-    """`acpo submit --ship-code` runs the code of a checkout in every process, not that which is installed."""
+    """`acpo submit --ship-code` runs the code of a checkout in every process instead of the installed code."""
     folder, marks = cluster.folder / "working", cluster.net.shared / "shipped"
     for old in (folder, marks):
         shutil.rmtree(old, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Steps: every machine runs the same software, and one that does not is named and refused."""
+"""Steps: every machine runs the same software, and a different one is named and rejected."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ _ONE_ROLE_EACH = (*labels(learner="learner", rollout="rollout", reward="head"),
 _BACK_S = 300
 _REFUSED_S = 300
 _EXTRA = "\nOTHER = True\n"
-"""One more line of code is another program."""
+"""A line of code that changes the digest."""
 
 
 def same_software(cluster: Cluster) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def same_software(cluster: Cluster) -> dict[str, Any]:
 
 
 def other_software(cluster: Cluster) -> dict[str, Any]:
-    """A machine that comes back with other code: `acpo doctor` names it, and no run begins with it."""
+    """A machine restarts with other code: `acpo doctor` names it, and no run starts with it."""
     host = cluster.net.hosts["h3"]
     settings, other = host.home / "acpo/host.sh", host.home / "other"
     before = settings.read_text()

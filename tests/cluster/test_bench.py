@@ -1,4 +1,4 @@
-"""The bench as a test, for those who run all tests by pytest; `make cluster-test` shows how it goes on."""
+"""The bench as a test for pytest; `make cluster-test` shows its progress."""
 
 import os
 

@@ -17,7 +17,7 @@ TIMEOUT_S = 60
 
 
 def require_browser() -> str:
-    """Its path, or a skip that says what is missing."""
+    """Return its path, or skip with what is missing."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"needs a Chromium to open the page in, found none of {', '.join(NAMES)}")
@@ -25,7 +25,7 @@ def require_browser() -> str:
 
 
 class Browser:
-    """One tab. Everything that the page complains about lands in `complaints`."""
+    """One tab. All complaints of the page are collected in `complaints`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="acpo-browser-")
@@ -49,7 +49,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """One command and its result; what arrives before it is looked at for complaints."""
+        """Send one command and return its result; messages that arrive before it are checked for complaints."""
         self._sent += 1
         self._socket.send(json.dumps({"id": self._sent, "method": method, "params": arguments}))
         while True:
@@ -71,24 +71,24 @@ class Browser:
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
-        """Value of an expression; a promise is waited for."""
+        """Return the value of an expression; a promise is awaited."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """One key, as a keyboard sends it."""
+        """Send one key."""
         code = {"ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35, "Tab": 9}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def click(self, x: float, y: float) -> None:
-        """The left mouse button at a place on the screen."""
+        """Press the left mouse button at a position."""
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def close(self) -> None:
-        """End the process that was started."""
+        """End the browser process."""
         self._socket.close()
         self._process.terminate()
         self._process.wait(timeout=TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""The smallest configuration that loads, and how tests are refused one."""
+"""The smallest configuration that loads, and the message of its refusal."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def write(path: Path, content: dict | str) -> Path:
 
 
 def refusal(source, *overrides: str, kind: type[Exception] = ConfigError) -> str:
-    """What is said when the configuration is refused."""
+    """Return the message with which the configuration is refused."""
     with pytest.raises(kind) as caught:
         load_config(source, overrides)
     return str(caught.value)

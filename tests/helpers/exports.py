@@ -1,4 +1,4 @@
-"""Runs with moved weights, and what tests of exports and of the anchor's strength ask of them."""
+"""Runs with changed weights, for tests of exports and of the LoRA scale."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ on_latents = pytest.mark.parametrize("kind", list(FAMILIES))
 
 
 def tuned(config):
-    """The family with every trainable weight moved."""
+    """Return the family with every trainable weight changed."""
     family = FAMILIES[config.model.type].load(config.model, device="cpu", trainable=True)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def tuned(config):
 
 
 def finished_run(kind: str, root: Path, *overrides: str) -> Path:
-    """A run folder with one checkpoint of moved weights, and averages that are halfway there."""
+    """Write a run folder with one checkpoint of changed weights, and averages halfway between."""
     config = load_config(f"toy_{kind}", [f"run.dir={root}", "model.tuning.alpha=24", *overrides])
     family = tuned(config)
     store = CheckpointStore(root / "checkpoints", keep=2)

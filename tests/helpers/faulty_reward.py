@@ -1,4 +1,4 @@
-"""A reward plug-in with one of the mistakes that plug-ins have."""
+"""A reward plug-in with one of several mistakes."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""`acpo train` in a process of its own that a signal ends."""
+"""`acpo train` in a separate process that receives a signal."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def started(root: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def interrupted_by(number: signal.Signals, root: Path, process: subprocess.Popen[str]) -> str:
-    """Output of a run that receives a signal after its first iteration."""
+    """Return the output of a run that receives a signal after its first iteration."""
     assert process.stderr is not None
     said = ""
     for line in process.stderr:

@@ -1,4 +1,4 @@
-"""Judges of a user's own, as `module:Class`: one that cannot score some images."""
+"""User-defined judges, as `module:Class`, one of which cannot score some images."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -10,7 +10,7 @@ from acpo_dist.config.plugins import MetricConfig
 
 
 class FailsOnGreen:
-    """Mean brightness; raises where green is the strongest channel, as anybody's code may."""
+    """Mean brightness; raises if green is the strongest channel, as user code may."""
 
     Config: ClassVar[type[MetricConfig]] = MetricConfig
 

@@ -1,4 +1,4 @@
-"""Runs on Ray nodes of this machine that are lost one after another; in a process of its own, for the tests beside it.
+"""Runs on local Ray nodes that are lost one after another, in a separate process.
 
 `python -m tests.helpers.lost_nodes FOLDER` prints one JSON object as its last line.
 """
@@ -31,7 +31,7 @@ SMALL = [
 
 
 class Machines:
-    """A head, and three nodes for workers, each of which has room for all of them."""
+    """Start a head and three worker nodes, each with resources for all workers."""
 
     def __init__(self) -> None:
         args = {"include_dashboard": False, "object_store_memory": 150_000_000}
@@ -47,22 +47,22 @@ class Machines:
         self._nodes = {node.node_id: node for node in nodes}
 
     def of(self, actor_class: str) -> list[str]:
-        """Nodes with live actors of a class."""
+        """Return nodes with live actors of a class."""
         alive = [one for one in ray._private.state.actors().values() if one["State"] == "ALIVE"]
         return sorted({one["Address"]["NodeID"] for one in alive if one["ActorClassName"] == actor_class})
 
     def lose(self, node: str) -> None:
-        """End a node's raylet and all that hangs on it."""
+        """End a node's raylet and its processes."""
         self._cluster.remove_node(self._nodes.pop(node), allow_graceful=False)
 
     def close(self) -> None:
-        """End the rest."""
+        """End the remaining nodes."""
         ray.shutdown()
         self._cluster.shutdown()
 
 
 def lose_rollout(machines: Machines) -> dict:
-    """Samples are drawn, then a node with rollout workers and finished samples goes away."""
+    """Draw samples, then lose a node with rollout workers and finished samples."""
     from acpo_dist.tracking.composite import CompositeTracker
     from acpo_dist.training.context import fixed_groups
     from actors.launch import open_ports
@@ -98,7 +98,7 @@ def _error(first: dict, second: dict) -> float:
 
 
 def lose_learner(machines: Machines, folder: Path) -> dict:
-    """A run whose learner's node goes away after its first checkpoint."""
+    """Execute a run whose learner's node is lost after its first checkpoint."""
     from acpo_dist.training.run import drive
     from actors.launch import open_ports
 

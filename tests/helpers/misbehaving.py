@@ -1,4 +1,4 @@
-"""A real metric that goes wrong in one replica when a file asks for it."""
+"""A real metric that fails in one replica when a file requests it."""
 
 import os
 import threading
@@ -15,19 +15,19 @@ from acpo_dist.rewards.statistics import Sharpness
 
 FAULTS = ("hang", "nan", "nan_on_requests", "memory", "memory_of_batches")
 CANARY = 64
-"""Side of the image that a replica watches itself with; requests of the tests have another size."""
+"""Side of the replica's canary image; requests of the tests have another size."""
 
 
 class Misbehaving(Sharpness):
-    """Sharpness, until a file named after a fault lies in the folder: the first replica asked then keeps the fault."""
+    """Sharpness, until a file named after a fault exists: the first replica that scores then keeps the fault."""
 
     class Config(SharpnessConfig):
         type: str = "tests.helpers.misbehaving:Misbehaving"
         folder: Path
         seconds: float = 0.0
-        """How long a batch takes at least, as it would with a larger network."""
+        """Minimum duration of a batch, as with a larger network."""
         start_seconds: float = 0.0
-        """How long the metric takes to load."""
+        """Duration of loading the metric."""
         prefer: str = "more"
 
     def __init__(self, config: MetricConfig, *, device: str = "cpu") -> None:

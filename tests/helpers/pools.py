@@ -1,4 +1,4 @@
-"""Requests for a reward pool on Ray, and a wait for what changes in its cluster."""
+"""Requests for a reward pool on Ray, and a wait for changes of its cluster."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ def images(seed: int, count: int = IMAGES, size: int = 48) -> torch.Tensor:
 
 
 def until(condition: Callable[[], bool], *, within_s: float = 300.0) -> None:
-    """Wait for a condition of the cluster, which announces no such change; the limit is for a busy machine."""
+    """Wait for a condition of the cluster that has no notification; the limit is for a busy machine."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"

@@ -1,4 +1,4 @@
-"""Run folders as `acpo train` leaves them, without the training."""
+"""Run folders as written by `acpo train`, without training."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A second form of the trajectory objective, to compare the library's with."""
+"""The trajectory objective in the notation of the publication, for comparison."""
 
 import numpy as np
 from numpy.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""`acpo doctor` on a cluster looks at every machine; the command says it all in one object."""
+"""`acpo doctor` on a cluster checks every machine and returns all findings in one object."""
 
 import json
 import os

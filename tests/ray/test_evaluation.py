@@ -1,4 +1,4 @@
-"""An evaluation on Ray: the same numbers as in one process, with one worker and with two."""
+"""An evaluation on Ray gives the numbers of one process, with one worker and with two."""
 
 import json
 from pathlib import Path

@@ -53,7 +53,7 @@ def test_local_and_ray_give_the_same_first_iteration_and_the_same_images(cluster
 
 @pytest.fixture(scope="module")
 def ports(cluster):
-    """A learner, two rollout workers and two replicas of the reward; both tests kill some, and Ray starts others."""
+    """A learner, two rollout workers and two replicas of the reward; both tests kill some, which Ray restarts."""
     from acpo_dist.config.load import load_config
     from acpo_dist.tracking.composite import CompositeTracker
     from actors.launch import open_ports
@@ -85,7 +85,7 @@ def test_one_rollout_worker_and_two_draw_the_same_images_and_a_killed_one_is_rep
 
 
 def _follows_like_one_process(ports, alone, groups):
-    """Error sums to 1e-12, ends and images along another trajectory bit for bit, a killed worker included."""
+    """Error sums to 1e-12, final latents and images along another trajectory bit for bit, also with a killed worker."""
     from acpo_dist.diffusion.trajectory import explicit_trajectory
 
     sigmas = [0.05, 0.2, 0.6, 1.5, 4.0, 9.0, 12.0, 14.0]

@@ -1,4 +1,4 @@
-"""Two DeepSpeed ranks take the steps of one process: every ZeRO stage, every algorithm, and over a checkpoint."""
+"""Two DeepSpeed ranks equal one process: every ZeRO stage, every algorithm, and across a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ def two_ranks(stage: int, *overrides: str):
 
 @pytest.fixture(scope="module")
 def ports(cluster):
-    """Two learner ranks and a reward pool; tests load their models into the same actors, which are slow to start."""
+    """Two learner ranks and a reward pool; tests load their models into the same actors, which start slowly."""
     from acpo_dist.tracking.composite import CompositeTracker
     from actors.launch import open_ports
 
@@ -70,7 +70,7 @@ def sent(cluster, handles, poisoned_row: int | None = None):
 
 
 def task_of(handles, *, first: int | None = None, constants: Mapping[str, float] | None = None) -> TrainTask:
-    """Weights of both signs, as advantages have them; pairs count or do not."""
+    """Weights of both signs, as for advantages, or of pairs."""
     ids = tuple(sample_id for handle in handles for sample_id in handle.sample_ids)[:first]
     signs = {name: 1.0 if index % 4 < 2 else -0.5 for index, name in enumerate(ids)}
     return TrainTask(
@@ -96,7 +96,7 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 
 def moments(learner, folder) -> dict[str, Tensor]:
-    """Optimiser state as a checkpoint holds it."""
+    """Return the optimiser state of a checkpoint."""
     learner.save(folder)
     return load_file(folder / "optimizer.safetensors")
 
@@ -108,7 +108,7 @@ def gradients(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def expected(rewards, drawn, tmp_path_factory):
-    """One process: weights before and after 1 + 3 optimiser steps, and the state after the first one."""
+    """Run one process: weights before and after 1 + 3 optimiser steps, and the state after the first one."""
     learner, folder = one_process(rewards), tmp_path_factory.mktemp("one_process")
     start = {name: value.clone() for name, value in learner.export(0).tensors.items()}
     learner.train(drawn, task_of(drawn, first=8))

@@ -1,4 +1,4 @@
-"""Workers that cannot load what they work with: the reason reaches the user, and not as a lack of machines."""
+"""Workers that cannot load their model: the reason reaches the user, instead of a lack of machines."""
 
 import os
 from dataclasses import replace
@@ -27,7 +27,7 @@ rollouts = pytest.importorskip("actors.rollout", reason="needs the extra `ray`")
 
 
 def started(config):
-    """Rollout workers of a configuration, on their way."""
+    """Rollout workers of a configuration that are starting."""
     from actors.placement import plan_placement
 
     return rollouts.RayRollouts(config, plan_placement(config).role("rollout"))
@@ -56,7 +56,7 @@ def test_a_schedule_without_a_late_step_is_an_error_of_the_configuration_on_a_cl
 
 
 class Loads:
-    """An actor that needs a file to start, as a worker needs its model."""
+    """An actor that needs a file to start, like a worker that needs its model."""
 
     def __init__(self, file: Path) -> None:
         self._failed = None if file.exists() else pools.NotLoadedError(ModelError(f"{file} is gone"), f"{os.getpid()}")
@@ -133,7 +133,7 @@ def test_a_metric_whose_weights_its_machine_lacks_is_named_without_three_tries(c
 
 
 class Fails(Sharpness):
-    """A metric with an error that nobody foresaw."""
+    """A metric with an unexpected error."""
 
     class Config(MetricConfig):
         type: str = "tests.ray.test_loading:Fails"
@@ -152,7 +152,7 @@ def test_a_metric_that_fails_in_a_way_of_its_own_is_reported_with_its_last_words
 
 
 class Stranger:
-    """An actor whose machine cannot even make it, as one with another release of the code."""
+    """An actor that its machine cannot construct, as with another release of the code."""
 
     def __init__(self) -> None:
         raise TypeError("unexpected keyword argument `software`")

@@ -1,4 +1,4 @@
-"""Nodes that are lost in the middle of a run: real raylets on one machine, one of which is killed."""
+"""Nodes that are lost during a run: real raylets on one machine, one of which is killed."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What happened on a cluster that lost a rollout worker's node, and then a learner's."""
+    """Result of a cluster that lost a rollout worker's node, and then a learner's."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
     done = subprocess.run(
         [sys.executable, "-m", "tests.helpers.lost_nodes", str(tmp_path_factory.mktemp("lost"))], cwd=ROOT,

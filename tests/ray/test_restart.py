@@ -1,4 +1,4 @@
-"""A learner rank that is killed on a run's own Ray: the run restarts it and ends with the metrics of a calm run."""
+"""A learner rank is killed on a run's own Ray: the run restarts it, with the metrics of an undisturbed run."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ RUN = [
 
 
 def started(folder: Path) -> subprocess.Popen[str]:
-    """`acpo train` on a Ray cluster of its own."""
+    """Start `acpo train` on its own Ray cluster."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
         [sys.executable, "-c", ACPO, "train", "toy_sdxl", *RUN, f"run.dir={folder}"], env=variables, text=True,
@@ -49,7 +49,7 @@ def titles(parent: int) -> dict[int, str]:
 
 
 def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: int) -> None:
-    """SIGKILL to a learner rank that executes a method, once so many iterations are recorded."""
+    """Send SIGKILL to a learner rank that executes a method, once this many iterations are recorded."""
     while process.poll() is None:
         # Ray's workers run at low priority: a loop without pauses would starve them.
         if least and not (rows.exists() and len(read_metrics(rows)) >= least):
@@ -71,7 +71,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """Metrics of the same run in one process, where nothing is killed."""
+    """Return metrics of the same run in one process without a fault."""
     from acpo_dist.config.load import load_config
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.local import open_ports

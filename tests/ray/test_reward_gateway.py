@@ -1,4 +1,4 @@
-"""The pool over HTTP: the same numbers as in one process, and a clear refusal for everything else."""
+"""The pool over HTTP: the numbers of one process, and a clear rejection of invalid requests."""
 
 import http.client
 import json
@@ -36,7 +36,7 @@ def workers() -> dict[str, RewardWorker]:
 
 @pytest.fixture(scope="module")
 def port(workers):
-    """The door on a real server; behind it the workers of this process in place of the pool."""
+    """The gateway on a real server, with the workers of this process instead of the pool."""
     from actors.reward.client import NoAnswerError
     from actors.reward.gateway import Gateway
 
@@ -53,7 +53,7 @@ def port(workers):
 
 @contextmanager
 def serving(door):
-    """A door on a real server; its port."""
+    """Start a gateway on a real server and return its port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)

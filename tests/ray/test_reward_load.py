@@ -1,4 +1,4 @@
-"""A pool with more requests than it can answer soon, and pools whose run ends before it can end them."""
+"""A pool with more requests than it can compute soon, and pools whose run dies before it can end them."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def slow(pool_of, tmp_path_factory):
-    """One replica that takes its time; five requests at once are more than one attempt's time."""
+    """One slow replica; five requests at once exceed the time of one attempt."""
     metric = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "seconds": 0.6,
               "folder": str(tmp_path_factory.mktemp("none"))}  # fmt: skip
     return pool_of(
@@ -92,7 +92,7 @@ deploy(load_config("toy_sdxl", json.loads(sys.argv[2])), sys.argv[3])
 
 @contextlib.contextmanager
 def another_run(cluster, name: str, folder: Path):
-    """A process that starts a pool whose metric takes very long to load; entered when Serve knows of it."""
+    """Start a process with a pool whose metric loads very slowly; returns once Serve has the application."""
     from ray import serve
 
     slow = {"type": "tests.helpers.misbehaving:Misbehaving", "name": SLOW, "folder": str(folder)}

@@ -1,4 +1,4 @@
-"""Whatever happens to replicas, no request is lost, none is scored 0, and every score is the undisturbed one."""
+"""For any fault of replicas, no request is lost, none is scored 0, and every score is the undisturbed one."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def faulty(pool_of, faults):
 
 @pytest.fixture(scope="module")
 def undisturbed(faulty, load) -> dict[str, float]:
-    """What the pool answers while nothing happens; equal to one process."""
+    """Scores of the undisturbed pool; equal to one process."""
     from acpo_dist.rewards.statistics import sharpness
 
     scores = faulty.score(load, [FAULTY])[FAULTY]
@@ -159,7 +159,7 @@ def plain(pool_of):
 
 
 def acpo(*arguments: str) -> dict:
-    """The answer of a command with --json, in this process, which is connected to the cluster already."""
+    """Return the result of a command with --json, in this process, which is already connected to the cluster."""
     from typer.testing import CliRunner
 
     from acpo_dist.cli import commands  # noqa: F401
@@ -196,7 +196,7 @@ def test_scaling_from_one_to_four_and_back_under_load_loses_no_request_and_resta
 
 
 class EndlessLoad:
-    """Scores the same requests again and again in a thread until it is closed."""
+    """Scores the same requests repeatedly in a thread until it is closed."""
 
     def __init__(self, pool, load: list[RolloutHandle], metric: str) -> None:
         self.tables: list[dict[str, float]] = []
@@ -209,7 +209,7 @@ class EndlessLoad:
             self.tables.append(dict(pool.score(load, [metric])[metric]))
 
     def another_round(self) -> None:
-        """Wait until one more load was begun and answered."""
+        """Wait until one more load was started and completed."""
         now = len(self.tables)
         until(lambda: len(self.tables) >= now + 2 or self._done.done())
 

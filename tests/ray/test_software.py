@@ -1,4 +1,4 @@
-"""A machine that runs other code or libraries than the driver is refused by name before it draws, scores or learns."""
+"""A machine with other code or libraries than the driver is rejected by name before it draws, scores or learns."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Configuration tests bring their own plug-ins, which lie beside them."""
+"""Plug-ins of the configuration tests."""
 
 from pathlib import Path
 
@@ -9,6 +9,6 @@ from tests.helpers.config import SMALLEST, write
 
 @pytest.fixture
 def smallest(tmp_path, monkeypatch) -> Path:
-    """A file with the smallest configuration that loads."""
+    """Write the smallest configuration that loads."""
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent)
     return write(tmp_path / "smallest.yaml", SMALLEST)

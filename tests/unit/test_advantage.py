@@ -1,4 +1,4 @@
-"""Advantages are relative to the group, and every sample that is left out is counted once."""
+"""Advantages are relative to the group, and every excluded sample is counted once."""
 
 import dataclasses
 import math

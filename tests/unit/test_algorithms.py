@@ -1,4 +1,4 @@
-"""Every registered algorithm on every model family, and what each promises of its first step."""
+"""Every registered algorithm on every model family, and properties of its first step."""
 
 import math
 import tempfile
@@ -38,7 +38,7 @@ def settings(algorithm: str, family: str = "sdxl", *more: str) -> tuple[str, ...
 
 
 class Parts:
-    """Rollouts of one iteration, scored, with a learner at the weights that made them."""
+    """Scored rollouts of one iteration, with a learner at the weights that drew them."""
 
     def __init__(self, config, prompts: Sequence[str]) -> None:
         self.config = config

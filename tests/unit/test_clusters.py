@@ -1,4 +1,4 @@
-"""The cluster files: accepted by Ray's own validator, private, spot where it is safe, without secrets or own paths."""
+"""Cluster files: accepted by Ray's validator, private, spot only where a loss is safe, without secrets or own paths."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test_ray_accepts_a_file_that_it_is_to_launch(name):
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_ray_refuses_the_file_with_a_key_that_it_does_not_know(name):
-    """So that the test above is known to look."""
+    """Checks that the test above can fail."""
     util = pytest.importorskip("ray.autoscaler._private.util", reason="needs the extra `ray`")
     with pytest.raises(Exception, match="idle_timeout_hours"):
         util.validate_config(util.prepare_config(_read(name) | {"idle_timeout_hours": 1}))
@@ -90,7 +90,7 @@ def test_a_login_shell_finds_ray_after_the_setup_so_that_ray_down_can_stop_it(tm
 
 
 def _shell(home, script, *, commands=()):
-    """Run bash with node.sh and a home of its own; `commands` (name, body) stand in front of the machine's."""
+    """Run bash with node.sh and its own home; `commands` (name, body) replace the machine's."""
     binary = home / "bin"
     binary.mkdir(exist_ok=True)
     for name, body in commands:

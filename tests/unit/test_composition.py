@@ -1,4 +1,4 @@
-"""Several rewards become one quality with its exact gradient, and nothing is gained beyond a hinge."""
+"""Several rewards become one quality with its exact gradient, and there is no gain beyond a hinge."""
 
 import json
 import threading
@@ -100,7 +100,7 @@ def test_quality_and_gradient_of_several_rewards_are_those_of_one_graph(spread: 
 
 
 class Together(Workers):
-    """Answers only when all metrics have been asked."""
+    """Responds only when all metrics have been requested."""
 
     def __init__(self) -> None:
         super().__init__()

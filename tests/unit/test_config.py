@@ -1,4 +1,4 @@
-"""A configuration is read whole or refused with the key, the value and what was known."""
+"""A configuration is read completely, or rejected with the key, the value and the known keys."""
 
 from importlib.metadata import version
 from pathlib import Path

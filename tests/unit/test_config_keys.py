@@ -1,4 +1,4 @@
-"""Every key of every section says what it is."""
+"""Every key of every section has a description."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS, resolve_section
 
 
 def sections():
-    """All section classes: those that the schema reaches, and those of the plug-ins."""
+    """Return all section classes of the schema and of the plug-ins."""
     waiting: list[type[Section]] = [Config]
     for registry in (ALGORITHMS, MODELS, REWARDS):
         waiting += [resolve_section("plug-in", registry, name) for name in registry]
@@ -25,7 +25,7 @@ def sections():
 
 
 def _is_described(section: type[Section], name: str) -> bool:
-    """Whether a key has a description, its own, inherited, or of the section that it holds."""
+    """Return whether a key has a description: its own, inherited, or that of its section."""
     annotation = section.model_fields[name].annotation
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return bool(annotation.__doc__)

@@ -1,4 +1,4 @@
-"""The type of a key says how the value of an override is read; nothing is silently another value."""
+"""The type of a key determines how the value of an override is parsed; no value is silently changed."""
 
 import random
 import subprocess

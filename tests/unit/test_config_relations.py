@@ -1,4 +1,4 @@
-"""Sections that contradict each other are refused before anything starts, both keys named."""
+"""Contradictory sections are rejected before anything starts, with both keys."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a user is told who names a cluster that cannot be joined: one message, at once, from every command."""
+"""Every command reports a cluster that cannot be joined with one immediate message."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ joining = pytest.importorskip("actors.cluster.connect", reason="needs the extra 
 
 @pytest.fixture
 def listening():
-    """An address where somebody takes connections."""
+    """An address where another program accepts connections."""
     with socket.socket() as door:
         # Ray takes 127.0.0.1 for the address that others reach this machine by.
         door.bind(("", 0))
@@ -100,7 +100,7 @@ def test_small_shared_memory_is_reported_with_its_size_and_the_size_that_ray_nee
 def test_a_local_cluster_that_is_not_up_in_time_is_started_again_and_three_failures_are_one_message(
     error, failures, joins, monkeypatch
 ):
-    """Ray's own time limit cannot be provoked at will, so its answer is given here as it was seen."""
+    """Ray's own time limit cannot be triggered at will, so its observed exception is used."""
     calls = []
 
     def start(**arguments):

@@ -21,7 +21,7 @@ def rng(seed: int) -> torch.Generator:
 
 
 def outputs_of(clean: Tensor, noise: Tensor, levels: Tensor) -> dict[str, Tensor]:
-    """What a perfect network of each kind would answer, from the definitions alone."""
+    """Output of a perfect network of each prediction type, from the definitions."""
     signal, spread = levels.sqrt().reshape(-1, 1, 1, 1), (1 - levels).sqrt().reshape(-1, 1, 1, 1)
     return {"epsilon": noise, "v_prediction": signal * noise - spread * clean, "sample": clean}
 
@@ -39,7 +39,7 @@ def diffusers_ddim(prediction_type: str, **options) -> DDIMScheduler:
 
 
 def network(state: Tensor, timesteps: Tensor) -> Tensor:
-    """A nonlinear function of state and time that is no diffusion model: the samplers must agree on any."""
+    """A nonlinear function of state and time that is no diffusion model: the samplers must agree for any function."""
     when = timesteps.to(state.dtype).reshape(-1, 1, 1, 1) / 1000
     return torch.sin(2 * state + 3 * when) - 0.5 * torch.cos(state.roll(1, dims=-1)) * when
 

@@ -1,4 +1,4 @@
-"""`acpo doctor` finds what would go wrong later, says what to do, and one broken thing does not hide another."""
+"""`acpo doctor` reports each problem with a remedy, and one problem does not hide another."""
 
 import base64
 import http.server

@@ -1,4 +1,4 @@
-"""The plain engine: accumulation is exact, state survives a round trip to the bit, bad gradients change nothing."""
+"""The torch engine: exact accumulation, bit-exact state round trip, and no change by non-finite gradients."""
 
 import math
 
@@ -165,7 +165,7 @@ NARROW = CONFIG.model_copy(update={"optimizer": "adamw_8bit"})
 
 
 def wide_network() -> nn.Sequential:
-    """Large enough that its moments are narrowed: bitsandbytes leaves fewer than 4096 elements alone."""
+    """Large enough for 8-bit moments: bitsandbytes keeps fewer than 4096 elements in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(5, 512), nn.Tanh(), nn.Linear(512, 16), nn.Tanh(), nn.Linear(16, 2))

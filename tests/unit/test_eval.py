@@ -1,4 +1,4 @@
-"""`acpo eval`: what it writes, that it resumes, and that a failing judge is no bad score."""
+"""`acpo eval`: its output, resuming, and failing judges, which are not bad scores."""
 
 import json
 import math
@@ -101,7 +101,7 @@ def test_a_model_against_itself_has_no_difference_and_half_of_the_wins(acpo):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
+    """Replaces SIGKILL: nothing catches it."""
 
 
 def test_a_killed_evaluation_resumes_with_the_result_of_an_uninterrupted_one(acpo, monkeypatch):

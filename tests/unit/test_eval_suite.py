@@ -1,4 +1,4 @@
-"""Suites: where prompts and categories come from, and the seeds of their samples."""
+"""Suites: sources of prompts and categories, and seeds of samples."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""Content statistics of images whose content is known, and against scipy and numpy."""
+"""Content statistics of known images, and against scipy and numpy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Frechet distance and KID agree with independent arithmetic, and say what they were made from."""
+"""Frechet distance and KID agree with independent computations and report their sample counts."""
 
 import itertools
 
@@ -11,14 +11,14 @@ from acpo_dist.evaluation.metrics.distances import SampleError, frechet_distance
 
 
 def features(count: int, width: int, seed: int, *, shift: float = 0.0) -> torch.Tensor:
-    """Correlated features with a few directions of hardly any variance, as networks give them."""
+    """Correlated features with a few directions of nearly no variance, as from networks."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) * torch.logspace(0, -3, width)
     return torch.randn(count, width, generator=generator) @ mixing + shift
 
 
 def frechet_by_definition(a: torch.Tensor, b: torch.Tensor) -> float:
-    """With scipy's general matrix square root of the product, which is how published figures are made."""
+    """With scipy's general matrix square root of the product, as in published values."""
     x, y = a.double().numpy(), b.double().numpy()
     covariances = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     root = linalg.sqrtm(covariances[0] @ covariances[1])

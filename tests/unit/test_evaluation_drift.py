@@ -16,7 +16,7 @@ ALPHA_BARS = torch.linspace(0.999, 0.05, 50, dtype=torch.float64)
 
 
 class KnownFamily:
-    """Knows the only image there is; the policy's head is off by `offset` times (1 + the prompt's length)."""
+    """Predicts a single known image; the policy's output is off by `offset` times (1 + the prompt's length)."""
 
     conditional = True
     sample_shape = (2, 4, 4)

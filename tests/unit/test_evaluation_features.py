@@ -1,4 +1,4 @@
-"""Feature extractors: what they depend on, what they ignore, and what they refuse."""
+"""Feature extractors: dependencies, invariances and rejected input."""
 
 from pathlib import Path
 

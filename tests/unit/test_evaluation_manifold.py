@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage and diversity against brute force, and in cases whose answer is known."""
+"""Precision, recall, density, coverage and diversity against brute force, and in cases with known values."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Paired comparisons: intervals cover what they promise, resample prompts, and agree with scipy."""
+"""Paired comparisons: intervals have their nominal coverage, resample prompts, and agree with scipy."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ PROMPTS, PER_PROMPT = 40, 6
 
 
 def world(seed: int, effect: float = 0.3) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Differences that share most of their spread within a prompt, skewed, with mean `effect`."""
+    """Skewed differences with most of their variance between prompts, with mean `effect`."""
     rng = np.random.default_rng(seed)
     prompt_effect = rng.gamma(2.0, 0.7, PROMPTS) - 1.4
     base = rng.normal(5, 2, PROMPTS * PER_PROMPT)

@@ -1,4 +1,4 @@
-"""The diversity that the guard watches: blind to noise, 0 of a collapse, and the Vendi score's own value in between."""
+"""The guard's diversity gauge: insensitive to noise, 0 for a collapse, and the Vendi score in between."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What is exported opens in plain diffusers with the same image, as the checkpoint holds it."""
+"""Exported files open in plain diffusers with the same image and the weights of the checkpoint."""
 
 import json
 import shutil
@@ -167,7 +167,7 @@ def test_a_merged_lora_lies_on_the_unrounded_base_where_rollouts_run_in_bfloat16
 
 @pytest.fixture
 def taken_back(runs, tmp_path) -> Path:
-    """A run whose guard went back from iteration 5 to the checkpoint of iteration 3."""
+    """A run that the guard rolled back from iteration 5 to the checkpoint of iteration 3."""
     root = Path(shutil.copytree(runs["sdxl"], tmp_path / "run"))
     store = CheckpointStore(root / "checkpoints", keep=9)
     partial, kept = store.prepare(5), store.open(3)

@@ -1,4 +1,4 @@
-"""A disk that is full ends a run with one message; what was saved before is whole, and with more room it goes on."""
+"""A full disk ends a run with one message; saved files are intact, and the run continues once there is space."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from acpo_dist.training.run import drive
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 LESS_THAN_WEIGHTS = 1_000_000
-"""Bytes of the largest file that may be written: the toy's adapters take 1.3 million."""
+"""Bytes of the largest file that can be written: the toy's adapters take 1.3 million."""
 
 
 def test_a_full_disk_is_distinguished_from_other_errors_for_any_writer(tmp_path):
@@ -81,7 +81,7 @@ def test_safetensors_message_about_a_full_disk_is_recognised(tmp_path):
 
 @contextmanager
 def largest_file(limit: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes."""
+    """Limit the size of files that this process writes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

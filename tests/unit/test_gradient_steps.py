@@ -1,4 +1,4 @@
-"""The reward's gradient through the last sampler steps, against torch.autograd through the steps written out."""
+"""The reward's gradient through the last sampler steps, against torch.autograd on explicit steps."""
 
 import pytest
 import torch

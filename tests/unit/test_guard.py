@@ -1,4 +1,4 @@
-"""Decisions of the guard, their reasons, and its state across a checkpoint."""
+"""Decisions of the guard, their reasons, and its state in a checkpoint."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from acpo_dist.training.guard.signals import Reference, Signals, fit_reference, 
 from tests.helpers.config import refusal
 
 FAST = GuardConfig(action="stop", warmup=0, patience=1, smoothing=1.0, cooldown=3)
-"""Acts on a single iteration, so that tests can say which."""
+"""Acts on a single iteration, so that tests can select it."""
 
 
 def judged(judge: float, reward: float = 0.0) -> Signals:

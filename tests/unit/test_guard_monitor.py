@@ -1,4 +1,4 @@
-"""The guard in a run: it warns, lowers the reward, stops or rolls back, says why, and survives a restart."""
+"""The guard in a run: it warns, lowers the reward, stops or rolls back, gives reasons, and survives a restart."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_a_roll_back_exports_the_best_checkpoint_by_the_judges(tiny, tmp_path):
 
 
 def recording(published: list[int]):
-    """In-process ports that note which versions the workers were given."""
+    """In-process ports that record the versions loaded by the workers."""
 
     @contextmanager
     def opened(config, tracker):
@@ -133,7 +133,7 @@ def test_a_collapse_shows_as_lost_diversity(tiny, tmp_path, samples_per_prompt):
     handles = pool.generate(groups)
 
     class Fallen(LocalRollouts):
-        """The same samples, but each image is its prompt's first, or the first of all."""
+        """The same samples, but each image is the first of its prompt, or the first of all."""
 
         def __init__(self) -> None:
             """Draw nothing."""

@@ -1,4 +1,4 @@
-"""The guard stays silent on noise, notices what it should in time, and its rules neither flicker nor forget."""
+"""The guard does not react to noise, detects faults in time, and its rules do not flicker."""
 
 import numpy as np
 import pytest
@@ -9,16 +9,16 @@ from acpo_dist.training.guard.rules import RuleState, RunningMean, step, step_gr
 from acpo_dist.training.guard.signals import Signals
 
 SAMPLES, CALIBRATION = 32, 64
-"""Of one iteration and of the base model, as in configs/toy_sdxl.yaml."""
+"""Samples of one iteration and of calibration, as in configs/toy_sdxl.yaml."""
 STATISTICS = 6
 CORRELATION = 0.8
-"""Between reward and judge over base samples."""
+"""Correlation of reward and judge over base samples."""
 STOPPING = GuardConfig(action="stop")
 """The shipped limits."""
 
 
 class NoisyRun:
-    """Signals of a policy that has not moved: means of 32 samples, relative to means of 64 others."""
+    """Signals of an unchanged policy: means of 32 samples, relative to means of 64 others."""
 
     def __init__(self, seed: int, length: int = 500) -> None:
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Training through guidance: the reward sees what the rollouts drew, and each branch is anchored by itself."""
+"""Training through guidance: the reward scores what the rollouts drew, and each branch has its own anchor."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ PROMPTS = captions()[:2]
 
 
 def family() -> SdxlFamily:
-    """toy-sdxl with adapters that are no longer zero."""
+    """toy-sdxl with non-zero adapters."""
     loaded = SdxlFamily.load(
         SdxlFamily.Config(tuning=TuningConfig(rank=4), path="toy-sdxl"), device="cpu", trainable=True
     )

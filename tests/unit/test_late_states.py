@@ -1,4 +1,4 @@
-"""Which of a sample's states the learner trains on."""
+"""Selection of the state of a sample that the learner trains on."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The learning rate's way from the configuration to the step."""
+"""The learning rate from the configuration to the optimiser step."""
 
 import pytest
 import torch

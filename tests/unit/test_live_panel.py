@@ -1,4 +1,4 @@
-"""The key figures while a run goes: in its own terminal, and from outside."""
+"""The key metrics during a run: in its own terminal, and from another process."""
 
 import io
 import json

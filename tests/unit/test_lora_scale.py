@@ -1,4 +1,4 @@
-"""LoRA scale at inference: the base model's image at 0, the tuned model's at 1, and drift that grows in between."""
+"""LoRA scale at inference: the base model's image at 0, the tuned model's at 1, and increasing drift in between."""
 
 import json
 import shutil

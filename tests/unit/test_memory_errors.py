@@ -1,4 +1,4 @@
-"""Running out of memory ends a run with words that help, and with its checkpoints whole."""
+"""An out-of-memory error ends a run with a remedy, and its checkpoints are intact."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ QUIET = Console(quiet=True)
 
 
 def allocate_too_much(*_args, **_options):
-    """A real request that no machine can meet."""
+    """A real allocation that no machine can satisfy."""
     return torch.empty(1 << 50)
 
 

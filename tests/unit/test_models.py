@@ -1,4 +1,4 @@
-"""The families are diffusers' own pipelines step for step, their anchor holds still, what they save opens anywhere."""
+"""The families equal diffusers' pipelines step by step, their anchor is constant, and saved models open anywhere."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def answer(family) -> Tensor:
 
 @torch.no_grad()
 def answer_of(pipeline, family) -> Tensor:
-    """The same question put to a pipeline's U-Net."""
+    """The same prediction by a pipeline's U-Net."""
     noisy, timesteps = torch.randn(3, *family.sample_shape, generator=rng(1)), torch.tensor([20, 300, 900])
     if isinstance(pipeline, DDPMPipeline):
         return pipeline.unet(noisy, timesteps).sample
@@ -86,7 +86,7 @@ def change_json(path: Path, **changes) -> None:
 
 
 def open_base(path: Path):
-    """A base model in the float32 that the families run it in, whatever its files hold."""
+    """A base model in float32, as used by the families, for any dtype of its files."""
     pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -94,13 +94,13 @@ def open_base(path: Path):
 
 @pytest.fixture(scope="module")
 def pipeline() -> StableDiffusionXLPipeline:
-    """toy-sdxl as diffusers opens it."""
+    """toy-sdxl as opened by diffusers."""
     return open_base(ASSETS / "toy-sdxl")
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> SdxlFamily:
-    """toy-sdxl untouched."""
+    """toy-sdxl, unchanged."""
     return load("sdxl")
 
 
@@ -274,7 +274,7 @@ def start_noise(entries: Sequence[SamplePlan], shape: tuple[int, ...]) -> Tensor
 
 
 def ddim(pipeline, spacing: str, **options) -> DDIMScheduler:
-    """diffusers' deterministic sampler on the pipeline's own levels, ending clean."""
+    """diffusers' deterministic sampler on the pipeline's own levels, with a clean end."""
     return DDIMScheduler.from_config(
         pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=True, timestep_spacing=spacing, **options
     )
@@ -587,7 +587,7 @@ def test_tuning_targets_that_fit_no_module_are_refused(kind: str):
 
 
 def flat_ddpm(folder: Path) -> Path:
-    """toy-ddpm in the layout of the first DDPM repositories: all files at the top."""
+    """toy-ddpm in the layout of the first DDPM repositories: all files at the top level."""
     folder.mkdir(parents=True)
     for file in (ASSETS / "toy-ddpm").rglob("*.*"):
         shutil.copy(file, folder)

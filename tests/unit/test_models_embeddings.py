@@ -1,4 +1,4 @@
-"""Embeddings of prompts on disk: made once, shared by copies of a model, and never another model's."""
+"""Cached embeddings of prompts: computed once, shared by copies of a model, and never used for another model."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.unit.test_models_memory import PROMPTS, TOY, change_json, copy_of_toy
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How often an encoder was asked."""
+    """Records the calls of an encoder."""
     asked = []
     original = text.Encoder.__call__
 

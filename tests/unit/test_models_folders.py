@@ -1,4 +1,4 @@
-"""Folders and hub ids: what is missing is named before anything loads, and the hub is asked only where it may be."""
+"""Folders and hub ids: missing files are named before loading, and the hub is only contacted if allowed."""
 
 import json
 from pathlib import Path

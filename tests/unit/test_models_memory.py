@@ -1,4 +1,4 @@
-"""What saves memory does not change what a model answers; what cannot work is refused with what to do."""
+"""Memory options do not change a model's output; invalid ones are rejected with a remedy."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What makes a model faster answers as it did without; the sampling loop never waits for the device."""
+"""Speed options do not change a model's output; the sampling loop never waits for the device."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_a_run_with_compiled_blocks_and_recomputation_learns_what_a_plain_one_do
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses to read a tensor's value, which on a GPU waits for everything before it."""
+    """Rejects reading a tensor's value, which on a GPU waits for all earlier kernels."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:

@@ -1,4 +1,4 @@
-"""The NCP encoder reads the base model's own features, and its logits survive our precision."""
+"""The NCP encoder computes the base model's own features with sufficient precision for its logits."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def correlation(first: Tensor, second: Tensor) -> float:
 
 
 def to_tf32(values: Tensor) -> Tensor:
-    """float32 rounded to TF32's ten stored bits, ties to even: what tensor cores make of their inputs."""
+    """float32 rounded to TF32's ten stored bits, ties to even, as tensor cores do with their inputs."""
     bits = values.contiguous().view(torch.int32)
     return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
@@ -136,7 +136,7 @@ def test_the_encoder_is_float32_for_any_dtype_of_the_model():
 
 
 def watched(network: nn.Module) -> dict[str, Tensor]:
-    """States inside a whole U-Net's own forward pass, by name."""
+    """States inside the forward pass of a complete U-Net, by name."""
     seen: dict[str, Tensor] = {}
     for index, block in enumerate(network.down_blocks):
         block.register_forward_hook(lambda _m, _i, result, index=index: seen.__setitem__(f"down{index}", result[0]))

@@ -1,4 +1,4 @@
-"""The surrogate carries the exact gradient; the anchor, its controller and the normaliser do what they promise."""
+"""The surrogate has the exact gradient; the anchor, its controller and the normaliser follow their definitions."""
 
 import itertools
 import math

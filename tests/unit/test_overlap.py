@@ -1,4 +1,4 @@
-"""While the pool decodes, scores and differentiates, the learner computes what needs no answer."""
+"""While the pool decodes, scores and differentiates, the learner computes what does not depend on the response."""
 
 import threading
 from collections.abc import Sequence

@@ -205,7 +205,7 @@ def test_a_score_that_is_no_number_is_refused_with_its_line(tmp_path):
 
 
 def read_text(tmp_path, text: str | bytes):
-    """Rows of a table that is written as it stands here."""
+    """Write a table unchanged and read its rows."""
     (tmp_path / "scores.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     return read_scores(tmp_path / "scores.csv", tmp_path, [], "prompt")
 
@@ -278,7 +278,7 @@ def test_a_missing_image_is_named_before_anything_is_written(tmp_path):
 
 
 def test_a_stand_in_for_a_broken_image_is_no_drift(tiny, tmp_path):
-    """Seven whole images and a black one: the anchor must not see the black one."""
+    """Seven valid images and a black one, which the anchor must not use."""
     path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no image"} if i == 2 else {} for i in range(4)])
     config = tiny("algorithm={type: dpo, anchor: {budget: 0.1}}", f"data.pairs={path}")
     with open_ports(config, JsonlTracker(tmp_path / "metrics.jsonl")) as ports:

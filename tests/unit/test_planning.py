@@ -29,12 +29,12 @@ SMALL = ["model.image_size=64", "rollout.batch_size=4", "learner.micro_batch=4",
 
 @cache
 def planned(name: str, *overrides: str, device: str = "auto") -> Plan:
-    """The plan of a configuration; tests share it, since full-size SDXL takes many seconds."""
+    """The plan of a configuration; shared by tests, since full-size SDXL takes many seconds."""
     return make_plan(load_config(name, list(overrides)), device=device)
 
 
 def allocated_peak(run) -> int:
-    """Most bytes that torch's CPU allocator had handed out beyond the start, by its own records."""
+    """Peak of the bytes allocated by torch's CPU allocator above the start, from its own records."""
     run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
@@ -81,7 +81,7 @@ def test_parameters_are_those_of_the_loaded_model(tuning):
 
 
 def learner_step(family, config):
-    """A micro-batch's forward and backward as the algorithm runs it, on real tensors."""
+    """A micro-batch's forward and backward pass as in the algorithm, on real tensors."""
     count = config.learner.micro_batch
     noisy = torch.randn(count, *family.sample_shape)
     timesteps = torch.full((count,), 300)

@@ -1,4 +1,4 @@
-"""NFT is its two branches, and DDPO's transitions are the Gaussians that the sampler draws from."""
+"""NFT equals its two branches, and DDPO's transitions are the Gaussians of the sampler."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The two statistics rebuild every noise-space term, and the preference losses are the published ones."""
+"""The two statistics give every noise-space term, and the preference losses are the published ones."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""NCP takes DDPM's own reverse step, its distances are those of its definition, its beta has noise-space's scale."""
+"""NCP uses DDPM's reverse step, its distances follow their definition, its beta has the scale of noise space."""
 
 import math
 

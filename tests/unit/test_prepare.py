@@ -1,4 +1,4 @@
-"""A run that brings neither base model nor metric weights trains them from its own images, once."""
+"""A run without base model and metric weights trains them once from its own images."""
 
 import io
 
@@ -25,7 +25,7 @@ OVERRIDES = [
 
 @pytest.fixture
 def images(tmp_path):
-    """A parquet file of forty real PNG files, as data sets are shipped."""
+    """A parquet file of forty PNG files."""
     rows = []
     for image in (templates()[::22] * 255).round().to(torch.uint8):
         buffer = io.BytesIO()

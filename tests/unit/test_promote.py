@@ -1,4 +1,4 @@
-"""`acpo promote`: only a clean run is registered, with a card that says what there is to know."""
+"""`acpo promote`: only a clean run is registered, with a complete card."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def acpo(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of three iterations with a checkpoint of each, of which the judges like the second best."""
+    """A run of three iterations with a checkpoint of each; the second is the best by the judges."""
     from acpo_dist.config.load import load_config
     from tests.conftest import TINY
 
@@ -51,7 +51,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The finished run, its guard at peace and the second checkpoint its best."""
+    """The finished run with a clean guard and the second checkpoint as its best."""
     import shutil
 
     root = tmp_path / "run"
@@ -61,7 +61,7 @@ def run(finished, tmp_path):
 
 
 def change_guard(root: Path, **values) -> None:
-    """Write another state of the guard into the newest checkpoint, with a manifest that holds."""
+    """Write another state of the guard into the newest checkpoint, with a valid manifest."""
     store = CheckpointStore(root / "checkpoints", keep=9)
     newest = store.newest()
     assert newest is not None

@@ -1,4 +1,4 @@
-"""Charts hold the values of a run, leave gaps where a value is missing, and name every point."""
+"""Charts have the values of a run, gaps for missing values, and a name for every point."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Run folders are read as they are: gains in base units, what is broken or missing is said."""
+"""Run folders are read unchanged: gains in base units; broken or missing parts are reported."""
 
 import json
 import os
@@ -19,7 +19,7 @@ RISING = [row(i, reward=0.5 + 0.1 * i, judge=0.4 + 0.02 * i, drift=0.1 + 0.01 * 
 
 
 def old(root, seconds=10_000):
-    """As if nobody had written to it for long."""
+    """Set an old modification time."""
     path = root / "metrics.jsonl"
     os.utime(path, (path.stat().st_mtime - seconds,) * 2)
     return root

@@ -1,4 +1,4 @@
-"""CLIP metrics equal their formulas on transformers' own forward, keep the exact gradient, and refuse clearly."""
+"""CLIP metrics equal their formulas on transformers' forward pass, have exact gradients, and reject invalid input."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def images(count: int, size: int = 32) -> Tensor:
 
 
 def by_transformers(folder: Path, images: Tensor, texts: Sequence[str]) -> Any:
-    """The whole CLIPModel's own forward on images that need no resizing."""
+    """The complete CLIPModel's forward pass on images that need no resizing."""
     model = CLIPModel.from_pretrained(folder).eval()
     tokens = CLIPTokenizer.from_pretrained(folder)(list(texts), padding=True, truncation=True, return_tensors="pt")
     mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_MEAN, OPENAI_STD))

@@ -1,4 +1,4 @@
-"""IPCE follows its formula, and a tiny CLIP of the toy world ranks true captions above wrong ones by it."""
+"""IPCE follows its formula, and a tiny CLIP of the toy world ranks true captions above wrong ones."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyClipRep
 
 
 def by_the_book(folder: Path, image: Tensor, prompt: str, corners: list[tuple[int, int]], side: int) -> float:
-    """One image, one view, one text at a time, in float64, from MATH's words."""
+    """One image, one view, one text at a time, in float64, from the formulas."""
     model = CLIPModel.from_pretrained(folder).double().eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     size = model.config.vision_config.image_size

@@ -1,4 +1,4 @@
-"""What `acpo rewards list` says is what the metrics do; text rewards need a model that draws from prompts."""
+"""`acpo rewards list` agrees with the metrics; rewards on text need a model that takes prompts."""
 
 import json
 import sys

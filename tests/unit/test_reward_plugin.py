@@ -1,4 +1,4 @@
-"""A reward is one file, and one line of the registry or `module:Class`: written as an outsider would, then used."""
+"""A reward is one file and one line of the registry or `module:Class`: written as by an outside user, then used."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The table of pyiqa's metrics is true of every metric that can be built without a network."""
+"""The table of pyiqa's metrics is correct for every metric that can be built without a network."""
 
 import importlib.util
 import sys
@@ -34,7 +34,7 @@ def images(count: int, size: int = 48) -> Tensor:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Random weights of a metric in a file, as someone without pyiqa's servers would make them."""
+    """Write random weights of a metric to a file."""
     folder = tmp_path_factory.mktemp("weights")
 
     def make(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Image statistics equal their closed forms, and are differentiable exactly where they say so."""
+"""Image statistics equal their closed forms, and have a gradient exactly if they declare one."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Rewards that are trained on one's own images rank held-out ones, and load as rewards."""
+"""Rewards trained on custom images rank held-out ones, and load as rewards."""
 
 import csv
 import json

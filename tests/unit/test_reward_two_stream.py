@@ -1,4 +1,4 @@
-"""TwoStream sees large images by a fixed sample of their tiles, in bounded memory and with the exact gradient."""
+"""TwoStream scores large images by a fixed sample of their tiles, in bounded memory and with the exact gradient."""
 
 import pytest
 import torch

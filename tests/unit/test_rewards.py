@@ -1,4 +1,4 @@
-"""Rewards travel without loss that matters, come with the exact gradient, and are never made up."""
+"""Reward workers: lossless transfer, exact gradients, and errors instead of invented scores."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ class Brightness:
 
 
 class Glare(Brightness):
-    """The same number, to be lowered."""
+    """Brightness, lower is better."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Glare"
@@ -70,7 +70,7 @@ class Glare(Brightness):
 
 
 class Root(Brightness):
-    """Its slope at a black image is infinite, its score is not."""
+    """Its slope at a black image is infinite, its score is finite."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Root"
@@ -80,7 +80,7 @@ class Root(Brightness):
 
 
 class Share(Brightness):
-    """Red's share of all light, which a black image has none of."""
+    """Share of red in all light, undefined for a black image."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:Share"
@@ -90,7 +90,7 @@ class Share(Brightness):
 
 
 class PromptLength(Brightness):
-    """Reads the prompts alone."""
+    """Reads only the prompts."""
 
     class Config(MetricConfig):
         type: str = f"{__name__}:PromptLength"
@@ -131,7 +131,7 @@ def two_stream_graph(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], t
 
 @pytest.fixture(scope="module")
 def wide_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder with nothing but an untrained VAE whose images leave [0, 1] on both sides."""
+    """A pipeline folder with only an untrained VAE whose images exceed [0, 1] on both sides."""
     folder = tmp_path_factory.mktemp("wide")
     torch.manual_seed(0)
     vae = new_vae()

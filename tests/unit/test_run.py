@@ -1,4 +1,4 @@
-"""A whole run in one process: what it writes, and that it can be stopped and continued."""
+"""A complete run in one process: its output, and stopping and resuming it."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ QUIET = Console(quiet=True)
 
 
 def _metrics(root):
-    """Metrics by iteration without the clock."""
+    """Metrics by iteration without durations."""
     return [
         {k: v for k, v in row.items() if not k.startswith(("time/", "idle/"))}
         for row in read_metrics(root / "metrics.jsonl")
@@ -222,7 +222,7 @@ def test_a_run_that_ran_out_of_memory_may_go_on_with_checkpointing(tiny, tmp_pat
 
 
 def test_a_bfloat16_run_that_is_resumed_gives_the_same_weights_bit_for_bit(tiny, tmp_path):
-    """Embeddings must not depend on which call met a prompt first: in calibration, or within the update."""
+    """Embeddings must not depend on the call that encoded a prompt first: in calibration, or within the update."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = ["run.iterations=2", "learner.precision=bfloat16", "checkpoint.every=1", "guard.drift_timesteps=0"]
     drive(tiny(*options, f"run.dir={whole}"), open_ports, QUIET)
@@ -258,7 +258,7 @@ def test_only_the_network_computes_in_bfloat16(tiny, tmp_path, monkeypatch):
 
 
 def losing(at: int):
-    """In-process ports whose learner is lost once, in its `at`-th update."""
+    """In-process ports whose learner is lost once, in update `at`."""
     state = {"lost": False}
 
     @contextmanager
@@ -284,7 +284,7 @@ def losing(at: int):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of 3 iterations, saved after each."""
+    """A run of 3 iterations with a checkpoint of each."""
     from acpo_dist.config.load import load_config
     from tests.conftest import TINY
 

@@ -1,4 +1,4 @@
-"""One process at a time drives a run: a second is refused, a dead one followed, one that was taken for dead stops."""
+"""Run lock: a second process is rejected, a dead holder is replaced, and a process that lost the lock stops."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def never(seconds: float) -> None:
 
 @pytest.fixture
 def other(tmp_path):
-    """Another process that drives the run in `tmp_path / "run"`."""
+    """Another process that holds the lock of `tmp_path / "run"`."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -40,7 +40,7 @@ def other(tmp_path):
 
 
 def elsewhere(root: Path, **changes) -> LockHolder:
-    """Write down a driver on another machine."""
+    """Write a lock file of another machine."""
     with held(root):
         me = lock_holder(root)
         assert me is not None

@@ -1,4 +1,4 @@
-"""Every sampler solves the ODE it claims to solve: closed forms, measured orders, linearity, and diffusers' PNDM."""
+"""Every sampler solves its ODE: closed forms, measured orders, linearity, and diffusers' PNDM."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Wrapped schedulers are plain diffusers on native levels, and pipelines' schedulers follow a trajectory or say no."""
+"""Wrapped schedulers equal diffusers on native levels; pipelines' schedulers follow a trajectory or are rejected."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def network(state: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def plain(scheduler: Any, start: Tensor) -> Tensor:
-    """The loop of a diffusers pipeline, from unit noise on to what it would decode, in x."""
+    """The loop of a diffusers pipeline, from unit noise to the final latents, in x."""
     scaled = isinstance(scheduler, EulerDiscreteScheduler | HeunDiscreteScheduler)
     state = start * (scheduler.sigmas[0] ** 2 + 1) ** 0.5 if scaled else start
     for timestep in scheduler.timesteps:

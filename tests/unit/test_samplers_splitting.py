@@ -34,7 +34,7 @@ def uneven(num_steps: int, last: float = 0.2) -> Trajectory:
 
 
 def branch(state: Tensor, sigmas: Tensor, *, mean: float, variance: float, kind: str = "epsilon") -> Tensor:
-    """The best answer for data N(mean, variance): eps = sigma (z - mean) / (sigma^2 + variance), z = x / a."""
+    """The optimal prediction for data N(mean, variance): eps = sigma (z - mean) / (sigma^2 + variance), z = x / a."""
     sigma = float(sigmas[0])
     signal = 1 / math.sqrt(1 + sigma**2)
     noise = sigma * (state / signal - mean) / (sigma**2 + variance)
@@ -88,7 +88,7 @@ def test_lie_trotter_is_of_first_and_strang_of_second_order(scheme: str, low: fl
 
 
 def clean_end(num_steps: int) -> Trajectory:
-    """As models are sampled; the timesteps are the sigmas."""
+    """Steps as models are sampled; the timesteps are the sigmas."""
     trajectory = spaced_trajectory(SDXL_LEVELS, num_steps, "trailing")
     return Trajectory(timesteps=noise_levels(trajectory)[:-1], alpha_bars=trajectory.alpha_bars)
 

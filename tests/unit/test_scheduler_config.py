@@ -1,4 +1,4 @@
-"""Every key of every supported scheduler's configuration is obeyed, replaced by a named key of the run, or refused."""
+"""Every key of a supported scheduler's configuration is applied, replaced by a named key of the run, or rejected."""
 
 import inspect
 import logging
@@ -97,7 +97,7 @@ def noise(seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def constant_noise(schedule: NoiseSchedule, state: Tensor, timestep: float) -> Tensor:
-    """A network that predicts one and the same eps: PNDM's multistep mean is then that eps, and its step is DDIM's."""
+    """A network that predicts a constant eps: PNDM's multistep mean is then that eps, and its step is DDIM's."""
     level, eps = float(schedule.alpha_bars[int(timestep)]), noise(7, state.dtype)
     clean = (state - (1 - level) ** 0.5 * eps) / level**0.5
     velocity = level**0.5 * eps - (1 - level) ** 0.5 * clean

@@ -1,4 +1,4 @@
-"""`acpo score` takes whatever holds images, and shows how the scores are distributed."""
+"""`acpo score` accepts all sources of images, and shows the distribution of scores."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""SDXL at its real size, with random weights, on the CPU: 12 GiB of memory and 8 GB of disk, so only on request."""
+"""SDXL at full size with random weights on the CPU: 12 GiB of memory and 8 GB of disk, so only on request."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ LIMIT_GIB = 24
 
 
 def resident_gib() -> float:
-    """What this process has in memory now, with the pages of mapped weight files that it has read."""
+    """Resident memory of this process, including pages of mapped weight files."""
     fields = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in fields if line.startswith("VmRSS")).split()[1]) / 2**20
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run cleanly: complete folder, released lock, and a message that says how to resume."""
+"""Ctrl-C and SIGTERM end a run cleanly: complete folder, released lock, and a message with the command to resume."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is left out, recorded, and bounded: it moves nothing and ends nothing."""
+"""A step with a non-finite loss or gradient is skipped, recorded and counted; it changes no weight."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What `acpo submit` uploads and refuses before a cluster is asked."""
+"""Uploads and rejections of `acpo submit`, before a cluster is contacted."""
 
 import pytest
 

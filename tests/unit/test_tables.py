@@ -1,4 +1,4 @@
-"""Prompt, label and score files are read in every encoding and with every separator that people save them in."""
+"""Prompt, label and score files are read in all common encodings and with all common separators."""
 
 import codecs
 

@@ -1,4 +1,4 @@
-"""The shipped toy models keep their stated quality (docs/toy.md), measured afresh on seeds that training never saw."""
+"""The shipped toy models have their documented quality (docs/toy.md), measured on seeds not used in training."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The closed world is what it says: finite, exactly judged, damaged by degrees, spelled in whole words."""
+"""The toy world is finite, exactly judged, damaged with graded severity, and tokenised by whole words."""
 
 import itertools
 import math

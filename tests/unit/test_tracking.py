@@ -59,7 +59,7 @@ def _no_ambient_mlflow(monkeypatch):
 
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory):
-    """MLflow needs seconds to make a database, so it is made once and copied."""
+    """MLflow takes seconds to create a database, so it is created once and copied."""
     from mlflow.tracking import MlflowClient
 
     path = tmp_path_factory.mktemp("template") / "new" / "mlflow.db"

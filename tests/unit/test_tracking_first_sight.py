@@ -1,4 +1,4 @@
-"""The link that a command prints opens the charts of its runs, and nothing else is printed than what it says."""
+"""The printed link opens the charts of a command's runs, and no library message is printed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run's trajectory: measured, proved before it is adopted, kept over a restart."""
+"""The trajectory of a run: measured, validated before it is adopted, kept across a restart."""
 
 import json
 
