@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _HANDLES_TIMEOUT_S = 10.0
-_START_ATTEMPTS = 3
+_START_ATTEMPTS = 5
 _GIB = 2**30
 _SOCKET_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Characters of a socket's path that Ray appends to its temporary folder."""

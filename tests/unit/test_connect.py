@@ -93,11 +93,11 @@ def test_small_shared_memory_is_reported_with_its_size_and_the_size_that_ray_nee
     assert joining.small_shared_memory(4 * gib, 3 * gib) == ""
 
 
-@pytest.mark.parametrize(("failures", "joins"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("failures", "joins"), [(4, True), (5, False)])
 @pytest.mark.parametrize(
     "error", [Exception("The current node timed out during startup."), RuntimeError("Failed to start GCS.")]
 )
-def test_a_local_cluster_that_is_not_up_in_time_is_started_again_and_three_failures_are_one_message(
+def test_a_local_cluster_that_is_not_up_in_time_is_started_again_and_five_failures_are_one_message(
     error, failures, joins, monkeypatch
 ):
     """Ray's own time limit cannot be triggered at will, so its observed exception is used."""
