@@ -46,5 +46,5 @@ def _walk(start: Path, entered: set[tuple[int, int]], found: list[Path]) -> list
 def _refuse(error: OSError) -> None:
     raise DataError(
         f"{error.filename} cannot be listed ({error.strerror}), so images below it would be missed. Make it "
-        "readable, or name the folders beside it one by one."
+        "readable, or name the other folders one by one."
     ) from error

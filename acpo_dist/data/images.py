@@ -79,8 +79,7 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
         if len(sizes) > 1:
             (a, b), (c, d) = sorted(sizes)[:2]
             raise DataError(
-                f"{path} holds images of different sizes, such as {b}x{a} and {d}x{c}: they need one `size` to be "
-                "brought to."
+                f"{path} holds images of different sizes, such as {b}x{a} and {d}x{c}: they need one common `size`."
             )
         return ImageSet(tensor=torch.stack(images))
     pixels: np.ndarray | None = None
@@ -99,7 +98,7 @@ def load_images(path: Path, column: str, max_images: int | None = None, size: in
             if image.shape != pixels.shape[1:]:
                 raise DataError(
                     f"{path}: row {row} is {_size_text(image)} pixels, earlier rows are {_size_text(pixels[0])}: "
-                    "images of different sizes need one `size` to be brought to."
+                    "images of different sizes need one common `size`."
                 )
             pixels[row] = image
     if bad:

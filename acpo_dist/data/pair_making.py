@@ -184,7 +184,7 @@ def _header(table: Path, cells: Sequence[str]) -> list[str]:
     names = [name.strip() for name in cells]
     twice = [name for name, count in Counter(filter(None, names)).items() if count > 1]
     if twice:
-        raise DataError(f"{table}: column `{twice[0]}` is there twice; rename the one that does not count.")
+        raise DataError(f"{table}: column `{twice[0]}` exists twice; rename one of them.")
     return names
 
 
@@ -210,7 +210,7 @@ def _standardised(images: Sequence[ScoredImage], name: str, sign: int) -> dict[s
     finite = [value for value in values if math.isfinite(value)]
     spread = statistics.pstdev(finite) if len(finite) > 1 else 0.0
     if spread == 0:
-        raise DataError(f"score `{name}` is the same for all images: nothing to prefer by. Leave it out.")
+        raise DataError(f"score `{name}` is the same for all images, so it ranks none. Leave it out.")
     mean = statistics.fmean(finite)
     return {str(row): sign * (value - mean) / spread for row, value in enumerate(values)}
 

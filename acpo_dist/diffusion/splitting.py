@@ -91,8 +91,8 @@ def sample_split(
         raise ValueError(f"unknown splitting scheme {scheme!r}; known: {', '.join(SHARE_AT_END)}")
     if rule.is_active and guidance_scale != 1:
         raise ValueError(
-            f"sampler.solver {scheme} never forms the guided prediction that the model's clip_sample or thresholding "
-            f"acts on, and sampler.guidance_scale is {guidance_scale:g}: use another sampler.solver"
+            f"sampler.solver {scheme} does not compute the guided prediction that the model's clip_sample or "
+            f"thresholding changes, and sampler.guidance_scale is {guidance_scale:g}: use another sampler.solver"
         )
     if trajectory.alpha_bars[0] == 0:
         raise ValueError(

@@ -91,12 +91,12 @@ def architecture_of(config: Any) -> Architecture:
     unet = _read(config, "unet") or (_read(config, None) if family == "ddpm" else None)
     if unet is None:
         if family not in PUBLISHED:
-            raise ModelError(f"model.path: nothing of `{config.path}` is on this disk, so its size is not known.")
+            raise ModelError(f"model.path: `{config.path}` is not on this disk, so its size is unknown.")
         return PUBLISHED[family]
     encoders = [_read(config, part) for part in _PARTS[family]]
     vae = None if family == "ddpm" else _read(config, "vae")
     if any(part is None for part in encoders) or (vae is None and family != "ddpm"):
-        raise ModelError(f"model.path: `{config.path}` is not whole: a text encoder or the VAE has no config.json.")
+        raise ModelError(f"model.path: `{config.path}` is incomplete: a text encoder or the VAE has no config.json.")
     return Architecture(family=family, unet=unet, vae=vae, text_encoders=tuple(part for part in encoders if part))
 
 
@@ -117,7 +117,7 @@ def _read(config: Any, part: str | None, file_name: str = "config.json") -> Mapp
     name = f"{part}/{file_name}" if part else file_name
     path = config.path
     if path == "train":
-        raise ModelError("model.path is `train`: the model is made by the run, and small; there is nothing to plan.")
+        raise ModelError("model.path is `train`: the run trains a small model, which needs no plan.")
     resolved = resolve_path(path)
     file: Any = Path(resolved) / name
     if not Path(resolved).is_dir():

@@ -150,7 +150,7 @@ class LatentFamily(ModelFamily):
             ModelError: `memory.embedding_cache` is unset, or the text encoders cannot be loaded.
         """
         if config.memory.embedding_cache is None:
-            raise ModelError("model.memory.embedding_cache is unset: name the folder that is to keep the embeddings.")
+            raise ModelError("model.memory.embedding_cache is unset: set the folder of the embeddings.")
         path = cls.locate(config)
         return PromptEmbeddings(
             lambda: cls._encoders(config, path, device), cls._embedder(config, path), device=device,
@@ -289,7 +289,7 @@ class LatentFamily(ModelFamily):
         if unet.config.get("time_cond_proj_dim") is not None:
             raise ModelError(
                 f"model.path: the U-Net of `{self.path}` takes the guidance scale as an input (a distilled model), "
-                "which no sampler here gives it. Tune the model that it was distilled from."
+                "which no sampler here provides. Tune the model that it was distilled from."
             )
 
     # Internal helpers

@@ -118,11 +118,11 @@ def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = 
         if weights:
             missing += [f"{part}/{name}" for name in _missing_weights(root / part, weights, variant)]
     if missing:
-        unfinished = " Unfinished downloads lie beside it." if any(root.rglob("*.incomplete")) else ""
+        unfinished = " It contains unfinished downloads." if any(root.rglob("*.incomplete")) else ""
         raise ModelError(
-            f"model.path: `{folder}` is not whole: {', '.join(missing[:5])} missing.{unfinished} Download it again "
-            f"(`hf download OWNER/NAME --local-dir {folder}`), or set model.variant to what is there "
-            f"(found {_variants(root) or 'no weights'})."
+            f"model.path: `{folder}` is incomplete: {', '.join(missing[:5])} missing.{unfinished} Download it again "
+            f"(`hf download OWNER/NAME --local-dir {folder}`), or set model.variant to an existing one (found "
+            f"{_variants(root) or 'no weights'})."
         )
 
 
@@ -191,7 +191,7 @@ def load_part(
 def _advice(error: BaseException, path: str) -> str:
     """Remedy for an error, determined by the underlying error of the hub client."""
     if Path(path).exists():
-        return "Check that the download is whole, and that the folder is of this kind of model."
+        return "Check that the download is complete, and that the folder holds this kind of model."
     causes = list(_chain(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return (
@@ -202,16 +202,16 @@ def _advice(error: BaseException, path: str) -> str:
         return "The revision does not exist: check model.revision."
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return (
-            "The hub has no such model, or you may not read it: check the name, or `hf auth login`; then "
-            f"`hf download {path}`."
+            "The hub has no such model, or access is denied: check the name, or run `hf auth login`; then `hf "
+            f"download {path}`."
         )
     offline = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError)
     if os.environ.get("HF_HUB_OFFLINE") or any(isinstance(cause, offline) for cause in causes):
         return (
-            "It is not in the local cache and the hub is not asked or not reached: download it first "
-            f"(`hf download {path}` where there is a network), or copy the cache or the folder here."
+            "It is not in the local cache, and the hub is disabled or unreachable: download it first (`hf download "
+            f"{path}` on a machine with network access), or copy the cache or the folder."
         )
-    return f"If it is a hub id, download it first (`hf download {path}`) or check that you may read it."
+    return f"If it is a hub id, download it first (`hf download {path}`), or check that you have access."
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

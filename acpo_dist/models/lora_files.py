@@ -99,7 +99,7 @@ def original_name(module: str, layers_per_block: int) -> str:
             return f"{root}.{(block + 1) * span}.0.op"
         if kind == "upsamplers":
             return f"{root}.{block * span + layers_per_block}.2.conv"
-    raise ModelError(f"`{module}` has no name in SDXL's original code, so kohya's layout cannot hold it.")
+    raise ModelError(f"`{module}` has no name in SDXL's original code, so kohya's layout does not support it.")
 
 
 def _inside(kind: str, rest: list[str]) -> list[str]:
@@ -133,13 +133,13 @@ def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
     downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
     own = {name: shape for name, shape in downs.items() if "text_encoder" not in name and "lora_te" not in name}
     if not own:
-        held = f"{len(downs)} layers for text encoders alone" if downs else "no LoRA layers"
+        held = f"only {len(downs)} layers for text encoders" if downs else "no LoRA layers"
         raise ModelError(f"--lora: {path} holds {held}; expected low-rank layers of a U-Net.")
     width = unet.config.get("cross_attention_dim")
     found = {shape[1] for name, shape in own.items() if "attn2" in name and re.search(r"to[._][kv]", name)}
     if found and found != {width}:
         raise ModelError(
-            f"--lora: {path} is made for a U-Net that reads text of width {_widths(found)}, and this one reads "
+            f"--lora: {path} was made for a U-Net with text of width {_widths(found)}, and this one takes "
             f"{_widths({width})}: it belongs to another architecture."
         )
     return len(own), len(downs) - len(own)

@@ -223,7 +223,8 @@ def schedule_of(config: Mapping[str, Any], path: str) -> NoiseSchedule:
         if prediction_type == "epsilon":
             raise ModelError(
                 f"model.path: the schedule of `{path}` ends without signal (rescale_betas_zero_snr), where a noise "
-                "prediction says nothing of the image: such a model must predict v. Check its scheduler_config.json."
+                "prediction does not determine the image: such a model must predict v. Check its "
+                "scheduler_config.json."
             )
         alpha_bars[-1] = NEAR_ZERO
     return NoiseSchedule(

@@ -153,8 +153,9 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
     )  # fmt: skip
     if dtype == "float16" and vae.config.get("force_upcast", True):
         raise ModelError(
-            f"model.vae_dtype is float16, but the VAE of `{source}` says that it overflows there (force_upcast). Set "
-            "model.vae_dtype=float32 or bfloat16, or model.vae to one made for float16 (madebyollin/sdxl-vae-fp16-fix)."
+            f"model.vae_dtype is float16, but the VAE of `{source}` overflows in float16 (force_upcast in its "
+            "configuration). Set model.vae_dtype=float32 or bfloat16, or model.vae to a VAE made for float16 "
+            "(madebyollin/sdxl-vae-fp16-fix)."
         )
     return vae.requires_grad_(False).to(device).eval()
 

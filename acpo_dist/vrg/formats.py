@@ -87,7 +87,9 @@ def write_error_table(path: str | Path, table: ErrorTable, *, comments: Iterable
         VrgError: the table has no timesteps, or a timestep is not an integer.
     """
     if table.timesteps is None or (table.timesteps != np.rint(table.timesteps)).any():
-        raise VrgError("the published table format needs a whole timestep per node; write the JSON artefact instead.")
+        raise VrgError(
+            "the published table format needs an integer timestep per node; write the JSON artefact instead."
+        )
     rows = [
         f"{int(timestep):4d}\t{alpha_bar:.6f}\t{error:.8f}"
         for timestep, alpha_bar, error in zip(table.timesteps, table.alpha_bars, table.v, strict=True)
@@ -121,8 +123,7 @@ def read_trajectory(path: str | Path) -> PublishedTrajectory:
         raise VrgError(f"{path}: `steps` and `order` must be whole numbers: {error}.") from None
     if len(levels) < 2 or len(levels) != steps + 1:
         raise VrgError(
-            f"{path} names {steps} steps and should hold {steps + 1} levels, the first being t = 0; "
-            f"found {len(levels)}."
+            f"{path} names {steps} steps and should hold {steps + 1} levels, the first at t = 0; found {len(levels)}."
         )
     return PublishedTrajectory(
         alpha_bars=tuple(levels[:0:-1]),
@@ -204,7 +205,7 @@ def _read_levels(path: str | Path) -> tuple[list[str], list[float]]:
     if not levels:
         raise VrgError(f"{path} holds no levels.")
     if not (levels[0] < 1 and levels[-1] > 0 and all(later < earlier for earlier, later in pairwise(levels))):
-        raise VrgError(f"{path}: alpha_bars must lie in (0, 1) and fall from clean to noisy.")
+        raise VrgError(f"{path}: alpha_bars must lie in (0, 1) and decrease from clean to noisy.")
     return comments, levels
 
 

@@ -103,7 +103,7 @@ def test_the_kohya_layout_draws_the_same_image_as_the_diffusers_layout(runs, lor
 def test_a_lora_of_another_architecture_is_refused_with_both_widths(tmp_path):
     layers = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 768)}
     save_file(kohya_layers(layers, family="sd15", layers_per_block=2), tmp_path / "sd15.safetensors")
-    with pytest.raises(ModelError, match=r"width 768 \(Stable Diffusion 1\.x\), and this one reads 64"):
+    with pytest.raises(ModelError, match=r"width 768 \(Stable Diffusion 1\.x\), and this one takes 64"):
         LoraScale(base("sdxl"), tmp_path / "sd15.safetensors")
 
 

@@ -19,7 +19,7 @@ from tests.unit.test_models_memory import copy_of_toy, load
 def test_a_half_downloaded_folder_names_what_is_missing_before_anything_loads(tmp_path):
     folder = copy_of_toy(tmp_path)
     (folder / "text_encoder_2" / "model.safetensors").rename(folder / "text_encoder_2" / "model.safetensors.incomplete")
-    with pytest.raises(ModelError, match=r"not whole: text_encoder_2/model\.safetensors missing\. Unfinished"):
+    with pytest.raises(ModelError, match=r"incomplete: text_encoder_2/model\.safetensors missing\. It contains"):
         SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
 
 
@@ -40,7 +40,7 @@ def test_a_tokenizer_without_its_words_is_refused_by_name(tmp_path, gone, missin
         # The layout of SDXL's own repository.
         SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
         return
-    with pytest.raises(ModelError, match=f"not whole: {missing} missing"):
+    with pytest.raises(ModelError, match=f"incomplete: {missing} missing"):
         SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
 
 
@@ -48,7 +48,7 @@ def test_a_folder_of_somebody_elses_is_left_alone_by_the_writer_of_random_weight
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match=r"is taken, and holds no pipeline"):
+    with pytest.raises(UsageError, match=r"exists and holds no pipeline"):
         write_random_sdxl(folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "thesis.txt"]
 
@@ -91,7 +91,7 @@ def test_offline_never_contacts_the_hub(tmp_path, monkeypatch):
     [
         ("GatedRepoError", "gated: accept its terms at https://huggingface.co/someone/model"),
         ("RevisionNotFoundError", "check model.revision"),
-        ("RepositoryNotFoundError", "no such model, or you may not read it"),
+        ("RepositoryNotFoundError", "no such model, or access is denied"),
     ],
 )
 def test_refusals_of_the_hub_are_reported_with_the_command_to_run(kind, message):

@@ -220,7 +220,7 @@ def read_text(tmp_path, text: str | bytes):
         ("q,path,prompt\n1,a,cat\n3\n", "line 3: no path"),
         ('path,q,prompt\na,1,"cat" x\nb,5,cat\n', "line 2, cannot be read"),
         ("path,q,prompt\na,1,caf\u00e9\n".encode("latin-1"), "Save it as UTF-8"),
-        ("path,q,q,prompt\na,1,2,cat\n", "column `q` is there twice"),
+        ("path,q,q,prompt\na,1,2,cat\n", "column `q` exists twice"),
         ("path,q,prompt\na,1,cat\nb,good,cat\n", "line 3: `q` is 'good', expected a number.*--score"),
         ("path,q,prompt\na,,cat\nb,,cat\n", "no column of scores"),
         ("path,q,prompt\n", "no row"),

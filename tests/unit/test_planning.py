@@ -359,7 +359,7 @@ def test_a_hub_model_that_is_not_on_disk_is_planned_on_its_published_architectur
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = load_config("sdxl_lora")
     assert architecture_of(config.model).published
-    with pytest.raises(ModelError, match="its size is not known"):
+    with pytest.raises(ModelError, match="its size is unknown"):
         architecture_of(load_config("cifar10_ddpm", ["model.path=someone/a-ddpm"]).model)
 
 

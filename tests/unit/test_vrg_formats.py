@@ -88,7 +88,7 @@ def test_a_table_without_whole_timesteps_has_no_published_form(tmp_path):
     sigmas = np.geomspace(0.03, 14, 8)
     for timesteps in (None, np.arange(8) + 0.5):
         table = ErrorTable(sigmas=sigmas, v=1 / sigmas, timesteps=timesteps)
-        with pytest.raises(VrgError, match="whole timestep"):
+        with pytest.raises(VrgError, match="integer timestep"):
             write_error_table(tmp_path / "out.txt", table)
 
 
@@ -126,7 +126,7 @@ BROKEN = {
     "alpha_bar above 1": (read_error_table, TABLE_TEXT.replace("0.900000", "1.900000"), r"line 5: alpha_bar must lie"),
     "too few rows": (read_error_table, "\n".join(TABLE_TEXT.splitlines()[:9]), "at least 8 nodes"),
     "no rows": (read_error_table, "# nothing\n", "at least 8 nodes"),
-    "levels that rise": (read_trajectory, TRAJECTORY_TEXT.replace("0.5", "0.95"), "fall from clean to noisy"),
+    "levels that rise": (read_trajectory, TRAJECTORY_TEXT.replace("0.5", "0.95"), "decrease from clean to noisy"),
     "a level too many": (read_trajectory, TRAJECTORY_TEXT + "0.00001\n", "3 steps and should hold 4 levels"),
     "log-SNR data": (read_trajectory, TRAJECTORY_TEXT.replace("alpha_bar", "lambda"), "data_type alpha_bar"),
     "steps in words": (read_trajectory, TRAJECTORY_TEXT.replace(": 3", ": three"), "whole numbers"),

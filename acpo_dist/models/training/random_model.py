@@ -41,7 +41,7 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
-            f"{folder} is taken, and holds no pipeline (no model_index.json). Name a folder that does not exist yet."
+            f"{folder} exists and holds no pipeline (no model_index.json). Give a folder that does not exist yet."
         )
     # Written beside the final place first, so that an incomplete folder is never mistaken for a complete one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
