@@ -1,5 +1,6 @@
 """Micro-batches from rollouts or from pairs of a data set; each sample has its own random stream."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,15 @@ def memory_remedy(spec: LearnerSpec) -> str:
         if helps
     ] or ["use a larger device"]
     return f"{ways[0][0].upper()}{'; '.join(ways)[1:]}."
+
+
+def mean_elements(model: Any, family: ModelFamily) -> int:
+    """Return the elements of one x_0; their mean by share if the model draws several sizes."""
+    shares = model.sizes
+    if len(shares) < 2:
+        return math.prod(family.sample_shape)
+    total = sum(share for _, share in shares)
+    return round(sum(share * math.prod(family.shape_of(size)) for size, share in shares) / total)
 
 
 class BatchMaker:

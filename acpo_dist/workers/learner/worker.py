@@ -26,7 +26,7 @@ from acpo_dist.diffusion.sampling import guide
 from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.models.loading import held_dtype
 from acpo_dist.objective.anchor import anchor_error, output_drift, resolve_space
-from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, memory_remedy
+from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, mean_elements, memory_remedy
 from acpo_dist.workers.learner.engine import Engine, TorchEngine
 from acpo_dist.workers.learner.metrics import MetricSums
 from acpo_dist.workers.learner.network import PolicyNetwork
@@ -69,11 +69,7 @@ class LearnerWorker:
     @property
     def num_elements(self) -> int:
         """D, elements of one latent tensor; their mean by share if the run mixes sizes."""
-        shares = self._spec.model.sizes
-        if len(shares) < 2:
-            return math.prod(self.family.sample_shape)
-        total = sum(share for _, share in shares)
-        return round(sum(share * math.prod(self.family.shape_of(size)) for size, share in shares) / total)
+        return mean_elements(self._spec.model, self.family)
 
     def start(self, folder: Path | None) -> None:
         """Build the engine; with a folder, load weights, moments and averages first."""
