@@ -22,7 +22,7 @@ def build(
         Path, typer.Option(help="Output folder; the package's own assets are in acpo_dist/data/toy/assets.")
     ] = Path("toy-assets"),
     part: Annotated[
-        list[str] | None, typer.Option(help="reward, judge, vae, sdxl, ddpm or sd15; all by default.")
+        list[str] | None, typer.Option(help="reward, judge, vae, sdxl, ddpm, sd15 or flow; all by default.")
     ] = None,
     effort: Annotated[
         float, typer.Option(min=0.001, help="Factor on training steps; 1 gives the shipped assets.")

@@ -44,6 +44,9 @@ REWARDS: dict[str, Plugin] = {
 }
 MODELS: dict[str, Plugin] = {
     "sdxl": _ours("models.sdxl:SdxlFamily", "models.config:SdxlConfig"),
+    "sd3": _ours("models.sd3:Sd3Family", "models.config:Sd3Config"),
+    "zimage": _ours("models.zimage:ZImageFamily", "models.config:ZImageConfig"),
+    "flux2_klein": _ours("models.flux2:Flux2KleinFamily", "models.config:Flux2KleinConfig"),
     "sd15": _ours("models.sd15:Sd15Family", "models.config:Sd15Config"),
     "ddpm": _ours("models.ddpm:DdpmFamily", "models.config:DdpmConfig"),
 }

@@ -186,6 +186,47 @@ class Sd15Config(LatentConfig):
     second to last layer (2 in other tools). None takes the last layer's."""
 
 
+class FlowConfig(LatentConfig):
+    """A flow model with a transformer, and its tuning."""
+
+    long_prompts: Literal["cut"] = "cut"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Prompts longer than the text encoders read are cut; the number of such prompts is reported."""
+
+
+class Sd3Config(FlowConfig):
+    """A Stable Diffusion 3 or 3.5 model (flow matching) and its tuning."""
+
+    type: Literal["sd3"] = "sd3"
+    path: str = "stabilityai/stable-diffusion-3.5-medium"
+    """Embedded toy (`toy-flow`), pipeline folder, or hub id."""
+    t5: bool = True
+    """Use the third text encoder, T5, if the folder has it; false samples as the pipeline without it does."""
+    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    """Tokens of the T5 encoder, as in the pipeline; None is 256, or what the folder's model_index.json says."""
+
+
+class ZImageConfig(FlowConfig):
+    """A Z-Image model (flow matching) and its tuning."""
+
+    type: Literal["zimage"] = "zimage"
+    path: str = "Tongyi-MAI/Z-Image"
+    """Pipeline folder or hub id."""
+    max_sequence_length: int = Field(default=512, ge=1)
+    """Most tokens of a prompt with its chat template, as in the pipeline."""
+
+
+class Flux2KleinConfig(FlowConfig):
+    """A FLUX.2-klein-base model (flow matching) and its tuning."""
+
+    type: Literal["flux2_klein"] = "flux2_klein"
+    path: str = "black-forest-labs/FLUX.2-klein-base-4B"
+    """Pipeline folder or hub id."""
+    max_sequence_length: int = Field(default=512, ge=1)
+    """Tokens of a prompt with its chat template, as in the pipeline."""
+    text_layers: tuple[int, ...] = (9, 18, 27)
+    """Hidden states of the text encoder that are the condition, as `text_encoder_out_layers` of the pipeline."""
+
+
 class BaseTrainingConfig(Section):
     """Training of a base model from scratch on `data.path`."""
 

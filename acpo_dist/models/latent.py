@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 from typing_extensions import override
@@ -42,6 +42,11 @@ class LatentFamily(ModelFamily):
     """(folder of the tokenizer, folder of the encoder, class of the encoder) of each text encoder."""
     unused_parts: ClassVar[tuple[str, ...]] = ()
     """Components of the pipeline that are never loaded."""
+    network_part: ClassVar[str] = "unet"
+    """Folder of the trained network."""
+    network_class: ClassVar[Any] = UNet2DConditionModel
+    vae_class: ClassVar[Any] = AutoencoderKL
+    decoder_class: ClassVar[type[VaeDecoder]] = VaeDecoder
     saved_with: ClassVar[dict[str, Any]] = {}
     """Additional configuration values of the saved pipeline."""
 
@@ -57,8 +62,8 @@ class LatentFamily(ModelFamily):
         self.config, self.path, self.device = config, path, device
         self._options: dict[str, Any] = {"revision": config.revision, "variant": config.variant}
         dtype = held_dtype(config.dtype, method=config.tuning.method, trainable=trainable)
-        unet = load_part(UNet2DConditionModel.from_pretrained, path, "unet", dtype=dtype, **self._options)
-        self._check_unet(unet)
+        unet = load_part(self.network_class.from_pretrained, path, self.network_part, dtype=dtype, **self._options)
+        self._check_network(unet)
         unet.to(device).eval()
         if config.speed.channels_last:
             unet.to(memory_format=torch.channels_last)
@@ -80,14 +85,14 @@ class LatentFamily(ModelFamily):
             free=config.memory.free_text_encoders,
         )  # fmt: skip
         self.decoder = self.load_decoder(config, device=device)
-        factor = 2 ** (len(self.decoder.vae.config["block_out_channels"]) - 1)
-        self.factor, self._channels = factor, int(unet.config["in_channels"])
+        self.factor, self._channels = self.decoder.factor, int(unet.config["in_channels"])
+        factor = self._multiple
         sizes = [size for size, _ in config.sizes] or [self._own_size(unet)]
         odd = [size_text(size) for size in sizes if size[0] % factor or size[1] % factor]
         if odd:
             raise ModelError(
                 f"model.image_size: {', '.join(odd[:3])}: width and height must be multiples of {factor}, the VAE's "
-                "reduction."
+                "reduction and the network's patches."
             )
         self.size = sizes[0]
         self.sample_shape = self.shape_of(None)
@@ -111,11 +116,11 @@ class LatentFamily(ModelFamily):
         memory = config.memory
         vae = load_vae(
             cls.locate(config), config.vae, dtype=config.vae_dtype, device=device, offline=config.offline,
-            revision=config.revision, variant=config.variant,
+            revision=config.revision, variant=config.variant, kind=cls.vae_class,
         )  # fmt: skip
         if config.speed.channels_last:
             vae.to(memory_format=torch.channels_last)
-        return VaeDecoder(
+        return cls.decoder_class(
             vae, checkpointing=memory.vae_checkpointing, slicing=memory.vae_slicing, tiling=memory.vae_tiling
         )
 
@@ -128,7 +133,7 @@ class LatentFamily(ModelFamily):
         """
         path = pipeline_folder(
             cls.pipeline, resolve_path(config.path), revision=config.revision, variant=config.variant,
-            offline=config.offline, without=cls.unused_parts,
+            offline=config.offline, without=cls._unused(config),
         )  # fmt: skip
         cls._check_folder(path, config)
         return path
@@ -256,12 +261,13 @@ class LatentFamily(ModelFamily):
     @override
     def save_pipeline(self, folder: Path) -> None:
         """Write the pipeline with the merged U-Net, and the adapter separately in diffusers' LoRA layout."""
-        pipeline = self._whole(self.config, self.path, unet=self._tuned.merged())
+        pipeline = self._whole(self.config, self.path, **{self.network_part: self._tuned.merged()})
         # Save in one data type: transformers loads encoders in the saved type, diffusers loads the rest in float32.
         pipeline.save_pretrained(folder, safe_serialization=True)
         layers = self._tuned.adapter_state()
         if layers:
-            self.pipeline.save_lora_weights(folder / "lora", unet_lora_layers=dict(layers), safe_serialization=True)
+            named = {f"{self.network_part}_lora_layers": dict(layers)}
+            self.pipeline.save_lora_weights(folder / "lora", **named, safe_serialization=True)
 
     # Methods for subclasses to override
 
@@ -275,11 +281,31 @@ class LatentFamily(ModelFamily):
         """Whether the null condition is zeros instead of the encoded empty prompt."""
         return False
 
+    @classmethod
+    def _unused(cls, config: Any) -> tuple[str, ...]:
+        """Components of the pipeline that are not loaded under this configuration."""
+        return cls.unused_parts
+
+    @classmethod
+    def _text_parts(cls, config: Any, path: str) -> tuple[tuple[str, str, Any], ...]:
+        """The text encoders that the embeddings use, as in `text_parts`."""
+        return cls.text_parts
+
+    @classmethod
+    def _text_facts(cls, config: Any, path: str) -> dict[str, Any]:
+        """Further JSON values that affect the embeddings, for the name of the cache folder."""
+        return {}
+
+    @property
+    def _multiple(self) -> int:
+        """Number of pixels of which width and height must be multiples."""
+        return self.factor
+
     def _added(self, condition: Condition) -> dict[str, Tensor] | None:
         """The U-Net's `added_cond_kwargs`."""
         return None
 
-    def _check_unet(self, unet: Any) -> None:
+    def _check_network(self, unet: Any) -> None:
         """Raise `ModelError` if the U-Net has inputs that the family does not provide."""
         if unet.config["in_channels"] != 4:
             raise ModelError(
@@ -308,10 +334,12 @@ class LatentFamily(ModelFamily):
     @classmethod
     def _whole(cls, config: Any, path: str, **parts: Any) -> Any:
         """Load the pipeline of a folder; `parts` replaces components."""
-        parts |= {**dict.fromkeys(cls.unused_parts), **cls.saved_with}
+        parts |= {**dict.fromkeys(cls._unused(config)), **cls.saved_with}
         if config.vae is not None:
             # Load the VAE again: the one of a loaded family can have a narrower data type and be on another device.
-            parts["vae"] = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline)
+            parts["vae"] = load_vae(
+                path, config.vae, dtype="float32", device="cpu", offline=config.offline, kind=cls.vae_class
+            )
         return load_part(
             cls.pipeline.from_pretrained, path, None, dtype=torch.float32, revision=config.revision,
             variant=config.variant, **parts,
@@ -324,12 +352,12 @@ class LatentFamily(ModelFamily):
         # Image-to-image pipelines have the same components.
         if found not in (wanted, wanted.replace("Pipeline", "Img2ImgPipeline")):
             raise ModelError(f"model.path: `{path}` holds a {found}, and model.type `{config.type}` needs a {wanted}.")
-        require_whole(path, variant=config.variant, without=cls.unused_parts)
+        require_whole(path, variant=config.variant, without=cls._unused(config))
 
     @classmethod
     def _encoders(cls, config: Any, path: str, device: str) -> Encoders:
         return load_encoders(
-            path, cls.text_parts, dtype=DTYPES[config.dtype], device=device, revision=config.revision,
+            path, cls._text_parts(config, path), dtype=DTYPES[config.dtype], device=device, revision=config.revision,
             variant=config.variant, tokenizer=AutoTokenizer,
         )  # fmt: skip
 
@@ -344,9 +372,9 @@ class LatentFamily(ModelFamily):
         root = config.memory.embedding_cache
         if root is None:
             return None
-        parts = [name for part in cls.text_parts for name in part[:2]]
+        parts = [name for part in cls._text_parts(config, path) for name in part[:2]]
         return root / fingerprint(
             path, parts, dtype=config.dtype, variant=config.variant, negative_prompt=config.negative_prompt,
             null_is_zeros=cls._null_is_zeros(config, path), long_prompts=config.long_prompts,
-            clip_skip=getattr(config, "clip_skip", None),
+            clip_skip=getattr(config, "clip_skip", None), **cls._text_facts(config, path),
         )  # fmt: skip

@@ -133,7 +133,7 @@ def _needed_files(kind: str) -> tuple[tuple[str, ...], str | None]:
         return ("tokenizer_config.json",), None
     if "Processor" in kind or "Extractor" in kind:
         return (), None
-    return ("config.json",), "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
+    return ("config.json",), "model" if kind.startswith(("CLIP", "T5", "Qwen")) else "diffusion_pytorch_model"
 
 
 def _missing_words(folder: Path) -> list[str]:

@@ -43,8 +43,8 @@ class Sd15Family(LatentFamily):
 
         return embed
 
-    def _check_unet(self, unet: Any) -> None:
-        super()._check_unet(unet)
+    def _check_network(self, unet: Any) -> None:
+        super()._check_network(unet)
         if unet.config.get("addition_embed_type") is not None or unet.config.get("class_embed_type") is not None:
             raise ModelError(
                 f"model.path: the U-Net of `{self.path}` takes more than timesteps and text: it is no Stable Diffusion "

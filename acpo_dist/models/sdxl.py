@@ -82,8 +82,8 @@ class SdxlFamily(LatentFamily):
             )
         return {"text_embeds": tensors["pooled_prompt_embeds"], "time_ids": ids}
 
-    def _check_unet(self, unet: Any) -> None:
-        super()._check_unet(unet)
+    def _check_network(self, unet: Any) -> None:
+        super()._check_network(unet)
         if unet.config.get("addition_embed_type") != "text_time":
             raise ModelError(f"model.path: the U-Net of `{self.path}` takes no sizes or pooled text: it is no SDXL.")
         width = unet.config["addition_time_embed_dim"]

@@ -37,7 +37,8 @@ class VaeDecoder:
         """
         self.vae: Any = vae
         self._slicing, self._tiling = slicing, tiling
-        self._scale: float = vae.config["scaling_factor"]
+        self._scale: float = vae.config.get("scaling_factor", 1.0)
+        self._shift: float | None = vae.config.get("shift_factor")
         self._moments = _moments(vae)
         self._half = next(vae.decoder.parameters()).dtype == torch.float16
         if checkpointing:
@@ -47,6 +48,11 @@ class VaeDecoder:
     def channels(self) -> int:
         """Number of latent channels."""
         return int(self.vae.config["latent_channels"])
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     def decode(self, clean: Tensor) -> Tensor:
         """Decode scaled latents to images.
@@ -61,10 +67,7 @@ class VaeDecoder:
             NonFiniteError: the VAE runs in float16 and its activations overflow.
         """
         dtype = next(self.vae.decoder.parameters()).dtype
-        latents = clean / self._scale
-        if self._moments is not None:
-            mean, std = (value.to(latents) for value in self._moments)
-            latents = latents * std + mean
+        latents = self.to_vae(clean)
         differentiated = torch.is_grad_enabled() and clean.requires_grad
         self.vae.use_slicing = self._slicing and not differentiated
         self.vae.use_tiling = self._tiling and not differentiated
@@ -94,9 +97,25 @@ class VaeDecoder:
         latents = self.vae.encode((2 * pixels - 1).to(dtype)).latent_dist.mode().float()
         if not bool(torch.isfinite(latents).all()):
             raise NonFiniteError("the VAE's encoder gave latents that are not finite: set model.vae_dtype=float32.")
+        return self.from_vae(latents)
+
+    def to_vae(self, clean: Tensor) -> Tensor:
+        """Convert x_0 to the latents that the VAE decodes."""
+        latents = clean / self._scale
+        if self._shift:
+            latents = latents + self._shift
+        if self._moments is not None:
+            mean, std = (value.to(latents) for value in self._moments)
+            latents = latents * std + mean
+        return latents
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """Convert latents of the VAE to x_0, the inverse of `to_vae`."""
         if self._moments is not None:
             mean, std = (value.to(latents) for value in self._moments)
             latents = (latents - mean) / std
+        if self._shift:
+            latents = latents - self._shift
         return latents * self._scale
 
 
@@ -121,7 +140,16 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-def load_vae(path: str, override: str | None, *, dtype: str, device: str, offline: bool, **options: Any) -> Any:
+def load_vae(
+    path: str,
+    override: str | None,
+    *,
+    dtype: str,
+    device: str,
+    offline: bool,
+    kind: Any = AutoencoderKL,
+    **options: Any,
+) -> Any:
     """Load the VAE of a pipeline, or the VAE that replaces it.
 
     Args:
@@ -131,6 +159,7 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
         dtype: a name in `VAE_DTYPES`.
         device: torch device.
         offline: use the local cache only.
+        kind: class of the VAE.
         options: revision and variant of the pipeline's files; not used for `override`.
 
     Returns:
@@ -148,7 +177,7 @@ def load_vae(path: str, override: str | None, *, dtype: str, device: str, offlin
         if (Path(source) / "vae").is_dir():
             part = "vae"
     vae = load_part(
-        AutoencoderKL.from_pretrained, source, part, key=key, dtype=VAE_DTYPES[dtype], local_files_only=offline,
+        kind.from_pretrained, source, part, key=key, dtype=VAE_DTYPES[dtype], local_files_only=offline,
         **options,
     )  # fmt: skip
     if dtype == "float16" and vae.config.get("force_upcast", True):

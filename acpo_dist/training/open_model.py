@@ -14,7 +14,10 @@ from acpo_dist.training.run_folder import RESOLVED, read_run_config
 from acpo_dist.training.trajectory.artefact import configured_trajectory, trajectory_from_mapping
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
-_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm"}
+_FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "DDPMPipeline": "ddpm",
+    "StableDiffusion3Pipeline": "sd3", "ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein",
+}  # fmt: skip
 
 
 def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:

@@ -1,4 +1,4 @@
-"""Rebuild every asset of the toy world from seeds: reward, judge, VAE, toy-sdxl, toy-ddpm, toy-sd15."""
+"""Rebuild every asset of the toy world from seeds: reward, judge, VAE, toy-sdxl, toy-ddpm, toy-sd15, toy-flow."""
 
 import json
 import logging
@@ -17,13 +17,16 @@ from transformers import CLIPTokenizer
 from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage, spoil
 from acpo_dist.data.toy.text import MAX_TOKENS, write_tokenizer
 from acpo_dist.data.toy.world import IMAGE_SIZE, caption_index, captions, templates
+from acpo_dist.diffusion.flow import flow_alpha_bars, flow_inputs
 from acpo_dist.models.training.denoiser import ExampleBatch, Progress, train_denoiser
 from acpo_dist.models.training.toy_models import (
+    ToyFlow,
     ToySd15,
     ToySdxl,
     new_ddpm,
     new_vae,
     save_ddpm,
+    save_toy_flow,
     save_toy_sd15,
     save_toy_sdxl,
     sd15_scheduler,
@@ -36,10 +39,11 @@ from acpo_dist.rewards.two_stream import TOY, TwoStream
 
 logger = logging.getLogger(__name__)
 
-SEEDS = {"reward": 11, "judge": 23, "vae": 37, "sdxl": 41, "ddpm": 53, "sd15": 67}
+SEEDS = {"reward": 11, "judge": 23, "vae": 37, "sdxl": 41, "ddpm": 53, "sd15": 67, "flow": 71}
 PARTS = tuple(SEEDS)
 NULL_SHARE = 0.10
 _LATENT_BANK = 34_560
+_FLOW_BANK = 8_640
 _WEB_EXPONENT = 0.5
 """The latent model learns from mostly poor images, so that its quality can be raised."""
 
@@ -48,12 +52,12 @@ def build(part: str, folder: Path, *, effort: float = 1.0, progress: Progress | 
     """Train one part and write it below `folder`.
 
     Args:
-        part: one of `PARTS`; `sdxl` and `sd15` need `vae` to be there.
+        part: one of `PARTS`; `sdxl`, `sd15` and `flow` need `vae` to be there.
         effort: scales the number of training steps; 1 gives the shipped assets.
 
     Raises:
         ValueError: unknown part.
-        FileNotFoundError: `sdxl` or `sd15` before `vae`.
+        FileNotFoundError: `sdxl`, `sd15` or `flow` before `vae`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     builders = {"reward": _build_reward, "judge": _build_judge, "vae": _build_vae}
@@ -115,8 +119,8 @@ def _build_vae(folder: Path, effort: float) -> None:
 
 
 @torch.no_grad()
-def _latent_bank(vae: AutoencoderKL, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    images, _, caption_ids = draw_spoiled(BASE_DAMAGE, _LATENT_BANK, generator, severity_exponent=_WEB_EXPONENT)
+def _latent_bank(vae: AutoencoderKL, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    images, _, caption_ids = draw_spoiled(BASE_DAMAGE, count, generator, severity_exponent=_WEB_EXPONENT)
     scale = vae.config["scaling_factor"]
     encode: Any = vae.encode
     latents = torch.cat([scale * encode(2 * chunk - 1).latent_dist.mean for chunk in images.split(64)])
@@ -139,9 +143,9 @@ def _token_ids(folder: Path, texts: Sequence[str]) -> Tensor:
     return tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def _captioned_latents(vae: AutoencoderKL, seed: int) -> ExampleBatch:
+def _captioned_latents(vae: AutoencoderKL, seed: int, count: int = _LATENT_BANK) -> ExampleBatch:
     """Return random latents with (caption id, 1 to keep the caption or 0 to drop it)."""
-    latents, caption_ids = _latent_bank(vae, torch.Generator().manual_seed(seed))
+    latents, caption_ids = _latent_bank(vae, count, torch.Generator().manual_seed(seed))
 
     def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:
         rows = torch.randint(len(latents), (count,), generator=generator)
@@ -194,6 +198,38 @@ def _build_sd15(folder: Path, effort: float, progress: Progress | None) -> None:
     save_toy_sd15(folder / "toy-sd15", model, vae)
 
 
+def _build_flow(folder: Path, effort: float, progress: Progress | None) -> None:
+    vae = _load_vae(folder, "flow")
+    torch.manual_seed(SEEDS["flow"])
+    model = ToyFlow()
+    tokens, null = _token_ids(folder, [*captions(), ""]), len(captions())
+    captioned = _captioned_latents(vae, SEEDS["flow"], _FLOW_BANK)
+    # SD3's VAE centres its latents.
+    scale = vae.config["scaling_factor"]
+    shift = round(float(captioned(4096, torch.Generator().manual_seed(SEEDS["flow"]))[0].mean()) / scale, 4)
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, object]:
+        latents, condition = captioned(count, generator)
+        return latents - shift * scale, condition
+
+    def predict(network: nn.Module, noisy: Tensor, timesteps: Tensor, condition: object) -> Tensor:
+        assert isinstance(network, ToyFlow) and isinstance(condition, tuple)
+        ids, keep = condition
+        states, pooled = network.encode(tokens)
+        rows = torch.where(keep > 0, ids, null)
+        state, at = flow_inputs(noisy, timesteps, len(levels))
+        return network.transformer(state, states[rows], pooled[rows], at.float()).sample
+
+    levels = flow_alpha_bars(1000)
+
+    loss = train_denoiser(
+        model, draw, predict, levels, steps=int(2_000 * effort), batch_size=64, seed=SEEDS["flow"],
+        learning_rate=2e-3, prediction_type="flow_prediction", timestep_sampling="logit_normal", progress=progress,
+    )  # fmt: skip
+    logger.info("toy-flow: velocity error %.4f", loss)
+    save_toy_flow(folder / "toy-flow", model, vae, shift_factor=shift)
+
+
 def _build_ddpm(folder: Path, effort: float, progress: Progress | None) -> None:
     torch.manual_seed(SEEDS["ddpm"])
     unet = new_ddpm()
@@ -212,4 +248,4 @@ def _build_ddpm(folder: Path, effort: float, progress: Progress | None) -> None:
     save_ddpm(folder / "toy-ddpm", unet, half=True)
 
 
-_DENOISERS = {"sdxl": _build_sdxl, "ddpm": _build_ddpm, "sd15": _build_sd15}
+_DENOISERS = {"sdxl": _build_sdxl, "ddpm": _build_ddpm, "sd15": _build_sd15, "flow": _build_flow}

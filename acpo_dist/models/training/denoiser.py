@@ -50,8 +50,9 @@ def train_denoiser(
         learning_rate: peak learning rate.
         ema_decay: decay of the weight average.
         max_seconds: time limit in seconds; if set, the learning-rate decay follows the clock and still completes.
-        prediction_type: prediction target of the network: `epsilon` or `v_prediction`.
-        timestep_sampling: distribution of the timesteps, `uniform` or `log_normal` (`log_normal_timesteps`).
+        prediction_type: prediction target of the network: `epsilon`, `v_prediction` or `flow_prediction`.
+        timestep_sampling: distribution of the timesteps, `uniform`, `log_normal` (`log_normal_timesteps`) or `logit_normal` (of sigma, for flow
+            models).
         dtype: compute type of the forward pass; weights, loss and optimiser stay in float32.
         progress: called after a step.
 
@@ -76,12 +77,21 @@ def train_denoiser(
         clean, condition = draw(batch_size, generator)
         if timestep_sampling == "log_normal":
             timesteps = log_normal_timesteps(batch_size, alpha_bars, generator)
+        elif timestep_sampling == "logit_normal":
+            # Logit-normal, as Stable Diffusion 3.
+            sigmas = torch.randn(batch_size, generator=generator).sigmoid()
+            timesteps = (sigmas * len(alpha_bars)).long().clamp(max=len(alpha_bars) - 1)
         else:
             timesteps = torch.randint(len(alpha_bars), (batch_size,), generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         alpha_bar = alpha_bars[timesteps].to(clean.dtype).reshape(-1, *[1] * (clean.ndim - 1))
         noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
-        target = noise if prediction_type == "epsilon" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
+        if prediction_type == "flow_prediction":
+            target = noise - clean
+        elif prediction_type == "epsilon":
+            target = noise
+        else:
+            target = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
         with torch.autocast(noisy.device.type, dtype, enabled=dtype != torch.float32):
             model_output = predict(network, noisy, timesteps, condition)
         loss = F.mse_loss(model_output.float(), target)

@@ -1,5 +1,6 @@
 """Architectures of the embedded toy models: the SDXL, SD 1.5 and DDPM classes at a thousandth of their size."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,10 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -21,9 +25,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
 from acpo_dist.data.toy.world import IMAGE_SIZE
+from acpo_dist.models.sd3 import LENGTH_KEY
 
 TEXT_WIDTH = 32
 TIME_ID_WIDTH = 8
+FLOW_T5_TOKENS = 1
+"""Zero tokens in place of T5's in toy-flow; the pipeline's 256 would be most of its computation."""
+FLOW_SHIFT = 1.5
 
 
 def new_vae() -> AutoencoderKL:
@@ -118,6 +126,38 @@ class ToySd15(nn.Module):
         return self.text_encoder(token_ids).last_hidden_state
 
 
+class ToyFlow(nn.Module):
+    """Jointly trained parts of toy-flow: SD3's joint transformer and two text encoders with projection, without T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModelWithProjection(_text_config("quick_gelu"))
+        self.text_encoder_2 = CLIPTextModelWithProjection(_text_config("gelu"))
+        self.transformer = SD3Transformer2DModel(
+            sample_size=IMAGE_SIZE // 4,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=4,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=2 * TEXT_WIDTH,
+            caption_projection_dim=64,
+            pooled_projection_dim=2 * TEXT_WIDTH,
+            pos_embed_max_size=IMAGE_SIZE // 8,
+            qk_norm="rms_norm",
+        )
+
+    def encode(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return SD3's states with one zero token for the missing T5, (B, L + 1, 64), and pooled states (B, 64)."""
+        outputs = [
+            encoder(token_ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)
+        ]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        padded = nn.functional.pad(states, (0, 0, 0, FLOW_T5_TOKENS))
+        return padded, torch.cat([output.text_embeds for output in outputs], -1)
+
+
 def new_ddpm(image_size: int = IMAGE_SIZE, channels: Sequence[int] = (16, 32, 64)) -> UNet2DModel:
     """Return an untrained pixel-space U-Net for RGB images, with attention at its lowest resolution.
 
@@ -201,6 +241,37 @@ def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def save_toy_flow(folder: Path, model: ToyFlow, vae: AutoencoderKL, *, shift_factor: float) -> None:
+    """Write a `StableDiffusion3Pipeline` folder without T5, with weights in half precision.
+
+    Args:
+        folder: the folder.
+        model: the trained parts.
+        vae: the VAE of the toy models.
+        shift_factor: mean of the unscaled latents; the model is trained on (latents - shift) * scaling_factor.
+    """
+    for tokenizer in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / tokenizer)
+    vae.register_to_config(shift_factor=shift_factor)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=model.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        text_encoder_3=None,  # pyright: ignore[reportArgumentType]
+        tokenizer_3=None,  # pyright: ignore[reportArgumentType]
+    )
+    pipeline.transformer.to(torch.float16)
+    pipeline.vae.to(torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text(encoding="utf-8")) | {LENGTH_KEY: FLOW_T5_TOKENS}
+    index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_ddpm(
