@@ -103,8 +103,19 @@ class DdpoConfig(AlgorithmConfig):
     needs_noise: ClassVar[bool] = True
 
 
+class TimestepsConfig(Section):
+    """Distribution of the timesteps of a loss, over shares of the noise schedule in [0, `t_max`]."""
+
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """`logit_normal` prefers the middle of the schedule, as flow models are trained (Stable Diffusion 3)."""
+    shift: float = Field(default=1.0, gt=0)
+    """Shift of the shares, s t / (1 + (s - 1) t); above 1 prefers noisy timesteps, as `sampler.shift` does."""
+
+
 class NoiseSpaceConfig(AlgorithmConfig):
     """Timesteps of the loss, and the anchor."""
+
+    timesteps: TimestepsConfig = TimestepsConfig()
 
     t_max: float = Field(default=1.0, gt=0, le=1)
     """Largest timestep for forward noising, as a share of the noise schedule."""

@@ -47,6 +47,7 @@ class NoiseSpaceAlgorithm(BaseAlgorithm):
             network,
             lowest=1,
             t_max=self.config.t_max,
+            drawing=self.config.timesteps,
             null_share=dropout or (anchor.null_share if anchor_weight > 0 else 0.0),
             offset=self.config.offset_noise,
         )

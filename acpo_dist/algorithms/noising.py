@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from acpo_dist.algorithms.base import MicroBatch, Network
+from acpo_dist.algorithms.config import TimestepsConfig
+from acpo_dist.diffusion.flow import shifted
 from acpo_dist.diffusion.prediction import add_noise
+
+UNIFORM = TimestepsConfig()
+"""Uniform timesteps, drawn as integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +34,9 @@ class NoisedStates:
 
 def noise_forward(
     batch: MicroBatch, network: Network, *, lowest: int = 0, t_max: float = 1.0, null_share: float = 0.0,
-    offset: float = 0.0, condition: Any = None,
+    offset: float = 0.0, drawing: TimestepsConfig = UNIFORM, condition: Any = None,
 ) -> NoisedStates:  # fmt: skip
-    """Noise `batch.clean` at timesteps drawn uniformly from [lowest, t_max T).
+    """Noise `batch.clean` at timesteps drawn from [lowest, t_max T).
 
     Args:
         batch: samples with `clean` (B, C, H, W) and one noise key each.
@@ -40,6 +45,7 @@ def noise_forward(
         t_max: upper bound of the timesteps as a share of T.
         null_share: probability that a sample is predicted without its prompt.
         offset: standard deviation of a constant per sample and channel that is added to the noise.
+        drawing: distribution of the timesteps in that range.
         condition: conditioning of the prompts; None encodes them.
     """
     device, levels = batch.clean.device, network.alpha_bars
@@ -48,7 +54,8 @@ def noise_forward(
         # Only the branch without prompts exists.
         null_share = 0.0
     highest = max(lowest + 1, round(t_max * len(levels)))
-    draws = [_draw(key, batch.clean.shape[1:], lowest, highest, null_share, offset) for key in batch.noise_keys]
+    shape = batch.clean.shape[1:]
+    draws = [_draw(key, shape, lowest, highest, null_share, offset, drawing) for key in batch.noise_keys]
     timesteps = torch.tensor([timestep for timestep, _, _ in draws], device=device)
     is_null = torch.tensor([null for _, null, _ in draws], device=device)
     noise = torch.stack([noise for _, _, noise in draws]).to(device)
@@ -71,10 +78,23 @@ def split_branches(error_B: Tensor, is_null_B: Tensor) -> dict[str, Tensor]:
 
 
 def _draw(
-    key: int, shape: torch.Size, lowest: int, highest: int, null_share: float, offset: float
+    key: int,
+    shape: torch.Size,
+    lowest: int,
+    highest: int,
+    null_share: float,
+    offset: float,
+    drawing: TimestepsConfig,
 ) -> tuple[int, bool, Tensor]:
     generator = torch.Generator().manual_seed(key)
-    timestep = int(torch.randint(lowest, highest, (), generator=generator))
+    if drawing == UNIFORM:
+        timestep = int(torch.randint(lowest, highest, (), generator=generator))
+    else:
+        share = torch.rand((), generator=generator, dtype=torch.float64)
+        if drawing.distribution == "logit_normal":
+            share = torch.special.ndtri(share).sigmoid()
+        place = shifted(float(share), drawing.shift)
+        timestep = min(lowest + int(place * (highest - lowest)), highest - 1)
     null = bool(torch.rand((), generator=generator) < null_share)
     noise = torch.randn(shape, generator=generator)
     if offset > 0:

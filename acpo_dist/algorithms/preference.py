@@ -97,7 +97,7 @@ class Preference(NoiseSpaceAlgorithm):
         """Return, for NCP, the error differences of pairs of samples on noise and on features, one value per pair."""
         if self.config.space != "ncp":
             return {}
-        states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max)
+        states = noise_forward(batch, network, lowest=1, t_max=self.config.t_max, drawing=self.config.timesteps)
         model_output, base = both_outputs(network, states)
         found = {
             "noise": statistics_of(batch, network, states, model_output, base),

@@ -108,7 +108,7 @@ def generate(
                 own = derive_seed("generate", seed, text, sample)
                 asked: dict[str, Any] = {"guidance_scale": guidance_scale} if conditional else {}
                 if conditional:
-                    asked |= prompt_arguments(pipeline, config, text, negative_prompt)
+                    asked |= prompt_arguments(pipeline, config, text, negative_prompt, guidance_scale)
                 for place, scale in enumerate(scales):
                     if adapter is not None:
                         adapter.set(scale, ranges)

@@ -1,6 +1,7 @@
 """All keys of a run: type, default and meaning. Relations between keys are in `relations.py`."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,10 @@ from acpo_dist.core.files import folder_name
 from acpo_dist.core.registry import ALGORITHMS, MODELS, REWARDS
 
 Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+
+
+LATE_RATIO = 0.8328
+"""s / a of SDXL's schedule at timestep 300."""
 
 
 class RunConfig(Section):
@@ -85,15 +90,29 @@ class SamplerConfig(Section):
     t_max: float | None = Field(default=None, gt=0, le=1)
     """Largest training timestep as a share of the noise schedule. None is 0.3, so that only late steps train and
     composition stays; with `eta` above 0 it is 1, since a policy gradient sums over all transitions."""
+    k_max: float | None = Field(default=None, gt=0)
+    """Largest noise-to-signal ratio s / a of late steps, instead of `t_max`; it means the same for every model. None is
+    `t_max`; for flow models without `t_max` it is 0.83, SDXL's at `t_max` 0.3."""
     late_per_sample: int = Field(default=4, ge=1)
     """States kept per sample among the steps at or below t_max, evenly distributed."""
 
-    @property
-    def latest_share(self) -> float:
-        """Value of `t_max`, or its default."""
+    def latest_share(self, alpha_bars: Sequence[float]) -> float:
+        """Largest late timestep as a share of the noise schedule: `t_max`, `k_max`, or their defaults.
+
+        Args:
+            alpha_bars: the model's alpha_bar by timestep, shape (T,); the last one is 0 for a flow model.
+        """
         if self.t_max is not None:
             return self.t_max
-        return 1.0 if self.eta > 0 else 0.3
+        k_max = self.k_max
+        if k_max is None:
+            if self.eta > 0:
+                return 1.0
+            if alpha_bars[-1] > 0:
+                return 0.3
+            k_max = LATE_RATIO
+        within = sum(1 - float(level) <= k_max**2 * float(level) for level in alpha_bars)
+        return max(within - 1, 1) / len(alpha_bars)
 
     def guidance_for(self, *, conditional: bool) -> float:
         """Guidance scale of the rollouts; 1, the conditional branch alone, if guidance does not apply."""

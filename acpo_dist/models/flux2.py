@@ -78,6 +78,11 @@ class Flux2KleinFamily(TransformerFamily):
 
         return embed
 
+    @classmethod
+    @override
+    def call_arguments(cls, config: Flux2KleinConfig, guidance_scale: float) -> dict[str, Any]:
+        return super().call_arguments(config, guidance_scale) | {"text_encoder_out_layers": config.text_layers}
+
     @override
     def _velocity(self, state: Tensor, at: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         size, height, width = len(state), *state.shape[2:]

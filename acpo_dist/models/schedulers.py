@@ -15,6 +15,7 @@ from diffusers import (
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -23,6 +24,7 @@ from typing_extensions import override
 
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.registry import nearest
+from acpo_dist.diffusion.flow import flow_sigma
 from acpo_dist.diffusion.plms import PLMS, noise_levels
 from acpo_dist.diffusion.prediction import to_velocity
 from acpo_dist.diffusion.sampling import DDIM, Predict, Sampler, Stepper, ddim_step
@@ -30,6 +32,9 @@ from acpo_dist.diffusion.trajectory import Trajectory
 
 LEAST_LEVEL = 2.0**-24
 """Smallest alpha_bar of a scheduler that is built for its step only."""
+
+UNSHIFTED: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+"""Configuration with which the flow scheduler takes sigmas as they are."""
 
 RESPACING_FLAGS = (
     "use_karras_sigmas",
@@ -218,6 +223,21 @@ def _scaled_step(scheduler: Any, index: int, model_output: Tensor, scaled: Tenso
     return scheduler.step(model_output.float(), timestep, scaled).prev_sample
 
 
+class UnetFlowScheduler(FlowMatchEulerDiscreteScheduler):
+    """The flow scheduler with the two attributes that diffusers' U-Net pipelines read: for rectified-flow SDXL."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Return the sample: flow networks take their state unscaled."""
+        return sample
+
+
+def flow_line(trajectory: Trajectory) -> list[float]:
+    """Convert a trajectory to N + 1 sigmas of a flow model, for ComfyUI's manual sigmas; the last one is the end."""
+    return [flow_sigma(level) for level in trajectory.alpha_bars]
+
+
 def euler_sigmas(trajectory: Trajectory) -> list[float]:
     """Convert a trajectory to the `sigmas` argument of `EulerDiscreteScheduler`.
 
@@ -263,6 +283,15 @@ def pipeline_arguments(scheduler: Any, trajectory: Trajectory) -> dict[str, list
         ConfigError: the scheduler cannot follow a trajectory, or an option of the scheduler would change it.
     """
     kind = type(scheduler).__name__
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        changing = {key: scheduler.config.get(key) for key, plain in UNSHIFTED.items()}
+        if changing != UNSHIFTED or trajectory.alpha_bars[-1] != 1:
+            raise ConfigError(
+                f"{kind} would change the trajectory's sigmas again: it has {changing}, expected {UNSHIFTED}, and the "
+                f"trajectory must end clean, found alpha_bar {trajectory.alpha_bars[-1]:g}. Create it with "
+                "from_config(config, shift=1.0, use_dynamic_shifting=False, shift_terminal=None)."
+            )
+        return {"sigmas": flow_line(trajectory)[:-1]}
     if not isinstance(scheduler, EulerDiscreteScheduler | DPMSolverMultistepScheduler):
         raise ConfigError(
             f"{kind} cannot follow an explicit trajectory in a pipeline: DDIM and PNDM assume evenly spaced timesteps "

@@ -56,6 +56,17 @@ class TransformerFamily(LatentFamily):
         }
         return self._velocity(state.to(dtype), at.float(), tensors).float()
 
+    @classmethod
+    def call_arguments(cls, config: Any, guidance_scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call that stand for this configuration.
+
+        Args:
+            config: the `model` section.
+            guidance_scale: w of eps_u + w (eps_c - eps_u).
+        """
+        length = cls._limit(config, resolve_path(config.path))
+        return {"guidance_scale": guidance_scale, "max_sequence_length": length}
+
     def _velocity(self, state: Tensor, at: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Call the transformer.
 

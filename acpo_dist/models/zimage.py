@@ -49,6 +49,11 @@ class ZImageFamily(TransformerFamily):
 
         return embed
 
+    @classmethod
+    @override
+    def call_arguments(cls, config: ZImageConfig, guidance_scale: float) -> dict[str, Any]:
+        return super().call_arguments(config, guidance_scale) | {"guidance_scale": max(0.0, guidance_scale - 1)}
+
     @override
     def _velocity(self, state: Tensor, at: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         texts = zip(tensors["prompt_embeds"], tensors["prompt_length"].tolist(), strict=True)

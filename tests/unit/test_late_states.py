@@ -56,8 +56,18 @@ def test_every_transition_that_has_a_density_is_taken_equally_often(timesteps):
 
 
 def test_a_policy_gradient_trains_on_all_transitions_by_default():
-    assert SamplerConfig(eta=1.0).latest_share == 1.0 and SamplerConfig().latest_share == 0.3
-    assert SamplerConfig(eta=1.0, t_max=0.4).latest_share == 0.4
+    levels = [0.9, 0.5, 0.1]
+    assert SamplerConfig(eta=1.0).latest_share(levels) == 1.0 and SamplerConfig().latest_share(levels) == 0.3
+    assert SamplerConfig(eta=1.0, t_max=0.4).latest_share(levels) == 0.4
+
+
+def test_late_steps_are_bounded_by_the_noise_to_signal_ratio_for_every_model():
+    sigmas = [(index + 1) / 1000 for index in range(1000)]
+    flow = [(1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2) for sigma in sigmas]
+    # sigma = k / (1 + k), and a timestep is 1000 sigma - 1.
+    assert SamplerConfig(k_max=1.0).latest_share(flow) == pytest.approx(0.499)
+    assert SamplerConfig().latest_share(flow) == pytest.approx(0.8328 / 1.8328, abs=2e-3)
+    assert SamplerConfig(k_max=1.0).latest_share([0.9, 0.6, 0.5, 0.4]) == 2 / 4
 
 
 def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():

@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from acpo_dist.config.load import load_config
@@ -113,14 +114,14 @@ def test_a_run_folder_that_cannot_be_made_is_a_mistake_of_the_user_with_the_key_
 
 
 def test_a_trajectory_with_one_late_state_is_reported_with_the_share_that_gives_two():
+    levels = np.linspace(0.99, 0.01, 1000)
     few = Trajectory(timesteps=(999.0, 749.0, 499.0, 249.0), alpha_bars=(0.01, 0.1, 0.4, 0.8, 1.0))
     config = load_config("toy_sdxl", ["sampler.num_steps=4", "sampler.t_max=null", "sampler.guidance_scale=1"])
-    said = few_late_states(few, config, 1000)
+    said = few_late_states(few, config, levels)
     assert said is not None and "sampler.t_max=0.3" in said and "sampler.t_max=0.5 " in said and "249" in said
-    assert few_late_states(few, load_config("toy_sdxl", ["sampler.t_max=0.5"]), 1000) is None
-    assert (
-        few_late_states(few, load_config("toy_sdxl", ["sampler.t_max=0.3", "sampler.late_per_sample=1"]), 1000) is None
-    )
+    assert few_late_states(few, load_config("toy_sdxl", ["sampler.t_max=0.5"]), levels) is None
+    single = load_config("toy_sdxl", ["sampler.t_max=0.3", "sampler.late_per_sample=1"])
+    assert few_late_states(few, single, levels) is None
 
 
 def test_a_group_whose_spread_is_a_residue_of_rounding_is_left_out_and_counted():

@@ -14,9 +14,10 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import CheckpointError, ModelError, UsageError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.sizes import size_text
+from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.architectures import architecture_of, prediction_type_of
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers, text_width
-from acpo_dist.models.schedulers import dpmpp_timesteps, euler_sigmas
+from acpo_dist.models.schedulers import UNSHIFTED, dpmpp_timesteps, euler_sigmas, flow_line
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.open_model import prepared
 from acpo_dist.training.run import export_pipeline
@@ -143,8 +144,14 @@ def _write_lora(
     if not hasattr(family, "pipeline"):
         raise ModelError(f"a `{config.model.type}` pipeline loads no LoRA; use --format merged.")
     if layout == "diffusers-lora":
-        family.pipeline.save_lora_weights(out, unet_lora_layers=dict(layers), safe_serialization=True)
+        named = {f"{getattr(family, 'network_part', 'unet')}_lora_layers": dict(layers)}
+        family.pipeline.save_lora_weights(out, **named, safe_serialization=True)
         return out / "pytorch_lora_weights.safetensors"
+    if getattr(family, "network_part", "unet") != "unet":
+        raise ModelError(
+            f"kohya's layout names modules of a U-Net, and a `{config.model.type}` model has none; use "
+            "--format diffusers-lora, which ComfyUI reads for transformers."
+        )
     depth = architecture_of(config.model).unet["layers_per_block"]
     if not isinstance(depth, int):
         raise CheckpointError(f"layers_per_block is {depth}: kohya's layout requires the same number in all blocks")
@@ -175,18 +182,30 @@ def kohya_base(config: Config, layers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write_schedule(config: Config, checkpoint: Checkpoint, out: Path) -> Path | None:
-    """Write the rollouts' trajectory for `acpo generate --schedule` and for two schedulers of diffusers."""
+    """Write the rollouts' trajectory for `acpo generate --schedule` and for schedulers of diffusers.
+
+    That of a flow model is also written as a line for ComfyUI's manual sigmas (`manual_sigmas`).
+    """
     found = checkpoint.state.get("trajectory")
     if found is None or not hasattr(resolve("model", MODELS, config.model.type), "pipeline"):
         return None
     trajectory = trajectory_from_mapping(found)
-    plain = {
-        "EulerDiscreteScheduler": {"sigmas": euler_sigmas(trajectory)},
-        "DPMSolverMultistepScheduler": {"timesteps": dpmpp_timesteps(trajectory)},
-    }
+    plain: dict[str, dict[str, Any]]
+    if trajectory.alpha_bars[0] == 0:
+        plain = {"FlowMatchEulerDiscreteScheduler": {**UNSHIFTED, "sigmas": flow_line(trajectory)[:-1]}}
+        found = {**found, "manual_sigmas": ", ".join(f"{sigma:.6g}" for sigma in flow_line(trajectory))}
+    else:
+        plain = _discrete(trajectory)
     path = out / "schedule.json"
     path.write_text(json.dumps({"trajectory": found, "diffusers": plain}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _discrete(trajectory: Trajectory) -> dict[str, dict[str, Any]]:
+    return {
+        "EulerDiscreteScheduler": {"sigmas": euler_sigmas(trajectory)},
+        "DPMSolverMultistepScheduler": {"timesteps": dpmpp_timesteps(trajectory)},
+    }
 
 
 def _metrics(run: Path, checkpoint: Checkpoint) -> dict[str, float]:

@@ -1,26 +1,41 @@
 """Open the exported model of a run as a plain diffusers pipeline, with a scheduler that can follow a trajectory."""
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDPMPipeline,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.sizes import Size, size_text
+from acpo_dist.diffusion.flow import flow_alpha_bars
+from acpo_dist.models.flow_levels import is_flow
 from acpo_dist.models.loading import load_part, resolve_path
-from acpo_dist.models.schedulers import pipeline_arguments
+from acpo_dist.models.schedulers import UNSHIFTED, UnetFlowScheduler, pipeline_arguments
+from acpo_dist.models.sd3 import T5_PARTS
 from acpo_dist.models.text import Encoder
+from acpo_dist.models.transformer import TransformerFamily
 from acpo_dist.training.run_folder import RESOLVED, read_run_config
 from acpo_dist.training.trajectory.artefact import read_schedule
 
 _SCHEDULERS = {"euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
-_FAMILIES = {"StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15"}
+_FAMILIES = {
+    "StableDiffusionXLPipeline": "sdxl", "StableDiffusionPipeline": "sd15", "StableDiffusion3Pipeline": "sd3",
+    "ZImagePipeline": "zimage", "Flux2KleinPipeline": "flux2_klein",
+}  # fmt: skip
 _MULTIPLE = 8
 """Image sizes of diffusers' pipelines are multiples of this, whatever the VAE."""
 
@@ -85,7 +100,12 @@ def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
         if not (path / "export" / "model_index.json").is_file():
             raise UsageError(f"{model} is a run without an export: a run exports its model when it ends.")
         model = str(path / "export")
-    pipeline = load_part(DiffusionPipeline.from_pretrained, resolve_path(model), None, dtype=torch.float32)
+    folder = resolve_path(model)
+    index = load_part(DiffusionPipeline.load_config, folder, None)
+    # diffusers loads a folder of Stable Diffusion 3 without T5 only if the missing components are named.
+    without = T5_PARTS if index.get("_class_name") == StableDiffusion3Pipeline.__name__ else ()
+    missing = {part: None for part in without if part not in index}
+    pipeline = load_part(DiffusionPipeline.from_pretrained, folder, None, dtype=torch.float32, **missing)
     return _ready(pipeline, solver)
 
 
@@ -98,7 +118,17 @@ def _ready(pipeline: Any, solver: str) -> tuple[Any, bool]:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     conditional = not isinstance(pipeline, DDPMPipeline)
-    if conditional:
+    kind, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
+    if conditional and is_flow(kind, config):
+        if solver != "euler":
+            raise UsageError(
+                f"--solver {solver}: the model is a flow model, whose pipeline takes Euler steps. Use --solver euler."
+            )
+        if hasattr(pipeline, "unet"):
+            pipeline.scheduler = UnetFlowScheduler.from_config(
+                config, shift=config.get("flow_shift", config.get("shift", 1.0))
+            )
+    elif conditional:
         pipeline.scheduler = _SCHEDULERS[solver].from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     return pipeline, conditional
 
@@ -122,7 +152,9 @@ def size_arguments(pipeline: Any, size: Size | None) -> dict[str, Any]:
     return {"height": size[1], "width": size[0]}
 
 
-def prompt_arguments(pipeline: Any, config: Config | None, prompt: str, negative: str | None) -> dict[str, Any]:
+def prompt_arguments(
+    pipeline: Any, config: Config | None, prompt: str, negative: str | None, guidance_scale: float = 1.0
+) -> dict[str, Any]:
     """Prompt and negative prompt for the pipeline's call, as the run encodes them.
 
     A prompt of several chunks, or with `model.clip_skip`, is passed as embeddings: pipelines cut it.
@@ -132,6 +164,7 @@ def prompt_arguments(pipeline: Any, config: Config | None, prompt: str, negative
         config: the run's configuration; None for any other model.
         prompt: the prompt.
         negative: the negative prompt, or None.
+        guidance_scale: of the run; the pipelines of some flow models count it otherwise.
     """
     plain = {"prompt": prompt} | ({} if negative is None else {"negative_prompt": negative})
     kind = next((kind for name, kind in _FAMILIES.items() if type(pipeline).__name__ == name), None)
@@ -139,6 +172,10 @@ def prompt_arguments(pipeline: Any, config: Config | None, prompt: str, negative
     if family is None:
         return plain
     model = config.model if config is not None else family.Config(path=pipeline.name_or_path)
+    if issubclass(family, TransformerFamily):
+        if "negative_prompt" in plain and "negative_prompt" not in inspect.signature(pipeline.__call__).parameters:
+            raise UsageError(f"--negative-prompt: {type(pipeline).__name__} takes none. Omit the option.")
+        return plain | family.call_arguments(model, guidance_scale)
     encoders = [Encoder(getattr(pipeline, tokens), getattr(pipeline, name)) for tokens, name, _ in family.text_parts]
     cut = model.long_prompts == "cut"
     several = any(len(encoder.chunks(text, cut=cut)) > 1 for encoder in encoders for text in (prompt, negative or ""))
@@ -166,6 +203,12 @@ def arguments_for(pipeline: Any, schedule: Path | None, steps: int) -> dict[str,
         raise UsageError(
             "a DDPMPipeline takes no trajectory; use `acpo train` or `acpo vrg`, which have their own sampler"
         )
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        config = pipeline.scheduler.config
+        trajectory = read_schedule(schedule, flow_alpha_bars(config["num_train_timesteps"]).numpy())
+        # Otherwise the scheduler would shift the trajectory's sigmas a second time.
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config, **UNSHIFTED)
+        return pipeline_arguments(pipeline.scheduler, trajectory)
     trajectory = read_schedule(schedule, pipeline.scheduler.alphas_cumprod.double().numpy())
     # With this spacing diffusers starts Euler from unit noise in x, which the trajectory assumes.
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, timestep_spacing="leading")

@@ -51,8 +51,8 @@ def train_denoiser(
         ema_decay: decay of the weight average.
         max_seconds: time limit in seconds; if set, the learning-rate decay follows the clock and still completes.
         prediction_type: prediction target of the network: `epsilon`, `v_prediction` or `flow_prediction`.
-        timestep_sampling: distribution of the timesteps, `uniform`, `log_normal` (`log_normal_timesteps`) or `logit_normal` (of sigma, for flow
-            models).
+        timestep_sampling: distribution of the timesteps, `uniform`, `log_normal` (`log_normal_timesteps`) or
+            `logit_normal` (of sigma, for flow models).
         dtype: compute type of the forward pass; weights, loss and optimiser stay in float32.
         progress: called after a step.
 

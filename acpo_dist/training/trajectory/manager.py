@@ -21,6 +21,7 @@ from acpo_dist.training.trajectory.artefact import (
 )
 from acpo_dist.training.trajectory.measure import measure, table_drift
 from acpo_dist.training.trajectory.validate import Update, consider, describe, set_trajectory
+from acpo_dist.vrg.levels import FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class TrajectoryManager:
         """
         self._base = self._configured()
         set_trajectory(self._pool, self._base)
-        if (note := few_late_states(self._base, self._config, len(self._alpha_bars))) is not None:
+        if (note := few_late_states(self._base, self._config, self._alpha_bars)) is not None:
             self._console.message(f"warning: {note}")
         return self._update(0) if self._config.vrg.enabled else {}
 
@@ -139,21 +140,22 @@ class TrajectoryManager:
         return configured_trajectory(sampler.trajectory, sampler.num_steps, self._alpha_bars) or self._base
 
 
-def few_late_states(trajectory: Trajectory, config: Config, num_train_timesteps: int) -> str | None:
+def few_late_states(trajectory: Trajectory, config: Config, alpha_bars: FloatArray) -> str | None:
     """Warning for a trajectory with a single state that the learner trains on; None otherwise.
 
     Args:
         trajectory: the trajectory of the rollouts.
         config: the run's configuration.
-        num_train_timesteps: T.
+        alpha_bars: the model's alpha_bar by timestep, shape (T,).
     """
-    sampler = config.sampler
-    late = [timestep for timestep in trajectory.timesteps if timestep <= sampler.latest_share * num_train_timesteps]
+    sampler, num_train_timesteps = config.sampler, len(alpha_bars)
+    latest = sampler.latest_share(alpha_bars.tolist())
+    late = [timestep for timestep in trajectory.timesteps if timestep <= latest * num_train_timesteps]
     if len(late) != 1 or sampler.late_per_sample == 1 or trajectory.num_steps == 1:
         return None
     # Rounded up, so that the second last step is included.
     share = math.ceil(100 * trajectory.timesteps[-2] / num_train_timesteps) / 100
     return (
-        f"only 1 of {trajectory.num_steps} denoise steps is at or below sampler.t_max={sampler.latest_share:g}, so the "
+        f"only 1 of {trajectory.num_steps} denoise steps is at or below sampler.t_max={latest:g}, so the "
         f"learner trains at timestep {late[0]:.0f} alone. sampler.t_max={share:g} adds the step before it."
     )

@@ -136,7 +136,7 @@ class BatchMaker:
             clean=clean.to(self._device),
             clean_prompts=captioned.captions if captioned else None,
             clean_conditioning=captioned.conditioning if captioned else {},
-            latest_share=spec.sampler.latest_share,
+            latest_share=spec.sampler.latest_share(self._family.alpha_bars.tolist()),
             clean_is_real=real,
             weights_B=weights.to(self._device),
             guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),

@@ -76,7 +76,8 @@ class RolloutWorker:
         """
         sampler, trajectory = self._sampler, self.trajectory
         try:
-            late = trajectory.late_steps(sampler.latest_share, len(self.family.alpha_bars), sampler.late_per_sample)
+            share = sampler.latest_share(self.family.alpha_bars.tolist())
+            late = trajectory.late_steps(share, len(self.family.alpha_bars), sampler.late_per_sample)
         except ValueError as error:
             raise ConfigError(f"sampler.t_max: {error}") from error
         if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
