@@ -15,3 +15,10 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         bool(absent), reason=f"needs {', '.join(absent)}: set ACPO_TEST_DATA to a folder that holds them"
     )
+
+
+def shared(name: str) -> Path:
+    """Return the path of a file of the data sets, or skip the test."""
+    if not (DATA / name).is_file():
+        pytest.skip(f"needs {name}: set ACPO_TEST_DATA to a folder that holds it")
+    return DATA / name
