@@ -15,7 +15,8 @@ export OMP_NUM_THREADS ?= 1
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test test-slow soak cluster-test lint format bench toy clean
+COMPAT := .compat
+.PHONY: help install venv demo test test-slow compat soak cluster-test lint format bench toy clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +51,13 @@ test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL at full siz
 
 soak: $(STAMP) ## runs with random faults for ten minutes; ARGS="--minutes 120 --seed 7"
 	$(BIN)/python -m tests.soak $(ARGS)
+
+# The oldest libraries that docs/sdxl.md promises, in a folder that goes before .venv on the path.
+compat: $(STAMP) ## open every export and embedded toy with older diffusers, transformers and peft
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $(COMPAT) --no-deps -r tests/compat/requirements.txt
+	rm -rf build/compat && mkdir -p build/compat
+	$(BIN)/python -m tests.compat.write build/compat
+	PYTHONPATH=$(COMPAT) $(BIN)/python tests/compat/check.py build/compat
 
 cluster-test: $(STAMP) ## a cluster of three hosts in namespaces, from `ray up` to `ray down`; needs root, takes half an hour
 	$(BIN)/python -m tests.cluster.bench $(ARGS)

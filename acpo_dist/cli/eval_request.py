@@ -21,7 +21,7 @@ from acpo_dist.evaluation.suites.subject import (
     open_model,
 )
 from acpo_dist.evaluation.suites.suite import UNCONDITIONAL, load_suite
-from acpo_dist.models.loading import resolve_path
+from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, resolve_path
 from acpo_dist.training.run_folder import RESOLVED
 
 
@@ -131,7 +131,8 @@ def _images_of(options: Options, source: str) -> ImageSubject:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / RESOLVED).is_file() or (path / "model_index.json").is_file()
+    checkpoint = path.suffix in CHECKPOINT_SUFFIXES and path.is_file()
+    return checkpoint or (path / RESOLVED).is_file() or (path / "model_index.json").is_file()
 
 
 def _is_images(source: str) -> bool:

@@ -13,7 +13,7 @@ def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="Run, pipeline folder, hub id, or an embedded toy. With --lora: the run whose base model is used."
+            help="Run, pipeline folder, checkpoint file, hub id or toy. With --lora: the run whose base model is used."
         ),
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="Prompt; repeat for several.")] = None,
@@ -73,8 +73,10 @@ def generate(
 
     wanted = lora_scale is not None or bool(lora_scale_range) or grid is not None
     config = run_config(model)
-    if wanted and lora is None:
+    if lora is None:
         lora = exported_lora(model)
+        if wanted and lora is None:
+            raise UsageError(f"{model} has no LoRA of its own, and a scale needs one: name it with --lora FILE.")
     if grid is not None and lora_scale is not None:
         raise UsageError("--grid and --lora-scale exclude each other: --grid draws several scales, --lora-scale one")
     scales = parse_grid(grid) if grid is not None else (1.0 if lora_scale is None else lora_scale,)
@@ -82,7 +84,7 @@ def generate(
         check_scale(value, "--lora-scale")
     ranges = [parse_range(text) for text in lora_scale_range or ()]
     if config is not None and lora is not None:
-        # The run's export holds its LoRA merged; another LoRA, or a scaled one, is loaded into the base model.
+        # A LoRA is loaded into the base model of the run, opened as the run opened it.
         pipeline, conditional = open_base(config, solver)
     else:
         pipeline, conditional = open_pipeline(model, solver)

@@ -47,7 +47,7 @@ def train(
             }
         )  # fmt: skip
         raise typer.Exit(3 if result.guard else 0)
-    console.message(f"done in {result.seconds:.0f} s: {result.run_dir}; pipeline in {result.export}")
+    console.message(f"done in {result.seconds:.0f} s: {result.run_dir}; tuned weights in {result.export}")
     if result.mlflow_uri:
         from acpo_dist.tracking.mlflow_query import charts_link
 

@@ -18,6 +18,7 @@ from acpo_dist.models.loading import resolve_path
 _CLIP_L: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "projection_dim": 768, "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77,
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
 }  # fmt: skip
 _BIG_G: dict[str, Any] = _CLIP_L | {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
@@ -70,6 +71,20 @@ PUBLISHED: dict[str, Architecture] = {
         text_encoders=(_CLIP_L,), published=True,
     ),
 }  # fmt: skip
+SD2 = Architecture(
+    family="sd15", published=True, vae=PUBLISHED["sd15"].vae,
+    unet=_SD15_UNET | {
+        "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+    text_encoders=(
+        _CLIP_L | {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+            "projection_dim": 512, "hidden_act": "gelu",
+        },
+    ),
+)  # fmt: skip
+"""Stable Diffusion 2.x at 512 px; 768 px differ in sample_size."""
 _PARTS = {"sdxl": ("text_encoder", "text_encoder_2"), "sd15": ("text_encoder",), "ddpm": ()}
 
 
@@ -119,6 +134,10 @@ def _read(config: Any, part: str | None, file_name: str = "config.json") -> Mapp
     if path == "train":
         raise ModelError("model.path is `train`: the run trains a small model, which needs no plan.")
     resolved = resolve_path(path)
+    if Path(resolved).is_file():
+        from acpo_dist.models.checkpoint_files import configurations, inspect
+
+        return configurations(inspect(Path(resolved)), config).get(part or "unet")
     file: Any = Path(resolved) / name
     if not Path(resolved).is_dir():
         file = try_to_load_from_cache(path, name, revision=config.revision)

@@ -27,7 +27,17 @@ class TuningConfig(Section):
     alpha: float | None = Field(default=None, gt=0)
     """LoRA scale times rank; None means the rank."""
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Name suffixes of the modules that get adapters."""
+    """Name suffixes of the modules that get adapters; convolutions (`conv1`, `conv2`, `conv_shortcut`) too."""
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: scale alpha / sqrt(rank) instead of alpha / rank."""
+    use_dora: bool = False
+    """DoRA: train the norm of each output row of a weight beside its low-rank update."""
+    init_weights: Literal["default", "gaussian"] = "default"
+    """Initial values of the first LoRA matrix, as in peft: `default` (Kaiming uniform) or `gaussian`."""
+    init: Path | None = None
+    """LoRA file to continue. It determines modules and ranks, and `rank` and `targets` are not used."""
+    anchor: Literal["init", "base"] = "init"
+    """With `init`, the model to which the anchor holds: base model plus that LoRA, or the base model."""
 
 
 class MemoryConfig(Section):
@@ -116,6 +126,15 @@ ImageSize = Annotated[
 ]
 
 
+class LoraConfig(Section):
+    """A LoRA that is merged into the base model."""
+
+    path: Path
+    """File in kohya's, A1111's, diffusers' or peft's layout."""
+    scale: float = 1.0
+    """Strength of the LoRA."""
+
+
 class LatentConfig(ModelConfig):
     """A latent diffusion model and its tuning."""
 
@@ -123,7 +142,14 @@ class LatentConfig(ModelConfig):
     """Side of the square whose area `image_size: buckets` has."""
 
     path: str
-    """Embedded toy, pipeline folder, or hub id."""
+    """Embedded toy, pipeline folder, hub id, or a checkpoint file (`.safetensors`, `.ckpt`)."""
+    config: str | None = None
+    """For a checkpoint file: pipeline folder or embedded toy whose configurations and tokenizers it uses; None uses the
+    published ones of Stable Diffusion 1.x, 2.x or SDXL."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """For a checkpoint file: what the network predicts; None reads it from the file."""
+    loras: tuple[LoraConfig, ...] = ()
+    """LoRA files that are merged into the base model before the run; the anchor includes them."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     variant: str | None = None
@@ -131,7 +157,7 @@ class LatentConfig(ModelConfig):
     offline: bool = False
     """Do not access the hub: the model must be a folder or in the local cache."""
     vae: str | None = None
-    """Folder or hub id of a VAE that replaces the pipeline's own."""
+    """Folder, hub id or `.safetensors` file of a VAE that replaces the pipeline's own."""
     image_size: ImageSize = None
     """Size in pixels: one number (a square), [width, height], `buckets` (SDXL's published list; `{buckets: 512}` at
     another area), or a list of `{size, share}`, which an iteration mixes; None means the U-Net's default."""
@@ -171,7 +197,7 @@ class SdxlConfig(LatentConfig):
 
     type: Literal["sdxl"] = "sdxl"
     path: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """Embedded toy (`toy-sdxl`), pipeline folder, or hub id."""
+    """Embedded toy (`toy-sdxl`), pipeline folder, hub id, or a checkpoint file (`.safetensors`, `.ckpt`)."""
 
 
 class Sd15Config(LatentConfig):
@@ -180,7 +206,7 @@ class Sd15Config(LatentConfig):
     bucket_side: ClassVar[int] = 512
     type: Literal["sd15"] = "sd15"
     path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Embedded toy (`toy-sd15`), pipeline folder, or hub id."""
+    """Embedded toy (`toy-sd15`), pipeline folder, hub id, or a checkpoint file (`.safetensors`, `.ckpt`)."""
     clip_skip: int | None = Field(default=None, ge=1)
     """Layers of the text encoder that are skipped at its end, as diffusers counts them: 1 takes the output of the
     second to last layer (2 in other tools). None takes the last layer's."""

@@ -1,6 +1,7 @@
 """Base class of the Stable Diffusion families: a U-Net on VAE latents with CLIP conditioning."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,7 +17,8 @@ from acpo_dist.core.errors import ModelError
 from acpo_dist.core.sizes import Size, size_text
 from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.compiling import compile_blocks
-from acpo_dist.models.family import Condition, ModelFamily
+from acpo_dist.models.family import Condition, ModelFamily, trainable_tensors
+from acpo_dist.models.fusing import fused_folder
 from acpo_dist.models.loading import (
     DTYPES,
     held_dtype,
@@ -25,7 +27,11 @@ from acpo_dist.models.loading import (
     require_whole,
     resolve_path,
 )
+from acpo_dist.models.lora_files import adapter_layers
+from acpo_dist.models.lora_reading import lora_file
 from acpo_dist.models.noise_levels import read_schedule
+from acpo_dist.models.pipeline_files import write_pipeline
+from acpo_dist.models.single_file import check_single_file, single_file_folder
 from acpo_dist.models.text import CHUNKS, Encoder, Encoders, PromptEmbeddings, fingerprint, load_encoders
 from acpo_dist.models.tuning import TunedNetwork
 from acpo_dist.models.vae import VaeDecoder, load_vae
@@ -100,9 +106,15 @@ class LatentFamily(ModelFamily):
     @classmethod
     @override
     def check(cls, config: Any) -> None:
-        path = resolve_path(config.path)
-        if Path(path).is_dir():
-            cls._check_folder(path, config)
+        path = Path(resolve_path(config.path))
+        if path.is_file():
+            check_single_file(config)
+        elif path.is_dir():
+            cls._check_folder(str(path), config)
+        for entry in config.loras:
+            lora_file(entry.path, "model.loras")
+        if config.tuning.init is not None:
+            lora_file(config.tuning.init, "model.tuning.init")
 
     @classmethod
     @override
@@ -126,17 +138,23 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def locate(cls, config: Any) -> str:
-        """Return the pipeline folder; a hub id is downloaded or found in the local cache.
+        """Return the pipeline folder with `model.loras` merged.
+
+        A hub id is downloaded or found in the local cache, a single file is converted once.
 
         Raises:
             ModelError: the model is not available, is incomplete, or is another kind of pipeline.
         """
-        path = pipeline_folder(
-            cls.pipeline, resolve_path(config.path), revision=config.revision, variant=config.variant,
-            offline=config.offline, without=cls._unused(config),
-        )  # fmt: skip
-        cls._check_folder(path, config)
-        return path
+        path = resolve_path(config.path)
+        if Path(path).is_file():
+            path = str(single_file_folder(config))
+        else:
+            path = pipeline_folder(
+                cls.pipeline, path, revision=config.revision, variant=config.variant, offline=config.offline,
+                without=cls._unused(config),
+            )  # fmt: skip
+            cls._check_folder(path, config)
+        return str(fused_folder(Path(path), config)) if config.loras else path
 
     @classmethod
     def open_pipeline(cls, config: Any) -> Any:
@@ -260,14 +278,37 @@ class LatentFamily(ModelFamily):
 
     @override
     def save_pipeline(self, folder: Path) -> None:
-        """Write the pipeline with the merged U-Net, and the adapter separately in diffusers' LoRA layout."""
-        pipeline = self._whole(self.config, self.path, **{self.network_part: self._tuned.merged()})
-        # Save in one data type: transformers loads encoders in the saved type, diffusers loads the rest in float32.
-        pipeline.save_pretrained(folder, safe_serialization=True)
-        layers = self._tuned.adapter_state()
-        if layers:
-            named = {f"{self.network_part}_lora_layers": dict(layers)}
-            self.pipeline.save_lora_weights(folder / "lora", **named, safe_serialization=True)
+        tensors = {name: value.detach() for name, value in trainable_tensors(self.network).items()}
+        self.write_pipeline(self.config, tensors, folder)
+
+    @classmethod
+    def write_pipeline(
+        cls, config: Any, tensors: Mapping[str, Tensor], folder: Path, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write the base model with tuned weights as a pipeline folder, without loading the model.
+
+        Args:
+            config: the `model` section.
+            tensors: trainable weights by parameter name, in float32.
+            folder: folder to write.
+            dtype: data type of all weights; in half precision small updates are lost to rounding.
+
+        Raises:
+            ModelError: the base model is not available, or the weights do not belong to it.
+        """
+        lora = config.tuning.method == "lora"
+        write_pipeline(
+            Path(cls.locate(config)), folder, dtype=dtype, variant=config.variant, without=cls._unused(config),
+            tuned={cls.network_part: adapter_layers(tensors, config.tuning) if lora else tensors},
+            index=cls.saved_with,
+        )  # fmt: skip
+        if config.vae is not None:
+            shutil.rmtree(folder / "vae")
+            vae: Any = load_vae(
+                cls.locate(config), config.vae, dtype="float32", device="cpu", offline=config.offline,
+                kind=cls.vae_class,
+            )  # fmt: skip
+            vae.to(dtype).save_pretrained(folder / "vae", safe_serialization=True)
 
     # Methods for subclasses to override
 

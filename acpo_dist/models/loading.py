@@ -25,6 +25,8 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 # Many workers load at the same time, and their progress bars would overlap.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt")
+"""Endings of single-file checkpoints."""
 _EMBEDDED = Path(__file__).resolve().parents[1] / "data" / "toy" / "assets"
 
 
@@ -32,13 +34,13 @@ def resolve_path(path: str) -> str:
     """Resolve a model path.
 
     Args:
-        path: embedded toy (`toy-...`), pipeline folder, or hub id.
+        path: embedded toy (`toy-...`), pipeline folder, single-file checkpoint, or hub id.
 
     Returns:
-        Folder of the toy, expanded folder, or the unchanged hub id.
+        Folder of the toy, expanded folder or file, or the unchanged hub id.
 
     Raises:
-        ModelError: an unknown toy, or a local path that is not a pipeline folder.
+        ModelError: an unknown toy, or a local path that is neither a pipeline folder nor a checkpoint file.
     """
     if path.startswith("toy-"):
         folder = _EMBEDDED / path
@@ -47,11 +49,14 @@ def resolve_path(path: str) -> str:
             raise ModelError(f"model.path: no embedded model `{path}`; embedded: {known}. `acpo toy build` makes them.")
         return str(folder)
     folder = Path(path).expanduser()
+    if folder.suffix in CHECKPOINT_SUFFIXES and folder.is_file():
+        return str(folder)
     if looks_local(path) and not (folder / "model_index.json").is_file():
-        found = "a folder without model_index.json" if folder.is_dir() else "nothing"
+        found = "a folder without model_index.json" if folder.is_dir() else "a file" if folder.is_file() else "nothing"
         raise ModelError(
-            f"model.path: expected a diffusers pipeline folder at `{path}`, found {found}. Give a folder written by "
-            f"`save_pretrained`, a hub id (`owner/name`), or an embedded toy ({', '.join(embedded_models())})."
+            f"model.path: expected a diffusers pipeline folder or a checkpoint ({', '.join(CHECKPOINT_SUFFIXES)}) at "
+            f"`{path}`, found {found}. Give a folder written by `save_pretrained`, a checkpoint file, a hub id "
+            f"(`owner/name`), or an embedded toy ({', '.join(embedded_models())})."
         )
     return str(folder) if looks_local(path) else path
 

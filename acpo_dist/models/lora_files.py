@@ -1,34 +1,32 @@
-"""LoRA files: convert the adapters of a checkpoint to common layouts, and check that a file fits a network."""
+"""LoRA files: the adapters of a checkpoint in the layouts that others read, and a check that a file fits a network."""
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
-from acpo_dist.models.tuning import ADAPTER
+from acpo_dist.models.module_names import kohya_name
+from acpo_dist.models.tensor_files import Entry, write_tensors
+from acpo_dist.models.tuning import ADAPTER, lora_factor
 
-# Module names of a residual block in SDXL's original code, used by kohya's SDXL scripts and by common user interfaces.
-_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
 _DOWN = re.compile(r"lora_(A|down|linear_layer\.down)|lora\.down")
 """Names of the first of the two matrices, in peft's, kohya's and diffusers' older layouts."""
-_MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
+_PARAMETER = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?$")
 
 
 def adapter_layers(weights: Mapping[str, Tensor], tuning: TuningConfig) -> dict[str, Tensor]:
     """Extract the adapters of a checkpoint: `<module>.lora_A.weight` and `<module>.lora_B.weight`, in float32.
 
-    The LoRA scale is multiplied into lora_B, so that readers that assume alpha = rank get the same network.
+    The LoRA scale is multiplied into lora_B, so that readers that assume alpha = rank get the same network. DoRA has
+    `<module>.lora_magnitude_vector` too.
 
     Args:
         weights: trainable weights of the checkpoint, by parameter name.
@@ -39,71 +37,73 @@ def adapter_layers(weights: Mapping[str, Tensor], tuning: TuningConfig) -> dict[
     """
     if tuning.method != "lora":
         raise ModelError("the run tuned every weight (model.tuning.method=full), so it has no LoRA; take `merged`.")
-    scale = (tuning.alpha or tuning.rank) / tuning.rank
-    return {
-        name.replace(f".{ADAPTER}.", "."): (value.float() * scale if ".lora_B." in name else value.float()).contiguous()
-        for name, value in weights.items()
-    }
+    scale, layers = lora_factor(tuning), {}
+    for name, value in weights.items():
+        plain = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+        if ".lora_magnitude_vector" in plain:
+            plain = plain.removesuffix(".weight")
+        layers[plain] = (value.float() * scale if ".lora_B." in plain else value.float()).contiguous()
+    return layers
 
 
-def kohya_layers(layers: Mapping[str, Tensor], *, family: str, layers_per_block: int) -> dict[str, Tensor]:
+def diffusers_layers(layers: Mapping[str, Tensor], *, part: str = "unet") -> dict[str, Tensor]:
+    """Convert adapters to diffusers' layout, which has peft's names behind the name of the network."""
+    return {f"{part}.{name}": value for name, value in layers.items()}
+
+
+def kohya_layers(
+    layers: Mapping[str, Tensor], *, family: str, unet: Mapping[str, Any], part: str = "unet"
+) -> dict[str, Tensor]:
     """Convert adapters to kohya's layout: `lora_unet_<module>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
 
-    As in kohya's scripts, module names are those of the original U-Net (input, middle and output blocks) for SDXL, and
-    those of diffusers for Stable Diffusion 1.x and 2.x.
+    ComfyUI, A1111 and its forks, kohya's scripts and diffusers load it. DoRA has `.dora_scale` too.
 
     Args:
         layers: result of `adapter_layers`.
         family: value of `model.type`.
-        layers_per_block: `layers_per_block` of the U-Net.
+        unet: configuration of the U-Net.
+        part: `unet`, `text_encoder` or `text_encoder_2`.
 
     Raises:
         ModelError: a module has no name in the original U-Net.
     """
     named = {}
     for name, value in layers.items():
-        module, _, kind = name.rpartition(".lora_")
-        if family == "sdxl":
-            module = original_name(module, layers_per_block)
-        stem = f"lora_unet_{module.replace('.', '_')}"
-        if kind.startswith("A"):
+        found = _PARAMETER.search(name)
+        assert found is not None, name
+        stem = kohya_name(part, name[: found.start()], family=family, unet=unet)
+        if found[1] == "lora_A":
             named[f"{stem}.lora_down.weight"] = value
             named[f"{stem}.alpha"] = torch.tensor(float(value.shape[0]))
-        else:
+        elif found[1] == "lora_B":
             named[f"{stem}.lora_up.weight"] = value
+        else:
+            # One value per output: readers compare the first axis with the outputs of the layer.
+            outputs = layers[name.replace("lora_magnitude_vector", "lora_B.weight")]
+            named[f"{stem}.dora_scale"] = value.reshape(len(outputs), *[1] * (outputs.ndim - 1)).contiguous()
     return named
 
 
-def original_name(module: str, layers_per_block: int) -> str:
-    """Convert diffusers' name of a U-Net module to the name in SDXL's original code.
+def write_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Write a LoRA file with the hashes by which user interfaces find a file again.
 
     Args:
-        module: name in diffusers.
-        layers_per_block: `layers_per_block` of the U-Net.
-
-    Raises:
-        ModelError: the module is not part of a down, middle or up block.
+        path: the file.
+        tensors: layers in their final layout.
+        metadata: texts of the header; hashes are added.
+        dtype: data type of the layers.
     """
-    span = layers_per_block + 1
-    parts = module.split(".")
-    if parts[0] == "mid_block" and (parts[1], int(parts[2])) in _MIDDLE:
-        return ".".join(["middle_block", str(_MIDDLE[parts[1], int(parts[2])]), *_inside(parts[1], parts[3:])])
-    if parts[0] in ("down_blocks", "up_blocks"):
-        block, kind, index = int(parts[1]), parts[2], int(parts[3])
-        down = parts[0] == "down_blocks"
-        root = "input_blocks" if down else "output_blocks"
-        place = block * span + index + (1 if down else 0)
-        if kind in ("resnets", "attentions"):
-            return ".".join([root, str(place), "1" if kind == "attentions" else "0", *_inside(kind, parts[4:])])
-        if kind == "downsamplers":
-            return f"{root}.{(block + 1) * span}.0.op"
-        if kind == "upsamplers":
-            return f"{root}.{block * span + layers_per_block}.2.conv"
-    raise ModelError(f"`{module}` has no name in SDXL's original code, so kohya's layout does not support it.")
-
-
-def _inside(kind: str, rest: list[str]) -> list[str]:
-    return [_RESNET.get(rest[0], rest[0])] if kind == "resnets" else rest
+    final = {name: value.to(dtype).contiguous() for name, value in sorted(tensors.items())}
+    # As kohya's scripts compute them: over the file with the `ss_` entries alone, since others may change later.
+    data = safetensors.torch.save(final, {name: value for name, value in metadata.items() if name.startswith("ss_")})
+    digest = hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    hashes = {
+        "sshs_model_hash": digest,
+        "sshs_legacy_hash": hashlib.sha256(memoryview(data)[0x100000:0x110000]).hexdigest()[:8],
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    # Written here, because the library orders the header at random: the same weights give the same file.
+    write_tensors(path, {name: Entry.of(value) for name, value in final.items()}, dict(metadata) | hashes)
 
 
 def text_width(layers: Mapping[str, Tensor]) -> int | None:

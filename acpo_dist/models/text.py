@@ -301,12 +301,12 @@ def fingerprint(folder: str, parts: Sequence[str], **facts: Any) -> str:
     found = []
     for part in parts:
         files = (path for path in sorted(Path(folder, part).glob("*")) if path.is_file())
-        found += [(part, path.name, _content(path)) for path in files]
+        found += [(part, path.name, content_digest(path)) for path in files]
     text = json.dumps([found, facts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _content(path: Path) -> str:
+def content_digest(path: Path) -> str:
     """SHA-256 of a file's size and content; for a large file, of evenly spaced blocks from the first to the last byte.
 
     Training changes at least one layer, and layers are larger than the gaps between the blocks.

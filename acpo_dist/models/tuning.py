@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -13,8 +13,14 @@ from torch.func import functional_call
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
+from acpo_dist.models.lora_reading import load_into, ranks_of, read_lora, scaled
 
 ADAPTER = "default"
+
+
+def lora_factor(config: TuningConfig) -> float:
+    """Factor of the product of the two LoRA matrices: alpha / rank, or alpha / sqrt(rank) if rank-stabilised."""
+    return (config.alpha or config.rank) / (config.rank**0.5 if config.use_rslora else config.rank)
 
 
 class TunedNetwork:
@@ -41,18 +47,26 @@ class TunedNetwork:
         """The network to run: the policy, or the base model within `anchored`."""
         self.method = config.method
         self._copy: nn.Module | None = None
-        self._scale = (config.alpha or config.rank) / config.rank
+        self._initial: dict[str, Tensor] | None = None
         network.requires_grad_(False)
         if config.method == "full":
             if keep_anchor:
                 self._copy = copy.deepcopy(network).to(anchor_dtype)
             network.requires_grad_(True)
             return
+        initial = _initial_layers(network, config)
+        ranks = ranks_of(initial)
+        factor = lora_factor(config)
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType]
-            target_modules=list(config.targets),
-            init_lora_weights=True,
+            target_modules=list(ranks or config.targets),
+            rank_pattern=ranks,
+            # Every module has the same factor, whatever its rank.
+            alpha_pattern={name: factor * (r**0.5 if config.use_rslora else r) for name, r in ranks.items()},
+            init_lora_weights="gaussian" if config.init_weights == "gaussian" else True,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -66,6 +80,11 @@ class TunedNetwork:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        load_into(network, scaled(initial, 1 / factor), ADAPTER)
+        if initial and config.anchor == "init" and keep_anchor:
+            self._initial = {
+                name: value.detach().clone() for name, value in network.named_parameters() if value.requires_grad
+            }  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +93,7 @@ class TunedNetwork:
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
-        """Context in which the frozen base model is active: the copy, or the network with disabled adapters.
+        """Context in which the frozen base model is active: the copy, or the network with disabled or initial adapters.
 
         Raises:
             RuntimeError: full fine-tuning without a frozen copy (`keep_anchor=False`).
@@ -83,6 +102,10 @@ class TunedNetwork:
             if self._copy is None:
                 raise RuntimeError("this worker was loaded without an anchor (keep_anchor=False)")
             with switched([self], "active", self._copy):
+                yield
+            return
+        if self._initial is not None:
+            with self.substituted(self._initial):
                 yield
             return
         # Set the flag directly: peft's method also changes requires_grad, which must not change under an optimiser.
@@ -99,14 +122,6 @@ class TunedNetwork:
         """
         with switched([self], "active", _Substituted(self.network, weights)):
             yield
-
-    def adapter_state(self) -> dict[str, torch.Tensor]:
-        """LoRA weights by peft's names without the adapter name; empty for full fine-tuning."""
-        if self.method == "full":
-            return {}
-        state = get_peft_model_state_dict(self.network, adapter_name=ADAPTER)
-        # The files have no alpha and readers assume alpha = rank, so the scale is multiplied into the weights.
-        return {name: value * self._scale if ".lora_B." in name else value for name, value in state.items()}
 
     def merged(self) -> nn.Module:
         """Return the network in float32 with the tuned weights merged, for export.
@@ -137,6 +152,28 @@ class TunedNetwork:
         if hasattr(plain, "peft_config"):
             del plain.peft_config
         return plain
+
+
+def _initial_layers(network: nn.Module, config: TuningConfig) -> dict[str, Tensor]:
+    """Layers of `model.tuning.init`; empty without it.
+
+    Raises:
+        ModelError: the file cannot be read, does not fit the network, or is of another kind than the run trains.
+    """
+    if config.init is None:
+        return {}
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    }  # fmt: skip
+    layers = read_lora(config.init, {"unet": shapes}, network.config, key="model.tuning.init").get("unet", {})
+    dora = any("lora_magnitude_vector" in name for name in layers)
+    if dora != config.use_dora:
+        raise ModelError(
+            f"model.tuning.init: `{config.init}` holds {'DoRA' if dora else 'LoRA without DoRA'}, and "
+            f"model.tuning.use_dora is {str(config.use_dora).lower()}; set it to {str(dora).lower()}."
+        )
+    return layers
 
 
 class _Substituted(nn.Module):

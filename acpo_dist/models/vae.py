@@ -1,6 +1,7 @@
 """VAE of latent diffusion models, with settings that reduce memory."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from acpo_dist.core.errors import ModelError, NonFiniteError
-from acpo_dist.models.loading import load_part, looks_local
+from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, load_part, looks_local
+from acpo_dist.models.single_file import vae_folder
 
 VAE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -148,18 +150,20 @@ def load_vae(
     device: str,
     offline: bool,
     kind: Any = AutoencoderKL,
+    family: str | None = None,
     **options: Any,
 ) -> Any:
     """Load the VAE of a pipeline, or the VAE that replaces it.
 
     Args:
         path: pipeline folder.
-        override: value of `model.vae`: folder of a VAE, pipeline folder, or hub id of either; None loads the
-            pipeline's VAE.
+        override: value of `model.vae`: folder of a VAE, pipeline folder, hub id of either, or a single file; None
+            loads the pipeline's VAE.
         dtype: a name in `VAE_DTYPES`.
         device: torch device.
         offline: use the local cache only.
         kind: class of the VAE.
+        family: value of `model.type`, for a single file beside a pipeline without a VAE.
         options: revision and variant of the pipeline's files; not used for `override`.
 
     Returns:
@@ -172,6 +176,9 @@ def load_vae(
         source, part, key = path, "vae", "model.path"
     else:
         source, part, options, key = str(Path(override).expanduser()), None, {}, "model.vae"
+        if Path(source).is_file() and source.endswith(CHECKPOINT_SUFFIXES):
+            own = Path(path, "vae", "config.json")
+            source = str(vae_folder(Path(source), json.loads(own.read_text()) if own.is_file() else None, family))
         if looks_local(override) and not Path(source).is_dir():
             raise ModelError(f"model.vae: expected the folder of a VAE or a hub id, found nothing at `{override}`.")
         if (Path(source) / "vae").is_dir():

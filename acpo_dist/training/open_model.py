@@ -8,6 +8,8 @@ from typing import Any
 from acpo_dist.config.load import load_config, validate
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.models.checkpoint_files import inspect
+from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, resolve_path
 from acpo_dist.training.local import LocalRollouts, default_device
 from acpo_dist.training.prepare import TRAIN
 from acpo_dist.training.run_folder import RESOLVED, read_run_config
@@ -21,20 +23,21 @@ _FAMILIES = {
 
 
 def source_config(source: str, overrides: Sequence[str]) -> tuple[Config, Path | None]:
-    """Return the configuration of a run folder, a configuration file, or a pipeline folder.
+    """Return the configuration of a run folder, a configuration file, a pipeline folder, or a checkpoint file.
 
     Returns:
         (configuration, the run's folder or None).
 
     Raises:
-        UsageError: none of the three, or a pipeline of a class that no model family loads.
+        UsageError: none of these, or a pipeline of a class that no model family loads.
     """
     path = Path(source)
     if (path / RESOLVED).is_file():
         if overrides:
             return load_config(path / RESOLVED, overrides), path
         return read_run_config(path), path
-    if (path / "model_index.json").is_file() or source.startswith("toy-"):
+    checkpoint = path.suffix in CHECKPOINT_SUFFIXES and path.is_file()
+    if checkpoint or (path / "model_index.json").is_file() or source.startswith("toy-"):
         return _bare_config(source, overrides), None
     if path.is_dir():
         raise UsageError(
@@ -100,15 +103,17 @@ def _trained(entry: Any, run: Path) -> Any:
 
 
 def _bare_config(source: str, overrides: Sequence[str]) -> Config:
-    """Return schema defaults for a pipeline folder; reward and algorithm are placeholders that are not used."""
+    """Return schema defaults for a pipeline folder or checkpoint file; reward and algorithm are placeholders."""
     from acpo_dist.config.overrides import merge_overrides
-    from acpo_dist.models.loading import resolve_path
 
-    index = json.loads((Path(resolve_path(source)) / "model_index.json").read_text(encoding="utf-8"))
-    name = str(index.get("_class_name"))
-    if name not in _FAMILIES:
-        raise UsageError(f"{source} holds a {name}; known pipelines: {', '.join(_FAMILIES)}.")
-    family = _FAMILIES[name]
+    path = Path(resolve_path(source))
+    if path.is_file():
+        family = inspect(path).family
+    else:
+        name = str(json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
+        if name not in _FAMILIES:
+            raise UsageError(f"{source} holds a {name}; known pipelines: {', '.join(_FAMILIES)}.")
+        family = _FAMILIES[name]
     mapping = {
         "model": {"type": family, "path": source},
         # A real model must not use the toy's captions by accident: `none` is refused until prompts are set.

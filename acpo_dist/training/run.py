@@ -1,6 +1,5 @@
 """Execute a run from its configuration to the finished run folder, on the ports of any backend."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -8,14 +7,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, ModelError, RunTakenError, WorkerLostError
-from acpo_dist.core.files import on_storage, replace_file
+from acpo_dist.core.files import on_storage
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
 from acpo_dist.core.registry import MODELS, resolve
@@ -26,7 +24,7 @@ from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import run_prompts
-from acpo_dist.models.family import copy_weights, trainable_tensors
+from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.text import describe_long
 from acpo_dist.tracking.composite import CompositeTracker
 from acpo_dist.tracking.console import Console
@@ -34,6 +32,7 @@ from acpo_dist.tracking.images import save_curves
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
 from acpo_dist.training import loop
 from acpo_dist.training.context import RunContext
+from acpo_dist.training.export import export_run, read_export_facts
 from acpo_dist.training.guard.guard import Decision
 from acpo_dist.training.guard.monitor import ending_of
 from acpo_dist.training.prepare import prepare
@@ -44,7 +43,6 @@ from acpo_dist.workers.learner.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 _CAPTIONS_TRIED = 32
-EXPORT_FACTS = "acpo.json"
 
 OpenPorts = Callable[[Config, Tracker], AbstractContextManager[Ports]]
 Hook = Callable[[Config, Ports, tuple[str, ...]], None]
@@ -64,6 +62,17 @@ class RunResult:
     seconds: float
     guard: Decision | None
     """The decision with which the guard ended the run early, or None."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalWeights:
+    """What a run exports."""
+
+    iteration: int
+    bundle: WeightBundle
+    """Weights in float32."""
+    checkpoint: Checkpoint | None
+    """Where they come from; None for base weights without a checkpoint."""
 
 
 def drive(
@@ -184,7 +193,7 @@ def _ended_before(
     if read_export_facts(folder.export) is None:
         # Interrupted between the last checkpoint and the export.
         effective = prepare(config, folder.root / "base", console)
-        export_run(effective, folder, _final_weights(effective, folder, checkpoint.iteration, ended))
+        _export(effective, folder, _final_weights(effective, folder, checkpoint.iteration, ended))
     metrics: dict[str, float] = {}
     for row in read_metrics(folder.metrics)[-2:]:
         metrics |= {name: value for name, value in row.items() if name != "iteration"}
@@ -247,10 +256,8 @@ def _open_tracker(config: Config, folder: RunFolder):
     return tracker, mlflow
 
 
-def _final_weights(
-    config: Config, folder: RunFolder, iterations: int, guard: Decision | None
-) -> tuple[int, WeightBundle]:
-    """Return (iteration, float32 weights): the last ones, or after a roll-back the best by the judges.
+def _final_weights(config: Config, folder: RunFolder, iterations: int, guard: Decision | None) -> FinalWeights:
+    """Return the last weights, or after a roll-back the best by the judges.
 
     Read from the checkpoint, because the learner exports weights in the dtype of the rollout workers.
     """
@@ -258,37 +265,24 @@ def _final_weights(
     if best == 0 and not (folder.root / "checkpoints" / "000000").is_dir():
         # `roll_back` was set after the start, so there is no checkpoint 0; the base weights are in the model's files.
         family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
-        return 0, make_bundle(0, {name: value.detach() for name, value in trainable_tensors(family.network).items()})
+        weights = {name: value.detach() for name, value in trainable_tensors(family.network).items()}
+        return FinalWeights(iteration=0, bundle=make_bundle(0, weights), checkpoint=None)
     found = folder.checkpoints.open(best)
-    return best, found.bundle()
+    return FinalWeights(iteration=best, bundle=found.bundle(), checkpoint=found)
 
 
-def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: tuple[int, WeightBundle]) -> None:
+def _finish(config: Config, folder: RunFolder, tracker: Tracker, final: FinalWeights) -> None:
     rows = read_metrics(folder.metrics)
     if rows:
         curves = folder.root / "curves.png"
         save_curves(rows, _panels(config), curves)
         tracker.log_image("curves", config.run.iterations, curves)
-    export_run(config, folder, final)
+    _export(config, folder, final)
     tracker.set_tags({"export": str(folder.export)})
 
 
-def export_run(config: Config, folder: RunFolder, final: tuple[int, WeightBundle]) -> None:
-    """Write the run's export, and a file that names the weights it holds."""
-    iteration, bundle = final
-    # An export without this file counts as incomplete.
-    (folder.export / EXPORT_FACTS).unlink(missing_ok=True)
-    export_pipeline(config, bundle, folder.export)
-    facts = {"iteration": iteration, "policy_version": bundle.version, "policy_sha256": bundle.checksum}
-    replace_file(folder.export / EXPORT_FACTS, (json.dumps(facts, indent=2) + "\n").encode())
-
-
-def read_export_facts(folder: Path) -> dict[str, Any] | None:
-    """Return facts about a run's export (`iteration`, `policy_version`, `policy_sha256`); None if it is incomplete."""
-    try:
-        return json.loads((folder / EXPORT_FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _export(config: Config, folder: RunFolder, final: FinalWeights) -> None:
+    export_run(config, folder, final.bundle, iteration=final.iteration, checkpoint=final.checkpoint)
 
 
 def _panels(config: Config) -> dict[str, list[str]]:
@@ -301,22 +295,6 @@ def _panels(config: Config) -> dict[str, list[str]]:
         "anchor weight": ["anchor/weight"],
         "seconds": ["time/rollout", "time/reward", "time/learn", "time/sync"],
     }
-
-
-def export_pipeline(config: Config, bundle: WeightBundle, folder: Path) -> None:
-    """Write the tuned model as a diffusers pipeline folder in float32, whatever the dtype of the rollouts.
-
-    In bfloat16 the base weights under a LoRA and fully tuned weights would be rounded.
-    """
-    changes: dict[str, Any] = {"dtype": "float32"}
-    if hasattr(config.model, "memory"):
-        # The export encodes no prompts, and the written pipeline includes the text encoders.
-        unused = {"free_text_encoders": True, "embedding_cache": None}
-        changes["memory"] = config.model.memory.model_copy(update=unused)
-    model = config.model.model_copy(update=changes)
-    family = resolve("model", MODELS, model.type).load(model, device="cpu", trainable=False)
-    copy_weights(family.network, bundle.tensors)
-    family.save_pipeline(folder)
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from acpo_dist.core.types import SamplePlan
 from acpo_dist.models.config import Flux2KleinConfig, Sd3Config, TuningConfig, ZImageConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.flux2 import Flux2KleinFamily
+from acpo_dist.models.lora_files import adapter_layers, diffusers_layers, write_lora
 from acpo_dist.models.sd3 import Sd3Family
 from acpo_dist.models.zimage import ZImageFamily
 from acpo_dist.workers.learner.network import PolicyNetwork
@@ -135,7 +136,10 @@ def test_a_saved_pipeline_is_the_tuned_model_and_its_latents_decode_as_before(na
     torch.testing.assert_close(answer(again), answer(family), rtol=1e-4, atol=1e-5)
     missing = dict.fromkeys(("text_encoder_3", "tokenizer_3")) if name == "sd3 without t5" else {}
     opened = DiffusionPipeline.from_pretrained(tmp_path / "out", **missing)
-    opened.load_lora_weights(tmp_path / "out" / "lora")
+    weights = {name: value.detach() for name, value in trainable_tensors(family.network).items()}
+    layers = diffusers_layers(adapter_layers(weights, family.config.tuning), part="transformer")
+    write_lora(tmp_path / "lora.safetensors", layers, {}, torch.float32)
+    opened.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert any("lora" in key for key in opened.transformer.state_dict())
 
 

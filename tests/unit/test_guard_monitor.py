@@ -51,7 +51,7 @@ def test_a_broken_rule_stops_the_run_with_exit_code_3_and_the_reason(tiny, tmp_p
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["iterations"] == 1 and "base standard deviations" in answer["stopped_by_guard"]
     # The folder is complete: checkpoint, images, pipeline, and the reason.
-    assert (root / "checkpoints/000001/manifest.json").is_file() and (root / "export/model_index.json").is_file()
+    assert (root / "checkpoints/000001/manifest.json").is_file() and (root / "export/acpo.json").is_file()
     assert json.loads((root / "guard.jsonl").read_text().splitlines()[0])["action"] == "stop"
 
 
@@ -65,8 +65,8 @@ def test_a_roll_back_exports_the_best_checkpoint_by_the_judges(tiny, tmp_path):
     kept = {path.name for path in (root / "checkpoints").iterdir()}
     assert kept == {"000000", "000001"}, "the best is kept beyond checkpoint.keep"
     # Rolled back to the base: the adapter's second factors are still nothing.
-    lora = load_file(next((root / "export/lora").glob("*.safetensors")))
-    second = [value for name, value in lora.items() if name.endswith(("lora_B.weight", "lora.up.weight"))]
+    lora = load_file(next((root / "export").glob("*.safetensors")))
+    second = [value for name, value in lora.items() if name.endswith("lora_up.weight")]
     assert second and all(float(value.abs().max()) == 0 for value in second)
 
 
@@ -180,7 +180,7 @@ def test_a_lowered_reward_halves_its_weight_and_a_restart_remembers_it(tiny, tmp
 
 
 def _unet(root) -> bytes:
-    return next((root / "export/unet").glob("*.safetensors")).read_bytes()
+    return next((root / "export").glob("*.safetensors")).read_bytes()
 
 
 def test_resuming_a_run_that_the_guard_has_ended_trains_and_exports_nothing_new(tiny, tmp_path):
@@ -213,5 +213,5 @@ def test_a_roll_back_that_was_switched_on_later_exports_the_base_model(tiny, tmp
     strict = tiny(f"run.dir={root}", "run.iterations=3", "guard.action=roll_back", "guard.drift_budget=1e-6")
     result = drive(strict, open_ports, QUIET, resume="auto")
     assert result.guard is not None and result.guard.best_iteration == 0
-    lora = load_file(next((root / "export/lora").glob("*.safetensors")))
-    assert all(float(value.abs().max()) == 0 for name, value in lora.items() if name.endswith("lora_B.weight"))
+    lora = load_file(next((root / "export").glob("*.safetensors")))
+    assert all(float(value.abs().max()) == 0 for name, value in lora.items() if name.endswith("lora_up.weight"))

@@ -16,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from acpo_dist.analysis.release.export import export
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.weights import make_bundle
 from acpo_dist.models.lora_files import adapter_layers, kohya_layers
 from acpo_dist.models.lora_scale import LoraScale, Range, parse_grid, parse_range
 from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.training.export import export_run
+from acpo_dist.training.run_folder import RunFolder, read_run_config
+from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from tests.helpers.exports import (
     FAMILIES,
     PROMPT,
@@ -91,7 +95,7 @@ def test_a_range_of_timesteps_has_its_own_scale(lora):
 
 
 def test_the_kohya_layout_draws_the_same_image_as_the_diffusers_layout(runs, lora, tmp_path, monkeypatch, capsys):
-    _, report, _ = command(monkeypatch, capsys, "export", runs["sdxl"], "--out", tmp_path / "k", "--format", "kohya")
+    _, report, _ = command(monkeypatch, capsys, "export", runs["sdxl"], "--out", tmp_path / "k")
     images = []
     for file in (lora, Path(report["file"])):
         pipeline = base("sdxl")
@@ -102,7 +106,7 @@ def test_the_kohya_layout_draws_the_same_image_as_the_diffusers_layout(runs, lor
 
 def test_a_lora_of_another_architecture_is_refused_with_both_widths(tmp_path):
     layers = {"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.zeros(4, 768)}
-    save_file(kohya_layers(layers, family="sd15", layers_per_block=2), tmp_path / "sd15.safetensors")
+    save_file(kohya_layers(layers, family="sd15", unet={}), tmp_path / "sd15.safetensors")
     with pytest.raises(ModelError, match=r"width 768 \(Stable Diffusion 1\.x\), and this one takes 64"):
         LoraScale(base("sdxl"), tmp_path / "sd15.safetensors")
 
@@ -161,10 +165,19 @@ def draw(monkeypatch, capsys, out: Path, *asked) -> list[Image.Image]:
     return [Image.open(row["path"]) for row in report["images"]]
 
 
+def exported(run: Path, *, scale: float = 1) -> None:
+    """Export a run as it does when it ends; the weights are multiplied by `scale`."""
+    config = read_run_config(run)
+    store = CheckpointStore(run / "checkpoints", keep=2)
+    checkpoint = store.open(3)
+    scaled = make_bundle(3, {name: scale * value for name, value in checkpoint.bundle().tensors.items()})
+    export_run(config, RunFolder(root=run, checkpoints=store), scaled, iteration=3, checkpoint=checkpoint)
+
+
 def test_a_given_lora_applies_to_the_base_of_the_run_and_not_to_its_export(runs, lora, tmp_path, monkeypatch, capsys):
     [wanted] = draw(monkeypatch, capsys, tmp_path / "base", "toy-sdxl", "--lora", lora)
     run = Path(shutil.copytree(runs["sdxl"], tmp_path / "run"))
-    export(run, run / "export", layout="merged", weights="raw")
+    exported(run, scale=3)
     [found] = draw(monkeypatch, capsys, tmp_path / "run-and-lora", run, "--lora", lora)
     assert found.tobytes() == wanted.tobytes()
 
@@ -177,7 +190,7 @@ def test_the_base_of_a_run_is_opened_as_the_run_opened_it(tmp_path, monkeypatch,
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
     (folder / "model_index.json").write_text(json.dumps(index | checker))
     run = finished_run("sd15", tmp_path / "run", f"model.path={folder}", "model.variant=fp16")
-    export(run, run / "export" / "lora", layout="diffusers-lora", weights="raw")
+    exported(run)
     images = draw(monkeypatch, capsys, tmp_path / "grid", run, "--grid", "0,1")
     [plain] = draw(monkeypatch, capsys, tmp_path / "plain", "toy-sd15")
     assert images[0].tobytes() == plain.tobytes() != images[1].tobytes()
@@ -186,12 +199,20 @@ def test_the_base_of_a_run_is_opened_as_the_run_opened_it(tmp_path, monkeypatch,
 def test_a_run_draws_with_its_own_size_and_negative_prompt(tmp_path, monkeypatch, capsys):
     own = ["model.image_size=48", f"model.negative_prompt={PROMPT}"]
     run = finished_run("sdxl", tmp_path / "run", *own)
-    done = export(run, run / "export", layout="merged", weights="raw")
-    card = done.card.read_text()
+    exported(run)
+    card = export(run, tmp_path / "merged", layout="merged").card.read_text()
     assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| image size | 48 |" in card
     [found] = draw(monkeypatch, capsys, tmp_path / "own", run)
     asked = ["--size", 48, "--negative-prompt", PROMPT]
-    [wanted] = draw(monkeypatch, capsys, tmp_path / "asked", run / "export", *asked)
+    [wanted] = draw(
+        monkeypatch,
+        capsys,
+        tmp_path / "asked",
+        "toy-sdxl",
+        "--lora",
+        next((run / "export").glob("*.safetensors")),
+        *asked,
+    )
     assert found.size == (48, 48) and found.tobytes() == wanted.tobytes()
     assert draw(monkeypatch, capsys, tmp_path / "small", run, "--size", 32)[0].size == (32, 32)
     code, _, err = command(monkeypatch, capsys, "generate", run, "--prompt", PROMPT, "--size", 30, "--out", tmp_path)

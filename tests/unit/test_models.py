@@ -22,6 +22,7 @@ from acpo_dist.data.toy.world import captions
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.models.family import Condition, copy_weights, trainable_tensors
+from acpo_dist.models.lora_files import adapter_layers, kohya_layers, write_lora
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.workers.rollout.worker import RolloutWorker
@@ -439,6 +440,14 @@ def test_weights_that_do_not_fit_are_refused_and_leave_the_worker_as_it_was(dama
 # Saved pipelines
 
 
+def save_lora(family, file: Path) -> None:
+    """Write the adapters of a family as a LoRA file."""
+    weights = {name: value.detach() for name, value in trainable_tensors(family.network).items()}
+    layers = adapter_layers(weights, family.config.tuning)
+    named = kohya_layers(layers, family=family.config.type, unet=family.network.config)
+    write_lora(file, named, {}, torch.float32)
+
+
 @every_family
 @pytest.mark.parametrize("tuning", [LORA, TuningConfig(rank=4, alpha=10), FULL], ids=["lora", "lora scaled", "full"])
 def test_a_saved_pipeline_opens_anywhere_and_holds_the_tuned_unet(kind: str, tuning: TuningConfig, tmp_path: Path):
@@ -469,7 +478,7 @@ def test_a_base_in_half_precision_is_saved_as_a_pipeline_that_runs_as_it_opens(t
 
 def test_an_update_too_small_for_bfloat16_is_still_in_the_saved_weights(tmp_path: Path):
     family = load("sdxl", dtype="bfloat16")
-    base = {name: value.float() for name, value in family.network.state_dict().items()}
+    base = load("sdxl").network.state_dict()
     with torch.no_grad():
         for name, parameter in trainable_tensors(family.network).items():
             if ".lora_B." in name:
@@ -498,9 +507,9 @@ def test_a_saved_pipeline_is_a_base_model_again(tmp_path: Path):
 def test_the_exported_adapter_gives_the_tuned_answer_on_the_plain_base(kind: str, alpha: float | None, tmp_path: Path):
     family = load(kind, TuningConfig(rank=4, alpha=alpha))
     tune(family)
-    family.save_pipeline(tmp_path)
+    save_lora(family, tmp_path / "lora.safetensors")
     plain = open_base(ASSETS / f"toy-{kind}")
-    plain.load_lora_weights(tmp_path / "lora")
+    plain.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     torch.testing.assert_close(answer_of(plain, family), answer(family), rtol=0, atol=1e-5)
 
 
@@ -514,9 +523,9 @@ def test_plain_diffusers_draws_the_tuned_rollouts_image_from_the_exported_adapte
     family = load(kind)
     tune(family)
     worker.load(make_bundle(1, trainable_tensors(family.network)))
-    family.save_pipeline(tmp_path)
+    save_lora(family, tmp_path / "lora.safetensors")
     plain = open_base(ASSETS / f"toy-{kind}")
-    plain.load_lora_weights(tmp_path / "lora")
+    plain.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     plain.scheduler = ddim(plain, "trailing")
     wanted = plain(
         [entry.prompt for entry in entries], latents=start_noise(entries, (4, 8, 8)), guidance_scale=guidance,

@@ -90,13 +90,16 @@ def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, tmp_path,
     version = client.get_model_version_by_alias("toy", "promoted")
     assert str(version.version) == "1" and version.tags["acpo.guard"] == "clean" and "acpo.forced" not in version.tags
     files = {item.path for item in client.list_artifacts(answer["mlflow_run_id"], "promoted/export-000002")}
-    assert {"promoted/export-000002/README.md", "promoted/export-000002/unet"} <= files
+    assert {
+        "promoted/export-000002/README.md",
+        f"promoted/export-000002/{read_run_config(run).run.name}.safetensors",
+    } <= files
     # What lies there is the second checkpoint and not the last one.
     store = CheckpointStore(run / "checkpoints", keep=9)
-    adapters = load_file(run / "export-000002" / "lora" / "pytorch_lora_weights.safetensors")
+    adapters = load_file(next((run / "export-000002").glob("*.safetensors")))
     policies = [load_file(store.open(n).learner_folder / "policy.safetensors") for n in (2, 3)]
     norms = sorted(float(value.norm()) for name, value in policies[0].items() if "lora_B" in name)
-    found = sorted(float(value.norm()) for name, value in adapters.items() if "lora_B" in name or "lora.up" in name)
+    found = sorted(float(value.norm()) for name, value in adapters.items() if "lora_up" in name)
     assert found == pytest.approx(norms, rel=1e-6)
     assert norms != pytest.approx(sorted(float(v.norm()) for n, v in policies[1].items() if "lora_B" in n), rel=1e-6)
     # Promoted again, it is the next version, and the alias moves on.
@@ -191,7 +194,7 @@ def test_what_cannot_be_promoted_is_refused(run, tmp_path, acpo):
     change_guard(run, best=[0, 0.0])
     code, _, err = acpo("promote", str(run), "--uri", uri)
     assert code == 2 and "no checkpoint scored higher than the base model" in err
-    (run / "export" / "model_index.json").unlink()
+    (run / "export" / "acpo.json").unlink()
     code, _, err = acpo("promote", str(run), "--uri", uri)
     assert code == 2 and "has no export" in err
 

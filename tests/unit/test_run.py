@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from acpo_dist.core.errors import NonFiniteError, ResumeError, WorkerLostError
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.export import read_export_facts
 from acpo_dist.training.local import LocalRollouts, open_ports
-from acpo_dist.training.run import drive, read_export_facts
-from acpo_dist.training.run_folder import open_run
+from acpo_dist.training.run import drive
+from acpo_dist.training.run_folder import open_run, read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 QUIET = Console(quiet=True)
@@ -47,7 +48,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bi
     assert (whole / "samples/000004.png").read_bytes() == (parts / "samples/000004.png").read_bytes()
 
 
-def test_a_run_writes_its_resolved_configuration_metrics_images_checkpoint_and_pipeline(tiny, tmp_path):
+def test_a_run_writes_its_resolved_configuration_metrics_images_checkpoint_and_lora(tiny, tmp_path):
     root = tmp_path / "run"
     result = drive(tiny("run.iterations=1", f"run.dir={root}"), open_ports, QUIET)
     assert result.run_dir == root and result.iterations == 1
@@ -58,10 +59,9 @@ def test_a_run_writes_its_resolved_configuration_metrics_images_checkpoint_and_p
     # At the start policy and anchor are the same network, so the drift is exactly nothing.
     assert row["drift/rms"] == 0.0 and row["anchor/uniform"] == 0.0
     assert {"time/rollout", "time/reward", "time/learn", "time/sync", "time/iteration"} <= row.keys()
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(root / "export")
-    assert type(pipeline).__name__ == "StableDiffusionXLPipeline"
+    # A LoRA run exports its LoRA and the trajectory, and no copy of the base model.
+    exported = {path.name for path in (root / "export").iterdir()}
+    assert exported == {f"{read_run_config(root).run.name}.safetensors", "acpo.json", "schedule.json", "sigmas.txt"}
 
 
 def test_the_anchor_alone_never_moves_the_policy(tiny, tmp_path):
@@ -333,6 +333,7 @@ def test_the_export_names_its_weights(finished):
     root, _ = finished
     assert read_export_facts(root / "export") == {
         "iteration": 3, "policy_version": 3, "policy_sha256": checksum(weights_of(root)),
+        "format": "comfy", "file": f"{read_run_config(root).run.name}.safetensors",
     }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from acpo_dist.config.schema import Config
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.sizes import main_size
 from acpo_dist.evaluation.suites.set_metrics import counts_of, reasons_of
-from acpo_dist.models.loading import resolve_path
+from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, resolve_path
 from acpo_dist.rewards.listing import reward_listing
 
 _SHOWN = re.compile(r"(reward|judge)/.+/mean|drift/(rms|budget)|gain/.+")
@@ -39,8 +40,6 @@ class CardFacts:
     evaluations: Sequence[Mapping[str, Any]] = ()
     objections: Sequence[str] = ()
     """Reasons why the guard was not clean, if the run was promoted by force."""
-    lora_folder: bool = False
-    """Whether the adapter is also saved in `lora/`."""
 
 
 def model_card(facts: CardFacts) -> str:
@@ -59,7 +58,6 @@ def model_card(facts: CardFacts) -> str:
         "iterations with acpo_dist. The update used the rewards only; the judges are held out.",
         *([f"> **Promoted by force.** The guard was not clean:\n{reasons}"] if reasons else []),
         f"## Use\n\n```python\n{facts.code}```",
-        *([_LORA] if facts.lora_folder else []),
         f"## Tuning\n\n{_table(('what', 'value'), _tuning(facts))}",
         f"## Measured\n\n{_measured(facts)}",
         f"## Guard\n\n{facts.guard}",
@@ -70,20 +68,37 @@ def model_card(facts: CardFacts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def loading_code(config: Config, *, lora: str | None = None, schedule: str | None = None) -> str:
+def loading_code(config: Config, *, file: str | None = None, whole: bool = False, schedule: str | None = None) -> str:
     """Return Python code that generates one image with plain diffusers from the folder of the card.
 
     Args:
         config: configuration of the run.
-        lora: name of the LoRA file in the folder; None for a complete pipeline.
+        file: name of the LoRA file or of the checkpoint file in the folder; None for a pipeline folder.
+        whole: whether `file` is a checkpoint file.
         schedule: name of the trajectory file in the folder; None for evenly spaced steps.
     """
-    revision = getattr(config.model, "revision", None)
-    opened = json.dumps(base_name(config)) if lora else '"."'
-    opened += f", revision={json.dumps(revision)}" if lora and revision else ""
-    lines = [f"pipeline = DiffusionPipeline.from_pretrained({opened})"]
-    if lora:
-        lines.append(f'pipeline.load_lora_weights(".", weight_name="{lora}")')
+    imports = []
+    if file and whole:
+        kind = resolve("model", MODELS, config.model.type).pipeline.__name__
+        lines = [f'pipeline = {kind}.from_single_file("{file}")']
+    elif file:
+        kind, revision, base = "DiffusionPipeline", getattr(config.model, "revision", None), base_name(config)
+        opened = json.dumps(base)
+        if base.startswith("toy-"):
+            imports, opened = (
+                ["from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, resolve_path"],
+                f"resolve_path({opened})",
+            )
+        opened += f", revision={json.dumps(revision)}" if revision else ""
+        loader = "from_pretrained"
+        if base.endswith(CHECKPOINT_SUFFIXES):
+            kind, loader = resolve("model", MODELS, config.model.type).pipeline.__name__, "from_single_file"
+        lines = [
+            f"pipeline = {kind}.{loader}({opened})", f'pipeline.load_lora_weights(".", weight_name="{file}")'
+        ]  # fmt: skip
+    else:
+        kind = "DiffusionPipeline"
+        lines = ['pipeline = DiffusionPipeline.from_pretrained(".")']
     if schedule:
         # Euler equals DDIM on the same levels; with this spacing diffusers starts it from unit noise.
         lines += [
@@ -94,8 +109,9 @@ def loading_code(config: Config, *, lora: str | None = None, schedule: str | Non
             '    levels = json.load(schedule)["diffusers"]["EulerDiscreteScheduler"]',
         ]
     lines += [f"image = pipeline({', '.join(_arguments(config, schedule))}).images[0]", 'image.save("image.png")', ""]
-    names = "DiffusionPipeline, EulerDiscreteScheduler" if schedule else "DiffusionPipeline"
-    return "\n".join([*(["import json", ""] if schedule else []), f"from diffusers import {names}", "", *lines])
+    names = ", ".join(sorted([kind, *(["EulerDiscreteScheduler"] if schedule else [])]))
+    head = [*(["import json", ""] if schedule else []), *imports, f"from diffusers import {names}", ""]
+    return "\n".join([*head, *lines])
 
 
 def _arguments(config: Config, schedule: str | None) -> list[str]:
@@ -116,7 +132,7 @@ def _arguments(config: Config, schedule: str | None) -> list[str]:
 def base_name(config: Config) -> str:
     """Return a hub id, or the name of a folder without its path, which must not be published on a card."""
     path = config.model.path
-    return Path(path).name if Path(path).is_dir() else path
+    return Path(path).name if Path(path).exists() else path
 
 
 def base_licence(config: Config) -> str | None:
@@ -135,17 +151,12 @@ def base_licence(config: Config) -> str | None:
     return str(found) if found else None
 
 
-_LORA = (
-    '`lora/` holds only the adapter: `pipeline.load_lora_weights("lora")` on the base model\'s own pipeline gives '
-    "the same images up to rounding."
-)
-
-
 def _tuning(facts: CardFacts) -> list[tuple[str, object]]:
     config = facts.config
     anchor = getattr(config.algorithm, "anchor", None)
     rows: list[tuple[str, object]] = [
         ("base model", base_name(config)),
+        *[(f"LoRA merged into it ({lora.scale:g})", lora.path.name) for lora in getattr(config.model, "loras", ())],
         ("prompts", "none (unconditional)" if config.data.prompts == "none" else Path(config.data.prompts).name),
         ("rewards (drove the update)", _rewards(config)),
         ("judges (held out)", ", ".join(f"`{entry.name}`" for entry in config.rewards.judges) or "none"),

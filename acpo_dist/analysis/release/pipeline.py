@@ -28,6 +28,8 @@ from acpo_dist.models.schedulers import UNSHIFTED, UnetFlowScheduler, pipeline_a
 from acpo_dist.models.sd3 import T5_PARTS
 from acpo_dist.models.text import Encoder
 from acpo_dist.models.transformer import TransformerFamily
+from acpo_dist.training.export import read_export_facts
+from acpo_dist.training.open_model import source_config
 from acpo_dist.training.run_folder import RESOLVED, read_run_config
 from acpo_dist.training.trajectory.artefact import read_schedule
 
@@ -49,21 +51,20 @@ def run_config(model: str) -> Config | None:
     return read_run_config(Path(model)) if (Path(model) / RESOLVED).is_file() else None
 
 
-def exported_lora(model: str) -> Path:
-    """Return the folder of the LoRA that a run exported.
+def exported_lora(model: str) -> Path | None:
+    """Return the LoRA file that a run exported; None for a run that exported a pipeline, and if `model` is no run.
 
     Raises:
-        UsageError: `model` is no run, or the run exported no LoRA.
+        UsageError: the run has no export yet.
     """
     path = Path(model)
     if not (path / RESOLVED).is_file():
-        raise UsageError(f"{model} is not a run: set the LoRA file with --lora FILE.")
-    lora = path / "export" / "lora"
-    if not lora.is_dir():
-        raise UsageError(
-            f"{model} has exported no LoRA: the run has not ended, or it tuned all weights and has no LoRA."
-        )
-    return lora
+        return None
+    facts = read_export_facts(path / "export")
+    if facts is None:
+        raise UsageError(f"{model} is a run without an export: a run exports its model when it ends.")
+    file = path / "export" / facts["file"]
+    return file if file.suffix == ".safetensors" else None
 
 
 def open_base(config: Config, solver: str) -> tuple[Any, bool]:
@@ -84,22 +85,22 @@ def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
     """Open a pipeline, with a scheduler that can follow a trajectory.
 
     Args:
-        model: a run folder (its `export` is opened), a pipeline folder, a hub id, or an embedded toy.
+        model: a run that exported a pipeline, a pipeline folder, a checkpoint file, a hub id, or an embedded toy.
         solver: `euler` or `dpmpp_2m`.
 
     Returns:
         (pipeline, whether it takes prompts).
 
     Raises:
-        UsageError: unknown solver, or the run has no export yet.
+        UsageError: unknown solver.
         ModelError: the folder cannot be opened.
     """
     _require_solver(solver)
     path = Path(model)
     if (path / RESOLVED).is_file():
-        if not (path / "export" / "model_index.json").is_file():
-            raise UsageError(f"{model} is a run without an export: a run exports its model when it ends.")
         model = str(path / "export")
+    elif path.is_file():
+        return open_base(source_config(model, [])[0], solver)
     folder = resolve_path(model)
     index = load_part(DiffusionPipeline.load_config, folder, None)
     # diffusers loads a folder of Stable Diffusion 3 without T5 only if the missing components are named.

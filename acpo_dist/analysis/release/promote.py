@@ -12,7 +12,7 @@ from acpo_dist.core.errors import UsageError
 from acpo_dist.core.files import replace_file
 from acpo_dist.evaluation.suites.subject import BEST, NEWEST, find_checkpoint, prepared
 from acpo_dist.tracking.mlflow_registry import ModelVersion, register
-from acpo_dist.training.run import export_pipeline
+from acpo_dist.training.export import default_format, write_weights
 from acpo_dist.training.run_folder import git_commit, read_run_config
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
@@ -99,7 +99,8 @@ def _export(run: Path, config: Config, chosen: Checkpoint, verdict: Verdict) -> 
     if bundle.checksum == verdict.exported:
         return run / "export"
     folder = run / f"export-{chosen.iteration:06d}"
-    export_pipeline(config, bundle, folder)
+    layout = default_format(config)
+    write_weights(config, bundle, folder, layout=layout, iteration=chosen.iteration, made=chosen.made)
     return folder
 
 
@@ -114,10 +115,11 @@ def _facts(
     )
     if verdict.remarks:
         text += " Reported during the run:\n\n" + "\n".join(f"- {remark}" for remark in verdict.remarks)
+    lora = next(folder.glob("*.safetensors"), None)
     best = ", the best by its judges" if chosen.iteration == verdict.best else ""
     return CardFacts(
         config=config, name=title, iteration=chosen.iteration, objections=verdict.objections, guard=text,
-        metrics=metrics_at(run, chosen.iteration), code=loading_code(config),
+        metrics=metrics_at(run, chosen.iteration), code=loading_code(config, file=None if not lora else lora.name),
         gains=gains_of(run) if chosen.iteration == newest.iteration else {}, evaluations=reports,
         provenance={
             "run": config.run.name,
@@ -125,7 +127,6 @@ def _facts(
             "code": git_commit() or "not a git checkout",
             "weights sha256": chosen.bundle().checksum,
         },
-        lora_folder=(folder / "lora").is_dir(),
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import UsageError
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.training.export import read_export_facts
 from acpo_dist.training.guard.decision import Reason
-from acpo_dist.training.run import read_export_facts
 from acpo_dist.workers.learner.checkpoint import Checkpoint, CheckpointStore
 
 _ENDING = ("stop", "roll_back")
@@ -69,7 +69,8 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
         UsageError: the run has not ended, or has no checkpoint.
     """
     newest = CheckpointStore(run / "checkpoints", keep=config.checkpoint.keep).newest()
-    if newest is None or not (run / "export" / "model_index.json").is_file():
+    facts = read_export_facts(run / "export")
+    if newest is None or facts is None:
         raise UsageError(f"{run} has no export, so there is nothing to promote: a run exports its model when it ends.")
     records = guard_records(run)
     state = newest.state["guard"]["state"]
@@ -85,7 +86,7 @@ def judge_run(run: Path, config: Config) -> tuple[Verdict, Checkpoint]:
         objections.append("the run had no held-out judge (rewards.judges is empty)")
     return Verdict(
         objections=tuple(objections), remarks=tuple(_remark(record) for record in records),
-        exported=(read_export_facts(run / "export") or {}).get("policy_sha256"), best=newest.best_iteration,
+        exported=facts.get("policy_sha256"), best=newest.best_iteration,
     ), newest  # fmt: skip
 
 

@@ -212,7 +212,7 @@ def _model_facts(source: str, config: Config, run: Path | None) -> dict[str, Any
     facts: dict[str, Any] = {
         "kind": "run" if run else "model", "source": source, "family": config.model.type, "path": config.model.path,
     }  # fmt: skip
-    if Path(path).is_dir():
+    if Path(path).exists():
         facts["weights_sha256"] = weights_digest(Path(path))
     else:
         facts["revision"] = getattr(config.model, "revision", None) or _cached_commit(path)

@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
 from acpo_dist.data.toy.world import IMAGE_SIZE
+from acpo_dist.models.pipeline_files import make_portable
 from acpo_dist.models.sd3 import LENGTH_KEY
 
 TEXT_WIDTH = 32
@@ -193,7 +194,7 @@ def sdxl_scheduler() -> EulerDiscreteScheduler:
 
 def sd15_scheduler() -> PNDMScheduler:
     """Return SD 1.5's noise schedule with its default sampler."""
-    return PNDMScheduler(
+    scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -202,6 +203,9 @@ def sd15_scheduler() -> PNDMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+    # As in the published folder: `DDIMScheduler.from_config` clips latents without it.
+    scheduler.register_to_config(clip_sample=False)
+    return scheduler
 
 
 def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
@@ -223,6 +227,7 @@ def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(folder)
 
 
 def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
@@ -241,6 +246,7 @@ def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
     pipeline.unet.to(torch.float16)
     pipeline.vae.to(torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    make_portable(folder)
 
 
 def save_toy_flow(folder: Path, model: ToyFlow, vae: AutoencoderKL, *, shift_factor: float) -> None:

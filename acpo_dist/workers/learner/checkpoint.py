@@ -37,6 +37,11 @@ class Checkpoint:
         """Folder with the learner's files."""
         return self.folder / LEARNER
 
+    @property
+    def made(self) -> float:
+        """Time at which it was written, in seconds since the epoch."""
+        return (self.folder / MANIFEST).stat().st_mtime
+
     def bundle(self, kind: str = "policy") -> WeightBundle:
         """Return the trainable weights with their version.
 
