@@ -1,7 +1,5 @@
 """Captions beside images: `.txt` files with the name of the image, and `metadata.jsonl` or `metadata.csv`."""
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from acpo_dist.core.errors import DataError
-from acpo_dist.data.tables import decode_text
+from acpo_dist.data.tables import decode_text, parse_table
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +79,9 @@ def caption_of(row: Mapping[str, Any], columns: Sequence[str] = CAPTION_COLUMNS)
 def _metadata(
     place: object, path: PurePath, content: bytes, columns: Sequence[str]
 ) -> Iterable[tuple[str, str]]:  # fmt: skip
-    text = decode_text(content, f"{place}: {path}")
-    rows = list(csv.DictReader(io.StringIO(text))) if path.suffix == ".csv" else _json_lines(text, f"{place}: {path}")
+    where = f"{place}: {path}"
+    text = decode_text(content, where)
+    rows = list(parse_table(text, where).records()) if path.suffix == ".csv" else _json_lines(text, where)
     for number, row in enumerate(rows, 1):
         name, caption = row.get("file_name"), caption_of(row, columns)
         if not isinstance(name, str) or caption is None:

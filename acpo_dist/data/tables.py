@@ -32,7 +32,8 @@ class Row:
 class Table:
     """Header and rows of a CSV or TSV file without blank lines."""
 
-    path: Path
+    name: str
+    """Name of the file, for messages."""
     header: tuple[str, ...]
     """Column names, stripped of whitespace."""
     rows: tuple[Row, ...]
@@ -50,7 +51,7 @@ class Table:
         Raises:
             DataError: the column does not exist.
         """
-        return self.header.index(find_column(self.header, column, f"{_prefix(key)}{self.path}"))
+        return self.header.index(find_column(self.header, column, f"{_prefix(key)}{self.name}"))
 
     def records(self) -> Iterator[dict[str, str]]:
         """Return the rows as dictionaries by column name."""
@@ -150,10 +151,23 @@ def read_table(path: Path, key: str = "") -> Table:
     Raises:
         DataError: the file is unreadable or empty, or a line has an unbalanced quote or more cells than the header.
     """
-    text = read_text(path, key)
+    return parse_table(read_text(path, key), str(path), key)
+
+
+def parse_table(text: str, name: str, key: str = "") -> Table:
+    """Parse the text of a table; see `read_table`.
+
+    Args:
+        text: content of the file.
+        name: name of the file, whose suffix selects the format.
+        key: as in `read_text`.
+
+    Raises:
+        DataError: the text is empty, or a line has an unbalanced quote or more cells than the header.
+    """
     first, _, rest = text.partition("\n")
     line, separator = 1, "\t"
-    is_tsv = path.suffix.lower() == ".tsv"
+    is_tsv = name.lower().endswith(".tsv")
     if not is_tsv:
         separator = _separator(first)
         if first.strip().lower().startswith("sep=") and len(first.strip()) == 5:
@@ -173,17 +187,17 @@ def read_table(path: Path, key: str = "") -> Table:
             elif cells:
                 if len(cells) > len(header):
                     raise DataError(
-                        f"{_prefix(key)}{path}, line {begins}: {len(cells)} cells, the header has {len(header)}. Put "
+                        f"{_prefix(key)}{name}, line {begins}: {len(cells)} cells, the header has {len(header)}. Put "
                         f"values that contain the separator {separator!r} in double quotes (CSV only)."
                     )
                 missing = len(header) - len(cells)
                 rows.append(Row(line=begins, cells=(*cells, *[""] * missing)))
             begins = line + reader.line_num
     except csv.Error as error:
-        raise DataError(f"{_prefix(key)}{path}, line {begins}, cannot be read: {error}") from error
+        raise DataError(f"{_prefix(key)}{name}, line {begins}, cannot be read: {error}") from error
     if not header:
-        raise DataError(f"{_prefix(key)}{path} is empty; expected a header with the names of its columns.")
-    return Table(path=path, header=header, rows=tuple(rows))
+        raise DataError(f"{_prefix(key)}{name} is empty; expected a header with the names of its columns.")
+    return Table(name=name, header=header, rows=tuple(rows))
 
 
 def _prefix(key: str) -> str:
