@@ -155,7 +155,8 @@ class PairSet:
             try:
                 image = decode_fitted(encoded["bytes"] if isinstance(encoded, dict) else encoded, self._size)
             except DataError:
-                image = torch.zeros(3, self._size, self._size)
+                width, height = (self._size, self._size) if isinstance(self._size, int) else self._size
+                image = torch.zeros(3, height, width)
                 broken_rows.add(row)
                 broken.append(sample_id)
             pixels.append(image)

@@ -29,7 +29,7 @@ def held_out_denoising(subject: ModelSubject) -> dict[str, Any] | None:
     assert subject.bundle is not None, "only a run's checkpoint has weights of its own"
     copy_weights(family.network, subject.bundle.tensors)
     images = RealImages(config.data, family, latent_cache(config), held_out=True)
-    sums = {name: dict.fromkeys(DRIFT_TIMESTEPS, 0.0) for name in ("model", "base")}
+    sums: dict[str, dict[int, float]] = {name: dict.fromkeys(DRIFT_TIMESTEPS, 0.0) for name in ("model", "base")}
     for number, batch in enumerate(images.in_order(_AT_ONCE)):
         errors = output_errors(
             family, batch.clean, batch.captions, DRIFT_TIMESTEPS, seed=number, batch_size=_AT_ONCE,
