@@ -4,7 +4,6 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +28,7 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.training.local import learner_spec
 from acpo_dist.training.run_folder import RESOLVED
-from acpo_dist.workers.learner.metrics import MetricSums
+from acpo_dist.workers.learner.metrics import MetricSums, merged_report
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
 from actors.placement import Role
@@ -171,16 +170,7 @@ class RayLearner(LearnerGroup):
             self._rewards.learner_retries = sum(retries for *_, retries in answers)
         if advance:
             advance(len(task.sample_ids))
-        # All ranks skip the same steps, and each reports its own samples.
-        skipped = zip(*(steps for _, _, steps, *_ in answers), strict=True)
-        return TrainReport(
-            metrics=MetricSums.merge(metrics for metrics, *_ in answers).means(), optim_steps=answers[0][1],
-            skipped=tuple(
-                replace(ranks[0], sample_ids=tuple(name for rank in ranks for name in rank.sample_ids))
-                for ranks in skipped
-            ),
-            too_many=answers[0][3],
-        )  # fmt: skip
+        return merged_report([answer[:4] for answer in answers])
 
     @override
     def gradient_scale(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> GradientScale:

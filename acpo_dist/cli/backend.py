@@ -1,5 +1,7 @@
 """Backend and ports of a run."""
 
+import os
+
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
@@ -26,12 +28,17 @@ def choose_backend(config: Config) -> str:
     return wanted
 
 
+def launched_processes() -> int:
+    """Return the number of processes that `accelerate launch` or torchrun started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
 def ports_for(backend: str) -> OpenPorts:
     """Return the function that opens the ports of a backend."""
     if backend == "local":
-        from acpo_dist.training.local import open_ports
+        from acpo_dist.training import launched, local
 
-        return open_ports
+        return launched.open_ports if launched_processes() > 1 else local.open_ports
     from actors.launch import open_ports as open_ray_ports
 
     return open_ray_ports

@@ -1,10 +1,13 @@
 """`acpo train`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from acpo_dist.cli.app import answer, app
+
+if TYPE_CHECKING:
+    from acpo_dist.config.schema import Config
 
 
 @app.command("train")
@@ -22,22 +25,41 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
 ) -> None:
     """Train a model on rewards of its own samples, with an anchor to the base model."""
-    from acpo_dist.cli.backend import choose_backend, ports_for
+    from acpo_dist.cli.backend import choose_backend, launched_processes
     from acpo_dist.config.load import load_config
+
+    processes = launched_processes()
+    extra = [f"cluster.backend={backend}"] if backend else []
+    if processes > 1:
+        # One rank for each process that `accelerate launch` or torchrun started.
+        extra = ["cluster.backend=local", f"learner.num_ranks={processes}"]
+    config = load_config(source, [*(overrides or []), *extra])
+    chosen = choose_backend(config)
+    if processes == 1:
+        _train(config, chosen, resume, as_json)
+        return
+    from acpo_dist.training.launched import launched_group
+
+    with launched_group() as leads:
+        if leads:
+            _train(config, chosen, resume, as_json)
+
+
+def _train(config: "Config", backend: str, resume: str | None, as_json: bool) -> None:
+    from acpo_dist.cli.backend import ports_for
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.run import drive
 
-    extra = [f"cluster.backend={backend}"] if backend else []
-    config = load_config(source, [*(overrides or []), *extra])
-    chosen = choose_backend(config)
     console = Console(live=not as_json)
-    console.message(f"{config.run.name}: {config.run.iterations} iterations, backend {chosen}, folder {config.run_dir}")
-    if chosen == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
+    console.message(
+        f"{config.run.name}: {config.run.iterations} iterations, backend {backend}, folder {config.run_dir}"
+    )
+    if backend == "local" and (config.rollout.num_workers > 1 or config.rewards.replicas > 1):
         console.message(
             f"in one process rollout.num_workers={config.rollout.num_workers} and "
             f"rewards.replicas={config.rewards.replicas} have no effect; images and metrics are the same"
         )
-    result = drive(config, ports_for(chosen), console, resume=resume)
+    result = drive(config, ports_for(backend), console, resume=resume)
     if as_json:
         answer(
             {

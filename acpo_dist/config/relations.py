@@ -53,7 +53,12 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_backend(config: Config) -> None:
-    if config.learner.num_ranks > 1 and config.learner.zero_stage is None:
+    if config.cluster.backend == "local" and config.learner.num_ranks > 1 and config.pipeline.max_staleness:
+        raise ConfigError(
+            f"pipeline.max_staleness is {config.pipeline.max_staleness}, and {config.learner.num_ranks} launched "
+            "processes draw and train in turns: set pipeline.max_staleness=0, or use --backend ray."
+        )
+    if config.learner.num_ranks > 1 and config.learner.zero_stage is None and config.cluster.backend != "local":
         raise ConfigError(
             f"learner.num_ranks is {config.learner.num_ranks} but learner.zero_stage is unset: plain torch has one "
             "rank. Set learner.zero_stage to 0, 1, 2 or 3."
@@ -234,6 +239,12 @@ def _check_vrg(config: Config) -> None:
 
 
 def _check_pipeline(config: Config) -> None:
+    memory = getattr(config.model, "memory", None)
+    if config.pipeline.max_staleness and memory is not None and memory.offload:
+        raise ConfigError(
+            f"pipeline.max_staleness is {config.pipeline.max_staleness}, and model.memory.offload is true, which saves "
+            "memory where rollouts and learner take turns. Set one of them to its default."
+        )
     staleness, algorithm = config.pipeline.max_staleness, config.algorithm
     if staleness == 0:
         return

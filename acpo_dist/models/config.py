@@ -57,6 +57,9 @@ class MemoryConfig(Section):
     """Folder of cached prompt embeddings; `acpo embed` fills it and a run adds missing prompts."""
     free_text_encoders: bool = False
     """Load the text encoders only for prompts whose embeddings are not cached, and free them afterwards."""
+    offload: bool = False
+    """Keep in host memory between uses: U-Net and VAE of rollouts, text encoders, and the frozen copy of full
+    fine-tuning. For roles that take turns on one GPU; each phase then begins with the transfer of its weights."""
 
 
 class SpeedConfig(Section):

@@ -147,6 +147,9 @@ class DdpmFamily:
         """Convert RGB in [0, 1] to x_0 in [-1, 1], float32."""
         return 2 * pixels.float() - 1
 
+    def release(self) -> None:
+        """Do nothing: nothing is kept in host memory."""
+
     def save_pipeline(self, folder: Path) -> None:
         """Write a `DDPMPipeline` with the tuned U-Net."""
         subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() else None

@@ -217,6 +217,10 @@ class ModelFamily(Denoiser, Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Move what `memory.offload` keeps in host memory there, until its next use."""
+        ...
+
     def save_pipeline(self, folder: Path) -> None:
         """Write a folder for diffusers' `DiffusionPipeline.from_pretrained`, with the tuned weights merged."""
         ...

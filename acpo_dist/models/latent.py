@@ -30,6 +30,7 @@ from acpo_dist.models.loading import (
 from acpo_dist.models.lora_files import adapter_layers
 from acpo_dist.models.lora_reading import lora_file
 from acpo_dist.models.noise_levels import read_schedule
+from acpo_dist.models.offload import Offloader
 from acpo_dist.models.pipeline_files import write_pipeline
 from acpo_dist.models.single_file import check_single_file, single_file_folder
 from acpo_dist.models.text import CHUNKS, Encoder, Encoders, PromptEmbeddings, fingerprint, load_encoders
@@ -86,11 +87,18 @@ class LatentFamily(ModelFamily):
         self.prediction_type, self.alpha_bars = self.schedule.prediction_type, self.schedule.alpha_bars
         self.clean_rule = self.schedule.rule
         self._zero_null = self._null_is_zeros(config, path)
+        self._offloader = Offloader(device) if config.memory.offload else None
         self._embeddings = PromptEmbeddings(
             self._load_encoders, self._embed, device=device, folder=self._cache_folder(config, path),
             free=config.memory.free_text_encoders,
         )  # fmt: skip
         self.decoder = self.load_decoder(config, device=device)
+        if self._offloader is not None:
+            # What is trained, and a decoder that gradients pass through, stay on the device.
+            frozen = [self._tuned.frozen_copy] if trainable else [unet, self.decoder.vae]
+            for module in frozen:
+                if module is not None:
+                    self._offloader.add(module)
         self.factor, self._channels = self.decoder.factor, int(unet.config["in_channels"])
         factor = self._multiple
         sizes = [size for size, _ in config.sizes] or [self._own_size(unet)]
@@ -277,6 +285,11 @@ class LatentFamily(ModelFamily):
         return self.decoder.encode(pixels.to(self.device))
 
     @override
+    def release(self) -> None:
+        if self._offloader is not None:
+            self._offloader.release()
+
+    @override
     def save_pipeline(self, folder: Path) -> None:
         tensors = {name: value.detach() for name, value in trainable_tensors(self.network).items()}
         self.write_pipeline(self.config, tensors, folder)
@@ -403,7 +416,11 @@ class LatentFamily(ModelFamily):
         )  # fmt: skip
 
     def _load_encoders(self) -> Encoders:
-        return self._encoders(self.config, self.path, self.device)
+        encoders = self._encoders(self.config, self.path, self.device)
+        if self._offloader is not None and not self.config.memory.free_text_encoders:
+            for encoder in encoders:
+                self._offloader.add(encoder.model)
+        return encoders
 
     def _embed(self, encoders: Encoders, prompt: str | None) -> dict[str, Tensor]:
         return self._embedder(self.config, self.path)(encoders, prompt)

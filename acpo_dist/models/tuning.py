@@ -91,6 +91,11 @@ class TunedNetwork:
         """Data type of the frozen weights of the active network; adapters can be wider."""
         return next(parameter for parameter in self.active.parameters()).dtype
 
+    @property
+    def frozen_copy(self) -> nn.Module | None:
+        """The base model's own network in full fine-tuning; None for LoRA."""
+        return self._copy
+
     @contextmanager
     def anchored(self) -> Iterator[None]:
         """Context in which the frozen base model is active: the copy, or the network with disabled or initial adapters.

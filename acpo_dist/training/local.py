@@ -14,6 +14,7 @@ from typing_extensions import override
 from acpo_dist.config.schema import Config
 from acpo_dist.core.allocator import keep_freed_memory
 from acpo_dist.core.by_size import Mixed, gather
+from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.ports import Advance, LearnerGroup, Ports, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.types import (
     GradientScale,
@@ -46,6 +47,12 @@ def default_device() -> str:
 @contextmanager
 def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
     """Context with all ports in this process."""
+    if config.learner.num_ranks > 1:
+        raise ConfigError(
+            f"learner.num_ranks is {config.learner.num_ranks}, and this is one process: start "
+            f"`accelerate launch --num_processes {config.learner.num_ranks} -m acpo_dist train ...`, or set "
+            "learner.num_ranks=1, or use --backend ray with learner.zero_stage."
+        )
     device = default_device()
     if device == "cpu":
         keep_freed_memory()

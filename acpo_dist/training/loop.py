@@ -150,7 +150,6 @@ class Trainer:
             "drift/rms": drift**0.5,
             **{f"drift/at/{timestep}": value for timestep, value in probe.items()},
             **ports.reward.counters(),
-            **self._samples.metrics(),
         }
         if config.pipeline.max_staleness:
             metrics["pipeline/staleness"] = float(task.staleness)
@@ -174,7 +173,8 @@ class Trainer:
             state.controller, state.drift = state.controller.update(drift), drift
         state.iteration += 1
         waited_s = report.metrics.get("time/reward_gradient", 0.0)
-        return metrics | {"sync/version": float(state.version)} | clock.metrics(self._roles, waited_s)
+        metrics |= self._samples.metrics() | {"sync/version": float(state.version)}
+        return metrics | clock.metrics(self._roles, waited_s)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present iteration; an incomplete one is removed if writing fails."""

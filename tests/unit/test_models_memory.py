@@ -231,3 +231,18 @@ def test_a_unet_may_say_its_height_and_width(tmp_path):
     change_json(folder / "unet" / "config.json", sample_size=[side, 2 * side])
     assert load(path=str(folder)).sample_shape == (4, side, 2 * side)
     assert load(path=str(folder), image_size=32).size == (32, 32)
+
+
+def test_offloaded_parts_draw_the_same_images_and_train_the_same_weights(tiny, tmp_path):
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+    from acpo_dist.workers.learner.checkpoint import open_checkpoint
+
+    sums = []
+    for offload in ("true", "false"):
+        root = tmp_path / offload
+        config = tiny("run.iterations=1", "sampler.num_steps=3", f"model.memory.offload={offload}", f"run.dir={root}")
+        drive(config, open_ports, Console(quiet=True))
+        sums.append(open_checkpoint(root / "checkpoints/000001").bundle().checksum)
+    assert sums[0] == sums[1]

@@ -278,7 +278,7 @@ def test_8_bit_moments_are_planned_as_the_optimiser_holds_them():
     ("name", "device"),
     [
         ("sdxl_lora", "a100-40"), ("sdxl_full_1xh200", "h200"), ("sdxl_full_zero2", "a100-80"),
-        ("sdxl_2node", "a100-80"), ("sd15_lora", "16-gb"),
+        ("sdxl_2node", "a100-80"), ("sd15_lora", "16-gb"), ("sdxl_lora_24gb", "rtx4090"),
     ],
 )  # fmt: skip
 def test_shipped_configurations_fit_the_gpu_that_their_first_line_names(name, device, monkeypatch):

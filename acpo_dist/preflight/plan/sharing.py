@@ -29,9 +29,12 @@ def replicas_of(config: Config) -> dict[str, int]:
 
 
 def rollout_devices(config: Config) -> int:
-    """Return the number of GPUs that rollout workers use at the same time."""
+    """Return the number of GPUs that rollout workers use at the same time.
+
+    Without Ray each process, of one or of `accelerate launch`'s, holds all roles.
+    """
     if one_process(config):
-        return 1
+        return config.learner.num_ranks
     return _devices(config.rollout.num_workers, config.rollout.num_workers * config.rollout.gpus_per_worker)
 
 
@@ -39,7 +42,7 @@ def reward_devices(config: Config) -> dict[str, int]:
     """Return the number of GPUs that the replicas of each reward use at the same time; judges are idle then."""
     rewards, counts = config.rewards, replicas_of(config)
     if one_process(config):
-        return {entry.name: 1 for entry in rewards.train}
+        return {entry.name: config.learner.num_ranks for entry in rewards.train}
     whole = sum((rewards.pool_of(name).gpus or 0.0) * count for name, count in counts.items())
     return {
         entry.name: _devices(counts[entry.name], whole if rewards.pool_of(entry.name).gpus else 0.0)
@@ -68,6 +71,15 @@ def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> d
     context = CONTEXT_GIB if device.memory_gib is not None else 0.0
     if one_process(config):
         held = sum(memory.total - memory.activations for memory in roles.values())
+        section = getattr(config.model, "memory", None)
+        if section is not None and section.offload:
+            # While rollouts are drawn, the learner's frozen copy is in host memory; afterwards the rollouts' weights.
+            turns = {name: memory.activations for name, memory in roles.items()}
+            turns["rollout"] += roles["rollout"].weights
+            for name in ("learner", "reward"):
+                turns[name] += roles["learner"].anchor
+            held -= roles["rollout"].weights + roles["learner"].anchor
+            return {"all": held + max(turns.values()) + context}
         working = {name: memory.activations for name, memory in roles.items()}
         if config.pipeline.max_staleness:
             # Rollouts are drawn in another thread while the learner works.

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -74,10 +75,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, value: float) -> None:
 
 
 class TorchEngine(Engine):
-    """Engine for one process, without sharding."""
-
-    rank = 0
-    world_size = 1
+    """Engine on Accelerate: every process holds all weights, and gradients are averaged before each step."""
 
     def __init__(self, network: nn.Module, config: LearnerConfig, *, accumulation: int, device: str = "cpu") -> None:
         """Optimise the parameters of `network` that require gradients."""
@@ -86,6 +84,10 @@ class TorchEngine(Engine):
         self._optimiser = (make_eight_bit if narrow else make_optimiser)(list(self._parameters.values()), config)
         self._narrow = narrow
         self._accumulation, self._config, self._device = accumulation, config, device
+        # Accelerate shares precision and accumulation between all its objects in a process, which may hold several
+        # engines: both stay here.
+        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
 
     @override
     def autocast(self) -> AbstractContextManager[Any]:
@@ -95,7 +97,7 @@ class TorchEngine(Engine):
 
     @override
     def backward(self, loss: Tensor) -> None:
-        (loss / self._accumulation).backward()
+        self._accelerator.backward(loss / self._accumulation)
 
     @override
     def set_learning_rate(self, value: float) -> None:
@@ -103,11 +105,24 @@ class TorchEngine(Engine):
 
     @override
     def step(self) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        self._average_gradients()
+        norm = self._accelerator.clip_grad_norm_(self._parameters.values(), self._config.max_grad_norm)
+        assert norm is not None, "Accelerate returns the norm"
         if torch.isfinite(norm):
             self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         return float(norm)
+
+    def _average_gradients(self) -> None:
+        """Average over processes with one collective; a gradient that is not finite on one process is so on all."""
+        if self.world_size == 1:
+            return
+        held = list(self._parameters.values())
+        # A parameter may have no gradient on this process alone.
+        parts = [torch.zeros_like(value) if value.grad is None else value.grad for value in held]
+        whole = self._accelerator.reduce(torch.cat([part.float().flatten() for part in parts]), reduction="mean")
+        for value, part in zip(held, whole.split([value.numel() for value in held]), strict=True):
+            value.grad = part.view_as(value).to(value.dtype)
 
     @override
     def weights(self) -> StateTensors:

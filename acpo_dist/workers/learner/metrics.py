@@ -1,9 +1,11 @@
 """Sums and counts of per-sample metrics, which merge exactly over micro-batches and ranks."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
+
+from acpo_dist.core.types import SkippedStep, TrainReport
 
 
 @dataclass
@@ -32,3 +34,17 @@ class MetricSums:
                 whole.sums[name] = whole.sums.get(name, 0.0) + value
                 whole.counts[name] = whole.counts.get(name, 0) + part.counts[name]
         return whole
+
+
+def merged_report(ranks: Sequence[tuple[MetricSums, int, list[SkippedStep], bool]]) -> TrainReport:
+    """Join the results of all ranks: metrics, steps taken, skipped steps, and whether too many were skipped."""
+    # All ranks skip the same steps, and each reports its own samples.
+    skipped = zip(*(steps for _, _, steps, _ in ranks), strict=True)
+    return TrainReport(
+        metrics=MetricSums.merge(metrics for metrics, *_ in ranks).means(),
+        optim_steps=ranks[0][1],
+        skipped=tuple(
+            replace(one[0], sample_ids=tuple(name for rank in one for name in rank.sample_ids)) for one in skipped
+        ),
+        too_many=ranks[0][3],
+    )

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -114,10 +114,10 @@ class LearnerWorker:
             version = task.policy_version + task.staleness
             if self._spec.max_staleness:
                 self._earlier = kept_versions({**self._earlier, version: self._sampling}, self._spec.max_staleness)
-            if not task.staleness:
-                return self._train(batches, task)
-            with self._drawn_with(self._earlier[task.policy_version]):
-                return self._train(batches, task)
+            with self._drawn_with(self._earlier[task.policy_version]) if task.staleness else nullcontext():
+                found = self._train(batches, task)
+            self.family.release()
+            return found
 
     def _train(self, batches: Sequence[RolloutBatch], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep]]:
         engine = self._ready()

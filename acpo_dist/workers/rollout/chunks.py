@@ -9,19 +9,24 @@ from acpo_dist.core.sizes import Size
 from acpo_dist.core.types import PromptGroup, SamplePlan
 
 
-def chunks_of(groups: Sequence[PromptGroup], batch_size: int) -> list[tuple[SamplePlan, ...]]:
+def group_chunks(groups: Sequence[PromptGroup], batch_size: int) -> list[list[PromptGroup]]:
     """Join groups of one size to chunks of up to `batch_size` samples; a larger group is a chunk of its own.
 
     Sizes follow in order of appearance, and the groups of one size keep their order.
     """
-    chunks: dict[Size | None, list[list[SamplePlan]]] = {}
+    chunks: dict[Size | None, list[list[PromptGroup]]] = {}
     for group in groups:
         own = chunks.setdefault(group.samples[0].size, [])
-        if own and len(own[-1]) + len(group.samples) <= batch_size:
-            own[-1].extend(group.samples)
+        if own and sum(len(other.samples) for other in own[-1]) + len(group.samples) <= batch_size:
+            own[-1].append(group)
         else:
-            own.append(list(group.samples))
-    return [tuple(chunk) for own in chunks.values() for chunk in own]
+            own.append([group])
+    return [chunk for own in chunks.values() for chunk in own]
+
+
+def chunks_of(groups: Sequence[PromptGroup], batch_size: int) -> list[tuple[SamplePlan, ...]]:
+    """Return the samples of the chunks of `group_chunks`."""
+    return [tuple(plan for group in chunk for plan in group.samples) for chunk in group_chunks(groups, batch_size)]
 
 
 def in_order(groups: Sequence[PromptGroup], chunks: Sequence[Sequence[SamplePlan]], latents: Sequence[Tensor]) -> Mixed:

@@ -108,6 +108,7 @@ class RolloutWorker:
             f"Set model.memory.vae_slicing=true (or vae_tiling), or lower rollout.batch_size ({len(plans)}).",
         ):
             pixels = self.family.decode(clean).clamp(0, 1)
+        self.family.release()
         return RolloutBatch(
             sample_ids=tuple(plan.sample_id for plan in plans),
             prompts=prompts,

@@ -1,0 +1,248 @@
+"""What orchestration costs: the toy in one process, on Ray in turns and on Ray overlapped; and the driver at scale.
+
+    .venv/bin/python benchmarks/orchestration.py pairs [--rounds 5] [--iterations 12] [KEY=VALUE ...]
+    .venv/bin/python benchmarks/orchestration.py control [--workers 8 32 128 512] [--chunk-s 5.75] [--chunks 2]
+    .venv/bin/python benchmarks/orchestration.py transfer [--workers 64] [--megabytes 186]
+
+`pairs` runs the same training three ways in turns, each in a process of its own, on the cores of this machine: seconds
+per iteration by phase (median over an iteration's rows without the first two), CPU seconds of the whole process tree,
+and the ratio of the overlapped run to the one in turns (median over rounds).
+
+`control` drives simulated rollout workers with the code that drives real ones: each sleeps for a chunk's planned time
+and returns references to objects of an SDXL chunk's size. Workers share eight processes, so that hundreds fit on one
+machine. Per number of workers: wall seconds of an iteration beyond the planned ones, and CPU seconds of the driver.
+
+`transfer` gives one adapter to many workers on this machine and reports seconds and the growth of the object store.
+
+Each prints one JSON line per measurement.
+"""
+
+import os
+
+# Before torch is imported: two torch threads on contended cores are tens of times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+
+from acpo_dist.tracking.jsonl import read_metrics
+
+COMMAND = [sys.executable, "-c", "from acpo_dist.cli import main; main()", "train"]
+ON_RAY = [
+    "cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.1",
+]  # fmt: skip
+ARMS = {
+    "one process": ["cluster.backend=local"],
+    "ray, in turns": ON_RAY,
+    "ray, overlapped": [*ON_RAY, "pipeline.max_staleness=1"],
+}
+PHASES = ("rollout", "reward", "learn", "probe", "guard", "sync")
+SHOWN = (*(f"time/{phase}" for phase in PHASES), "time/iteration", "idle/rollout", "idle/learner", "idle/reward")
+HOSTS = 8
+CHUNK_BYTES = {"latents": 5 * 8 * 4 * 128 * 128 * 4, "images": 8 * 3 * 1024 * 1024}
+"""Bytes of an SDXL chunk of eight samples: x_0 and four late states in float32, images in uint8."""
+
+
+def main() -> None:
+    """Run one measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    pairs = commands.add_parser("pairs")
+    pairs.add_argument("--rounds", type=int, default=5)
+    pairs.add_argument("--iterations", type=int, default=12)
+    pairs.add_argument("--config", default="toy_sdxl")
+    pairs.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    pairs.set_defaults(run=measure_pairs)
+    control = commands.add_parser("control")
+    control.add_argument("--workers", type=int, nargs="+", default=[8, 32, 128, 512])
+    control.add_argument("--chunk-s", type=float, default=5.75)
+    control.add_argument("--chunks", type=int, default=2, help="chunks per worker and iteration")
+    control.set_defaults(run=measure_control)
+    transfer = commands.add_parser("transfer")
+    transfer.add_argument("--workers", type=int, default=64)
+    transfer.add_argument("--megabytes", type=float, default=186)
+    transfer.set_defaults(run=measure_transfer)
+    options = parser.parse_args()
+    options.run(options)
+
+
+def measure_pairs(options: argparse.Namespace) -> None:
+    """Run the arms in turns."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            for name, overrides in ARMS.items():
+                root = Path(folder) / f"{number}-{name.replace(' ', '-')}"
+                row = _train(options, root, [*overrides, *options.overrides])
+                found[name].append(row)
+                _say(round=number, arm=name, **row)
+    turns, ahead = found["ray, in turns"], found["ray, overlapped"]
+    ratios = [two["time/iteration"] / one["time/iteration"] for one, two in zip(turns, ahead, strict=True)]
+    _say(ratio_median=median(ratios), ratios=ratios)
+    for name, rows in found.items():
+        _say(arm=name, **{key: median(row[key] for row in rows) for key in rows[0] if all(key in r for r in rows)})
+
+
+def _train(options: argparse.Namespace, root: Path, overrides: list[str]) -> dict[str, float]:
+    arguments = [
+        options.config, f"run.dir={root}", f"run.iterations={options.iterations}", "tracking.mlflow=false",
+        f"tracking.images_every={options.iterations}", *overrides,
+    ]  # fmt: skip
+    started = time.monotonic()
+    with (root.parent / f"{root.name}.log").open("w+") as log:
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=log, stderr=log)
+        cpu = _cpu_seconds(process)
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(log.read()[-3000:])
+    rows = [row for row in read_metrics(root / "metrics.jsonl") if "time/iteration" in row][2:]
+    means = {key: median(row[key] for row in rows if key in row) for key in SHOWN if any(key in row for row in rows)}
+    return {
+        key: round(value, 4) for key, value in (means | {"cpu_s": cpu, "run_s": time.monotonic() - started}).items()
+    }
+
+
+def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
+    """CPU seconds of a process and its descendants, sampled until it ends."""
+    seen: dict[tuple[int, float], float] = {}
+    while process.poll() is None:
+        try:
+            top = psutil.Process(process.pid)
+            for one in (top, *top.children(recursive=True)):
+                times = one.cpu_times()
+                seen[one.pid, one.create_time()] = times.user + times.system
+        except psutil.Error:
+            pass
+        time.sleep(0.5)
+    return sum(seen.values())
+
+
+def measure_control(options: argparse.Namespace) -> None:
+    """Time the driver with more and more simulated workers."""
+    import ray
+
+    _start(ray)
+    for count in options.workers:
+        workers = _pool(ray, count)
+        tasks = options.chunks * count
+
+        def submit(actor: Any, index: int) -> tuple[Any, Any]:
+            # Chunks take 2 % more or less than planned.
+            seconds = options.chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
+            meta, latents, images = actor.generate(seconds)
+            return meta, (latents, images)
+
+        names = [f"sample-{index}" for index in range(tasks)]
+        workers.spread(names[:count], lambda actor, index: (actor.generate(0.0)[0], None), what="warm up")
+        cpu, started = time.thread_time(), time.monotonic()
+        workers.spread(names, submit, what="generate")
+        wall, cpu = time.monotonic() - started, time.thread_time() - cpu
+        planned = options.chunks * options.chunk_s
+        _say(
+            workers=count, tasks=tasks, planned_s=planned, wall_s=round(wall, 3), driver_cpu_s=round(cpu, 3),
+            beyond_plan=round(wall / planned - 1, 4), driver_share=round(cpu / planned, 4),
+        )  # fmt: skip
+    ray.shutdown()
+
+
+class _Host:
+    """Executes calls of many simulated workers at once."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._objects = [ray.put(np.zeros(size, np.uint8)) for size in CHUNK_BYTES.values()]
+
+    def generate(self, seconds: float) -> tuple[Any, list[Any], list[Any]]:
+        from actors.worker_pool import Answer
+
+        time.sleep(seconds)
+        return Answer(f"process {os.getpid()}", None), [self._objects[0]], [self._objects[1]]
+
+    def ready(self) -> Any:
+        from actors.worker_pool import Answer
+
+        return Answer(f"process {os.getpid()}", None)
+
+    def take(self, bundle: list[Any]) -> int:
+        import ray
+
+        return ray.get(bundle[0]).nbytes
+
+
+class _Worker:
+    """One simulated worker; its calls run in a process that it shares."""
+
+    def __init__(self, host: Any) -> None:
+        self._host = host
+
+    def generate(self, seconds: float) -> Any:
+        return self._host.generate.options(num_returns=3).remote(seconds)
+
+    def ready(self) -> Any:
+        return self._host.ready.remote()
+
+
+def _pool(ray: Any, count: int) -> Any:
+    from actors.worker_pool import WorkerPool
+
+    shell = ray.remote(_Host).options(num_cpus=0, max_concurrency=-(-count // HOSTS) + 1)
+    hosts = [shell.remote() for _ in range(min(HOSTS, count))]
+    ray.get([host.ready.remote() for host in hosts])
+    workers = {f"rollout/{index}": _Worker(hosts[index % len(hosts)]) for index in range(count)}
+    return WorkerPool(workers, timeout_s=600, late_s=600, ping=lambda worker: worker.ready())
+
+
+def measure_transfer(options: argparse.Namespace) -> None:
+    """Give one object to workers of this machine, at once."""
+    import ray
+
+    _start(ray)
+    shell = ray.remote(_Host).options(num_cpus=0, max_concurrency=-(-options.workers // HOSTS) + 1)
+    hosts = [shell.remote() for _ in range(HOSTS)]
+    ray.get([host.ready.remote() for host in hosts])
+    before = _store_bytes(ray)
+    started = time.monotonic()
+    reference = ray.put(np.zeros(int(options.megabytes * 1e6), np.uint8))
+    put_s = time.monotonic() - started
+    sizes = ray.get([hosts[index % HOSTS].take.remote([reference]) for index in range(options.workers)])
+    _say(
+        workers=options.workers, megabytes=options.megabytes, put_s=round(put_s, 3),
+        all_s=round(time.monotonic() - started, 3), read_gb=round(sum(sizes) / 1e9, 2),
+        store_growth_mb=round((_store_bytes(ray) - before) / 1e6, 1),
+    )  # fmt: skip
+    ray.shutdown()
+
+
+def _store_bytes(ray: Any) -> float:
+    """Bytes of the object store in use; Ray reports them with a delay of up to a second."""
+    time.sleep(2)
+    whole, free = ray.cluster_resources(), ray.available_resources()
+    return whole.get("object_store_memory", 0.0) - free.get("object_store_memory", 0.0)
+
+
+def _start(ray: Any) -> None:
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+        object_store_memory=2_000_000_000,
+    )  # fmt: skip
+
+
+def _say(**facts: Any) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
