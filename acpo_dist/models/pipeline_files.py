@@ -192,6 +192,9 @@ def write_vocabulary(folder: Path) -> None:
     if (folder / "vocab.json").is_file() or not whole.is_file():
         return
     model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+    if "merges" not in model:
+        # T5's tokenizer has no merges, and a file of its own.
+        return
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")

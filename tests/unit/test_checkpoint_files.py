@@ -144,13 +144,17 @@ def test_a_vae_is_taken_from_a_file_of_its_own(tmp_path):
 
 
 def test_the_shipped_tokenizer_gives_clips_tokens(tmp_path):
-    write_clip_tokenizer(tmp_path, pad_token="!")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    write_clip_tokenizer(tmp_path / "clip")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "clip")
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
-    # Published examples of CLIP's tokenizer: "a photo of a cat" and "Hello, World!".
+    # Known tokens of CLIP: "a photo of a cat" and "Hello, World!".
     found = [tokenizer(text).input_ids for text in ("a photo of a cat", "Hello, World!")]
     assert found == [[49406, 320, 1125, 539, 320, 2368, 49407], [49406, 3306, 267, 1002, 256, 49407]]
-    assert tokenizer("a", padding="max_length", max_length=5).input_ids == [49406, 320, 49407, 0, 0]
+    assert tokenizer("a", padding="max_length", max_length=5).input_ids == [49406, 320, 49407, 49407, 49407]
+    # The OpenCLIP encoders are padded with token 0.
+    write_clip_tokenizer(tmp_path / "open", pad_token="!")
+    padded = AutoTokenizer.from_pretrained(tmp_path / "open")("a", padding="max_length", max_length=5)
+    assert padded.input_ids == [49406, 320, 49407, 0, 0]
 
 
 # LoRA files
