@@ -126,7 +126,7 @@ def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
     mode = NoWaiting()
     worker.family.predict = watched
     try:
-        end = worker.final_latents(plans, worker.trajectory)
+        end = worker._sample(plans, worker.trajectory, None)
     finally:
         mode.__exit__(None, None, None)
     assert len(steps) >= 4 and end.shape == (2, *worker.family.sample_shape)
