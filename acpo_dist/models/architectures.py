@@ -6,13 +6,14 @@ They are used to plan a run and to build a model of the same size with random we
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models import flow_architectures as flow
 from acpo_dist.models.loading import resolve_path
 
 _CLIP_L: dict[str, Any] = {
@@ -70,6 +71,23 @@ PUBLISHED: dict[str, Architecture] = {
         family="sd15", unet=_SD15_UNET, vae=_VAE | {"sample_size": 512, "scaling_factor": 0.18215},
         text_encoders=(_CLIP_L,), published=True,
     ),
+    "sd3": Architecture(
+        family="sd3", unet=flow.SD35_MEDIUM, vae=flow.SD3_VAE, text_encoders=(_CLIP_L, _BIG_G, flow.T5_XXL),
+        published=True,
+    ),
+    "zimage": Architecture(
+        family="zimage", unet=flow.ZIMAGE, vae=flow.ZIMAGE_VAE, text_encoders=(flow.QWEN3_4B,), published=True
+    ),
+    "flux2_klein": Architecture(
+        family="flux2_klein", unet=flow.FLUX2_KLEIN, vae=flow.FLUX2_VAE, text_encoders=(flow.QWEN3_4B,), published=True
+    ),
+}  # fmt: skip
+TRANSFORMERS = ("sd3", "zimage", "flux2_klein")
+"""Families whose network is a transformer."""
+_PARTS = {
+    "sdxl": ("text_encoder", "text_encoder_2"), "sd15": ("text_encoder",), "ddpm": (),
+    "sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"), "zimage": ("text_encoder",),
+    "flux2_klein": ("text_encoder",),
 }  # fmt: skip
 SD2 = Architecture(
     family="sd15", published=True, vae=PUBLISHED["sd15"].vae,
@@ -85,7 +103,6 @@ SD2 = Architecture(
     ),
 )  # fmt: skip
 """Stable Diffusion 2.x at 512 px; 768 px differ in sample_size."""
-_PARTS = {"sdxl": ("text_encoder", "text_encoder_2"), "sd15": ("text_encoder",), "ddpm": ()}
 
 
 def architecture_of(config: Any) -> Architecture:
@@ -103,12 +120,19 @@ def architecture_of(config: Any) -> Architecture:
     family = config.type
     if family not in _PARTS:
         raise ModelError(f"model.type `{family}`: only {', '.join(_PARTS)} can be planned.")
-    unet = _read(config, "unet") or (_read(config, None) if family == "ddpm" else None)
+    unet = _read(config, "transformer" if family in TRANSFORMERS else "unet") or (
+        _read(config, None) if family == "ddpm" else None
+    )
     if unet is None:
         if family not in PUBLISHED:
             raise ModelError(f"model.path: `{config.path}` is not on this disk, so its size is unknown.")
-        return PUBLISHED[family]
+        published = PUBLISHED[family]
+        # Without T5 two encoders are left.
+        count = 2 if getattr(config, "t5", True) is False else None
+        return replace(published, text_encoders=published.text_encoders[:count])
     encoders = [_read(config, part) for part in _PARTS[family]]
+    if family == "sd3" and (encoders[2] is None or not config.t5):
+        encoders = encoders[:2]
     vae = None if family == "ddpm" else _read(config, "vae")
     if any(part is None for part in encoders) or (vae is None and family != "ddpm"):
         raise ModelError(f"model.path: `{config.path}` is incomplete: a text encoder or the VAE has no config.json.")

@@ -7,22 +7,40 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from acpo_dist.diffusion.clean_rule import NO_RULE
+from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.architectures import Architecture
 from acpo_dist.models.family import Condition
+from acpo_dist.models.flux2 import PATCH, Flux2KleinFamily
 from acpo_dist.models.loading import DTYPES
+from acpo_dist.models.sd3 import DEFAULT_LENGTH, Sd3Family
 from acpo_dist.models.sdxl import TIME_IDS
+from acpo_dist.models.transformer import DEFAULT_PIXELS, TransformerFamily
 from acpo_dist.models.tuning import TunedNetwork
 from acpo_dist.models.vae import VAE_DTYPES, VaeDecoder
+from acpo_dist.models.zimage import ZImageFamily
 
 META = torch.device("meta")
+FAMILIES: dict[str, type[TransformerFamily]] = {
+    "sd3": Sd3Family, "zimage": ZImageFamily, "flux2_klein": Flux2KleinFamily,
+}  # fmt: skip
+"""Families with a transformer."""
 
 
 def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
     """Return the frozen denoiser on the meta device."""
-    kind = UNet2DModel if architecture.family == "ddpm" else UNet2DConditionModel
+    family = FAMILIES.get(architecture.family)
+    kind = UNet2DModel if architecture.family == "ddpm" else family.network_class if family else UNet2DConditionModel
     with META:
         unet = kind.from_config(dict(architecture.unet))
     return _frozen(unet, dtype)
@@ -30,19 +48,30 @@ def new_unet(architecture: Architecture, dtype: torch.dtype) -> Any:
 
 def new_vae(architecture: Architecture, dtype: torch.dtype) -> Any:
     """Return the frozen VAE on the meta device."""
+    family = FAMILIES.get(architecture.family)
+    kind = family.vae_class if family else AutoencoderKL
     with META:
-        vae = AutoencoderKL.from_config(dict(architecture.vae or {}))
+        vae = kind.from_config(dict(architecture.vae or {}))
     return _frozen(vae, dtype)
 
 
 def new_text_encoders(architecture: Architecture) -> list[Any]:
-    """Return the text encoders on the meta device; SDXL's second one has a projection."""
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    """Return the text encoders on the meta device; SDXL's second one and Stable Diffusion 3's have a projection."""
+    first = CLIPTextModelWithProjection if architecture.family == "sd3" else CLIPTextModel
     with META:
         return [
-            kind(CLIPTextConfig(**_text_keys(config)))
-            for kind, config in zip(kinds, architecture.text_encoders, strict=False)
+            _new_text_encoder(first if index == 0 else CLIPTextModelWithProjection, config)
+            for index, config in enumerate(architecture.text_encoders)
         ]
+
+
+def _new_text_encoder(clip: Any, config: Any) -> Any:
+    keys = _text_keys(config)
+    if config.get("model_type") == "t5":
+        return T5EncoderModel(T5Config(**keys))
+    if config.get("model_type") == "qwen3":
+        return Qwen3Model(Qwen3Config(**keys))
+    return clip(CLIPTextConfig(**keys))
 
 
 def _frozen(module: Any, dtype: torch.dtype) -> Any:
@@ -58,7 +87,8 @@ def _text_keys(config: Any) -> dict[str, Any]:
 
 def reduction(architecture: Architecture) -> int:
     """Return the number of pixels per latent along each side."""
-    return 2 ** (len(architecture.vae["block_out_channels"]) - 1) if architecture.vae else 1
+    patches = PATCH if architecture.family == "flux2_klein" else 1
+    return patches * 2 ** (len(architecture.vae["block_out_channels"]) - 1) if architecture.vae else 1
 
 
 def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int]:
@@ -67,7 +97,7 @@ def sample_shape(config: Any, architecture: Architecture) -> tuple[int, int, int
     if config.sizes:
         width, height = max((size for size, _ in config.sizes), key=lambda size: size[0] * size[1])
         return channels, height // factor, width // factor
-    size = architecture.unet["sample_size"]
+    size = architecture.unet.get("sample_size") or DEFAULT_PIXELS // factor
     height, width = (size, size) if isinstance(size, int) else size
     return channels, height, width
 
@@ -95,14 +125,17 @@ class MetaFamily:
         self._tuned = TunedNetwork(unet, config.tuning, seed=0, keep_anchor=trainable, anchor_dtype=anchor_dtype)
         self._architecture, self._dtype, self._trainable = architecture, DTYPES[config.dtype], trainable
         self.sample_shape = sample_shape(config, architecture)
-        self.prediction_type, self.clean_rule = "epsilon", NO_RULE
+        self._kind = FAMILIES.get(architecture.family)
+        self.prediction_type, self.clean_rule = "flow_prediction" if self._kind else "epsilon", NO_RULE
+        self._length = int(getattr(config, "max_sequence_length", None) or DEFAULT_LENGTH)
         # Any decreasing values work: the amount of computation does not depend on them.
         self.alpha_bars = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
         self.decoder: VaeDecoder | None = None
         if architecture.vae is not None and memory is not None:
             # float16 has the size of bfloat16 and is checked for overflow, which requires values.
             name = config.vae_dtype if config.vae_dtype != "float16" else "bfloat16"
-            self.decoder = VaeDecoder(
+            decoder = self._kind.decoder_class if self._kind else VaeDecoder
+            self.decoder = decoder(
                 new_vae(architecture, VAE_DTYPES[name]), checkpointing=memory.vae_checkpointing,
                 slicing=memory.vae_slicing, tiling=memory.vae_tiling,
             )  # fmt: skip
@@ -127,6 +160,19 @@ class MetaFamily:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(count, *shape, dtype=self._dtype, device=META)
 
+        network = architecture.unet
+        if architecture.family == "sd3":
+            length = architecture.text_length + self._length
+            pooled = zeros(network["pooled_projection_dim"])
+            return Condition(
+                {"prompt_embeds": zeros(length, network["joint_attention_dim"]), "pooled_prompt_embeds": pooled}
+            )
+        if architecture.family == "zimage":
+            # Lengths are read as numbers, so they have values. The longest prompt bounds memory and time.
+            lengths = torch.full((count,), self._length)
+            return Condition({"prompt_embeds": zeros(self._length, network["cap_feat_dim"]), "prompt_length": lengths})
+        if architecture.family == "flux2_klein":
+            return Condition({"prompt_embeds": zeros(self._length, network["joint_attention_dim"])})
         tensors = {"prompt_embeds": zeros(architecture.text_length, architecture.unet["cross_attention_dim"])}
         if architecture.family == "sdxl":
             tensors["pooled_prompt_embeds"] = zeros(architecture.text_encoders[-1]["projection_dim"])
@@ -138,8 +184,14 @@ class MetaFamily:
         return condition
 
     def predict(self, noisy: Tensor, timesteps_B: Tensor, condition: Condition) -> Tensor:
-        """Run one U-Net pass with float32 input and output."""
+        """Run one pass of the network with float32 input and output."""
         dtype, tensors = self._tuned.dtype, condition.tensors
+        if self._kind is not None:
+            cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+            state, at = flow_inputs(noisy, timesteps_B, len(self.alpha_bars))
+            # The call of the family itself, which needs the network and the number of timesteps only.
+            velocity: Any = self._kind._velocity
+            return velocity(self, state.to(dtype), at.float(), cast).float()
         arguments: dict[str, Any] = {}
         if tensors:
             arguments["encoder_hidden_states"] = tensors["prompt_embeds"].to(dtype)
