@@ -108,14 +108,6 @@ class Sd3Family(TransformerFamily):
             return {}
         return {"mu": linear_mu(self._tokens, scheduler.config, max_shift=1.16)}
 
-    @override
-    def save_pipeline(self, folder: Path) -> None:
-        super().save_pipeline(folder)
-        length = _index(self.path).get(LENGTH_KEY)
-        if length is not None:
-            index = folder / "model_index.json"
-            index.write_text(json.dumps(_index(str(folder)) | {LENGTH_KEY: length}, indent=2) + "\n")
-
 
 def _index(path: str) -> dict[str, Any]:
     return json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
