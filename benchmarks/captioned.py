@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     folder = options.out / "images"
-    write_images(folder, options.images)
+    if not folder.is_dir():
+        write_images(folder, options.images)
     for name, overrides in (dict(text.split("=", 1) for text in options.arm) or ARMS).items():
         root = options.out / name.replace(" ", "-")
         config = load_config(

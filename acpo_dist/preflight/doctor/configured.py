@@ -8,6 +8,8 @@ import torch
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import AcpoError, ModelError
 from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.data.captions import CAPTION_COLUMNS
+from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import run_prompts
@@ -96,9 +98,25 @@ def check_data(config: Config) -> Iterator[Finding]:
         image = load_images(config.data.path, config.data.image_column, 1, None)
         size = " x ".join(str(side) for side in image.tensor.shape[-2:])
         yield Finding("images", "ok", f"{config.data.path}, the first is {size}")
+        if config.model.conditional and getattr(getattr(config.algorithm, "anchor", None), "source", "") == "data":
+            yield _captioned(config)
     if config.data.pairs is not None:
         counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
         yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def _captioned(config: Config) -> Finding:
+    """Count the captions of the images of `data.path`."""
+    data = config.data
+    assert data.path is not None
+    columns = (data.caption_column,) if data.caption_column else CAPTION_COLUMNS
+    captions = EncodedImages(data.path, image_column=data.image_column, caption_columns=columns).captions()
+    have = sum(1 for caption in captions if caption)
+    text = f"{have} of {len(captions)} images have a caption"
+    if have == len(captions):
+        return Finding("captions", "ok", text)
+    advice = "Images without one are not used: add a .txt file beside each, metadata.jsonl, or set data.caption_column."
+    return Finding("captions", "warning" if have else "failed", text, advice)
 
 
 def check_base_samples(config: Config) -> Iterator[Finding]:
