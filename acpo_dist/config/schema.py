@@ -294,6 +294,12 @@ class TrackingConfig(Section):
     (`mlflow.db`)."""
     experiment: str = "acpo"
     """MLflow experiment."""
+    tensorboard: bool = False
+    """Record in TensorBoard too: event files in `tensorboard` of the run folder."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Record in Weights & Biases too; `offline` writes files in the run folder for `wandb sync`."""
+    wandb_project: str = "acpo"
+    """Project of Weights & Biases."""
     images_every: int = Field(default=20, ge=1)
     """Iterations between sample grids."""
     num_images: int = Field(default=24, ge=1)

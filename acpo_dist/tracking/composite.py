@@ -7,9 +7,45 @@ from typing import Any
 
 from typing_extensions import override
 
+from acpo_dist.core.errors import ConfigError
 from acpo_dist.core.ports import Tracker
 
 logger = logging.getLogger(__name__)
+
+
+def optional_trackers(section: Any, root: Path, name: str, params: Mapping[str, Any], first: int) -> list[Tracker]:
+    """Open the trackers besides MLflow that a configuration selects.
+
+    Args:
+        section: the `tracking` section.
+        root: run folder.
+        name: name of the run.
+        params: the configuration.
+        first: first iteration that is recorded.
+
+    Raises:
+        ConfigError: a selected tracker is not installed.
+    """
+    found: list[Tracker] = []
+    if section.tensorboard:
+        from acpo_dist.tracking.tensorboard_tracker import TensorboardTracker
+
+        found.append(TensorboardTracker(root / "tensorboard", first=first))
+    if section.wandb != "off":
+        from acpo_dist.tracking.wandb_tracker import WandbTracker
+
+        try:
+            found.append(
+                WandbTracker(root, mode=section.wandb, project=section.wandb_project, name=name, params=params)
+            )
+        except ConfigError:
+            raise
+        except Exception as error:  # the port's promise: a tracker never stops training
+            logger.warning(
+                "Weights & Biases cannot be used (%s: %s); training goes on without it. tracking.wandb=offline needs "
+                "no network.", type(error).__name__, str(error).partition("\n")[0][:200],
+            )  # fmt: skip
+    return found
 
 
 class CompositeTracker(Tracker):

@@ -26,7 +26,7 @@ from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import run_prompts
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.text import describe_long
-from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.tracking.composite import CompositeTracker, optional_trackers
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_curves
 from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics, truncate_after
@@ -139,7 +139,7 @@ def _attempt(
         truncate_after(record, checkpoint.iteration if checkpoint else 0)
     effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:
-        tracker, mlflow = _open_tracker(config, folder)
+        tracker, mlflow = _open_tracker(config, folder, checkpoint.iteration if checkpoint else 0)
         tracker.set_tags({"restarts": restarts})
         status = "FAILED"
         try:
@@ -233,7 +233,7 @@ def _require_captions(config: Config) -> None:
         )
 
 
-def _open_tracker(config: Config, folder: RunFolder):
+def _open_tracker(config: Config, folder: RunFolder, first: int):
     trackers: list[Tracker] = [JsonlTracker(folder.metrics)]
     mlflow = None
     if config.tracking.mlflow:
@@ -251,6 +251,7 @@ def _open_tracker(config: Config, folder: RunFolder):
             tags={name: value for name, value in tags.items() if value is not None},
         )  # fmt: skip
         trackers.append(mlflow)
+    trackers += optional_trackers(config.tracking, folder.root, config.run.name, config.to_mapping(), first)
     tracker = CompositeTracker(trackers)
     tracker.log_text("resolved.yaml", dump(config))
     return tracker, mlflow
