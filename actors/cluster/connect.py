@@ -168,7 +168,10 @@ def explain(address: str, error: Exception) -> str:
             f"of at most {107 - _SOCKET_PATH} characters, such as /tmp."
         )
     if address == "local":
-        return f"no local Ray cluster can be started: {_ended(reason)}"
+        return (
+            f"no local Ray cluster can be started: {_ended(reason)} The machine may be busy or out of memory: end "
+            "other work, then run the command again (`acpo train ... --resume auto` continues a run)."
+        )
     return (
         f"no Ray cluster {where}: {_ended(reason)} Check that it is running, and that this is its own address "
         "(HOST:6379), not that of its job service. `acpo submit` starts a run from outside the cluster. If it "
