@@ -12,7 +12,7 @@ and the ratio of the overlapped run to the one in turns (median over rounds).
 and returns references to objects of an SDXL chunk's size. Workers share eight processes, so that hundreds fit on one
 machine. Per number of workers: wall seconds of an iteration beyond the planned ones, and CPU seconds of the driver.
 
-`transfer` gives one adapter to many workers on this machine and reports seconds and the growth of the object store.
+`transfer` gives one adapter to many workers on this machine: seconds to store it once, and until all have read it.
 
 Each prints one JSON line per measurement.
 """
@@ -212,7 +212,6 @@ def measure_transfer(options: argparse.Namespace) -> None:
     shell = ray.remote(_Host).options(num_cpus=0, max_concurrency=-(-options.workers // HOSTS) + 1)
     hosts = [shell.remote() for _ in range(HOSTS)]
     ray.get([host.ready.remote() for host in hosts])
-    before = _store_bytes(ray)
     started = time.monotonic()
     reference = ray.put(np.zeros(int(options.megabytes * 1e6), np.uint8))
     put_s = time.monotonic() - started
@@ -220,16 +219,8 @@ def measure_transfer(options: argparse.Namespace) -> None:
     _say(
         workers=options.workers, megabytes=options.megabytes, put_s=round(put_s, 3),
         all_s=round(time.monotonic() - started, 3), read_gb=round(sum(sizes) / 1e9, 2),
-        store_growth_mb=round((_store_bytes(ray) - before) / 1e6, 1),
     )  # fmt: skip
     ray.shutdown()
-
-
-def _store_bytes(ray: Any) -> float:
-    """Bytes of the object store in use; Ray reports them with a delay of up to a second."""
-    time.sleep(2)
-    whole, free = ray.cluster_resources(), ray.available_resources()
-    return whole.get("object_store_memory", 0.0) - free.get("object_store_memory", 0.0)
 
 
 def _start(ray: Any) -> None:
