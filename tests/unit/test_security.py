@@ -19,9 +19,9 @@ from PIL import Image
 
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import LONGEST, AcpoError, ConfigError, DataError
+from acpo_dist.data.decoding import decode_named
 from acpo_dist.data.images import read_images
 from acpo_dist.data.pairs import PairSet
-from acpo_dist.evaluation.suites.images import decode
 from tests.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_an_image_that_announces_too_many_pixels_is_refused_before_they_are_deco
         list(read_images([tmp_path / "bomb.png"]))
     assert len(str(caught.value)) <= LONGEST
     with pytest.raises(DataError):
-        decode(huge_png(side), "bomb.png")
+        decode_named(huge_png(side), "bomb.png")
 
 
 def test_an_entry_of_an_archive_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
