@@ -77,24 +77,29 @@ def split_branches(error_B: Tensor, is_null_B: Tensor) -> dict[str, Tensor]:
     return {name: values for name, values in parts.items() if len(values)}
 
 
+def draw_timestep(generator: torch.Generator, lowest: int, highest: int, drawing: TimestepsConfig) -> int:
+    """Draw a timestep from [lowest, highest).
+
+    Args:
+        generator: source of random numbers.
+        lowest: smallest timestep.
+        highest: upper bound.
+        drawing: distribution of the timestep's share of the range.
+    """
+    if drawing == UNIFORM:
+        return int(torch.randint(lowest, highest, (), generator=generator))
+    share = torch.rand((), generator=generator, dtype=torch.float64)
+    if drawing.distribution == "logit_normal":
+        share = torch.special.ndtri(share).sigmoid()
+    place = shifted(float(share), drawing.shift)
+    return min(lowest + int(place * (highest - lowest)), highest - 1)
+
+
 def _draw(
-    key: int,
-    shape: torch.Size,
-    lowest: int,
-    highest: int,
-    null_share: float,
-    offset: float,
-    drawing: TimestepsConfig,
+    key: int, shape: torch.Size, lowest: int, highest: int, null_share: float, offset: float, drawing: TimestepsConfig
 ) -> tuple[int, bool, Tensor]:
     generator = torch.Generator().manual_seed(key)
-    if drawing == UNIFORM:
-        timestep = int(torch.randint(lowest, highest, (), generator=generator))
-    else:
-        share = torch.rand((), generator=generator, dtype=torch.float64)
-        if drawing.distribution == "logit_normal":
-            share = torch.special.ndtri(share).sigmoid()
-        place = shifted(float(share), drawing.shift)
-        timestep = min(lowest + int(place * (highest - lowest)), highest - 1)
+    timestep = draw_timestep(generator, lowest, highest, drawing)
     null = bool(torch.rand((), generator=generator) < null_share)
     noise = torch.randn(shape, generator=generator)
     if offset > 0:

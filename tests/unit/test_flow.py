@@ -1,19 +1,22 @@
 """Flow models in the coordinates of discrete schedules: levels, conversions, samplers and losses."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from acpo_dist.algorithms.config import TimestepsConfig
+from acpo_dist.algorithms.noising import draw_timestep
 from acpo_dist.core.errors import ConfigError, ModelError
 from acpo_dist.diffusion.flow import flow_alpha_bar, flow_alpha_bars, flow_inputs, flow_sigma, flow_trajectory, shifted
 from acpo_dist.diffusion.prediction import add_noise, flow_scale, to_clean, to_noise, to_velocity
 from acpo_dist.diffusion.sampling import StochasticDDIM, ddim_step, sample
 from acpo_dist.diffusion.splitting import GuidedDenoise, sample_split
 from acpo_dist.models.noise_levels import schedule_of
-from acpo_dist.models.schedulers import SAMPLERS, make_sampler
+from acpo_dist.models.schedulers import SAMPLERS, UNSHIFTED, flow_line, make_sampler, pipeline_arguments
 from acpo_dist.objective.anchor import drift_unit, output_drift
 from acpo_dist.objective.noise_space import denoising_residual, target_output
 from acpo_dist.objective.policy_gradient import transition
@@ -130,6 +133,29 @@ def test_named_spacings_apply_the_shift_of_the_scheduler_once_and_sampler_shift_
     assert found == pytest.approx([shifted(sigma, 3.0) for sigma in (1, 0.75, 0.5, 0.25, 0)], abs=1e-6)
     even = [flow_sigma(level) for level in schedule.trajectory(4, "trailing", 1.0).alpha_bars]
     assert even == pytest.approx([1, 0.75, 0.5, 0.25, 0], abs=1e-6)
+
+
+def test_a_pipeline_follows_a_trajectory_only_without_a_second_shift() -> None:
+    trajectory = flow_trajectory([1.0, 0.8, 0.3, 0.0], 1000)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    with pytest.raises(ConfigError, match="shift"):
+        pipeline_arguments(scheduler, trajectory)
+    plain = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **UNSHIFTED)
+    plain.set_timesteps(**pipeline_arguments(plain, trajectory))
+    assert plain.sigmas.tolist() == pytest.approx(flow_line(trajectory))
+
+
+def test_timesteps_of_losses_are_uniform_logit_normal_or_shifted() -> None:
+    def drawn(**drawing: Any) -> Tensor:
+        config, generator = TimestepsConfig(**drawing), torch.Generator().manual_seed(0)
+        return torch.tensor([draw_timestep(generator, 1, 1001, config) for _ in range(2000)]).double()
+
+    uniform, normal, noisy = drawn(), drawn(distribution="logit_normal"), drawn(shift=3.0)
+    assert all(1 <= float(each.min()) and float(each.max()) <= 1000 for each in (uniform, normal, noisy))
+    # Standard deviations of the shares: 0.289 uniform, 0.208 logit-normal; a shift of 3 moves the median to 0.75.
+    assert float(uniform.std()) == pytest.approx(289, rel=0.06)
+    assert float(normal.std()) == pytest.approx(208, rel=0.06)
+    assert float(noisy.median()) == pytest.approx(750, rel=0.05)
 
 
 def test_what_does_not_fit_a_flow_model_is_refused_by_name() -> None:
