@@ -207,7 +207,6 @@ def test_all_problems_are_named_at_once(smallest):
         ("learner.betas=[0.9]", "learner.betas.1"),
         ("sampler.t_max=1.01", "sampler.t_max"),
         ("rewards.cut=pixels", "rewards.cut"),
-        ("rewards.train=[]", "rewards.train"),
         ("run=", "run"),
         ("run=3", "run"),
         ("rewards.train.0.weight=heavy", "weight"),
