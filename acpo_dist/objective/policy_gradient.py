@@ -138,7 +138,9 @@ def transition(
     if not 0 < eta <= 1:
         raise ValueError(f"a stochastic step needs 0 < eta <= 1, found {eta}; with eta = 0 it has no density")
     before, after = alpha_bar_t_B.double(), alpha_bar_prev_B.double()
-    fits = (before >= 0) & (before < after) & (after < 1)
+    # x_0 is undefined at pure noise, except for velocities.
+    lowest = before >= 0 if prediction_type in ("v_prediction", "flow_prediction") else before > 0
+    fits = lowest & (before < after) & (after < 1)
     if not bool(fits.all()):
         bad = int(fits.long().argmin())
         raise ValueError(

@@ -8,9 +8,10 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES, add_noise, to_clean, to_noise
+from acpo_dist.diffusion.prediction import add_noise, to_clean, to_noise
 from acpo_dist.diffusion.sampling import ddim_step, guide, keep_states, sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
+from tests.helpers.predictions import PREDICTION_TYPES
 
 SDXL_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 SDXL_LEVELS = torch.cumprod(1 - SDXL_BETAS, 0)
@@ -264,7 +265,7 @@ def test_timesteps_that_do_not_fall_are_refused(timesteps: list[int]):
     [
         ((500.0,), (0.5,), "N \\+ 1"),
         ((), (1.0,), "N \\+ 1"),
-        ((500.0,), (0.0, 1.0), "lie in"),
+        ((500.0,), (-0.1, 1.0), "lie in"),
         ((500.0,), (0.5, 1.1), "lie in"),
         ((500.0,), (1.0, 1.0), "lie in"),
     ],

@@ -34,7 +34,8 @@ def sdxl() -> SdxlFamily:
 def condition(sdxl: SdxlFamily) -> Condition:
     """Prompts of the pairs: winners, then losers."""
     prompts = sdxl.encode([captions()[index % len(captions())] for index in range(PAIRS)])
-    return prompts.join(prompts)
+    pairs = prompts.join(prompts)
+    return sdxl.sized(pairs, torch.zeros(2 * PAIRS, *sdxl.sample_shape))
 
 
 class Situation:
@@ -128,7 +129,8 @@ def test_the_encoder_is_float32_for_any_dtype_of_the_model():
     family = SdxlFamily.load(SdxlFamily.Config(path="toy-sdxl", dtype="bfloat16"), device="cpu", trainable=True)
     encoder = NcpEncoder(family.network)
     assert {parameter.dtype for parameter in encoder.network.parameters()} == {torch.float32}
-    (found,) = encoder.features(noise(1, 4, 8, 8, seed=0).float(), torch.tensor([5]), family.encode(["a"]))
+    latents = noise(1, 4, 8, 8, seed=0).float()
+    (found,) = encoder.features(latents, torch.tensor([5]), family.sized(family.encode(["a"]), latents))
     assert found.dtype == torch.float32
 
 
@@ -222,7 +224,7 @@ def test_checkpointing_changes_memory_and_not_the_gradient(sdxl, condition):
 
 
 def test_a_network_that_is_no_unet_is_refused():
-    with pytest.raises(ModelError, match="U-Net of diffusers, found Linear"):
+    with pytest.raises(ModelError, match="network is a Linear"):
         NcpEncoder(nn.Linear(1, 1))
 
 

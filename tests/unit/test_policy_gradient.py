@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from acpo_dist.diffusion.clean_rule import CleanRule
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES
 from acpo_dist.diffusion.sampling import StochasticDDIM, ddim_step, sample
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.ddpm import DdpmFamily
@@ -20,6 +19,7 @@ from acpo_dist.objective.policy_gradient import (
     reward_weights,
     transition,
 )
+from tests.helpers.predictions import PREDICTION_TYPES
 
 # Non-uniform on purpose: no spacing rule leads from one level to the next.
 LEVELS = (0.02, 0.11, 0.13, 0.48, 0.81, 0.97)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES, add_noise
+from acpo_dist.diffusion.prediction import add_noise
 from acpo_dist.objective.noise_space import ErrorStatistics, error_statistics, noise_statistics, target_output
 from acpo_dist.objective.preference import KINDS, preference_logit, preference_term, split_pairs
+from tests.helpers.predictions import PREDICTION_TYPES
 
 LEVELS = torch.tensor([0.05, 0.3, 0.62, 0.9, 0.97, 0.999], dtype=torch.float64)
 BETA = 5000.0

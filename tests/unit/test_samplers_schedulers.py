@@ -17,7 +17,6 @@ from torch import Tensor
 
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.diffusion.plms import noise_levels
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES
 from acpo_dist.diffusion.sampling import sample
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
 from acpo_dist.models.schedulers import (
@@ -28,6 +27,7 @@ from acpo_dist.models.schedulers import (
     make_sampler,
     pipeline_arguments,
 )
+from tests.helpers.predictions import PREDICTION_TYPES
 
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SDXL_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()

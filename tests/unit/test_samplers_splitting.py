@@ -11,10 +11,10 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from acpo_dist.diffusion.plms import PLMS, noise_levels
-from acpo_dist.diffusion.prediction import PREDICTION_TYPES
 from acpo_dist.diffusion.sampling import guide, sample
 from acpo_dist.diffusion.splitting import GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory, explicit_trajectory, spaced_trajectory
+from tests.helpers.predictions import PREDICTION_TYPES
 
 SDXL_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
 SDXL_LEVELS = torch.cumprod(1 - SDXL_BETAS, 0)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from acpo_dist.cli.app import main
-from acpo_dist.evaluation.suites.images import at_once
+from acpo_dist.data.decoding import at_once
 from acpo_dist.tracking.histogram import text_histogram
 
 
