@@ -1,6 +1,7 @@
 """Backend and ports of a run."""
 
 import os
+import sys
 
 from acpo_dist.config.relations import module_available
 from acpo_dist.config.schema import Config
@@ -29,8 +30,13 @@ def choose_backend(config: Config) -> str:
 
 
 def launched_processes() -> int:
-    """Return the number of processes that `accelerate launch` or torchrun started, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    """Return the number of processes that `accelerate launch` or torchrun started with `-m acpo_dist`; otherwise 1.
+
+    The variables alone do not count: `acpo` may be started inside a job of another launcher.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    launched = spec is not None and spec.name == "acpo_dist.__main__" and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) if launched else 1
 
 
 def ports_for(backend: str) -> OpenPorts:

@@ -1,7 +1,5 @@
 """Base class of the Stable Diffusion families: a U-Net on VAE latents with CLIP conditioning."""
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,14 +17,8 @@ from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.compiling import compile_blocks
 from acpo_dist.models.family import Condition, ModelFamily, trainable_tensors
 from acpo_dist.models.fusing import fused_folder
-from acpo_dist.models.loading import (
-    DTYPES,
-    held_dtype,
-    load_part,
-    pipeline_folder,
-    require_whole,
-    resolve_path,
-)
+from acpo_dist.models.latent_checks import check_folder, check_unet, own_size
+from acpo_dist.models.loading import DTYPES, held_dtype, load_part, pipeline_folder, resolve_path
 from acpo_dist.models.lora_files import adapter_layers
 from acpo_dist.models.lora_reading import lora_file
 from acpo_dist.models.noise_levels import read_schedule
@@ -35,7 +27,7 @@ from acpo_dist.models.pipeline_files import write_pipeline
 from acpo_dist.models.single_file import check_single_file, single_file_folder
 from acpo_dist.models.text import CHUNKS, Encoder, Encoders, PromptEmbeddings, fingerprint, load_encoders
 from acpo_dist.models.tuning import TunedNetwork
-from acpo_dist.models.vae import VaeDecoder, load_vae
+from acpo_dist.models.vae import VaeDecoder, load_vae, replace_vae
 
 
 class LatentFamily(ModelFamily):
@@ -316,14 +308,7 @@ class LatentFamily(ModelFamily):
             index=cls.saved_with,
         )  # fmt: skip
         if config.vae is not None:
-            shutil.rmtree(folder / "vae")
-            vae: Any = load_vae(
-                cls.locate(config), config.vae, dtype="float32", device="cpu", offline=config.offline,
-                kind=cls.vae_class,
-            )  # fmt: skip
-            vae.to(dtype).save_pretrained(folder / "vae", safe_serialization=True)
-
-    # Methods for subclasses to override
+            replace_vae(folder, cls.locate(config), config, kind=cls.vae_class, dtype=dtype)
 
     @classmethod
     def _embedder(cls, config: Any, path: str) -> Any:
@@ -361,29 +346,11 @@ class LatentFamily(ModelFamily):
 
     def _check_network(self, unet: Any) -> None:
         """Raise `ModelError` if the U-Net has inputs that the family does not provide."""
-        if unet.config["in_channels"] != 4:
-            raise ModelError(
-                f"model.path: the U-Net of `{self.path}` takes {unet.config['in_channels']} channels, expected 4, "
-                "those of text-to-image latents: inpainting and image-editing models cannot be tuned here."
-            )
-        if unet.config.get("time_cond_proj_dim") is not None:
-            raise ModelError(
-                f"model.path: the U-Net of `{self.path}` takes the guidance scale as an input (a distilled model), "
-                "which no sampler here provides. Tune the model that it was distilled from."
-            )
-
-    # Internal helpers
+        check_unet(unet, self.path)
 
     def _own_size(self, unet: Any) -> Size:
         """Default width and height of the model's images in pixels."""
-        size = unet.config["sample_size"]
-        sides = (size, size) if isinstance(size, int) else tuple(size or ())
-        if len(sides) != 2:
-            raise ModelError(
-                f"model.path: the U-Net of `{self.path}` has sample_size {size}, expected one or two numbers. Set "
-                "model.image_size to the width and height of the images in pixels."
-            )
-        return int(sides[1]) * self.factor, int(sides[0]) * self.factor
+        return own_size(unet, factor=self.factor, path=self.path)
 
     @classmethod
     def _whole(cls, config: Any, path: str, **parts: Any) -> Any:
@@ -401,12 +368,7 @@ class LatentFamily(ModelFamily):
 
     @classmethod
     def _check_folder(cls, path: str, config: Any) -> None:
-        found = str(json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
-        wanted = cls.pipeline.__name__
-        # Image-to-image pipelines have the same components.
-        if found not in (wanted, wanted.replace("Pipeline", "Img2ImgPipeline")):
-            raise ModelError(f"model.path: `{path}` holds a {found}, and model.type `{config.type}` needs a {wanted}.")
-        require_whole(path, variant=config.variant, without=cls._unused(config))
+        check_folder(path, config, pipeline=cls.pipeline.__name__, unused=cls._unused(config))
 
     @classmethod
     def _encoders(cls, config: Any, path: str, device: str) -> Encoders:

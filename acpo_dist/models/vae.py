@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,18 @@ def _moments(vae: AutoencoderKL) -> tuple[Tensor, Tensor] | None:
     if mean is None or std is None:
         return None
     return torch.tensor(mean).reshape(1, -1, 1, 1), torch.tensor(std).reshape(1, -1, 1, 1)
+
+
+def replace_vae(folder: Path, path: str, config: Any, *, kind: Any, dtype: torch.dtype) -> None:
+    """Write the VAE that `model.vae` names into a pipeline folder, in place of the base model's own.
+
+    Args:
+        folder: pipeline folder to change.
+        path: pipeline folder of the base model.
+        config: the `model` section.
+        kind: class of the VAE.
+        dtype: data type of the written weights.
+    """
+    shutil.rmtree(folder / "vae")
+    vae: Any = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline, kind=kind)
+    vae.to(dtype).save_pretrained(folder / "vae", safe_serialization=True)

@@ -55,7 +55,8 @@ class LivePanel:
         blocks = _BLOCKS if options.encoding.startswith("utf") else _PLAIN
         body = Table.grid(padding=(0, 2))
         body.add_column(no_wrap=True)
-        body.add_column(no_wrap=True, justify="right")
+        # Long texts in the last column must not take the values' room.
+        body.add_column(no_wrap=True, justify="right", min_width=6)
         body.add_column(no_wrap=True)
         for what, value, extra in self._lines(blocks):
             body.add_row(Text(what), Text(value, style="bold"), Text(extra))
@@ -95,7 +96,7 @@ class LivePanel:
             rule, value = max(guard, key=lambda pair: pair[1])
             word = "OVER" if value >= 1 else "nearest"
             scale = row.get("guard/reward_scale", 1.0)
-            lowered = f"; reward weights at {scale:g} of their configured values" if scale != 1 else ""
+            lowered = f"; reward weights at {scale:g}" if scale != 1 else ""
             lines.append(("guard", f"{value:.0%}", f"{word}: {rule}, of its stop limit{lowered}"))
         times = [f"{phase} {row[f'time/{phase}']:.1f}" for phase in _PHASES if row.get(f"time/{phase}") is not None]
         if times:

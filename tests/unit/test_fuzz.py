@@ -130,7 +130,7 @@ def test_a_spoilt_parquet_file_of_pairs_is_refused_in_one_short_message_or_read(
 
     def read(file: Path) -> None:
         pairs = PairSet(file, size=16)
-        pairs.read(pairs.index().sample_prompts(iteration=0, count=2, run_seed=0))
+        pairs.read(pairs.index().sample_pairs(iteration=0, count=2, run_seed=0))
 
     assert survives(from_file(path, read), path.read_bytes(), random.Random(SEED), 400) > 100
 

@@ -183,8 +183,8 @@ def test_noise_prediction_without_terminal_signal_is_refused(tmp_path):
 
 def test_a_schedule_of_another_kind_is_refused(tmp_path):
     folder = copy_of_toy(tmp_path)
-    change_json(folder / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ModelError, match="FlowMatchEulerDiscreteScheduler"):
+    change_json(folder / "scheduler" / "scheduler_config.json", _class_name="EDMEulerScheduler")
+    with pytest.raises(ModelError, match="EDMEulerScheduler"):
         load(path=str(folder))
 
 

@@ -129,7 +129,7 @@ def test_a_non_finite_loss_stops_before_any_weight_changes(tiny, tmp_path):
         with torch.no_grad():
             next(iter(worker.family.network.parameters())).fill_(float("nan"))
 
-    with pytest.raises(NonFiniteError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="non-finite"):
         drive(config, open_ports, QUIET, at_start=poison)
     held = {name: p for name, p in checked["worker"].family.network.named_parameters() if name in checked["before"]}
     assert all(torch.equal(held[name], value) for name, value in checked["before"].items())

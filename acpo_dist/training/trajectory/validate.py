@@ -130,7 +130,7 @@ def consider(
         candidate = replace_levels(base, found.sigmas, alpha_bars)
         if candidate.schedule_id == current.schedule_id:
             break
-        if candidate.timesteps[-1] > config.sampler.latest_share(alpha_bars) * len(alpha_bars):
+        if candidate.timesteps[-1] > config.sampler.latest_share(alpha_bars.tolist()) * len(alpha_bars):
             logger.info("trust %.3g: no step at or below sampler.t_max is left", trust)
             trust /= 2
             continue

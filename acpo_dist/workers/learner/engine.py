@@ -120,7 +120,7 @@ class TorchEngine(Engine):
         held = list(self._parameters.values())
         # A parameter may have no gradient on this process alone.
         parts = [torch.zeros_like(value) if value.grad is None else value.grad for value in held]
-        whole = self._accelerator.reduce(torch.cat([part.float().flatten() for part in parts]), reduction="mean")
+        whole: Any = self._accelerator.reduce(torch.cat([part.float().flatten() for part in parts]), reduction="mean")
         for value, part in zip(held, whole.split([value.numel() for value in held]), strict=True):
             value.grad = part.view_as(value).to(value.dtype)
 
