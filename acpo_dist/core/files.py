@@ -63,8 +63,8 @@ def replace_file(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def folder_name(name: str, seed: int) -> str:
-    """Name of the folder of a run: `name-seed`, one path component that every file system accepts.
+def legal_name(name: str) -> str:
+    """Return the name of a run as one path component that every file system accepts.
 
     Characters that some file systems refuse become `_`; a long name is cut and gets a hash, so that it stays unique.
     """
@@ -72,7 +72,12 @@ def folder_name(name: str, seed: int) -> str:
     if len(legal.encode()) > _NAME_BYTES:
         mark = hashlib.sha256(name.encode()).hexdigest()[:8]
         legal = f"{legal.encode()[: _NAME_BYTES - 9].decode(errors='ignore')}-{mark}"
-    return f"{legal}-{seed}"
+    return legal
+
+
+def folder_name(name: str, seed: int) -> str:
+    """Name of the folder of a run: `name-seed`."""
+    return f"{legal_name(name)}-{seed}"
 
 
 def _explain(error: Exception, number: int, folder: Path) -> str:

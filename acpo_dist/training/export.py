@@ -11,6 +11,7 @@ import torch
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.files import legal_name
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.models.architectures import architecture_of
@@ -97,7 +98,7 @@ def _write_lora(
         file, part = out / "pytorch_lora_weights.safetensors", getattr(family, "network_part", "unet")
         named = diffusers_layers(layers, part=part)
     elif model.type in _KOHYA_FAMILIES:
-        file = out / f"{config.run.name}.safetensors"
+        file = out / f"{legal_name(config.run.name)}.safetensors"
         named = kohya_layers(layers, family=model.type, unet=architecture_of(model).unet)
     else:
         raise ModelError(
@@ -114,7 +115,7 @@ def _write_single_file(
     model = config.model
     if model.type not in _KOHYA_FAMILIES:
         raise UsageError(f"--format single-file is defined for sdxl and sd15, found {model.type}; take merged.")
-    file = out / f"{config.run.name}.safetensors"
+    file = out / f"{legal_name(config.run.name)}.safetensors"
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out) as scratch:
         folder = Path(scratch)

@@ -81,7 +81,8 @@ class _Rank:
     def __init__(self, config: Config) -> None:
         state = PartialState()
         self.number, self._count = state.process_index, state.num_processes
-        device = "cpu" if state.device.type == "cpu" else str(state.device)
+        where: Any = state.device
+        device = "cpu" if where.type == "cpu" else str(where)
         self._chunk = config.rollout.batch_size
         self.rollout = LocalRollouts(config, device=device)
         self.reward = LocalRewards(config, device=device)
@@ -155,9 +156,12 @@ class _Ranks:
 
     def serve(self) -> None:
         """Execute the calls of rank 0 until it ends the ports."""
-        while (call := broadcast_object_list([None])[0]) is not None:
+        while True:
+            received: Any = broadcast_object_list([None])
+            if received[0] is None:
+                return
             try:
-                self._execute(*call)
+                self._execute(*received[0])
             except AcpoError:
                 # Rank 0 raises the same error and decides what follows.
                 continue

@@ -102,10 +102,10 @@ def open_pipeline(model: str, solver: str) -> tuple[Any, bool]:
     elif path.is_file():
         return open_base(source_config(model, [])[0], solver)
     folder = resolve_path(model)
-    index = DiffusionPipeline.load_config(folder)
+    index: Any = load_part(DiffusionPipeline.load_config, folder, None)
     # diffusers loads a folder of Stable Diffusion 3 without T5 only if the missing components are named.
     without = T5_PARTS if index.get("_class_name") == StableDiffusion3Pipeline.__name__ else ()
-    missing = {part: None for part in without if part not in index}
+    missing: dict[str, Any] = {part: None for part in without if part not in index}
     pipeline = load_part(DiffusionPipeline.from_pretrained, folder, None, dtype=torch.float32, **missing)
     return _ready(pipeline, solver)
 

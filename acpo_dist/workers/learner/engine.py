@@ -1,7 +1,8 @@
 """Optimiser engines: plain torch in one process here, DeepSpeed over several in `zero.py`."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,19 @@ from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.workers.learner.eight_bit import eight_bit_state, make_eight_bit, put_eight_bit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextmanager
+def _launcher_ignored() -> Iterator[None]:
+    """Hide the variables of a launcher that did not start this process group; Accelerate would wait for its ranks."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name in _LAUNCHER or "ACCELERATE_" in name}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 StateTensors = dict[str, Tensor]
 
 
@@ -86,7 +100,8 @@ class TorchEngine(Engine):
         self._accumulation, self._config, self._device = accumulation, config, device
         # Accelerate shares precision and accumulation between all its objects in a process, which may hold several
         # engines: both stay here.
-        self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        with _launcher_ignored() if not torch.distributed.is_initialized() else nullcontext():
+            self._accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
         self.rank, self.world_size = self._accelerator.process_index, self._accelerator.num_processes
 
     @override
