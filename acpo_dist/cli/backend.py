@@ -22,6 +22,12 @@ def choose_backend(config: Config) -> str:
         wanted = "local" if one_process(config) else "ray"
     if wanted == "local" and config.rewards.http.enabled:
         raise ConfigError("rewards.http.enabled needs Ray: set cluster.backend=ray, or rewards.http.enabled=false.")
+    ranks = config.learner.num_ranks
+    if wanted == "local" and ranks > 1 and launched_processes() == 1:
+        raise ConfigError(
+            f"learner.num_ranks is {ranks}, and this is one process: start `accelerate launch --num_processes {ranks} "
+            "-m acpo_dist train ...`, or set learner.num_ranks=1, or use --backend ray with learner.zero_stage."
+        )
     if wanted == "ray" and not module_available("ray"):
         raise ConfigError("the run needs Ray, which is not installed: pip install 'acpo-dist[ray,zero]'")
     if wanted == "ray" and config.learner.zero_stage is not None and not module_available("deepspeed"):

@@ -86,7 +86,6 @@ def test_a_metric_that_cannot_work_here_is_refused_with_its_own_reason(smallest,
     [
         (["algorithm.anchor.weight=-1"], "greater than or equal to 0"),
         (["algorithm.anchor.budget=null"], "algorithm.anchor.weight is `auto`"),
-        (["algorithm.anchor.source=data"], "data.path"),
         (["algorithm.data_weight=1"], "algorithm.anchor.source=data"),
     ],
 )
