@@ -201,7 +201,7 @@ def test_a_run_draws_with_its_own_size_and_negative_prompt(tmp_path, monkeypatch
     run = finished_run("sdxl", tmp_path / "run", *own)
     exported(run)
     card = export(run, tmp_path / "merged", layout="merged").card.read_text()
-    assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| image size | [48, 48] |" in card
+    assert f'height=48, width=48, negative_prompt="{PROMPT}"' in card and "| image size | 48x48 |" in card
     [found] = draw(monkeypatch, capsys, tmp_path / "own", run)
     asked = ["--size", 48, "--negative-prompt", PROMPT]
     [wanted] = draw(
