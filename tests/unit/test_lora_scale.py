@@ -216,7 +216,7 @@ def test_a_run_draws_with_its_own_size_and_negative_prompt(tmp_path, monkeypatch
     assert found.size == (48, 48) and found.tobytes() == wanted.tobytes()
     assert draw(monkeypatch, capsys, tmp_path / "small", run, "--size", 32)[0].size == (32, 32)
     code, _, err = command(monkeypatch, capsys, "generate", run, "--prompt", PROMPT, "--size", 30, "--out", tmp_path)
-    assert code == 2 and "multiple of 8, found 30" in err
+    assert code == 2 and "multiples of 8, found 30x30" in err
 
 
 @pytest.fixture(scope="module")
