@@ -124,7 +124,8 @@ class Study:
         return self._images(name, (sample / 2 + 0.5).clamp(0, 1), sample) | self._denoising(unet, scheduler)
 
     def _images(self, name: str, images: Tensor, clean: Tensor) -> dict[str, float]:
-        self.shown.append((images[:SHOWN] * 255).round().to(torch.uint8))
+        images = (images * 255).round().to(torch.uint8)
+        self.shown.append(images[:SHOWN])
         self.labels.append(name)
         features = self._extract(images).values
         scores = [statistics.fmean(worker.score(images, ("",) * len(images))) for worker in self._workers]
