@@ -8,11 +8,21 @@ from typing import Any
 import yaml
 
 from acpo_dist.config.load import load_config
+from acpo_dist.tracking.jsonl import read_metrics
+
+CLOCKS = ("time/", "idle/", "reward_pool/")
+"""Prefixes of the metrics that differ between two undisturbed runs of one configuration."""
 
 NORMALISERS = {
     "two_stream": {"mean": 0.5, "std": 0.2, "sign": 1, "target": None},
     "strided_judge": {"mean": 0.4, "std": 0.1, "sign": 1, "target": None},
 }
+
+
+def results(root: Path) -> list[dict[str, Any]]:
+    """Recorded metrics by iteration, without those of `CLOCKS`."""
+    rows = read_metrics(root / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
 
 
 def row(iteration: int, *, reward: float, judge: float, drift: float, **more: float | None) -> dict[str, Any]:

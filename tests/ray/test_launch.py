@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
+from tests.helpers.runs import results
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -30,18 +30,13 @@ SMALL = [
 ]
 
 
-def _metrics(root):
-    skip = ("time/", "idle/", "reward_pool/")
-    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
-
-
 def test_local_and_ray_give_the_same_first_iteration_and_the_same_images(cluster, tiny, tmp_path):
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
     for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
         drive(tiny("run.iterations=1", f"run.dir={tmp_path / name}", *SMALL, *extra), ports, QUIET)
-    local, ray = (_metrics(tmp_path / name) for name in ("local", "ray"))
+    local, ray = (results(tmp_path / name) for name in ("local", "ray"))
     assert local[0].keys() == ray[0].keys()
     for name, value in local[0].items():
         assert ray[0][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name

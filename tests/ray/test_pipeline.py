@@ -8,7 +8,7 @@ import pytest
 
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.run import drive
-from tests.ray.test_launch import _metrics
+from tests.helpers.runs import results
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -44,7 +44,7 @@ def test_a_rollout_worker_killed_while_it_draws_ahead_changes_no_metric_and_lose
     for name, ports, extra in (("local", local_ports, []), ("ray", killing, ["rollout.num_workers=2"])):
         drive(tiny(*AHEAD, f"run.dir={tmp_path / name}", *extra), ports, QUIET)
     assert seen["killed"] and len(seen["trained"]) == len(set(seen["trained"])) == 3 * 8
-    for mine, theirs in zip(*(_metrics(tmp_path / name) for name in ("local", "ray")), strict=True):
+    for mine, theirs in zip(*(results(tmp_path / name) for name in ("local", "ray")), strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             assert theirs[name] == pytest.approx(value, rel=2e-3, abs=5e-4), (mine["iteration"], name)

@@ -11,6 +11,7 @@ import pytest
 
 from acpo_dist.tracking.jsonl import read_metrics
 from tests.conftest import TINY
+from tests.helpers.runs import results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ACPO = "from acpo_dist.cli import main; main()"
@@ -63,12 +64,6 @@ def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: 
     raise AssertionError(f"no rank was seen in `{method}` before the run ended:\n{process.communicate()[0]}")
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Recorded metrics without times and counts of requests."""
-    skip = ("time/", "idle/", "reward_pool/")
-    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(folder / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     """Return metrics of the same run in one process without a fault."""
@@ -82,7 +77,7 @@ def calm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calm") / "run"
     config = load_config("toy_sdxl", [*TINY, f"run.iterations={ITERATIONS}", f"run.dir={folder}"])
     drive(config, open_ports, Console(quiet=True))
-    return metrics(folder)
+    return results(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
@@ -101,7 +96,7 @@ def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_
     said, _ = process.communicate(timeout=1100)
     assert process.returncode == 0, said
     assert "Traceback" not in said and "cluster.max_restarts" in said
-    found = metrics(folder)
+    found = results(folder)
     # One line before the first update, one after each.
     assert [row["iteration"] for row in found] == [row["iteration"] for row in calm] == list(range(ITERATIONS + 1))
     for mine, theirs in zip(calm, found, strict=True):

@@ -3,9 +3,9 @@
 import pytest
 
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.run import drive
 from tests.helpers.captioned import write_captioned
+from tests.helpers.runs import results
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
@@ -16,11 +16,6 @@ OPTIONS = [
     "cluster.worker_timeout_s=900", "rewards.judges=[]",
 ]  # fmt: skip
 TWO = ["rollout.num_workers=2", "learner.num_ranks=2", "learner.zero_stage=1"]
-
-
-def _rows(root):
-    skip = ("time/", "reward_pool/")
-    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
 
 
 def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_does_and_resume_exactly(
@@ -36,7 +31,7 @@ def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_do
     drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={whole}"), ray_ports, QUIET)
     drive(tiny(*options, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
     drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
-    first = _rows(whole)[0]
-    for name, value in _rows(alone)[0].items():
+    first = results(whole)[0]
+    for name, value in results(alone)[0].items():
         assert first[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert _rows(whole)[1] == _rows(parts)[1]
+    assert results(whole)[1] == results(parts)[1]

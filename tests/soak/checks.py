@@ -5,21 +5,10 @@ import re
 from pathlib import Path
 
 from acpo_dist.core.errors import LONGEST, AcpoError
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.run_lock import LOCK_FILE, lock_holder, sign_of
 from acpo_dist.workers.learner.checkpoint import open_checkpoint
 
-_UNLIKE = ("time/", "reward_pool/")
-"""Metrics that differ between two undisturbed runs."""
 _LINE = re.compile(r"^\w+Error: ")
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """Recorded metrics that two undisturbed runs have in common."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith(_UNLIKE)}
-        for row in read_metrics(folder / "metrics.jsonl")
-    ]
 
 
 def compare(found: list[dict[str, float]], expected: list[dict[str, float]], *, exact: bool) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import TINY
+from tests.helpers.runs import results
 from tests.soak import checks
 from tests.soak.cases import ITERATIONS, Case
 from tests.soak.faults import Injector
@@ -45,7 +46,7 @@ def twin(root: Path) -> list[dict[str, float]]:
             command(root / "twin", case, faults=root / "faults"), check=True, stdout=output, stderr=output,
             timeout=RUN_S,
         )  # fmt: skip
-    return checks.metrics(root / "twin")
+    return results(root / "twin")
 
 
 def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str, Any]:
@@ -77,7 +78,7 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
         else:
             problems.append(f"not finished after {_STARTS} starts")
         if not codes[-1]:
-            problems += checks.compare(checks.metrics(folder), expected, exact=case.backend == "local")
+            problems += checks.compare(results(folder), expected, exact=case.backend == "local")
             problems += checks.folder_left(folder)
         if problems and case.small_disk:
             shutil.copytree(folder, root / "run", dirs_exist_ok=True)

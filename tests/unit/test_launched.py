@@ -10,20 +10,15 @@ from safetensors.torch import load_file
 
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
+from tests.helpers.runs import results
 
 SMALL = [
     *TINY, "sampler.num_steps=4", "learner.micro_batch=2", "run.iterations=2", "tracking.images_every=9",
     "rewards.calibration_samples=8",
 ]  # fmt: skip
-
-
-def metrics_of(root):
-    skip = ("time/", "idle/", "reward_pool/")
-    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
 
 
 def test_two_launched_processes_have_the_metrics_and_weights_of_one(tiny, tmp_path):
@@ -34,7 +29,7 @@ def test_two_launched_processes_have_the_metrics_and_weights_of_one(tiny, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     drive(tiny(*SMALL, f"run.dir={tmp_path / 'one'}"), open_ports, Console(quiet=True))
-    one, two = (metrics_of(tmp_path / name) for name in ("one", "two"))
+    one, two = (results(tmp_path / name) for name in ("one", "two"))
     # Ranks sum their gradients in another order.
     for mine, theirs in zip(one, two, strict=True):
         assert mine.keys() == theirs.keys()

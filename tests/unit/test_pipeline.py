@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from acpo_dist.core.clock import PhaseClock, RoleClock
 from acpo_dist.core.types import RolloutHandle
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.context import RunContext, fixed_groups
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.samples import AheadSamples
 from tests.helpers.config import refusal
+from tests.helpers.runs import results
 
 QUIET = Console(quiet=True)
 SMALL = ["sampler.num_steps=4", "rollout.prompts_per_iteration=4", "learner.global_batch=4", "tracking.images_every=99"]
@@ -192,11 +192,6 @@ def recording(seen):
     return opened
 
 
-def without_clock(root):
-    skip = ("time/", "idle/", "reward_pool/")
-    return [{k: v for k, v in row.items() if not k.startswith(skip)} for row in read_metrics(root / "metrics.jsonl")]
-
-
 @pytest.mark.parametrize(
     ("bound", "how"),
     [
@@ -219,14 +214,14 @@ def test_a_run_killed_with_samples_in_flight_resumes_bit_for_bit_and_uses_each_s
     assert set(Counter(seen["trained"]).values()) == {1}
     drew = {int(name[:6]): version for name, version in seen["drawn"]}
     assert drew == {iteration: max(0, iteration - bound) for iteration in range(4)}
-    rows = without_clock(whole)
+    rows = results(whole)
     assert [row["pipeline/staleness"] for row in rows[:4]] == [float(min(bound, i)) for i in range(4)]
     shutil.copytree(whole, parts)
     for iteration in (3, 4):
         shutil.rmtree(parts / f"checkpoints/{iteration:06d}")
     again = {"drawn": [], "trained": []}
     drive(config(parts), recording(again), QUIET, resume="auto")
-    assert without_clock(parts) == rows
+    assert results(parts) == rows
     assert set(again["drawn"]) == {pair for pair in seen["drawn"] if int(pair[0][:6]) >= 2}
     files = [load_file(root / "checkpoints/000004/learner/policy.safetensors") for root in (whole, parts)]
     assert all(torch.equal(value, files[1][name]) for name, value in files[0].items())

@@ -17,13 +17,13 @@ from acpo_dist.core.types import SamplePlan
 from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.models.config import Sd15Config, SdxlConfig
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalRollouts, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.workers.rollout.chunks import chunks_of
 from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.helpers.config import refusal
+from tests.helpers.runs import results
 from tests.unit.test_cli import run
 
 ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
@@ -170,13 +170,6 @@ FLOW = [
 ]  # fmt: skip
 
 
-def _rows(root: Path) -> list[dict]:
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "reward_pool/"))}
-        for row in read_metrics(root / "metrics.jsonl")
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_on_several_sizes_trains_resumes_and_is_evaluated_reported_planned_and_drawn(
     tiny, tmp_path: Path, monkeypatch, capsys
@@ -186,7 +179,7 @@ def test_a_run_on_several_sizes_trains_resumes_and_is_evaluated_reported_planned
     drive(tiny(*FLOW, f"run.dir={whole}"), open_ports, quiet)
     drive(tiny(*FLOW, f"run.dir={parts}", "run.iterations=1"), open_ports, quiet)
     drive(tiny(*FLOW, f"run.dir={parts}"), open_ports, quiet, resume="auto")
-    assert _rows(whole) == _rows(parts)
+    assert results(whole) == results(parts)
 
     def done(*arguments: str) -> str:
         code, out, err = run(monkeypatch, capsys, *arguments)

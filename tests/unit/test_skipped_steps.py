@@ -14,10 +14,11 @@ from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
 from tests.conftest import poison
+from tests.helpers.runs import CLOCKS
 
 
 def of_this_process(row):
-    return {name: value for name, value in row.items() if name.startswith(("time/", "idle/", "reward_pool/"))}
+    return {name: value for name, value in row.items() if name.startswith(CLOCKS)}
 
 
 PROMPTS = ["a red circle on a white background", "a blue cross on a black background"]
