@@ -28,7 +28,7 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.training.local import learner_spec
 from acpo_dist.training.run_folder import RESOLVED
-from acpo_dist.workers.learner.metrics import MetricSums, merged_report
+from acpo_dist.workers.learner.metrics import MetricSums, merged_drift, merged_lists, merged_report
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
 from actors.placement import Role
@@ -182,19 +182,16 @@ class RayLearner(LearnerGroup):
     @override
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
         references = _latents(handles)
-        merged: dict[str, list[float]] = {}
-        for part in self._all("observe", lambda actor: actor.observe.remote(references)):
-            for name, values in part.items():
-                merged.setdefault(name, []).extend(values)
-        return merged
+        return merged_lists(self._all("observe", lambda actor: actor.observe.remote(references)))
 
     @override
     def measure_drift(
         self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
     ) -> dict[int, float]:
         references = _latents(handles)
-        answers = self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps, space))
-        return {int(name): value for name, value in MetricSums.merge(answers).means().items()}
+        return merged_drift(
+            self._all("measure drift", lambda actor: actor.measure_drift.remote(references, timesteps, space))
+        )
 
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
         """Return an object reference of the bundle, and its checksum; the driver does not fetch the bundle."""

@@ -123,7 +123,7 @@ class NoiseSpaceConfig(AlgorithmConfig):
     """Share of the samples that are trained without their prompt, in place of `anchor.null_share`; 0.2 in the published
     code of Diffusion-DPO."""
     offset_noise: float = Field(default=0.0, ge=0)
-    """Standard deviation of an offset per sample and channel that is added to the noise; trainers use 0.03 to 0.1."""
+    """Standard deviation of an offset per sample and channel that is added to the noise; 0 adds none."""
     anchor: OptionalAnchorConfig = OptionalAnchorConfig()
 
 

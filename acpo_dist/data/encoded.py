@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePath, PurePosixPath
 
 import pyarrow.parquet as pq
@@ -148,48 +150,57 @@ class EncodedImages:
         return find_captions(self._path, self._files, others, lambda path: Path(path).read_bytes(), self._captions)
 
     def _from_archives(self, wanted: Sequence[int], *, content: bool = True) -> Iterator[EncodedImage]:
-        captions: dict[Path, dict[PurePath, str]] = {}
-        for index in wanted:
-            file, name = self._entries[index]
-            with zipfile.ZipFile(file) as archive:
-                if file not in captions:
-                    captions[file] = self._in_archive(file, archive)
-                try:
-                    data = unpack(archive, name) if content else None
-                except ValueError as error:
-                    logger.warning("%s, entry %s: %s", file, name, error)
-                    data = b""
+        for file, entries in groupby((self._entries[index] for index in wanted), key=itemgetter(0)):
             place = os.path.relpath(file, self._root) if self._path.is_dir() else file.name
-            yield EncodedImage(
-                name=f"{place}#{name}", key=PurePosixPath(name).with_suffix("").as_posix(),
-                prompt=captions[file].get(PurePosixPath(name), ""), source=data,
-            )  # fmt: skip
+            with zipfile.ZipFile(file) as archive:
+                captions = self._in_archive(file, archive)
+                for _, name in entries:
+                    try:
+                        data = unpack(archive, name) if content else None
+                    except ValueError as error:
+                        logger.warning("%s, entry %s: %s", file, name, error)
+                        data = b""
+                    yield EncodedImage(
+                        name=f"{place}#{name}", key=PurePosixPath(name).with_suffix("").as_posix(),
+                        prompt=captions.get(PurePosixPath(name), ""), source=data,
+                    )  # fmt: skip
 
     def _in_archive(self, file: Path, archive: zipfile.ZipFile) -> dict[PurePath, str]:
         images = [PurePosixPath(name) for place, name in self._entries if place == file]
         names = [PurePosixPath(info.filename) for info in archive.infolist() if not info.is_dir()]
         others = sorted(set(names) - set(images))
-        return find_captions(file, images, others, lambda path: unpack(archive, str(path)), self._captions)
+
+        def read(path: PurePath) -> bytes:
+            try:
+                return unpack(archive, str(path))
+            except ValueError as error:
+                raise DataError(f"{file}, entry {path}: {error}") from error
+
+        return find_captions(file, images, others, read, self._captions)
 
     def _rows(self, wanted: frozenset[int]) -> Iterator[EncodedImage]:
         index = 0
         for path in self._files:
-            # A shard without a wanted row is not read.
-            count = pq.read_metadata(path).num_rows
-            if wanted.isdisjoint(range(index, index + count)):
-                index += count
-                continue
             with open_parquet(path, self._image) as file:
                 named = [name for name in self._captions if name in file.schema_arrow.names][:1]
                 name = os.path.relpath(path, self._root) if self._path.is_dir() else path.name
-                for row, cells in enumerate(parquet_rows(file, path, [self._image, *named])):
-                    if index in wanted:
+                first = index
+                for group in range(file.metadata.num_row_groups):
+                    rows = range(index, index + file.metadata.row_group(group).num_rows)
+                    index = rows.stop
+                    # A row group without a wanted row is not read.
+                    if wanted.isdisjoint(rows):
+                        continue
+                    found = parquet_rows(file, path, [self._image, *named], groups=[group])
+                    for position, cells in zip(rows, found, strict=True):
+                        if position not in wanted:
+                            continue
+                        row = position - first
                         key = f"{name}#{row:06d}" if self._path.is_dir() else f"row {row:06d}"
                         yield EncodedImage(
                             name=f"{name}#{row}", key=key, prompt=caption_of(cells, named) or "",
                             source=encoded_cell(cells[self._image], path),
                         )  # fmt: skip
-                    index += 1
 
 
 def _same_stem(path: Path) -> list[Path]:

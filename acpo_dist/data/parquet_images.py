@@ -75,13 +75,16 @@ def encoded_rows(file: pq.ParquetFile, path: Path, column: str) -> Iterator[byte
         yield encoded_cell(row[column], path)
 
 
-def parquet_rows(file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(
+    file: pq.ParquetFile, path: Path, columns: Sequence[str], *, groups: Sequence[int] | None = None
+) -> Iterator[dict[str, Any]]:
     """Read rows as dictionaries; dictionary-encoded columns hold their values.
 
     Args:
         file: open parquet file.
         path: its path.
         columns: columns to read.
+        groups: row groups to read; None reads all.
 
     Raises:
         DataError: the file is damaged, or a row group unpacks to many times its size.
@@ -89,7 +92,7 @@ def parquet_rows(file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> It
     for column in columns:
         require_honest(file, path, column)
     try:
-        for batch in file.iter_batches(_ROWS_AT_ONCE, columns=list(columns)):
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=list(columns)):
             # Value by value: a batch of decoded rows would hold its images twice.
             for cells in zip(*(batch.column(column) for column in columns), strict=True):
                 yield {column: cell.as_py() for column, cell in zip(columns, cells, strict=True)}

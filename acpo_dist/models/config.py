@@ -268,7 +268,7 @@ class BaseTrainingConfig(Section):
     timestep_sampling: Literal["uniform", "log_normal"] = "uniform"
     """Distribution of training timesteps; `log_normal` concentrates on middle noise levels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of the forward pass; on a CPU, bfloat16 is faster only with AVX-512 BF16 or AMX."""
+    """Compute type of the forward pass."""
     steps: int = Field(default=4000, ge=1)
     """Optimiser steps."""
     max_seconds: float | None = Field(default=None, gt=0)

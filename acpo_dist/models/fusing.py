@@ -30,9 +30,7 @@ def fused_folder(folder: Path, config: Any) -> Path:
         ModelError: a file cannot be read or belongs to another architecture.
     """
     files = [(lora_file(entry.path, "model.loras"), entry.scale) for entry in config.loras]
-    adapted = [
-        path for part in ("unet", *TEXT_PARTS) if (folder / part).is_dir() for path in _files(folder / part, config)
-    ]
+    adapted = [path for part in _parts(folder) for path in weight_files(folder / part, config.variant)]
     facts = {
         "base": [(str(path.absolute()), content_digest(path)) for path in adapted],
         "loras": [(content_digest(path), scale) for path, scale in files], "variant": config.variant,
@@ -40,15 +38,15 @@ def fused_folder(folder: Path, config: Any) -> Path:
     return cached_folder(f"{folder.name}-loras", facts, lambda out: _fuse(folder, files, config, out))
 
 
-def _files(folder: Path, config: Any) -> list[Path]:
-    return weight_files(folder, config.variant)
+def _parts(folder: Path) -> list[str]:
+    """Components that a LoRA can adapt."""
+    return [part for part in ("unet", *TEXT_PARTS) if (folder / part).is_dir()]
 
 
 def _fuse(folder: Path, files: list[tuple[Path, float]], config: Any, out: Path) -> None:
-    parts = [part for part in ("unet", *TEXT_PARTS) if (folder / part).is_dir()]
     unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     with ExitStack() as stack:
-        weights = {part: stack.enter_context(component(folder / part, config.variant)) for part in parts}
+        weights = {part: stack.enter_context(component(folder / part, config.variant)) for part in _parts(folder)}
         shapes = {part: module_shapes(found) for part, found in weights.items()}
         adapted: set[str] = set()
         for path, scale in files:

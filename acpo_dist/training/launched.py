@@ -35,7 +35,7 @@ from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, default_device, learner_spec
 from acpo_dist.vrg.sums import ErrorSums
-from acpo_dist.workers.learner.metrics import MetricSums, merged_report
+from acpo_dist.workers.learner.metrics import MetricSums, merged_drift, merged_lists, merged_report
 from acpo_dist.workers.rollout.chunks import chunks_of, group_chunks, in_order
 
 _TIMEOUT = timedelta(hours=6)
@@ -290,18 +290,13 @@ class LaunchedLearner(LearnerGroup):
 
     @override
     def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        merged: dict[str, list[float]] = {}
-        for part in self._ranks.call("observe", handles):
-            for name, values in part.items():
-                merged.setdefault(name, []).extend(values)
-        return merged
+        return merged_lists(self._ranks.call("observe", handles))
 
     @override
     def measure_drift(
         self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], *, space: str = "eps"
     ) -> dict[int, float]:
-        parts = self._ranks.call("measure_drift", handles, timesteps, space)
-        return {int(name): value for name, value in MetricSums.merge(parts).means().items()}
+        return merged_drift(self._ranks.call("measure_drift", handles, timesteps, space))
 
     @override
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:

@@ -14,12 +14,12 @@ from acpo_dist.core.errors import ConfigError, DataError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.data.decoding import fit
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.workers.learner.real_images import RealImages, is_held_out
 from tests.helpers.captioned import write_captioned
 from tests.helpers.config import refusal
+from tests.helpers.runs import results
 from tests.unit.test_cli import run
 
 BUCKETS = "model.image_size=[[32, 32], [32, 48], [48, 32]]"
@@ -88,6 +88,16 @@ def test_an_interrupted_cache_is_completed(folder: Path, family, tmp_path: Path)
     assert torch.equal(after.batch([1]).clean, before.batch([1]).clean)
 
 
+def test_a_changed_caption_is_trained_though_the_file_keeps_its_length(family, tmp_path: Path):
+    folder = write_captioned(tmp_path / "images", 2)
+    caption = (folder / "0000.txt").read_text()
+    other = ("x" if caption[0] != "x" else "y") + caption[1:]
+    for text in (caption, other):
+        (folder / "0000.txt").write_text(text)
+        images = RealImages(config_for(folder).data, family, tmp_path / "cache")
+        assert images.images[0].caption == text
+
+
 def test_images_without_a_caption_or_that_cannot_be_read_are_counted_and_named(family, tmp_path: Path, caplog):
     folder = write_captioned(tmp_path / "images", 4)
     (folder / "0001.txt").unlink()
@@ -130,13 +140,6 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, tiny):
         drive(config, open_ports, Console(quiet=True))
 
 
-def _rows(root: Path) -> list[dict]:
-    return [
-        {name: value for name, value in row.items() if not name.startswith(("time/", "reward_pool/"))}
-        for row in read_metrics(root / "metrics.jsonl")
-    ]
-
-
 @pytest.mark.slow
 def test_a_run_on_captioned_images_has_its_data_terms_resumes_exactly_and_is_evaluated_on_held_out_images(
     folder: Path, tiny, tmp_path: Path, monkeypatch, capsys
@@ -150,8 +153,8 @@ def test_a_run_on_captioned_images_has_its_data_terms_resumes_exactly_and_is_eva
     drive(tiny(*options, "run.iterations=2", f"run.dir={whole}"), open_ports, quiet)
     drive(tiny(*options, "run.iterations=1", f"run.dir={parts}"), open_ports, quiet)
     drive(tiny(*options, "run.iterations=2", f"run.dir={parts}"), open_ports, quiet, resume="auto")
-    rows = _rows(whole)
-    assert rows == _rows(parts)
+    rows = results(whole)
+    assert rows == results(parts)
     assert {"data/denoising", "data/reward/quality", "anchor/uniform"} <= rows[0].keys()
     out = tmp_path / "eval"
     code, _, err = run(

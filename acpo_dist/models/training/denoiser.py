@@ -116,8 +116,7 @@ def log_normal_timesteps(count: int, alpha_bars: Tensor, generator: torch.Genera
     """Draw timesteps whose noise-to-signal ratio sigma is log-normal, and a fifth of them uniformly.
 
     ln sigma has mean -1 and standard deviation 1.2, about the training distribution of EDM (Karras et al. 2022, table
-    1: -1.2 and 1.2), where most of the visible structure is decided. The uniform share keeps the highest noise levels
-    in training; without it, samples have colour casts.
+    1: -1.2 and 1.2). The uniform share keeps the highest noise levels in training.
 
     Args:
         count: number of timesteps.

@@ -36,6 +36,20 @@ class MetricSums:
         return whole
 
 
+def merged_lists(ranks: Iterable[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Join per-sample values of all ranks by name, in the order of the ranks."""
+    whole: dict[str, list[float]] = {}
+    for part in ranks:
+        for name, values in part.items():
+            whole.setdefault(name, []).extend(values)
+    return whole
+
+
+def merged_drift(ranks: Iterable[MetricSums]) -> dict[int, float]:
+    """Join the drift by timestep of all ranks."""
+    return {int(timestep): value for timestep, value in MetricSums.merge(ranks).means().items()}
+
+
 def merged_report(ranks: Sequence[tuple[MetricSums, int, list[SkippedStep], bool]]) -> TrainReport:
     """Join the results of all ranks: metrics, steps taken, skipped steps, and whether too many were skipped."""
     # All ranks skip the same steps, and each reports its own samples.

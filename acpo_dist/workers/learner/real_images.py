@@ -1,6 +1,5 @@
 """Captioned real images as latents: encoded once into a cache folder, and read by random key in batches of one size."""
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from acpo_dist.core.sizes import Size, nearest_size, size_text
 from acpo_dist.data.captions import CAPTION_COLUMNS
 from acpo_dist.data.decoding import UNDECODABLE, central_box, decode, fit
 from acpo_dist.data.encoded import EncodedImage, EncodedImages
+from acpo_dist.models.text import content_digest, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -138,14 +138,17 @@ class RealImages:
         )  # fmt: skip
 
     def _fingerprint(self, source: EncodedImages) -> str:
-        """Name of the cache: a hash of everything that the latents depend on."""
+        """Name of the cache: a hash of everything that latents and captions depend on."""
         config, data = self._family.config, self._data
-        model = {name: getattr(config, name) for name in ("type", "path", "revision", "variant", "vae", "vae_dtype")}
-        parts = [
-            {name: str(value) for name, value in model.items()}, self._sizes, data.flip, data.max_images,
-            data.image_column, data.caption_column, source.stamp(),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        names = ("type", "path", "revision", "variant", "vae", "vae_dtype")
+        model = {name: str(getattr(config, name)) for name in names}
+        own = Path(config.vae) if config.vae is not None else None
+        vae = [own] if own is not None and own.is_file() else sorted(own.rglob("*")) if own is not None else []
+        return fingerprint(
+            self._family.path, ["vae"], model=model, sizes=self._sizes, flip=data.flip, max_images=data.max_images,
+            image_column=data.image_column, files=source.stamp(), captions=source.captions(),
+            vae=[content_digest(path) for path in vae if path.is_file()],
+        )  # fmt: skip
 
     @property
     def _sizes(self) -> list[Size]:
