@@ -9,16 +9,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.by_size import Mixed
-from acpo_dist.core.errors import AcpoError, WeightSyncError, WorkerError
+from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance, LearnerGroup, Ports, RewardPool, RolloutPool, Tracker, WeightChannel
 from acpo_dist.core.types import (
     GradientScale,
@@ -33,10 +32,11 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.core.weights import require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, default_device, learner_spec
+from acpo_dist.training.launched_ranks import Ranks
+from acpo_dist.training.local import default_device
 from acpo_dist.vrg.sums import ErrorSums
-from acpo_dist.workers.learner.metrics import MetricSums, merged_drift, merged_lists, merged_report
-from acpo_dist.workers.rollout.chunks import chunks_of, group_chunks, in_order
+from acpo_dist.workers.learner.metrics import merged_drift, merged_lists, merged_report
+from acpo_dist.workers.rollout.chunks import chunks_of, in_order
 
 _TIMEOUT = timedelta(hours=6)
 """Longest time that other ranks wait for rank 0, which may train a base model or write an export alone. A process that
@@ -52,7 +52,7 @@ def launched_group() -> Iterator[bool]:
     state = PartialState(cpu=default_device() == "cpu", timeout=_TIMEOUT)
     if not state.is_main_process:
         while (config := broadcast_object_list([None])[0]) is not None:
-            _Ranks(config).serve()
+            Ranks(config).serve()
     try:
         yield state.is_main_process
     finally:
@@ -65,7 +65,7 @@ def launched_group() -> Iterator[bool]:
 def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
     """Open the ports on all processes; called on rank 0 within `launched_group`."""
     broadcast_object_list([config])
-    ranks = _Ranks(config)
+    ranks = Ranks(config)
     try:
         yield Ports(
             rollout=LaunchedRollouts(ranks, config), reward=LaunchedRewards(ranks), learner=LaunchedLearner(ranks),
@@ -75,120 +75,10 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         ranks.end()
 
 
-class _Rank:
-    """Workers of one process, and the calls that all ranks execute together."""
-
-    def __init__(self, config: Config) -> None:
-        state = PartialState()
-        self.number, self._count = state.process_index, state.num_processes
-        where: Any = state.device
-        device = "cpu" if where.type == "cpu" else str(where)
-        self._chunk = config.rollout.batch_size
-        self.rollout = LocalRollouts(config, device=device)
-        self.reward = LocalRewards(config, device=device)
-        self.learner = LocalLearner(learner_spec(config), self.reward, device=device)
-
-    def _share(self, whole: Sequence[Any]) -> Sequence[Any]:
-        return whole[self.number :: self._count]
-
-    def generate(self, groups: Sequence[PromptGroup]) -> list[RolloutHandle]:
-        return [self.rollout.generate(chunk)[0] for chunk in self._share(group_chunks(groups, self._chunk))]
-
-    def final_latents(self, groups: Sequence[PromptGroup], trajectory: Trajectory) -> list[Mixed]:
-        chunks = self._share(group_chunks(groups, self._chunk))
-        return [self.rollout.final_latents(chunk, trajectory) for chunk in chunks]
-
-    def measure_errors(self, handles: Sequence[RolloutHandle], sigmas: Sequence[float]) -> list[ErrorSums]:
-        return self.rollout.measure_errors(self._share(handles), sigmas)
-
-    def set_trajectory(self, trajectory: Trajectory) -> list[str]:
-        return self.rollout.set_trajectory(trajectory)
-
-    def load(self, bundle: WeightBundle) -> list[WeightAck]:
-        return self.rollout.load(bundle)
-
-    def score(self, handles: Sequence[RolloutHandle], metrics: Sequence[str]) -> list[ScoreTable]:
-        return [self.reward.score([handle], metrics) for handle in self._share(handles)]
-
-    def start(self, folder: Path | None) -> None:
-        self.learner.start(folder)
-
-    def train(self, handles: Sequence[RolloutHandle], task: TrainTask) -> Any:
-        worker = self.learner.worker
-        return *worker.train([handle.payload for handle in handles], task), worker.skipped_too_many
-
-    def gradient_norms(self, handles: Sequence[RolloutHandle], rewards: Sequence[RewardTerm]) -> list[float]:
-        return self.learner.worker.gradient_norms([handle.payload for handle in handles], rewards)
-
-    def observe(self, handles: Sequence[RolloutHandle]) -> dict[str, list[float]]:
-        return self.learner.observe(handles)
-
-    def measure_drift(self, handles: Sequence[RolloutHandle], timesteps: Sequence[int], space: str) -> MetricSums:
-        return self.learner.worker.measure_drift([handle.payload for handle in handles], timesteps, space=space)
-
-    def publish(self, version: int) -> tuple[str, list[WeightAck]]:
-        bundle = self.learner.export(version)
-        return bundle.checksum, self.rollout.load(bundle)
-
-    def counters(self) -> dict[str, float]:
-        return self.reward.counters()
-
-
-class _Ranks:
-    """Executes calls on every rank."""
-
-    def __init__(self, config: Config) -> None:
-        self.own = _Rank(config)
-
-    def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Return every rank's result, by rank; called on rank 0.
-
-        Raises:
-            AcpoError: raised by any rank.
-        """
-        broadcast_object_list([(method, arguments)])
-        return self._execute(method, arguments)
-
-    def spread(self, method: str, *arguments: Any) -> list[Any]:
-        """Return the results of a call that each rank executes for a share, in the order of the whole."""
-        parts = self.call(method, *arguments)
-        return [parts[index % len(parts)][index // len(parts)] for index in range(sum(map(len, parts)))]
-
-    def serve(self) -> None:
-        """Execute the calls of rank 0 until it ends the ports."""
-        while True:
-            received: Any = broadcast_object_list([None])
-            if received[0] is None:
-                return
-            try:
-                self._execute(*received[0])
-            except AcpoError:
-                # Rank 0 raises the same error and decides what follows.
-                continue
-
-    def end(self) -> None:
-        """Let the other ranks leave `serve`."""
-        broadcast_object_list([None])
-
-    def _execute(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        answer, failed = None, None
-        try:
-            answer = getattr(self.own, method)(*arguments)
-        except AcpoError as error:
-            failed = error
-        except Exception as error:
-            failed = WorkerError(f"rank {self.own.number} failed in `{method}`: {type(error).__name__}: {error}")
-        answers = gather_object([(answer, failed)])
-        for _, error in answers:
-            if error is not None:
-                raise error
-        return [answer for answer, _ in answers]
-
-
 class LaunchedRollouts(RolloutPool):
     """One rollout worker per process."""
 
-    def __init__(self, ranks: _Ranks, config: Config) -> None:
+    def __init__(self, ranks: Ranks, config: Config) -> None:
         """Store the ranks."""
         self._ranks, self._own = ranks, ranks.own.rollout
         self._chunk = config.rollout.batch_size
@@ -239,7 +129,7 @@ class LaunchedRollouts(RolloutPool):
 class LaunchedRewards(RewardPool):
     """All metrics on every process; each one is also the gradient source of the learner in its process."""
 
-    def __init__(self, ranks: _Ranks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         """Store the ranks."""
         self._ranks = ranks
 
@@ -272,7 +162,7 @@ class LaunchedRewards(RewardPool):
 class LaunchedLearner(LearnerGroup):
     """One learner rank per process; every rank holds all weights, and gradients are averaged (data parallel)."""
 
-    def __init__(self, ranks: _Ranks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         """Store the ranks."""
         self._ranks, self._own = ranks, ranks.own.learner
 
@@ -318,7 +208,7 @@ class LaunchedLearner(LearnerGroup):
 class LaunchedChannel(WeightChannel):
     """Every rank gives its rollout worker its own learner's weights; all ranks must hold the same bytes."""
 
-    def __init__(self, ranks: _Ranks) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         """Store the ranks."""
         self._ranks = ranks
 
