@@ -57,7 +57,7 @@ def test_a_judge_that_fails_on_ray_names_its_images_and_the_others_keep_their_sc
         Image.fromarray(array).save(tmp_path / "images" / f"{number}.png")
     config = load_config("toy_sdxl", SMALL)
     request = Request(
-        subject=open_images(str(tmp_path / "images")),
+        subject=open_images(str(tmp_path / "images"), image_column="image", caption_columns=()),
         sections=judge_sections(["tests.helpers.judges:FailsOnGreen"]),
         extractor=open_extractor("low-pass:4"), features="low-pass:4",
     )  # fmt: skip

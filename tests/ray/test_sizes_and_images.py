@@ -31,7 +31,11 @@ def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_do
     drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={whole}"), ray_ports, QUIET)
     drive(tiny(*options, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
     drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
-    first = results(whole)[0]
-    for name, value in results(alone)[0].items():
-        assert first[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
-    assert results(whole)[1] == results(parts)[1]
+    agree(results(whole)[0], results(alone)[0])
+    agree(results(parts)[1], results(whole)[1])
+
+
+def agree(found: dict, expected: dict) -> None:
+    """Equal to rounding: the batches that replicas and workers form depend on when samples arrive."""
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
