@@ -118,7 +118,9 @@ class MicroBatch:
     guidance_scale: float = 1.0
     """Guidance scale of the rollouts; 1 means that only the conditional branch ran."""
     eta: float = 0.0
-    """DDIM eta of the rollouts' steps."""
+    """Noise of the rollouts' steps (`sampler.eta`)."""
+    stochastic_step: str = "ddim"
+    """Kind of the rollouts' steps (`sampler.stochastic_step`)."""
     constants: Mapping[str, float] = field(default_factory=dict)
     """Result of `Algorithm.calibrate`."""
     unreadable_B: Tensor | None = None

@@ -101,6 +101,7 @@ def _taken(
         late.following_alpha_bars_B,
         network.prediction_type,
         eta=batch.eta,
+        kind=batch.stochastic_step,
         rule=network.clean_rule,
     )
     return step, step.log_prob(late.following)

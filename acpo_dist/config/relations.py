@@ -125,6 +125,11 @@ def _check_algorithm(config: Config) -> None:
             f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: validation compares two trajectories "
             "from the same noise, which requires deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
         )
+    if config.sampler.stochastic_step != "ddim" and config.sampler.eta == 0:
+        raise ConfigError(
+            f"sampler.stochastic_step is {config.sampler.stochastic_step} and sampler.eta is 0: steps without noise "
+            "are the same for every value. Set sampler.eta=0.7, or remove sampler.stochastic_step."
+        )
     steps = getattr(algorithm, "gradient_steps", "estimate")
     if steps != "estimate" and (config.sampler.eta > 0 or config.sampler.solver != "ddim"):
         raise ConfigError(

@@ -85,6 +85,9 @@ class SamplerConfig(Section):
     """File of a trajectory that replaces the spacing: written by `acpo vrg optimize`, or the published text format."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """Noise of `ddim` steps: 0 is deterministic, 1 equals DDPM's posterior. Policy gradients need a value above 0."""
+    stochastic_step: Literal["ddim", "flow_grpo"] = "ddim"
+    """Steps with `eta` above 0: `ddim`, or `flow_grpo`, the step of Flow-GRPO for flow models, whose noise level is
+    `eta` (0.7 as published)."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Classifier-free guidance; 1 or less runs only the conditional branch."""
     t_max: float | None = Field(default=None, gt=0, le=1)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from acpo_dist.diffusion.prediction import flow_scale
 from acpo_dist.diffusion.trajectory import Trajectory
 
 
@@ -50,6 +51,49 @@ def flow_trajectory(sigmas: Sequence[float], num_train_timesteps: int) -> Trajec
     # T sigma is rounded to float32, so that t + 1 gives the same float32 number back in the model.
     timesteps = tuple(float(np.float32(sigma * num_train_timesteps)) - 1 for sigma in sigmas[:-1])
     return Trajectory(timesteps=timesteps, alpha_bars=tuple(flow_alpha_bar(sigma) for sigma in sigmas))
+
+
+def flow_grpo_step(
+    model_output: Tensor, noisy: Tensor, alpha_bar_t_B: Tensor, alpha_bar_prev_B: Tensor, noise_level: float
+) -> tuple[Tensor, Tensor]:
+    """Return the Gaussian of Flow-GRPO's step, an Euler-Maruyama step of the flow's reverse SDE.
+
+    With dt = sigma_prev - sigma_t and g = noise_level sqrt(sigma_t / (1 - sigma_t)), the flow model's state has mean
+    x + (v + g^2 / (2 sigma_t) (x + (1 - sigma_t) v)) dt and standard deviation g sqrt(-dt). At sigma_t = 1, g takes
+    sigma_prev in its denominator, as in the published code.
+
+    Args:
+        model_output: v at x_t, shape (B, ...).
+        noisy: x_t with a^2 + s^2 = 1, same shape.
+        alpha_bar_t_B: level before the step, in [0, 1).
+        alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
+        noise_level: a, > 0.
+
+    Returns:
+        Mean (B, ...) and standard deviation (B,) of x at alpha_bar_prev, with a^2 + s^2 = 1.
+
+    Source: Flow-GRPO (Liu et al. 2025, arXiv 2505.05470), eq. 9.
+    """
+    sigma, following = _sigmas(alpha_bar_t_B), _sigmas(alpha_bar_prev_B)
+    step = following - sigma
+    diffusion = noise_level**2 * sigma / (1 - torch.where(sigma < 1, sigma, following))
+    drift = diffusion / (2 * sigma)
+    scale = flow_scale(alpha_bar_t_B, noisy)
+    # The next state is divided by its own c, as every stored state is.
+    next_scale = flow_scale(alpha_bar_prev_B, noisy)
+
+    def shaped(values_B: Tensor) -> Tensor:
+        return values_B.to(device=noisy.device, dtype=scale.dtype).reshape(scale.shape)
+
+    mean = scale * noisy * shaped(1 + drift * step) + model_output * shaped((1 + drift * (1 - sigma)) * step)
+    std_B = shaped((-diffusion * step).sqrt()) / next_scale
+    return mean / next_scale, std_B.flatten()
+
+
+def _sigmas(alpha_bar_B: Tensor) -> Tensor:
+    """Return sigma = s / (a + s) per level, float64."""
+    wide = alpha_bar_B.double()
+    return (1 - wide).sqrt() / (wide.sqrt() + (1 - wide).sqrt())
 
 
 def flow_inputs(noisy: Tensor, timesteps_B: Tensor, num_train_timesteps: int) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
+from acpo_dist.diffusion.flow import flow_grpo_step
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.diffusion.trajectory import Trajectory
 
@@ -125,6 +126,30 @@ class StochasticDDIM(Sampler):
         return advance
 
 
+@dataclass(frozen=True)
+class FlowGrpo(Sampler):
+    """Flow-GRPO's steps for flow models. A step to a clean sample is Euler's step, without noise and density."""
+
+    noise_level: float
+    noise: Callable[[int], Tensor]
+    """Denoise step -> noise of the state's shape."""
+
+    @override
+    def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
+        if prediction_type != "flow_prediction":
+            raise ValueError(f"Flow-GRPO's step needs flow_prediction, found {prediction_type}")
+
+        def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
+            level, following = trajectory.alpha_bars[step : step + 2]
+            if following >= 1:
+                return ddim_step(model_output, state, level, following, prediction_type)
+            before, after = (torch.full((len(state),), value, dtype=torch.float64) for value in (level, following))
+            mean, std_B = flow_grpo_step(model_output, state, before, after, self.noise_level)
+            return mean + std_B.reshape(-1, *[1] * (state.ndim - 1)) * self.noise(step)
+
+        return advance
+
+
 DEFAULT_SAMPLER = DDIM()
 
 
@@ -134,7 +159,7 @@ def start_exactly(sampler: Sampler, trajectory: Trajectory, prediction_type: str
     Solvers work in z = x / sqrt(alpha_bar), which is infinite there. The first step is then a DDIM step, which is
     exact in eps because x is eps, and the solver starts at the second level.
     """
-    if trajectory.alpha_bars[0] > 0 or isinstance(sampler, StochasticDDIM):
+    if trajectory.alpha_bars[0] > 0 or isinstance(sampler, StochasticDDIM | FlowGrpo):
         return sampler.start(trajectory, prediction_type, predict)
     level, following = trajectory.alpha_bars[:2]
     rest: Stepper | None = None

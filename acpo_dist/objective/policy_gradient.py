@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.diffusion.clean_rule import NO_RULE, CleanRule
+from acpo_dist.diffusion.flow import flow_grpo_step
 from acpo_dist.diffusion.prediction import to_clean, to_noise
 from acpo_dist.objective.noise_space import ErrorStatistics
 
@@ -90,7 +91,7 @@ class Transition:
     """Standard deviation in units of x, > 0."""
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Return the next state (B, ...); equal to `ddim_step` with this eta and noise."""
+        """Return the next state (B, ...); equal to the sampler's step with this noise."""
         return self.mean + _per_sample(self.std_B, self.mean) * noise
 
     def log_prob(self, next_state: Tensor) -> Tensor:
@@ -112,11 +113,13 @@ def transition(
     prediction_type: str,
     *,
     eta: float,
+    kind: str = "ddim",
     rule: CleanRule = NO_RULE,
 ) -> Transition:
-    """Return the DDIM(eta) step between two levels; samples of a batch may be at different steps.
+    """Return the stochastic step between two levels; samples of a batch may be at different steps.
 
-    sigma^2 = eta^2 (1 - prev) / (1 - t) (1 - t / prev), mean = sqrt(prev) x0-hat + sqrt(1 - prev - sigma^2) eps-hat.
+    DDIM: sigma^2 = eta^2 (1 - prev) / (1 - t) (1 - t / prev), mean = sqrt(prev) x0-hat + sqrt(1 - prev - sigma^2)
+    eps-hat.
     For flow models this is the coefficient-preserving stochastic step, exact from pure noise (t = 0) on. It supports
     non-uniform trajectories, since no timestep is derived from a spacing.
 
@@ -125,7 +128,8 @@ def transition(
         noisy: x_t.
         alpha_bar_t_B: level before the step, in [0, 1); 0 for velocity predictions only.
         alpha_bar_prev_B: level after it, in (alpha_bar_t, 1).
-        eta: in (0, 1]; 1 is DDPM's posterior.
+        eta: in (0, 1]; 1 is DDPM's posterior. The noise level of `flow_grpo`.
+        kind: `ddim`, or `flow_grpo` for flow predictions (see `diffusion.flow.flow_grpo_step`).
         prediction_type: a name in `prediction.PREDICTION_TYPES`.
         rule: rule that the model's scheduler applies to x0-hat; clipped elements pass no gradient.
 
@@ -133,7 +137,7 @@ def transition(
         ValueError: eta is outside (0, 1], or the step has no density: it ends at x_0 (alpha_bar_prev = 1) or does not
             lower the noise.
 
-    Source: DDIM (Song et al. 2021), eq. 12 and 16.
+    Source: DDIM (Song et al. 2021), eq. 12 and 16; Flow-GRPO (Liu et al. 2025), eq. 9.
     """
     if not 0 < eta <= 1:
         raise ValueError(f"a stochastic step needs 0 < eta <= 1, found {eta}; with eta = 0 it has no density")
@@ -148,6 +152,9 @@ def transition(
             f"and has no density. Found {float(before[bad]):g} -> {float(after[bad]):g} for sample {bad} of the batch"
         )
     model_output = rule.apply(model_output, noisy, alpha_bar_t_B, prediction_type)
+    if kind == "flow_grpo":
+        mean, std_B = flow_grpo_step(model_output, noisy, alpha_bar_t_B, alpha_bar_prev_B, eta)
+        return Transition(mean=mean, std_B=std_B)
     clean = to_clean(model_output, noisy, alpha_bar_t_B, prediction_type)
     direction = to_noise(model_output, noisy, alpha_bar_t_B, prediction_type)
     variance = eta**2 * (1 - after) / (1 - before) * (1 - before / after)

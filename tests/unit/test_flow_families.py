@@ -84,10 +84,14 @@ def test_acpo_trains_a_rectified_flow_sdxl_and_its_drift_is_measured_to_the_firs
     assert all(torch.isfinite(torch.tensor(value)) for value in drift.values())
 
 
-def test_a_policy_gradient_on_a_flow_model_starts_with_an_importance_ratio_of_exactly_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["ddim", "flow_grpo"])
+def test_a_policy_gradient_on_a_flow_model_starts_with_an_importance_ratio_of_exactly_one(
+    step: str, tmp_path: Path
+) -> None:
     options = [
         *TINY, f"model.path={flow_sdxl(tmp_path)}", f"run.dir={tmp_path / 'run'}", "run.iterations=1",
         "rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "learner.inner_epochs=1",
+        f"sampler.stochastic_step={step}",
     ]  # fmt: skip
     drive(load_config("toy_ddpo", options), open_ports, Console(quiet=True))
     row = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
@@ -101,3 +105,10 @@ def test_splitting_and_ncp_are_refused_by_name_for_flow_models(tmp_path: Path) -
     folder = flow_sdxl(tmp_path)
     with pytest.raises(ConfigError, match=r"sampler\.solver.*stsp"):
         RolloutWorker(SdxlConfig(path=str(folder)), SamplerConfig(num_steps=4, solver="stsp"))
+
+
+def test_flow_grpos_step_is_refused_by_name_for_other_models_and_without_noise() -> None:
+    with pytest.raises(ConfigError, match=r"sampler\.stochastic_step.*epsilon"):
+        RolloutWorker(SdxlConfig(path="toy-sdxl"), SamplerConfig(num_steps=4, eta=0.7, stochastic_step="flow_grpo"))
+    with pytest.raises(ConfigError, match=r"sampler\.stochastic_step.*sampler\.eta"):
+        load_config("toy_ddpo", ["sampler.stochastic_step=flow_grpo", "sampler.eta=0", "algorithm.type=acpo"])

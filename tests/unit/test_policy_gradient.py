@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -9,7 +10,8 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from acpo_dist.diffusion.clean_rule import CleanRule
-from acpo_dist.diffusion.sampling import StochasticDDIM, ddim_step, sample
+from acpo_dist.diffusion.flow import flow_alpha_bar, flow_trajectory
+from acpo_dist.diffusion.sampling import FlowGrpo, StochasticDDIM, ddim_step, sample
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.models.ddpm import DdpmFamily
 from acpo_dist.objective.noise_space import error_statistics
@@ -137,6 +139,62 @@ def test_at_eta_1_the_transition_is_ddpms_posterior():
     variance = (1 - after) / (1 - before) * (1 - alpha)
     torch.testing.assert_close(taken.mean, mean, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(taken.std_B, variance.sqrt().flatten(), rtol=1e-12, atol=0)
+
+
+def published_flow_grpo(x: Tensor, v: Tensor, sigma: float, following: float, a: float) -> tuple[Tensor, float]:
+    """Mean and standard deviation of a flow model's own next state, as arXiv 2505.05470 writes the step."""
+    dt = following - sigma
+    g = a * math.sqrt(sigma / (1 - (following if sigma == 1 else sigma)))
+    return x + (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt, g * math.sqrt(-dt)
+
+
+@pytest.mark.parametrize("a", [0.3, 0.7])
+def test_flow_grpos_transition_is_the_published_step_and_the_samplers_own(a: float):
+    sigmas = (1.0, 0.83, 0.8, 0.4, 0.11)
+    model_output, noisy, draw = (noise(4, 3, 4, 4, seed=seed) for seed in range(3))
+    alpha_bars = [flow_alpha_bar(sigma) for sigma in sigmas]
+    before, after = levels(*alpha_bars[:-1]), levels(*alpha_bars[1:])
+    taken = transition(model_output, noisy, before, after, "flow_prediction", eta=a, kind="flow_grpo")
+    log_prob = taken.log_prob(taken.draw(draw))
+    for row in range(4):
+        scale, next_scale = (math.hypot(1 - sigma, sigma) for sigma in sigmas[row : row + 2])
+        mean, std = published_flow_grpo(scale * noisy[row], model_output[row], *sigmas[row : row + 2], a)
+        torch.testing.assert_close(next_scale * taken.mean[row], mean, rtol=1e-10, atol=1e-12)
+        assert float(next_scale * taken.std_B[row]) == pytest.approx(std, rel=1e-10)
+        # States are divided by c, so the density differs by log c per element, the same for every policy.
+        published = Normal(mean, std).log_prob(mean + std * draw[row]).mean() + math.log(next_scale)
+        torch.testing.assert_close(log_prob[row], published, rtol=1e-10, atol=1e-12)
+        step = Trajectory(timesteps=(500.0,), alpha_bars=tuple(alpha_bars[row : row + 2]))
+        sampler = FlowGrpo(a, lambda index, row=row: draw[row : row + 1])
+        wanted = sample(
+            lambda state, at, row=row: model_output[row : row + 1], noisy[row : row + 1], step, "flow_prediction",
+            sampler=sampler,
+        )  # fmt: skip
+        torch.testing.assert_close(taken.draw(draw)[row : row + 1], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_flow_grpos_steps_keep_the_distribution_of_a_gaussian_flow_and_its_last_step_adds_no_noise():
+    # Data N(m, d^2): the exact velocity is linear in x, so mean and variance of the steps have a recursion.
+    m, d, a, count = 0.7, 0.4, 0.7, 400
+    trajectory = flow_trajectory(np.linspace(1, 0, count + 1).tolist(), 1000)
+
+    def velocity(state: Tensor, at: Tensor) -> Tensor:
+        sigma = (float(at[0]) + 1) / 1000
+        x = state * math.hypot(1 - sigma, sigma)
+        gain = (sigma - (1 - sigma) * d**2) / ((1 - sigma) ** 2 * d**2 + sigma**2)
+        return gain * (x - (1 - sigma) * m) - m
+
+    start = noise(20_000, 1, seed=4)
+    ends = sample(
+        velocity, start, trajectory, "flow_prediction",
+        sampler=FlowGrpo(a, lambda step: noise(20_000, 1, seed=100 + step)),
+    )  # fmt: skip
+    # Five standard errors, and the discretisation error of 400 steps.
+    assert float(ends.mean()) == pytest.approx(m, abs=5 * d / 20_000**0.5 + 0.01)
+    assert float(ends.std()) == pytest.approx(d, rel=5 / 40_000**0.5 + 0.02)
+    one = flow_trajectory([0.5, 0.0], 1000)
+    quiet = sample(velocity, start, one, "flow_prediction", sampler=FlowGrpo(a, lambda step: start))
+    torch.testing.assert_close(quiet, sample(velocity, start, one, "flow_prediction"))
 
 
 def test_log_probabilities_are_those_of_torchs_normal_per_element():

@@ -141,6 +141,7 @@ class BatchMaker:
             weights_B=weights.to(self._device),
             guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),
             eta=spec.sampler.eta,
+            stochastic_step=spec.sampler.stochastic_step,
             constants=task.constants if task else {},
             unreadable_B=unreadable,
         )

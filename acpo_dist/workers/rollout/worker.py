@@ -13,7 +13,7 @@ from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import checksum
-from acpo_dist.diffusion.sampling import Denoise, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
+from acpo_dist.diffusion.sampling import Denoise, FlowGrpo, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.family import copy_weights, trainable_tensors
@@ -35,8 +35,17 @@ class RolloutWorker:
             sampler: the sampler's section.
             device: torch device.
             name: name of this worker, for messages.
+
+        Raises:
+            ConfigError: the sampler's steps do not fit the model.
         """
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
+        kind = self.family.prediction_type
+        if sampler.stochastic_step == "flow_grpo" and kind != "flow_prediction":
+            raise ConfigError(
+                f"sampler.stochastic_step is flow_grpo, the step of a flow model, and this model predicts {kind}. Set "
+                "sampler.stochastic_step=ddim."
+            )
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
         self.set_trajectory(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing, sampler.shift))
@@ -185,7 +194,8 @@ class RolloutWorker:
             draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
             return torch.stack(draws).to(self._device)
 
-        return StochasticDDIM(self._sampler.eta, noise)
+        kind = FlowGrpo if self._sampler.stochastic_step == "flow_grpo" else StochasticDDIM
+        return kind(self._sampler.eta, noise)
 
     def _guidance_scale(self) -> float:
         """Return the guidance scale; 1 for an unconditional model."""
