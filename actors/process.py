@@ -2,6 +2,8 @@
 
 import os
 
+from acpo_dist.core.packages import leave_out_bitsandbytes
+
 
 def set_up(*, cpus: float, gpus: float) -> str:
     """Set thread counts, allocator and accelerator of this process.
@@ -12,6 +14,7 @@ def set_up(*, cpus: float, gpus: float) -> str:
     threads = str(max(1, int(cpus)))
     os.environ["OMP_NUM_THREADS"] = threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    leave_out_bitsandbytes()
     if gpus <= 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["DS_ACCELERATOR"] = "cpu"

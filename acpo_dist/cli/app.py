@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from acpo_dist.core.errors import AcpoError, hide_passwords
+from acpo_dist.core.packages import leave_out_bitsandbytes
 
 _GO_ON = {"train": "--resume auto"}
 """Commands that can be continued, and the option that does it."""
@@ -51,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    leave_out_bitsandbytes()
     # Messages at import about optional kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from acpo_dist.cli import commands  # noqa: F401  (registers the commands)

@@ -7,6 +7,7 @@ from typing import Any
 from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, RewardConfigError
+from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.registry import nearest
 
 
@@ -89,7 +90,7 @@ def _check_optimizer(config: Config) -> None:
             f"learner.optimizer is adamw_8bit and learner.zero_stage is {learner.zero_stage}: 8-bit moments are not "
             "sharded. Set learner.optimizer=adamw, or unset learner.zero_stage."
         )
-    if not module_available("bitsandbytes"):
+    if not installed_versions(["bitsandbytes"]):
         raise ConfigError(
             "learner.optimizer is adamw_8bit, which needs bitsandbytes: `pip install bitsandbytes`, or set "
             "learner.optimizer=adamw."

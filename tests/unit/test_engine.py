@@ -1,6 +1,8 @@
 """The torch engine: exact accumulation, bit-exact state round trip, and no change by non-finite gradients."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -212,3 +214,15 @@ def test_8_bit_moments_under_deepspeed_are_refused():
     assert "learner.zero_stage" in refusal(
         "toy_sdxl", "learner.optimizer=adamw_8bit", "learner.zero_stage=2", "cluster.backend=ray"
     )
+
+
+def test_bitsandbytes_is_left_out_of_a_process_until_the_optimiser_needs_it():
+    code = (
+        "from acpo_dist.core.packages import import_bitsandbytes, leave_out_bitsandbytes; leave_out_bitsandbytes();"
+        "import importlib.util as u; assert u.find_spec('bitsandbytes') is None;"
+        "from acpo_dist.config.load import load_config;"
+        "load_config('toy_sdxl', ['learner.optimizer=adamw_8bit']);"
+        "assert import_bitsandbytes().optim.AdamW8bit"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from acpo_dist.config.schema import LearnerConfig
 from acpo_dist.core.errors import CheckpointError, ConfigError
+from acpo_dist.core.packages import import_bitsandbytes
 
 _KEPT = ("state1", "state2", "absmax1", "absmax2")
 """Keys of an entry besides its step and the code book, which is always the same. Small tensors have no scales."""
@@ -20,7 +21,7 @@ def make_eight_bit(parameters: list[nn.Parameter], config: LearnerConfig) -> tor
         ConfigError: bitsandbytes is not installed.
     """
     try:
-        from bitsandbytes.optim import AdamW8bit
+        AdamW8bit = import_bitsandbytes().optim.AdamW8bit
     except ImportError as error:
         raise ConfigError(
             "learner.optimizer is adamw_8bit, which needs bitsandbytes: `pip install bitsandbytes`, or set "
