@@ -58,7 +58,7 @@ def calibrate(config: Config, ports: Ports, prompts: tuple[str, ...]) -> tuple[d
     # One unconstrained step at this weight drifts by about the budget; the controller adjusts it from there.
     anchor = config.algorithm.anchor
     scale = ports.learner.gradient_scale(handles, reward_terms(config, normalisers))
-    weight = initial_anchor_weight(
+    weight = anchor.start * initial_anchor_weight(
         reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
     )  # fmt: skip

@@ -131,6 +131,12 @@ def _check_algorithm(config: Config) -> None:
             f"sampler.stochastic_step is {config.sampler.stochastic_step} and sampler.eta is 0: steps without noise "
             "are the same for every value. Set sampler.eta=0.7, or remove sampler.stochastic_step."
         )
+    dtype = getattr(config.model, "dtype", "float32")
+    if config.sampler.merge_adapters and dtype != "float32":
+        raise ConfigError(
+            f"sampler.merge_adapters is true and model.dtype is {dtype}: weights of that type would lose small updates "
+            "to rounding. Set model.dtype=float32 or sampler.merge_adapters=false."
+        )
     steps = getattr(algorithm, "gradient_steps", "estimate")
     if steps != "estimate" and (config.sampler.eta > 0 or config.sampler.solver != "ddim"):
         raise ConfigError(

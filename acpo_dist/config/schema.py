@@ -98,6 +98,10 @@ class SamplerConfig(Section):
     `t_max`; for flow models without `t_max` it is 0.83, SDXL's at `t_max` 0.3."""
     late_per_sample: int = Field(default=4, ge=1)
     """States kept per sample among the steps at or below t_max, evenly distributed."""
+    merge_adapters: bool = False
+    """Add LoRA adapters to the rollout workers' weights once per version, instead of running them beside the weights in
+    every step. Faster, at the memory of the adapted weights; requires float32 weights, which lose nothing to
+    rounding."""
 
     def latest_share(self, alpha_bars: Sequence[float]) -> float:
         """Largest late timestep as a share of the noise schedule: `t_max`, `k_max`, or their defaults.

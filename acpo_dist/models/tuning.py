@@ -159,6 +159,27 @@ class TunedNetwork:
         return plain
 
 
+class MergedAdapters:
+    """Adapters added to the weights of a network that is only sampled from, so that each call runs fewer operations.
+
+    The weights without adapters are kept beside, because subtracting adapters again would accumulate rounding errors.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Merge the adapters of `network`; a network without adapters is left as it is."""
+        self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._plain = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Merge the present values of the adapters."""
+        for layer, plain in zip(self._layers, self._plain, strict=True):
+            layer.get_base_layer().weight.copy_(plain)
+            layer.merged_adapters.clear()
+            layer.merge()
+
+
 def _initial_layers(network: nn.Module, config: TuningConfig) -> dict[str, Tensor]:
     """Layers of `model.tuning.init`; empty without it.
 

@@ -151,9 +151,9 @@ def _first_weight(context: RunContext, handles: Sequence[RolloutHandle], terms: 
     # Without an objective the anchor trains alone, and any positive weight has the same effect.
     reward_weight = config.algorithm.reward_weight or 1.0
     if not config.algorithm.pathwise:
-        return reward_weight * config.algorithm.anchor_unit
+        return anchor.start * reward_weight * config.algorithm.anchor_unit
     scale = context.ports.learner.gradient_scale(handles, terms)
-    return initial_anchor_weight(
+    return anchor.start * initial_anchor_weight(
         reward_weight=reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
     )  # fmt: skip

@@ -99,11 +99,13 @@ def test_the_anchor_and_its_budget_can_be_switched_on_under_any_algorithm(tiny, 
         *settings(algorithm),
         "algorithm.anchor.budget=0.001",
         "algorithm.anchor.headroom=0.5",
+        "algorithm.anchor.start=0.5",
         "run.iterations=3",
         f"run.dir={root}",
     )
     drive(config, open_ports, Console(quiet=True))
     weights = [row["anchor/weight"] for row in read_metrics(root / "metrics.jsonl")[:-1]]
+    assert weights[0] == pytest.approx(config.algorithm.anchor_unit / 2)
     # Nothing drifts in the first iteration, so the weight falls; then the tiny budget is overspent and it rises.
     assert weights[1] < weights[0] and weights[2] > weights[1]
 

@@ -112,3 +112,9 @@ def test_a_denoising_loss_needs_real_images_and_no_anchor(override):
 )
 def test_what_would_be_ignored_or_cannot_work_is_refused(overrides, message):
     assert message in refusal("toy_sdxl", *overrides, kind=UsageError)
+
+
+def test_adapters_are_merged_into_float32_weights_only(smallest):
+    said = refusal(smallest, "model={type: sd15, path: toy-sd15, dtype: bfloat16}", "sampler.merge_adapters=true")
+    assert "model.dtype is bfloat16" in said
+    load_config(smallest, ["model={type: sd15, path: toy-sd15}", "sampler.merge_adapters=true"])

@@ -16,7 +16,7 @@ def test_the_minimal_loop_has_the_metrics_of_the_real_loop_in_its_first_iteratio
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    config = tiny("run.iterations=1", f"run.dir={tmp_path / 'run'}")
+    config = tiny("run.iterations=1", "algorithm.anchor.start=0.5", f"run.dir={tmp_path / 'run'}")
     (found,) = example.train(config)
     drive(config, open_ports, Console(quiet=True))
     expected = read_metrics(tmp_path / "run/metrics.jsonl")[0]

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.types import SamplePlan
+from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.toy.world import captions
 from acpo_dist.models.config import SpeedConfig, TuningConfig
 from acpo_dist.models.family import trainable_tensors
@@ -130,3 +131,26 @@ def test_the_sampling_loop_reads_no_value_of_a_tensor(solver: str):
     finally:
         mode.__exit__(None, None, None)
     assert len(steps) >= 4 and end.shape == (2, *worker.family.sample_shape)
+
+
+@pytest.mark.parametrize("tuning", [TuningConfig(rank=4), TuningConfig(rank=4, use_dora=True)])
+def test_merged_adapters_draw_the_same_samples_for_every_version(tuning: TuningConfig):
+    config = Sd15Family.Config(path="toy-sd15", tuning=tuning)
+    workers = [
+        RolloutWorker(config, SamplerConfig(num_steps=2, t_max=1.0, guidance_scale=1.5, merge_adapters=merge))
+        for merge in (False, True)
+    ]
+    plans = [SamplePlan(sample_id="a", prompt_id=0, prompt=PROMPTS[0], seed=1)]
+    drawn: list[torch.Tensor] = []
+    for version in (0, 1, 2):
+        generator = torch.Generator().manual_seed(version)
+        weights = {
+            name: value.detach() + 0.05 * version * torch.rand(value.shape, generator=generator)
+            for name, value in trainable_tensors(workers[0].family.network).items()
+        }
+        answers = [worker.load(make_bundle(version, weights)) for worker in workers]
+        assert answers[0].checksum == answers[1].checksum
+        plain, merged = (worker.generate(plans).latents_BCHW for worker in workers)
+        torch.testing.assert_close(merged, plain, rtol=1e-3, atol=1e-3)
+        drawn.append(merged)
+    assert not torch.allclose(drawn[1], drawn[0], atol=0.01) and not torch.allclose(drawn[2], drawn[1], atol=0.01)

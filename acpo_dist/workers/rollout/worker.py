@@ -18,6 +18,7 @@ from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_sp
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.family import copy_weights, trainable_tensors
 from acpo_dist.models.schedulers import make_sampler
+from acpo_dist.models.tuning import MergedAdapters
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.rollout.errors import measure_errors
 
@@ -48,6 +49,7 @@ class RolloutWorker:
             )
         self._sampler, self._device, self._name = sampler, device, name
         self._version = BASE_VERSION
+        self._merged = MergedAdapters(self.family.network) if sampler.merge_adapters else None
         self.set_trajectory(self.family.schedule.trajectory(sampler.num_steps, sampler.spacing, sampler.shift))
 
     @property
@@ -150,6 +152,8 @@ class RolloutWorker:
             copy_weights(self.family.network, bundle.tensors)
         except ValueError as error:
             raise WeightSyncError(f"{self._name}: weights of version {bundle.version}: {error}") from error
+        if self._merged is not None:
+            self._merged.update()
         self._version = bundle.version
         own = trainable_tensors(self.family.network)
         held = {name: parameter.detach().to(bundle.tensors[name].dtype) for name, parameter in own.items()}
