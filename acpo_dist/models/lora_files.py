@@ -13,6 +13,7 @@ from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
+from acpo_dist.models.lycoris import kind_of
 from acpo_dist.models.module_names import kohya_name
 from acpo_dist.models.tensor_files import Entry, write_tensors
 from acpo_dist.models.tuning import ADAPTER, lora_factor
@@ -133,6 +134,12 @@ def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
     downs = {name: shape for name, shape in shapes.items() if _DOWN.search(name)}
     own = {name: shape for name, shape in downs.items() if "text_encoder" not in name and "lora_te" not in name}
     if not own:
+        kind = kind_of({name.rpartition(".")[2]: torch.empty(0) for name in shapes})
+        if kind is not None:
+            raise ModelError(
+                f"--lora: {path} holds {kind} layers, which diffusers does not load. Name it in model.loras of a "
+                "configuration: it is merged into the base model there."
+            )
         held = f"only {len(downs)} layers for text encoders" if downs else "no LoRA layers"
         raise ModelError(f"--lora: {path} holds {held}; expected low-rank layers of a U-Net.")
     width = unet.config.get("cross_attention_dim")

@@ -1,4 +1,7 @@
-"""Read LoRA files of other tools: kohya's scripts, A1111, diffusers (old and new) and peft names; LoRA and DoRA."""
+"""Read LoRA files of other tools: kohya's scripts, A1111, diffusers (old and new) and peft names.
+
+LoRA, DoRA, LoKr and LoHa are read.
+"""
 
 import json
 import math
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.lycoris import PARTS, kind_of, rank_of, scaled_parts, update_of
 from acpo_dist.models.module_names import TEXT_PARTS, original_name, text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors
 
@@ -22,10 +26,11 @@ _KINDS = {
 }  # fmt: skip
 _PARAMETER = re.compile(
     r"(?:\.|(?=_lora\.))(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|_lora\.down|_lora\.up|"
-    r"lora_linear_layer\.down|lora_linear_layer\.up|alpha|dora_scale|lora_magnitude_vector)(\.default)?(\.weight)?$"
+    rf"lora_linear_layer\.down|lora_linear_layer\.up|alpha|dora_scale|lora_magnitude_vector|{PARTS})"
+    r"(\.default)?(\.weight)?$"
 )
 _OTHERS = {
-    "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "boft": "BOFT", "glora": "GLoRA", "on_input": "(IA)3",
+    "oft_": "OFT", "boft": "BOFT", "glora": "GLoRA", "on_input": "(IA)3",
     "lora_mid": "LoCon with Tucker decomposition", ".diff": "full-difference", "vera_": "VeRA",
 }  # fmt: skip
 _PREFIXES = {
@@ -35,7 +40,10 @@ _PREFIXES = {
 }  # fmt: skip
 
 Layers = dict[str, dict[str, Tensor]]
-"""Component -> layers by name, as `adapter_layers` returns them; the file's alpha is multiplied into lora_B."""
+"""Component -> layers by name, as `adapter_layers` returns them; the file's alpha is multiplied into lora_B.
+
+LoKr and LoHa have the names of `lycoris.PARTS` behind the module's.
+"""
 
 
 def lora_file(path: Path, key: str) -> Path:
@@ -74,7 +82,7 @@ def read_lora(path: Path, modules: Mapping[str, Mapping[str, tuple[int, ...]]], 
             found = _PARAMETER.search(name)
             if found is None:
                 raise ModelError(f"{key}: `{file}` holds the tensor `{name}`, which is not part of a LoRA or DoRA.")
-            groups[_split(name[: found.start()])][_KINDS[found[1]]] = entry.read().float()
+            groups[_split(name[: found.start()])][_KINDS.get(found[1], found[1])] = entry.read().float()
     tables = {part: _table(part, names, unet) for part, names in modules.items()}
     layers: Layers = defaultdict(dict)
     unknown = []
@@ -88,13 +96,17 @@ def read_lora(path: Path, modules: Mapping[str, Mapping[str, tuple[int, ...]]], 
         if module is None:
             unknown.append(f"{part}.{stem}")
             continue
-        if "down" not in values or "up" not in values:
-            raise ModelError(f"{key}: `{file}` has only a part of the LoRA of `{module}`; is the file complete?")
-        _check_shape(file, key, module, values, modules[part][module])
+        shape = modules[part][module]
+        _check_shape(file, key, module, values, shape)
         factor = _factor(values, part, metadata, file)
-        layers[part] |= {f"{module}.lora_A.weight": values["down"], f"{module}.lora_B.weight": values["up"] * factor}
+        if kind_of(values):
+            parts = {name: value for name, value in values.items() if name not in ("alpha", "magnitude")}
+            layers[part] |= {f"{module}.{name}": value for name, value in scaled_parts(parts, factor).items()}
+        else:
+            pair = {"lora_A": values["down"], "lora_B": values["up"] * factor}
+            layers[part] |= {f"{module}.{name}.weight": value for name, value in pair.items()}
         if "magnitude" in values:
-            layers[part][f"{module}.lora_magnitude_vector"] = _magnitude(file, key, module, values)
+            layers[part][f"{module}.lora_magnitude_vector"] = _magnitude(file, key, module, values, shape[0])
     if unknown:
         raise ModelError(
             f"{key}: `{file}` adapts {len(unknown)} modules that the model does not have, such as `{unknown[0]}`: it "
@@ -108,7 +120,7 @@ def _require_lora(file: Path, names: Iterable[str], key: str) -> None:
     for mark, kind in _OTHERS.items():
         if any(mark in name for name in names):
             raise ModelError(
-                f"{key}: `{file}` holds {kind} layers. LoRA and DoRA are read; merge it with its own tool."
+                f"{key}: `{file}` holds {kind} layers. LoRA, DoRA, LoKr and LoHa are read; merge it with its own tool."
             )
     if not any(_PARAMETER.search(name) for name in names):
         raise ModelError(f"{key}: `{file}` holds no LoRA layers ({len(names)} tensors, such as `{names[0]}`).")
@@ -151,19 +163,35 @@ def _table(part: str, modules: Iterable[str], unet: Any) -> dict[str, str]:
 
 
 def _check_shape(file: Path, key: str, module: str, values: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    down, up = values["down"], values["up"]
-    if (up.shape[0], down[0].numel(), down.shape[0]) != (shape[0], math.prod(shape[1:]), up.shape[1]):
+    kind = kind_of(values) or "LoRA"
+    try:
+        if kind != "LoRA":
+            # Without values: the update is as large as the weight.
+            update = update_of({name: value.to("meta") for name, value in values.items()})
+            fits, given = (update.shape[0], update.numel()) == (shape[0], math.prod(shape)), str(tuple(update.shape))
+        else:
+            down, up = values["down"], values["up"]
+            fits = (up.shape[0], down[0].numel(), down.shape[0]) == (shape[0], math.prod(shape[1:]), up.shape[1])
+            given = f"{tuple(up.shape)} x {tuple(down.shape)}"
+    except KeyError as error:
         raise ModelError(
-            f"{key}: `{file}` has a LoRA of shape {tuple(up.shape)} x {tuple(down.shape)} for `{module}`, whose weight "
-            f"has shape {tuple(shape)}: it belongs to another architecture."
+            f"{key}: `{file}` has only a part of the {kind} of `{module}`; is the file complete?"
+        ) from error
+    except (RuntimeError, IndexError) as error:
+        raise ModelError(f"{key}: `{file}` has a {kind} of `{module}` whose matrices do not fit together.") from error
+    if not fits:
+        raise ModelError(
+            f"{key}: `{file}` has a {kind} of shape {given} for `{module}`, whose weight has shape {tuple(shape)}: it "
+            "belongs to another architecture."
         )
 
 
 def _factor(values: Mapping[str, Tensor], part: str, metadata: Mapping[str, str], file: Path) -> float:
     """Scale of a layer: alpha / rank with the file's alpha, or as its metadata or peft's configuration say."""
-    rank = values["down"].shape[0]
+    lycoris = kind_of(values) is not None
+    rank = rank_of(values) if lycoris else values["down"].shape[0]
     if "alpha" in values:
-        return float(values["alpha"]) / rank
+        return float(values["alpha"]) / rank if rank else 1.0
     said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     said = {name.removeprefix(f"{part}."): value for name, value in said.items() if name.startswith(f"{part}.")}
     beside = file.with_name("adapter_config.json")
@@ -171,12 +199,15 @@ def _factor(values: Mapping[str, Tensor], part: str, metadata: Mapping[str, str]
         said = json.loads(beside.read_text(encoding="utf-8"))
     if said.get("rank_pattern") or said.get("alpha_pattern"):
         raise ModelError(f"`{file}` has ranks or alphas by pattern, which is not supported; save it in kohya's layout.")
+    if lycoris or not rank:
+        # peft divides by the rank that was set, also where the matrices are whole.
+        return float(said["alpha"]) / float(said["r"]) if {"alpha", "r"} <= said.keys() else 1.0
     alpha = float(said.get("lora_alpha") or rank)
     return alpha / math.sqrt(rank) if said.get("use_rslora") else alpha / rank
 
 
-def _magnitude(file: Path, key: str, module: str, values: Mapping[str, Tensor]) -> Tensor:
-    magnitude, outputs = values["magnitude"], values["up"].shape[0]
+def _magnitude(file: Path, key: str, module: str, values: Mapping[str, Tensor], outputs: int) -> Tensor:
+    magnitude = values["magnitude"]
     if magnitude.numel() != outputs or (magnitude.ndim == 2 and magnitude.shape[0] == 1 and outputs != 1):
         raise ModelError(
             f"{key}: `{file}` holds DoRA with one norm per input of `{module}`; only norms per output are read."

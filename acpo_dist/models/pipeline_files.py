@@ -5,6 +5,7 @@ The result opens with current and with older releases of diffusers and transform
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.models.lycoris import update_of
 from acpo_dist.models.module_names import text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors, write_tensors
 
@@ -139,29 +141,31 @@ def merged(weights: Mapping[str, Entry], layers: Mapping[str, Tensor], scale: fl
 
     Args:
         weights: weights by name.
-        layers: `<module>.lora_A.weight`, `<module>.lora_B.weight`, and for DoRA `<module>.lora_magnitude_vector`.
+        layers: `<module>.lora_A.weight`, `<module>.lora_B.weight`, and for DoRA `<module>.lora_magnitude_vector`; or
+            the parts of LoKr and LoHa.
         scale: strength: 0 keeps the weights, 1 is the LoRA as it was trained.
 
     Raises:
         ModelError: a module does not exist.
     """
     found = dict(weights)
-    for name, down in layers.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        module = name.removesuffix(".lora_A.weight")
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in layers.items():
+        module, _, part = name.removesuffix(".weight").rpartition(".")
+        modules[module][part] = value
+    for module, parts in modules.items():
         target = f"{module}.weight"
         if target not in found:
             raise ModelError(f"the base model has no module `{module}`, which the LoRA adapts.")
-        up, magnitude = layers[f"{module}.lora_B.weight"], layers.get(f"{module}.lora_magnitude_vector")
-        found[target] = _merge(found[target], down, up, magnitude, scale)
+        found[target] = _merge(found[target], parts, scale)
     return found
 
 
-def _merge(base: Entry, down: Tensor, up: Tensor, magnitude: Tensor | None, scale: float) -> Entry:
+def _merge(base: Entry, parts: Mapping[str, Tensor], scale: float) -> Entry:
     def read() -> Tensor:
-        update = (up.flatten(1).float() @ down.flatten(1).float()).reshape(base.shape)
-        plain = base.read().float()
+        pair = [parts[name].flatten(1).float() for name in ("lora_B", "lora_A") if name in parts]
+        update = (pair[0] @ pair[1] if pair else update_of(parts)).reshape(base.shape)
+        plain, magnitude = base.read().float(), parts.get("lora_magnitude_vector")
         if magnitude is None:
             return plain + scale * update
         weight = plain + update

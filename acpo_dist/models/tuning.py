@@ -14,6 +14,7 @@ from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
 from acpo_dist.models.lora_reading import load_into, ranks_of, read_lora, scaled
+from acpo_dist.models.lycoris import kind_of
 
 ADAPTER = "default"
 
@@ -193,6 +194,11 @@ def _initial_layers(network: nn.Module, config: TuningConfig) -> dict[str, Tenso
         for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
     }  # fmt: skip
     layers = read_lora(config.init, {"unet": shapes}, network.config, key="model.tuning.init").get("unet", {})
+    if kind := kind_of({name.rpartition(".")[2]: value for name, value in layers.items()}):
+        raise ModelError(
+            f"model.tuning.init: `{config.init}` holds {kind} layers, which no LoRA equals. Merge them into the base "
+            "model instead (model.loras) and train a new LoRA."
+        )
     dora = any("lora_magnitude_vector" in name for name in layers)
     if dora != config.use_dora:
         raise ModelError(

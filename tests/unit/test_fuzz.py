@@ -232,6 +232,20 @@ def test_a_spoilt_lora_file_is_refused_in_one_short_message_or_read(tmp_path):
     assert survives(read, path.read_bytes(), random.Random(SEED), 600) > 200
 
 
+@pytest.mark.parametrize("parts", [
+    {"lora_A.weight": (2, 32), "lora_B.weight": (8, 2), "alpha": ()},
+    {"lokr_w1": (2, 4), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 8), "alpha": ()},
+    {"hada_w1_a": (8, 2), "hada_w1_b": (2, 32), "hada_w2_a": (8, 2), "hada_w2_b": (2, 32)},
+])  # fmt: skip
+def test_a_spoilt_file_of_layers_to_merge_is_refused_in_one_short_message_or_read(parts, tmp_path):
+    from acpo_dist.models.lora_reading import read_lora
+
+    path = tmp_path / "lora.safetensors"
+    save_file({f"unet.conv_in.{name}": torch.ones(shape) for name, shape in parts.items()}, path)
+    read = from_file(path, lambda file: read_lora(file, {"unet": {"conv_in": (8, 32)}}, {}, key="model.loras"))
+    assert survives(read, path.read_bytes(), random.Random(SEED), 300) > 50
+
+
 def vrg_file(path: Path) -> None:
     """An error table and a trajectory on the linear schedule, in the form that the file's name says."""
     from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, table_to_mapping

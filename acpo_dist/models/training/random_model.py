@@ -1,6 +1,5 @@
 """A full-size pipeline with random weights, for benchmarks and tests without access to a trained one."""
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from acpo_dist.core.errors import UsageError
-from acpo_dist.data.toy.text import write_tokenizer
 from acpo_dist.models.architectures import PUBLISHED, Architecture
+from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
 from acpo_dist.models.training.toy_models import sdxl_scheduler
 
 _BLOCK = 1 << 22
@@ -22,8 +21,6 @@ _BLOCK = 1 << 22
 
 def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> Path:
     """Write an SDXL folder of 2.6 B + 0.8 B parameters (7 GB in bfloat16), or keep an existing one.
-
-    The tokenizer knows only the words of the toy world; prompts are truncated and padded to SDXL's 77 tokens.
 
     Args:
         folder: folder to write.
@@ -56,17 +53,16 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
 def _write(folder: Path, dtype: torch.dtype, device: str, seed: int) -> None:
     architecture = PUBLISHED["sdxl"]
     block = torch.rand(_BLOCK, generator=torch.Generator().manual_seed(seed)).to(device) - 0.5
-    write_tokenizer(folder / "tokenizer")
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 77}))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer_2", pad_token="!")
     scheduler: EulerDiscreteScheduler = sdxl_scheduler()
     pipeline = StableDiffusionXLPipeline(
         unet=_filled(lambda: UNet2DConditionModel.from_config(dict(architecture.unet)), dtype, block),
         vae=_filled(lambda: AutoencoderKL.from_config(dict(architecture.vae or {})), dtype, block),
         text_encoder=_encoder(CLIPTextModel, architecture, 0, dtype, block),
         text_encoder_2=_encoder(CLIPTextModelWithProjection, architecture, 1, dtype, block),
-        tokenizer=tokenizer, tokenizer_2=tokenizer,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
         scheduler=scheduler,  # pyright: ignore[reportArgumentType]
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
