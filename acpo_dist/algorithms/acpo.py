@@ -99,9 +99,9 @@ class Acpo(BaseAlgorithm):
         if batch.tail is None:
             late, scale = batch.late, batch.guidance_scale if self.config.guidance == "full" else 1.0
             outputs = both_branches(network, late, batch.prompts, scale)
-            guided = outputs[0] if outputs[1] is None else guide(outputs[0], outputs[1], scale)
+            guided = outputs[0] if outputs[1] is None else guide(outputs[0], outputs[1], scale, batch.guidance_rescale)
             return late, scale, outputs, to_clean(guided, late.latents, late.alpha_bars_B, network.prediction_type)
-        sampled = sample_tail(network, batch.tail, batch.prompts, batch.guidance_scale)
+        sampled = sample_tail(network, batch.tail, batch.prompts, batch.guidance_scale, batch.guidance_rescale)
         late = passed_states(sampled, batch.tail, batch.noise_keys)
         # After the first step the states depend on the weights; anchor gradients must not pass through them.
         outputs = sampled.outputs if batch.tail.trajectory.num_steps == 1 else None
@@ -157,7 +157,7 @@ class Draft(Acpo):
         if count == 1 or batch.tail is None:
             return super()._scored(batch, network)
         tail = low_variance_tail(batch, batch.tail, count)
-        sampled = sample_tail(network, tail, batch.prompts * count, batch.guidance_scale)
+        sampled = sample_tail(network, tail, batch.prompts * count, batch.guidance_scale, batch.guidance_rescale)
         size = len(batch.sample_ids)
         conditional, null = sampled.outputs
         outputs = conditional[:size], None if null is None else null[:size]

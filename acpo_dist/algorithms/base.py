@@ -117,6 +117,8 @@ class MicroBatch:
     weights_B: Tensor
     guidance_scale: float = 1.0
     """Guidance scale of the rollouts; 1 means that only the conditional branch ran."""
+    guidance_rescale: float = 0.0
+    """Guidance rescale of the rollouts (`sampler.guidance_rescale`)."""
     eta: float = 0.0
     """Noise of the rollouts' steps (`sampler.eta`)."""
     stochastic_step: str = "ddim"

@@ -93,7 +93,8 @@ def _taken(
     late = batch.late
     if late.following is None or late.following_alpha_bars_B is None:
         raise RuntimeError("the rollouts kept no transitions: they must step stochastically (sampler.eta above 0)")
-    model_output = conditional if unconditional is None else guide(conditional, unconditional, batch.guidance_scale)
+    scale, rescale = batch.guidance_scale, batch.guidance_rescale
+    model_output = conditional if unconditional is None else guide(conditional, unconditional, scale, rescale)
     step = transition(
         model_output,
         late.latents,

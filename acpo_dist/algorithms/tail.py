@@ -27,7 +27,9 @@ class SampledTail:
     """Conditional and null output of the first step, with the graph."""
 
 
-def sample_tail(network: Network, tail: TailStates, prompts: Sequence[str], guidance_scale: float) -> SampledTail:
+def sample_tail(
+    network: Network, tail: TailStates, prompts: Sequence[str], guidance_scale: float, rescale: float = 0.0
+) -> SampledTail:
     """Sample the last K steps with gradients through all of them.
 
     For K > 1 each network call runs again in the backward pass, so memory holds the graph of one call for any K.
@@ -37,6 +39,7 @@ def sample_tail(network: Network, tail: TailStates, prompts: Sequence[str], guid
         tail: states and levels.
         prompts: one per sample.
         guidance_scale: guidance scale of the rollouts; 1 runs only the conditional branch.
+        rescale: `sampler.guidance_rescale`.
 
     Source: DRaFT (Clark et al. 2023) and AlignProp (Prabhudesai et al. 2023).
     """
@@ -54,7 +57,7 @@ def sample_tail(network: Network, tail: TailStates, prompts: Sequence[str], guid
         outputs = checkpoint(forward, state, use_reentrant=False) if recompute else forward(state)
         conditional, null = outputs
         first = first or (conditional, null)
-        guided = conditional if null is None else guide(conditional, null, guidance_scale)
+        guided = conditional if null is None else guide(conditional, null, guidance_scale, rescale)
         kind = network.prediction_type
         guided = network.clean_rule.apply(guided, state, states_at(state, trajectory, step).alpha_bars_B, kind)
         state = ddim_step(guided, state, level, following, kind)

@@ -1,5 +1,6 @@
 """`acpo generate`: generate images with a tuned model and plain diffusers."""
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,9 @@ def generate(
         str, typer.Option(help="euler (follows levels exactly) or dpmpp_2m (integer timesteps).")
     ] = "euler",
     guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance.")] = 5.0,
+    guidance_rescale: Annotated[
+        float, typer.Option(min=0, max=1, help="Guidance rescale; 0.7 for models with zero terminal SNR.")
+    ] = 0.0,
     negative_prompt: Annotated[str | None, typer.Option(help="Negative prompt; default: the run's, or none.")] = None,
     literal_weights: Annotated[
         bool, typer.Option("--literal-weights", help="Encode weights such as (a red car:1.2) as plain text.")
@@ -88,6 +92,8 @@ def generate(
         pipeline, conditional = open_base(config, solver)
     else:
         pipeline, conditional = open_pipeline(model, solver)
+    if guidance_rescale > 0 and "guidance_rescale" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise UsageError(f"--guidance-rescale: {type(pipeline).__name__} has no such option. Omit it.")
     if conditional and not prompt:
         raise UsageError("the model takes prompts: set --prompt, once or several times")
     adapter = LoraScale(pipeline, lora) if lora is not None else None
@@ -109,6 +115,8 @@ def generate(
             for sample in range(num):
                 own = derive_seed("generate", seed, text, sample)
                 asked: dict[str, Any] = {"guidance_scale": guidance_scale} if conditional else {}
+                if guidance_rescale > 0:
+                    asked["guidance_rescale"] = guidance_rescale
                 if conditional:
                     asked |= prompt_arguments(pipeline, config, text, negative_prompt, guidance_scale)
                 for place, scale in enumerate(scales):

@@ -116,6 +116,7 @@ def _check_algorithm(config: Config) -> None:
             f"algorithm `{kind}` needs the probability of the rollouts' steps, and sampler.eta is 0: deterministic "
             "steps have none. Set sampler.eta=1."
         )
+    _check_rescale(config)
     if config.sampler.eta > 0 and config.sampler.solver != "ddim":
         raise ConfigError(
             f"sampler.eta is {config.sampler.eta:g}, which only sampler.solver=ddim supports; found "
@@ -185,6 +186,22 @@ def _check_algorithm(config: Config) -> None:
         ):
             if value % 2:
                 raise ConfigError(f"algorithm `{kind}` trains on pairs, and {key} is {value}: set an even number.")
+
+
+def _check_rescale(config: Config) -> None:
+    sampler, model = config.sampler, config.model
+    if sampler.guidance_rescale == 0:
+        return
+    if model.type not in ("sd15", "sdxl"):
+        raise ConfigError(
+            f"sampler.guidance_rescale is {sampler.guidance_rescale:g} and model.type is {model.type}, whose diffusers "
+            "pipeline has no such option. Set sampler.guidance_rescale=0."
+        )
+    if sampler.solver in ("ltsp", "stsp"):
+        raise ConfigError(
+            f"sampler.guidance_rescale is {sampler.guidance_rescale:g}, which sampler.solver={sampler.solver} does not "
+            "support: it never computes the guided prediction. Set sampler.guidance_rescale=0 or another solver."
+        )
 
 
 def _check_pairs(config: Config) -> None:

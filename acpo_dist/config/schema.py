@@ -90,6 +90,9 @@ class SamplerConfig(Section):
     `eta` (0.7 as published)."""
     guidance_scale: float = Field(default=5.0, ge=0)
     """Classifier-free guidance; 1 or less runs only the conditional branch."""
+    guidance_rescale: float = Field(default=0.0, ge=0, le=1)
+    """Share of the guided prediction whose standard deviation is reset to the conditional one's; 0.7 is published for
+    models with zero terminal SNR, which guidance otherwise over-exposes."""
     t_max: float | None = Field(default=None, gt=0, le=1)
     """Largest training timestep as a share of the noise schedule. None is 0.3, so that only late steps train and
     composition stays; with `eta` above 0 it is 1, since a policy gradient sums over all transitions."""

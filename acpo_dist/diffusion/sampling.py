@@ -43,20 +43,27 @@ class Sampler(Protocol):
         ...
 
 
-def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: eps_u + w (eps_c - eps_u).
+def guide(conditional: Tensor, unconditional: Tensor, guidance_scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance: eps_u + w (eps_c - eps_u), optionally rescaled.
 
     Args:
         conditional: network output of the conditional branch.
         unconditional: network output of the unconditional branch, same shape.
         guidance_scale: w.
+        rescale: phi in [0, 1]; the share of the guided output whose standard deviation per sample is set to that of the
+            conditional output.
 
     Returns:
         Guided network output, same shape.
 
-    Source: Ho and Salimans 2022.
+    Source: Ho and Salimans 2022; for `rescale` Lin et al. 2023 (Common Diffusion Noise Schedules), section 3.4.
     """
-    return unconditional + guidance_scale * (conditional - unconditional)
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    if rescale == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    ratio = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (1 - rescale + rescale * ratio)
 
 
 def ddim_step(

@@ -118,3 +118,10 @@ def test_adapters_are_merged_into_float32_weights_only(smallest):
     said = refusal(smallest, "model={type: sd15, path: toy-sd15, dtype: bfloat16}", "sampler.merge_adapters=true")
     assert "model.dtype is bfloat16" in said
     load_config(smallest, ["model={type: sd15, path: toy-sd15}", "sampler.merge_adapters=true"])
+
+
+def test_guidance_rescale_is_refused_where_the_pipeline_or_the_solver_cannot_follow():
+    rescale = "sampler.guidance_rescale=0.7"
+    assert "sampler.solver=stsp" in refusal("toy_sdxl", rescale, "sampler.solver=stsp")
+    assert "model.type is sd3" in refusal("sd35_lora", rescale)
+    load_config("toy_sdxl", [rescale])

@@ -1,9 +1,11 @@
 """Training through guidance: the reward scores what the rollouts drew, and each branch has its own anchor."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import rescale_noise_cfg
 
 from acpo_dist.algorithms.acpo import Acpo
 from acpo_dist.algorithms.base import LateStates, MicroBatch, RewardSignal
@@ -60,15 +62,17 @@ def gradients(model: SdxlFamily, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: value.grad.clone() for name, value in trainable_tensors(model.network).items()}
 
 
-def test_the_gradient_through_guidance_is_that_of_the_guided_estimate_written_out():
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_the_gradient_through_guidance_is_that_of_the_guided_estimate_written_out(rescale: float):
     model = family()
-    batch = batch_of(model)
+    batch = replace(batch_of(model), guidance_rescale=rescale)
     recipe = Acpo(Acpo.Config(guidance="full"))
     found = gradients(model, recipe.loss(batch, model, brightness, 0.0).per_sample.mean())
 
     late = batch.late
     model_outputs = [model.predict(late.latents, late.timesteps_B, model.encode(text)) for text in (["", ""], PROMPTS)]
     guided = model_outputs[0] + SCALE * (model_outputs[1] - model_outputs[0])
+    guided = rescale_noise_cfg(guided, model_outputs[1], rescale)
     clean = to_clean(guided, late.latents, late.alpha_bars_B, model.prediction_type)
     wanted = gradients(model, -clean.square().flatten(1).mean(1).mean())
     for name, value in wanted.items():

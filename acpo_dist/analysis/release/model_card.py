@@ -125,6 +125,7 @@ def _arguments(config: Config, schedule: str | None) -> list[str]:
         *([f"height={size[1]}, width={size[0]}"] if size else []),
         *([f"negative_prompt={json.dumps(negative)}"] if negative is not None else []),
         f"guidance_scale={config.sampler.guidance_scale:g}",
+        *([f"guidance_rescale={rescale:g}"] if (rescale := config.sampler.guidance_rescale) > 0 else []),
         "**levels" if schedule else f"num_inference_steps={steps}",
     ]
 

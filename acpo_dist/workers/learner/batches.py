@@ -140,6 +140,7 @@ class BatchMaker:
             clean_is_real=real,
             weights_B=weights.to(self._device),
             guidance_scale=spec.sampler.guidance_for(conditional=self._family.conditional),
+            guidance_rescale=spec.sampler.guidance_rescale,
             eta=spec.sampler.eta,
             stochastic_step=spec.sampler.stochastic_step,
             constants=task.constants if task else {},

@@ -234,7 +234,7 @@ class LearnerWorker:
                     late = states_at(batch.tail.latents, batch.tail.trajectory, 0)
             scale = batch.guidance_scale if full else 1.0
             conditional, null = both_branches(self.network, late, batch.prompts, scale)
-            model_output = conditional if null is None else guide(conditional, null, scale)
+            model_output = conditional if null is None else guide(conditional, null, scale, batch.guidance_rescale)
             clean = to_clean(model_output, late.latents, late.alpha_bars_B, self.family.prediction_type)
             gradient = reward(clean, batch.prompts)().gradient.flatten(1).norm(dim=1)
             if null is not None:

@@ -212,7 +212,7 @@ class RolloutWorker:
 
         def guided(state: Tensor, timesteps: Tensor) -> Tensor:
             conditional, unconditional = branches.both(state, timesteps)
-            return guide(conditional, unconditional, scale)
+            return guide(conditional, unconditional, scale, self._sampler.guidance_rescale)
 
         return guided
 
