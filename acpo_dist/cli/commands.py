@@ -20,6 +20,7 @@ from acpo_dist.cli import (
     runs,
     score,
     submit,
+    sweep,
     toy,
     train,
     vrg,
@@ -27,5 +28,5 @@ from acpo_dist.cli import (
 
 __all__ = [
     "compare", "config", "demo", "doctor", "embed", "eval", "export", "follow", "generate", "pairs", "plan", "promote",
-    "report", "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "toy", "train", "vrg",
+    "report", "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "sweep", "toy", "train", "vrg",
 ]  # fmt: skip

@@ -98,7 +98,7 @@ def open_run(config: Config, resume: str | None) -> tuple[RunFolder, Checkpoint 
         _require_free(root)
     elif resume == "auto":
         if (root / RESOLVED).exists():
-            _require_same(config, root)
+            require_same(config, root)
             checkpoint = store.newest()
     else:
         checkpoint = _from_path(config, Path(resume))
@@ -144,19 +144,24 @@ def _bring_in(checkpoint: Checkpoint, store: CheckpointStore) -> Checkpoint:
 
 def _from_path(config: Config, path: Path) -> Checkpoint:
     if path.parent.name == "checkpoints":
-        _require_same(config, path.parent.parent)
+        require_same(config, path.parent.parent)
         try:
             return open_checkpoint(path)
         except CheckpointError as error:
             raise ResumeError(str(error)) from error
-    _require_same(config, path)
+    require_same(config, path)
     checkpoint = CheckpointStore(path / "checkpoints", keep=config.checkpoint.keep).newest()
     if checkpoint is None:
         raise ResumeError(f"{path} is a run without a complete checkpoint; start a new run in another run.dir")
     return checkpoint
 
 
-def _require_same(config: Config, root: Path) -> None:
+def require_same(config: Config, root: Path) -> None:
+    """Check that a run folder was started with this configuration, except for keys that do not affect results.
+
+    Raises:
+        ResumeError: the folder is not a run, or its configuration differs.
+    """
     if not (root / RESOLVED).is_file():
         raise ResumeError(
             f"--resume: {root} is not a run: it has no {RESOLVED}. Give a folder that `acpo train` wrote."

@@ -1,0 +1,1 @@
+"""Train every combination of given values with every seed, and compare them."""
