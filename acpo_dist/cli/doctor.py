@@ -94,7 +94,7 @@ def _of_a_configuration(config: Any) -> Iterator[tuple[str, "Check"]]:
     yield "backend", lambda: [Finding("backend", "ok", choose_backend(config))]
     yield "model", lambda: configured.check_model(config)
     yield "base samples", lambda: configured.check_base_samples(config)
-    yield "data", lambda: configured.check_data(config)
+    yield from configured.data_checks(config)
     yield "rewards", lambda: configured.check_rewards(config)
     yield "plan", lambda: configured.check_plan(config)
     yield "run folder", lambda: configured.check_folder(config)

@@ -72,13 +72,14 @@ def validate(mapping: dict[str, Any], origin: str) -> Config:
 
 
 def find_config(source: str | Path) -> Path:
-    """Return an existing path, or else the shipped file `NAME` or `configs/NAME.yaml`."""
+    """Return an existing path, or else the shipped file `NAME`, `configs/NAME.yaml`, or either below `papers/`."""
     path = Path(source)
     if path.is_file():
         return path
     # A missing file in another folder must not be replaced by a shipped one of the same name.
-    for folder in _SHIPPED if str(path.parent) in (".", "configs") else ():
-        for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
+    inside = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    for folder in _SHIPPED if str(inside.parent) in (".", "papers") else ():
+        for candidate in (folder / inside, folder / f"{inside}.yaml"):
             if candidate.is_file():
                 return candidate
     raise ConfigError(

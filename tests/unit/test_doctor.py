@@ -163,9 +163,9 @@ def test_a_configuration_is_opened_as_a_run_opens_it(tiny, tmp_path):
     config = tiny(f"run.dir={tmp_path / 'run'}")
     found = by_check(
         one
-        for check in (configured.check_model, configured.check_data, configured.check_rewards, configured.check_plan)
+        for check in (configured.check_model, configured.check_rewards, configured.check_plan)
         for one in check(config)
-    )
+    ) | by_check(one for _, check in configured.data_checks(config) for one in check())
     assert {one.verdict for one in found.values()} <= {"ok", "note"}
     assert "gradient of norm" in found["reward `two_stream`"].found
     assert "gradient" not in found["judge `strided_judge`"].found

@@ -14,7 +14,7 @@ from acpo_dist.data.images import load_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import run_prompts
 from acpo_dist.models.loading import looks_local
-from acpo_dist.preflight.doctor.finding import Finding
+from acpo_dist.preflight.doctor.finding import Check, Finding
 from acpo_dist.preflight.doctor.storage import check_runs
 from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.base_check import FATAL, describe_problems
@@ -87,22 +87,36 @@ def check_folder(config: Config) -> Iterator[Finding]:
     yield Finding("run folder", "note", f"{config.run_dir} holds {what}", advice)
 
 
-def check_data(config: Config) -> Iterator[Finding]:
-    """Check prompts, images and pairs."""
-    prompts = run_prompts(config)
+def data_checks(config: Config) -> Iterator[tuple[str, Check]]:
+    """Yield the checks of prompts, images and pairs, each by itself: every missing file is named."""
     if config.data.prompts != "none":
-        yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
-        if long := long_prompts(config, prompts):
-            yield Finding("long prompts", "warning" if config.model.long_prompts == "cut" else "note", long)
+        yield "prompts", lambda: _check_prompts(config)
     if config.data.path is not None:
-        image = load_images(config.data.path, config.data.image_column, 1, None)
-        size = " x ".join(str(side) for side in image.tensor.shape[-2:])
-        yield Finding("images", "ok", f"{config.data.path}, the first is {size}")
-        if config.model.conditional and getattr(getattr(config.algorithm, "anchor", None), "source", "") == "data":
-            yield _captioned(config)
+        yield "images", lambda: _check_images(config)
     if config.data.pairs is not None:
-        counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
-        yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
+        yield "pairs", lambda: _check_pairs(config)
+
+
+def _check_prompts(config: Config) -> Iterator[Finding]:
+    prompts = run_prompts(config)
+    yield Finding("prompts", "ok", f"{len(prompts)} in `{config.data.prompts}`")
+    if long := long_prompts(config, prompts):
+        yield Finding("long prompts", "warning" if config.model.long_prompts == "cut" else "note", long)
+
+
+def _check_images(config: Config) -> Iterator[Finding]:
+    assert config.data.path is not None
+    image = load_images(config.data.path, config.data.image_column, 1, None)
+    size = " x ".join(str(side) for side in image.tensor.shape[-2:])
+    yield Finding("images", "ok", f"{config.data.path}, the first is {size}")
+    if config.model.conditional and getattr(getattr(config.algorithm, "anchor", None), "source", "") == "data":
+        yield _captioned(config)
+
+
+def _check_pairs(config: Config) -> Iterator[Finding]:
+    assert config.data.pairs is not None
+    counts = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs).counts
+    yield Finding("pairs", "ok", ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
 def _captioned(config: Config) -> Finding:
