@@ -169,8 +169,10 @@ def write_pairs(path: Path, pairs: Sequence[ImagePair]) -> None:
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Return (header, rows with their first line numbers); missing cells of a short row are empty."""
     if not table.is_file():
+        found = "a folder" if table.is_dir() else "nothing"
         raise DataError(
-            f"no such file: {table}. `acpo score FOLDER --csv {table.name}` writes one; add a prompt column."
+            f"expected a CSV file at {table}, found {found}. `acpo score FOLDER --csv FILE` writes one; add a "
+            "prompt column."
         )
     found = read_table(table)
     header = _header(table, found.header)

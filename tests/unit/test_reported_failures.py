@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from acpo_dist.config.load import load_config
-from acpo_dist.core.errors import LONGEST, UsageError
+from acpo_dist.core.errors import LONGEST, AcpoError, StorageError, UsageError
+from acpo_dist.core.files import on_storage
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.objective.advantage import group_advantages
 from acpo_dist.preflight.doctor.storage import check_tracking
@@ -111,6 +112,80 @@ def test_a_run_folder_that_cannot_be_made_is_a_mistake_of_the_user_with_the_key_
     with pytest.raises(UsageError) as caught, held(tmp_path / folder):
         pytest.fail("the folder cannot be made")
     assert "run.dir" in str(caught.value) and "ACPO_RUNS" in str(caught.value) and len(str(caught.value)) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "FOLDER"], "no configuration"),
+        (["pairs", "FOLDER", "--out", "pairs.parquet"], "found a folder"),
+        (["vrg", "show", "FOLDER"], "found a folder"),
+        (["vrg", "optimize", "--table", "FOLDER", "--trajectory", "FOLDER"], "found a folder"),
+        (["eval", "toy-sdxl", "--suite", "FOLDER"], "a folder"),
+        (["eval", "FOLDER"], "neither a run"),
+        (["generate", "toy-sdxl", "--prompt", "a", "--schedule", "FOLDER"], "found a folder"),
+        (["generate", "FOLDER", "--prompt", "a"], "found a folder without model_index.json"),
+        (["export", "FOLDER", "--out", "out"], "is not a run"),
+        (["train", "toy_sdxl", "data.prompts=FOLDER"], "holds no image"),
+        (["train", "toy_sdxl", "model.loras=[{path: FOLDER}]"], "model.loras"),
+        (["train", "toy_sdxl", "model.tuning.init=FOLDER"], "model.tuning.init"),
+        (["train", "toy_sdxl", "rewards.train=[{type: two_stream, weights: FOLDER}]"], "no weights"),
+        (["train", "toy_dpo", "data.pairs=FOLDER"], "data.pairs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_empty_folder_where_a_file_is_expected_is_one_message_with_its_path(
+    arguments, said, tmp_path, monkeypatch, capsys
+):
+    from acpo_dist.cli import main
+
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["acpo", *(text.replace("FOLDER", str(folder)) for text in arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    # Tables of the console break lines at its width.
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in found
+    plain = found.replace("\n", " ")
+    assert said in plain and str(folder) in plain.replace(" ", "")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB, and a command that makes it read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder, lambda: subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_run_folder_on_a_read_only_disk_is_named_before_and_during_a_run(small_disk):
+    from acpo_dist.training.run_folder import open_run
+
+    disk, make_read_only = small_disk
+    folder, _ = open_run(load_config("toy_sdxl", [f"run.dir={disk / 'run'}"]), None)
+    make_read_only()
+    with pytest.raises(UsageError) as caught, held(disk / "other"):
+        pytest.fail("the folder cannot be made")
+    assert "run.dir" in str(caught.value) and "Read-only file system" in str(caught.value)
+    with pytest.raises(StorageError) as during, on_storage(folder.root):
+        folder.checkpoints.prepare(1)
+    assert "Read-only file system" in str(during.value) and str(disk) in str(during.value)
+
+
+def test_a_run_folder_on_a_full_disk_is_refused_with_the_room_that_is_left(small_disk):
+    disk, _ = small_disk
+    with (disk / "ballast").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    with pytest.raises(AcpoError) as caught, on_storage(disk / "run"), held(disk / "run"):
+        pytest.fail("nothing can be written")
+    assert "No space left" in str(caught.value) and str(disk) in str(caught.value)
 
 
 def test_a_trajectory_with_one_late_state_is_reported_with_the_share_that_gives_two():

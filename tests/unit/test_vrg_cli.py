@@ -139,7 +139,7 @@ def test_a_pipeline_with_euler_walks_the_same_way_as_the_rollouts(tmp_path):
     ("arguments", "message"),
     [
         (["vrg", "optimize", "--table", "none.txt", "--trajectory", "none.txt"], "cannot read none.txt"),
-        (["vrg", "show", "."], "holds no VRG artefact"),
+        (["vrg", "show", "."], "VRG artefact"),
         (["vrg", "measure", "tests"], "neither a run"),
         (["vrg", "measure", TOY_FOLDER], "set data.prompts"),
         (["generate", "toy-sdxl"], "--prompt"),

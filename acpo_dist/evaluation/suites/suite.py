@@ -132,8 +132,9 @@ def _find(name: str) -> Path:
         path = Path(name)
         if path.is_file():
             return path
+        found = "a folder" if path.is_dir() else "no such file, and no suite of that name"
         raise DataError(
-            f"--suite {name}: no such file, and no suite of that name. Known: {', '.join(NAMED)}, toy, {UNCONDITIONAL} "
+            f"--suite {name}: {found}. Known: {', '.join(NAMED)}, toy, {UNCONDITIONAL} "
             "(for an unconditional model); or give a .txt, .csv, .tsv or .parquet file."
         )
     folders = [folder for folder in os.environ.get(DATA_VARIABLE, "").split(os.pathsep) if folder]

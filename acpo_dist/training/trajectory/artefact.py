@@ -93,7 +93,10 @@ def newest_artefact(path: Path) -> Path:
         return path
     found = sorted((path / "vrg").glob("*.json"))
     if not found:
-        raise VrgError(f"{path} holds no VRG artefact: the run was not started with vrg.enabled=true.")
+        raise VrgError(
+            f"expected a file or a run with VRG artefacts at {path}, found a folder without vrg/*.json: "
+            "either no run, or one without vrg.enabled=true."
+        )
     return found[-1]
 
 
