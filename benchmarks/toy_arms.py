@@ -1,6 +1,7 @@
-"""Quality gained per unit of drift on the toy SDXL, in process: base, reward only and ACPO over several seeds.
+"""Quality gained per unit of drift on a toy model, in process: base, reward only and ACPO over several seeds.
 
     .venv/bin/python benchmarks/toy_arms.py --seeds 0 1 2 [--arm NAME=KEY=VALUE,KEY=VALUE ...] [KEY=VALUE ...]
+    .venv/bin/python benchmarks/toy_arms.py --source toy_flow
 
 Prints one JSON line per arm and seed, then each figure's mean and range over seeds as a ratio to the base of the same
 seed: both are measured in one run, from the same prompts and noise.
@@ -37,6 +38,7 @@ def main() -> None:
     """Run the arms and print their metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--source", default="toy_sdxl", help="configuration of all arms")
     parser.add_argument("--arm", action="append", default=[], metavar="NAME=OVERRIDES")
     parser.add_argument("--samples", type=int, default=480)
     parser.add_argument("--images", type=Path, default=None, help="write a grid per seed into this folder")
@@ -79,7 +81,7 @@ def run_seed(seed: int, arms: dict[str, str], options: argparse.Namespace) -> di
     for name, overrides in arms.items():
         with tempfile.TemporaryDirectory() as folder:
             config = load_config(
-                "toy_sdxl",
+                options.source,
                 [f"run.seed={seed}", f"run.dir={folder}/run", "tracking.mlflow=false", *options.overrides,
                  *filter(None, overrides.split(","))],
             )  # fmt: skip

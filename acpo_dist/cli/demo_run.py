@@ -33,13 +33,14 @@ class DemoReport:
 
 
 def run_demo(
-    root: Path, *, seed: int, iterations: int | None, samples: int, arms: Mapping[str, Sequence[str]], console: Console
-) -> DemoReport:
+    root: Path, *, source: str, seed: int, iterations: int | None, samples: int, arms: Mapping[str, Sequence[str]],
+    console: Console,
+) -> DemoReport:  # fmt: skip
     """Train every arm on one local Ray cluster; evaluate the base model before the first and each arm after it."""
     from actors.launch import connected
 
     reports: dict[str, ArmReport] = {}
-    configs = {name: _config(root, name, overrides, seed, iterations) for name, overrides in arms.items()}
+    configs = {name: _config(source, root, name, overrides, seed, iterations) for name, overrides in arms.items()}
     uri: str | None = None
     with connected(next(iter(configs.values()))):
         for name, config in configs.items():
@@ -77,9 +78,9 @@ def run_demo(
     )
 
 
-def _config(root: Path, name: str, overrides: Sequence[str], seed: int, iterations: int | None) -> Config:
+def _config(source: str, root: Path, name: str, overrides: Sequence[str], seed: int, iterations: int | None) -> Config:
     extra = [f"run.iterations={iterations}"] if iterations is not None else []
-    return load_config("demo", [f"run.name={name}", f"run.dir={root / name}", f"run.seed={seed}", *extra, *overrides])
+    return load_config(source, [f"run.name={name}", f"run.dir={root / name}", f"run.seed={seed}", *extra, *overrides])
 
 
 def _row(report: ArmReport, config: Config) -> dict[str, float | None]:

@@ -55,6 +55,8 @@ class Architecture:
     text_encoders: tuple[Mapping[str, Any], ...] = ()
     published: bool = False
     """Whether this is the published architecture of the family, used because the model is not on the disk."""
+    max_sequence_length: int | None = None
+    """Tokens of T5 that the folder's model_index.json sets; None is the family's default."""
 
     @property
     def text_length(self) -> int:
@@ -136,7 +138,11 @@ def architecture_of(config: Any) -> Architecture:
     vae = None if family == "ddpm" else _read(config, "vae")
     if any(part is None for part in encoders) or (vae is None and family != "ddpm"):
         raise ModelError(f"model.path: `{config.path}` is incomplete: a text encoder or the VAE has no config.json.")
-    return Architecture(family=family, unet=unet, vae=vae, text_encoders=tuple(part for part in encoders if part))
+    index = (_read(config, None, "model_index.json") or {}) if family == "sd3" else {}
+    return Architecture(
+        family=family, unet=unet, vae=vae, text_encoders=tuple(part for part in encoders if part),
+        max_sequence_length=index.get("max_sequence_length"),
+    )  # fmt: skip
 
 
 def prediction_type_of(config: Any) -> str | None:

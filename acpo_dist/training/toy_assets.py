@@ -223,7 +223,7 @@ def _build_flow(folder: Path, effort: float, progress: Progress | None) -> None:
     levels = flow_alpha_bars(1000)
 
     loss = train_denoiser(
-        model, draw, predict, levels, steps=int(2_000 * effort), batch_size=64, seed=SEEDS["flow"],
+        model, draw, predict, levels, steps=int(4_000 * effort), batch_size=64, seed=SEEDS["flow"],
         learning_rate=2e-3, prediction_type="flow_prediction", timestep_sampling="logit_normal", progress=progress,
     )  # fmt: skip
     logger.info("toy-flow: velocity error %.4f", loss)

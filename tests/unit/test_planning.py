@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from acpo_dist.algorithms.acpo import Acpo
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.models.architectures import PUBLISHED, architecture_of
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
@@ -68,11 +69,14 @@ def test_published_architectures_have_the_published_number_of_parameters(kind, u
     assert [count(encoder) for encoder in new_text_encoders(architecture)] == encoders
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_parameters_are_those_of_the_loaded_model(tuning):
-    config = load_config("toy_sdxl", [f"model.tuning.method={tuning}"])
-    family = family_of(config)
-    planned = count_parameters(setting_of(config, architecture_of(config.model)))
+@pytest.mark.parametrize(("source", "tuning"), [("toy_sdxl", "lora"), ("toy_sdxl", "full"), ("toy_flow", "lora")])
+def test_parameters_and_conditions_are_those_of_the_loaded_model(source, tuning):
+    config = load_config(source, [f"model.tuning.method={tuning}"])
+    family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=True)
+    setting = setting_of(config, architecture_of(config.model))
+    wanted, found = (each.encode(["a"]).tensors for each in (family, setting.sampler_family))
+    assert {name: value.shape for name, value in found.items()} == {n: value.shape for n, value in wanted.items()}
+    planned = count_parameters(setting)
     whole = sum(value.numel() for value in family.network.parameters())
     trainable = sum(value.numel() for value in trainable_tensors(family.network).values())
     assert planned["trainable"] == trainable

@@ -127,7 +127,8 @@ class MetaFamily:
         self.sample_shape = sample_shape(config, architecture)
         self._kind = FAMILIES.get(architecture.family)
         self.prediction_type, self.clean_rule = "flow_prediction" if self._kind else "epsilon", NO_RULE
-        self._length = int(getattr(config, "max_sequence_length", None) or DEFAULT_LENGTH)
+        length = getattr(config, "max_sequence_length", None) or architecture.max_sequence_length
+        self._length = int(length or DEFAULT_LENGTH)
         # Any decreasing values work: the amount of computation does not depend on them.
         self.alpha_bars = torch.linspace(0.99, 0.01, 1000, dtype=torch.float64)
         self.decoder: VaeDecoder | None = None
