@@ -13,7 +13,7 @@ from acpo_dist.core.errors import ModelError
 from acpo_dist.core.sizes import Size
 from acpo_dist.models.config import DdpmConfig
 from acpo_dist.models.family import Condition
-from acpo_dist.models.loading import held_dtype, load_part, resolve_path
+from acpo_dist.models.loading import cast, held_dtype, load_part, resolve_path
 from acpo_dist.models.noise_levels import read_schedule
 from acpo_dist.models.tuning import TunedNetwork
 
@@ -154,6 +154,7 @@ class DdpmFamily:
         """Write a `DDPMPipeline` with the tuned U-Net."""
         subfolder = "scheduler" if (Path(self.path) / "scheduler").is_dir() else None
         scheduler = load_part(DDPMScheduler.from_pretrained, self.path, subfolder)
-        unet = self._tuned.merged().to(torch.float32)
+        unet = self._tuned.merged()
         assert isinstance(unet, UNet2DModel)
+        cast(unet, torch.float32)
         DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(folder, safe_serialization=True)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
+from torch import nn
 
 from acpo_dist.core.errors import ModelError
 
@@ -224,6 +225,14 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while seen is not None:
         yield seen
         seen = seen.__cause__ or seen.__context__
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a module's floating-point weights in place.
+
+    `to` of a diffusers model prints a warning about modules to keep in float32 even where there are none.
+    """
+    nn.Module.to(module, dtype)
 
 
 def held_dtype(name: str, *, method: str, trainable: bool) -> torch.dtype:

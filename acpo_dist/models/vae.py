@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from acpo_dist.core.errors import ModelError, NonFiniteError
-from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, load_part, looks_local
+from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, cast, load_part, looks_local
 from acpo_dist.models.single_file import vae_folder
 
 VAE_DTYPES: dict[str, torch.dtype] = {
@@ -217,4 +217,5 @@ def replace_vae(folder: Path, path: str, config: Any, *, kind: Any, dtype: torch
     """
     shutil.rmtree(folder / "vae")
     vae: Any = load_vae(path, config.vae, dtype="float32", device="cpu", offline=config.offline, kind=kind)
-    vae.to(dtype).save_pretrained(folder / "vae", safe_serialization=True)
+    cast(vae, dtype)
+    vae.save_pretrained(folder / "vae", safe_serialization=True)

@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from acpo_dist.core.errors import UsageError
 from acpo_dist.models.architectures import PUBLISHED, Architecture
 from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
+from acpo_dist.models.loading import cast
 from acpo_dist.models.training.toy_models import sdxl_scheduler
 
 _BLOCK = 1 << 22
@@ -79,7 +80,8 @@ def _filled(build: Any, dtype: torch.dtype, block: torch.Tensor) -> Any:
     """Build on the meta device, then fill all weights with one repeated random block at the scale of a linear layer."""
     with torch.device("meta"):
         module = build()
-    module.to(dtype).to_empty(device=block.device)
+    cast(module, dtype)
+    module.to_empty(device=block.device)
     with torch.no_grad():
         for owner, name, value in _parameters(module):
             if value.ndim < 2:

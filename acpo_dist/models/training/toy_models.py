@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
 from acpo_dist.data.toy.world import IMAGE_SIZE
+from acpo_dist.models.loading import cast
 from acpo_dist.models.pipeline_files import make_portable
 from acpo_dist.models.sd3 import LENGTH_KEY
 
@@ -224,8 +225,8 @@ def save_toy_sdxl(folder: Path, model: ToySdxl, vae: AutoencoderKL) -> None:
         add_watermarker=False,
     )
     # Only the large parts are halved: diffusers widens them on loading, transformers keeps an encoder's dtype.
-    pipeline.unet.to(torch.float16)
-    pipeline.vae.to(torch.float16)
+    cast(pipeline.unet, torch.float16)
+    cast(pipeline.vae, torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(folder)
 
@@ -243,8 +244,8 @@ def save_toy_sd15(folder: Path, model: ToySd15, vae: AutoencoderKL) -> None:
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
-    pipeline.unet.to(torch.float16)
-    pipeline.vae.to(torch.float16)
+    cast(pipeline.unet, torch.float16)
+    cast(pipeline.vae, torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     make_portable(folder)
 
@@ -272,8 +273,8 @@ def save_toy_flow(folder: Path, model: ToyFlow, vae: AutoencoderKL, *, shift_fac
         text_encoder_3=None,  # pyright: ignore[reportArgumentType]
         tokenizer_3=None,  # pyright: ignore[reportArgumentType]
     )
-    pipeline.transformer.to(torch.float16)
-    pipeline.vae.to(torch.float16)
+    cast(pipeline.transformer, torch.float16)
+    cast(pipeline.vae, torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     index = folder / "model_index.json"
     content = json.loads(index.read_text(encoding="utf-8")) | {LENGTH_KEY: FLOW_T5_TOKENS}
@@ -288,5 +289,5 @@ def save_ddpm(
         unet=unet, scheduler=DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
     )
     if half:
-        pipeline = pipeline.to(torch.float16)
+        cast(pipeline.unet, torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
