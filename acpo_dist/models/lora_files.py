@@ -113,15 +113,15 @@ def text_width(layers: Mapping[str, Tensor]) -> int | None:
     return next((int(value.shape[1]) for name, value in layers.items() if read.search(name)), None)
 
 
-def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
-    """Check that a file holds a LoRA for this U-Net, without loading the weights.
+def check_lora_file(path: Path, network: Any) -> tuple[int, int]:
+    """Check that a file holds a LoRA for this U-Net or transformer, without loading the weights.
 
     Args:
         path: safetensors file.
-        unet: the U-Net.
+        network: the U-Net or transformer.
 
     Returns:
-        (number of adapted U-Net modules, number of adapted text encoder modules).
+        (number of adapted modules of the network, number of adapted text encoder modules).
 
     Raises:
         ModelError: the file cannot be read, has no LoRA layers of a U-Net, or belongs to another architecture.
@@ -141,10 +141,11 @@ def check_lora_file(path: Path, unet: Any) -> tuple[int, int]:
                 "configuration: it is merged into the base model there."
             )
         held = f"only {len(downs)} layers for text encoders" if downs else "no LoRA layers"
-        raise ModelError(f"--lora: {path} holds {held}; expected low-rank layers of a U-Net.")
-    width = unet.config.get("cross_attention_dim")
+        raise ModelError(f"--lora: {path} holds {held}; expected low-rank layers of a U-Net or transformer.")
+    width = network.config.get("cross_attention_dim")
     found = {shape[1] for name, shape in own.items() if "attn2" in name and re.search(r"to[._][kv]", name)}
-    if found and found != {width}:
+    # A transformer of SD 3.5 has attn2 too, for the image alone.
+    if found and width is not None and found != {width}:
         raise ModelError(
             f"--lora: {path} was made for a U-Net with text of width {_widths(found)}, and this one takes "
             f"{_widths({width})}: it belongs to another architecture."

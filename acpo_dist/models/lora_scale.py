@@ -13,6 +13,8 @@ from acpo_dist.core.errors import ModelError, UsageError
 from acpo_dist.models.lora_files import check_lora_file
 
 _NAME = "tuned"
+_TIMESTEPS = ("UNet2DConditionModel", "SD3Transformer2DModel")
+"""Networks whose pipelines call them with timesteps from 0 to 1000; other transformers take shares of the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class LoraScale:
     """
 
     def __init__(self, pipeline: Any, path: Path) -> None:
-        """Load a LoRA file into the U-Net, and into the text encoders if it has layers for them.
+        """Load a LoRA file into the network, and into the text encoders if it has layers for them.
 
         Args:
             pipeline: a diffusers pipeline with `load_lora_weights`.
@@ -87,24 +89,26 @@ class LoraScale:
         if not hasattr(pipeline, "load_lora_weights"):
             raise ModelError(f"--lora: {type(pipeline).__name__} does not support LoRA.")
         file = _lora_file(path)
-        expected, texts = check_lora_file(file, pipeline.unet)
+        network: Any = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+        expected, texts = check_lora_file(file, network)
         try:
             with _quiet():
                 pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=_NAME)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"--lora: {file} does not fit this U-Net (another architecture): {reason}") from error
-        self._layers = _scaled_layers(pipeline.unet)
+            raise ModelError(f"--lora: {file} does not fit this network (another architecture): {reason}") from error
+        self._layers = _scaled_layers(network)
         encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
         self._text_layers = [pair for encoder in encoders if encoder is not None for pair in _scaled_layers(encoder)]
-        for found, wanted, what in ((self._layers, expected, "U-Net"), (self._text_layers, texts, "text encoders")):
+        for found, wanted, what in ((self._layers, expected, "network"), (self._text_layers, texts, "text encoders")):
             if len(found) != wanted:
                 raise ModelError(
                     f"--lora: {file} has {wanted} layers for the {what}, and {len(found)} of them exist in this model: "
                     "it belongs to another architecture."
                 )
         self._file, self._scale, self._ranges = file, 1.0, tuple[Range, ...]()
-        pipeline.unet.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._kind = type(network).__name__
+        network.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def set(self, scale: float, ranges: Sequence[Range] = ()) -> None:
         """Set the scale of the following pipeline calls.
@@ -114,12 +118,16 @@ class LoraScale:
             ranges: scales for ranges of timesteps; the last range that contains a timestep applies.
 
         Raises:
-            UsageError: ranges for a file that also adapts text encoders.
+            UsageError: ranges for a file that also adapts text encoders, or for a network that counts time otherwise.
         """
+        if ranges and self._kind not in _TIMESTEPS:
+            raise UsageError(
+                f"--lora-scale-range: {self._kind} is not called with timesteps from 0 to 1000. Use --lora-scale."
+            )
         if ranges and self._text_layers:
             raise UsageError(
                 f"--lora-scale-range: {self._file} also adapts text encoders, and a prompt is encoded once for all "
-                "timesteps. Use --lora-scale, or a LoRA of the U-Net only."
+                "timesteps. Use --lora-scale, or a LoRA without layers for them."
             )
         self._scale, self._ranges = scale, tuple(ranges)
         _turn(self._text_layers, scale)
@@ -130,6 +138,9 @@ class LoraScale:
         return found[-1] if found else self._scale
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._ranges:
+            _turn(self._layers, self._scale)
+            return
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         # Pipelines pass one timestep per call for the whole batch.
         scale = self.at(float(timestep.reshape(-1)[0]) if hasattr(timestep, "reshape") else float(timestep))

@@ -27,6 +27,7 @@ from acpo_dist.workers.learner.samples import SampleStore
 FAMILIES = {
     "sdxl": (),
     "sd15": ("model={type: sd15, path: toy-sd15}",),
+    "flow": ("model={type: sd3, path: toy-flow}",),
     "ddpm": ("model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image"),
 }  # fmt: skip
 NEEDS = {"ddpo": ("sampler.eta=1",)}
@@ -78,7 +79,7 @@ class Parts:
 # Families differ in conditioning and space, algorithms in their loss; the two meet in `MicroBatch` and `Network` alone.
 PAIRINGS = [
     *((algorithm, "sdxl") for algorithm in ALGORITHMS),
-    *((algorithm, family) for family in ("sd15", "ddpm") for algorithm in ("acpo", "nft", "dpo")),
+    *((algorithm, family) for family in ("sd15", "ddpm", "flow") for algorithm in ("acpo", "nft", "dpo")),
 ]
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.cli.app import main
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.data.toy.world import scenes, templates
 from acpo_dist.evaluation.metrics.drift import path_kl
 from acpo_dist.evaluation.metrics.paired import compare_paired
@@ -224,13 +225,14 @@ def test_the_table_counts_pairs_and_unpaired_images_and_explains_a_missing_diffe
     assert code == 0 and "no difference for sharpness: an interval needs at least two" in out and "4 unpaired" in out
 
 
-def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measured(acpo, tiny, tmp_path):
+@pytest.mark.parametrize("source", ["toy_sdxl", "toy_flow"])
+def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measured(acpo, tiny, tmp_path, source):
     from acpo_dist.tracking.console import Console
     from acpo_dist.training.local import open_ports
     from acpo_dist.training.run import drive
 
-    root = tmp_path / "run"
-    drive(tiny("run.iterations=2", f"run.dir={root}"), open_ports, Console(quiet=True))
+    root, config = tmp_path / "run", tiny("run.iterations=2", f"run.dir={tmp_path / 'run'}", source=source)
+    drive(config, open_ports, Console(quiet=True))
     code, out, err = acpo(
         "eval", str(root), "--suite", "toy", "--limit", "4", "--compare", "base", "--drift", "4", "--out", "e", "--json"
     )
@@ -247,12 +249,16 @@ def test_a_run_is_compared_with_its_base_on_the_same_seeds_and_its_drift_measure
     assert report["judges"][0]["paired"]["num_samples"] == 4
     drift = report["drift"]
     assert drift["num_samples"] == 4 and 0 < drift["rms"] < 1
-    from acpo_dist.models.sdxl import SdxlFamily
-
-    family = SdxlFamily.load(tiny().model, device="cpu", trainable=False)
+    family = resolve("model", MODELS, config.model.type).load(config.model, device="cpu", trainable=False)
     measured = {int(timestep): value for timestep, value in drift["anchor"].items()}
     elements = math.prod(family.sample_shape)
     assert drift["path_kl_nats"] == pytest.approx(path_kl(measured, family.alpha_bars, elements))
+    for command in (
+        ["report", "--prompts", "1", "--per-prompt", "1"],
+        ["generate", "--prompt", "a red circle on a white background", "--out", "drawn"],
+    ):
+        code, out, err = acpo(command[0], str(root), *command[1:], "--json")
+        assert code == 0, err
 
 
 def test_an_untuned_checkpoint_draws_what_the_base_draws(acpo, tiny, tmp_path):

@@ -29,14 +29,16 @@ def _metrics(root):
     ]
 
 
-def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bit_for_bit(tiny, tmp_path):
+@pytest.mark.parametrize("source", ["toy_sdxl", "toy_flow"])
+def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bit_for_bit(tiny, tmp_path, source):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    drive(tiny("run.iterations=4", f"run.dir={whole}", "checkpoint.every=2"), open_ports, QUIET)
+    drive(tiny("run.iterations=4", f"run.dir={whole}", "checkpoint.every=2", source=source), open_ports, QUIET)
     # As a machine leaves it that dies in iteration 4: a whole checkpoint of iteration 2 and rows of later ones.
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints/000004")
     (parts / "samples/000004.png").unlink()
-    drive(tiny("run.iterations=4", f"run.dir={parts}", "checkpoint.every=2"), open_ports, QUIET, resume="auto")
+    again = tiny("run.iterations=4", f"run.dir={parts}", "checkpoint.every=2", source=source)
+    drive(again, open_ports, QUIET, resume="auto")
     without_requests = [
         [{k: v for k, v in row.items() if "requests" not in k} for row in _metrics(r)] for r in (whole, parts)
     ]
