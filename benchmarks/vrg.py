@@ -128,16 +128,17 @@ def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
     groups = single_samples(config, prompts, samples, "bench_cells", 0)
     fresh = single_samples(config, prompts, samples, "bench_fresh", 0)
     long = spaced_trajectory(pool.alpha_bars(), 200, "trailing")
-    reference, others = pool.ends(groups, long), pool.ends(fresh, long)
+    reference, others = pool.final_latents(groups, long), pool.final_latents(fresh, long)
     for count in steps:
-        for name, base in spacings(alpha_bars, count).items():
+        named = spacings(alpha_bars, count) if alpha_bars[-1] > 0 else flow_spacings(pool, count)
+        for name, base in named.items():
             set_trajectory(pool, base)
             gate_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"num_steps": count})})
             update = consider(pool, gate_config, prompts, sums, base, alpha_bars, provenance={})
             row = {"model": Path(model).name, "seed": seed, "steps": count, "spacing": name, "adopted": update.adopted}
             row |= {"gain_j": 1 - update.j1 / update.j0, "trust": update.gates[-1].trust if update.gates else 0.0}
             for label, trajectory in (("start", base), ("vrg", update.trajectory)):
-                ends = pool.ends(groups, trajectory)
+                ends = pool.final_latents(groups, trajectory)
                 row[f"mse_{label}"] = float((ends - reference).double().square().mean())
                 row[f"kid_{label}"] = kid_of(ends, others)
             say(row)
@@ -146,7 +147,15 @@ def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
 
 def guidance(model: str) -> list[str]:
     """Return the override of the toy's guidance scale; none for an unconditional model."""
-    return ["sampler.guidance_scale=1.5"] if model == "toy-sdxl" else []
+    return ["sampler.guidance_scale=1.5"] if model in ("toy-sdxl", "toy-flow") else []
+
+
+def flow_spacings(pool, count: int) -> dict[str, Trajectory]:
+    """Return initial trajectories of a flow model: even sigmas, and the shift of its scheduler."""
+    schedule = pool.worker.family.schedule
+    return {
+        name: schedule.trajectory(count, "trailing", shift) for name, shift in (("uniform", 1.0), ("shifted", None))
+    }
 
 
 def spacings(alpha_bars: np.ndarray, count: int) -> dict[str, Trajectory]:

@@ -30,12 +30,19 @@ SMALL = [
 ]
 
 
-def test_local_and_ray_give_the_same_first_iteration_and_the_same_images(cluster, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "more"),
+    [
+        ("toy_sdxl", ["rollout.num_workers=2"]),
+        ("toy_flow", ["learner.num_ranks=2", "learner.zero_stage=2"]),
+    ],
+)
+def test_local_and_ray_give_the_same_first_iteration_and_the_same_images(cluster, tiny, tmp_path, source, more):
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
-    for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
-        drive(tiny("run.iterations=1", f"run.dir={tmp_path / name}", *SMALL, *extra), ports, QUIET)
+    for name, ports, extra in (("local", local_ports, []), ("ray", ray_ports, more)):
+        drive(tiny("run.iterations=1", f"run.dir={tmp_path / name}", *SMALL, *extra, source=source), ports, QUIET)
     local, ray = (results(tmp_path / name) for name in ("local", "ray"))
     assert local[0].keys() == ray[0].keys()
     for name, value in local[0].items():
