@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def _tables(found: dict[str, Any]) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{fmean(values):.2f} ± {stdev(values) if len(values) > 1 else 0:.2f}"
 
 
 def _draw(found: dict[str, Any], path: Path) -> None:
@@ -162,9 +162,9 @@ def _draw(found: dict[str, Any], path: Path) -> None:
         )
         left.bar(at, means, 0.12, yerr=errors.T, label=name)
     left.set_xticks(range(len(groups)), groups)
-    left.set(title="Spearman correlation with severity (range over seeds)", ylim=(-0.2, 1))
+    left.set(title="Spearman correlation with severity (range over seeds)", ylim=(-0.7, 1))
     left.axhline(0, color="black", lw=0.5)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=2, loc="lower right")
     right.imshow(found["agreement"], vmin=-1, vmax=1, cmap="RdBu")
     right.set_xticks(range(len(names)), names, rotation=30, ha="right")
     right.set_yticks(range(len(names)), names)

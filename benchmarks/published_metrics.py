@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared/data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--window", type=int, default=288)
-    parser.add_argument("--generated", type=int, default=6, help="Stable Diffusion images per seed that are damaged")
-    parser.add_argument("--photos", type=int, default=8, help="photographs per seed")
+    parser.add_argument("--generated", type=int, default=4, help="Stable Diffusion images per seed that are damaged")
+    parser.add_argument("--photos", type=int, default=5, help="photographs per seed")
+    parser.add_argument("--undamaged", type=int, default=100, help="Stable Diffusion images for the agreement")
     parser.add_argument("--gradients", type=int, default=3, help="images of each kind per seed for the gradients")
     parser.add_argument("--cheated", type=int, default=3, help="images per seed that are cheated")
     parser.add_argument("--training-steps", type=int, default=400, help="steps of TwoStream")
@@ -107,7 +108,7 @@ class Study:
         """Score all undamaged Stable Diffusion images."""
         seed = self._options.seeds[0]
         metrics = self._with_trained(seed)
-        for row, image in enumerate(self._sd):
+        for row, image in enumerate(self._sd[: self._options.undamaged]):
             window = _window(image, self._options.window, 0.5, 0.5)
             self.cells.get(f"whole/{row}", lambda window=window: _scores(metrics, window))
 

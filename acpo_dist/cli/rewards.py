@@ -1,7 +1,7 @@
 """`acpo rewards`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,14 +32,22 @@ def list_rewards(
         return
     # The tables are the result, so they go to standard output; the first fits 80 columns.
     console = Console(rich_console=rich.console.Console(file=sys.stdout))
-    flags = ("needs_download", "differentiable", "needs_prompts")
+
+    def word(value: bool) -> str:
+        return "yes" if value else "no"
+
+    def gradient(row: dict[str, Any]) -> str:
+        step = row["gradient_step"]
+        return word(row["differentiable"]) if step is None else f"yes {step:g}"
+
     console.table(
-        f"{len(rows)} metrics. fetch: weights are downloaded unless given; grad: has a gradient; text: reads "
-        "prompts; better: direction of better scores; min: smallest side in pixels",
+        f"{len(rows)} metrics. fetch: weights are downloaded unless given; grad: has a gradient, and the largest "
+        "signed step in 1/255 that improved nine of ten real images, if measured; text: reads prompts; better: "
+        "direction of better scores; min: smallest side in pixels",
         ["metric", "fetch", "grad", "text", "range", "better", "min"],
         [
-            [row["name"], *("yes" if row[flag] else "no" for flag in flags), row["range"], row["direction"],
-             row["minimum_size"]]
+            [row["name"], word(row["needs_download"]), gradient(row), word(row["needs_prompts"]), row["range"],
+             row["direction"], row["minimum_size"]]
             for row in rows
         ],
     )  # fmt: skip

@@ -57,6 +57,7 @@ class TwoStreamConfig(NetworkConfig):
     seed: int = 0
     """Seed of the drawn tiles."""
 
+    gradient_step: ClassVar[float | None] = 4.0
     score_range: ClassVar[str] = "~0, ~1"
     minimum_size: ClassVar[int] = 32
     toy_file: ClassVar[str] = "two_stream.safetensors"
@@ -264,6 +265,11 @@ class PyiqaConfig(MetricConfig):
     def differentiable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """As in the table."""
         return self.facts is not None and self.facts.differentiable
+
+    @property
+    def gradient_step(self) -> float | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """As in the table."""
+        return self.facts.gradient_step if self.facts else None
 
     @property
     def direction(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -22,6 +22,8 @@ class RewardRow:
     """Whether weights are downloaded on first use, unless a local file or folder is given."""
     differentiable: bool
     """Whether algorithms that need the reward's gradient can use it."""
+    gradient_step: float | None
+    """Largest measured signed gradient step, in 1/255, that improved nine of ten real images; None if not measured."""
     needs_prompts: bool
     range: str
     """Lowest and highest raw score; `~` means about."""
@@ -54,6 +56,7 @@ def _row(name: str, section: MetricConfig) -> RewardRow:
         type=section.type,
         needs_download=section.needs_download,
         differentiable=section.differentiable,
+        gradient_step=section.gradient_step,
         needs_prompts=section.needs_prompts,
         range=section.score_range,
         direction="higher" if section.direction > 0 else "lower",

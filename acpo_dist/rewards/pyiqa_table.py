@@ -2,8 +2,9 @@
 
 Range and direction repeat pyiqa's own metadata, which is used if pyiqa is installed and which a test compares.
 Gradient, smallest image and batching were measured on piqe, entropy, cnniqa, musiq, wadiqam_nr, uranker and metaiqa
-(tests/unit/test_reward_pyiqa.py); for metrics that need a download they are taken from pyiqa's documentation and
-source.
+(tests/unit/test_reward_pyiqa.py), the gradients of brisque, niqe and piqe with published weights on real images
+(benchmarks/published_metrics.py, docs/evidence.md); for other metrics that need a download they are taken from pyiqa's
+documentation and source.
 """
 
 import functools
@@ -26,6 +27,8 @@ class PyiqaFacts:
     lower_better: bool = False
     differentiable: bool = True
     """Whether the gradient with respect to the image is usable."""
+    gradient_step: float | None = None
+    """Largest signed step of that gradient, in 1/255, that improved at least nine of ten images; None: not measured."""
     download: bool = True
     """Whether it downloads weights (or parameters, or a backbone) on first use."""
     minimum: int = 32
@@ -82,10 +85,12 @@ _SETS = PyiqaFacts(
 PYIQA: dict[str, PyiqaFacts] = {
     "piqe": PyiqaFacts(score_range="0, 100", differentiable=False, download=False, lower_better=True, minimum=8),
     "entropy": PyiqaFacts(score_range="0, 8", differentiable=False, download=False, minimum=1),
-    "niqe": _NATURAL,
+    "niqe": replace(_NATURAL, differentiable=True, gradient_step=0.2),
     "niqe_matlab": _NATURAL,
     "ilniqe": replace(_NATURAL, minimum=1),
-    "brisque": replace(_NATURAL, score_range="~0, ~150", minimum=32, trained_on="LIVE"),
+    "brisque": replace(
+        _NATURAL, score_range="~0, ~150", minimum=32, trained_on="LIVE", differentiable=True, gradient_step=0.5
+    ),
     "brisque_matlab": replace(_NATURAL, minimum=32, trained_on="LIVE"),
     "nrqm": replace(_NATURAL, score_range="~0, ~10", lower_better=False, minimum=64, trained_on="Ma et al. 2017"),
     "pi": replace(_NATURAL, score_range="~0, ~", local=None, trained_on="Ma et al. 2017 and natural images"),

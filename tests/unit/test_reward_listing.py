@@ -92,3 +92,14 @@ def test_a_conditional_model_takes_a_text_metric(tiny, tmp_path: Path):
     save_tiny_clip(tmp_path, new_tiny_clip())
     config = tiny(f"rewards.train=[{{type: ipce, weights: {tmp_path}}}]")
     assert config.rewards.train[0].name == "ipce"
+
+
+def test_measured_gradients_are_those_of_the_committed_study():
+    study = json.loads((Path(__file__).resolve().parents[2] / "docs/evidence/published_metrics.json").read_text())
+    listed = {row["name"].removeprefix("pyiqa:"): row for row in LISTING}
+    assert {name for name, row in listed.items() if row["gradient_step"]} == {"brisque", "niqe", "two_stream"}
+    for name in ("brisque", "niqe", "piqe", "two_stream"):
+        measured = study["gradient"]["two_stream:toy" if name == "two_stream" else name]
+        usable = measured["finite"] == measured["images"] and measured["zero"] == 0
+        assert listed[name]["differentiable"] == usable
+        assert listed[name]["gradient_step"] == measured.get("largest_useful_step")
