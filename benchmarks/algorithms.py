@@ -2,12 +2,14 @@
 
     .venv/bin/python benchmarks/algorithms.py [--seeds 0 1 2] [--only acpo nft ...] [--every 10] [KEY=VALUE ...]
 
-Each arm is `acpo train configs/toy_<name>.yaml`. Every `--every` iterations the same evaluation samples are drawn,
-scored by reward and judge, and judged exactly by the oracle, which nothing trains on. Cost is counted until the
-oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
-network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation;
-the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of oracle error as
-a multiple of its standard deviation over seeds. Seeds can be spread over processes: `--table FILE...` reads lines.
+Each arm is `acpo train configs/toy_<name>.yaml` with the overrides in `ARMS`. Every `--every` iterations the same
+evaluation samples are drawn, scored by reward and judge, and judged exactly by the oracle, which nothing trains on.
+Cost is counted until the oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation
+left out) and network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per
+evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of
+oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40` and `--at drift=0.1` interpolate
+between the evaluations instead, for a comparison at equal compute or equal drift. Seeds can be spread over processes:
+`--table FILE...` reads lines. `--images FOLDER` writes a grid per evaluation.
 """
 
 import os
@@ -23,6 +25,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,11 +33,23 @@ import torch
 from acpo_dist.config.load import load_config
 from acpo_dist.evaluation.metrics.arm import evaluate_toy_arm
 from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.images import save_grid
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
 
-ARMS = ("acpo", "draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
+_ALL_STEPS = "sampler.late_per_sample=12"
+ARMS: dict[str, tuple[str, ...]] = {
+    "acpo": ("toy_sdxl",),
+    "acpo_3": ("toy_sdxl", "algorithm.gradient_steps=3", _ALL_STEPS),
+    "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", _ALL_STEPS),
+    "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
+    **{
+        name: (f"toy_{name}",)
+        for name in ("draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
+    },
+}
+"""Name -> configuration and overrides."""
 METRICS = ("judge", "oracle_mse", "drift", "template_entropy", "caption_accuracy")
 
 
@@ -42,11 +57,13 @@ def main() -> None:
     """Run the arms, or read what runs have written, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--only", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--samples", type=int, default=240)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--goal", type=float, default=0.7, help="oracle error, as a share of the base's")
     parser.add_argument("--table", type=Path, nargs="+", default=None, help="only read these files of JSON lines")
+    parser.add_argument("--at", default=None, metavar="KEY=VALUE", help="cpu_seconds=S or drift=D: interpolate there")
+    parser.add_argument("--images", type=Path, default=None)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     if options.table:
@@ -55,7 +72,7 @@ def main() -> None:
         ]
     else:
         lines = [row for seed in options.seeds for name in options.only for row in run_arm(name, seed, options)]
-    sys.stdout.write(make_table(lines, options.goal))
+    sys.stdout.write(compare_at(lines, *options.at.split("=")) if options.at else make_table(lines, options.goal))
 
 
 class Meter:
@@ -101,8 +118,8 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
-            "toy_sdxl" if name == "acpo" else f"toy_{name}",
-            [f"run.seed={seed}", f"run.dir={folder}/run", "tracking.mlflow=false", *options.overrides],
+            ARMS[name][0],
+            [f"run.seed={seed}", f"run.dir={folder}/run", "tracking.mlflow=false", *ARMS[name][1:], *options.overrides],
         )
         prompts: list[str] = []
 
@@ -122,6 +139,10 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
                             "judge": report.scores["strided_judge"],
                             **report.oracle, "drift": report.drift,
                         }  # fmt: skip
+                    if options.images:
+                        save_grid(
+                            report.images[:32], options.images / f"{name}-{seed}-{version}.png", columns=8, scale=2
+                        )
                     rows.append(row)
                     sys.stdout.write(json.dumps(row) + "\n")
                     sys.stdout.flush()
@@ -137,18 +158,14 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
 
 def make_table(lines: list[dict], goal: float) -> str:
     """Return Markdown: the last evaluation of every arm relative to the base model of the same seed, and the cost."""
-    runs: dict[str, dict[int, list[dict]]] = {}
-    for line in lines:
-        runs.setdefault(line["arm"], {}).setdefault(line["seed"], []).append(line)
     rows = [
         f"| algorithm | seeds | judge / base | oracle error / base | gain in spreads | entropy / base | "
         f"caption / base | drift | CPU s | CPU s to {goal:g} | calls to {goal:g} |",
         "|---" * 11 + "|",
     ]
-    for name, seeds in runs.items():
+    for name, seeds in by_arm(lines).items():
         ends, costs = [], []
         for evaluations in seeds.values():
-            evaluations.sort(key=lambda row: row["iteration"])
             base, end = evaluations[0], evaluations[-1]
             # Calibration is the same for all of them, and is left out.
             for row in evaluations[1:]:
@@ -173,6 +190,36 @@ def make_table(lines: list[dict], goal: float) -> str:
             cells += [f"reached by {len(reached)} of {len(costs)}", "-"]
         rows.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def compare_at(lines: list[dict], key: str, value: str) -> str:
+    """Return Markdown: metrics relative to the base model where `key` first reaches `value`, interpolated."""
+    keys = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "drift", "cpu_seconds")
+    rows = ["| algorithm | seeds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
+    for name, seeds in by_arm(lines).items():
+        found = []
+        for evaluations in seeds.values():
+            base = evaluations[0]
+            points = [
+                {k: row[k] / base[k] if base[k] and k != "cpu_seconds" else row[k] - base[k] for k in keys}
+                for row in evaluations
+            ]
+            for before, after in pairwise(points):
+                if before[key] < float(value) <= after[key]:
+                    share = (float(value) - before[key]) / (after[key] - before[key])
+                    found.append({k: before[k] + share * (after[k] - before[k]) for k in keys})
+                    break
+        cells = [spread([point[k] for point in found]) if found else "-" for k in keys]
+        rows.append(f"| {name} | {len(found)} of {len(seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def by_arm(lines: list[dict]) -> dict[str, dict[int, list[dict]]]:
+    """Return the evaluations by arm and seed, in the order of their iterations."""
+    runs: dict[str, dict[int, list[dict]]] = {}
+    for line in sorted(lines, key=lambda line: line["iteration"]):
+        runs.setdefault(line["arm"], {}).setdefault(line["seed"], []).append(line)
+    return runs
 
 
 def in_spreads(ends: list[dict[str, float]], key: str) -> str:
