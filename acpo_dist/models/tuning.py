@@ -169,14 +169,15 @@ class MergedAdapters:
     def __init__(self, network: nn.Module) -> None:
         """Merge the adapters of `network`; a network without adapters is left as it is."""
         self._layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-        self._plain = [layer.get_base_layer().weight.detach().clone() for layer in self._layers]
+        self._weights = [layer.get_parameter("base_layer.weight") for layer in self._layers]
+        self._plain = [weight.detach().clone() for weight in self._weights]
         self.update()
 
     @torch.no_grad()
     def update(self) -> None:
         """Merge the present values of the adapters."""
-        for layer, plain in zip(self._layers, self._plain, strict=True):
-            layer.get_base_layer().weight.copy_(plain)
+        for layer, weight, plain in zip(self._layers, self._weights, self._plain, strict=True):
+            weight.copy_(plain)
             layer.merged_adapters.clear()
             layer.merge()
 
