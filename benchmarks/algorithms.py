@@ -38,11 +38,20 @@ from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
 
-_ALL_STEPS = "sampler.late_per_sample=12"
+_CHAIN = (
+    "sampler.late_per_sample=12",
+    "run.iterations=15",
+    "learner.micro_batch=32",
+    "learner.global_batch=32",
+    "algorithm.anchor={start: 0.006, budget: 0.5, uniform: false}",
+    "guard.drift_budget=0.5",
+)
+"""Fewer, larger optimiser steps through the sampler, from a lower anchor weight."""
 ARMS: dict[str, tuple[str, ...]] = {
     "acpo": ("toy_sdxl",),
-    "acpo_3": ("toy_sdxl", "algorithm.gradient_steps=3", _ALL_STEPS),
-    "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", _ALL_STEPS),
+    "acpo_sd15": ("toy_sd15",),
+    "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
+    "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     **{
         name: (f"toy_{name}",)
