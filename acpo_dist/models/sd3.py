@@ -67,6 +67,14 @@ class Sd3Family(TransformerFamily):
         return cls._length(config, path)
 
     @classmethod
+    @override
+    def _own_tokens(cls, config: Sd3Config, path: str, tokenizer: Any) -> int:
+        if len(cls._text_parts(config, path)) == 3:
+            return cls._limit(config, path)
+        # Without T5 the CLIP encoders read the prompt, between two marks.
+        return int(tokenizer.model_max_length) - 2
+
+    @classmethod
     def _length(cls, config: Sd3Config, path: str) -> int:
         return config.max_sequence_length or int(_index(path).get(LENGTH_KEY, DEFAULT_LENGTH))
 

@@ -116,12 +116,17 @@ class TransformerFamily(LatentFamily):
         path = resolve_path(config.path)
         name = cls._text_parts(config, path)[-1][0]
         tokenizer = load_part(AutoTokenizer.from_pretrained, path, name, revision=config.revision)
-        limit = cls._limit(config, path)
+        limit = cls._own_tokens(config, path, tokenizer)
         return [max(1, -(-len(token_ids(tokenizer, prompt)) // limit)) for prompt in prompts]
 
     @classmethod
+    def _own_tokens(cls, config: Any, path: str, tokenizer: Any) -> int:
+        """Most tokens of a prompt that the longest text encoder reads."""
+        return cls._limit(config, path)
+
+    @classmethod
     def _limit(cls, config: Any, path: str) -> int:
-        """Most tokens of a prompt."""
+        """`max_sequence_length` of the pipeline's call."""
         return int(config.max_sequence_length)
 
 

@@ -129,6 +129,9 @@ def test_long_prompts_are_counted_for_the_user():
     config = load_config("toy_sdxl", []).model
     counts = resolve("model", MODELS, "sdxl").chunk_counts(config, [SHORT, LONG, ""])
     assert counts[0] == counts[2] == 1 < counts[1]
+    # Stable Diffusion 3 without T5 reads prompts with CLIP, whatever the number of T5's tokens is.
+    without_t5 = load_config("toy_flow", []).model
+    assert resolve("model", MODELS, "sd3").chunk_counts(without_t5, [SHORT, LONG, ""]) == counts
     assert "1 of 3" in describe_long(counts, "cut") and "model.long_prompts=chunk" in describe_long(counts, "cut")
     assert f"{counts[1]} chunks" in describe_long(counts, "chunk") and describe_long([1, 1], "cut") is None
 
