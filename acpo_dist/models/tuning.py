@@ -13,6 +13,7 @@ from torch.func import functional_call
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
+from acpo_dist.models.loading import cast
 from acpo_dist.models.lora_reading import load_into, ranks_of, read_lora, scaled
 from acpo_dist.models.lycoris import kind_of
 
@@ -52,7 +53,8 @@ class TunedNetwork:
         network.requires_grad_(False)
         if config.method == "full":
             if keep_anchor:
-                self._copy = copy.deepcopy(network).to(anchor_dtype)
+                self._copy = copy.deepcopy(network)
+                cast(self._copy, anchor_dtype)
             network.requires_grad_(True)
             return
         initial = _initial_layers(network, config)
