@@ -30,7 +30,7 @@ def test_a_folder_without_a_pipeline_is_named(kind: str, tmp_path: Path):
 
 
 def test_an_unknown_toy_is_refused_with_those_there_are():
-    with pytest.raises(ModelError, match="`toy-flux`; embedded: toy-ddpm, toy-sd15, toy-sdxl"):
+    with pytest.raises(ModelError, match="`toy-flux`; embedded: toy-ddpm, toy-flow, toy-sd15, toy-sdxl"):
         load("sdxl", path="toy-flux")
 
 
