@@ -24,7 +24,7 @@ from acpo_dist.models.lora_reading import lora_file
 from acpo_dist.models.noise_levels import read_schedule
 from acpo_dist.models.offload import Offloader
 from acpo_dist.models.pipeline_files import write_pipeline
-from acpo_dist.models.single_file import check_single_file, single_file_folder
+from acpo_dist.models.single_file import check_single_file, single_file_folder, tokenizer_source
 from acpo_dist.models.text import CHUNKS, Encoder, Encoders, PromptEmbeddings, fingerprint, load_encoders
 from acpo_dist.models.tuning import TunedNetwork
 from acpo_dist.models.vae import VaeDecoder, load_vae, replace_vae
@@ -187,7 +187,7 @@ class LatentFamily(ModelFamily):
         Raises:
             ModelError: a tokenizer is missing.
         """
-        path = resolve_path(config.path)
+        path = tokenizer_source(config)
         encoders = [
             Encoder(load_part(AutoTokenizer.from_pretrained, path, name, revision=config.revision), None)
             for name, _, _ in cls.text_parts
@@ -207,7 +207,7 @@ class LatentFamily(ModelFamily):
         Returns:
             Conditions of the unconditional and the conditional branch, in this order, equally long.
         """
-        embed = cls._embedder(config.model_copy(update={"negative_prompt": negative}), resolve_path(config.path))
+        embed = cls._embedder(config.model_copy(update={"negative_prompt": negative}), tokenizer_source(config))
         with torch.no_grad():
             padding = embed(encoders, None)["prompt_embeds"]
             null = Condition(embed(encoders, ""), padding)

@@ -99,6 +99,18 @@ def single_file_folder(config: Any) -> Path:
     return cached_folder(path.stem, facts, lambda folder: _convert(file, config, found, folder))
 
 
+def tokenizer_source(config: Any) -> str:
+    """Return what tokenizers are loaded from: a folder, a hub id, or the converted folder of a single file.
+
+    transformers reads a file that it is given as JSON, and a checkpoint has several GB.
+
+    Args:
+        config: the `model` section.
+    """
+    path = resolve_path(config.path)
+    return str(single_file_folder(config)) if Path(path).is_file() else path
+
+
 def check_single_file(config: Any) -> None:
     """Check the single file that `model.path` names by its header, without converting it.
 

@@ -64,6 +64,14 @@ def test_a_single_file_is_the_same_model_as_its_folder(kind, ending, tmp_path, c
     assert [path for path in cache.iterdir() if path.is_dir()] == converted and len(converted) == 1
 
 
+def test_the_prompts_of_a_single_file_are_counted_with_its_tokenizers_and_the_file_is_not_read_as_text(tmp_path, cache):
+    file = single_file("sdxl", tmp_path)
+    prompts = ["a red circle", "a red circle on a white background " * 30]
+    options = [f"model.path={file}", "model.config=toy-sdxl"]
+    counts = FAMILIES["sdxl"].chunk_counts(load_config("toy_sdxl", options).model, prompts)
+    assert counts == FAMILIES["sdxl"].chunk_counts(load_config("toy_sdxl").model, prompts) and counts[1] > counts[0]
+
+
 def test_a_file_in_half_precision_is_widened(tmp_path):
     file = single_file("sdxl", tmp_path, dtype=torch.float16)
     family = load("sdxl", f"model.path={file}", "model.config=toy-sdxl")
