@@ -131,7 +131,6 @@ def first_image(model: Path) -> torch.Tensor:
     return worker.generate([plan]).images_BCHW
 
 
-@pytest.mark.xfail(reason="the only run so far reached 19.2 GiB and was killed; the cause is not known", strict=False)
 @pytest.mark.parametrize("velocity", [False, True])
 def test_a_full_size_single_file_trains_to_a_lora_within_14_gib_and_draws_the_images_of_its_folder(
     velocity, folder, scratch, monkeypatch, record_property, capsys
