@@ -3,14 +3,22 @@
 No other module imports such names, so a new version of Ray is checked only here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import state, utils
+from ray._private.node import Node
 from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    persist_port,
+)
 from ray.experimental import internal_kv
 from ray.serve import context
 from ray.serve._private.config import DeploymentConfig
@@ -41,6 +49,33 @@ def end_serve_handles() -> None:
 def control_address(address: str) -> str | None:
     """Return HOST:PORT of the control service at an address such as `auto`; None for a cluster not yet started."""
     return canonicalize_bootstrap_address(address)
+
+
+@contextmanager
+def agents_not_awaited(port: int) -> Iterator[None]:
+    """Let a cluster that is started in the block accept work before the two agents of its node have started.
+
+    Ray's node process aborts if its agents have not written their ports within 15 s, a fixed time
+    (https://github.com/ray-project/ray/issues/65983), and their imports take longer on a busy machine. It waits only
+    for ports that it does not know: the block states the port of the agent of runtime environments, and that the agent
+    of metrics and dashboard serves none, as an installation of Ray without the extra `default` does.
+
+    Args:
+        port: unused port of this machine.
+    """
+    start = Node.start_raylet
+
+    def announced(node: Node, *args: Any, **options: Any) -> None:
+        for name in (METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME, DASHBOARD_AGENT_LISTEN_PORT_NAME):
+            persist_port(node.get_session_dir_path(), node.node_id, name, -1)
+        node._ray_params.runtime_env_agent_port = port
+        start(node, *args, **options)
+
+    Node.start_raylet = announced
+    try:
+        yield
+    finally:
+        Node.start_raylet = start
 
 
 def object_store_bytes() -> int:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,21 +11,31 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError
 
 from acpo_dist.core.errors import UsageError
 from actors.cluster.control import attempt
-from actors.ray_private import control_address, end_serve_handles, forget_cluster, object_store_bytes
+from actors.ray_private import (
+    agents_not_awaited,
+    control_address,
+    end_serve_handles,
+    forget_cluster,
+    object_store_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 10.0
 _HANDLES_TIMEOUT_S = 10.0
 _START_ATTEMPTS = 5
+_AGENTS_TIMEOUT_S = 300.0
+_PORTS = range(20_000, 32_768)
+"""Below the ports that the system gives to outgoing connections, above those of common services."""
 _GIB = 2**30
 _SOCKET_PATH = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 """Characters of a socket's path that Ray appends to its temporary folder."""
@@ -67,16 +78,20 @@ def join(address: str) -> None:
 def _init(address: str, *, include_dashboard: bool | None) -> None:
     """Call `ray.init`; a cluster of this process that is not up in time is stopped and started again.
 
+    Attempts after the first do not wait for Ray's agents, which start too slowly on a busy machine.
+
     Raises:
         RuntimeError: the cluster was not up in time in any of the attempts.
     """
     attempts = _START_ATTEMPTS if address == "local" else 1
+    options: dict[str, Any] = {}
     for number in range(1, attempts + 1):
         try:
-            ray.init(
-                address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
-                include_dashboard=include_dashboard,
-            )  # fmt: skip
+            with agents_not_awaited(_unused_port()) if options else nullcontext():
+                ray.init(
+                    address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
+                    include_dashboard=include_dashboard, **options,
+                )  # fmt: skip
             return
         except Exception as error:
             # On a busy machine, Ray raises the base class itself when its node is not up within 30 s, and RuntimeError
@@ -87,6 +102,21 @@ def _init(address: str, *, include_dashboard: bool | None) -> None:
             if number == attempts:
                 raise RuntimeError(f"{_ended(str(error))} Attempts: {attempts}.") from error
             logger.warning("Ray did not start (attempt %d of %d): %s", number, attempts, error)
+            options = {"_system_config": {"agent_register_timeout_ms": int(1000 * _AGENTS_TIMEOUT_S)}}
+
+
+def _unused_port() -> int:
+    """Return a port of this machine that nothing listens on, chosen at random, since others may choose too.
+
+    Raises:
+        RuntimeError: none was found.
+    """
+    # Not the generator that experiments seed: two runs of one seed would choose the same port.
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
+    raise RuntimeError(f"no port from {_PORTS.start} to {_PORTS.stop - 1} is free.")
 
 
 @contextmanager
