@@ -9,24 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray._private import state, utils
 from ray._private.node import Node
 from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import (
-    DASHBOARD_AGENT_LISTEN_PORT_NAME,
-    METRICS_AGENT_PORT_NAME,
-    METRICS_EXPORT_PORT_NAME,
-    persist_port,
-)
 from ray.experimental import internal_kv
 from ray.serve import context
 from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.router import SharedRouterLongPollClient
 from ray.serve.generated import serve_pb2
 
-# The generated module's classes are built at run time, so a type checker does not see them.
+# Names of generated and compiled modules, which a type checker does not see.
 _pb: Any = serve_pb2
+_native: Any = _raylet
 
 
 def forget_cluster() -> None:
@@ -64,12 +60,15 @@ def agents_not_awaited(port: int) -> Iterator[None]:
         port: unused port of this machine.
     """
     start = Node.start_raylet
+    unserved = (
+        _native.METRICS_AGENT_PORT_NAME, _native.METRICS_EXPORT_PORT_NAME, _native.DASHBOARD_AGENT_LISTEN_PORT_NAME
+    )  # fmt: skip
 
-    def announced(node: Node, *args: Any, **options: Any) -> None:
-        for name in (METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME, DASHBOARD_AGENT_LISTEN_PORT_NAME):
-            persist_port(node.get_session_dir_path(), node.node_id, name, -1)
-        node._ray_params.runtime_env_agent_port = port
-        start(node, *args, **options)
+    def announced(self: Node, *args: Any, **options: Any) -> None:
+        for name in unserved:
+            _native.persist_port(self.get_session_dir_path(), self.node_id, name, -1)
+        self._ray_params.runtime_env_agent_port = port
+        start(self, *args, **options)
 
     Node.start_raylet = announced
     try:

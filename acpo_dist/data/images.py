@@ -322,9 +322,12 @@ def unpack(archive: zipfile.ZipFile, name: str) -> bytes:
     Raises:
         ValueError: the entry is damaged, encrypted or too large.
     """
-    require_small(archive.getinfo(name).file_size)
+    size = archive.getinfo(name).file_size
+    require_small(size)
     try:
-        return archive.read(name)
+        with archive.open(name) as entry:
+            # Without a length, `zipfile` unpacks up to 2 GiB before it compares the size with the announced one.
+            return entry.read(size)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error) as error:
         raise ValueError(f"damaged or encrypted: {error}") from error
 

@@ -225,6 +225,7 @@ class _PairFile:
             raise DataError(f"{self.path} is damaged: {shorten(str(error))}") from error
 
     def require(self, columns: Sequence[str]) -> None:
+        """Check that the columns exist and that none unpacks to many times its size."""
         found = self.file.schema_arrow.names
         missing = [name for name in columns if name not in found]
         if missing:
@@ -232,6 +233,8 @@ class _PairFile:
                 f"{self.path}: no column {', '.join(f'`{name}`' for name in missing)}. Columns found: "
                 f"{', '.join(found)}. `acpo pairs` makes such a file from scored images."
             )
+        for name in columns:
+            require_honest(self.file, self.path, name)
 
 
 def _open_files(path: Path) -> list[_PairFile]:
@@ -245,7 +248,5 @@ def _open_files(path: Path) -> list[_PairFile]:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{entry} is not a readable parquet file: {shorten(str(error))}") from error
         file.require([*IMAGES, LABEL, CAPTION])
-        for column in IMAGES:
-            require_honest(file.file, entry, column)
         files.append(file)
     return files

@@ -1,4 +1,4 @@
-"""Encoded images in a column of a parquet file."""
+"""Columns of a parquet file: encoded images, texts."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from acpo_dist.data.decoding import MAX_FILE_BYTES
 
 _ROWS_AT_ONCE = 256
 _MOST_PACKED = 20
-"""Factor by which a column of encoded images may unpack; repeated images are packed well."""
+"""Factor by which a column of images or texts may unpack; repeated ones are packed well."""
 
 
 def open_parquet(path: Path, column: str) -> pq.ParquetFile:
@@ -101,7 +101,7 @@ def parquet_rows(
 
 
 def require_honest(file: pq.ParquetFile, path: Path, column: str) -> None:
-    """Refuse row groups that unpack to many times their size, as encoded images never do.
+    """Refuse row groups that unpack to many times their size, as encoded images and texts do not.
 
     Raises:
         DataError: a row group of the column is a bomb.
@@ -113,7 +113,7 @@ def require_honest(file: pq.ParquetFile, path: Path, column: str) -> None:
             if chunk.path_in_schema.split(".")[0] == column and unpacked > max(MAX_FILE_BYTES, _MOST_PACKED * packed):
                 raise DataError(
                     f"{path}: row group {group} of `{column}` unpacks from {packed >> 10} KiB to {unpacked >> 20} MiB, "
-                    "which encoded images do not; the file is not read."
+                    "which images and texts do not; the file is not read."
                 )
 
 

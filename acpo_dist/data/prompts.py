@@ -20,6 +20,7 @@ from acpo_dist.core.types import PromptGroup, SamplePlan
 from acpo_dist.data.captions import CAPTION_COLUMNS, read_json_lines
 from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.images import is_archive, is_parquet
+from acpo_dist.data.parquet_images import parquet_rows
 from acpo_dist.data.tables import find_column, read_lines, read_table, read_text
 from acpo_dist.data.toy.world import captions
 
@@ -229,9 +230,9 @@ def _read(path: Path, column: str) -> list[str]:
 
 def _column(path: Path, column: str) -> list[str]:
     try:
-        names = pq.read_schema(path).names
-        name = find_column(names, column, f"data.prompts: {path}")
-        return [str(value or "") for value in pq.read_table(path, columns=[name]).column(0).to_pylist()]
+        with pq.ParquetFile(path) as file:
+            name = find_column(file.schema_arrow.names, column, f"data.prompts: {path}")
+            return [str(row[name] or "") for row in parquet_rows(file, path, [name])]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data.prompts: {path} is not a readable parquet file: {error}") from error
 

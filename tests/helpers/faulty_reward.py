@@ -34,6 +34,7 @@ class FaultyReward:
             "scalar": scores.mean(),
             "column": scores[:, None],
             "list": scores.tolist(),
+            "meta": torch.empty(len(images), device="meta"),
             "integers": (255 * scores).long(),
             "none": scores,
             "third_call": scores,

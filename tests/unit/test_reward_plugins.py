@@ -22,7 +22,7 @@ def worker(fault: str) -> RewardWorker:
 
 @pytest.mark.parametrize(
     ("fault", "found"),
-    [("scalar", "shape ()"), ("column", "shape (2, 1)"), ("list", "list"), ("integers", "torch.int64")],
+    [("scalar", "shape ()"), ("column", "(2, 1)"), ("list", "list"), ("integers", "int64"), ("meta", "device meta")],
 )
 def test_a_metric_that_does_not_return_one_float_per_image_is_named_with_what_it_returned(fault: str, found: str):
     for call in (
@@ -63,7 +63,7 @@ def test_nan_of_a_finite_image_is_named_and_float64_is_taken():
     assert worker("float64").score(IMAGES, ["", ""]) == pytest.approx(worker("none").score(IMAGES, ["", ""]))
 
 
-@pytest.mark.parametrize("fault", ["constant", "nan", "scalar", "list", "third_call", "init"])
+@pytest.mark.parametrize("fault", ["constant", "nan", "scalar", "list", "meta", "third_call", "init"])
 def test_a_run_in_one_process_with_a_faulty_reward_ends_with_an_error_that_names_it(fault: str, tiny, tmp_path):
     train = f'[{{"type": "{PLUGIN}", "name": "mine", "fault": "{fault}"}}]'
     config = tiny(

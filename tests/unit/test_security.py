@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +23,9 @@ from acpo_dist.core.errors import LONGEST, AcpoError, ConfigError, DataError
 from acpo_dist.data.decoding import decode_named
 from acpo_dist.data.images import read_images
 from acpo_dist.data.pairs import PairSet
+from acpo_dist.data.prompts import load_prompts
+from acpo_dist.evaluation.suites.suite import load_suite
+from acpo_dist.rewards.training.correspondence import read_captioned
 from tests.conftest import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +77,56 @@ def test_an_entry_of_an_archive_that_unpacks_to_gigabytes_is_not_unpacked(tmp_pa
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"entry bomb\.png .*4096 MiB unpacked"):
         list(read_images([path]))
+
+
+def test_an_entry_that_unpacks_to_more_than_it_announces_is_read_no_further(tmp_path):
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(2**28 + 1))
+    content = bytearray(path.read_bytes())
+    for start, field in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        at = content.index(start) + field
+        content[at : at + 4] = struct.pack("<I", 64)
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"entry bomb\.png"):
+        list(read_images([path]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**24
+
+
+def packed_prompts(tmp_path: Path, name: str) -> Path:
+    """A parquet file of a few kilobytes whose one text has more than 256 MiB."""
+    path = tmp_path / "bomb.parquet"
+    cells = {"jpg_0": pa.array([small_png()]), "jpg_1": pa.array([small_png()]), "label_0": pa.array([1.0])}
+    pq.write_table(pa.table({**cells, name: pa.array(["a" * (2**28 + 1)])}), path, compression="zstd",
+                   use_dictionary=False)  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("read", ["data.prompts", "--suite", "data.pairs", "acpo rewards train"])
+def test_a_column_of_texts_that_unpacks_to_many_times_its_size_is_refused(read, tmp_path):
+    path = packed_prompts(tmp_path, "caption" if read == "data.pairs" else "prompt")
+    with pytest.raises(DataError, match="unpacks from"):
+        if read == "data.prompts":
+            load_prompts(str(path), column="prompt")
+        elif read == "--suite":
+            load_suite(str(path), prompt_column="prompt")
+        elif read == "data.pairs":
+            PairSet(path, size=8)
+        else:
+            read_captioned(path, column="jpg_0", prompt_column="prompt", most=1)
+
+
+@pytest.mark.parametrize("name", ["outside.png", "../outside.png", "/etc/hostname"])
+def test_a_pair_that_names_a_file_instead_of_holding_its_bytes_is_a_broken_pair(name, tmp_path):
+    (tmp_path / "outside.png").write_bytes(small_png())
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = {key: pa.array([{"bytes": None, "path": name}], kind) for key in ("jpg_0", "jpg_1")}
+    path = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({**cells, "label_0": pa.array([1.0]), "caption": pa.array(["a"])}), path)
+    assert PairSet(path, size=8).read(["pair:0:w"]).broken == ["pair:0:w"]
 
 
 @pytest.mark.parametrize("column", ["image", "jpg_0"])

@@ -102,7 +102,8 @@ class RunRecord:
             return "running"
         if self.last_write is not None and self.rows and self.holder_sign == "unknown":
             each = fmean(row.get("time/iteration") or 0.0 for row in self.rows[-_RECENT_ITERATIONS:])
-            if time.time() - self.last_write < max(_QUIET_S, _RECENT_ITERATIONS * each):
+            # Either sign: the clock of this machine may have been set back, or differ from that of the storage.
+            if abs(time.time() - self.last_write) < max(_QUIET_S, _RECENT_ITERATIONS * each):
                 return "running"
         if not self.rows:
             return "no metrics"

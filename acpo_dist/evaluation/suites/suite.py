@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import PromptGroup, SamplePlan
+from acpo_dist.data.parquet_images import parquet_rows
 from acpo_dist.data.prompts import SizeMix
 from acpo_dist.data.tables import read_lines, read_table
 from acpo_dist.data.toy.world import SHAPES, captions
@@ -156,11 +157,11 @@ def _read(path: Path, prompt_column: str, category_column: str) -> list[tuple[st
         if kind == ".txt":
             return [(line, "") for line in read_lines(path, "--suite")]
         if kind == ".parquet":
-            schema = pq.read_schema(path)
-            header = list(schema.names)
-            places = _places(path, header, prompt_column, category_column)
-            table = pq.read_table(path, columns=[header[place] for place in places if place is not None]).to_pylist()
-            return [tuple(_text(row, header, place) for place in places) for row in table]  # pyright: ignore[reportReturnType]
+            with pq.ParquetFile(path) as file:
+                header = list(file.schema_arrow.names)
+                places = _places(path, header, prompt_column, category_column)
+                table = parquet_rows(file, path, [header[place] for place in places if place is not None])
+                return [tuple(_text(row, header, place) for place in places) for row in table]  # pyright: ignore[reportReturnType]
         if kind not in (".csv", ".tsv"):
             raise DataError(f"--suite: expected a .txt, .csv, .tsv or .parquet file, found `{path}`.")
         table = read_table(path, "--suite")

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +19,7 @@ from torch import Tensor
 from acpo_dist.core.errors import DataError
 from acpo_dist.core.ports import Advance
 from acpo_dist.data.images import read_images, real_images
+from acpo_dist.data.parquet_images import parquet_rows
 from acpo_dist.rewards.clip_backbone import ClipBackbone
 from acpo_dist.rewards.ipce import LEVELS, ipce_quality, ipce_views, level_texts
 from acpo_dist.rewards.training.iqa import agreement
@@ -217,10 +219,10 @@ class _Trainer:
 
 def _parquet_prompts(path: Path, column: str, most: int) -> list[str]:
     try:
-        file = pq.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise DataError(f"{path} has no column `{column}`. Columns found: {', '.join(file.schema_arrow.names)}.")
-        found = file.read(columns=[column]).column(0).to_pylist()
+        with pq.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                found = ", ".join(file.schema_arrow.names)
+                raise DataError(f"{path} has no column `{column}`. Columns found: {found}.")
+            return [str(row[column] or "") for row in islice(parquet_rows(file, path, [column]), most)]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
-    return [str(prompt or "") for prompt in found[:most]]

@@ -162,11 +162,13 @@ class RewardWorker:
             if is_out_of_memory(error):
                 raise
             raise RewardError(f"reward `{self.name}` raised {_reason(error)}") from error
-        if isinstance(scores, Tensor) and scores.shape == (len(images),) and scores.is_floating_point():
-            return scores
-        found = (
-            f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        )
+        if isinstance(scores, Tensor):
+            # Scores on another device than the images are taken, except on `meta`, where tensors have no values.
+            if scores.shape == (len(images),) and scores.is_floating_point() and not scores.is_meta:
+                return scores
+            found = f"{scores.dtype} of shape {tuple(scores.shape)} on device {scores.device}"
+        else:
+            found = type(scores).__name__
         raise RewardError(
             f"reward `{self.name}` must return a floating-point tensor of shape ({len(images)},), one score per image; "
             f"found {found}. Correct the metric's `__call__`."
