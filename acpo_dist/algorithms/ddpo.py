@@ -43,8 +43,8 @@ class Ddpo(BaseAlgorithm):
         than the clip range.
         """
         with network.old():
-            conditional, unconditional = _branches(batch, network)
-        _, step = _taken(batch, network, conditional, unconditional)
+            conditional, unconditional = branches(batch, network)
+        _, step = taken(batch, network, conditional, unconditional)
         return step
 
     def loss(
@@ -59,9 +59,9 @@ class Ddpo(BaseAlgorithm):
         if prepared_B is None:
             raise RuntimeError("DDPO needs the log-probabilities that `prepare` computes before the first step")
         late, kind = batch.late, network.prediction_type
-        conditional, unconditional = _branches(batch, network)
+        conditional, unconditional = branches(batch, network)
         with torch.no_grad(), network.anchored():
-            base_conditional, base_unconditional = _branches(batch, network)
+            base_conditional, base_unconditional = branches(batch, network)
         space = self.config.anchor.space
         drift = anchor_error(output_drift(conditional, base_conditional, late.alpha_bars_B, kind, space))
         metrics = {"anchor/conditional": drift.detach()}
@@ -71,7 +71,7 @@ class Ddpo(BaseAlgorithm):
             metrics["anchor/null"] = null.detach()
             drift = (drift + null) / 2
         metrics["anchor/late"] = drift.detach()
-        _, log_prob = _taken(batch, network, conditional, unconditional)
+        _, log_prob = taken(batch, network, conditional, unconditional)
         term = clipped_surrogate(log_prob, prepared_B, batch.weights_B, self.config.clip_range)
         # Excluded samples have no advantage and do not count towards the clipped share.
         seen = batch.weights_B != 0
@@ -82,11 +82,12 @@ class Ddpo(BaseAlgorithm):
         return Loss(per_sample=self.config.reward_weight * term.loss_B + anchor_weight * drift, metrics=metrics)
 
 
-def _branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | None]:
+def branches(batch: MicroBatch, network: Network) -> tuple[Tensor, Tensor | None]:
+    """Return the conditional output of the rollouts' states, and the unconditional one under guidance."""
     return both_branches(network, batch.late, batch.prompts, batch.guidance_scale)
 
 
-def _taken(
+def taken(
     batch: MicroBatch, network: Network, conditional: Tensor, unconditional: Tensor | None
 ) -> tuple[Transition, Tensor]:
     """Return the Gaussian of the step, and the log-density (B,) of the state after it."""

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from acpo_dist.config.plugins import MetricConfig
+from acpo_dist.config.sampler_relations import check_sampler
 from acpo_dist.config.schema import Config
+from acpo_dist.config.unused_keys import check_unused
 from acpo_dist.core.errors import ConfigError, RewardConfigError
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.registry import nearest
@@ -22,11 +24,13 @@ def check_relations(config: Config) -> None:
     _check_batches(config)
     _check_optimizer(config)
     _check_data(config)
+    check_sampler(config)
     _check_algorithm(config)
     _check_anchor(config)
     _check_rewards(config)
     _check_vrg(config)
     _check_pipeline(config)
+    check_unused(config)
 
 
 def _check_batches(config: Config) -> None:
@@ -108,53 +112,9 @@ def _check_data(config: Config) -> None:
 
 
 def _check_algorithm(config: Config) -> None:
-    """Check the algorithm's requirements on sampler, rollouts and data."""
+    """Check the algorithm's requirements on rollouts and data."""
     algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
     kind = algorithm.type
-    if algorithm.needs_noise and config.sampler.eta == 0:
-        raise ConfigError(
-            f"algorithm `{kind}` needs the probability of the rollouts' steps, and sampler.eta is 0: deterministic "
-            "steps have none. Set sampler.eta=1."
-        )
-    _check_rescale(config)
-    if config.sampler.eta > 0 and config.sampler.solver != "ddim":
-        raise ConfigError(
-            f"sampler.eta is {config.sampler.eta:g}, which only sampler.solver=ddim supports; found "
-            f"{config.sampler.solver}. Set sampler.eta=0 or sampler.solver=ddim."
-        )
-    if config.sampler.eta > 0 and config.vrg.enabled:
-        raise ConfigError(
-            f"sampler.eta is {config.sampler.eta:g} and vrg.enabled is true: validation compares two trajectories "
-            "from the same noise, which requires deterministic steps. Set sampler.eta=0 or vrg.enabled=false."
-        )
-    if config.sampler.stochastic_step != "ddim" and config.sampler.eta == 0:
-        raise ConfigError(
-            f"sampler.stochastic_step is {config.sampler.stochastic_step} and sampler.eta is 0: steps without noise "
-            "are the same for every value. Set sampler.eta=0.7, or remove sampler.stochastic_step."
-        )
-    dtype = getattr(config.model, "dtype", "float32")
-    if config.sampler.merge_adapters and dtype != "float32":
-        raise ConfigError(
-            f"sampler.merge_adapters is true and model.dtype is {dtype}: weights of that type would lose small updates "
-            "to rounding. Set model.dtype=float32 or sampler.merge_adapters=false."
-        )
-    steps = getattr(algorithm, "gradient_steps", "estimate")
-    if steps != "estimate" and (config.sampler.eta > 0 or config.sampler.solver != "ddim"):
-        raise ConfigError(
-            f"algorithm.gradient_steps is {steps}: the learner repeats the last sampler steps, which requires "
-            f"sampler.solver=ddim with sampler.eta=0; found {config.sampler.solver} and {config.sampler.eta:g}. Set "
-            "these, or algorithm.gradient_steps=estimate."
-        )
-    if isinstance(steps, int) and config.sampler.late_per_sample < steps:
-        raise ConfigError(
-            f"algorithm.gradient_steps is {steps} and sampler.late_per_sample is {config.sampler.late_per_sample}: "
-            f"the state before the last {steps} steps would not be kept. Set sampler.late_per_sample={steps} or more."
-        )
-    if getattr(algorithm, "low_variance_samples", 1) > 1 and steps != 1:
-        raise ConfigError(
-            f"algorithm.low_variance_samples is {algorithm.low_variance_samples} and algorithm.gradient_steps is "
-            f"{steps}: fresh noise replaces the state of the last step only. Set algorithm.gradient_steps=1."
-        )
     if algorithm.sampling_decay(0) is not None and learner.zero_stage == 3:
         raise ConfigError(
             f"learner.zero_stage is 3 and algorithm `{kind}` evaluates the sampling policy's weights in the learner, "
@@ -186,22 +146,6 @@ def _check_algorithm(config: Config) -> None:
         ):
             if value % 2:
                 raise ConfigError(f"algorithm `{kind}` trains on pairs, and {key} is {value}: set an even number.")
-
-
-def _check_rescale(config: Config) -> None:
-    sampler, model = config.sampler, config.model
-    if sampler.guidance_rescale == 0:
-        return
-    if model.type not in ("sd15", "sdxl"):
-        raise ConfigError(
-            f"sampler.guidance_rescale is {sampler.guidance_rescale:g} and model.type is {model.type}, whose diffusers "
-            "pipeline has no such option. Set sampler.guidance_rescale=0."
-        )
-    if sampler.solver in ("ltsp", "stsp"):
-        raise ConfigError(
-            f"sampler.guidance_rescale is {sampler.guidance_rescale:g}, which sampler.solver={sampler.solver} does not "
-            "support: it never computes the guided prediction. Set sampler.guidance_rescale=0 or another solver."
-        )
 
 
 def _check_pairs(config: Config) -> None:

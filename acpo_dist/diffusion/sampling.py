@@ -115,31 +115,31 @@ class DDIM(Sampler):
 
 
 @dataclass(frozen=True)
-class StochasticDDIM(Sampler):
-    """DDIM with eta > 0. Every step adds noise and has a density, except a step to a clean sample."""
+class StochasticSampler(Sampler):
+    """A sampler whose steps add noise and have a density, except a step to a clean sample."""
 
-    eta: float
+    level: float
+    """Amount of noise (`sampler.eta`), > 0."""
     noise: Callable[[int], Tensor]
     """Denoise step -> noise of the state's shape."""
+
+
+class StochasticDDIM(StochasticSampler):
+    """DDIM with eta > 0, which is `level`."""
 
     @override
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
         def advance(step: int, model_output: Tensor, state: Tensor) -> Tensor:
             level, following = trajectory.alpha_bars[step : step + 2]
             return ddim_step(
-                model_output, state, level, following, prediction_type, eta=self.eta, noise=self.noise(step)
+                model_output, state, level, following, prediction_type, eta=self.level, noise=self.noise(step)
             )
 
         return advance
 
 
-@dataclass(frozen=True)
-class FlowGrpo(Sampler):
-    """Flow-GRPO's steps for flow models. A step to a clean sample is Euler's step, without noise and density."""
-
-    noise_level: float
-    noise: Callable[[int], Tensor]
-    """Denoise step -> noise of the state's shape."""
+class FlowGrpo(StochasticSampler):
+    """Flow-GRPO's steps for flow models; `level` is the paper's a. A step to a clean sample is Euler's step."""
 
     @override
     def start(self, trajectory: Trajectory, prediction_type: str, predict: Predict) -> Stepper:
@@ -151,11 +151,14 @@ class FlowGrpo(Sampler):
             if following >= 1:
                 return ddim_step(model_output, state, level, following, prediction_type)
             before, after = (torch.full((len(state),), value, dtype=torch.float64) for value in (level, following))
-            mean, std_B = flow_grpo_step(model_output, state, before, after, self.noise_level)
+            mean, std_B = flow_grpo_step(model_output, state, before, after, self.level)
             return mean + std_B.reshape(-1, *[1] * (state.ndim - 1)) * self.noise(step)
 
         return advance
 
+
+STOCHASTIC: dict[str, type[StochasticSampler]] = {"ddim": StochasticDDIM, "flow_grpo": FlowGrpo}
+"""Stochastic samplers by `sampler.stochastic_step`."""
 
 DEFAULT_SAMPLER = DDIM()
 
@@ -166,7 +169,7 @@ def start_exactly(sampler: Sampler, trajectory: Trajectory, prediction_type: str
     Solvers work in z = x / sqrt(alpha_bar), which is infinite there. The first step is then a DDIM step, which is
     exact in eps because x is eps, and the solver starts at the second level.
     """
-    if trajectory.alpha_bars[0] > 0 or isinstance(sampler, StochasticDDIM | FlowGrpo):
+    if trajectory.alpha_bars[0] > 0 or isinstance(sampler, StochasticSampler):
         return sampler.start(trajectory, prediction_type, predict)
     level, following = trajectory.alpha_bars[:2]
     rest: Stepper | None = None

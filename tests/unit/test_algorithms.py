@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from acpo_dist.algorithms.ddpo import branches, taken
 from acpo_dist.algorithms.denoising import both_outputs, statistics_of
 from acpo_dist.algorithms.noising import noise_forward
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.registry import ALGORITHMS
+from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import TrainTask
 from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.diffusion.prediction import to_noise
@@ -235,6 +237,26 @@ def test_a_rollout_keeps_the_state_that_its_own_stochastic_step_led_to(tiny):
         # What is left of the step is unit noise: 64 or more numbers, five standard errors.
         assert abs(float(standard.mean())) < 5 / len(standard) ** 0.5
         assert abs(float(standard.square().mean()) - 1) < 5 * (2 / len(standard)) ** 0.5
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7])
+@pytest.mark.parametrize("kind", ["ddim", "flow_grpo"])
+def test_the_learner_finds_the_noise_that_a_flow_rollout_drew(tiny, kind, eta):
+    options = ("sampler.late_per_sample=8", f"sampler.eta={eta}", f"sampler.stochastic_step={kind}")
+    parts = Parts(tiny(*settings("ddpo", "flow"), *options), ["a", "b"])
+    batch = parts.learner.batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
+    plans = {plan.sample_id: plan for group in parts.groups for plan in group.samples}
+    trajectory, late = parts.rollouts.worker.trajectory, batch.late
+    with torch.no_grad():
+        step, log_prob_B = taken(batch, parts.learner.network, *branches(batch, parts.learner.network))
+    for row, name in enumerate(parts.ids):
+        at = trajectory.alpha_bars.index(float(late.alpha_bars_B[row]))
+        drawn = torch.randn(late.latents[row].shape, generator=generator("eta", plans[name].seed, at))
+        found = (late.following[row] - step.mean[row]) / step.std_B[row]
+        # One network call of a batch of another size, divided by standard deviations of 0.05 and more.
+        torch.testing.assert_close(found, drawn, rtol=0, atol=1e-3)
+        wanted = -drawn.square().mean() / 2 - step.std_B[row].log() - 0.5 * math.log(2 * math.pi)
+        assert float(log_prob_B[row]) == pytest.approx(float(wanted), abs=1e-3)
 
 
 def test_a_sample_of_weight_zero_pulls_at_nothing(tiny):

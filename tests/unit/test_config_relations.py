@@ -125,3 +125,49 @@ def test_guidance_rescale_is_refused_where_the_pipeline_or_the_solver_cannot_fol
     assert "sampler.solver=stsp" in refusal("toy_sdxl", rescale, "sampler.solver=stsp")
     assert "model.type is sd3" in refusal("sd35_lora", rescale)
     load_config("toy_sdxl", [rescale])
+    assert "sampler.guidance_scale above 1" in refusal("toy_sdxl", rescale, "sampler.guidance_scale=1")
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("sampler.k_max", ["sampler.k_max=1", "sampler.t_max=0.3"]),
+        ("sampler.merge_adapters", ["sampler.merge_adapters=true", "model.tuning.method=full"]),
+        ("algorithm.anchor.start", ["algorithm.anchor.start=0.1", "algorithm.anchor.weight=2"]),
+        ("algorithm.anchor.rate", ["algorithm.anchor={rate: 0.3, weight: 2, budget: null}"]),
+        ("algorithm.anchor.headroom", ["algorithm.anchor={headroom: 0.5, weight: 2, budget: null}"]),
+        ("algorithm.max_gradient_steps", ["algorithm.max_gradient_steps=3", "algorithm.gradient_steps=2"]),
+        ("algorithm.guidance", ["algorithm.guidance=full", "sampler.guidance_scale=1"]),
+        ("algorithm.guidance", ["algorithm.guidance=full", "algorithm.gradient_steps=1"]),
+        ("algorithm.target_quantile", ["algorithm.target_quantile=0.5"]),
+        (
+            "algorithm.min_snr_gamma",
+            ["algorithm={type: sft, space: ncp, min_snr_gamma: 5}", "rollout.samples_per_prompt=2"],
+        ),
+        ("model.prediction_type", ["model.prediction_type=v_prediction"]),
+        ("model.config", ["model.config=toy-sdxl"]),
+        ("model.tuning.anchor", ["model.tuning.anchor=base"]),
+        ("data.flip", ["data.flip=true"]),
+        ("data.held_out", ["data.held_out=0.1"]),
+        ("learner.lr_decay_type", ["learner.lr_decay_type=cosine", "learner.lr_decay_ratio=0"]),
+    ],
+)
+def test_a_key_that_another_one_leaves_without_effect_is_refused(key, overrides):
+    said = refusal("toy_sdxl", *overrides)
+    assert f"{key} is " in said and "which has an effect only with" in said
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sampler.k_max=1", "sampler.t_max=null"],
+        ["algorithm.anchor.start=0.1", "algorithm.anchor.weight=0"],
+        ["algorithm.max_gradient_steps=3", "algorithm.gradient_steps=random"],
+        ["algorithm.guidance=full", "sampler.guidance_scale=2"],
+        ["algorithm.target_quantile=0.5", "algorithm.shape=hinge"],
+        ["model={type: sdxl, path: a.safetensors, prediction_type: v_prediction, config: toy-sdxl}"],
+        ["learner.lr_decay_type=cosine", "learner.lr_decay_ratio=0.5"],
+    ],
+)
+def test_the_same_key_is_accepted_where_it_has_an_effect(overrides):
+    load_config("toy_sdxl", overrides)

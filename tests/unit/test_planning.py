@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from acpo_dist.algorithms.acpo import Acpo
+from acpo_dist.algorithms.ddpo import Ddpo
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ModelError
 from acpo_dist.core.registry import MODELS, resolve
@@ -239,6 +240,20 @@ def test_a_plugged_in_algorithm_is_counted_by_its_own_forwards(monkeypatch):
     monkeypatch.setattr("acpo_dist.preflight.plan.phases.resolve", lambda *_: Twice)
     # ACPO makes two policy forwards with their backward passes and two anchor forwards: one policy pass more.
     assert 1.2 * plain < phases.learner(setting, 4).flops < 1.5 * plain
+
+
+def test_a_plan_traces_the_rollouts_own_sampler(monkeypatch):
+    class Seen(Ddpo):
+        def loss(self, batch, *rest):
+            seen.append((batch.guidance_scale, batch.guidance_rescale, batch.eta, batch.stochastic_step))
+            return super().loss(batch, *rest)
+
+    seen = []
+    sampler = "sampler={guidance_scale: 3, guidance_rescale: 0.7, eta: 0.4, stochastic_step: flow_grpo}"
+    config = load_config("toy_sdxl", [*SMALL, sampler, "algorithm={type: ddpo}", "rollout.samples_per_prompt=2"])
+    monkeypatch.setattr("acpo_dist.preflight.plan.phases.resolve", lambda *_: Seen)
+    phases.learner(setting_of(config, architecture_of(config.model)), 4)
+    assert seen == [(3, 0.7, 0.4, "flow_grpo")]
 
 
 def test_autocast_is_counted_as_torch_runs_it():

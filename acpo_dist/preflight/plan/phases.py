@@ -169,7 +169,8 @@ def _micro_batch(setting: Setting, family: MetaFamily, count: int) -> MicroBatch
         ),
         tail=TailStates(latents=states(), trajectory=_last_steps(steps)) if steps else None,
         clean_is_real=getattr(config.algorithm.anchor, "source", "rollout") == "data",
-        weights_B=torch.ones(count, device=META), guidance_scale=setting.guidance_scale, eta=config.sampler.eta,
+        weights_B=torch.ones(count, device=META), guidance_scale=setting.guidance_scale,
+        guidance_rescale=config.sampler.guidance_rescale, eta=config.sampler.eta,
         stochastic_step=config.sampler.stochastic_step,
     )  # fmt: skip
 

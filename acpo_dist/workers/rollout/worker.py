@@ -13,7 +13,7 @@ from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import checksum
-from acpo_dist.diffusion.sampling import Denoise, FlowGrpo, Sampler, StochasticDDIM, Visit, guide, keep_states, sample
+from acpo_dist.diffusion.sampling import STOCHASTIC, Denoise, Sampler, Visit, guide, keep_states, sample
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.family import copy_weights, trainable_tensors
@@ -198,8 +198,7 @@ class RolloutWorker:
             draws = [torch.randn(shape, generator=generator("eta", plan.seed, step)) for plan in plans]
             return torch.stack(draws).to(self._device)
 
-        kind = FlowGrpo if self._sampler.stochastic_step == "flow_grpo" else StochasticDDIM
-        return kind(self._sampler.eta, noise)
+        return STOCHASTIC[self._sampler.stochastic_step](self._sampler.eta, noise)
 
     def _guidance_scale(self) -> float:
         """Return the guidance scale; 1 for an unconditional model."""
