@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -10,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
@@ -160,6 +162,37 @@ class TunedNetwork:
         if hasattr(plain, "peft_config"):
             del plain.peft_config
         return plain
+
+
+def shares_base(model: Any, sampler: SamplerConfig) -> bool:
+    """Whether rollouts and learner of one process use one copy of the frozen base weights.
+
+    Merged adapters change the rollouts' weights, and `memory.offload` moves each role's weights by itself. Full
+    fine-tuning has no frozen weights in the rollouts.
+
+    Args:
+        model: the `model` section.
+        sampler: the `sampler` section.
+    """
+    memory, tuning = getattr(model, "memory", None), getattr(model, "tuning", None)
+    offloads = memory is not None and memory.offload
+    return tuning is not None and tuning.method == "lora" and not sampler.merge_adapters and not offloads
+
+
+def share_frozen(network: nn.Module, other: nn.Module) -> None:
+    """Let the frozen parameters of a network use the memory of another network with the same base model.
+
+    Args:
+        network: its own copy of these weights is released.
+        other: keeps its weights; they must never change.
+    """
+    held = dict(other.named_parameters())
+    for name, parameter in network.named_parameters():
+        twin = held.get(name)
+        if twin is None or twin.requires_grad or parameter.requires_grad:
+            continue
+        if (twin.shape, twin.dtype, twin.device) == (parameter.shape, parameter.dtype, parameter.device):
+            parameter.data = twin.data
 
 
 class MergedAdapters:

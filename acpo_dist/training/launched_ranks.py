@@ -37,7 +37,7 @@ class _Rank:
         self._chunk = config.rollout.batch_size
         self.rollout = LocalRollouts(config, device=device)
         self.reward = LocalRewards(config, device=device)
-        self.learner = LocalLearner(learner_spec(config), self.reward, device=device)
+        self.learner = LocalLearner(learner_spec(config), self.reward, device=device, rollout=self.rollout)
 
     def _share(self, whole: Sequence[Any]) -> Sequence[Any]:
         return whole[self.number :: self._count]

@@ -29,6 +29,7 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.core.weights import kept_versions, require_acks
 from acpo_dist.diffusion.trajectory import Trajectory
+from acpo_dist.models.tuning import share_frozen, shares_base
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.learner.batches import LearnerSpec
 from acpo_dist.workers.learner.signal import GradientSource
@@ -58,7 +59,7 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         keep_freed_memory()
     rollout = LocalRollouts(config, device=device)
     reward = LocalRewards(config, device=device)
-    learner = LocalLearner(learner_spec(config), reward, device=device)
+    learner = LocalLearner(learner_spec(config), reward, device=device, rollout=rollout)
     try:
         yield Ports(
             rollout=rollout, reward=reward, learner=learner, weights=LocalChannel(learner, rollout), tracker=tracker
@@ -209,9 +210,20 @@ class LocalRewards(RewardPool, GradientSource):
 class LocalLearner(LearnerGroup):
     """One learner rank in this process."""
 
-    def __init__(self, spec: LearnerSpec, rewards: LocalRewards, *, device: str) -> None:
-        """Load the worker."""
+    def __init__(
+        self, spec: LearnerSpec, rewards: LocalRewards, *, device: str, rollout: LocalRollouts | None = None
+    ) -> None:
+        """Load the worker.
+
+        Args:
+            spec: the worker's sections.
+            rewards: the gradient source.
+            device: torch device.
+            rollout: rollouts of this process, whose frozen base weights the worker uses too (`shares_base`).
+        """
         self.worker = LearnerWorker(spec, rewards, device=device)
+        if rollout is not None and shares_base(spec.model, spec.sampler):
+            share_frozen(self.worker.family.network, rollout.worker.family.network)
 
     @override
     def start(self, folder: Path | None) -> None:

@@ -18,6 +18,10 @@ from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.vae import VaeDecoder
+from acpo_dist.tracking.console import Console
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
+from acpo_dist.workers.learner.checkpoint import open_checkpoint
 from acpo_dist.workers.rollout.worker import RolloutWorker
 
 TOY = Path(acpo_dist.data.toy.__file__).parent / "assets" / "toy-sdxl"
@@ -234,11 +238,6 @@ def test_a_unet_may_say_its_height_and_width(tmp_path):
 
 
 def test_offloaded_parts_draw_the_same_images_and_train_the_same_weights(tiny, tmp_path):
-    from acpo_dist.tracking.console import Console
-    from acpo_dist.training.local import open_ports
-    from acpo_dist.training.run import drive
-    from acpo_dist.workers.learner.checkpoint import open_checkpoint
-
     sums = []
     for offload in ("true", "false"):
         root = tmp_path / offload
@@ -246,3 +245,13 @@ def test_offloaded_parts_draw_the_same_images_and_train_the_same_weights(tiny, t
         drive(config, open_ports, Console(quiet=True))
         sums.append(open_checkpoint(root / "checkpoints/000001").bundle().checksum)
     assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(("option", "shared"), [("run.seed=0", True), ("sampler.merge_adapters=true", False)])
+def test_one_process_holds_the_frozen_weights_once_and_each_role_its_own_adapters(tiny, option, shared):
+    with open_ports(tiny(option), None) as ports:  # type: ignore[arg-type]
+        drawing, training = ports.rollout.worker.family.network, ports.learner.worker.family.network
+    held = dict(drawing.named_parameters())
+    for name, parameter in training.named_parameters():
+        same = parameter.data_ptr() == held[name].data_ptr()
+        assert same == (shared and not parameter.requires_grad), name

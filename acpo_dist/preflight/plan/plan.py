@@ -116,7 +116,8 @@ def make_plan(config: Config, *, device: str = "auto") -> Plan:
     batch = _batch(config)
     flops = _flops(config, traced)
     seconds = _seconds(config, flops, batch, target)
-    needed = needed_gib(config, roles, target)
+    base = parameters["network"] * DTYPES[config.model.dtype].itemsize / GIB
+    needed = needed_gib(config, roles, target, base=base)
     return Plan(
         parameters=parameters, roles=roles, batch=batch, seconds=seconds, device=target, needed_gib=needed,
         workers={

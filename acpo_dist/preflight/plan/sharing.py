@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from acpo_dist.config.schema import Config
+from acpo_dist.models.tuning import shares_base
 from acpo_dist.preflight.plan.memory import Memory
 from acpo_dist.preflight.plan.rates import CONTEXT_GIB, Device
 
@@ -54,7 +55,7 @@ def _devices(workers: int, gpus: float) -> int:
     return min(workers, max(1, math.ceil(gpus - 1e-9))) if gpus else workers
 
 
-def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> dict[str, float]:
+def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device, *, base: float = 0.0) -> dict[str, float]:
     """Compute the peak memory per device.
 
     One process without Ray holds the tensors of all roles, and works in one role at a time (`all`). On Ray, workers
@@ -64,6 +65,7 @@ def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> d
         config: configuration of the run.
         roles: memory of one worker by role.
         device: the device.
+        base: GiB of the frozen base weights, which one process holds once.
 
     Returns:
         GiB by role, `shared` or `all`.
@@ -71,6 +73,7 @@ def needed_gib(config: Config, roles: Mapping[str, Memory], device: Device) -> d
     context = CONTEXT_GIB if device.memory_gib is not None else 0.0
     if one_process(config):
         held = sum(memory.total - memory.activations for memory in roles.values())
+        held -= base if shares_base(config.model, config.sampler) else 0.0
         section = getattr(config.model, "memory", None)
         if section is not None and section.offload:
             # While rollouts are drawn, the learner's frozen copy is in host memory; afterwards the rollouts' weights.
