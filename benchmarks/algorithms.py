@@ -9,7 +9,8 @@ left out) and network calls per sample (a forward of one sample is 1, a forward 
 evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of
 oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40` and `--at drift=0.1` interpolate
 between the evaluations instead, for a comparison at equal compute or equal drift. Seeds can be spread over processes:
-`--table FILE...` reads lines. `--images FOLDER` writes a grid per evaluation.
+`--table FILE...` reads lines, or the JSON file of an earlier `--out`. `--out FOLDER` writes all evaluations and a
+chart, algorithms.json and algorithms.png. `--images FOLDER` writes a grid per evaluation.
 """
 
 import os
@@ -25,7 +26,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import torch
@@ -53,13 +54,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
+    "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
         name: (f"toy_{name}",)
         for name in ("draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
     },
 }
 """Name -> configuration and overrides."""
-METRICS = ("judge", "oracle_mse", "drift", "template_entropy", "caption_accuracy")
+RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy")
+DIFFERENCES = ("drift", "cpu_seconds", "calls")
+OTHER = {"cpu_seconds": "CPU s", "drift": "drift"}
 
 
 def main() -> None:
@@ -73,15 +77,26 @@ def main() -> None:
     parser.add_argument("--table", type=Path, nargs="+", default=None, help="only read these files of JSON lines")
     parser.add_argument("--at", default=None, metavar="KEY=VALUE", help="cpu_seconds=S or drift=D: interpolate there")
     parser.add_argument("--images", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=None, help="folder of algorithms.json and algorithms.png")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     if options.table:
-        lines = [
-            json.loads(line) for path in options.table for line in path.read_text().splitlines() if line[:1] == "{"
-        ]
+        lines = [row for path in options.table for row in read_lines(path)]
     else:
         lines = [row for seed in options.seeds for name in options.only for row in run_arm(name, seed, options)]
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        rows = ",\n".join(map(json.dumps, lines))
+        (options.out / "algorithms.json").write_text(f'{{"evaluations": [\n{rows}\n]}}\n')
+        draw(lines, options.out / "algorithms.png")
     sys.stdout.write(compare_at(lines, *options.at.split("=")) if options.at else make_table(lines, options.goal))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the evaluations of a file of JSON lines, or of the JSON file that `--out` writes."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())["evaluations"]
+    return [json.loads(line) for line in path.read_text().splitlines() if line[:1] == "{"]
 
 
 class Meter:
@@ -167,60 +182,82 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
 
 def make_table(lines: list[dict], goal: float) -> str:
     """Return Markdown: the last evaluation of every arm relative to the base model of the same seed, and the cost."""
-    rows = [
-        f"| algorithm | seeds | judge / base | oracle error / base | gain in spreads | entropy / base | "
-        f"caption / base | drift | CPU s | CPU s to {goal:g} | calls to {goal:g} |",
-        "|---" * 11 + "|",
-    ]
+    quality = [head("algorithm", "seeds", "judge / base", "oracle error / base", "gain in spreads", "drift")]
+    rest = [head("algorithm", "entropy / base", "caption / base", "CPU s", f"CPU s to {goal:g}", f"calls to {goal:g}")]
     for name, seeds in by_arm(lines).items():
-        ends, costs = [], []
-        for evaluations in seeds.values():
-            base, end = evaluations[0], evaluations[-1]
-            # Calibration is the same for all of them, and is left out.
-            for row in evaluations[1:]:
-                row["cpu_seconds"] -= base["cpu_seconds"]
-                row["calls"] -= base["calls"]
-            ends.append(
-                {key: end[key] / base[key] if base[key] else end[key] for key in METRICS} | {"cpu": end["cpu_seconds"]}
-            )
-            costs.append(next((row for row in evaluations if row["oracle_mse"] <= goal * base["oracle_mse"]), None))
-        cells = [
-            spread([end[key] for end in ends])
-            for key in ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "drift", "cpu")
-        ]
-        cells.insert(2, f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}")
+        paths = [relative(evaluations) for evaluations in seeds.values()]
+        ends = [path[-1] for path in paths]
+        cell = {key: spread([end[key] for end in ends]) for key in ends[0]}
+        gain = f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}"
+        quality.append(row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"]))
+        costs = [next((point for point in path if point["oracle_mse"] <= goal), None) for path in paths]
         reached = [cost for cost in costs if cost is not None]
         if len(reached) == len(costs):
-            cells += [
-                f"{statistics.fmean(c['cpu_seconds'] for c in reached):.0f}",
-                f"{statistics.fmean(c['calls'] for c in reached) / 1000:.0f} k",
-            ]
+            calls = statistics.fmean(cost["calls"] for cost in reached) / 1000
+            cost = f"{statistics.fmean(cost['cpu_seconds'] for cost in reached):.0f}", f"{calls:.0f} k"
         else:
-            cells += [f"reached by {len(reached)} of {len(costs)}", "-"]
-        rows.append(f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+            cost = f"reached by {len(reached)} of {len(costs)}", "-"
+        rest.append(row(name, cell["template_entropy"], cell["caption_accuracy"], cell["cpu_seconds"], *cost))
+    return "\n".join([*quality, "", *rest]) + "\n"
 
 
 def compare_at(lines: list[dict], key: str, value: str) -> str:
     """Return Markdown: metrics relative to the base model where `key` first reaches `value`, interpolated."""
-    keys = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "drift", "cpu_seconds")
-    rows = ["| algorithm | seeds | " + " | ".join(keys) + " |", "|---" * (len(keys) + 2) + "|"]
+    other = "cpu_seconds" if key == "drift" else "drift"
+    keys = ("judge", "oracle_mse", "caption_accuracy", other)
+    rows = [head("algorithm", "seeds", "judge / base", "oracle error / base", "caption / base", OTHER[other])]
     for name, seeds in by_arm(lines).items():
         found = []
         for evaluations in seeds.values():
-            base = evaluations[0]
-            points = [
-                {k: row[k] / base[k] if base[k] and k != "cpu_seconds" else row[k] - base[k] for k in keys}
-                for row in evaluations
-            ]
-            for before, after in pairwise(points):
+            for before, after in pairwise(relative(evaluations)):
                 if before[key] < float(value) <= after[key]:
                     share = (float(value) - before[key]) / (after[key] - before[key])
                     found.append({k: before[k] + share * (after[k] - before[k]) for k in keys})
                     break
         cells = [spread([point[k] for point in found]) if found else "-" for k in keys]
-        rows.append(f"| {name} | {len(found)} of {len(seeds)} | " + " | ".join(cells) + " |")
+        rows.append(row(name, f"{len(found)} of {len(seeds)}", *cells))
     return "\n".join(rows) + "\n"
+
+
+def relative(evaluations: list[dict]) -> list[dict[str, float]]:
+    """Return the evaluations of one run as ratios to the first, the base model's; cost and drift as differences.
+
+    Calibration is the same for all arms, and is left out of the cost.
+    """
+    base = evaluations[0]
+    return [
+        {key: point[key] / base[key] for key in RATIOS} | {key: point[key] - base[key] for key in DIFFERENCES}
+        for point in evaluations
+    ]
+
+
+def head(*cells: str) -> str:
+    """Return the two lines that start a Markdown table."""
+    return f"{row(*cells)}\n{'|---' * len(cells)}|"
+
+
+def row(*cells: object) -> str:
+    """Return one line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def draw(lines: list[dict], path: Path) -> None:
+    """Draw oracle error and judge, relative to the base model, against CPU seconds and drift; mean over seeds."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey="row", constrained_layout=True)
+    for index, (name, seeds) in enumerate(by_arm(lines).items()):
+        # A run that stopped early shortens the curve of its arm.
+        rounds = list(zip(*map(relative, seeds.values()), strict=False))
+        mean = {key: [statistics.fmean(point[key] for point in points) for points in rounds] for key in rounds[0][0]}
+        for axis, (metric, cost) in zip(axes.flat, product(("oracle_mse", "judge"), OTHER), strict=True):
+            color = plt.get_cmap("tab20")(index % 20)
+            axis.plot(mean[cost], mean[metric], marker="osv^D"[index % 5], ms=4, color=color, label=name)
+    for axis, (metric, cost) in zip(axes.flat, product(("oracle error", "judge"), OTHER), strict=True):
+        axis.set(xlabel=OTHER[cost], ylabel=f"{metric} / base")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
 
 
 def by_arm(lines: list[dict]) -> dict[str, dict[int, list[dict]]]:
