@@ -46,8 +46,8 @@ test: $(STAMP) ## all tests that run on the CPU
 	$(BIN)/python -m pytest tests -m "not ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest tests -m "ray and not slow and not cluster"
 
-test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL at full size (24 GiB of memory)
-	ACPO_FULL_SDXL=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
+test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL and SD3.5 at full size (20 GiB of memory)
+	ACPO_FULL_SIZE=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
 
 soak: $(STAMP) ## runs with random faults for ten minutes; ARGS="--minutes 120 --seed 7"
 	$(BIN)/python -m tests.soak $(ARGS)

@@ -31,7 +31,7 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.data.toy.world import captions
-from acpo_dist.models.training.random_model import write_random_sdxl
+from acpo_dist.models.training.random_model import write_random_pipeline
 from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
 
@@ -244,7 +244,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = "toy-sdxl"
         if not options.tiny:
-            folder = str(write_random_sdxl(options.folder or Path(scratch) / "sdxl", device="cuda"))
+            folder = str(write_random_pipeline(options.folder or Path(scratch) / "sdxl", "sdxl", device="cuda"))
             say(f"random weights: {time.perf_counter() - started:.0f} s")
         report = measure(Bench(options, folder), long, short)
     report["seconds"] = time.perf_counter() - started

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -70,6 +71,22 @@ def embedded_models() -> list[str]:
 def looks_local(path: str) -> bool:
     """Whether a name is a local folder instead of a hub id (`owner/name`)."""
     return path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
+def cached_snapshot(path: str, file: str, revision: str | None) -> str:
+    """Return the folder of a hub id in the local cache if a file of it is there, or the path as it is.
+
+    transformers does not find the tokenizer of a subfolder in the cache by a hub id without network access.
+
+    Args:
+        path: result of `resolve_path`.
+        file: name of the file, such as `tokenizer/tokenizer_config.json`.
+        revision: branch, tag or commit of a hub id.
+    """
+    if Path(path).exists():
+        return path
+    found = try_to_load_from_cache(path, file, revision=revision)
+    return str(Path(found).parents[file.count("/")]) if isinstance(found, str) else path
 
 
 def pipeline_folder(

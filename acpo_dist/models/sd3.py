@@ -13,6 +13,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from typing_extensions import override
 
 from acpo_dist.models.config import Sd3Config
+from acpo_dist.models.loading import load_part, resolve_path
 from acpo_dist.models.text import Encoders
 from acpo_dist.models.transformer import TransformerFamily, linear_mu
 
@@ -38,6 +39,22 @@ class Sd3Family(TransformerFamily):
     Config = Sd3Config
 
     @classmethod
+    def notes(cls, config: Sd3Config) -> list[str]:
+        """Return what a run says of this model when it starts: whether T5 is missing. No weights are loaded.
+
+        Raises:
+            ModelError: the model is not available.
+        """
+        path = resolve_path(config.path)
+        if len(cls._text_parts(config, path)) == 3:
+            return []
+        why = "has no T5" if config.t5 else "is used without its T5 (model.t5=false)"
+        return [
+            f"`{config.path}` {why}: the CLIP encoders alone read the prompts, and T5's part of the condition is zero, "
+            "as in the pipeline without it"
+        ]
+
+    @classmethod
     @override
     def _unused(cls, config: Sd3Config) -> tuple[str, ...]:
         return cls.unused_parts if config.t5 else (*cls.unused_parts, *T5_PARTS)
@@ -45,7 +62,7 @@ class Sd3Family(TransformerFamily):
     @classmethod
     @override
     def _text_parts(cls, config: Sd3Config, path: str) -> tuple[tuple[str, str, Any], ...]:
-        has_t5 = config.t5 and bool((_index(path).get(T5_PARTS[1]) or [None, None])[1])
+        has_t5 = config.t5 and bool((_index(config, path).get(T5_PARTS[1]) or [None, None])[1])
         return cls.text_parts if has_t5 else cls.text_parts[:2]
 
     @classmethod
@@ -76,7 +93,7 @@ class Sd3Family(TransformerFamily):
 
     @classmethod
     def _length(cls, config: Sd3Config, path: str) -> int:
-        return config.max_sequence_length or int(_index(path).get(LENGTH_KEY, DEFAULT_LENGTH))
+        return config.max_sequence_length or int(_index(config, path).get(LENGTH_KEY, DEFAULT_LENGTH))
 
     @classmethod
     @override
@@ -117,5 +134,12 @@ class Sd3Family(TransformerFamily):
         return {"mu": linear_mu(self._tokens, scheduler.config, max_shift=1.16)}
 
 
-def _index(path: str) -> dict[str, Any]:
-    return json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8"))
+def _index(config: Sd3Config, path: str) -> Mapping[str, Any]:
+    """Read model_index.json of a folder or of a hub id, of which nothing else is downloaded.
+
+    Raises:
+        ModelError: it is not available.
+    """
+    return load_part(
+        StableDiffusion3Pipeline.load_config, path, None, revision=config.revision, local_files_only=config.offline
+    )

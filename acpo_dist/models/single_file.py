@@ -30,7 +30,7 @@ from acpo_dist.core.errors import ModelError
 from acpo_dist.models.architectures import PUBLISHED
 from acpo_dist.models.checkpoint_files import UNET, VAE, CheckpointFile, configurations, inspect
 from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
-from acpo_dist.models.loading import resolve_path
+from acpo_dist.models.loading import cached_snapshot, resolve_path
 from acpo_dist.models.module_names import text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors, write_tensors
 from acpo_dist.models.text import content_digest
@@ -100,7 +100,7 @@ def single_file_folder(config: Any) -> Path:
 
 
 def tokenizer_source(config: Any) -> str:
-    """Return what tokenizers are loaded from: a folder, a hub id, or the converted folder of a single file.
+    """Return what tokenizers are loaded from: a folder, also that of a cached hub id or a single file, or a hub id.
 
     transformers reads a file that it is given as JSON, and a checkpoint has several GB.
 
@@ -108,7 +108,9 @@ def tokenizer_source(config: Any) -> str:
         config: the `model` section.
     """
     path = resolve_path(config.path)
-    return str(single_file_folder(config)) if Path(path).is_file() else path
+    if Path(path).is_file():
+        return str(single_file_folder(config))
+    return cached_snapshot(path, "tokenizer/tokenizer_config.json", config.revision)
 
 
 def check_single_file(config: Any) -> None:

@@ -13,7 +13,7 @@ from acpo_dist.core.sizes import Size
 from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.family import Condition
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.loading import load_part, resolve_path
+from acpo_dist.models.loading import cached_snapshot, load_part, resolve_path
 from acpo_dist.models.text import Encoder, token_ids
 
 DEFAULT_PIXELS = 1024
@@ -115,7 +115,10 @@ class TransformerFamily(LatentFamily):
         """Return the number of times that each prompt fills the longest text encoder; the rest is cut."""
         path = resolve_path(config.path)
         name = cls._text_parts(config, path)[-1][0]
-        tokenizer = load_part(AutoTokenizer.from_pretrained, path, name, revision=config.revision)
+        source = cached_snapshot(path, f"{name}/tokenizer_config.json", config.revision)
+        tokenizer = load_part(
+            AutoTokenizer.from_pretrained, source, name, revision=config.revision, local_files_only=config.offline
+        )
         limit = cls._own_tokens(config, path, tokenizer)
         return [max(1, -(-len(token_ids(tokenizer, prompt)) // limit)) for prompt in prompts]
 

@@ -122,6 +122,8 @@ def _attempt(
         pairs = PairSet(config.data.pairs, size=1).index(absolute=config.data.absolute_pairs)
         console.message("pairs: " + ", ".join(f"{name} {count}" for name, count in pairs.counts.items()))
     resolve("model", MODELS, config.model.type).check(config.model)
+    for note in model_notes(config):
+        console.message(note)
     long = long_prompts(config, prompts)
     if long:
         console.message(f"warning: {long}" if config.model.long_prompts == "cut" else long)
@@ -167,6 +169,16 @@ def _attempt(
         mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
         export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
     )  # fmt: skip
+
+
+def model_notes(config: Config) -> list[str]:
+    """Return what the family says of the configured model when a run starts; nothing without the model."""
+    family = resolve("model", MODELS, config.model.type)
+    try:
+        return family.notes(config.model) if hasattr(family, "notes") else []
+    except ModelError:
+        # The driver of a cluster may not have the model.
+        return []
 
 
 def long_prompts(config: Config, prompts: Sequence[str]) -> str | None:

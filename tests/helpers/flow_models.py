@@ -15,12 +15,10 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
@@ -29,12 +27,7 @@ from transformers import (
 )
 
 from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
-
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
-)
-"""Has the two features that the families depend on: the message, and a text that depends on `enable_thinking`."""
+from acpo_dist.models.training.random_model import byte_tokenizer
 
 
 def _vae(kind: Any = AutoencoderKL, **options: Any) -> Any:
@@ -56,13 +49,10 @@ def _clip(folder: Path) -> tuple[Any, Any]:
 
 
 def _qwen(layers: int) -> tuple[Any, Any]:
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    vocab = {symbol: index for index, symbol in enumerate([*marks, *sorted(ByteLevel.alphabet())])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=marks[1:])
-    tokenizer.chat_template = CHAT
+    tokenizer = byte_tokenizer()
     config = Qwen3Config(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
     )  # fmt: skip
     return Qwen3ForCausalLM(config), tokenizer
 

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import constants as hub_constants
 from torch import Tensor
 
+from acpo_dist.config.load import load_config
 from acpo_dist.config.plugins import EncoderConfig
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError
@@ -21,6 +23,7 @@ from acpo_dist.models.flux2 import Flux2KleinFamily
 from acpo_dist.models.lora_files import adapter_layers, diffusers_layers, write_lora
 from acpo_dist.models.sd3 import Sd3Family
 from acpo_dist.models.zimage import ZImageFamily
+from acpo_dist.training.run import model_notes
 from acpo_dist.workers.learner.network import PolicyNetwork
 from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.helpers.flow_models import tiny_flux2, tiny_sd3, tiny_zimage
@@ -180,6 +183,39 @@ def test_a_missing_text_encoder_and_another_scheduler_are_named(models, tmp_path
         Sd3Family.check(section("sd3", folder))
     without = Sd3Config(path=str(folder), tuning=LORA, max_sequence_length=LENGTH, t5=False)
     assert Sd3Family.load(without, device="cpu", trainable=False).encode(["a"]).tensors["prompt_embeds"].shape[0] == 1
+
+
+def test_a_missing_t5_is_told_when_a_run_starts(models) -> None:
+    def told(name: str, **options: Any) -> list[str]:
+        config = load_config("toy_flow", []).model_copy(
+            update={"model": section(name, models(name)[0]).model_copy(update=options)}
+        )
+        return model_notes(config)
+
+    assert told("sd3") == []
+    assert "has no T5" in told("sd3 without t5")[0]
+    assert "model.t5=false" in told("sd3", t5=False)[0]
+    # Of a model that is not here, nothing is known.
+    assert told("sd3", path="someone/absent", offline=True) == []
+
+
+@torch.no_grad()
+@every_kind
+def test_a_model_that_was_downloaded_by_its_hub_id_is_the_folder_that_was_downloaded(
+    name: str, models, tmp_path, monkeypatch
+) -> None:
+    repository, commit = tmp_path / "models--someone--a-model", "a" * 40
+    shutil.copytree(models(name)[0], repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    kind = KINDS[name]
+    ours, theirs = section(name, models(name)[0]), section(name, Path("someone/a-model"))
+    assert kind.family.chunk_counts(theirs, PROMPTS) == kind.family.chunk_counts(ours, PROMPTS)
+    assert kind.family.call_arguments(theirs, 4.0) == kind.family.call_arguments(ours, 4.0)
+    one, other = (kind.family.load(each, device="cpu", trainable=False) for each in (ours, theirs))
+    assert torch.equal(answer(one), answer(other))
 
 
 def test_a_distilled_flux2_is_refused(tmp_path) -> None:

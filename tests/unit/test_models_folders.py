@@ -1,18 +1,22 @@
 """Folders and hub ids: missing files are named before loading, and the hub is only contacted if allowed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.loading import load_part
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.training import random_model
-from acpo_dist.models.training.random_model import write_random_sdxl
+from acpo_dist.models.training.random_model import write_random_pipeline
+from tests.helpers.flow_models import tiny_flux2, tiny_zimage
 from tests.unit.test_models_memory import copy_of_toy, load
 
 
@@ -49,18 +53,47 @@ def test_a_folder_of_somebody_elses_is_left_alone_by_the_writer_of_random_weight
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match=r"exists and holds no pipeline"):
-        write_random_sdxl(folder)
+        write_random_pipeline(folder, "sdxl")
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "thesis.txt"]
 
 
 def test_random_weights_appear_whole_and_leave_nothing_beside_them(tmp_path, monkeypatch):
     tiny = architecture_of(SdxlFamily.Config(path="toy-sdxl"))
     monkeypatch.setattr(random_model, "PUBLISHED", {"sdxl": tiny})
-    folder = write_random_sdxl(tmp_path / "sdxl", dtype=torch.float32)
+    folder = write_random_pipeline(tmp_path / "sdxl", "sdxl", dtype=torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["sdxl"]
     SdxlFamily.check(SdxlFamily.Config(path=str(folder)))
     written = (folder / "model_index.json").stat().st_mtime_ns
-    assert write_random_sdxl(folder).stat() and (folder / "model_index.json").stat().st_mtime_ns == written
+    assert write_random_pipeline(folder, "sdxl").stat() and (folder / "model_index.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "zimage", "flux2_klein"])
+@torch.no_grad()
+def test_random_weights_of_every_family_make_a_model_that_its_pipeline_opens(name, tmp_path, monkeypatch):
+    family = resolve("model", MODELS, name)
+    build = {"zimage": tiny_zimage, "flux2_klein": tiny_flux2}.get(name)
+    if build is not None:
+        build(tmp_path / "tiny")
+    path = str(tmp_path / "tiny") if build else {"sd15": "toy-sd15", "sd3": "toy-flow"}[name]
+    tiny = architecture_of(family.Config(path=path))
+    if build is None:
+        clip = {"max_position_embeddings": 77, "vocab_size": 49408, "eos_token_id": 2}
+        tiny = replace(tiny, text_encoders=tuple({**entry, **clip} for entry in tiny.text_encoders))
+    monkeypatch.setattr(random_model, "PUBLISHED", {name: tiny})
+    folder = write_random_pipeline(tmp_path / "random", name, dtype=torch.float32)
+    options: dict[str, Any] = {"image_size": 16} if build else {}
+    options |= {"text_layers": (1, 3)} if name == "flux2_klein" else {}
+    model = family.load(family.Config(path=str(folder), **options), device="cpu", trainable=False)
+    noise = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+    output = model.predict(noise, torch.tensor([500]), model.encode(["a"]))
+    assert torch.isfinite(output).all() and 0.1 < float(output.std()) < 10
+    assert torch.isfinite(model.decode(noise)).all()
+    assert family.open_pipeline(model.config).__class__ is family.pipeline
+
+
+def test_random_weights_of_a_family_without_a_published_size_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="`ddpm` has no published architecture"):
+        write_random_pipeline(tmp_path / "ddpm", "ddpm")
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -1,30 +1,56 @@
-"""A full-size pipeline with random weights, for benchmarks and tests without access to a trained one."""
+"""Pipelines of full size with random weights, for benchmarks and tests without access to trained ones."""
 
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer
 
 from acpo_dist.core.errors import UsageError
-from acpo_dist.models.architectures import PUBLISHED, Architecture
+from acpo_dist.core.registry import MODELS, resolve
+from acpo_dist.models.architectures import PUBLISHED
 from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
 from acpo_dist.models.loading import cast
-from acpo_dist.models.training.toy_models import sdxl_scheduler
+from acpo_dist.models.sd3 import T5_PARTS
+from acpo_dist.models.training.toy_models import sd15_scheduler, sdxl_scheduler
 
 _BLOCK = 1 << 22
+_SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "sdxl": sdxl_scheduler, "sd15": sd15_scheduler, "sd3": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "zimage": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flux2_klein": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+}  # fmt: skip
+_ENTRIES: dict[str, dict[str, Any]] = {
+    "sdxl": {"force_zeros_for_empty_prompt": True, "add_watermarker": False},
+    "sd15": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    "sd3": dict.fromkeys(T5_PARTS),
+}
+"""Further arguments of the pipeline class."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+)
+"""Has the two features that the families depend on: the message, and a text that depends on `enable_thinking`."""
 
 
-def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> Path:
-    """Write an SDXL folder of 2.6 B + 0.8 B parameters (7 GB in bfloat16), or keep an existing one.
+def write_random_pipeline(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0
+) -> Path:
+    """Write a pipeline folder of the family's published size, or keep an existing one.
+
+    In bfloat16: 7 GB for `sdxl`, 2 GB for `sd15`, 6 GB for `sd3`, 20 GB for `zimage`, 16 GB for `flux2_klein`. The
+    weights are in memory while they are written. Stable Diffusion 3 has no T5; a tokenizer of bytes stands for Qwen's.
 
     Args:
         folder: folder to write.
+        family: value of `model.type` with a published architecture.
         dtype: type of the weights.
         device: device on which the weights are generated.
         seed: seed of the weights.
@@ -33,8 +59,10 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
         The folder.
 
     Raises:
-        UsageError: the folder holds other files.
+        UsageError: the folder holds other files, or the family has no published architecture.
     """
+    if family not in PUBLISHED:
+        raise UsageError(f"`{family}` has no published architecture; known: {', '.join(PUBLISHED)}.")
     if (folder / "model_index.json").is_file():
         return folder
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -44,59 +72,72 @@ def write_random_sdxl(folder: Path, *, dtype: torch.dtype = torch.bfloat16, devi
     # Written beside the final place first, so that an incomplete folder is never mistaken for a complete one.
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
     try:
-        _write(partial, dtype, device, seed)
+        _write(partial, family, dtype, device, seed)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _write(folder: Path, dtype: torch.dtype, device: str, seed: int) -> None:
-    architecture = PUBLISHED["sdxl"]
+def byte_tokenizer() -> Qwen2Tokenizer:
+    """Return a tokenizer of Qwen's class whose tokens are bytes and the marks of its chat template."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    vocab = {symbol: index for index, symbol in enumerate([*marks, *sorted(ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=marks[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _write(folder: Path, name: str, dtype: torch.dtype, device: str, seed: int) -> None:
+    family, architecture = resolve("model", MODELS, name), PUBLISHED[name]
     block = torch.rand(_BLOCK, generator=torch.Generator().manual_seed(seed)).to(device) - 0.5
-    write_clip_tokenizer(folder / "tokenizer")
-    write_clip_tokenizer(folder / "tokenizer_2", pad_token="!")
-    scheduler: EulerDiscreteScheduler = sdxl_scheduler()
-    pipeline = StableDiffusionXLPipeline(
-        unet=_filled(lambda: UNet2DConditionModel.from_config(dict(architecture.unet)), dtype, block),
-        vae=_filled(lambda: AutoencoderKL.from_config(dict(architecture.vae or {})), dtype, block),
-        text_encoder=_encoder(CLIPTextModel, architecture, 0, dtype, block),
-        text_encoder_2=_encoder(CLIPTextModelWithProjection, architecture, 1, dtype, block),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-        scheduler=scheduler,  # pyright: ignore[reportArgumentType]
-        force_zeros_for_empty_prompt=True, add_watermarker=False,
-    )  # fmt: skip
+    parts: dict[str, Any] = {}
+    for part, kind, config in (
+        (family.network_part, family.network_class, architecture.unet),
+        ("vae", family.vae_class, architecture.vae or {}),
+    ):
+        parts[part] = _filled(lambda kind=kind, config=config: kind.from_config(dict(config)), dtype, block)
+    kinds = [entry for entry in family.text_parts if entry[1] not in _ENTRIES.get(name, {})]
+    for (tokens, part, kind), config in zip(kinds, architecture.text_encoders, strict=False):
+        keys = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+        parts[part] = _filled(lambda kind=kind, keys=keys: kind(kind.config_class(**keys)), dtype, block)
+        parts[tokens] = _tokenizer(folder / tokens, config)
+    pipeline = family.pipeline(**parts, scheduler=_SCHEDULERS[name](), **_ENTRIES.get(name, {}))
     pipeline.save_pretrained(folder, safe_serialization=True)
 
 
-def _encoder(kind: Any, architecture: Architecture, index: int, dtype: torch.dtype, block: torch.Tensor) -> Any:
-    # position ids are made, not filled; the random start of so many weights is what takes long.
-    config = CLIPTextConfig(**architecture.text_encoders[index])
-    return _filled(lambda: kind(config), dtype, block)
+def _tokenizer(folder: Path, config: Any) -> Any:
+    if config.get("model_type") == "qwen3":
+        return byte_tokenizer()
+    write_clip_tokenizer(folder, **({"pad_token": "!"} if folder.name == "tokenizer_2" else {}))
+    return CLIPTokenizer.from_pretrained(folder)
 
 
-def _filled(build: Any, dtype: torch.dtype, block: torch.Tensor) -> Any:
-    """Build on the meta device, then fill all weights with one repeated random block at the scale of a linear layer."""
-    with torch.device("meta"):
+def _filled(build: Callable[[], Any], dtype: torch.dtype, block: torch.Tensor) -> Any:
+    """Build without weights, then fill them with one repeated random block at the scale of a linear layer."""
+    # The random start of so many weights is what takes long. Buffers are computed, such as the table of positions.
+    with init_empty_weights(include_buffers=False):
         module = build()
     cast(module, dtype)
-    module.to_empty(device=block.device)
-    with torch.no_grad():
-        for owner, name, value in _parameters(module):
-            if value.ndim < 2:
-                # Norms start as the identity; all other one-dimensional parameters are biases.
-                value.fill_(1.0 if name == "weight" and "Norm" in type(owner).__name__ else 0.0)
-                continue
-            scale = (3 / value[0].numel()) ** 0.5
-            flat = value.reshape(-1)
-            for start in range(0, flat.numel(), _BLOCK):
-                piece = flat[start : start + _BLOCK]
-                piece.copy_(2 * scale * block[: piece.numel()])
-        for name, buffer in module.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    for owner, name, empty in list(_parameters(module)):
+        value = torch.empty(empty.shape, dtype=dtype, device=block.device)
+        _fill(value, block, norm=name == "weight" and "Norm" in type(owner).__name__)
+        setattr(owner, name, nn.Parameter(value, requires_grad=False))
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
     return module.eval()
+
+
+def _fill(value: torch.Tensor, block: torch.Tensor, *, norm: bool) -> None:
+    if value.ndim < 2:
+        # Norms start as the identity; all other one-dimensional parameters are biases.
+        value.fill_(1.0 if norm else 0.0)
+        return
+    scale = (3 / value[0].numel()) ** 0.5
+    flat = value.reshape(-1)
+    for start in range(0, flat.numel(), _BLOCK):
+        piece = flat[start : start + _BLOCK]
+        piece.copy_(2 * scale * block[: piece.numel()])
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

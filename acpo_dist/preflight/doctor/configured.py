@@ -20,7 +20,7 @@ from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.base_check import FATAL, describe_problems
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalRollouts, default_device
-from acpo_dist.training.run import long_prompts
+from acpo_dist.training.run import long_prompts, model_notes
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from acpo_dist.workers.reward.canary import Canary
@@ -57,6 +57,8 @@ def check_model(config: Config) -> Iterator[Finding]:
     yield Finding(
         "model", "ok", f"`{model.path}` is available; its decoder loads in {time.monotonic() - started:.1f} s"
     )
+    for note in model_notes(config):
+        yield Finding("model", "note", note)
 
 
 def check_plan(config: Config) -> Iterator[Finding]:
