@@ -9,8 +9,9 @@ left out) and network calls per sample (a forward of one sample is 1, a forward 
 evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of
 oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40` and `--at drift=0.1` interpolate
 between the evaluations instead, for a comparison at equal compute or equal drift. Seeds can be spread over processes:
-`--table FILE...` reads lines, or the JSON file of an earlier `--out`. `--out FOLDER` writes all evaluations and a
-chart, algorithms.json and algorithms.png. `--images FOLDER` writes a grid per evaluation.
+`--table FILE...` reads lines, or the JSON files of earlier `--out`. `--out FOLDER` writes all evaluations and a chart,
+algorithms.json and algorithms.png, and continues after the last finished run when started again. `--images FOLDER`
+writes a grid per evaluation.
 """
 
 import os
@@ -30,6 +31,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import torch
+from _cells import Cells
 
 from acpo_dist.config.load import load_config
 from acpo_dist.evaluation.metrics.arm import evaluate_toy_arm
@@ -83,13 +85,21 @@ def main() -> None:
     if options.table:
         lines = [row for path in options.table for row in read_lines(path)]
     else:
-        lines = [row for seed in options.seeds for name in options.only for row in run_arm(name, seed, options)]
+        lines = [row for seed in options.seeds for name in options.only for row in finished_or_run(name, seed, options)]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         rows = ",\n".join(map(json.dumps, lines))
         (options.out / "algorithms.json").write_text(f'{{"evaluations": [\n{rows}\n]}}\n')
         draw(lines, options.out / "algorithms.png")
     sys.stdout.write(compare_at(lines, *options.at.split("=")) if options.at else make_table(lines, options.goal))
+
+
+def finished_or_run(name: str, seed: int, options) -> list[dict]:
+    """Return the evaluations of a run; with `--out` from runs.jsonl there, if the same run has finished before."""
+    if not options.out:
+        return run_arm(name, seed, options)
+    key = " ".join(["run", name, str(seed), str(options.samples), str(options.every), *options.overrides])
+    return Cells(options.out / "runs.jsonl").get(key, lambda: run_arm(name, seed, options))
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return runpy.run_path(str(ROOT / "benchmarks/algorithms.py"))
 
 
 def evaluation(arm: str, seed: int, iteration: int, **changes: float) -> dict:
@@ -54,3 +57,9 @@ def test_stored_evaluations_are_read_again(script, tmp_path):
     stored = tmp_path / "algorithms.json"
     stored.write_text(json.dumps({"evaluations": RUNS}))
     assert script["read_lines"](lines) == script["read_lines"](stored) == RUNS
+
+
+def test_a_run_that_has_finished_is_not_repeated(script, tmp_path):
+    (tmp_path / "runs.jsonl").write_text(json.dumps({"key": "run acpo 0 240 10 a.b=1", "value": RUNS[:2]}) + "\n")
+    options = Namespace(out=tmp_path, samples=240, every=10, overrides=["a.b=1"])
+    assert script["finished_or_run"]("acpo", 0, options) == RUNS[:2]
