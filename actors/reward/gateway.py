@@ -236,6 +236,7 @@ def open_gateway(link: PoolLink, metrics: Mapping[str, bool], cut: str, http: Ht
     except RayError as error:
         raise WorkerError(
             f"rewards.http cannot listen on {http.host}:{http.port} (rewards.http.host, rewards.http.port): "
-            f"{str(error).strip().splitlines()[-1]}"
+            f"{str(error).strip().splitlines()[-1]}. If another program uses the port, set rewards.http.port=0, which "
+            "takes a free one."
         ) from error
     return actor, f"http://{host}:{port}"

@@ -59,6 +59,8 @@ def test_a_run_is_running_while_it_is_driven_and_unfinished_from_then_on(tmp_pat
     # Of a driver on another machine only what it wrote last can be seen.
     (root / LOCK_FILE).write_text(json.dumps(json.loads(here) | {"place": "another machine"}))
     assert read_run(root).state == "running" and read_run(old(root)).state == "unfinished"
+    # A clock that was set back, or another one's, puts the time of the last line into the future.
+    assert read_run(old(root, -20_000)).state == "unfinished"
 
 
 def test_the_best_checkpoint_is_the_guards_best_in_the_newest_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.objective.advantage import group_advantages
 from acpo_dist.preflight.doctor.storage import check_tracking
 from acpo_dist.tracking.mlflow_tracker import MlflowTracker
-from acpo_dist.training.run_lock import held
+from acpo_dist.training import run_lock
+from acpo_dist.training.run_lock import held, lock_holder
 from acpo_dist.training.trajectory.manager import few_late_states
 from tests.conftest import TINY
+from tests.helpers.runs import results
 
 LONG = "ü" * 300
 LAUNCHERS = {
@@ -31,6 +34,12 @@ LAUNCHERS = {
     "SLURM_JOB_ID": "7", "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_NODELIST": "node[1-4]", "UV": "/usr/bin/uv",
     "UV_RUN_RECURSION_DEPTH": "1",
 }  # fmt: skip
+JUMPING_CLOCK = """
+import itertools, time
+now, jumps = time.time, itertools.cycle([0.0, -3.0e7, 4.0e8, -86400.0])
+time.time = lambda: now() + next(jumps)
+"""
+"""`sitecustomize.py`: the wall clock jumps by a year back, ten years ahead and a day back from call to call."""
 PROXIES = {
     name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 }
@@ -199,6 +208,29 @@ def test_a_trajectory_with_one_late_state_is_reported_with_the_share_that_gives_
     assert few_late_states(few, single, levels) is None
 
 
+def test_a_run_of_a_model_with_four_steps_says_at_its_start_which_key_to_set(tiny, tmp_path):
+    from rich.console import Console as RichConsole
+
+    from acpo_dist.tracking.console import Console
+    from acpo_dist.training.local import open_ports
+    from acpo_dist.training.run import drive
+
+    class StartedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StartedError
+
+    steps = ["sampler.num_steps=4", "sampler.t_max=0.3", "sampler.guidance_scale=1", f"run.dir={tmp_path / 'run'}"]
+    with (tmp_path / "said").open("w+", encoding="utf-8") as file:
+        console = Console(rich_console=RichConsole(file=file, width=10_000))
+        with pytest.raises(StartedError):
+            drive(tiny(*steps), open_ports, console, at_start=stop)
+        file.seek(0)
+        said = [line for line in file.read().splitlines() if line.startswith("warning: only 1 of 4")]
+    assert len(said) == 1 and "sampler.t_max=0.5" in said[0]
+
+
 def test_a_group_whose_spread_is_a_residue_of_rounding_is_left_out_and_counted():
     # Scores that differ by 2e-4 where those of the base model have a standard deviation of 0.35.
     quality = {"a0": 0.0, "a1": 2e-4 / 0.35, "b0": 0.0, "b1": 0.2}
@@ -221,28 +253,51 @@ def test_another_version_of_ray_or_python_on_the_cluster_is_one_message_with_bot
     assert "192.0.2.1:6379" in said and "\n" not in said and len(said) <= LONGEST
 
 
-def test_proxies_and_the_variables_of_launchers_change_nothing(tmp_path, tiny):
+def driven(*overrides: str) -> list[dict[str, float]]:
+    """Metrics of a small run of one iteration in this process."""
     from acpo_dist.tracking.console import Console
-    from acpo_dist.tracking.jsonl import read_metrics
     from acpo_dist.training.local import open_ports
     from acpo_dist.training.run import drive
 
+    config = load_config("toy_sdxl", [*TINY, "run.iterations=1", *overrides])
+    drive(config, open_ports, Console(quiet=True))
+    return results(config.run_dir)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> list[dict[str, float]]:
+    return driven(f"run.dir={tmp_path_factory.mktemp('calm') / 'run'}")
+
+
+def test_a_run_on_a_slow_disk_keeps_its_lock_and_its_metrics(tmp_path, calm, monkeypatch):
+    folder, written, slowed = tmp_path / "run", os.fsync, []
+
+    def fsync(file: int) -> None:
+        """Take as long as three heartbeats of the run lock, which must not stop meanwhile."""
+        holder = lock_holder(folder)
+        if holder is not None:
+            slowed.append(holder.beat)
+            while (now := lock_holder(folder)) is None or now.beat < holder.beat + 3:
+                time.sleep(0.01)
+        written(file)
+
+    monkeypatch.setattr(run_lock, "_BEAT_S", 0.02)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert driven(f"run.dir={folder}") == calm
+    assert len(slowed) >= 3 and slowed == sorted(slowed)
+
+
+def test_proxies_the_variables_of_launchers_and_a_jumping_clock_change_nothing(tmp_path, calm):
     command = [sys.executable, "-c", "from acpo_dist.cli import main; main()", "train", "toy_sdxl", "--json"]
     name = f"run.name=süß/{LONG}"
+    (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [*command, *TINY, "run.iterations=1", name], capture_output=True, text=True, timeout=600,
-        env={**os.environ, **LAUNCHERS, **PROXIES, "ACPO_RUNS": str(tmp_path)},
+        env={**os.environ, **LAUNCHERS, **PROXIES, "ACPO_RUNS": str(tmp_path), "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    folder = Path(json.loads(done.stdout)["run_dir"])
-    calm = tmp_path / "calm"
-    drive(tiny("run.iterations=1", f"run.dir={calm}"), open_ports, Console(quiet=True))
-
-    def figures(root: Path) -> list[dict[str, float]]:
-        rows = read_metrics(root / "metrics.jsonl")
-        return [{name: value for name, value in row.items() if not name.startswith(("time/", "idle/"))} for row in rows]
-
-    assert figures(folder) == figures(calm)
+    assert results(Path(json.loads(done.stdout)["run_dir"])) == calm
 
 
 def test_a_run_folder_that_was_moved_goes_on_from_its_checkpoint(tmp_path):

@@ -27,14 +27,9 @@ from acpo_dist.data.prompts import load_prompts
 from acpo_dist.evaluation.suites.suite import load_suite
 from acpo_dist.rewards.training.correspondence import read_captioned
 from tests.conftest import TINY
+from tests.helpers.secrets import PLANTED, SECRETS, files_with
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANTED = "pLaNtEd5eCrEt"
-SECRETS = {
-    "MLFLOW_TRACKING_URI": f"http://user:{PLANTED}@127.0.0.1:9", "MLFLOW_TRACKING_TOKEN": PLANTED,
-    "MLFLOW_TRACKING_PASSWORD": PLANTED, "HF_TOKEN": PLANTED, "ACPO_REWARDS_TOKEN": PLANTED + PLANTED,
-    "RAY_AUTH_TOKEN": PLANTED, "AWS_SECRET_ACCESS_KEY": PLANTED, "WANDB_API_KEY": PLANTED,
-}  # fmt: skip
 
 
 def huge_png(side: int) -> bytes:
@@ -217,8 +212,7 @@ def test_no_secret_of_the_environment_reaches_the_output_or_any_file_of_a_run(tm
     assert "127.0.0.1:9" in done.stderr and PLANTED not in done.stderr + done.stdout
     # The spool holds every record that is meant for MLflow.
     assert (folder / "mlflow" / "pending.jsonl").stat().st_size > 0
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
+    assert files_with(PLANTED, folder) == []
 
 
 @pytest.mark.parametrize("page", ["security.md", "reliability.md"])

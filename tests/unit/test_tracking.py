@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -187,6 +189,46 @@ def test_a_database_appears_complete_or_not_at_all_and_the_first_of_two_makers_w
     assert list(tmp_path.iterdir()) == []
     make_sqlite(f"sqlite:///{target}", overtaken)
     assert target.read_text() == "theirs" and list(tmp_path.iterdir()) == [target]
+
+
+STARTING_RUN = """
+import sys
+from pathlib import Path
+from acpo_dist.tracking import mlflow_tracker
+mlflow_tracker.CLOSE_TIMEOUT_S = 600.0
+folder = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+tracker = mlflow_tracker.MlflowTracker(
+    mlflow_tracker.default_uri(folder), "acpo", folder.name, spool=folder / "mlflow", params={}, tags={})
+tracker.log_metrics(0, {"a": 1.0})
+tracker.close("FINISHED")
+"""
+
+
+def test_several_runs_that_start_at_once_make_one_database_and_each_finds_its_run(tmp_path):
+    names = ["one", "three", "two"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTING_RUN, str(tmp_path / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for name in names
+    ]  # fmt: skip
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 3
+    for run in runs:
+        run.stdin.write("\n")
+        run.stdin.flush()
+    errors = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], errors
+    client = client_of(tmp_path / "one")
+    (experiment,) = [one for one in client.search_experiments() if one.name == "acpo"]
+    found = client.search_runs([experiment.experiment_id])
+    assert sorted((run.info.run_name, run.info.status, run.data.metrics["a"]) for run in found) == [
+        (name, "FINISHED", 1.0) for name in names
+    ]
+    assert [waiting(tmp_path / name) for name in names] == [[], [], []]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", *names]
 
 
 def test_an_unreachable_server_is_named_once_and_its_records_wait_on_disk(run_dir, caplog):
