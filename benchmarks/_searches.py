@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 Eps = Callable[[Tensor, Tensor], Tensor]
@@ -91,46 +90,6 @@ def optimal_steps(eps_of: Callable[[int], Eps], noise: Tensor, states: Tensor, g
     return {
         count: grid[_filled(np.median(paths, 0).round().astype(int), count, grid)] for count, paths in found.items()
     }
-
-
-def hierarchical(low: float, high: float, steps: Sequence[int], sigma_at: Callable, time_of: Callable) -> dict:
-    """HSO (Zhu et al. 2025): midpoint error proxy, descended from several starts; close timesteps are penalised.
-
-    The publication evolves rho, the last time and the first time; here rho and the last time are searched on a grid,
-    and the first level stays the schedule's. No network call.
-    """
-    result = {}
-    for count in steps:
-        least, best = np.inf, None
-        for rho in (3.0, 5.0, 7.0, 10.0, 13.0, 16.0):
-            for last in (0.01, 0.015, 0.02, 0.025, 0.03):
-                end = max(low, sigma_at(last))
-                ramp = np.linspace(0, 1, count)
-                start = (high ** (1 / rho) * (1 - ramp) + end ** (1 / rho) * ramp) ** rho
-                gaps = np.diff(-np.log(start))
-                found = minimize(_midpoint_error, np.log(gaps / gaps.sum()), args=(high, end), method="L-BFGS-B")
-                sigmas = _from_gaps(found.x, high, end)
-                times = time_of(sigmas)
-                wanted = np.clip(0.15 + (0.01 - 0.15) / 16 * (count - 4), 0.01, 0.15)
-                fitness = found.fun + 1e9 * np.square(np.maximum(0, wanted + np.diff(times))).sum()
-                if fitness < least:
-                    least, best = fitness, sigmas
-        result[count] = best
-    return result
-
-
-def _from_gaps(parameters: np.ndarray, high: float, low: float) -> np.ndarray:
-    share = np.exp(parameters - parameters.max())
-    at = np.concatenate([[0.0], np.cumsum(share / share.sum())])
-    return np.exp(np.log(high) * (1 - at) + np.log(low) * at)
-
-
-def _midpoint_error(parameters: np.ndarray, high: float, low: float) -> float:
-    """Sum over steps of sigma^2 / alpha at the midpoint in log-SNR, times the step in alpha / sigma."""
-    ratio = _from_gaps(parameters, high, low)
-    middle = np.sqrt(ratio[:-1] * ratio[1:])
-    alpha = 1 / np.sqrt(1 + middle**2)
-    return float(((middle * alpha) ** 2 / alpha * np.diff(1 / ratio)).sum())
 
 
 def _shortest(cost: np.ndarray, count: int, coefficient: float = 1.0) -> list[int]:

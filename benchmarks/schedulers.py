@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/schedulers.py --out runs/schedulers [--steps 4 5 8 10 20] [--seeds 0 1 2]
 
 Uniform, quadratic, logSNR, Karras, Align Your Steps' published SDXL timesteps (`ays_like`), GITS, Optimal Stepsize
-(OSS), HSO, and VRG from uniform with its validation (on 16 samples). All start at the last timestep with the
-same noise and use DDIM. Measured: mean squared distance of x_0 to a reference of `--reference` steps, on samples that
-no search has seen, and the network evaluations of the search for all `--steps` together (a guided call counts twice).
+(OSS), HSO (grid), and what `acpo vrg` adopts in place of uniform: VRG, and HSO (grid) behind the same validation (on 16
+samples). All start at the last timestep with the same noise and use DDIM. Measured: mean squared distance of x_0 to a
+reference of `--reference` steps, on samples that no search has seen, and the network evaluations of the search for all
+`--steps` together (a guided call counts twice).
 Results go to cells.jsonl (a study that is started again continues), then to schedulers.json, .md and .png.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from _cells import Cells
-from _searches import gits, hierarchical, karras_grid, optimal_steps, teacher
+from _searches import gits, karras_grid, optimal_steps, teacher
 from torch import Tensor
 from vrg import at, guidance, spacings
 
@@ -34,10 +35,11 @@ from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.trajectory.measure import measure, single_samples
 from acpo_dist.training.trajectory.validate import consider, set_trajectory
+from acpo_dist.vrg.hso_grid import search_hso_grid
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.timesteps import to_timesteps
 
-SEARCHED = ("GITS", "OSS", "HSO", "VRG")
+SEARCHED = ("GITS", "OSS", "HSO (grid)", "HSO (grid), validated", "VRG")
 VRG = ("vrg.gate_samples=16", "vrg.images=128")
 
 
@@ -108,7 +110,6 @@ class Study:
         plans = self._plans("search", self._options.search_samples)
         prompts, noise = [plan.prompt for plan in plans], self._noise(plans)
         few = max(2, len(plans) // 4)
-        total = len(self._levels)
 
         def searched(name: str, search: Any) -> None:
             before = self.evaluations
@@ -120,23 +121,25 @@ class Study:
             lambda image: self._eps([prompts[image]]), noise[:few],
             teacher(self._eps(prompts[:few]), noise[:few], grid)[0], grid, steps,
         ))  # fmt: skip
-        searched("HSO", lambda: hierarchical(
-            float(sigmas[0]), float(sigmas[-1]), steps,
-            sigma_at=lambda time: float(np.interp(time * total - 1, np.arange(total), sigmas)),
-            time_of=lambda nodes: (to_timesteps(np.clip(nodes, sigmas[0], sigmas[-1]), self._levels) + 1) / total,
-        ))  # fmt: skip
+        searched("HSO (grid)", lambda: {k: search_hso_grid(float(sigmas[-1]), k, self._levels) for k in steps})
         before = self.evaluations
         sums = measure(
             self._pool, self._config, self._prompts, self._levels, images=self._config.vrg.images, label="bench"
         )
-        nodes = {count: self._vrg(found["uniform"][0][count], sums, count) for count in steps}
-        found["VRG"] = (nodes, self.evaluations - before)
+        measured = self.evaluations - before
+        # HSO needs no measurement; `acpo vrg` makes it all the same, for its report.
+        for name, search, cost in (("VRG", "vrg", measured), ("HSO (grid), validated", "hso_grid", 0)):
+            before = self.evaluations
+            nodes = {count: self._proven(found["uniform"][0][count], sums, count, search) for count in steps}
+            found[name] = (nodes, cost + self.evaluations - before)
         return found
 
-    def _vrg(self, start: Trajectory, sums: Any, count: int) -> Trajectory:
+    def _proven(self, start: Trajectory, sums: Any, count: int, search: str) -> Trajectory:
+        """Return what `acpo vrg` adopts in place of a trajectory with this search."""
         set_trajectory(self._pool, start)
         sampler = self._config.sampler.model_copy(update={"num_steps": count})
-        config = self._config.model_copy(update={"sampler": sampler})
+        vrg = self._config.vrg.model_copy(update={"search": search})
+        config = self._config.model_copy(update={"sampler": sampler, "vrg": vrg})
         return consider(self._pool, config, self._prompts, sums, start, self._levels, provenance={}).trajectory
 
     def _plans(self, stream: str, count: int) -> list[Any]:

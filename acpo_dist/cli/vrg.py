@@ -51,7 +51,9 @@ def measure_command(
 def optimize_command(
     table: Annotated[Path, typer.Option(help="Error table: published text format, or an artefact of ours.")],
     trajectory: Annotated[Path, typer.Option(help="Trajectory to start from: text format or artefact.")],
-    mode: Annotated[str, typer.Option(help="log_trust (noisy end fixed) or paper_box (parity).")] = "log_trust",
+    mode: Annotated[
+        str, typer.Option(help="log_trust (noisy end fixed), paper_box (parity) or hso_grid (schedule alone).")
+    ] = "log_trust",
     trust: Annotated[
         float, typer.Option(help="log_trust: share of the gap in log sigma that a level may move.")
     ] = 0.25,
@@ -92,6 +94,7 @@ def show_command(
 
 def _print(report: dict[str, Any]) -> None:
     from acpo_dist.tracking.console import Console
+    from acpo_dist.training.trajectory.validate import at_trust
 
     console = Console()
     now = report["trajectory"]
@@ -112,7 +115,7 @@ def _print(report: dict[str, Any]) -> None:
     console.table(title, ["step", "timestep before", "alpha_bar before", "timestep", "alpha_bar"], rows)
     for gate in report.get("gates", []):
         ratio, steps = f"ratio {gate['ratio']:.3f}", f"{gate['reference_steps']} steps"
-        say(f"validation at trust {gate['trust']:g}: distance to {steps}, {ratio}{_clipped(gate)}")
+        say(f"validation{at_trust(gate['trust'])}: distance to {steps}, {ratio}{_clipped(gate)}")
     if "adopted" in report:
         say("adopted" if report["adopted"] else "kept the previous trajectory")
 

@@ -1,10 +1,12 @@
 """Optimise the noise levels of a sampling trajectory (Variance-Reduction Guidance).
 
 N denoise steps from noisy to clean; J is defined in `acpo_dist.vrg.objective`. The unconstrained minimum of J is a poor
-trajectory, so both modes limit the distance from the given trajectory:
+trajectory, so two modes limit the distance from the given trajectory:
   * `log_trust`: log sigma of each node moves by at most `trust` times the gap to the neighbour in the direction of the
     move. The noisy end is fixed.
   * `paper_box`: the constraints and the loss of the publication, for comparison. The noisy end can move.
+The third does not minimise J:
+  * `hso_grid`: `acpo_dist.vrg.hso_grid`, from the noise schedule, the noisy end and the number of steps alone.
 """
 
 import time
@@ -16,14 +18,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from acpo_dist.core.errors import VrgError
-from acpo_dist.vrg.levels import FloatArray, checked_sigmas, to_alpha_bars
+from acpo_dist.vrg.hso_grid import search_hso_grid
+from acpo_dist.vrg.levels import FloatArray, checked_schedule, checked_sigmas, to_alpha_bars
 from acpo_dist.vrg.log_trust import log_gaps, search_log_trust
 from acpo_dist.vrg.objective import cumulative_error
 from acpo_dist.vrg.paper_box import search_paper_box
 from acpo_dist.vrg.responses import Response, Solver, as_solver
 from acpo_dist.vrg.table import ErrorTable
 
-Mode = Literal["log_trust", "paper_box"]
+Mode = Literal["log_trust", "paper_box", "hso_grid"]
 
 FLOAT32_SLACK = 1e-6
 """Relative tolerance below `sigma_min` for a cleanest node that was rounded to float32."""
@@ -39,7 +42,7 @@ class OptimisedTrajectory:
     j0: float
     """J of the given trajectory, under the same table, interpolation and solver as j1."""
     j1: float
-    """J of the optimised trajectory, without the penalty of `paper_box`; never above j0."""
+    """J of the optimised trajectory, without the penalty of `paper_box`; above j0 at most in `hso_grid`."""
     cpu_seconds: float
     saturation: float
     """Largest move in log sigma, divided by the gap to the neighbour moved towards; at most `trust` in `log_trust`."""
@@ -50,7 +53,7 @@ class OptimisedTrajectory:
 
     @property
     def gain(self) -> float:
-        """Relative reduction of J: 1 - j1 / j0, in [0, 1)."""
+        """Relative reduction of J: 1 - j1 / j0, below 1."""
         return 1 - self.j1 / self.j0
 
 
@@ -65,6 +68,7 @@ def optimize(
     sigma_min: float | None = None,
     sigma_end: float = 0.0,
     solver: str | Solver | Response = "first_order",
+    schedule: ArrayLike | None = None,
 ) -> OptimisedTrajectory:
     """Find the trajectory with the smallest J near the given one. The result depends on the arguments only.
 
@@ -78,7 +82,7 @@ def optimize(
     Args:
         sigmas: N nodes, strictly increasing or decreasing.
         table: the error table of J.
-        mode: `log_trust` or `paper_box`.
+        mode: `log_trust`, `paper_box` or `hso_grid`.
         trust: `log_trust`: largest move as a share of the gap to the neighbour, in [0, 0.5). If `sigma_end` is 0, the
             cleanest node has no cleaner neighbour and uses the gap to its noisier neighbour in both directions.
         lp: `paper_box`: largest change of alpha_i, the ratio of neighbouring alpha_bars.
@@ -87,10 +91,11 @@ def optimize(
             publication.
         sigma_end: sigma after the last step; must be 0 in `paper_box`.
         solver: a name in `responses.SOLVERS`, a `Solver`, or a response function.
+        schedule: `hso_grid`: the model's alpha_bar by timestep, shape (T,).
 
     Returns:
-        The optimised trajectory with strictly decreasing sigmas. In `log_trust` the first sigma is unchanged bit for
-        bit. `paper_box` interpolates the table with `linear_alpha_bar`, as in the publication.
+        The optimised trajectory with strictly decreasing sigmas. The first sigma is unchanged bit for bit, except in
+        `paper_box`. `paper_box` interpolates the table with `linear_alpha_bar`, as in the publication.
 
     Raises:
         VrgError: an unknown mode, an argument out of range, or invalid sigmas.
@@ -114,8 +119,15 @@ def optimize(
         settings |= {"lp": lp, "reg_lambda": reg_lambda}
         table = table.with_interpolation("linear_alpha_bar")
         found = search_paper_box(start, table, lp=lp, reg_lambda=reg_lambda, lowest=lowest, solver=solver)
+    elif mode == "hso_grid":
+        if noise or schedule is None:
+            raise VrgError(
+                "hso_grid needs the noise schedule and a finite first sigma, and a flow model starts at pure noise.\n"
+                "  Use log_trust (vrg.search=vrg) for it."
+            )
+        found = search_hso_grid(float(start[0]), len(start), checked_schedule(schedule))
     else:
-        raise VrgError(f"unknown mode {mode!r}; known: log_trust, paper_box.")
+        raise VrgError(f"unknown mode {mode!r}; known: log_trust, paper_box, hso_grid.")
     settings["interpolation"] = table.interpolation
     return OptimisedTrajectory(
         sigmas=(*noise, *found.tolist()),

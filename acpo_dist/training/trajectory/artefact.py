@@ -189,15 +189,15 @@ def optimise_files(
     schedule = _schedule_of(table, newest_artefact(table_path))
     table.check_against(schedule)
     before = read_schedule(trajectory_path, schedule)
-    if options.get("mode") == "log_trust":
+    if options.get("mode") != "paper_box":
         # The published mode has no lower limit of sigma.
-        options = {"sigma_min": float(to_sigmas(schedule[0])), **options}
+        options = {"sigma_min": float(to_sigmas(schedule[0])), "schedule": schedule, **options}
     found = optimize(to_sigmas(before.alpha_bars[:-1]), table, **options)
     inside = np.clip(found.sigmas, to_sigmas(schedule[0]), to_sigmas(schedule[-1]))
     timesteps = to_timesteps(inside, schedule)
-    # The noisy end is fixed in `log_trust`: keep its exact value instead of converting it to sigma and back.
+    # Only `paper_box` moves the noisy end: keep its exact value instead of converting it to sigma and back.
     levels = list(found.alpha_bars)
-    if found.mode == "log_trust":
+    if found.mode != "paper_box":
         levels[0] = before.alpha_bars[0]
     after = Trajectory(timesteps=tuple(map(float, timesteps)), alpha_bars=(*levels, before.alpha_bars[-1]))
     report = {

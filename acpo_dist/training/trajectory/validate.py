@@ -30,7 +30,8 @@ CLIPPED = 1e-3
 class GateResult:
     """Validation of one candidate."""
 
-    trust: float
+    trust: float | None
+    """Size of the trust region; None for a search without one."""
     ratio: float
     """Mean squared distance of the candidate's samples from the reference, divided by the distance of the trajectory
     in use."""
@@ -81,9 +82,9 @@ class Update:
         if self.gates:
             last = self.gates[-1]
             metrics |= {
-                "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio, "vrg/trust": last.trust,
+                "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio,
                 "vrg/clipped_elements": last.clipped_elements, "vrg/clipped_steps": last.clipped_steps,
-            }  # fmt: skip
+            } | ({} if last.trust is None else {"vrg/trust": last.trust})  # fmt: skip
         return metrics
 
 
@@ -91,10 +92,11 @@ def consider(
     pool: RolloutPool, config: Config, prompts: Sequence[str], sums: ErrorSums, base: Trajectory,
     alpha_bars: FloatArray, *, provenance: Mapping[str, Any], prove: bool = True,
 ) -> Update:  # fmt: skip
-    """Optimise within the trust region around the base trajectory; validate the candidate and adopt it if it is better.
+    """Search a candidate near the base trajectory; validate it and adopt it if it is better.
 
     If the candidate fails validation, or has no step late enough for training, the trust region is halved, up to
-    `vrg.halvings` times. If no candidate passes, the trajectory in use is kept.
+    `vrg.halvings` times. `vrg.search: hso_grid` has one candidate, whatever J predicts for it. If no candidate passes,
+    the trajectory in use is kept.
 
     Args:
         pool: the rollout workers.
@@ -118,13 +120,14 @@ def consider(
     # Solvers without a known response are treated as first order; validation uses the configured solver.
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
     trust, gates, adopted = config.vrg.trust, [], False
+    near = config.vrg.search == "vrg"
     validation: Validation | None = None
-    for _ in range(config.vrg.halvings + 1):
+    for _ in range(config.vrg.halvings + 1 if near else 1):
         found = optimize(
-            to_sigmas(base.alpha_bars[:-1]), table, trust=trust, sigma_min=float(to_sigmas(alpha_bars)[0]),
-            solver=solver,
+            to_sigmas(base.alpha_bars[:-1]), table, mode="log_trust" if near else "hso_grid", trust=trust,
+            sigma_min=float(to_sigmas(alpha_bars)[0]), solver=solver, schedule=alpha_bars,
         )  # fmt: skip
-        if found.j1 > found.j0 * (1 - config.vrg.min_gain):
+        if near and found.j1 > found.j0 * (1 - config.vrg.min_gain):
             logger.info("the optimum predicts a gain of %.2f %%, below vrg.min_gain", 100 * (1 - found.j1 / found.j0))
             break
         candidate = replace_levels(base, found.sigmas, alpha_bars)
@@ -139,7 +142,7 @@ def consider(
             current, adopted = candidate, True
             break
         validation = validation or Validation(pool, config, prompts, current, alpha_bars, sums)
-        gates.append(validation.judge(candidate, trust))
+        gates.append(validation.judge(candidate, trust if near else None))
         if gates[-1].passed:
             set_trajectory(pool, candidate)
             current, adopted = candidate, True
@@ -176,19 +179,19 @@ class Validation:
         self._reference = pool.final_latents(self._groups, long)
         self._old = self._errors(current)
 
-    def judge(self, candidate: Trajectory, trust: float) -> GateResult:
+    def judge(self, candidate: Trajectory, trust: float | None) -> GateResult:
         """Compare a candidate with the trajectory in use by the distance of final latents from the reference.
 
         Args:
             candidate: the candidate trajectory.
-            trust: size of the trust region, for the result.
+            trust: size of the trust region, for the result; None for a search without one.
         """
         old, new = self._old, self._errors(candidate)
         # If the trajectory in use has no error, no candidate can improve it.
         ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
         median_ratio = float((new / old).nan_to_num(nan=1.0).median())
         clipped = np.interp(np.log(to_sigmas(candidate.alpha_bars[:-1])), np.log(self._sums.sigmas), self._sums.clipped)
-        logger.info("gate: trust %.3g, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
+        logger.info("gate: trust %s, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
         return GateResult(
             trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
             new_error=float(new.mean()), reference_steps=self._reference_steps,
@@ -235,7 +238,12 @@ def replace_levels(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha
 def describe(update: Update) -> str:
     """Summarise an update in one line for the console."""
     gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
-    gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}) at trust {gate.trust:g}" for gate in update.gates]
+    gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}){at_trust(gate.trust)}" for gate in update.gates]
     tried = ", ".join(gates) or "no candidate worth one"
     verdict = f"adopted {update.trajectory.schedule_id}" if update.adopted else "kept the trajectory in use"
     return f"vrg: {gain}; distance to the long reference, new over old: {tried}; {verdict}"
+
+
+def at_trust(trust: float | None) -> str:
+    """Return the size of the trust region as text; empty for a search without one."""
+    return "" if trust is None else f" at trust {trust:g}"
