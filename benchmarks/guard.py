@@ -107,11 +107,18 @@ class Oracle:
 
     def look(self, pool) -> Look:
         """Measure the version that the workers currently hold."""
+        return self.measure(self.draw(pool))
+
+    def draw(self, pool) -> torch.Tensor:
+        """Draw the images of the version that the workers currently hold: uint8 (samples, 3, H, W)."""
         plans = [plan for group in self._groups for plan in group.samples]
-        images = pool.images(pool.generate(self._groups), [plan.sample_id for plan in plans]).float() / 255
-        ids, errors = nearest_template(images)
+        return pool.images(pool.generate(self._groups), [plan.sample_id for plan in plans])
+
+    def measure(self, images: torch.Tensor) -> Look:
+        """Compare images with the templates and their prompts."""
+        ids, errors = nearest_template(images.float() / 255)
         position = {caption: index for index, caption in enumerate(captions())}
-        wanted = torch.tensor([position[plan.prompt] for plan in plans])
+        wanted = torch.tensor([position[plan.prompt] for group in self._groups for plan in group.samples])
         share = torch.bincount(ids).double() / len(ids)
         entropy = -float(torch.special.xlogy(share, share).sum())
         return Look(errors=errors.double(), hits=(caption_index()[ids] == wanted).double(), entropy=entropy)

@@ -45,13 +45,13 @@ ARMS = {
     "reward_only": ["algorithm.anchor.weight=0", "algorithm.anchor.budget=null", "learner.lr_decay_ratio=0"],
     "acpo": [],
 }
-COLUMNS = ("reward", "judge", "std", "saturated", "frechet", "kid", "denoising", "drift", "diversity")
+COLUMNS = ("std", "saturated", "frechet", "kid", "denoising", "drift", "diversity")
 STEPS = 16
 SHOWN = 12
 
 
-def main() -> None:
-    """Run what is missing, measure, and print the table."""
+def main(arguments: list[str] | None = None, source: str = "cifar10_ddpm") -> None:
+    """Run what is missing of a configuration, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--features", type=Path, required=True, help="EfficientNet-Lite0 weights")
@@ -62,17 +62,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--train-only", action="store_true", help="stop after the runs")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     common = [f"data.path={options.data}", "tracking.mlflow=false", f"run.iterations={options.iterations}"]
     common += options.overrides
-    parts = prepare(load_config("cifar10_ddpm", common), options.out / "base", Console())
+    parts = prepare(load_config(source, common), options.out / "base", Console())
     fixed = [*common, f"model.path={parts.model.path}", *_weights(parts, "train"), *_weights(parts, "judges")]
     for seed in options.seeds:
         for arm in options.arms:
             folder = options.out / f"{arm}-{seed}"
             overrides = [*fixed, f"run.seed={seed}", f"run.dir={folder}", *ARMS[arm]]
-            drive(load_config("cifar10_ddpm", overrides), open_ports, Console(), resume="auto")
+            drive(load_config(source, overrides), open_ports, Console(), resume="auto")
     if options.train_only:
         return
     study = Study(options, parts)
@@ -81,9 +81,10 @@ def main() -> None:
         rows[arm] = [study.model(f"{arm}-{seed}", options.out / f"{arm}-{seed}/export") for seed in options.seeds]
     save_grid(torch.cat(study.shown), options.out / "images.png", columns=SHOWN, labels=study.labels, scale=2)
     (options.out / "results.json").write_text(json.dumps(rows, indent=1))
-    sys.stdout.write("| images | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|\n")
+    columns = (*study.scorers, *COLUMNS)
+    sys.stdout.write("| images | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 1) + "|\n")
     for name, measured in rows.items():
-        cells = [_spread([row[key] for row in measured if key in row]) for key in COLUMNS]
+        cells = [_spread([row[key] for row in measured if key in row]) for key in columns]
         sys.stdout.write(f"| {name} | " + " | ".join(cells) + " |\n")
 
 
@@ -93,10 +94,10 @@ class Study:
     def __init__(self, options: argparse.Namespace, parts: Any) -> None:
         """Load metrics, features and real images."""
         self._samples = options.samples
-        self._workers = [
-            RewardWorker(entry, model=None, cut="image", wire_dtype="float32")
-            for entry in (parts.rewards.train[0], parts.rewards.judges[0])
-        ]
+        self.scorers = {
+            entry.name: RewardWorker(entry, model=None, cut="image", wire_dtype="float32")
+            for entry in (*parts.rewards.train, *parts.rewards.judges)
+        }
         self._extract = open_extractor(f"efficientnet-lite0:{options.features}")
         images = load_images(options.data, parts.data.image_column, None, parts.model.base.image_size)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -128,9 +129,10 @@ class Study:
         self.shown.append(images[:SHOWN])
         self.labels.append(name)
         features = self._extract(images).values
-        scores = [statistics.fmean(worker.score(images, ("",) * len(images))) for worker in self._workers]
+        prompts = ("",) * len(images)
         return {
-            "reward": scores[0], "judge": scores[1], "std": clean.std().item(),
+            **{name: statistics.fmean(worker.score(images, prompts)) for name, worker in self.scorers.items()},
+            "std": clean.std().item(),
             "saturated": (clean.abs() >= 0.999).double().mean().item(),
             "frechet": frechet_distance(features, self._reference, shrinkage=0.1).value,
             "kid": kid(features, self._reference, subset_size=min(256, len(images))).mean,
@@ -154,7 +156,10 @@ class Study:
 
 
 def _weights(parts: Any, role: str) -> list[str]:
-    entries = [{"type": entry.type, "weights": entry.weights} for entry in getattr(parts.rewards, role)]
+    entries = [
+        entry.model_dump(mode="json", exclude_defaults=True) | {"type": entry.type}
+        for entry in getattr(parts.rewards, role)
+    ]
     return [f"rewards.{role}={json.dumps(entries)}"]
 
 
