@@ -7,6 +7,7 @@ from typing import Any
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, quoted
 
+_TRUSTED = ("vrg.search=vrg", lambda config: config.vrg.search == "vrg")
 _CHECKPOINT = ("model.path naming a checkpoint file", lambda config: _is_checkpoint(config.model.path))
 
 
@@ -57,6 +58,9 @@ RULES = (
         lambda config: _of(config, "shape", None) != "identity",
     ),
     Rule("algorithm.min_snr_gamma", "algorithm.space=eps", lambda config: _of(config, "space", "eps") == "eps"),
+    Rule("vrg.trust", *_TRUSTED),
+    Rule("vrg.halvings", *_TRUSTED),
+    Rule("vrg.min_gain", *_TRUSTED),
     Rule("model.prediction_type", *_CHECKPOINT),
     Rule("model.config", *_CHECKPOINT),
     Rule("model.tuning.anchor", "model.tuning.init", lambda config: config.model.tuning.init is not None),

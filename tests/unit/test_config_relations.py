@@ -150,6 +150,7 @@ def test_guidance_rescale_is_refused_where_the_pipeline_or_the_solver_cannot_fol
         ("data.flip", ["data.flip=true"]),
         ("data.held_out", ["data.held_out=0.1"]),
         ("learner.lr_decay_type", ["learner.lr_decay_type=cosine", "learner.lr_decay_ratio=0"]),
+        ("vrg.trust", ["vrg.trust=0.1", "vrg.search=hso_grid"]),
     ],
 )
 def test_a_key_that_another_one_leaves_without_effect_is_refused(key, overrides):
