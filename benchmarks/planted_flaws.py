@@ -142,8 +142,10 @@ def run(source: str, seed: int, options, extra: list[str], *, every: int | None 
         lines = decisions(root)
     return {
         "oracle": oracle.history(), "falls_at": oracle.first_fall(), "drift": round(metrics[-1]["drift/rms"], 3),
-        "nearest": max((value, key[6:]) for key, value in metrics[-1].items()
-                       if key.startswith("guard/") and key not in ("guard/reward_scale", "guard/best_iteration")),
+        "nearest": max(
+            (value, key[6:]) for line in metrics for key, value in line.items()
+            if key.startswith("guard/") and key not in ("guard/reward_scale", "guard/best_iteration")
+        ),
         "cpu_seconds": round(time.process_time() - started, 1),
     }, oracle, metrics, lines  # fmt: skip
 
