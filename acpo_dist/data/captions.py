@@ -1,12 +1,12 @@
 """Captions beside images: `.txt` files with the name of the image, and `metadata.jsonl` or `metadata.csv`."""
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.core.json_text import json_object
 from acpo_dist.data.tables import decode_text, parse_table
 
 logger = logging.getLogger(__name__)
@@ -97,13 +97,7 @@ def _json_lines(text: str, where: str) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}, line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}, line {number}: expected a JSON object, found {type(row).__name__}.")
-        rows.append(row)
+        rows.append(json_object(line, f"{where}, line {number}", DataError))
     return rows
 
 

@@ -1,12 +1,12 @@
 """What a single-file checkpoint (`.safetensors`, `.ckpt`) holds, from the names and shapes of its tensors."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.architectures import PUBLISHED, SD2
 from acpo_dist.models.tensor_files import Entry, open_tensors
 
@@ -159,10 +159,8 @@ def _given(config: Any) -> dict[str, dict[str, Any]]:
     folder = Path(resolve_path(config.config))
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"model.config: expected a pipeline folder or an embedded toy, found `{config.config}`.")
-    found = {
-        file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/config.json"))
-    }
-    return found | {"scheduler": json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))}
+    found = {file.parent.name: read_object(file) for file in sorted(folder.glob("*/config.json"))}
+    return found | {"scheduler": read_object(folder / "scheduler/scheduler_config.json")}
 
 
 def _index(file: CheckpointFile) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Merge `model.loras` into a base model, once, in the cache of converted models."""
 
-import json
 import os
 import shutil
 from contextlib import ExitStack
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.lora_reading import Layers, lora_file, module_shapes, read_lora
 from acpo_dist.models.module_names import TEXT_PARTS
 from acpo_dist.models.pipeline_files import STEMS, component, merged, weight_files
@@ -44,7 +44,7 @@ def _parts(folder: Path) -> list[str]:
 
 
 def _fuse(folder: Path, files: list[tuple[Path, float]], config: Any, out: Path) -> None:
-    unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    unet = read_object(folder / "unet" / "config.json")
     with ExitStack() as stack:
         weights = {part: stack.enter_context(component(folder / part, config.variant)) for part in _parts(folder)}
         shapes = {part: module_shapes(found) for part, found in weights.items()}

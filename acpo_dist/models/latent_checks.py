@@ -1,11 +1,11 @@
 """Checks of a pipeline folder and its U-Net before a latent model is built from them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.core.sizes import Size
 from acpo_dist.models.loading import require_whole
 
@@ -22,7 +22,7 @@ def check_folder(path: str, config: Any, *, pipeline: str, unused: Sequence[str]
     Raises:
         ModelError: another pipeline, or a missing file.
     """
-    found = str(json.loads((Path(path) / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
+    found = str(read_object(Path(path) / "model_index.json").get("_class_name"))
     # Image-to-image pipelines have the same components.
     if found not in (pipeline, pipeline.replace("Pipeline", "Img2ImgPipeline")):
         raise ModelError(f"model.path: `{path}` holds a {found}, and model.type `{config.type}` needs a {pipeline}.")

@@ -1,6 +1,5 @@
 """Locate and load models: embedded toys, pipeline folders and hub ids."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
+from acpo_dist.models.tensor_files import weight_shards
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Many workers load at the same time, and their progress bars would overlap.
@@ -129,10 +130,10 @@ def require_whole(folder: str, *, variant: str | None, without: Sequence[str] = 
         ModelError: files are missing; the message lists them and mentions unfinished downloads.
     """
     root = Path(folder)
-    index = json.loads((root / "model_index.json").read_text(encoding="utf-8"))
+    index = read_object(root / "model_index.json")
     missing: list[str] = []
     for part, kind in index.items():
-        if part in without or not (isinstance(kind, list) and len(kind) == 2 and kind[1]):
+        if part in without or not (isinstance(kind, list) and len(kind) == 2 and kind[1] and isinstance(kind[1], str)):
             continue
         needed, weights = _needed_files(kind[1])
         if kind[1].startswith("CLIPTokenizer"):
@@ -172,8 +173,7 @@ def _missing_weights(folder: Path, stem: str, variant: str | None) -> list[str]:
     if (folder / name).is_file() or any(folder.glob(f"*{marked}.bin")):
         return []
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return sorted(shard for shard in shards if not (folder / shard).is_file())
+        return [shard for shard in weight_shards(index) if not (folder / shard).is_file()]
     return [name]
 
 
@@ -204,7 +204,10 @@ def load_part(
         options["subfolder"] = part
     try:
         return loader(path, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    # The last three: a configuration that is valid JSON, but of another form.
+    except (
+        OSError, ValueError, KeyError, RuntimeError, SafetensorError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{key}: `{part or 'model'}` of `{path}` cannot be loaded: {reason.rstrip('.')}. {_advice(error, path)}"

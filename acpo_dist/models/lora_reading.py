@@ -3,7 +3,6 @@
 LoRA, DoRA, LoKr and LoHa are read.
 """
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import json_object, read_object
 from acpo_dist.models.lycoris import PARTS, kind_of, rank_of, scaled_parts, update_of
 from acpo_dist.models.module_names import TEXT_PARTS, original_name, text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors
@@ -192,11 +192,11 @@ def _factor(values: Mapping[str, Tensor], part: str, metadata: Mapping[str, str]
     rank = rank_of(values) if lycoris else values["down"].shape[0]
     if "alpha" in values:
         return float(values["alpha"]) / rank if rank else 1.0
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    said = json_object(metadata.get("lora_adapter_metadata", "{}"), f"lora_adapter_metadata of {file}")
     said = {name.removeprefix(f"{part}."): value for name, value in said.items() if name.startswith(f"{part}.")}
     beside = file.with_name("adapter_config.json")
     if not said and beside.is_file():
-        said = json.loads(beside.read_text(encoding="utf-8"))
+        said = read_object(beside)
     if said.get("rank_pattern") or said.get("alpha_pattern"):
         raise ModelError(f"`{file}` has ranks or alphas by pattern, which is not supported; save it in kohya's layout.")
     if lycoris or not rank:

@@ -168,6 +168,11 @@ def read_schedule(path: str, revision: str | None = None, subfolder: str | None 
             key.
     """
     config = load_part(DDPMScheduler.load_config, path, subfolder, revision=revision)
+    if not isinstance(config, Mapping):
+        raise ModelError(
+            f"model.path: scheduler_config.json of `{path}`: expected a JSON object, found {type(config).__name__}. "
+            "Check that the download is complete."
+        )
     return schedule_of(config, path)
 
 

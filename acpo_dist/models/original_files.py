@@ -1,6 +1,5 @@
 """Write a pipeline folder as one checkpoint file with the names of the original code (LDM, SGM)."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.module_names import original_name, text_name
 from acpo_dist.models.pipeline_files import component
 from acpo_dist.models.tensor_files import Entry, write_tensors
@@ -52,7 +52,7 @@ def write_single_file(
     with ExitStack() as stack:
 
         def read(part: str) -> tuple[dict[str, Entry], dict[str, Any]]:
-            config = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            config = read_object(folder / part / "config.json")
             return stack.enter_context(component(folder / part, None)), config
 
         weights, unet = read("unet")

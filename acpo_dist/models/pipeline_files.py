@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.lycoris import update_of
 from acpo_dist.models.module_names import text_name
-from acpo_dist.models.tensor_files import Entry, open_tensors, write_tensors
+from acpo_dist.models.tensor_files import Entry, open_tensors, weight_shards, write_tensors
 
 STEMS = ("diffusion_pytorch_model", "model")
 """File names of weights without ending: diffusers' and transformers'."""
@@ -54,8 +55,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
                 return [folder / f"{stem}{marked}.safetensors"]
             index = folder / f"{stem}.safetensors.index{marked}.json"
             if index.is_file():
-                shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(shards))]
+                return [folder / name for name in weight_shards(index)]
         for stem in ("diffusion_pytorch_model", "pytorch_model"):
             if (folder / f"{stem}{marked}.bin").is_file():
                 return [folder / f"{stem}{marked}.bin"]
@@ -80,7 +80,7 @@ def write_pipeline(
     Raises:
         ModelError: the base model has no weights, or lacks a module that a layer adapts.
     """
-    entries = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    entries = read_object(source / "model_index.json")
     entries |= {part: [None, None] for part in without if part in entries} | dict(index or {})
     for part, kind in entries.items():
         if isinstance(kind, list) and len(kind) == 2 and kind[1] and (source / part).is_dir():
@@ -127,7 +127,7 @@ def copy_component(
 
 def _state_dtype(file: Path, dtype: str) -> None:
     """Write the data type of the weights into the configuration, by which transformers 5 loads them."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     if keys := [key for key in ("dtype", "torch_dtype") if key in config]:
         file.write_text(json.dumps(config | dict.fromkeys(keys, dtype), indent=2) + "\n", encoding="utf-8")
 
@@ -178,7 +178,7 @@ def _merge(base: Entry, parts: Mapping[str, Tensor], scale: float) -> Entry:
 
 def make_portable(folder: Path) -> None:
     """Rewrite text encoders and tokenizers that transformers 5 saved so that transformers 4 reads them too."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_object(folder / "model_index.json")
     for part, kind in index.items():
         if not isinstance(kind, list) or not (folder / part).is_dir():
             continue
@@ -195,7 +195,7 @@ def write_vocabulary(folder: Path) -> None:
     whole = folder / "tokenizer.json"
     if (folder / "vocab.json").is_file() or not whole.is_file():
         return
-    model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+    model = read_object(whole)["model"]
     if "merges" not in model:
         # T5's tokenizer has no merges, and a file of its own.
         return

@@ -1,6 +1,5 @@
 """Stable Diffusion 3 and 3.5: two CLIP encoders, an optional T5 encoder, a joint transformer and a latent VAE."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch.nn import functional
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from typing_extensions import override
 
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.config import Sd3Config
 from acpo_dist.models.loading import load_part, resolve_path
 from acpo_dist.models.text import Encoders
@@ -99,7 +99,7 @@ class Sd3Family(TransformerFamily):
     @override
     def _embedder(cls, config: Sd3Config, path: str) -> Any:
         length = cls._length(config, path)
-        network = json.loads((Path(path) / cls.network_part / "config.json").read_text(encoding="utf-8"))
+        network = read_object(Path(path) / cls.network_part / "config.json")
         width = int(network["joint_attention_dim"])
 
         def embed(encoders: Encoders, prompt: str | None) -> dict[str, Tensor]:

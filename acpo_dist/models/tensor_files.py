@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.json_text import read_object
 
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
@@ -113,3 +114,15 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def weight_shards(index: Path) -> list[str]:
+    """Return the sorted names of the files that the index of sharded weights lists.
+
+    Raises:
+        ModelError: the index is damaged.
+    """
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise ModelError(f"{index} lists no weight files: `weight_map` is missing or damaged. Download it again.")
+    return sorted(set(files.values()))

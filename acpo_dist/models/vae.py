@@ -1,7 +1,6 @@
 """VAE of latent diffusion models, with settings that reduce memory."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from acpo_dist.core.errors import ModelError, NonFiniteError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, cast, load_part, looks_local
 from acpo_dist.models.single_file import vae_folder
 
@@ -179,7 +179,7 @@ def load_vae(
         source, part, options, key = str(Path(override).expanduser()), None, {}, "model.vae"
         if Path(source).is_file() and source.endswith(CHECKPOINT_SUFFIXES):
             own = Path(path, "vae", "config.json")
-            source = str(vae_folder(Path(source), json.loads(own.read_text()) if own.is_file() else None, family))
+            source = str(vae_folder(Path(source), read_object(own) if own.is_file() else None, family))
         if looks_local(override) and not Path(source).is_dir():
             raise ModelError(f"model.vae: expected the folder of a VAE or a hub id, found nothing at `{override}`.")
         if (Path(source) / "vae").is_dir():

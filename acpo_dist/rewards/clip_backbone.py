@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from acpo_dist.core.errors import RewardConfigError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.rewards.clip_source import clip_unusable, is_downloaded, local_folder
 
 # Values of OpenAI's models; a checkpoint's own preprocessor_config.json has priority.
@@ -213,7 +214,7 @@ def _load_tokenizer(folder: Path, source: str, config: Any, name: str) -> Any:
 def _preparation(folder: Path) -> dict[str, Any]:
     """Return the checkpoint's preprocessor_config.json, or OpenAI's values without one."""
     file = folder / "preprocessor_config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file, RewardConfigError) if file.is_file() else {}
 
 
 def _first_line(error: Exception) -> str:

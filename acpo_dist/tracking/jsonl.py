@@ -125,7 +125,7 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
     """Return the JSON object on a line, or None."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

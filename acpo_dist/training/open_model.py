@@ -1,6 +1,5 @@
 """Open a model in this process from a run folder, a configuration file or a pipeline folder."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from acpo_dist.config.load import load_config, validate
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.json_text import read_object
 from acpo_dist.models.checkpoint_files import inspect
 from acpo_dist.models.loading import CHECKPOINT_SUFFIXES, resolve_path
 from acpo_dist.training.local import LocalRollouts, default_device
@@ -110,7 +110,7 @@ def _bare_config(source: str, overrides: Sequence[str]) -> Config:
     if path.is_file():
         family = inspect(path).family
     else:
-        name = str(json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name"))
+        name = str(read_object(path / "model_index.json").get("_class_name"))
         if name not in _FAMILIES:
             raise UsageError(f"{source} holds a {name}; known pipelines: {', '.join(_FAMILIES)}.")
         family = _FAMILIES[name]

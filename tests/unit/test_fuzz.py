@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from acpo_dist.config.load import load_config
-from acpo_dist.core.errors import LONGEST, AcpoError
+from acpo_dist.core.errors import LONGEST, AcpoError, DataError
 from acpo_dist.data.images import read_images, real_images
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
@@ -115,6 +115,14 @@ def test_a_deep_or_odd_yaml_file_is_refused_in_one_short_message(text, tmp_path)
 def test_a_spoilt_prompt_file_is_refused_in_one_short_message_or_read(name, text, encoding, tmp_path):
     read = from_file(tmp_path / name, lambda path: load_prompts(str(path), "prompt"))
     survives(read, text.encode(encoding), random.Random(SEED), 150)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "3", "{"])
+def test_a_line_of_json_that_is_deep_or_no_object_is_refused_in_one_short_message(line, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(DataError, match="line 2") as caught:
+        load_prompts(str(tmp_path / "prompts.jsonl"), "prompt")
+    assert len(str(caught.value)) <= LONGEST
 
 
 def pair_table() -> pa.Table:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from huggingface_hub import constants as hub_constants
 
-from acpo_dist.core.errors import ModelError, UsageError
+from acpo_dist.core.errors import LONGEST, ModelError, UsageError
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.loading import load_part
+from acpo_dist.models.pipeline_files import weight_files
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.models.training import random_model
 from acpo_dist.models.training.random_model import write_random_pipeline
@@ -137,3 +138,32 @@ def test_refusals_of_the_hub_are_reported_with_the_command_to_run(kind, message)
 
     with pytest.raises(ModelError, match=message):
         load_part(refuse, "someone/model", None)
+
+
+FILES = (
+    "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "tokenizer_2/tokenizer.json",
+    "tokenizer/tokenizer_config.json", "unet/config.json", "vae/config.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_configuration_file_that_is_damaged_or_of_another_form_is_one_short_message(file, tmp_path):
+    folder = copy_of_toy(tmp_path)
+    whole = (folder / file).read_bytes()
+    config = SdxlFamily.Config(path=str(folder))
+    for content in (b"", whole[: len(whole) // 2], b"[" * 100_000 + b"]" * 100_000, b"[]", b"3", b"null", b"\xff\x80"):
+        (folder / file).write_bytes(content)
+        # What loads the decoder alone does not read the other parts, so all of it is loaded.
+        with pytest.raises(ModelError) as caught:
+            SdxlFamily.check(config)
+            SdxlFamily.load(config, device="cpu", trainable=False)
+            SdxlFamily.load_decoder(config, device="cpu")
+        assert str(folder) in str(caught.value) and len(str(caught.value)) <= LONGEST, content[:9]
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": {"a": 3}}])
+def test_an_index_of_weights_without_file_names_is_named(content, tmp_path):
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="lists no weight files"):
+        weight_files(tmp_path, None)

@@ -9,6 +9,7 @@ from typing import Any
 
 from acpo_dist.core.errors import ResumeError
 from acpo_dist.core.files import replace_file
+from acpo_dist.core.json_text import read_object
 from acpo_dist.data.encoded import digest
 from acpo_dist.tracking.jsonl import mend_last_line, parse_object
 
@@ -78,7 +79,7 @@ class SampleLog:
                 f"{self.folder} already holds an evaluation. Continue it with --resume, or choose another --out."
             )
         if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
+            old = read_object(path, ResumeError)
             require_same(old, plan, self.folder)
             # The file may still hold scores of judges that this call does not use.
             plan = {**plan, "judges": {**old["judges"], **plan["judges"]}}

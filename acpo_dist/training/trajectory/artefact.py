@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from acpo_dist.core.errors import ConfigError, VrgError
 from acpo_dist.core.files import replace_file
+from acpo_dist.core.json_text import read_object
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.tracking.plots import save_trajectory_plot
 from acpo_dist.training.trajectory.validate import Update
@@ -74,11 +75,8 @@ def read_artefact(path: Path) -> dict[str, Any]:
     Raises:
         VrgError: the file is missing, is not JSON, or is not an artefact.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise VrgError(f"{path} cannot be read as a VRG artefact: {error}") from error
-    if not isinstance(data, dict) or "trajectory" not in data:
+    data = read_object(path, VrgError)
+    if "trajectory" not in data:
         raise VrgError(f"{path} is no VRG artefact: it has no `trajectory`. `acpo vrg measure` writes one.")
     return data
 
