@@ -1,11 +1,12 @@
-"""SDXL at full size with random weights: rollouts and ACPO steps per second and peak memory, beside plain diffusers.
+"""A model at full size with random weights: rollouts and ACPO steps per second, peak memory, beside plain diffusers.
 
     .venv/bin/python benchmarks/gpu_sdxl.py [--out FILE.json] [--folder DIR] [--batch 8] [--micro 4] [--skip-full]
+    .venv/bin/python benchmarks/gpu_sdxl.py --family sd3      # or sd15, zimage, flux2_klein; the default is sdxl
     .venv/bin/python benchmarks/gpu_sdxl.py --tiny            # the same program on the toy, on the CPU
 
-Prints a table and writes JSON. All rows of a run have the same prompts, resolution and type. Random weights do as much
-arithmetic as trained ones; their images are noise, so this says nothing of quality. Meant to end within nine minutes
-on an H200.
+Further arguments are overrides of the family's configuration, such as model.image_size=512. Prints a table and writes
+JSON. All rows of a run have the same prompts, resolution and type. Random weights do as much arithmetic as trained
+ones; their images are noise, so this says nothing of quality. Meant to end within nine minutes on an H200 for SDXL.
 """
 
 import os
@@ -24,16 +25,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler
 
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import Config
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.data.prompts import sample_prompts
 from acpo_dist.data.toy.world import captions
+from acpo_dist.models.architectures import TRANSFORMERS
+from acpo_dist.models.loading import resolve_path
+from acpo_dist.models.sd3 import T5_PARTS
 from acpo_dist.models.training.random_model import write_random_pipeline
 from acpo_dist.preflight.plan.plan import make_plan
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec
+
+CONFIGS = {
+    "sdxl": "sdxl_lora", "sd15": "sd15_lora", "sd3": "sd35_lora", "zimage": "zimage_lora",
+    "flux2_klein": "flux2_klein_lora",
+}  # fmt: skip
+"""Configuration by family."""
+TOYS = {"sdxl": "toy-sdxl", "sd15": "toy-sd15", "sd3": "toy-flow"}
 
 
 @dataclass
@@ -69,17 +81,18 @@ class Bench:
         self.peak_tflops = measured_peak(self.device, self.dtype)
 
     def config(self, steps: int, *overrides: str) -> Config:
-        """sdxl_lora on the folder, with a small reward and one group of samples per iteration."""
+        """The family's configuration on the folder, with a small reward and one group of samples per iteration."""
         name = "bfloat16" if self.dtype == torch.bfloat16 else "float32"
         batch = self.options.batch
+        late = "k_max=3" if self.options.family in TRANSFORMERS else "t_max=0.5"
         return load_config(
-            "sdxl_lora",
+            CONFIGS[self.options.family],
             [
                 f"model.path={self.folder}",
                 "model.variant=null",
                 f"model.dtype={name}",
                 f"model.vae_dtype={name}",
-                f"model.image_size={32 if self.options.tiny else 1024}",
+                *(["model.image_size=32"] if self.options.tiny else []),
                 "model.memory.embedding_cache=null",
                 "model.memory.free_text_encoders=true",
                 f"learner.precision={name}",
@@ -89,9 +102,10 @@ class Bench:
                 "data.prompts=toy",
                 "rewards.train=[{type: two_stream}]",
                 "rewards.judges=[]",
-                "sampler.t_max=0.5",
+                f"sampler.{late}",
                 f"learner.micro_batch={self.options.micro}",
                 f"learner.global_batch={batch}",
+                *self.options.overrides,
                 *overrides,
             ],
         )
@@ -118,22 +132,29 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else float("nan")
 
     def diffusers(self, steps: int) -> None:
-        """Plain diffusers: the pipeline's own call, Euler, guidance 5."""
-        pipeline: Any = StableDiffusionXLPipeline.from_pretrained(self.folder, dtype=self.dtype).to(self.device)
-        pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+        """Plain diffusers: the pipeline's own call; Euler for Stable Diffusion, the own scheduler of a flow model."""
+        config = self.config(steps)
+        family, guidance = resolve("model", MODELS, self.options.family), config.sampler.guidance_scale
+        missing = dict.fromkeys(T5_PARTS) if self.options.family == "sd3" else {}
+        pipeline: Any = family.pipeline.from_pretrained(self.folder, dtype=self.dtype, **missing).to(self.device)
+        call = {"guidance_scale": guidance}
+        if self.options.family in TRANSFORMERS:
+            call = family.call_arguments(config.model, guidance)
+        else:
+            pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
-        size, batch = (32 if self.options.tiny else 1024), self.options.batch
-        flops = make_plan(self.config(steps), device="h200").teraflops["rollout"]
+        size, batch = config.model.image_size, self.options.batch
+        flops = make_plan(config, device="h200").teraflops["rollout"]
 
         def run() -> dict[str, float]:
             pipeline(
-                list(captions()[:batch]),
+                prompt=list(captions()[:batch]),
                 num_inference_steps=steps,
-                guidance_scale=5.0,
                 height=size,
                 width=size,
                 output_type="np",
                 generator=torch.Generator().manual_seed(0),
+                **call,
             )
             return {}
 
@@ -228,8 +249,10 @@ def say(text: str) -> None:
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the family's configuration")
+    parser.add_argument("--family", choices=list(CONFIGS), default="sdxl", help="value of model.type")
     parser.add_argument("--tiny", action="store_true", help="the embedded toy at 32 px in float32, few steps")
-    parser.add_argument("--folder", type=Path, default=None, help="where the random SDXL is, or is to be written")
+    parser.add_argument("--folder", type=Path, default=None, help="where the random model is, or is to be written")
     parser.add_argument("--batch", type=int, default=8, help="samples per iteration")
     parser.add_argument("--micro", type=int, default=4, help="learner.micro_batch of LoRA; full tuning takes half")
     parser.add_argument("--skip-full", action="store_true", help="leave out full fine-tuning")
@@ -237,16 +260,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.tiny:
         options.batch, options.micro = 2, 2
+        if options.folder is None and options.family not in TOYS:
+            parser.error(f"no toy of {options.family} is embedded: --folder must name a small one")
     elif not torch.cuda.is_available():
         parser.error("no CUDA device found; --tiny runs on the CPU")
     long, short = (3, 2) if options.tiny else (20, 10)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = "toy-sdxl"
+        folder = str(options.folder) if options.folder else TOYS.get(options.family, "")
         if not options.tiny:
-            folder = str(write_random_pipeline(options.folder or Path(scratch) / "sdxl", "sdxl", device="cuda"))
+            target = options.folder or Path(scratch) / options.family
+            folder = str(write_random_pipeline(target, options.family, device="cuda"))
             say(f"random weights: {time.perf_counter() - started:.0f} s")
-        report = measure(Bench(options, folder), long, short)
+        report = measure(Bench(options, resolve_path(folder)), long, short)
     report["seconds"] = time.perf_counter() - started
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -255,15 +281,9 @@ def main() -> None:
 
 def measure(bench: Bench, long: int, short: int) -> dict[str, Any]:
     """All rows. Each frees its model before the next one loads."""
-    # The pipeline of a toy has no folder of its own name for diffusers.
-    plain = Bench.diffusers
-    if bench.folder.startswith("toy-"):
-        from acpo_dist.models.loading import resolve_path
-
-        bench.folder = resolve_path(bench.folder)
     say(f"{'':<34}{'samples':>11}{'peak memory':>13}")
     steps: list[Callable[[], None]] = [
-        lambda: plain(bench, long),
+        lambda: bench.diffusers(long),
         lambda: bench.rollouts(long, f"rollout, {long} steps"),
         lambda: bench.rollouts(short, f"rollout, {short} steps (VRG)"),
         lambda: bench.training(f"ACPO, LoRA, {long} steps", long),
@@ -278,6 +298,7 @@ def measure(bench: Bench, long: int, short: int) -> dict[str, Any]:
         if bench.device == "cuda":
             torch.cuda.empty_cache()
     return {
+        "family": bench.options.family,
         "device": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
         "torch": torch.__version__, "dtype": str(bench.dtype).removeprefix("torch."),
         "batch": bench.options.batch, "micro_batch": bench.options.micro, "peak_tflops": bench.peak_tflops,

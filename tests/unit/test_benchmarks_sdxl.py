@@ -1,4 +1,4 @@
-"""benchmarks/gpu_sdxl.py in its tiny form: every row is there and its arithmetic adds up."""
+"""benchmarks/gpu_sdxl.py in its tiny form: every row is there for every family and its arithmetic adds up."""
 
 import json
 import math
@@ -8,12 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.flow_models import tiny_flux2, tiny_zimage
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_sdxl.py"
 
 
+FOLDERS = {"zimage": (tiny_zimage, []), "flux2_klein": (tiny_flux2, ["model.text_layers=[1, 3]"])}
+"""Families without an embedded toy."""
+
+
 @pytest.mark.slow
-def test_the_tiny_form_measures_every_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--tiny", "--out", str(tmp_path / "out.json")])
+@pytest.mark.parametrize("family", ["sdxl", "sd15", "sd3", "zimage", "flux2_klein"])
+def test_the_tiny_form_measures_every_row(family, tmp_path, monkeypatch, capsys):
+    asked = [str(SCRIPT), "--tiny", "--family", family, "--out", str(tmp_path / "out.json")]
+    if family in FOLDERS:
+        build, overrides = FOLDERS[family]
+        build(tmp_path / family)
+        asked += ["--folder", str(tmp_path / family), *overrides]
+    monkeypatch.setattr(sys, "argv", asked)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     report = json.loads((tmp_path / "out.json").read_text())
     names = [row["name"] for row in report["rows"]]

@@ -57,17 +57,22 @@ def drawn(config, sampler: SamplerConfig) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_a_rectified_flow_sdxl_draws_the_images_of_its_pipeline(guidance: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("guidance", "rescale"), [(1.0, 0.0), (4.0, 0.0), (4.0, 0.7)])
+def test_a_rectified_flow_sdxl_draws_the_images_of_its_pipeline(
+    guidance: float, rescale: float, tmp_path: Path
+) -> None:
     folder = flow_sdxl(tmp_path, shift=2.5)
     pipeline = DiffusionPipeline.from_pretrained(ASSETS / "toy-sdxl", dtype=torch.float32)
     pipeline.scheduler = PipelineScheduler(shift=2.5)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.stack([start((4, 8, 8), seed) for seed in range(2)])
     theirs = pipeline(
-        list(PROMPTS), latents=latents, num_inference_steps=STEPS, guidance_scale=guidance, output_type="pt"
-    ).images
-    sampler = SamplerConfig(num_steps=STEPS, spacing="scheduler", guidance_scale=guidance)
+        list(PROMPTS), latents=latents, num_inference_steps=STEPS, guidance_scale=guidance, guidance_rescale=rescale,
+        output_type="pt",
+    ).images  # fmt: skip
+    sampler = SamplerConfig(
+        num_steps=STEPS, spacing="scheduler", guidance_scale=guidance, guidance_rescale=rescale
+    )  # fmt: skip
     config = SdxlConfig(path=str(folder), tuning=TuningConfig(method="lora", rank=4))
     torch.testing.assert_close(drawn(config, sampler), theirs, rtol=0, atol=1e-5)
 

@@ -1,7 +1,10 @@
 """`acpo plan` counts the flow families at their published sizes, on the meta device."""
 
+from pathlib import Path
+
 import pytest
 
+import acpo_dist
 from acpo_dist.config.load import load_config
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.preflight.plan import phases
@@ -26,6 +29,21 @@ def test_a_shipped_configuration_has_the_published_size_and_the_cost_of_one_call
     # The adapters add less than 2 %.
     assert step.flops / 1e12 == pytest.approx(teraflops, rel=0.02)
     assert decode.flops > 0
+
+
+@pytest.mark.parametrize("name", ["sd35_lora", "zimage_lora", "flux2_klein_lora"])
+def test_a_shipped_configuration_trains_in_bfloat16_and_fits_the_gpu_that_it_names(name: str) -> None:
+    config = load_config(name, [])
+    memory = config.model.memory
+    assert config.model.dtype == config.model.vae_dtype == "bfloat16"
+    assert memory.gradient_checkpointing and memory.vae_checkpointing and memory.free_text_encoders
+    comment = (Path(acpo_dist.__file__).parents[1] / "configs" / f"{name}.yaml").read_text().splitlines()[0]
+    plan = make_plan(config, device="h200")
+    # Gigabytes are fewer than GiB, and 8 % are left for fragments, as in the plan's own warning.
+    assert max(plan.needed_gib.values()) < 0.92 * float(comment.split("one GPU of ")[1].split(" GB")[0]) * 1e9 / 2**30
+    # While a prompt is encoded, the text encoders are beside the weights.
+    encoders = 2 * plan.parameters["text_encoders"] / 2**30
+    assert plan.roles["rollout"].weights + encoders < max(plan.needed_gib.values())
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """The transformer families equal their diffusers pipelines on tiny random models, tune and save as others do."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from huggingface_hub import constants as hub_constants
 from torch import Tensor
 
@@ -17,7 +20,8 @@ from acpo_dist.config.plugins import EncoderConfig
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.errors import ModelError
 from acpo_dist.core.types import SamplePlan
-from acpo_dist.models.config import Flux2KleinConfig, Sd3Config, TuningConfig, ZImageConfig
+from acpo_dist.diffusion.flow import flow_sigma
+from acpo_dist.models.config import Flux2KleinConfig, MemoryConfig, Sd3Config, TuningConfig, ZImageConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.flux2 import Flux2KleinFamily
 from acpo_dist.models.lora_files import adapter_layers, diffusers_layers, write_lora
@@ -162,6 +166,47 @@ def test_prompts_of_unequal_length_are_batched_with_the_null_condition(name: str
     together = family.encode([PROMPTS[0], ""]).tensors
     alone = family.encode([""]).tensors
     assert all(torch.equal(value[1:], alone[key]) for key, value in together.items())
+
+
+@torch.no_grad()
+@every_kind
+def test_cached_embeddings_are_the_encoded_ones_and_depend_on_the_text_settings(name: str, models, tmp_path) -> None:
+    kind, folder = KINDS[name], models(name)[0]
+    wanted = kind.family.load(section(name, folder), device="cpu", trainable=False).encode([*PROMPTS, ""]).tensors
+    memory = MemoryConfig(embedding_cache=tmp_path, free_text_encoders=True)
+
+    def loaded(**options: Any) -> Any:
+        config = section(name, folder).model_copy(update={"memory": memory, **options})
+        return kind.family.load(config, device="cpu", trainable=False)
+
+    first = loaded()
+    found = first.encode([*PROMPTS, ""]).tensors
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    again = loaded()
+    again._embeddings._load = lambda: pytest.fail("loaded the text encoders")
+    found = again.encode([*PROMPTS, ""]).tensors
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    others = [{"max_sequence_length": LENGTH - 1}, {"negative_prompt": "blurred"}]
+    others += {"sd3": [{"t5": False}], "flux2_klein": [{"text_layers": (1, 2)}]}.get(name, [])
+    folders = {loaded(**other)._embeddings.folder for other in others}
+    assert len(folders | {first._embeddings.folder}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("name", ["zimage", "flux2_klein"])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_a_named_spacing_is_shifted_by_the_number_of_tokens(name: str, spacing: str, models) -> None:
+    family = KINDS[name].family.load(section(name, models(name)[0]), device="cpu", trainable=False)
+    tokens = (16 // 2 // 2) ** 2
+    # Z-Image: linear between 256 tokens (0.5) and 4096 (1.15). FLUX.2: its own function of tokens and steps.
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    if name == "flux2_klein":
+        mu = compute_empirical_mu(tokens, STEPS)
+    even = np.linspace(1, 1 / STEPS if spacing == "trailing" else 1 / 1000, STEPS)
+    wanted = [*(math.exp(mu) / (math.exp(mu) + 1 / even - 1)), 0]
+    found = [flow_sigma(level) for level in family.schedule.trajectory(STEPS, spacing).alpha_bars]
+    assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    unshifted = [flow_sigma(level) for level in family.schedule.trajectory(STEPS, spacing, 1.0).alpha_bars]
+    assert unshifted == pytest.approx([*even, 0], rel=1e-5, abs=1e-6)
 
 
 def test_ncp_is_refused_for_transformers_with_the_reason(models) -> None:

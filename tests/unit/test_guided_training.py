@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from acpo_dist.diffusion.prediction import to_clean
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.sd3 import Sd3Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.preflight.plan import phases
 from acpo_dist.preflight.plan.plan import setting_of
@@ -23,11 +25,9 @@ SCALE = 4.0
 PROMPTS = captions()[:2]
 
 
-def family() -> SdxlFamily:
-    """toy-sdxl with non-zero adapters."""
-    loaded = SdxlFamily.load(
-        SdxlFamily.Config(tuning=TuningConfig(rank=4), path="toy-sdxl"), device="cpu", trainable=True
-    )
+def family(kind: Any = SdxlFamily, path: str = "toy-sdxl") -> Any:
+    """A toy with non-zero adapters."""
+    loaded = kind.load(kind.Config(tuning=TuningConfig(rank=4), path=path), device="cpu", trainable=True)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainable_tensors(loaded.network).values():
@@ -62,9 +62,10 @@ def gradients(model: SdxlFamily, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: value.grad.clone() for name, value in trainable_tensors(model.network).items()}
 
 
+@pytest.mark.parametrize("kind", [(SdxlFamily, "toy-sdxl"), (Sd3Family, "toy-flow")], ids=["sdxl", "flow"])
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-def test_the_gradient_through_guidance_is_that_of_the_guided_estimate_written_out(rescale: float):
-    model = family()
+def test_the_gradient_through_guidance_is_that_of_the_guided_estimate_written_out(rescale: float, kind):
+    model = family(*kind)
     batch = replace(batch_of(model), guidance_rescale=rescale)
     recipe = Acpo(Acpo.Config(guidance="full"))
     found = gradients(model, recipe.loss(batch, model, brightness, 0.0).per_sample.mean())
