@@ -72,7 +72,7 @@ class Trajectory:
         if not late:
             raise ValueError(
                 f"no denoise step lies at or below t_max = {t_max} of {num_train_timesteps} timesteps; the latest is "
-                f"at {self.timesteps[-1]:g}. Raise sampler.t_max or sampler.num_steps."
+                f"at {self.timesteps[-1]:g}."
             )
         if len(late) <= count:
             return tuple(late)

@@ -167,7 +167,8 @@ def _read(config: Any, part: str | None, file_name: str = "config.json") -> Mapp
     if Path(resolved).is_file():
         from acpo_dist.models.checkpoint_files import configurations, inspect
 
-        return configurations(inspect(Path(resolved)), config).get(part or "unet")
+        whole = "model_index" if file_name == "model_index.json" else "unet"
+        return configurations(inspect(Path(resolved)), config).get(part or whole)
     file: Any = Path(resolved) / name
     if not Path(resolved).is_dir():
         file = try_to_load_from_cache(path, name, revision=config.revision)

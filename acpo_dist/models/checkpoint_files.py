@@ -13,9 +13,10 @@ from acpo_dist.models.tensor_files import Entry, open_tensors
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP_L, _OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 _SD1, _SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+_SD3 = "joint_blocks."
 _LORA = ("lora_", ".lora", "lokr_", "hada_")
 _OTHERS = {
-    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "FLUX", "double_stream_blocks.": "HiDream",
+    "double_blocks.": "FLUX", "double_stream_blocks.": "HiDream",
     "cap_embedder.": "Lumina or Z-Image", "edm_mean": "Playground 2.5 (EDM)", "edm_vpred.": "an EDM model",
     "control_model.": "a ControlNet", "motion_modules.": "AnimateDiff",
 }  # fmt: skip
@@ -37,7 +38,7 @@ class CheckpointFile:
 
     path: Path
     generation: str
-    """`sd1`, `sd2` or `sdxl`."""
+    """`sd1`, `sd2`, `sdxl` or `sd3`."""
     prediction_type: str | None
     """`epsilon` or `v_prediction` as the file states it; None if it does not."""
     zero_snr: bool
@@ -47,11 +48,16 @@ class CheckpointFile:
     @property
     def family(self) -> str:
         """Value of `model.type`."""
-        return "sdxl" if self.generation == "sdxl" else "sd15"
+        return self.generation if self.generation in ("sdxl", "sd3") else "sd15"
 
     @property
     def text_prefixes(self) -> dict[str, str]:
-        """Component -> prefix of its tensors; a prefix that ends in `model.` holds OpenCLIP's names."""
+        """Component -> prefix of its tensors; a prefix that ends in `model.` holds OpenCLIP's names.
+
+        Those of Stable Diffusion 3, which most of its files lack, are never read.
+        """
+        if self.generation == "sd3":
+            return {}
         if self.generation == "sdxl":
             return {"text_encoder": _CLIP_L, "text_encoder_2": _OPEN_CLIP}
         return {"text_encoder": _SD1 if self.generation == "sd1" else _SD2}
@@ -61,7 +67,7 @@ def inspect(path: Path) -> CheckpointFile:
     """Determine the kind of a checkpoint file from its header.
 
     Raises:
-        ModelError: the file cannot be read, or is not a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or SDXL.
+        ModelError: the file cannot be read, or is not a checkpoint of Stable Diffusion 1.x, 2.x, SDXL or 3.
     """
     with open_tensors(path) as (entries, metadata):
         return _kind(path, entries, metadata)
@@ -74,8 +80,10 @@ def _kind(path: Path, names: Mapping[str, Entry], metadata: Mapping[str, str]) -
     what = next((kind for mark, kind in _OTHERS.items() if any(mark in name for name in names)), None)
     if what is not None:
         raise ModelError(
-            f"model.path: `{path}` holds {what}. A single file is read for Stable Diffusion 1.x, 2.x and SDXL only."
+            f"model.path: `{path}` holds {what}. A single file is read for Stable Diffusion 1.x, 2.x, SDXL and 3 only."
         )
+    if any(name.removeprefix(UNET).startswith(_SD3) for name in names):
+        return CheckpointFile(path=path, generation="sd3", prediction_type=None, zero_snr=False, has_vae=holds(VAE))
     if not holds(UNET):
         raise ModelError(f"model.path: `{path}` {_other_file(names)}")
     shape = names[f"{UNET}input_blocks.0.0.weight"].shape if f"{UNET}input_blocks.0.0.weight" in names else (0, 0)
@@ -125,6 +133,8 @@ def configurations(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any
     Raises:
         ModelError: the prediction type is unknown, or `model.config` is no pipeline folder.
     """
+    if file.generation == "sd3":
+        return _of_sd3(file, config)
     if config.config is not None:
         found = _given(config)
     else:
@@ -153,6 +163,23 @@ def configurations(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any
     return found | {"model_index": _index(file)}
 
 
+def _of_sd3(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any]]:
+    if config.config is None:
+        raise ModelError(
+            f"model.path: `{file.path}` holds the transformer of Stable Diffusion 3 without text encoders that could "
+            "be read. Set model.config to a pipeline folder that has them (StableDiffusion3Pipeline)."
+        )
+    if config.prediction_type is not None:
+        raise ModelError(
+            f"model.prediction_type={config.prediction_type}: `{file.path}` holds Stable Diffusion 3, which predicts "
+            "the velocity of a flow. Remove the key."
+        )
+    found = _given(config)
+    if "transformer" not in found:
+        raise ModelError(f"model.config: `{config.config}` has no transformer; expected a StableDiffusion3Pipeline.")
+    return found
+
+
 def _given(config: Any) -> dict[str, dict[str, Any]]:
     from acpo_dist.models.loading import resolve_path
 
@@ -160,7 +187,8 @@ def _given(config: Any) -> dict[str, dict[str, Any]]:
     if not (folder / "model_index.json").is_file():
         raise ModelError(f"model.config: expected a pipeline folder or an embedded toy, found `{config.config}`.")
     found = {file.parent.name: read_object(file) for file in sorted(folder.glob("*/config.json"))}
-    return found | {"scheduler": read_object(folder / "scheduler/scheduler_config.json")}
+    files = {"scheduler": "scheduler/scheduler_config.json", "model_index": "model_index.json"}
+    return found | {name: read_object(folder / file) for name, file in files.items()}
 
 
 def _index(file: CheckpointFile) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class LatentConfig(ModelConfig):
     """Embedded toy, pipeline folder, hub id, or a checkpoint file (`.safetensors`, `.ckpt`)."""
     config: str | None = None
     """For a checkpoint file: pipeline folder or embedded toy whose configurations and tokenizers it uses; None uses the
-    published ones of Stable Diffusion 1.x, 2.x or SDXL."""
+    published ones of Stable Diffusion 1.x, 2.x or SDXL. Stable Diffusion 3 also takes its text encoders from there."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """For a checkpoint file: what the network predicts; None reads it from the file."""
     loras: tuple[LoraConfig, ...] = ()
@@ -227,7 +227,8 @@ class Sd3Config(FlowConfig):
 
     type: Literal["sd3"] = "sd3"
     path: str = "stabilityai/stable-diffusion-3.5-medium"
-    """Embedded toy (`toy-flow`), pipeline folder, or hub id."""
+    """Embedded toy (`toy-flow`), pipeline folder, hub id, or a checkpoint file; its transformer and VAE replace those
+    of the pipeline folder `config`."""
     t5: bool = True
     """Use the third text encoder, T5, if the folder has it; false samples as the pipeline without it does."""
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)

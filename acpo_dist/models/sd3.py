@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from acpo_dist.core.json_text import read_object
 from acpo_dist.models.config import Sd3Config
-from acpo_dist.models.loading import load_part, resolve_path
+from acpo_dist.models.loading import load_part
+from acpo_dist.models.single_file import tokenizer_source
 from acpo_dist.models.text import Encoders
 from acpo_dist.models.transformer import TransformerFamily, linear_mu
 
@@ -45,7 +46,7 @@ class Sd3Family(TransformerFamily):
         Raises:
             ModelError: the model is not available.
         """
-        path = resolve_path(config.path)
+        path = tokenizer_source(config)
         if len(cls._text_parts(config, path)) == 3:
             return []
         why = "has no T5" if config.t5 else "is used without its T5 (model.t5=false)"

@@ -17,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -35,7 +36,7 @@ from acpo_dist.models.module_names import text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors, write_tensors
 from acpo_dist.models.text import content_digest
 
-_TITLES = {"sdxl": "SDXL", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_TITLES = {"sd3": "Stable Diffusion 3", "sdxl": "SDXL", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
 _VERSION = 1
 """Changes when a conversion changes, so that older results are not used."""
 
@@ -94,23 +95,28 @@ def single_file_folder(config: Any) -> Path:
     file = inspect(path)
     _require_usable(file, config)
     found = configurations(file, config)
+    if file.generation == "sd3":
+        source = Path(resolve_path(config.config)).resolve()
+        facts = {"content": content_digest(path), "configurations": found, "config": str(source)}
+        return cached_folder(path.stem, facts, lambda folder: _convert_sd3(file, source, found, folder))
     vae = config.vae if not file.has_vae else None
     facts = {"content": content_digest(path), "configurations": found, "config": config.config, "vae": vae}
     return cached_folder(path.stem, facts, lambda folder: _convert(file, config, found, folder))
 
 
-def tokenizer_source(config: Any) -> str:
+def tokenizer_source(config: Any, part: str = "tokenizer") -> str:
     """Return what tokenizers are loaded from: a folder, also that of a cached hub id or a single file, or a hub id.
 
     transformers reads a file that it is given as JSON, and a checkpoint has several GB.
 
     Args:
         config: the `model` section.
+        part: folder of the tokenizer, which must be in the cache for the folder of a cached hub id.
     """
     path = resolve_path(config.path)
     if Path(path).is_file():
         return str(single_file_folder(config))
-    return cached_snapshot(path, "tokenizer/tokenizer_config.json", config.revision)
+    return cached_snapshot(path, f"{part}/tokenizer_config.json", config.revision)
 
 
 def check_single_file(config: Any) -> None:
@@ -132,7 +138,7 @@ def _require_usable(file: CheckpointFile, config: Any) -> None:
         )
     if config.variant is not None:
         raise ModelError(f"model.variant={config.variant} selects files of a folder, and model.path is a single file.")
-    if not file.has_vae and config.vae is None:
+    if not file.has_vae and config.vae is None and file.generation != "sd3":
         raise ModelError(f"model.path: `{file.path}` holds no VAE; set model.vae to a folder, hub id or file of one.")
 
 
@@ -160,6 +166,28 @@ def _convert(file: CheckpointFile, config: Any, found: Mapping[str, Any], folder
     scheduler = ["diffusers", found["scheduler"]["_class_name"]]
     index = {**found["model_index"], "scheduler": scheduler}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _convert_sd3(file: CheckpointFile, source: Path, found: Mapping[str, Any], folder: Path) -> None:
+    """Write transformer and VAE of the file; the other components are links into the pipeline folder `source`."""
+    written = {"transformer"}
+    with open_tensors(file.path) as (entries, _):
+        names = _under(entries, UNET) or {name: entry for name, entry in entries.items() if not name.startswith(VAE)}
+        # The converter splits and joins tensors, so it needs their values.
+        weights: Any = {name: entry.read() for name, entry in names.items()}
+        try:
+            renamed = convert_sd3_transformer_checkpoint_to_diffusers(weights)
+        except KeyError as error:
+            raise ModelError(f"model.path: `{file.path}` lacks the tensor {error} of Stable Diffusion 3.") from error
+        named = {name: Entry.of(value.contiguous()) for name, value in renamed.items()}
+        _write(folder / "transformer", named, found["transformer"], SD3Transformer2DModel, file.path)
+        if file.has_vae:
+            _write_vae(folder / "vae", _under(entries, VAE), found["vae"], file.path)
+            written.add("vae")
+    for part in source.iterdir():
+        if part.is_dir() and part.name in found["model_index"] and part.name not in written:
+            (folder / part.name).symlink_to(part, target_is_directory=True)
+    (folder / "model_index.json").write_text(json.dumps(found["model_index"], indent=2) + "\n", encoding="utf-8")
 
 
 def _under(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:

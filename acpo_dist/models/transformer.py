@@ -13,7 +13,8 @@ from acpo_dist.core.sizes import Size
 from acpo_dist.diffusion.flow import flow_inputs
 from acpo_dist.models.family import Condition
 from acpo_dist.models.latent import LatentFamily
-from acpo_dist.models.loading import cached_snapshot, load_part, resolve_path
+from acpo_dist.models.loading import load_part
+from acpo_dist.models.single_file import tokenizer_source
 from acpo_dist.models.text import Encoder, token_ids
 
 DEFAULT_PIXELS = 1024
@@ -64,7 +65,7 @@ class TransformerFamily(LatentFamily):
             config: the `model` section.
             guidance_scale: w of eps_u + w (eps_c - eps_u).
         """
-        length = cls._limit(config, resolve_path(config.path))
+        length = cls._limit(config, tokenizer_source(config))
         return {"guidance_scale": guidance_scale, "max_sequence_length": length}
 
     def _velocity(self, state: Tensor, at: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -113,12 +114,12 @@ class TransformerFamily(LatentFamily):
     @override
     def chunk_counts(cls, config: Any, prompts: Sequence[str]) -> list[int]:
         """Return the number of times that each prompt fills the longest text encoder; the rest is cut."""
-        path = resolve_path(config.path)
+        path = tokenizer_source(config)
         name = cls._text_parts(config, path)[-1][0]
-        source = cached_snapshot(path, f"{name}/tokenizer_config.json", config.revision)
         tokenizer = load_part(
-            AutoTokenizer.from_pretrained, source, name, revision=config.revision, local_files_only=config.offline
-        )
+            AutoTokenizer.from_pretrained, tokenizer_source(config, name), name, revision=config.revision,
+            local_files_only=config.offline,
+        )  # fmt: skip
         limit = cls._own_tokens(config, path, tokenizer)
         return [max(1, -(-len(token_ids(tokenizer, prompt)) // limit)) for prompt in prompts]
 

@@ -114,7 +114,7 @@ def test_a_file_of_2_x_must_say_what_it_predicts(tmp_path):
     [
         ({"lora_unet_a.lora_down.weight": (1, 1)}, r"is a LoRA.*model\.loras"),
         ({"encoder.conv_in.weight": (1, 1)}, r"is a VAE.*model\.vae"),
-        ({"model.diffusion_model.joint_blocks.0.x": (1, 1)}, "Stable Diffusion 3"),
+        ({"model.diffusion_model.joint_blocks.0.x": (1, 1)}, r"Stable Diffusion 3.*model\.type=sd3"),
         ({"model.diffusion_model.double_blocks.0.x": (1, 1)}, "FLUX"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (1, 9, 1, 1)}, "takes 9 channels"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (1, 4, 1, 1)}, "without text encoders"),

@@ -86,6 +86,10 @@ def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():
     ("overrides", "message"),
     [
         (["sampler.num_steps=2", "sampler.t_max=0.3"], "no denoise step lies at or below t_max"),
+        (
+            ["sampler.num_steps=2", "sampler.t_max=null", "sampler.k_max=0.01"],
+            r"sampler\.k_max: no denoise step.*Raise sampler\.k_max",
+        ),
         (["algorithm={type: ddpo}", "sampler.eta=1", "sampler.t_max=0.17"], "does not end at the clean sample"),
     ],
 )

@@ -86,16 +86,18 @@ class RolloutWorker:
             ConfigError: no denoise step is as late as the learner trains.
         """
         sampler, trajectory = self._sampler, self.trajectory
+        flow = self.family.prediction_type == "flow_prediction"
+        key = "sampler.k_max" if sampler.t_max is None and (sampler.k_max is not None or flow) else "sampler.t_max"
         try:
             share = sampler.latest_share(self.family.alpha_bars.tolist())
             late = trajectory.late_steps(share, len(self.family.alpha_bars), sampler.late_per_sample)
         except ValueError as error:
-            raise ConfigError(f"sampler.t_max: {error}") from error
+            raise ConfigError(f"{key}: {error} Raise {key} or sampler.num_steps.") from error
         if sampler.eta > 0 and all(trajectory.alpha_bars[step + 1] >= 1 for step in late):
             raise ConfigError(
-                f"sampler.t_max: with sampler.eta {sampler.eta:g} the learner needs a late step that does not end at "
+                f"{key}: with sampler.eta {sampler.eta:g} the learner needs a late step that does not end at "
                 f"the clean sample, and the only one, at timestep {trajectory.timesteps[late[0]]:g}, does. Raise "
-                "sampler.t_max or sampler.num_steps."
+                f"{key} or sampler.num_steps."
             )
         return late
 
