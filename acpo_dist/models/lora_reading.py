@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acpo_dist.core.errors import ModelError
+from acpo_dist.core.errors import ModelError, shorten
 from acpo_dist.core.json_text import json_object, read_object
 from acpo_dist.models.lycoris import PARTS, kind_of, rank_of, scaled_parts, update_of
 from acpo_dist.models.module_names import TEXT_PARTS, original_name, text_name
@@ -98,7 +98,7 @@ def read_lora(path: Path, modules: Mapping[str, Mapping[str, tuple[int, ...]]], 
             continue
         shape = modules[part][module]
         _check_shape(file, key, module, values, shape)
-        factor = _factor(values, part, metadata, file)
+        factor = _finite_factor(values, part, metadata, file)
         if kind_of(values):
             parts = {name: value for name, value in values.items() if name not in ("alpha", "magnitude")}
             layers[part] |= {f"{module}.{name}": value for name, value in scaled_parts(parts, factor).items()}
@@ -184,6 +184,21 @@ def _check_shape(file: Path, key: str, module: str, values: Mapping[str, Tensor]
             f"{key}: `{file}` has a {kind} of shape {given} for `{module}`, whose weight has shape {tuple(shape)}: it "
             "belongs to another architecture."
         )
+
+
+def _finite_factor(values: Mapping[str, Tensor], part: str, metadata: Mapping[str, str], file: Path) -> float:
+    """Scale of a layer, as `_factor`.
+
+    Raises:
+        ModelError: alpha or rank is no number, or the scale is not finite.
+    """
+    try:
+        factor = _factor(values, part, metadata, file)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ModelError(f"`{file}`: the alpha or rank of `{part}` is no number: {shorten(str(error), 200)}") from error
+    if not math.isfinite(factor):
+        raise ModelError(f"`{file}`: the scale alpha / rank of `{part}` is {factor}. Save the LoRA again.")
+    return factor
 
 
 def _factor(values: Mapping[str, Tensor], part: str, metadata: Mapping[str, str], file: Path) -> float:

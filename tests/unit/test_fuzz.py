@@ -1,8 +1,10 @@
 """Files and bodies that are cut or changed at random: one short message or the content, never a traceback or a hang."""
 
 import json
+import math
 import random
 import zipfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -252,6 +254,30 @@ def test_a_spoilt_file_of_layers_to_merge_is_refused_in_one_short_message_or_rea
     save_file({f"unet.conv_in.{name}": torch.ones(shape) for name, shape in parts.items()}, path)
     read = from_file(path, lambda file: read_lora(file, {"unet": {"conv_in": (8, 32)}}, {}, key="model.loras"))
     assert survives(read, path.read_bytes(), random.Random(SEED), 300) > 50
+
+
+@pytest.mark.parametrize("said", [{"lora_alpha": "two"}, {"lora_alpha": [2]}, {"lora_alpha": math.inf}])
+def test_an_alpha_beside_a_lora_file_that_is_no_finite_number_is_refused_in_one_short_message(said, tmp_path):
+    from acpo_dist.models.lora_reading import read_lora
+
+    parts = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(8, 2)}
+    save_file({f"unet.conv_in.{name}": value for name, value in parts.items()}, tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    read = partial(read_lora, tmp_path / "lora.safetensors", {"unet": {"conv_in": (8, 32)}}, {}, key="model.loras")
+    with pytest.raises(AcpoError, match=r"alpha") as caught:
+        read()
+    assert len(str(caught.value)) <= LONGEST
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(math.nan), torch.tensor(math.inf), torch.ones(3)])
+def test_an_alpha_in_a_lora_file_that_is_no_finite_number_is_refused_in_one_short_message(alpha, tmp_path):
+    from acpo_dist.models.lora_reading import read_lora
+
+    parts = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(8, 2), "alpha": alpha}
+    save_file({f"unet.conv_in.{name}": value for name, value in parts.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(AcpoError, match=r"alpha") as caught:
+        read_lora(tmp_path / "lora.safetensors", {"unet": {"conv_in": (8, 32)}}, {}, key="model.loras")
+    assert len(str(caught.value)) <= LONGEST
 
 
 def vrg_file(path: Path) -> None:
