@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -37,9 +38,9 @@ def gather(calls: Mapping[str, Any], *, timeout_s: float, what: str) -> dict[str
 
 
 def fetch(reference: Any, *, name: str, what: str, timeout_s: float | None = None) -> Any:
-    """Return one result; errors as in `gather`."""
+    """Return the result of an object reference, or of its future if that is done; errors as in `gather`."""
     try:
-        return ray.get(reference, timeout=timeout_s)
+        return reference.result() if isinstance(reference, Future) else ray.get(reference, timeout=timeout_s)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, AcpoError) else None
         if cause is not None:

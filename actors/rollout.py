@@ -1,6 +1,7 @@
 """Rollout workers as restartable actors; lost samples are drawn again from the same seeds."""
 
 import os
+import pickle
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,10 +71,17 @@ class RolloutActor:
             raise self._failed
         return self._loaded
 
-    def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
-        """Draw a chunk; return its handle, the latents and the images as three objects of the object store."""
+    @ray.method(num_returns=3)
+    def generate(self, plans: bytes, policy: Policy) -> tuple[Answer, Any, Tensor]:
+        """Draw a chunk; return its handle, the latents and the images as three objects of the object store.
+
+        Args:
+            plans: the chunk's tuple of `SamplePlan`, pickled by the driver: Ray's own pickling calls Python for every
+                object, which takes a driver of many workers longer than all the rest of a call.
+            policy: weights and trajectory.
+        """
         self._assume(policy)
-        batch = self._worker.generate(plans)
+        batch = self._worker.generate(pickle.loads(plans))
         handle = RolloutHandle(
             sample_ids=batch.sample_ids, prompts=batch.prompts, policy_version=batch.policy_version,
             schedule_id=batch.schedule_id, payload=None,
@@ -195,11 +203,12 @@ class RayRollouts(RolloutPool):
         chunks = chunks_of(groups, self._chunk)
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
-            meta, latents, images = actor.generate.options(num_returns=3).remote(chunks[index], policy)
+            meta, latents, images = actor.generate.remote(pickle.dumps(chunks[index]), policy)
             return meta, (latents, images)
 
         with self._lock:
-            policy = self._policy(version)
+            # One object for all chunks, which Ray passes to the workers by value.
+            policy = ray.put(self._policy(version))
             done = self._workers.spread(
                 [chunk[0].sample_id for chunk in chunks], submit, what="generate",
                 advance=(lambda index: advance(len(chunks[index]))) if advance else None,

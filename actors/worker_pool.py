@@ -4,7 +4,9 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from statistics import median
 from typing import Any
 
@@ -51,6 +53,7 @@ class _Running:
     name: str
     payload: Any
     since: float
+    future: Future[Any]
 
 
 class WorkerPool:
@@ -146,39 +149,49 @@ class WorkerPool:
         Raises:
             WorkerLostError: no worker responds in time, or a task ended `_MAX_FAILURES` workers.
         """
-        todo = deque(range(len(names)))
+        todo, free = deque(range(len(names))), deque(self.present())
         running: dict[Any, _Running] = {}
         done: dict[int, tuple[Any, Any]] = {}
         failures: Counter[int] = Counter()
         took: list[float] = []
-        heard = time.monotonic()
+        arrived: SimpleQueue[Any] = SimpleQueue()
+        heard = looked = time.monotonic()
         while len(done) < len(names):
-            busy = {task.name for task in running.values()}
-            for name in [name for name in self.present() if name not in busy]:
-                index = todo.popleft() if todo else self._overdue(running, done, took)
-                if index is None:
-                    break
+            if self._away:
+                busy = {task.name for task in running.values()}
+                free = deque(name for name in self.present() if name not in busy)
+            if not todo and free and time.monotonic() - looked > _LOOK_S:
+                looked = time.monotonic()
+                todo.extend(self._overdue(running, done, took, most=len(free)))
+            while todo and free:
+                name, index = free.popleft(), todo.popleft()
                 reference, payload = submit(self.actors[name], index)
-                running[reference] = _Running(index, name, payload, time.monotonic())
-            ready, _ = ray.wait([*running, *self._away], num_returns=1, timeout=_LOOK_S)
+                future = reference.future()
+                running[reference] = _Running(index, name, payload, time.monotonic(), future)
+                future.add_done_callback(lambda _, reference=reference: arrived.put(reference))
+            ready = self._await_any(arrived, running)
             now = time.monotonic()
-            if ready and ready[0] in running:
-                task, heard = running.pop(ready[0]), now
-                answer = self._result(ready[0], task.name, what)
-                if answer is not None and task.index not in done:
+            for reference in ready:
+                if reference not in running:
+                    continue
+                task, heard = running.pop(reference), now
+                answer = self._result(task.future if task.future.done() else reference, task.name, what)
+                if answer is not None:
+                    free.append(task.name)
+                if task.index in done:
+                    continue
+                if answer is not None:
                     done[task.index] = (answer.result, task.payload)
                     took.append(now - task.since)
                     if advance:
                         advance(task.index)
-                elif answer is None and task.index not in done:
-                    failures[task.index] += 1
-                    if failures[task.index] >= _MAX_FAILURES:
-                        raise WorkerLostError(
-                            f"{names[task.index]}...: every worker died in `{what}`, last {task.name}"
-                        )
-                    self.redone += 1
-                    todo.appendleft(task.index)
-            elif not ready and now - heard > self._timeout_s:
+                    continue
+                failures[task.index] += 1
+                if failures[task.index] >= _MAX_FAILURES:
+                    raise WorkerLostError(f"{names[task.index]}...: every worker died in `{what}`, last {task.name}")
+                self.redone += 1
+                todo.appendleft(task.index)
+            if not ready and now - heard > self._timeout_s:
                 who = ", ".join(sorted({task.name for task in running.values()} | set(self._away.values())))
                 raise WorkerLostError(f"{who}: no response to `{what}` within {self._timeout_s:g} s")
         for reference, task in running.items():
@@ -186,16 +199,35 @@ class WorkerPool:
             self._away[reference] = task.name
         return [done[index] for index in range(len(names))]
 
-    def _overdue(self, running: Mapping[Any, _Running], done: Mapping[int, Any], took: Sequence[float]) -> int | None:
-        """Return the index of a task whose worker is late and that no other worker has; None if there is none."""
-        limit = self._late_s + 3 * (median(took) if took else self._timeout_s)
+    def _await_any(self, arrived: "SimpleQueue[Any]", running: Mapping[Any, _Running]) -> list[Any]:
+        """Wait up to `_LOOK_S` for a result; return the references of all that have arrived.
+
+        The time that `ray.wait` takes grows with the number of references, so it is only used for late workers.
+        """
+        if self._away:
+            return ray.wait([*running, *self._away], num_returns=1, timeout=_LOOK_S)[0]
+        try:
+            found = [arrived.get(timeout=_LOOK_S)]
+        except Empty:
+            return ray.wait([*running], num_returns=len(running), timeout=0)[0] if running else []
+        while not arrived.empty():
+            found.append(arrived.get())
+        return found
+
+    def _overdue(
+        self, running: Mapping[Any, _Running], done: Mapping[int, Any], took: Sequence[float], *, most: int
+    ) -> list[int]:  # fmt: skip
+        """Return the indices of up to `most` tasks whose worker is late and that no other worker has."""
+        limit, now = self._late_s + 3 * (median(took) if took else self._timeout_s), time.monotonic()
         given = Counter(task.index for task in running.values())
-        for task in running.values():
-            if task.index not in done and given[task.index] == 1 and time.monotonic() - task.since > limit:
-                logger.warning("%s is late (%.0f s); its task is repeated by another worker", task.name, limit)
-                self.redone += 1
-                return task.index
-        return None
+        late = [
+            task for task in running.values()
+            if task.index not in done and given[task.index] == 1 and now - task.since > limit
+        ][:most]  # fmt: skip
+        for task in late:
+            logger.warning("%s is late (%.0f s); its task is repeated by another worker", task.name, limit)
+            self.redone += 1
+        return [task.index for task in late]
 
     def _result(self, reference: Any, name: str, what: str) -> Answer | None:
         """Return the answer; None if the worker was lost, which then receives no tasks until it responds to a ping."""

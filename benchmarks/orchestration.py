@@ -9,7 +9,7 @@ per iteration by phase (median over an iteration's rows without the first two), 
 and the ratio of the overlapped run to the one in turns (median over rounds).
 
 `control` drives simulated rollout workers with the code that drives real ones: each sleeps for a chunk's planned time
-and returns references to objects of an SDXL chunk's size. Workers share eight processes, so that hundreds fit on one
+and returns references to objects of an SDXL chunk's size. Workers share four processes, so that hundreds fit on one
 machine. Per number of workers: wall seconds of an iteration beyond the planned ones, and CPU seconds of the driver.
 
 `transfer` gives one adapter to many workers on this machine: seconds to store it once, and until all have read it.
@@ -25,10 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import json
 import logging
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,7 +38,11 @@ from typing import Any
 import numpy as np
 import psutil
 
+from acpo_dist.core.types import RolloutHandle, SamplePlan
+from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.toy.world import captions
 from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.workers.rollout.chunks import chunks_of
 
 COMMAND = [sys.executable, "-c", "from acpo_dist.cli import main; main()", "train"]
 ON_RAY = [
@@ -49,7 +55,9 @@ ARMS = {
 }
 PHASES = ("rollout", "reward", "learn", "probe", "guard", "sync")
 SHOWN = (*(f"time/{phase}" for phase in PHASES), "time/iteration", "idle/rollout", "idle/learner", "idle/reward")
-HOSTS = 8
+HOSTS = 4
+CHUNK = 8
+"""Samples of a simulated chunk."""
 CHUNK_BYTES = {"latents": 5 * 8 * 4 * 128 * 128 * 4, "images": 8 * 3 * 1024 * 1024}
 """Bytes of an SDXL chunk of eight samples: x_0 and four late states in float32, images in uint8."""
 
@@ -134,26 +142,37 @@ def measure_control(options: argparse.Namespace) -> None:
 
     _start(ray)
     for count in options.workers:
-        workers = _pool(ray, count)
-        tasks = options.chunks * count
-
-        def submit(actor: Any, index: int) -> tuple[Any, Any]:
-            # Chunks take 2 % more or less than planned.
-            seconds = options.chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
-            meta, latents, images = actor.generate(seconds)
-            return meta, (latents, images)
-
-        names = [f"sample-{index}" for index in range(tasks)]
-        workers.spread(names[:count], lambda actor, index: (actor.generate(0.0)[0], None), what="warm up")
-        cpu, started = time.thread_time(), time.monotonic()
-        workers.spread(names, submit, what="generate")
-        wall, cpu = time.monotonic() - started, time.thread_time() - cpu
-        planned = options.chunks * options.chunk_s
+        tasks, planned = options.chunks * count, options.chunks * options.chunk_s
+        groups = sample_prompts(
+            captions(), iteration=0, run_seed=0, num_prompts=tasks * CHUNK, samples_per_prompt=1, mix=None
+        )
+        workers, chunks = _pool(ray, count), chunks_of(groups, CHUNK)
+        _draw(ray, workers, chunks[:count], 0.0)
+        cpu, whole, started = time.thread_time(), time.process_time(), time.monotonic()
+        _draw(ray, workers, chunks, options.chunk_s)
+        wall, cpu, whole = time.monotonic() - started, time.thread_time() - cpu, time.process_time() - whole
         _say(
             workers=count, tasks=tasks, planned_s=planned, wall_s=round(wall, 3), driver_cpu_s=round(cpu, 3),
-            beyond_plan=round(wall / planned - 1, 4), driver_share=round(cpu / planned, 4),
+            process_cpu_s=round(whole, 3), beyond_plan=round(wall / planned - 1, 4),
+            driver_share=round(cpu / planned, 4),
         )  # fmt: skip
     ray.shutdown()
+
+
+def _draw(ray: Any, workers: Any, chunks: Sequence[tuple[SamplePlan, ...]], chunk_s: float) -> None:
+    """Give chunks to simulated workers as `RayRollouts.generate` gives them to real ones."""
+    from actors.rollout import Policy
+
+    # A task names the weights and does not contain them.
+    policy = ray.put(Policy(version=1, bundle=(ray.put(b""),)))
+
+    def submit(actor: Any, index: int) -> tuple[Any, Any]:
+        # Chunks take 2 % more or less than planned.
+        seconds = chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
+        meta, latents, images = actor.generate(pickle.dumps(chunks[index]), policy, seconds)
+        return meta, (latents, images)
+
+    workers.spread([chunk[0].sample_id for chunk in chunks], submit, what="generate")
 
 
 class _Host:
@@ -164,11 +183,16 @@ class _Host:
 
         self._objects = [ray.put(np.zeros(size, np.uint8)) for size in CHUNK_BYTES.values()]
 
-    def generate(self, seconds: float) -> tuple[Any, list[Any], list[Any]]:
+    def generate(self, plans: bytes, policy: Any, seconds: float) -> tuple[Any, list[Any], list[Any]]:
         from actors.worker_pool import Answer
 
+        chunk = pickle.loads(plans)
         time.sleep(seconds)
-        return Answer(f"process {os.getpid()}", None), [self._objects[0]], [self._objects[1]]
+        handle = RolloutHandle(
+            sample_ids=tuple(plan.sample_id for plan in chunk), prompts=tuple(plan.prompt for plan in chunk),
+            policy_version=policy.version, schedule_id="simulated", payload=None,
+        )  # fmt: skip
+        return Answer(f"process {os.getpid()}", handle), [self._objects[0]], [self._objects[1]]
 
     def ready(self) -> Any:
         from actors.worker_pool import Answer
@@ -178,7 +202,8 @@ class _Host:
     def take(self, bundle: list[Any]) -> int:
         import ray
 
-        return ray.get(bundle[0]).nbytes
+        found: Any = ray.get(bundle[0])
+        return found.nbytes
 
 
 class _Worker:
@@ -187,8 +212,8 @@ class _Worker:
     def __init__(self, host: Any) -> None:
         self._host = host
 
-    def generate(self, seconds: float) -> Any:
-        return self._host.generate.options(num_returns=3).remote(seconds)
+    def generate(self, plans: bytes, policy: Any, seconds: float) -> Any:
+        return self._host.generate.options(num_returns=3).remote(plans, policy, seconds)
 
     def ready(self) -> Any:
         return self._host.ready.remote()
