@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import remove_placement_group
 
 import acpo_dist
 from acpo_dist.config.schema import Config
@@ -16,12 +15,12 @@ from acpo_dist.core.errors import UsageError
 from acpo_dist.core.ports import Ports, Tracker
 from actors.channel import RayChannel
 from actors.cluster.connect import join, leave
-from actors.cluster.control import attempt, named_failures
+from actors.cluster.control import named_failures
 from actors.group import kill
 from actors.learner import RayLearner
-from actors.placement import await_resources, node_offers, place, plan_placement
+from actors.placement import await_resources, node_offers, plan_placement
 from actors.reward.gateway import open_gateway, read_tokens
-from actors.reward.pool import deploy, end_orphans
+from actors.reward.pool import deploy, end_orphans, link_of
 from actors.rollout import RayRollouts
 
 logger = logging.getLogger(__name__)
@@ -44,15 +43,15 @@ def open_ports(config: Config, tracker: Tracker) -> Iterator[Ports]:
         stack.enter_context(connected(config))
         end_orphans()
         await_resources(plan, timeout_s=config.cluster.place_timeout_s)
-        gang = place(plan.role("learner"), timeout_s=config.cluster.place_timeout_s)
-        stack.callback(attempt, lambda: remove_placement_group(gang), what="release the learner's machines")
-        # Actors load their models while the reward pool starts. Rollout workers hold no reservation, so each may move.
+        # All roles load their models at the same time. Rollout workers hold no reservation, so each may move.
+        learner = RayLearner(config, plan.role("learner"))
+        stack.callback(learner.close)
         rollout = RayRollouts(config, plan.role("rollout"))
         stack.callback(rollout.close)
-        learner = RayLearner(config, plan.role("learner"), gang)
-        stack.callback(learner.close)
+        run_id = f"acpo-{uuid.uuid4().hex[:8]}"
+        learner.load(link_of(config, run_id))
         near = rollout.nodes() if config.cluster.roles.reward.near_rollout and len(node_offers()) > 1 else []
-        reward = deploy(config, f"acpo-{uuid.uuid4().hex[:8]}", near=near)
+        reward = deploy(config, run_id, near=near)
         stack.callback(reward.close)
         learner.build(reward)
         if http.enabled:

@@ -3,18 +3,19 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from typing_extensions import override
 
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import UsageError, WorkerError, WorkerLostError
+from acpo_dist.core.errors import LearnerLostError, UsageError, WorkerError, WorkerLostError
 from acpo_dist.core.ports import Advance, LearnerGroup
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import (
@@ -29,9 +30,10 @@ from acpo_dist.core.types import (
 from acpo_dist.training.local import learner_spec
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.metrics import MetricSums, merged_drift, merged_lists, merged_report
+from actors.cluster.control import attempt
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
-from actors.placement import Role
+from actors.placement import Role, place
 from actors.process import set_up
 from actors.reward.client import PoolLink
 from actors.reward.pool import ServeRewards
@@ -126,37 +128,64 @@ class LearnerActor:
 class RayLearner(LearnerGroup):
     """All learner ranks, called from the driver. If a rank fails, the others are ended; they would wait for it."""
 
-    def __init__(self, config: Config, role: Role, group: Any) -> None:
-        """Start the actors; `build` loads the models."""
-        shell = ray.remote(LearnerActor).options(
-            max_restarts=0, num_cpus=role.cpus, num_gpus=role.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group),
-        )  # fmt: skip
-        self._actors = {
-            f"learner/{rank}": shell.remote(rank, role.count, config.model.type, role.cpus, role.gpus)
-            for rank in range(role.count)
-        }
-        self._config, self._rewards = config, None
+    def __init__(self, config: Config, role: Role) -> None:
+        """Reserve the machines and start the actors; `load` and `build` load the models."""
+        self._config, self._role, self._rewards = config, role, None
         self._timeout_s = config.learner.timeout_s
         self._num_elements = 0
+        self._loading: dict[str, Any] = {}
+        self._place()
+
+    def _place(self) -> None:
+        role = self._role
+        self._group = place(role, timeout_s=self._config.cluster.place_timeout_s)
+        shell = ray.remote(LearnerActor).options(
+            max_restarts=0, num_cpus=role.cpus, num_gpus=role.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
+        )  # fmt: skip
+        self._actors = {
+            f"learner/{rank}": shell.remote(rank, role.count, self._config.model.type, role.cpus, role.gpus)
+            for rank in range(role.count)
+        }
 
     @property
     def _first(self) -> Any:
         return self._actors["learner/0"]
 
+    def load(self, link: PoolLink, config: Config | None = None) -> None:
+        """Start to load the models, which `build` waits for; the reward pool may still be starting.
+
+        Args:
+            link: the reward pool.
+            config: another configuration for the same ranks, which replace what they have loaded.
+        """
+        self._config = config or self._config
+        # Passed on by Ray, so that this call does not wait for the processes to start.
+        master = self._first.address.remote()
+        spec = ray.put(learner_spec(self._config))
+        expected = None if self._config.cluster.mixed_software else software()
+        self._loading = {name: actor.build.remote(master, spec, link, expected) for name, actor in self._actors.items()}
+
     def build(self, rewards: ServeRewards, config: Config | None = None) -> None:
-        """Load the models and connect the ranks to the reward pool.
+        """Wait until the ranks have loaded their models.
 
         Args:
             rewards: the pool that computes gradients of rewards.
-            config: another configuration for the same ranks, which replace what they have loaded.
+            config: as in `load`, which is called if it was not.
         """
-        self._config, self._rewards = config or self._config, rewards
-        master = fetch(self._first.address.remote(), name="learner/0", what="address", timeout_s=self._timeout_s)
-        spec = ray.put(learner_spec(self._config))
-        expected = None if self._config.cluster.mixed_software else software()
-        self._all("load model", lambda actor: actor.build.remote(master, spec, rewards.link, expected))
+        self._rewards = rewards
+        if not self._loading or config is not None:
+            self.load(rewards.link, config)
+        loading, self._loading = self._loading, {}
+        self._gather("load model", loading)
         self._require_shared_folder()
+
+    @override
+    def renew(self) -> None:
+        assert self._rewards is not None
+        self.close()
+        self._place()
+        self.build(self._rewards)
 
     @override
     def start(self, folder: Path | None) -> None:
@@ -196,7 +225,7 @@ class RayLearner(LearnerGroup):
     def export_reference(self, version: int, *, ema: bool = False) -> tuple[Any, str]:
         """Return an object reference of the bundle, and its checksum; the driver does not fetch the bundle."""
         bundle, checksum = self._first.export.options(num_returns=2).remote(version, ema)
-        return bundle, fetch(checksum, name="learner/0", what="export", timeout_s=self._timeout_s)
+        return bundle, self._gather("export", {"learner/0": checksum})[0]
 
     @override
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
@@ -210,21 +239,24 @@ class RayLearner(LearnerGroup):
         self._all("save", lambda actor: actor.save.remote(target, earlier))
 
     def close(self) -> None:
-        """End all ranks."""
+        """End all ranks and release their machines."""
         kill(self._actors)
+        attempt(lambda: remove_placement_group(self._group), what="release the learner's machines")
 
     def _all(self, what: str, call: Any) -> list[Any]:
-        calls = {name: call(actor) for name, actor in self._actors.items()}
+        return self._gather(what, {name: call(actor) for name, actor in self._actors.items()})
+
+    def _gather(self, what: str, calls: Mapping[str, Any]) -> list[Any]:
         try:
             return list(gather(calls, timeout_s=self._timeout_s, what=what).values())
-        except WorkerLostError:
-            raise
+        except WorkerLostError as error:
+            raise LearnerLostError(str(error)) from error
         except WorkerError as error:
             # A rank whose peer died often fails before Ray detects that death.
             dead = self._first_dead()
             if dead is None:
                 raise
-            raise WorkerLostError(
+            raise LearnerLostError(
                 f"{dead} is gone; another rank failed in `{what}` for that reason: {error}"
             ) from error
 

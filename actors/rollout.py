@@ -276,11 +276,15 @@ class RayRollouts(RolloutPool):
         Returns:
             Acknowledgements of the workers that have responded.
         """
-        self._bundles = kept_versions({**self._bundles, version: bundle}, self._earlier)
-        if self._earlier:
+        again = version <= max(self._bundles, default=-1)
+        # After the loss of the learner, versions are published again, and replace the later ones.
+        older = {number: kept for number, kept in self._bundles.items() if number < version}
+        self._bundles = kept_versions({**older, version: bundle}, self._earlier)
+        if self._earlier and not again:
             # Drawing goes on: a worker loads and verifies a version with its next chunk of that version.
             return []
-        acks = self._workers.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
+        with self._lock:
+            acks = self._workers.ask(lambda actor: actor.load.remote(bundle), what="load weights", least=self._least)
         return list(acks.values())
 
     @override

@@ -53,6 +53,8 @@ ARMS = {
     "ray, in turns": ON_RAY,
     "ray, overlapped": [*ON_RAY, "pipeline.max_staleness=1"],
 }
+CORES = {"ray::RolloutActor": 0, "ray::ServeReplica": 1, "ray::LearnerActor": 1}
+"""Core of a worker, by the start of its process title. Gradients of rewards are part of the learner's work."""
 PHASES = ("rollout", "reward", "learn", "probe", "guard", "sync")
 SHOWN = (*(f"time/{phase}" for phase in PHASES), "time/iteration", "idle/rollout", "idle/learner", "idle/reward")
 HOSTS = 4
@@ -70,6 +72,8 @@ def main() -> None:
     pairs.add_argument("--rounds", type=int, default=5)
     pairs.add_argument("--iterations", type=int, default=12)
     pairs.add_argument("--config", default="toy_sdxl")
+    pairs.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    pairs.add_argument("--cores", action="store_true", help="bind the roles to two cores")
     pairs.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     pairs.set_defaults(run=measure_pairs)
     control = commands.add_parser("control")
@@ -87,17 +91,18 @@ def main() -> None:
 
 def measure_pairs(options: argparse.Namespace) -> None:
     """Run the arms in turns."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in options.arms}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
-            for name, overrides in ARMS.items():
-                root = Path(folder) / f"{number}-{name.replace(' ', '-')}"
-                row = _train(options, root, [*overrides, *options.overrides])
+            for name in options.arms:
+                root = Path(folder) / f"{number}-{name.replace(' ', '-').replace(',', '')}"
+                row = _train(options, root, [*ARMS[name], *options.overrides])
                 found[name].append(row)
                 _say(round=number, arm=name, **row)
-    turns, ahead = found["ray, in turns"], found["ray, overlapped"]
-    ratios = [two["time/iteration"] / one["time/iteration"] for one, two in zip(turns, ahead, strict=True)]
-    _say(ratio_median=median(ratios), ratios=ratios)
+    turns, ahead = found.get("ray, in turns", []), found.get("ray, overlapped", [])
+    if turns and ahead:
+        ratios = [two["time/iteration"] / one["time/iteration"] for one, two in zip(turns, ahead, strict=True)]
+        _say(ratio_median=round(median(ratios), 4), ratios=[round(ratio, 4) for ratio in ratios])
     for name, rows in found.items():
         _say(arm=name, **{key: median(row[key] for row in rows) for key in rows[0] if all(key in r for r in rows)})
 
@@ -110,7 +115,7 @@ def _train(options: argparse.Namespace, root: Path, overrides: list[str]) -> dic
     started = time.monotonic()
     with (root.parent / f"{root.name}.log").open("w+") as log:
         process = subprocess.Popen([*COMMAND, *arguments], stdout=log, stderr=log)
-        cpu = _cpu_seconds(process)
+        cpu = _watch(process, options.cores)
         if process.returncode:
             log.seek(0)
             raise SystemExit(log.read()[-3000:])
@@ -121,19 +126,38 @@ def _train(options: argparse.Namespace, root: Path, overrides: list[str]) -> dic
     }
 
 
-def _cpu_seconds(process: subprocess.Popen[bytes]) -> float:
-    """CPU seconds of a process and its descendants, sampled until it ends."""
+def _watch(process: subprocess.Popen[bytes], cores: bool) -> float:
+    """Return the CPU seconds of a process and its descendants, sampled until it ends.
+
+    Args:
+        process: a run.
+        cores: bind its roles to cores as in `CORES`.
+    """
     seen: dict[tuple[int, float], float] = {}
+    bound: set[int] = set()
     while process.poll() is None:
         try:
             top = psutil.Process(process.pid)
             for one in (top, *top.children(recursive=True)):
                 times = one.cpu_times()
                 seen[one.pid, one.create_time()] = times.user + times.system
+                if cores and one.pid not in bound and _bind(one):
+                    bound.add(one.pid)
         except psutil.Error:
             pass
         time.sleep(0.5)
     return sum(seen.values())
+
+
+def _bind(process: psutil.Process) -> bool:
+    """Bind a worker, which Ray names in its process title, to its core; return whether it is one."""
+    title = " ".join(process.cmdline()[:1])
+    core = next((core for start, core in CORES.items() if title.startswith(start)), None)
+    if core is None:
+        return False
+    for thread in process.threads():
+        os.sched_setaffinity(thread.id, {core})
+    return True
 
 
 def measure_control(options: argparse.Namespace) -> None:

@@ -105,6 +105,10 @@ class WorkerLostError(WorkerError):
     """Processes or machines that the run requires were lost; the run can resume from its newest checkpoint."""
 
 
+class LearnerLostError(WorkerLostError):
+    """Learner ranks were lost; the other workers may still run."""
+
+
 class StorageError(AcpoError):
     """The disk is full or unavailable; earlier checkpoints are intact."""
 

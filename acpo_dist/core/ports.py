@@ -120,6 +120,10 @@ class RewardPool(Protocol):
 class LearnerGroup(Protocol):
     """Updates the policy."""
 
+    def renew(self) -> None:
+        """Replace the ranks after a `LearnerLostError`; `start` follows. Only groups that raise it implement this."""
+        raise NotImplementedError
+
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
         """Run the optimiser steps of one iteration; non-finite steps are skipped and listed in the report."""
         ...

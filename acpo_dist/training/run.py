@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from acpo_dist.config.load import dump
 from acpo_dist.config.schema import Config
-from acpo_dist.core.errors import ConfigError, ModelError, RunTakenError, WorkerLostError
+from acpo_dist.core.errors import ConfigError, LearnerLostError, ModelError, RunTakenError, WorkerLostError
 from acpo_dist.core.files import on_storage
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
@@ -22,7 +22,7 @@ from acpo_dist.core.weights import make_bundle
 from acpo_dist.data.captions import CAPTION_COLUMNS
 from acpo_dist.data.encoded import EncodedImages
 from acpo_dist.data.images import load_images
-from acpo_dist.data.pairs import PairSet
+from acpo_dist.data.pairs import PairIndex, PairSet
 from acpo_dist.data.prompts import run_prompts
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.text import describe_long
@@ -81,8 +81,8 @@ def drive(
 ) -> RunResult:  # fmt: skip
     """Execute a run: lock, folder, prompts, ports, loop, curves, export.
 
-    If required processes or hosts are lost, all ports are opened again and the run continues from its newest
-    checkpoint, at most `cluster.max_restarts` times.
+    If required processes or hosts are lost, the run continues from its newest checkpoint, at most
+    `cluster.max_restarts` times: with new learner ranks if only these were lost, otherwise with all ports opened again.
 
     Args:
         at_start: called with base weights in place, before the first iteration.
@@ -91,7 +91,7 @@ def drive(
     Raises:
         AcpoError: invalid input before the start, or a failure that the run cannot recover from.
     """
-    started, restarts = time.monotonic(), 0
+    started, restarts = time.monotonic(), _Restarts(config.cluster.max_restarts, console)
     with on_storage(config.run_dir), ExitStack() as stack:
         # Acquired once, after the input has been checked.
         lock = cache(lambda: stack.enter_context(held(config.run_dir)))
@@ -100,19 +100,33 @@ def drive(
                 result = _attempt(config, open_ports, console, resume, at_start, at_end, restarts, lock)
                 return replace(result, seconds=time.monotonic() - started)
             except WorkerLostError as error:
-                if restarts >= config.cluster.max_restarts:
-                    raise
-                restarts, resume = restarts + 1, "auto"
-                logger.warning("%s", error)
-                console.message(
-                    f"{str(error).splitlines()[0]}; continuing from the newest checkpoint, or from the start without "
-                    f"one (restart {restarts} of {config.cluster.max_restarts}, cluster.max_restarts)"
-                )
+                restarts.require(error)
+                resume = "auto"
+
+
+@dataclass
+class _Restarts:
+    """Restarts of a run after losses."""
+
+    limit: int
+    console: Console
+    count: int = 0
+
+    def require(self, error: WorkerLostError) -> None:
+        """Count and report a restart; raise the error if there were too many."""
+        if self.count >= self.limit:
+            raise error
+        self.count += 1
+        logger.warning("%s", error)
+        self.console.message(
+            f"{str(error).splitlines()[0]}; continuing from the newest checkpoint, or from the start without "
+            f"one (restart {self.count} of {self.limit}, cluster.max_restarts)"
+        )
 
 
 def _attempt(
     config: Config, open_ports: OpenPorts, console: Console, resume: str | None, at_start: Hook | None,
-    at_end: Hook | None, restarts: int, lock: Callable[[], RunLock],
+    at_end: Hook | None, restarts: _Restarts, lock: Callable[[], RunLock],
 ) -> RunResult:  # fmt: skip
     started = time.monotonic()
     prompts = run_prompts(config)
@@ -137,23 +151,53 @@ def _attempt(
         ended = ending_of(config, checkpoint.state)
         if ended is not None:
             return _ended_before(config, folder, checkpoint, ended, console, started)
-    for record in (folder.metrics, folder.guard, folder.skipped):
-        truncate_after(record, checkpoint.iteration if checkpoint else 0)
-    effective = prepare(config, folder.root / "base", console)
     with ExitStack() as stack:
-        tracker, mlflow = _open_tracker(config, folder, checkpoint.iteration if checkpoint else 0)
-        tracker.set_tags({"restarts": restarts})
+        job = _Job(
+            config=config, effective=prepare(config, folder.root / "base", console), folder=folder, prompts=prompts,
+            pairs=pairs, console=console, open_ports=open_ports, stack=stack, restarts=restarts, at_start=at_start,
+            at_end=at_end,
+        )  # fmt: skip
+        while True:
+            try:
+                return job.run(checkpoint)
+            except LearnerLostError as error:
+                checkpoint = folder.checkpoints.newest()
+                if job.ports is None or checkpoint is None:
+                    raise
+                restarts.require(error)
+                ours.require()
+                job.ports.learner.renew()
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """A run with its input read and its ports, which stay open when only learner ranks are lost."""
+
+    config: Config
+    effective: Config
+    """With the models and metrics that the run trains first."""
+    folder: RunFolder
+    prompts: tuple[str, ...]
+    pairs: PairIndex | None
+    console: Console
+    open_ports: OpenPorts
+    stack: ExitStack
+    """Closes the ports."""
+    restarts: _Restarts
+    at_start: Hook | None
+    at_end: Hook | None
+    ports: Ports | None = field(default=None, init=False)
+
+    def run(self, checkpoint: Checkpoint | None) -> RunResult:
+        """Record and train from the start or a checkpoint to the end, and export."""
+        started, folder, first = time.monotonic(), self.folder, checkpoint.iteration if checkpoint else 0
+        for record in (folder.metrics, folder.guard, folder.skipped):
+            truncate_after(record, first)
+        tracker, mlflow = _open_tracker(self.config, folder, first)
+        tracker.set_tags({"restarts": self.restarts.count})
         status = "FAILED"
         try:
-            ports = replace(stack.enter_context(open_ports(effective, tracker)), pairs=pairs)
-            context = RunContext(config=effective, ports=ports, folder=folder, prompts=prompts, console=console)
-            on_start = (lambda: at_start(effective, ports, prompts)) if at_start else None
-            result = loop.run(context, checkpoint=checkpoint, on_start=on_start)
-            if at_end is not None:
-                at_end(effective, ports, prompts)
-            ours.require()
-            final = _final_weights(effective, folder, result.iterations, result.guard)
-            _finish(effective, folder, tracker, final)
+            result = self._train(tracker, checkpoint)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -164,11 +208,26 @@ def _attempt(
             raise
         finally:
             tracker.close(status)
-    return RunResult(
-        run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
-        mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
-        export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
-    )  # fmt: skip
+        return RunResult(
+            run_dir=folder.root, iterations=result.iterations, metrics=result.last_metrics,
+            mlflow_uri=mlflow.uri if mlflow else None, mlflow_run_id=mlflow.run_id if mlflow else None,
+            export=folder.export, seconds=time.monotonic() - started, guard=result.guard,
+        )  # fmt: skip
+
+    def _train(self, tracker: Tracker, checkpoint: Checkpoint | None) -> loop.LoopResult:
+        if self.ports is None:
+            self.ports = self.stack.enter_context(self.open_ports(self.effective, tracker))
+        effective, folder, prompts = self.effective, self.folder, self.prompts
+        ports = replace(self.ports, tracker=tracker, pairs=self.pairs)
+        context = RunContext(config=effective, ports=ports, folder=folder, prompts=prompts, console=self.console)
+        at_start, at_end = self.at_start, self.at_end
+        on_start = (lambda: at_start(effective, ports, prompts)) if at_start else None
+        result = loop.run(context, checkpoint=checkpoint, on_start=on_start)
+        if at_end is not None:
+            at_end(effective, ports, prompts)
+        folder.require_ours()
+        _finish(effective, folder, tracker, _final_weights(effective, folder, result.iterations, result.guard))
+        return result
 
 
 def model_notes(config: Config) -> list[str]:

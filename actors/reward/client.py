@@ -1,6 +1,7 @@
 """Requests to the reward pool, repeated until the deadline; a missing score is never replaced."""
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,11 +61,11 @@ class RewardClient(GradientSource):
     """A client of the pool; thread-safe."""
 
     def __init__(self, link: PoolLink) -> None:
-        """Get Serve's handles of the applications."""
+        """Store the names of the applications, which may still be starting; the first request gets Serve's handle."""
         self.link = link
-        self._handles = {name: serve.get_deployment_handle(REPLICA, app) for name, app in link.applications.items()}
+        self._pools: dict[str, tuple[Any, Liveness]] = {}
+        self._lock = threading.Lock()
         self.counts = RequestCounts()
-        self.liveness_records = {name: Liveness(self._handles[name], app) for name, app in link.applications.items()}
         self._threads: ThreadPoolExecutor | None = None
 
     @property
@@ -74,7 +75,19 @@ class RewardClient(GradientSource):
 
     def handle(self, metric: str) -> Any:
         """Return Serve's handle of a metric."""
-        return self._handles[metric]
+        return self._pool(metric)[0]
+
+    def liveness(self, metric: str) -> Liveness:
+        """Return the record of a metric's responses."""
+        return self._pool(metric)[1]
+
+    def _pool(self, metric: str) -> tuple[Any, Liveness]:
+        with self._lock:
+            if metric not in self._pools:
+                application = self.link.applications[metric]
+                handle = serve.get_deployment_handle(REPLICA, application)
+                self._pools[metric] = handle, Liveness(handle, application)
+            return self._pools[metric]
 
     @override
     def submit(self, metric: str, sent: WireTensor, prompts: Sequence[str]) -> Future[ScoredGradient]:
@@ -129,7 +142,7 @@ class _Request:
     pause_s: float = _PAUSE_S
 
     def answer(self) -> Any:
-        link, liveness = self.client.link, self.client.liveness_records[self.metric]
+        link, liveness = self.client.link, self.client.liveness(self.metric)
         started = time.monotonic()
         while True:
             # Any response from the pool extends the deadline, so queued requests do not time out.
@@ -172,7 +185,7 @@ class _Request:
 
     def _wait(self, response: Any, started: float) -> Any:
         """Wait for the response, even if it is queued for long, as long as the pool makes progress."""
-        link, liveness = self.client.link, self.client.liveness_records[self.metric]
+        link, liveness = self.client.link, self.client.liveness(self.metric)
         patience_s, first = _PATIENCE * link.attempt_timeout_s, time.monotonic()
         while True:
             asked = time.monotonic()

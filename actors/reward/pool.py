@@ -88,11 +88,16 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         # On an interrupt Serve would keep the applications and their resources.
         delete(names)
         raise
-    link = PoolLink(
-        applications={name: f"{run_id}-{name}" for name in pools},
+    return ServeRewards(link_of(config, run_id), pools)
+
+
+def link_of(config: Config, run_id: str) -> PoolLink:
+    """Return what a process needs to send requests to the pool that `deploy` starts, or has not started yet."""
+    rewards = config.rewards
+    return PoolLink(
+        applications={entry.name: f"{run_id}-{entry.name}" for entry in (*rewards.train, *rewards.judges)},
         deadline_s=rewards.deadline_s, attempt_timeout_s=rewards.attempt_timeout_s,
     )  # fmt: skip
-    return ServeRewards(link, pools)
 
 
 def _machines(role: RewardRoleConfig, near: Sequence[str]) -> dict[str, Any]:
