@@ -18,7 +18,7 @@ from acpo_dist.core.by_size import Mixed, gather
 from acpo_dist.core.errors import WeightSyncError
 from acpo_dist.core.ports import Advance, RolloutPool
 from acpo_dist.core.types import PromptGroup, RolloutBatch, RolloutHandle, SamplePlan, WeightAck, WeightBundle
-from acpo_dist.core.weights import kept_versions, require_acks
+from acpo_dist.core.weights import require_acks, with_version
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.rollout.chunks import chunks_of, in_order
@@ -277,9 +277,7 @@ class RayRollouts(RolloutPool):
             Acknowledgements of the workers that have responded.
         """
         again = version <= max(self._bundles, default=-1)
-        # After the loss of the learner, versions are published again, and replace the later ones.
-        older = {number: kept for number, kept in self._bundles.items() if number < version}
-        self._bundles = kept_versions({**older, version: bundle}, self._earlier)
+        self._bundles = with_version(self._bundles, version, bundle, earlier=self._earlier)
         if self._earlier and not again:
             # Drawing goes on: a worker loads and verifies a version with its next chunk of that version.
             return []

@@ -1,12 +1,13 @@
 """What orchestration costs: the toy in one process, on Ray in turns and on Ray overlapped; and the driver at scale.
 
-    .venv/bin/python benchmarks/orchestration.py pairs [--rounds 5] [--iterations 12] [KEY=VALUE ...]
+    .venv/bin/python benchmarks/orchestration.py pairs [--rounds 5] [--iterations 3] [--cores] [KEY=VALUE ...]
     .venv/bin/python benchmarks/orchestration.py control [--workers 8 32 128 512] [--chunk-s 5.75] [--chunks 2]
     .venv/bin/python benchmarks/orchestration.py transfer [--workers 64] [--megabytes 186]
 
-`pairs` runs the same training three ways in turns, each in a process of its own, on the cores of this machine: seconds
-per iteration by phase (median over an iteration's rows without the first two), CPU seconds of the whole process tree,
-and the ratio of the overlapped run to the one in turns (median over rounds).
+`pairs` calibrates the same training three ways, and then runs some iterations of each in turns: seconds per iteration
+by phase (medians), CPU seconds of all processes, and the ratio of the overlapped run to the one in turns (median over
+rounds). `--cores` gives the rollout worker one core, and learner and reward replicas another, which their iterations
+share about equally.
 
 `control` drives simulated rollout workers with the code that drives real ones: each sleeps for a chunk's planned time
 and returns references to objects of an SDXL chunk's size. Workers share four processes, so that hundreds fit on one
@@ -26,11 +27,11 @@ import argparse
 import json
 import logging
 import pickle
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,13 +39,18 @@ from typing import Any
 import numpy as np
 import psutil
 
+from acpo_dist.cli.backend import ports_for
+from acpo_dist.config.load import load_config
 from acpo_dist.core.types import RolloutHandle, SamplePlan
-from acpo_dist.data.prompts import sample_prompts
+from acpo_dist.data.prompts import run_prompts, sample_prompts
 from acpo_dist.data.toy.world import captions
-from acpo_dist.tracking.jsonl import read_metrics
+from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.tracking.console import Console
+from acpo_dist.training.context import RunContext
+from acpo_dist.training.loop import Trainer
+from acpo_dist.training.run_folder import open_run
 from acpo_dist.workers.rollout.chunks import chunks_of
 
-COMMAND = [sys.executable, "-c", "from acpo_dist.cli import main; main()", "train"]
 ON_RAY = [
     "cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.1",
 ]  # fmt: skip
@@ -70,7 +76,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     pairs = commands.add_parser("pairs")
     pairs.add_argument("--rounds", type=int, default=5)
-    pairs.add_argument("--iterations", type=int, default=12)
+    pairs.add_argument("--iterations", type=int, default=3)
     pairs.add_argument("--config", default="toy_sdxl")
     pairs.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     pairs.add_argument("--cores", action="store_true", help="bind the roles to two cores")
@@ -90,74 +96,71 @@ def main() -> None:
 
 
 def measure_pairs(options: argparse.Namespace) -> None:
-    """Run the arms in turns."""
+    """Run some iterations of every arm in turns."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in options.arms}
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trainers = {
+            name: stack.enter_context(_trainer(options, root / str(number), [*ARMS[name], *options.overrides]))
+            for number, name in enumerate(options.arms)
+        }
+        if options.cores:
+            _bind()
         for number in range(options.rounds):
-            for name in options.arms:
-                root = Path(folder) / f"{number}-{name.replace(' ', '-').replace(',', '')}"
-                row = _train(options, root, [*ARMS[name], *options.overrides])
-                found[name].append(row)
-                _say(round=number, arm=name, **row)
+            for name, trainer in trainers.items():
+                found[name].append(_iterate(trainer, options.iterations))
+                _say(round=number, arm=name, **found[name][-1])
     turns, ahead = found.get("ray, in turns", []), found.get("ray, overlapped", [])
     if turns and ahead:
         ratios = [two["time/iteration"] / one["time/iteration"] for one, two in zip(turns, ahead, strict=True)]
         _say(ratio_median=round(median(ratios), 4), ratios=[round(ratio, 4) for ratio in ratios])
     for name, rows in found.items():
-        _say(arm=name, **{key: median(row[key] for row in rows) for key in rows[0] if all(key in r for r in rows)})
+        _say(arm=name, **{key: round(median(row[key] for row in rows), 4) for key in rows[0]})
 
 
-def _train(options: argparse.Namespace, root: Path, overrides: list[str]) -> dict[str, float]:
-    arguments = [
-        options.config, f"run.dir={root}", f"run.iterations={options.iterations}", "tracking.mlflow=false",
-        f"tracking.images_every={options.iterations}", *overrides,
-    ]  # fmt: skip
-    started = time.monotonic()
-    with (root.parent / f"{root.name}.log").open("w+") as log:
-        process = subprocess.Popen([*COMMAND, *arguments], stdout=log, stderr=log)
-        cpu = _watch(process, options.cores)
-        if process.returncode:
-            log.seek(0)
-            raise SystemExit(log.read()[-3000:])
-    rows = [row for row in read_metrics(root / "metrics.jsonl") if "time/iteration" in row][2:]
-    means = {key: median(row[key] for row in rows if key in row) for key in SHOWN if any(key in row for row in rows)}
-    return {
-        key: round(value, 4) for key, value in (means | {"cpu_s": cpu, "run_s": time.monotonic() - started}).items()
-    }
-
-
-def _watch(process: subprocess.Popen[bytes], cores: bool) -> float:
-    """Return the CPU seconds of a process and its descendants, sampled until it ends.
-
-    Args:
-        process: a run.
-        cores: bind its roles to cores as in `CORES`.
-    """
-    seen: dict[tuple[int, float], float] = {}
-    bound: set[int] = set()
-    while process.poll() is None:
+@contextmanager
+def _trainer(options: argparse.Namespace, root: Path, overrides: list[str]) -> Iterator[Trainer]:
+    """Calibrate a run, without trackers, and close its workers at the end."""
+    # No iteration is the last one, for which nothing is drawn ahead.
+    config = load_config(options.config, [f"run.dir={root}", "run.iterations=100000", *overrides])
+    folder, _ = open_run(config, None)
+    with ports_for(config.cluster.backend)(config, CompositeTracker([])) as ports:
+        context = RunContext(
+            config=config, ports=ports, folder=folder, prompts=run_prompts(config), console=Console(quiet=True)
+        )
+        trainer = Trainer(context)
         try:
-            top = psutil.Process(process.pid)
-            for one in (top, *top.children(recursive=True)):
-                times = one.cpu_times()
-                seen[one.pid, one.create_time()] = times.user + times.system
-                if cores and one.pid not in bound and _bind(one):
-                    bound.add(one.pid)
-        except psutil.Error:
-            pass
-        time.sleep(0.5)
-    return sum(seen.values())
+            yield trainer
+        finally:
+            trainer.close()
 
 
-def _bind(process: psutil.Process) -> bool:
-    """Bind a worker, which Ray names in its process title, to its core; return whether it is one."""
-    title = " ".join(process.cmdline()[:1])
-    core = next((core for start, core in CORES.items() if title.startswith(start)), None)
-    if core is None:
-        return False
-    for thread in process.threads():
-        os.sched_setaffinity(thread.id, {core})
-    return True
+def _iterate(trainer: Trainer, iterations: int) -> dict[str, float]:
+    """Return medians over iterations after a first one, during which samples of another arm may still be drawn."""
+    trainer.iterate()
+    before = _cpu_seconds()
+    rows = [trainer.iterate() for _ in range(iterations)]
+    found = {key: median(row[key] for row in rows) for key in SHOWN if key in rows[0]}
+    found["cpu_s"] = (_cpu_seconds() - before) / iterations
+    return {key: round(value, 4) for key, value in found.items()}
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU seconds of this process and its descendants."""
+    top, total = psutil.Process(), 0.0
+    for one in (top, *top.children(recursive=True)):
+        times = one.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def _bind() -> None:
+    """Bind all workers, which Ray names in their process titles, to their cores."""
+    for one in psutil.Process().children(recursive=True):
+        title = " ".join(one.cmdline()[:1])
+        core = next((core for start, core in CORES.items() if title.startswith(start)), None)
+        for thread in one.threads() if core is not None else ():
+            os.sched_setaffinity(thread.id, {core})
 
 
 def measure_control(options: argparse.Namespace) -> None:

@@ -29,10 +29,12 @@ def make_bundle(version: int, tensors: Mapping[str, Tensor]) -> WeightBundle:
     return WeightBundle(version=version, checksum=checksum(copies), tensors=copies)
 
 
-def kept_versions(versions: Mapping[int, Kept], earlier: int) -> dict[int, Kept]:
-    """Return the newest version and those at most `earlier` versions older."""
-    newest = max(versions, default=0)
-    return {version: kept for version, kept in versions.items() if version >= newest - earlier}
+def with_version(kept: Mapping[int, Kept], version: int, new: Kept, *, earlier: int) -> dict[int, Kept]:
+    """Return what is kept by version with a new one, and without versions that are more than `earlier` older.
+
+    Later versions are left out too: after the loss of the learner, versions are published again.
+    """
+    return {number: one for number, one in kept.items() if version - earlier <= number < version} | {version: new}
 
 
 def require_acks(version: int, wanted: str, acks: list[WeightAck]) -> None:

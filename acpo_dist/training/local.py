@@ -27,7 +27,7 @@ from acpo_dist.core.types import (
     WeightAck,
     WeightBundle,
 )
-from acpo_dist.core.weights import kept_versions, require_acks
+from acpo_dist.core.weights import require_acks, with_version
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.models.tuning import share_frozen, shares_base
 from acpo_dist.vrg.sums import ErrorSums
@@ -133,7 +133,7 @@ class LocalRollouts(RolloutPool):
     def load(self, bundle: WeightBundle) -> list[WeightAck]:
         if self._earlier == 0:
             return [self.worker.load(bundle)]
-        self._bundles = kept_versions({**self._bundles, bundle.version: bundle}, self._earlier)
+        self._bundles = with_version(self._bundles, bundle.version, bundle, earlier=self._earlier)
         return []
 
     def _use(self, version: int | None) -> None:

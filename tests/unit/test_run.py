@@ -9,14 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acpo_dist.core.errors import NonFiniteError, ResumeError, WorkerLostError
+from acpo_dist.core.errors import LearnerLostError, NonFiniteError, ResumeError, WorkerLostError
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.export import read_export_facts
-from acpo_dist.training.local import LocalRollouts, open_ports
+from acpo_dist.training.local import LocalLearner, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run, read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from tests.helpers.runs import results
 
 QUIET = Console(quiet=True)
 
@@ -318,6 +319,41 @@ def test_a_run_resumed_from_a_named_checkpoint_continues_from_it_also_after_a_lo
     assert all(torch.equal(value, weights_of(root)[name]) for name, value in weights_of(whole).items())
     aside = {path.name for path in (root / "checkpoints").glob("superseded.*")}
     assert aside == ({"superseded.000002", "superseded.000003"} if where == "the same folder" else set())
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny, tmp_path):
+    opened, lost = [], []
+
+    @contextmanager
+    def losing_ranks(config, tracker):
+        with open_ports(config, tracker) as ports:
+            opened.append(ports)
+            learner, train = ports.learner, ports.learner.train
+
+            def trained(handles, task, advance=None):
+                if task.iteration == 2 and not lost:
+                    lost.append(task.sample_ids)
+                    train(handles, task)
+                    raise LearnerLostError("learner/0 died in `train`")
+                return train(handles, task, advance)
+
+            def renewed():
+                learner.worker = LocalLearner(learner_spec(config), ports.reward, device="cpu").worker
+
+            learner.train, learner.renew = trained, renewed
+            yield ports
+
+    def config(name):
+        return tiny(
+            "run.iterations=3", "checkpoint.every=1", f"pipeline.max_staleness={bound}",
+            f"run.dir={tmp_path / name}",
+        )  # fmt: skip
+
+    drive(config("calm"), open_ports, QUIET)
+    drive(config("lost"), losing_ranks, QUIET)
+    assert lost and len(opened) == 1
+    assert results(tmp_path / "lost") == results(tmp_path / "calm")
 
 
 def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(finished, tmp_path):

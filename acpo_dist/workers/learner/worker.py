@@ -20,7 +20,7 @@ from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
-from acpo_dist.core.weights import kept_versions, make_bundle
+from acpo_dist.core.weights import make_bundle, with_version
 from acpo_dist.diffusion.prediction import add_noise, flow_scale, to_clean
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.models.family import copy_weights, trainable_tensors
@@ -113,7 +113,7 @@ class LearnerWorker:
         ):
             version = task.policy_version + task.staleness
             if self._spec.max_staleness:
-                self._earlier = kept_versions({**self._earlier, version: self._sampling}, self._spec.max_staleness)
+                self._earlier = with_version(self._earlier, version, self._sampling, earlier=self._spec.max_staleness)
             with self._drawn_with(self._earlier[task.policy_version]) if task.staleness else nullcontext():
                 found = self._train(batches, task)
             self.family.release()
