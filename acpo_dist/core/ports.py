@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from acpo_dist.core.by_size import Mixed
+from acpo_dist.core.errors import WorkerLostError
 from acpo_dist.core.types import (
     GradientScale,
     PromptGroup,
@@ -121,8 +122,12 @@ class LearnerGroup(Protocol):
     """Updates the policy."""
 
     def renew(self) -> None:
-        """Replace the ranks after a `LearnerLostError`; `start` follows. Only groups that raise it implement this."""
-        raise NotImplementedError
+        """Replace the ranks after a `LearnerLostError`; `start` follows.
+
+        Raises:
+            WorkerLostError: this group cannot; all workers must be started again.
+        """
+        raise WorkerLostError("lost learner ranks cannot be replaced alone")
 
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
         """Run the optimiser steps of one iteration; non-finite steps are skipped and listed in the report."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from acpo_dist.core.errors import LearnerLostError, NonFiniteError, ResumeError,
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.export import read_export_facts
-from acpo_dist.training.local import LocalLearner, LocalRollouts, learner_spec, open_ports
+from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run, read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
@@ -329,7 +330,8 @@ def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny,
     def losing_ranks(config, tracker):
         with open_ports(config, tracker) as ports:
             opened.append(ports)
-            learner, train = ports.learner, ports.learner.train
+            learner: Any = ports.learner
+            train, rewards = learner.train, cast("LocalRewards", ports.reward)
 
             def trained(handles, task, advance=None):
                 if task.iteration == 2 and not lost:
@@ -339,7 +341,7 @@ def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny,
                 return train(handles, task, advance)
 
             def renewed():
-                learner.worker = LocalLearner(learner_spec(config), ports.reward, device="cpu").worker
+                learner.worker = LocalLearner(learner_spec(config), rewards, device="cpu").worker
 
             learner.train, learner.renew = trained, renewed
             yield ports
