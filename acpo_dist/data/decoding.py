@@ -89,6 +89,19 @@ def decode_named(source: Path | bytes | Callable[[], Path | bytes | None] | None
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
+def require_image(path: Path) -> None:
+    """Check by its header that a file is an image, without decoding its pixels.
+
+    Raises:
+        DataError: it is none, or has too many pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            require_few_pixels(image)
+    except UNDECODABLE as error:
+        raise DataError(f"{path} cannot be read as an image: {shorten(str(error), 300)}") from error
+
+
 def encode_png(image: Tensor) -> bytes:
     """Encode a uint8 RGB image (3, H, W) as PNG; equal images give equal bytes."""
     buffer = BytesIO()

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from acpo_dist.core.errors import DataError
+from acpo_dist.data.decoding import require_image
 from acpo_dist.data.images import read_images
 from acpo_dist.data.pairs import CAPTION, IMAGES, LABEL, UIDS
 from acpo_dist.data.tables import read_table
@@ -144,11 +145,13 @@ def write_pairs(path: Path, pairs: Sequence[ImagePair]) -> None:
         pairs: pairs.
 
     Raises:
-        DataError: an image is missing; nothing is written.
+        DataError: an image is missing or is no image; nothing is written.
     """
     for each in (image.path for pair in pairs for image in (pair.winner, pair.loser)):
         if not each.is_file():
             raise DataError(f"no such image: {each}. Relative paths are relative to the table, or to --folder.")
+        # A table that others wrote must not carry the content of any file into data that is passed on.
+        require_image(each)
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = pa.schema(
         [*((name, pa.binary()) for name in IMAGES), (LABEL, pa.float64()), (CAPTION, pa.string()),

@@ -22,6 +22,7 @@ from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import LONGEST, AcpoError, ConfigError, DataError
 from acpo_dist.data.decoding import decode_named
 from acpo_dist.data.images import read_images
+from acpo_dist.data.pair_making import ImagePair, ScoredImage, write_pairs
 from acpo_dist.data.pairs import PairSet
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.evaluation.suites.suite import load_suite
@@ -112,6 +113,15 @@ def test_a_column_of_texts_that_unpacks_to_many_times_its_size_is_refused(read, 
             PairSet(path, size=8)
         else:
             read_captioned(path, column="jpg_0", prompt_column="prompt", most=1)
+
+
+def test_a_table_of_pairs_puts_no_file_but_images_into_the_pairs(tmp_path):
+    (tmp_path / "key").write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    (tmp_path / "a.png").write_bytes(small_png())
+    scored = [ScoredImage(path=tmp_path / name, prompt="a", scores={"s": 1.0}) for name in ("a.png", "key")]
+    with pytest.raises(DataError, match="key cannot be read as an image"):
+        write_pairs(tmp_path / "pairs.parquet", [ImagePair(winner=scored[0], loser=scored[1])])
+    assert not (tmp_path / "pairs.parquet").exists()
 
 
 @pytest.mark.parametrize("name", ["outside.png", "../outside.png", "/etc/hostname"])
