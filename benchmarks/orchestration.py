@@ -158,9 +158,9 @@ def _bind() -> None:
     """Bind all workers, which Ray names in their process titles, to their cores."""
     for one in psutil.Process().children(recursive=True):
         title = " ".join(one.cmdline()[:1])
-        core = next((core for start, core in CORES.items() if title.startswith(start)), None)
-        for thread in one.threads() if core is not None else ():
-            os.sched_setaffinity(thread.id, {core})
+        for start, core in CORES.items():
+            for thread in one.threads() if title.startswith(start) else ():
+                os.sched_setaffinity(thread.id, {core})
 
 
 def measure_control(options: argparse.Namespace) -> None:
