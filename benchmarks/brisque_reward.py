@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/brisque_reward.py --data ../shared/data --out runs/brisque [--seeds 0] [...]
 
-Trains a DDPM of 64 pixels on windows of the photographs (shorter side scaled to 256; BRISQUE orders blur and noise on
-such windows, and most of its weights' training images are not smaller), then the arms of `real_images.py` on it: ACPO,
-and the reward alone. Judges: NIQE on mirrored images, because it needs 96 pixels; PIQE; TwoStream, trained on damaged
-windows. The guard only warns, so that runs go on. The data folder holds photos/ and iqa/. Further arguments are those
-of `real_images.py`. BRISQUE, NIQE and PIQE: lower is better.
+Trains a DDPM of 64 pixels on windows of the photographs (shorter side scaled to 256, so that BRISQUE sees pixels that
+were not enlarged), then the arms of `real_images.py` on it: ACPO, and the reward alone. Judges: NIQE on mirrored
+images, because it needs 96 pixels; PIQE; TwoStream, trained on damaged windows. The guard only warns, so that runs go
+on. The data folder holds photos/ and iqa/. Further arguments are those of `real_images.py`; `--samples` is at least 12.
+BRISQUE, NIQE and PIQE: lower is better.
 """
 
 import os
