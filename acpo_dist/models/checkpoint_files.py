@@ -13,11 +13,15 @@ from acpo_dist.models.tensor_files import Entry, open_tensors
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 _CLIP_L, _OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 _SD1, _SD2 = "cond_stage_model.transformer.", "cond_stage_model.model."
-_SD3 = "joint_blocks."
+_TRANSFORMERS = {
+    "sd3": "joint_blocks.", "zimage": "layers.0.adaLN_modulation.0.weight",
+    "flux2_klein": "single_stream_modulation.lin.weight",
+}  # fmt: skip
+"""Names by which the files of families with a transformer are recognised."""
 _LORA = ("lora_", ".lora", "lokr_", "hada_")
 _OTHERS = {
     "double_blocks.": "FLUX", "double_stream_blocks.": "HiDream",
-    "cap_embedder.": "Lumina or Z-Image", "edm_mean": "Playground 2.5 (EDM)", "edm_vpred.": "an EDM model",
+    "cap_embedder.": "Lumina", "edm_mean": "Playground 2.5 (EDM)", "edm_vpred.": "an EDM model",
     "control_model.": "a ControlNet", "motion_modules.": "AnimateDiff",
 }  # fmt: skip
 _CLASSES = {"sdxl": "StableDiffusionXLPipeline", "sd15": "StableDiffusionPipeline"}
@@ -38,7 +42,7 @@ class CheckpointFile:
 
     path: Path
     generation: str
-    """`sd1`, `sd2`, `sdxl` or `sd3`."""
+    """`sd1`, `sd2` or `sdxl`; for a transformer the value of `model.type`."""
     prediction_type: str | None
     """`epsilon` or `v_prediction` as the file states it; None if it does not."""
     zero_snr: bool
@@ -48,15 +52,20 @@ class CheckpointFile:
     @property
     def family(self) -> str:
         """Value of `model.type`."""
-        return self.generation if self.generation in ("sdxl", "sd3") else "sd15"
+        return "sd15" if self.generation in ("sd1", "sd2") else self.generation
+
+    @property
+    def transformer(self) -> bool:
+        """Whether the file holds a transformer, to which `model.config` adds what is missing."""
+        return self.generation in _TRANSFORMERS
 
     @property
     def text_prefixes(self) -> dict[str, str]:
         """Component -> prefix of its tensors; a prefix that ends in `model.` holds OpenCLIP's names.
 
-        Those of Stable Diffusion 3, which most of its files lack, are never read.
+        Those of a transformer, which most files lack, are never read.
         """
-        if self.generation == "sd3":
+        if self.transformer:
             return {}
         if self.generation == "sdxl":
             return {"text_encoder": _CLIP_L, "text_encoder_2": _OPEN_CLIP}
@@ -67,7 +76,7 @@ def inspect(path: Path) -> CheckpointFile:
     """Determine the kind of a checkpoint file from its header.
 
     Raises:
-        ModelError: the file cannot be read, or is not a checkpoint of Stable Diffusion 1.x, 2.x, SDXL or 3.
+        ModelError: the file cannot be read, or is not a checkpoint of a supported family.
     """
     with open_tensors(path) as (entries, metadata):
         return _kind(path, entries, metadata)
@@ -77,13 +86,17 @@ def _kind(path: Path, names: Mapping[str, Entry], metadata: Mapping[str, str]) -
     def holds(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
 
+    for family, mark in _TRANSFORMERS.items():
+        if any(name.removeprefix(UNET).startswith(mark) for name in names):
+            return CheckpointFile(
+                path=path, generation=family, prediction_type=None, zero_snr=False, has_vae=holds(VAE)
+            )
     what = next((kind for mark, kind in _OTHERS.items() if any(mark in name for name in names)), None)
     if what is not None:
         raise ModelError(
-            f"model.path: `{path}` holds {what}. A single file is read for Stable Diffusion 1.x, 2.x, SDXL and 3 only."
+            f"model.path: `{path}` holds {what}. A single file is read for Stable Diffusion 1.x, 2.x, SDXL and 3, "
+            "Z-Image and FLUX.2-klein only."
         )
-    if any(name.removeprefix(UNET).startswith(_SD3) for name in names):
-        return CheckpointFile(path=path, generation="sd3", prediction_type=None, zero_snr=False, has_vae=holds(VAE))
     if not holds(UNET):
         raise ModelError(f"model.path: `{path}` {_other_file(names)}")
     shape = names[f"{UNET}input_blocks.0.0.weight"].shape if f"{UNET}input_blocks.0.0.weight" in names else (0, 0)
@@ -133,8 +146,8 @@ def configurations(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any
     Raises:
         ModelError: the prediction type is unknown, or `model.config` is no pipeline folder.
     """
-    if file.generation == "sd3":
-        return _of_sd3(file, config)
+    if file.transformer:
+        return _of_transformer(file, config)
     if config.config is not None:
         found = _given(config)
     else:
@@ -163,20 +176,20 @@ def configurations(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any
     return found | {"model_index": _index(file)}
 
 
-def _of_sd3(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any]]:
+def _of_transformer(file: CheckpointFile, config: Any) -> dict[str, dict[str, Any]]:
     if config.config is None:
         raise ModelError(
-            f"model.path: `{file.path}` holds the transformer of Stable Diffusion 3 without text encoders that could "
-            "be read. Set model.config to a pipeline folder that has them (StableDiffusion3Pipeline)."
+            f"model.path: `{file.path}` holds a transformer without text encoders that could be read. Set model.config "
+            f"to a pipeline folder of the type {file.family} that has them."
         )
     if config.prediction_type is not None:
         raise ModelError(
-            f"model.prediction_type={config.prediction_type}: `{file.path}` holds Stable Diffusion 3, which predicts "
-            "the velocity of a flow. Remove the key."
+            f"model.prediction_type={config.prediction_type}: `{file.path}` holds a flow model, which predicts a "
+            "velocity. Remove the key."
         )
     found = _given(config)
     if "transformer" not in found:
-        raise ModelError(f"model.config: `{config.config}` has no transformer; expected a StableDiffusion3Pipeline.")
+        raise ModelError(f"model.config: `{config.config}` has no transformer; `{file.path}` is of type {file.family}.")
     return found
 
 

@@ -148,7 +148,7 @@ class LatentConfig(ModelConfig):
     """Embedded toy, pipeline folder, hub id, or a checkpoint file (`.safetensors`, `.ckpt`)."""
     config: str | None = None
     """For a checkpoint file: pipeline folder or embedded toy whose configurations and tokenizers it uses; None uses the
-    published ones of Stable Diffusion 1.x, 2.x or SDXL. Stable Diffusion 3 also takes its text encoders from there."""
+    published ones of Stable Diffusion 1.x, 2.x or SDXL. A transformer also takes its text encoders from there."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """For a checkpoint file: what the network predicts; None reads it from the file."""
     loras: tuple[LoraConfig, ...] = ()
@@ -240,7 +240,7 @@ class ZImageConfig(FlowConfig):
 
     type: Literal["zimage"] = "zimage"
     path: str = "Tongyi-MAI/Z-Image"
-    """Pipeline folder or hub id."""
+    """Pipeline folder, hub id, or a checkpoint file; its transformer replaces that of the pipeline folder `config`."""
     max_sequence_length: int = Field(default=512, ge=1)
     """Most tokens of a prompt with its chat template, as in the pipeline."""
 
@@ -250,7 +250,7 @@ class Flux2KleinConfig(FlowConfig):
 
     type: Literal["flux2_klein"] = "flux2_klein"
     path: str = "black-forest-labs/FLUX.2-klein-base-4B"
-    """Pipeline folder or hub id."""
+    """Pipeline folder, hub id, or a checkpoint file; its transformer replaces that of the pipeline folder `config`."""
     max_sequence_length: int = Field(default=512, ge=1)
     """Tokens of a prompt with its chat template, as in the pipeline."""
     text_layers: tuple[int, ...] = (9, 18, 27)

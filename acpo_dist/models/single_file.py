@@ -17,13 +17,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    Flux2Transformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -36,7 +44,16 @@ from acpo_dist.models.module_names import text_name
 from acpo_dist.models.tensor_files import Entry, open_tensors, write_tensors
 from acpo_dist.models.text import content_digest
 
-_TITLES = {"sd3": "Stable Diffusion 3", "sdxl": "SDXL", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x"}
+_TITLES = {
+    "sdxl": "SDXL", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sd3": "Stable Diffusion 3",
+    "zimage": "Z-Image", "flux2_klein": "FLUX.2",
+}  # fmt: skip
+_TRANSFORMERS: dict[str, tuple[Callable[[Any], Any], Any]] = {
+    "sd3": (convert_sd3_transformer_checkpoint_to_diffusers, SD3Transformer2DModel),
+    "zimage": (convert_z_image_transformer_checkpoint_to_diffusers, ZImageTransformer2DModel),
+    "flux2_klein": (convert_flux2_transformer_checkpoint_to_diffusers, Flux2Transformer2DModel),
+}
+"""Conversion of names and class of the network by family."""
 _VERSION = 1
 """Changes when a conversion changes, so that older results are not used."""
 
@@ -95,10 +112,10 @@ def single_file_folder(config: Any) -> Path:
     file = inspect(path)
     _require_usable(file, config)
     found = configurations(file, config)
-    if file.generation == "sd3":
+    if file.transformer:
         source = Path(resolve_path(config.config)).resolve()
         facts = {"content": content_digest(path), "configurations": found, "config": str(source)}
-        return cached_folder(path.stem, facts, lambda folder: _convert_sd3(file, source, found, folder))
+        return cached_folder(path.stem, facts, lambda folder: _convert_transformer(file, source, found, folder))
     vae = config.vae if not file.has_vae else None
     facts = {"content": content_digest(path), "configurations": found, "config": config.config, "vae": vae}
     return cached_folder(path.stem, facts, lambda folder: _convert(file, config, found, folder))
@@ -138,7 +155,7 @@ def _require_usable(file: CheckpointFile, config: Any) -> None:
         )
     if config.variant is not None:
         raise ModelError(f"model.variant={config.variant} selects files of a folder, and model.path is a single file.")
-    if not file.has_vae and config.vae is None and file.generation != "sd3":
+    if not file.has_vae and config.vae is None and not file.transformer:
         raise ModelError(f"model.path: `{file.path}` holds no VAE; set model.vae to a folder, hub id or file of one.")
 
 
@@ -168,19 +185,22 @@ def _convert(file: CheckpointFile, config: Any, found: Mapping[str, Any], folder
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _convert_sd3(file: CheckpointFile, source: Path, found: Mapping[str, Any], folder: Path) -> None:
+def _convert_transformer(file: CheckpointFile, source: Path, found: Mapping[str, Any], folder: Path) -> None:
     """Write transformer and VAE of the file; the other components are links into the pipeline folder `source`."""
+    convert, kind = _TRANSFORMERS[file.family]
     written = {"transformer"}
     with open_tensors(file.path) as (entries, _):
         names = _under(entries, UNET) or {name: entry for name, entry in entries.items() if not name.startswith(VAE)}
-        # The converter splits and joins tensors, so it needs their values.
-        weights: Any = {name: entry.read() for name, entry in names.items()}
+        # The converters split and join tensors, so they need the values.
+        weights = {name.removeprefix(UNET): entry.read() for name, entry in names.items()}
         try:
-            renamed = convert_sd3_transformer_checkpoint_to_diffusers(weights)
+            renamed = convert(weights)
         except KeyError as error:
-            raise ModelError(f"model.path: `{file.path}` lacks the tensor {error} of Stable Diffusion 3.") from error
+            raise ModelError(
+                f"model.path: `{file.path}` lacks or does not know the tensor {error} of {_TITLES[file.generation]}."
+            ) from error
         named = {name: Entry.of(value.contiguous()) for name, value in renamed.items()}
-        _write(folder / "transformer", named, found["transformer"], SD3Transformer2DModel, file.path)
+        _write(folder / "transformer", named, found["transformer"], kind, file.path)
         if file.has_vae:
             _write_vae(folder / "vae", _under(entries, VAE), found["vae"], file.path)
             written.add("vae")

@@ -1,4 +1,4 @@
-"""Checkpoint files of Stable Diffusion 3: their transformer and VAE with the text encoders of a folder."""
+"""Checkpoint files of transformers: their transformer, and VAE, with the text encoders of a pipeline folder."""
 
 import shutil
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from acpo_dist.core.errors import ModelError
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.models.architectures import architecture_of
 from acpo_dist.models.config import Sd3Config, TuningConfig
 from acpo_dist.models.sd3 import Sd3Family
-from tests.helpers.flow_models import tiny_sd3
-from tests.helpers.sd3_files import write_sd3_file
+from tests.helpers.flow_models import tiny_flux2, tiny_sd3, tiny_zimage
+from tests.helpers.transformer_files import write_file
 
 LENGTH = 16
 VAE, TRANSFORMER = (f"{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "transformer"))
@@ -53,7 +54,7 @@ def answers(section: Sd3Config) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("vae", [True, False])
 def test_a_single_file_is_the_model_of_its_folder_with_the_encoders_of_another(prefix, vae, folders, tmp_path, cache):
     own, other = folders
-    file = write_sd3_file(own, tmp_path / "model.safetensors", vae=vae, prefix=prefix)
+    file = write_file("sd3", own, tmp_path / "model.safetensors", vae=vae, prefix=prefix)
     section = config(file, other)
     Sd3Family.check(section)
     assert not cache.exists()
@@ -66,9 +67,31 @@ def test_a_single_file_is_the_model_of_its_folder_with_the_encoders_of_another(p
     assert Sd3Family.notes(section) == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize("name", ["zimage", "flux2_klein"])
+def test_the_transformer_of_a_file_replaces_that_of_the_folder(name, prefix, tmp_path):
+    family, build = resolve("model", MODELS, name), {"zimage": tiny_zimage, "flux2_klein": tiny_flux2}[name]
+    options = {"max_sequence_length": 48, "image_size": 16, "tuning": TuningConfig(rank=4)}
+    options |= {"text_layers": (1, 3)} if name == "flux2_klein" else {}
+    build(tmp_path / "own")
+    other = Path(shutil.copytree(tmp_path / "own", tmp_path / "other"))
+    save_file({key: value * 0.9 for key, value in load_file(other / TRANSFORMER).items()}, other / TRANSFORMER)
+    file = write_file(name, tmp_path / "own", tmp_path / "model.safetensors", prefix=prefix)
+
+    def velocity(path: Path, **more) -> torch.Tensor:
+        model = family.load(family.Config(path=str(path), **options, **more), device="cpu", trainable=False)
+        noisy = torch.randn(1, *model.sample_shape, generator=torch.Generator().manual_seed(0))
+        return model.predict(noisy, torch.tensor([500]), model.encode(["a red circle"]))
+
+    wanted = velocity(tmp_path / "own")
+    assert torch.equal(velocity(file, config=str(other)), wanted)
+    assert not torch.equal(velocity(other), wanted)
+
+
 def test_a_single_file_that_lacks_something_is_refused_by_what_to_do(folders, tmp_path):
     own, other = folders
-    file = write_sd3_file(own, tmp_path / "model.safetensors")
+    file = write_file("sd3", own, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"without text encoders.*Set model\.config"):
         Sd3Family.check(config(file))
     with pytest.raises(ModelError, match=r"model\.config.*no transformer"):
@@ -80,5 +103,5 @@ def test_a_single_file_that_lacks_something_is_refused_by_what_to_do(folders, tm
     tensors = load_file(file)
     del tensors["model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight"]
     save_file(tensors, tmp_path / "part.safetensors")
-    with pytest.raises(ModelError, match=r"lacks the tensor.*fc1"):
+    with pytest.raises(ModelError, match=r"the tensor.*fc1"):
         Sd3Family.load(config(tmp_path / "part.safetensors", other), device="cpu", trainable=False)
