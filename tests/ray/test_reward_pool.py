@@ -61,6 +61,12 @@ def assert_same(found: dict[str, float], wanted: dict[str, float]) -> None:
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
+def test_the_pool_opens_no_port(faulty):
+    from ray import serve
+
+    assert faulty.vitals()[FAULTY] and serve.status().applications and serve.status().proxies == {}
+
+
 def whole(pool) -> bool:
     vitals = pool.vitals()[FAULTY]
     return len(vitals) == 2 and not any(one["sick"] for one in vitals)
