@@ -1,6 +1,7 @@
-"""benchmarks/algorithms.py: its tables from stored evaluations."""
+"""benchmarks/algorithms.py: its tables from stored evaluations, and those of docs/algorithms.md."""
 
 import json
+import re
 import runpy
 from argparse import Namespace
 from pathlib import Path
@@ -63,3 +64,12 @@ def test_a_run_that_has_finished_is_not_repeated(script, tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps({"key": "run acpo 0 240 10 a.b=1", "value": RUNS[:2]}) + "\n")
     options = Namespace(out=tmp_path, samples=240, every=10, overrides=["a.b=1"])
     assert script["finished_or_run"]("acpo", 0, options) == RUNS[:2]
+
+
+def test_the_tables_of_the_page_are_those_of_its_stored_evaluations(script):
+    page = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    stored = script["read_lines"](ROOT / "docs/evidence/algorithms.json")
+    points = re.findall(r"--table docs/evidence/algorithms\.json --at (\w+)=([\d.]+)", page)
+    assert len(points) == 3
+    tables = [script["make_table"](stored, 0.7), *(script["compare_at"](stored, *point) for point in points)]
+    assert not [line for table in tables for line in table.splitlines() if line not in page]
