@@ -2,13 +2,14 @@
 
     .venv/bin/python benchmarks/algorithms.py [--seeds 0 1 2] [--only acpo nft ...] [--every 10] [KEY=VALUE ...]
 
-Each arm is `acpo train configs/toy_<name>.yaml` with the overrides in `ARMS`. Every `--every` iterations the same
-evaluation samples are drawn, scored by reward and judge, and judged exactly by the oracle, which nothing trains on.
-Cost is counted until the oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation
-left out) and network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per
-evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of
-oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40` and `--at drift=0.1` interpolate
-between the evaluations instead, for a comparison at equal compute or equal drift. Seeds can be spread over processes:
+Each arm is `acpo train configs/toy_<name>.yaml` with the overrides in `ARMS`. Every `--every` iterations and after the
+last, the same evaluation samples are drawn, scored by reward and judge, and judged exactly by the oracle, which nothing
+trains on. Cost is counted until the oracle error first falls to `--goal` times the base's: CPU seconds of training
+(evaluation left out) and network calls per sample (a forward of one sample is 1, a forward with its backward 3). One
+JSON line per evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of
+judge and of oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40`, `--at calls=30000`
+and `--at drift=0.1` interpolate between the evaluations instead, for a comparison at equal compute or equal drift.
+Seeds can be spread over processes:
 `--table FILE...` reads lines, or the JSON files of earlier `--out`. `--out FOLDER` writes all evaluations and a chart,
 algorithms.json and algorithms.png, and continues after the last finished run when started again. `--images FOLDER`
 writes a grid per evaluation.
@@ -133,16 +134,16 @@ class Meter:
 
 
 class Watched:
-    """A weight channel that evaluates at regular versions."""
+    """A weight channel that evaluates at regular versions and at the last one."""
 
-    def __init__(self, inner, evaluate, every: int) -> None:
+    def __init__(self, inner, evaluate, every: int, last: int) -> None:
         """Wrap the channel."""
-        self._inner, self._evaluate, self._every = inner, evaluate, every
+        self._inner, self._evaluate, self._every, self._last = inner, evaluate, every, last
 
     def publish(self, version: int) -> str:
-        """Publish the weights, and evaluate every `every` versions; returns the checksum."""
+        """Publish the weights, and evaluate every `every` versions and after the last; returns the checksum."""
         checksum = self._inner.publish(version)
-        if version % self._every == 0:
+        if version % self._every == 0 or version == self._last:
             self._evaluate(version)
         return checksum
 
@@ -181,7 +182,7 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
                     sys.stdout.write(json.dumps(row) + "\n")
                     sys.stdout.flush()
 
-                yield replace(ports, weights=Watched(ports.weights, evaluate, options.every))
+                yield replace(ports, weights=Watched(ports.weights, evaluate, options.every, config.run.iterations))
 
         from acpo_dist.data.prompts import load_prompts
 

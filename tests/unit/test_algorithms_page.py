@@ -66,6 +66,17 @@ def test_a_run_that_has_finished_is_not_repeated(script, tmp_path):
     assert script["finished_or_run"]("acpo", 0, options) == RUNS[:2]
 
 
+def test_a_run_is_evaluated_at_regular_iterations_and_after_the_last(script):
+    class Channel:
+        def publish(self, version: int) -> str:
+            return f"checksum {version}"
+
+    evaluated: list[int] = []
+    watched = script["Watched"](Channel(), evaluated.append, every=10, last=15)
+    assert [watched.publish(version) for version in range(16)][-1] == "checksum 15"
+    assert evaluated == [0, 10, 15]
+
+
 def test_the_tables_of_the_page_are_those_of_its_stored_evaluations(script):
     page = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
     stored = script["read_lines"](ROOT / "docs/evidence/algorithms.json")
