@@ -11,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from acpo_dist.core.packages import leave_out_bitsandbytes
+
+# As every process of the product does; before anything imports diffusers.
+leave_out_bitsandbytes()
 torch.set_num_threads(1)
 
 TINY = [

@@ -18,6 +18,7 @@ from acpo_dist.config.load import load_config
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from tests.conftest import TINY
+from tests.helpers import forked
 
 ITERATIONS = 3
 METRICS = ["two_stream", "strided_judge"]
@@ -125,9 +126,11 @@ def lose_learner(machines: Machines, folder: Path) -> dict:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    own = Machines()
-    try:
-        outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, Path(sys.argv[1]))}
-    finally:
-        own.close()
+    given = Path(sys.argv[1])
+    with forked.python(given) as sys.executable:
+        own = Machines()
+        try:
+            outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, given)}
+        finally:
+            own.close()
     sys.stdout.write(json.dumps(outcome) + "\n")

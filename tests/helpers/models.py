@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 import acpo_dist.data.toy
@@ -74,6 +80,20 @@ def answer_of(pipeline, family) -> Tensor:
 
 def toy_copy(kind: str, folder: Path) -> Path:
     return Path(shutil.copytree(ASSETS / f"toy-{kind}", folder / f"{kind}-copy"))
+
+
+def small_sdxl(folder: Path) -> Path:
+    """toy-sdxl with a random U-Net of one level: a third of the modules, for tests of what surrounds the network."""
+    small = toy_copy("sdxl", folder)
+    config = json.loads((small / "unet/config.json").read_text())
+    levels = {
+        "block_out_channels": [48], "attention_head_dim": 4, "transformer_layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        UNet2DConditionModel.from_config({**config, **levels}).save_pretrained(small / "unet")
+    return small
 
 
 def change_json(path: Path, **changes) -> None:

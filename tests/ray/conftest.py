@@ -3,22 +3,28 @@
 import contextlib
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.helpers import forked
+
 
 @pytest.fixture(scope="session")
-def cluster():
+def cluster(tmp_path_factory):
     """A local cluster with four logical CPUs, whatever the machine has; its ports and folder are its own."""
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
-    # `local`: RAY_ADDRESS may name a cluster that other processes use.
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
-        namespace="acpo", object_store_memory=300_000_000,
-    )  # fmt: skip
-    yield ray
-    ray.shutdown()
+    with forked.python(tmp_path_factory.mktemp("forked")) as python, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", python)
+        # `local`: RAY_ADDRESS may name a cluster that other processes use.
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+            namespace="acpo", object_store_memory=300_000_000,
+        )  # fmt: skip
+        patch.undo()
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture

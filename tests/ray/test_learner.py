@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 SMALL = [
     "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
     "cluster.worker_timeout_s=900", "learner.micro_batch=2", "learner.learning_rate=1e-3", "rewards.judges=[]",
-    "sampler.eta=1", "rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=2",
+    "sampler.eta=1", "rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=2", "learner.max_skipped_steps=1",
 ]  # fmt: skip
 PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
 # DRaFT repeats the last sampler steps, which only deterministic ones allow.
@@ -24,18 +24,23 @@ DETERMINISTIC = {"draft": "draft sampler.eta=0"}
 CASES = [*(DETERMINISTIC.get(name, name) for name in ALGORITHMS), "dpo algorithm.space=ncp"]
 
 
-def tiny_config(*overrides: str):
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory):
+    """Load configs/toy_sdxl.yaml with a small network."""
     from acpo_dist.config.load import load_config
+    from tests.helpers.models import small_sdxl
 
-    return load_config("toy_sdxl", [*TINY, *SMALL, *overrides])
-
-
-def two_ranks(stage: int, *overrides: str):
-    return tiny_config("learner.num_ranks=2", f"learner.zero_stage={stage}", *overrides)
+    path = small_sdxl(tmp_path_factory.mktemp("small"))
+    return lambda *overrides: load_config("toy_sdxl", [*TINY, *SMALL, f"model.path={path}", *overrides])
 
 
 @pytest.fixture(scope="module")
-def ports(cluster):
+def two_ranks(tiny_config):
+    return lambda stage, *overrides: tiny_config("learner.num_ranks=2", f"learner.zero_stage={stage}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def ports(cluster, two_ranks):
     """Two learner ranks and a reward pool; tests load their models into the same actors, which start slowly."""
     from acpo_dist.tracking.composite import CompositeTracker
     from actors.launch import open_ports
@@ -45,14 +50,14 @@ def ports(cluster):
 
 
 @pytest.fixture(scope="module")
-def rewards():
+def rewards(tiny_config):
     from acpo_dist.training.local import LocalRewards
 
     return LocalRewards(tiny_config(), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def drawn(tiny_config):
     """Three global batches of eight samples."""
     from acpo_dist.training.local import LocalRollouts
 
@@ -81,12 +86,16 @@ def task_of(handles, *, first: int | None = None, constants: Mapping[str, float]
     )  # fmt: skip
 
 
-def one_process(rewards, *overrides: str):
+@pytest.fixture(scope="module")
+def one_process(rewards, tiny_config):
     from acpo_dist.training.local import LocalLearner, learner_spec
 
-    learner = LocalLearner(learner_spec(tiny_config(*overrides)), rewards, device="cpu")
-    learner.start(None)
-    return learner
+    def started(*overrides: str):
+        learner = LocalLearner(learner_spec(tiny_config(*overrides)), rewards, device="cpu")
+        learner.start(None)
+        return learner
+
+    return started
 
 
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
@@ -107,9 +116,9 @@ def gradients(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def expected(rewards, drawn, tmp_path_factory):
+def expected(one_process, drawn, tmp_path_factory):
     """Run one process: weights before and after 1 + 3 optimiser steps, and the state after the first one."""
-    learner, folder = one_process(rewards), tmp_path_factory.mktemp("one_process")
+    learner, folder = one_process(), tmp_path_factory.mktemp("one_process")
     start = {name: value.clone() for name, value in learner.export(0).tensors.items()}
     learner.train(drawn, task_of(drawn, first=8))
     first = moments(learner, folder / "first")
@@ -118,8 +127,8 @@ def expected(rewards, drawn, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_on_two_ranks_takes_the_gradients_and_steps_of_one_process(
-    stage, cluster, ports, drawn, expected, tmp_path
+def test_zero_on_two_ranks_takes_the_steps_of_one_process_which_continues_from_its_checkpoint(
+    stage, cluster, ports, two_ranks, one_process, drawn, expected, tmp_path
 ):
     start, first, weights = expected
     learner = ports.learner
@@ -139,52 +148,44 @@ def test_zero_on_two_ranks_takes_the_gradients_and_steps_of_one_process(
     saved = moments(learner, tmp_path / "saved")
     assert float(saved["step"]) == 4
     assert {name: value.shape for name, value in before.items()} == {n: value.shape for n, value in saved.items()}
-    _skips_what_is_not_finite(learner, cluster, drawn, after, saved, tmp_path)
+    again = replace(task_of(handles, first=8), iteration=1)
+    learner.train(handles, again)
+    continued = moments(learner, tmp_path / "two")
+    alone = one_process()
+    alone.start(tmp_path / "saved")
+    alone.train(drawn, again)
+    found, wanted = moments(alone, tmp_path / "one"), gradients(continued)
+    assert float(found["step"]) == 5
+    assert distance(gradients(found), wanted) <= 1e-4 * distance(wanted, gradients(saved))
+    _skips_what_is_not_finite(learner, cluster, drawn, learner.export(1).tensors, continued, tmp_path)
 
 
 def _skips_what_is_not_finite(learner, cluster, drawn, weights, saved, folder):
     """A loss that is not finite on one rank is skipped on both, and weights and moments stay."""
-    # In the second micro-batch of two in every step, so that the first has left its gradient.
+    # In the second micro-batch of two, so that the first has left its gradient.
     poisoned = sent(cluster, drawn, poisoned_row=3)
-    task = task_of(poisoned)
-    report = learner.train(poisoned, task)
-    assert report.optim_steps == 0 and [one.step for one in report.skipped] == [0, 1, 2]
-    ids = task.sample_ids
-    assert [one.sample_ids for one in report.skipped] == [(ids[8 * step + 3], ids[8 * step + 7]) for step in range(3)]
+    step = task_of(poisoned, first=8)
+    report = learner.train(poisoned, step)
+    assert report.optim_steps == 0 and [one.step for one in report.skipped] == [0] and not report.too_many
+    assert report.skipped[0].sample_ids == (step.sample_ids[3], step.sample_ids[7])
     assert distance(learner.export(2).tensors, weights) == 0
     assert distance(moments(learner, folder / "skipped"), saved) == 0
-    # A skipped step leaves no gradient behind, and good steps reset the count of skipped ones.
+    # A skipped step leaves no gradient behind, and a good one resets the count of skipped ones.
     good = sent(cluster, drawn)
-    assert learner.train(good, task_of(good)).optim_steps == 3
-    assert not learner.train(poisoned, task).too_many
-    last = learner.train(poisoned, task)
+    assert learner.train(good, task_of(good, first=8)).optim_steps == 1
+    assert not learner.train(poisoned, step).too_many
+    last = learner.train(poisoned, task_of(poisoned))
     assert last.too_many and [one.step for one in last.skipped] == [0]
 
 
-def test_a_checkpoint_of_two_zero_3_ranks_continues_in_one_process(cluster, ports, rewards, drawn, tmp_path):
-    learner = ports.learner
-    learner.build(ports.reward, two_ranks(3))
-    learner.start(None)
-    handles = sent(cluster, drawn)
-    learner.train(handles, task_of(handles))
-    state = moments(learner, tmp_path / "saved")
-    again = replace(task_of(handles, first=8), iteration=1)
-    learner.train(handles, again)
-    alone = one_process(rewards)
-    alone.start(tmp_path / "saved")
-    alone.train(drawn, again)
-    wanted = gradients(moments(learner, tmp_path / "two"))
-    found = moments(alone, tmp_path / "one")
-    assert float(found["step"]) == 4 and float(state["step"]) == 3
-    assert distance(gradients(found), wanted) <= 1e-4 * distance(wanted, gradients(state))
-
-
-def test_every_algorithm_takes_the_same_steps_on_two_ranks_as_in_one_process(cluster, ports, rewards, drawn):
+def test_every_algorithm_takes_the_same_steps_on_two_ranks_as_in_one_process(
+    cluster, ports, two_ranks, tiny_config, one_process, drawn
+):
     handles, of_two_steps = sent(cluster, drawn), 16
     for case in CASES:
         name, *rest = case.split()
         overrides = (f"algorithm={{type: {name}}}", *rest)
-        alone, section = one_process(rewards, *overrides), tiny_config(*overrides).algorithm
+        alone, section = one_process(*overrides), tiny_config(*overrides).algorithm
         start = {name: value.clone() for name, value in alone.export(0).tensors.items()}
         algorithm = resolve("algorithm", ALGORITHMS, section.type)(section)
         constants = algorithm.calibrate(alone.observe(drawn))

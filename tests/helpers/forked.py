@@ -1,0 +1,164 @@
+"""Ray's Python workers as forks of one process that has imported their libraries.
+
+A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `python()`
+starts a server that imports these once, and gives the path of a program that takes the place of `sys.executable` in
+`ray.init`: it runs Ray's worker scripts in a fork of the server, and everything else in the real interpreter. A fork
+has the arguments, environment, folder and streams of the program, its exit status is the program's, signals reach it,
+and it is killed when the program is.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SCRIPTS = ("setup_worker.py", "default_worker.py")
+"""Ray starts the first one, which executes the second one with the same interpreter."""
+MODULES = (
+    "acpo_dist.training.local", "acpo_dist.workers.learner.zero", "deepspeed", "pandas", "fastapi", "uvicorn", "grpc",
+    "aiohttp",
+)  # fmt: skip
+"""Not Ray, which takes its job from the environment when it is imported."""
+LARGEST = 1 << 20
+"""Bytes of one request: arguments and environment."""
+
+
+@contextlib.contextmanager
+def python(folder: Path) -> Iterator[str]:
+    """Start the server, and give the path of the program; the server ends with the context."""
+    address, program = folder / "fork.sock", folder / "python"
+    program.write_text(
+        f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"from forked import main\nmain({sys.executable!r}, {str(address)!r})\n"
+    )
+    program.chmod(0o700)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.forked", str(address), str(program)],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
+        # As workers without a GPU set them, before they import torch and DeepSpeed.
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n", "the fork server did not start"
+        yield str(program)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def main(real: str, address: str) -> None:
+    """Run `sys.argv` as the program."""
+    arguments = sys.argv[1:]
+    # `-u`, and options of the interpreter before a script of Ray, have no effect on a worker.
+    script = next((index for index, one in enumerate(arguments) if not one.startswith("-")), None)
+    if script is None or Path(arguments[script]).name not in SCRIPTS:
+        os.execv(real, [real, *arguments])
+    request = {"argv": arguments[script:], "environment": dict(os.environ), "folder": os.getcwd()}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST)
+        channel.connect(address)
+        socket.send_fds(channel, [json.dumps(request).encode()], [0, 1, 2])
+        child = int(channel.recv(64))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, _: os.kill(child, number))
+        status = os.waitstatus_to_exitcode(int(channel.recv(64)))
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+
+
+def _serve(address: str, program: str) -> None:
+    """Answer requests until the process is killed."""
+    from acpo_dist.core.packages import leave_out_bitsandbytes
+
+    leave_out_bitsandbytes()
+    for name in MODULES:
+        import_module(name)
+    # Objects of the imports stay out of every fork's garbage collection, and their pages shared.
+    gc.freeze()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen(64)
+    waiting = selectors.DefaultSelector()
+    waiting.register(listener, selectors.EVENT_READ, None)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj is listener:
+                _begin(listener.accept()[0], waiting, program)
+            elif key.fd in waiting.get_map():
+                _end(waiting, *key.data)
+
+
+def _begin(channel: socket.socket, waiting: selectors.BaseSelector, program: str) -> None:
+    message, streams, *_ = socket.recv_fds(channel, LARGEST, 3)
+    if not message:
+        channel.close()
+        return
+    child = os.fork()
+    if child == 0:
+        _become(json.loads(message), streams, program)
+    for one in streams:
+        os.close(one)
+    ended = os.pidfd_open(child)
+    waiting.register(ended, selectors.EVENT_READ, (channel, child, ended))
+    # Readable when the program has ended.
+    waiting.register(channel, selectors.EVENT_READ, (channel, child, ended))
+    channel.send(str(child).encode())
+
+
+def _end(waiting: selectors.BaseSelector, channel: socket.socket, child: int, ended: int) -> None:
+    """The fork or its program has ended: end the other one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    for one in (channel, ended):
+        waiting.unregister(one)
+    with contextlib.suppress(OSError):
+        channel.send(str(status).encode())
+    channel.close()
+    os.close(ended)
+
+
+def _become(request: dict[str, Any], streams: list[int], program: str) -> None:
+    """Run a script in this fork, as the interpreter would."""
+    status = 1
+    try:
+        for index, stream in enumerate(streams):
+            os.dup2(stream, index)
+        os.closerange(3, 4096)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        script = request["argv"][0]
+        sys.argv, sys.executable = request["argv"], program
+        sys.path[0] = str(Path(script).parent)
+        gc.enable()
+        runpy.run_path(script, run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
