@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from _cells import Cells
@@ -160,7 +161,9 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
 
         @contextmanager
         def opened(config, tracker):
-            with open_ports(config, tracker) as ports:
+            with open_ports(config, tracker) as opened_ports:
+                # The local ones, which hold their worker.
+                ports: Any = opened_ports
                 meter = Meter([ports.rollout.worker.family.network, ports.learner.worker.family.network])
 
                 def evaluate(version: int) -> None:

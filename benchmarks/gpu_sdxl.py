@@ -239,7 +239,7 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(counted):
-            left @ left
+            torch.matmul(left, left)
         if device == "cuda":
             torch.cuda.synchronize()
     return 2 * size**3 * rounds / (time.perf_counter() - started) / 1e12

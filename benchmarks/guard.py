@@ -254,7 +254,7 @@ def watched(oracle: Oracle, every: int, *, more: int | None):
                 if more is not None and (oracle.fallen(look) or len(oracle.looks) - before >= more):
                     raise FallenError
 
-            yield replace(ports, weights=Watched(ports.weights, evaluate, every))
+            yield replace(ports, weights=Watched(ports.weights, evaluate, every, config.run.iterations))
 
     return opened
 

@@ -71,7 +71,7 @@ def _vae(name: str, seed: int) -> AutoencoderKL:
         vae: Any = AutoencoderKL.from_pretrained(_ASSETS / kind / "vae", dtype=torch.float32)
     else:
         torch.manual_seed(seed)
-        config = PUBLISHED["sdxl"].vae if kind == "SDXL" else AutoencoderKL.load_config(_ASSETS / kind / "vae")
+        config: Any = PUBLISHED["sdxl"].vae if kind == "SDXL" else AutoencoderKL.load_config(_ASSETS / kind / "vae")
         vae = AutoencoderKL.from_config(config)
     return vae.requires_grad_(False).eval()
 
