@@ -1,7 +1,6 @@
 """Rollout workers as restartable actors; lost samples are drawn again from the same seeds."""
 
 import os
-import pickle
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -72,16 +71,15 @@ class RolloutActor:
         return self._loaded
 
     @ray.method(num_returns=3)
-    def generate(self, plans: bytes, policy: Policy) -> tuple[Answer, Any, Tensor]:
+    def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
         """Draw a chunk; return its handle, the latents and the images as three objects of the object store.
 
         Args:
-            plans: the chunk's tuple of `SamplePlan`, pickled by the driver: Ray's own pickling calls Python for every
-                object, which takes a driver of many workers longer than all the rest of a call.
+            plans: the chunk's samples.
             policy: weights and trajectory.
         """
         self._assume(policy)
-        batch = self._worker.generate(pickle.loads(plans))
+        batch = self._worker.generate(plans)
         handle = RolloutHandle(
             sample_ids=batch.sample_ids, prompts=batch.prompts, policy_version=batch.policy_version,
             schedule_id=batch.schedule_id, payload=None,
@@ -203,7 +201,7 @@ class RayRollouts(RolloutPool):
         chunks = chunks_of(groups, self._chunk)
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
-            meta, latents, images = actor.generate.remote(pickle.dumps(chunks[index]), policy)
+            meta, latents, images = actor.generate.remote(tuple(chunks[index]), policy)
             return meta, (latents, images)
 
         with self._lock:

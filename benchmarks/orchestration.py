@@ -26,7 +26,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import json
 import logging
-import pickle
 import sys
 import tempfile
 import time
@@ -196,7 +195,7 @@ def _draw(ray: Any, workers: Any, chunks: Sequence[tuple[SamplePlan, ...]], chun
     def submit(actor: Any, index: int) -> tuple[Any, Any]:
         # Chunks take 2 % more or less than planned.
         seconds = chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
-        meta, latents, images = actor.generate(pickle.dumps(chunks[index]), policy, seconds)
+        meta, latents, images = actor.generate(tuple(chunks[index]), policy, seconds)
         return meta, (latents, images)
 
     workers.spread([chunk[0].sample_id for chunk in chunks], submit, what="generate")
@@ -210,10 +209,9 @@ class _Host:
 
         self._objects = [ray.put(np.zeros(size, np.uint8)) for size in CHUNK_BYTES.values()]
 
-    def generate(self, plans: bytes, policy: Any, seconds: float) -> tuple[Any, list[Any], list[Any]]:
+    def generate(self, chunk: tuple[SamplePlan, ...], policy: Any, seconds: float) -> tuple[Any, list[Any], list[Any]]:
         from actors.worker_pool import Answer
 
-        chunk = pickle.loads(plans)
         time.sleep(seconds)
         handle = RolloutHandle(
             sample_ids=tuple(plan.sample_id for plan in chunk), prompts=tuple(plan.prompt for plan in chunk),
@@ -239,8 +237,8 @@ class _Worker:
     def __init__(self, host: Any) -> None:
         self._host = host
 
-    def generate(self, plans: bytes, policy: Any, seconds: float) -> Any:
-        return self._host.generate.options(num_returns=3).remote(plans, policy, seconds)
+    def generate(self, chunk: tuple[SamplePlan, ...], policy: Any, seconds: float) -> Any:
+        return self._host.generate.options(num_returns=3).remote(chunk, policy, seconds)
 
     def ready(self) -> Any:
         return self._host.ready.remote()
