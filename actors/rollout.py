@@ -201,7 +201,7 @@ class RayRollouts(RolloutPool):
         chunks = chunks_of(groups, self._chunk)
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
-            meta, latents, images = actor.generate.remote(tuple(chunks[index]), policy)
+            meta, latents, images = actor.generate.remote(chunks[index], policy)
             return meta, (latents, images)
 
         with self._lock:

@@ -195,7 +195,7 @@ def _draw(ray: Any, workers: Any, chunks: Sequence[tuple[SamplePlan, ...]], chun
     def submit(actor: Any, index: int) -> tuple[Any, Any]:
         # Chunks take 2 % more or less than planned.
         seconds = chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
-        meta, latents, images = actor.generate(tuple(chunks[index]), policy, seconds)
+        meta, latents, images = actor.generate(chunks[index], policy, seconds)
         return meta, (latents, images)
 
     workers.spread([chunk[0].sample_id for chunk in chunks], submit, what="generate")

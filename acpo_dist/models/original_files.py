@@ -60,7 +60,9 @@ def write_single_file(
             module, _, kind = name.rpartition(".")
             entries[f"model.diffusion_model.{original_name(module, unet)}.{kind}"] = entry
         weights, vae = read("vae")
-        entries |= {f"first_stage_model.{name}": entry for name, entry in _vae(weights, len(vae["up_block_types"]))}
+        entries |= {
+            f"first_stage_model.{name}": entry for name, entry in original_vae(weights, len(vae["up_block_types"]))
+        }
         if family == "sdxl":
             clip, open_clip = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
             entries |= {f"{clip}{text_name(name)}": entry for name, entry in read("text_encoder")[0].items()}
@@ -77,7 +79,16 @@ def write_single_file(
         write_tensors(file, entries, metadata)
 
 
-def _vae(weights: Mapping[str, Entry], blocks: int) -> Iterator[tuple[str, Entry]]:
+def original_vae(weights: Mapping[str, Entry], blocks: int) -> Iterator[tuple[str, Entry]]:
+    """Yield the entries of a VAE by their names in the original code of Stable Diffusion, without a prefix.
+
+    Args:
+        weights: entries by diffusers' names.
+        blocks: number of up blocks, which the original code counts from the other end.
+
+    Raises:
+        ModelError: a module has no name there.
+    """
     for name, entry in weights.items():
         module, _, kind = name.rpartition(".")
         parts = module.split(".")

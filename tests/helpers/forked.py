@@ -85,7 +85,9 @@ def _serve(address: str, program: str) -> None:
 
     leave_out_bitsandbytes()
     for name in MODULES:
-        import_module(name)
+        # An extra may be missing; a worker that needs it says so itself.
+        with contextlib.suppress(ImportError):
+            import_module(name)
     # Objects of the imports stay out of every fork's garbage collection, and their pages shared.
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

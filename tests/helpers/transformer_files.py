@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from acpo_dist.models.original_files import _vae
+from acpo_dist.models.original_files import original_vae
 from acpo_dist.models.tensor_files import Entry
 
 _OUTSIDE = {
@@ -66,7 +66,7 @@ def write_file(
     tensors = {f"{prefix}{name}": value.contiguous() for name, value in named.items()}
     if vae:
         entries = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-        named = _vae({name: Entry.of(value) for name, value in entries.items()}, 2)
+        named = original_vae({name: Entry.of(value) for name, value in entries.items()}, 2)
         tensors |= {f"first_stage_model.{name}": entry.read() for name, entry in named}
     save_file(tensors, file)
     return file

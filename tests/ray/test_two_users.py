@@ -14,8 +14,8 @@ from acpo_dist.core.errors import LONGEST
 pytest.importorskip("ray", reason="needs the extra `ray`")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-OTHER = 65534
-"""User id of `nobody`."""
+NOBODY_UID = 65534
+"""Numeric id of the Debian user `nobody`, who owns no files."""
 PROGRAM = """
 import os, sys, ray
 from acpo_dist.config.pool import HttpConfig
@@ -64,7 +64,7 @@ def said(process: subprocess.Popen[str]) -> str:
 def test_two_users_have_clusters_of_their_own_and_the_second_on_one_http_port_is_told_the_key(tmp_path_factory):
     # A folder that every user may enter: pytest's own belongs to one.
     base = Path(tmp_path_factory.mktemp("users"))
-    other = OTHER if os.getuid() == 0 and shutil.which("setpriv") else os.getuid()
+    other = NOBODY_UID if os.getuid() == 0 and shutil.which("setpriv") else os.getuid()
     for folder in [base, *base.parents][:3] if other != os.getuid() else []:
         folder.chmod(folder.stat().st_mode | 0o055)
     with socket.create_server(("127.0.0.1", 0)) as probe:
