@@ -1,15 +1,21 @@
 """What is injected: cases of faults, roles and phases, drawn at random from a seed."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from tests.soak.faults import Injection
+from tests.soak.faults import SIGNALS, Injection
 from tests.soak.processes import PHASES
 
 ITERATIONS = 3
 """On Ray float32 sums differ by their order, and the difference grows tenfold per iteration: 1e-6, 2e-5, 3e-4, 2e-2."""
 _LATER = [name for name in PHASES if name not in ("start", "loading", "calibration", "export")]
 _RANKS = [name for name in PHASES if name not in ("start", "iterating")]
+SURVIVED = ("learner", "rollout", "reward", "controller")
+"""Roles whose loss must not end the command."""
+_DISK_PHASES = {"local": ("iterating", "saving", "export"), "ray": ("scoring", "saving", "export")}
+_REWARD_FAULTS, _REWARD_PHASES = ("nan", "hang", "memory"), ("calibration", "drawing", "learning")
+_PER_CASE = 6
+"""Signals in one run of `every`."""
 
 
 @dataclass
@@ -28,14 +34,52 @@ def draw(seed: int, kind: str = "any") -> Case:
 
     Args:
         seed: decides everything that is random.
-        kind: `learner` for killed learner ranks alone, `any` for all kinds.
+        kind: `learner` for killed learner ranks alone, `any` for all kinds drawn at random, `all` for every
+            combination of fault, role and phase in turn: `len(every(0))` seeds that follow each other have each once.
     """
     chosen = random.Random(seed)
+    if kind == "all":
+        turn, place = divmod(seed, len(every(0)))
+        return _seeded(replace(every(turn)[place], seed=seed), chosen)
     if kind == "any":
         kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward"])
     case = {
         "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward
     }[kind](seed, chosen)  # fmt: skip
+    return _seeded(case, chosen)
+
+
+def every(turn: int) -> list[Case]:
+    """Cases that together inject each combination of fault, role and phase once.
+
+    Args:
+        turn: decides which combinations share a run, and the order of the cases; their number is always the same.
+    """
+    chosen = random.Random(turn)
+    signals = [
+        Injection(fault, role, phase, _after(chosen, phase))
+        for role in ("driver", *SURVIVED)
+        for fault in SIGNALS
+        for phase in (["start", *_RANKS] if role == "driver" else _RANKS)
+    ]
+    chosen.shuffle(signals)
+    cases = [
+        Case(0, "ray", [*_engine(chosen), "rollout.num_workers=2"], _in_order(signals[at : at + _PER_CASE]))
+        for at in range(0, len(signals), _PER_CASE)
+    ]
+    cases += [
+        Case(0, "local", [], [Injection(fault, "driver", phase, _after(chosen, phase))])
+        for fault in (*SIGNALS, "damaged checkpoint")
+        for phase in ("start", "iterating", "saving", "export")
+        if (fault, phase) != ("damaged checkpoint", "start")
+    ]
+    cases += [_full_disk(backend, phase, chosen) for backend in _DISK_PHASES for phase in _DISK_PHASES[backend]]
+    cases += [_faulty_reward(fault, phase, chosen) for fault in _REWARD_FAULTS for phase in _REWARD_PHASES]
+    chosen.shuffle(cases)
+    return cases
+
+
+def _seeded(case: Case, chosen: random.Random) -> Case:
     for injection in case.injections:
         injection.seed = chosen.randrange(2**32)
     return case
@@ -70,7 +114,7 @@ def _roles(seed: int, chosen: random.Random) -> Case:
     injections = []
     for _ in range(3):
         fault = chosen.choice(["SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM"])
-        role = chosen.choice(["driver", "learner", "rollout", "reward", "controller"])
+        role = chosen.choice(["driver", *SURVIVED])
         phase = chosen.choice(["start", *_RANKS] if role == "driver" else _RANKS)
         injections.append(Injection(fault, role, phase, _after(chosen, phase)))
     workers = ["rollout.num_workers=2"] if chosen.random() < 0.5 else []
@@ -90,13 +134,18 @@ def _of(chosen: random.Random, fault: str, phases: list[str]) -> Injection:
 
 def _disk(seed: int, chosen: random.Random) -> Case:
     backend = chosen.choice(["local", "local", "ray"])
-    phase = chosen.choice(["scoring" if backend == "ray" else "iterating", "saving", "export"])
+    return replace(_full_disk(backend, chosen.choice(_DISK_PHASES[backend]), chosen), seed=seed)
+
+
+def _full_disk(backend: str, phase: str, chosen: random.Random) -> Case:
     overrides = _engine(chosen) if backend == "ray" else []
-    return Case(seed, backend, overrides, [Injection("full disk", "disk", phase, _after(chosen, phase))], True)
+    return Case(0, backend, overrides, [Injection("full disk", "disk", phase, _after(chosen, phase))], True)
 
 
 def _reward(seed: int, chosen: random.Random) -> Case:
-    phase = chosen.choice(["calibration", "drawing", "learning"])
-    fault = chosen.choice(["nan", "hang", "memory"])
+    return replace(_faulty_reward(chosen.choice(_REWARD_FAULTS), chosen.choice(_REWARD_PHASES), chosen), seed=seed)
+
+
+def _faulty_reward(fault: str, phase: str, chosen: random.Random) -> Case:
     overrides = [*_engine(chosen), "rewards.replicas=2", "rewards.attempt_timeout_s=20"]
-    return Case(seed, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])
+    return Case(0, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])

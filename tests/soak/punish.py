@@ -13,7 +13,7 @@ from typing import Any
 from tests.conftest import TINY
 from tests.helpers.runs import results
 from tests.soak import checks
-from tests.soak.cases import ITERATIONS, Case
+from tests.soak.cases import ITERATIONS, SURVIVED, Case
 from tests.soak.faults import Injector
 from tests.soak.processes import Processes, shared_memory
 
@@ -23,8 +23,6 @@ RUN_S = 2400.0
 _LEFT_S = 30.0
 """Seconds that descendants of a process that was killed have to end."""
 _STARTS = 6
-_SURVIVED = ("learner", "rollout", "reward", "controller")
-"""Roles whose loss must not end the command."""
 
 
 def command(folder: Path, case: Case, *, faults: Path, resume: bool = False) -> list[str]:
@@ -73,7 +71,7 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
             problems += checks.ending(code, output, signalled=signalled)
             if not code:
                 break
-            if all(one.role in _SURVIVED for one in case.injections):
+            if all(one.role in SURVIVED for one in case.injections):
                 problems.append(f"ended with exit code {code}, and not only restarted: {output.strip()[-600:]}")
         else:
             problems.append(f"not finished after {_STARTS} starts")

@@ -2,16 +2,18 @@
 
 import json
 import random
+from collections import Counter
+from itertools import product
 
 import pytest
 
-from tests.soak.cases import ITERATIONS, draw
+from tests.soak.cases import ITERATIONS, draw, every
 from tests.soak.checks import compare, ending, folder_left
-from tests.soak.faults import damage
+from tests.soak.faults import SIGNALS, damage
 from tests.soak.matrix import render, rows_of
-from tests.soak.processes import PHASES, phase_of
+from tests.soak.processes import PHASES, ROLES, phase_of
 
-KINDS = ("any", "learner", "roles", "local", "disk", "reward")
+KINDS = ("any", "all", "learner", "roles", "local", "disk", "reward")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -21,6 +23,15 @@ def test_a_seed_decides_a_case_whose_faults_are_in_the_order_of_their_phases(kin
         assert case == draw(seed, kind) and case.injections
         due = [(one.after, PHASES.index(one.phase)) for one in case.injections]
         assert due == sorted(due) and all(0 <= after <= ITERATIONS + 1 for after, _ in due)
+
+
+def test_the_seeds_of_a_turn_inject_every_combination_of_fault_role_and_phase_once():
+    size = len(every(0))
+    for turn in range(2):
+        cases = [draw(turn * size + place, "all") for place in range(size)]
+        kinds = Counter((case.backend, one.fault, one.role, one.phase) for case in cases for one in case.injections)
+        assert set(kinds.values()) == {1} and {(kind[1], kind[2]) for kind in kinds} >= set(product(SIGNALS, ROLES))
+        assert len({case.seed for case in cases}) == size
 
 
 def test_phases_are_told_from_process_titles_and_the_run_folder(tmp_path):
