@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.nn import functional
 
 from acpo_dist.algorithms.config import TimestepsConfig
 from acpo_dist.algorithms.noising import draw_timestep
@@ -17,9 +18,10 @@ from acpo_dist.diffusion.sampling import StochasticDDIM, ddim_step, sample
 from acpo_dist.diffusion.splitting import GuidedDenoise, sample_split
 from acpo_dist.models.noise_levels import schedule_of
 from acpo_dist.models.schedulers import SAMPLERS, UNSHIFTED, flow_line, make_sampler, pipeline_arguments
-from acpo_dist.objective.anchor import drift_unit, output_drift
-from acpo_dist.objective.noise_space import denoising_residual, target_output
+from acpo_dist.objective.anchor import drift_unit, loss_space, output_drift
+from acpo_dist.objective.noise_space import denoising_residual, noise_statistics, target_output
 from acpo_dist.objective.policy_gradient import transition
+from acpo_dist.objective.preference import preference_term
 
 SIGMAS = (0.0, 0.02, 0.3, 0.5, 0.9, 0.999, 1.0)
 KIND = "flow_prediction"
@@ -174,3 +176,23 @@ def test_what_does_not_fit_a_flow_model_is_refused_by_name() -> None:
         schedule_of({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "here")
     with pytest.raises(ModelError, match="stochastic_sampling"):
         schedule_of(FLOW | {"stochastic_sampling": True}, "here")
+
+
+def test_the_dpo_logit_of_a_flow_model_is_flow_dpos_on_squared_velocity_errors() -> None:
+    """Flow-DPO (arXiv 2501.13918) with a constant beta; half and mean as in Diffusion-DPO."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise, policy, reference = (
+        torch.randn(4, 3, 5, 5, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    levels = torch.tensor([flow_alpha_bar(sigma) for sigma in (0.1, 0.1, 1.0, 1.0)], dtype=torch.float64)
+    target = target_output(clean, noise, levels, KIND)
+    errors = noise_statistics(policy, reference, target, levels, KIND, space=loss_space(KIND))
+    beta = 7.0
+    term = preference_term("dpo", errors.rows(slice(0, None, 2)), errors.rows(slice(1, None, 2)), beta=beta)
+
+    def error(velocity: Tensor) -> Tensor:
+        return (velocity - (noise - clean)).square().mean((1, 2, 3))
+
+    gain = error(policy) - error(reference)
+    torch.testing.assert_close(term.logit_P, -beta / 2 * (gain[::2] - gain[1::2]))
+    torch.testing.assert_close(term.loss_P, -functional.logsigmoid(-beta / 2 * (gain[::2] - gain[1::2])))
