@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.soak.cases import draw
+from tests.soak.cases import KINDS, draw
 from tests.soak.punish import punish, twin
 
 
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first case; each next case has the next seed")
     parser.add_argument("--cases", type=int, default=1000, help="largest number of cases")
     parser.add_argument("--minutes", type=float, default=10.0, help="no case starts after this time")
-    parser.add_argument("--kind", default="any", choices=["any", "all", "learner", "roles", "local", "disk", "reward"])
+    parser.add_argument("--kind", default="any", choices=["any", "all", *KINDS])
     parser.add_argument("--log", type=Path, default=Path("runs/soak.jsonl"), help="file that results are added to")
     parser.add_argument("--twin", type=Path, help="file with the metrics of the undisturbed run; made if it is missing")
     given = parser.parse_args()

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field, replace
 
-from tests.soak.faults import SIGNALS, Injection
+from tests.soak.faults import CLOSED, SIGNALS, Injection
 from tests.soak.processes import PHASES
 
 ITERATIONS = 3
@@ -14,6 +14,7 @@ SURVIVED = ("learner", "rollout", "reward", "controller")
 """Roles whose loss must not end the command."""
 _DISK_PHASES = {"local": ("iterating", "saving", "export"), "ray": ("scoring", "saving", "export")}
 _REWARD_FAULTS, _REWARD_PHASES = ("nan", "hang", "memory"), ("calibration", "drawing", "learning")
+_TRACKING_FAULTS, _TRACKING_PHASES = ("SIGKILL", "SIGSTOP", CLOSED), ("start", "iterating", "export")
 _PER_CASE = 6
 """Signals in one run of `every`."""
 
@@ -27,6 +28,8 @@ class Case:
     overrides: list[str] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
     small_disk: bool = False
+    mlflow: bool = False
+    """Whether the run is tracked by an MLflow server, which the faults disturb."""
 
 
 def draw(seed: int, kind: str = "any") -> Case:
@@ -34,7 +37,7 @@ def draw(seed: int, kind: str = "any") -> Case:
 
     Args:
         seed: decides everything that is random.
-        kind: `learner` for killed learner ranks alone, `any` for all kinds drawn at random, `all` for every
+        kind: one of `KINDS`, `any` for all of them at random, or `all` for every
             combination of fault, role and phase in turn: `len(every(0))` seeds that follow each other have each once.
     """
     chosen = random.Random(seed)
@@ -42,11 +45,8 @@ def draw(seed: int, kind: str = "any") -> Case:
         turn, place = divmod(seed, len(every(0)))
         return _seeded(replace(every(turn)[place], seed=seed), chosen)
     if kind == "any":
-        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward"])
-    case = {
-        "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward
-    }[kind](seed, chosen)  # fmt: skip
-    return _seeded(case, chosen)
+        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward", "tracking"])
+    return _seeded(KINDS[kind](seed, chosen), chosen)
 
 
 def every(turn: int) -> list[Case]:
@@ -74,6 +74,7 @@ def every(turn: int) -> list[Case]:
         if (fault, phase) != ("damaged checkpoint", "start")
     ]
     cases += [_full_disk(backend, phase, chosen) for backend in _DISK_PHASES for phase in _DISK_PHASES[backend]]
+    cases += [_tracking_lost(fault, phase, chosen) for fault in _TRACKING_FAULTS for phase in _TRACKING_PHASES]
     cases += [_faulty_reward(fault, phase, chosen) for fault in _REWARD_FAULTS for phase in _REWARD_PHASES]
     chosen.shuffle(cases)
     return cases
@@ -149,3 +150,17 @@ def _reward(seed: int, chosen: random.Random) -> Case:
 def _faulty_reward(fault: str, phase: str, chosen: random.Random) -> Case:
     overrides = [*_engine(chosen), "rewards.replicas=2", "rewards.attempt_timeout_s=20"]
     return Case(0, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])
+
+
+def _tracking(seed: int, chosen: random.Random) -> Case:
+    return replace(_tracking_lost(chosen.choice(_TRACKING_FAULTS), chosen.choice(_TRACKING_PHASES), chosen), seed=seed)
+
+
+def _tracking_lost(fault: str, phase: str, chosen: random.Random) -> Case:
+    return Case(0, "local", [], [Injection(fault, "mlflow", phase, _after(chosen, phase))], mlflow=True)
+
+
+KINDS = {
+    "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward, "tracking": _tracking
+}  # fmt: skip
+"""Kinds of cases that are drawn at random."""

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.processes import Processes, of_role, phase_of, rows
+from tests.soak.server import TrackingServer
 
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGSTOP": signal.SIGSTOP}
 STOPPED_S = (2.0, 12.0)
-"""Seconds for which SIGSTOP holds a process."""
+"""Seconds for which SIGSTOP holds a process, and for which the MLflow server is away."""
+CLOSED = "closed connections"
 _LOOK_S = 0.005
 _REFRESH_S = 0.4
 
@@ -45,11 +47,15 @@ class Injector:
         folder: run folder.
         iterations: iterations of the run.
         faults: folder of the faulty metric.
+        server: MLflow server of the run, if it has one.
     """
 
-    def __init__(self, processes: Processes, folder: Path, iterations: int, faults: Path) -> None:
+    def __init__(
+        self, processes: Processes, folder: Path, iterations: int, faults: Path, server: TrackingServer | None = None
+    ) -> None:
         self._processes, self._folder, self._iterations, self._faults = processes, folder, iterations, faults
-        self._looked = 0.0
+        self._server = server
+        self._looked = self._away_until = 0.0
         self._gone: list[int] = []
         """Processes that must have ended before the next injection."""
         self._stopped: list[tuple[float, int]] = []
@@ -65,13 +71,18 @@ class Injector:
             if now > until:
                 self._stopped.remove((until, pid))
                 self._signal(pid, signal.SIGCONT)
+        if self._server and now > self._away_until > 0:
+            self._server.start()
+            self._away_until = 0.0
         waiting = [one for one in due if not one.done]
         if waiting and not self._stopped and not any(self._processes.lives(pid) for pid in self._gone):
             self._try(waiting[0], now)
         time.sleep(_LOOK_S)
 
     def release(self) -> None:
-        """Continue stopped processes, and free the disk."""
+        """Continue stopped processes and the MLflow server, and free the disk."""
+        if self._server and self._away_until:
+            self._server.start()
         for _, pid in self._stopped:
             self._signal(pid, signal.SIGCONT)
         self._stopped.clear()
@@ -84,7 +95,17 @@ class Injector:
         if injection.after > rows(self._folder):
             return
         chosen = random.Random(injection.seed)
-        if injection.fault in SIGNALS:
+        if self._server:
+            seconds = chosen.uniform(*STOPPED_S)
+            if injection.fault == CLOSED:
+                self._server.close_connections(seconds)
+            else:
+                self._server.signal(SIGNALS[injection.fault])
+                if injection.fault == "SIGKILL":
+                    self._server.kill()
+                self._away_until = now + seconds
+            injection.seen = f"{seconds:.0f} s"
+        elif injection.fault in SIGNALS:
             victims = sorted(of_role(titles, injection.role, self._processes.parent))
             if not victims:
                 return

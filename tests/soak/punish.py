@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.soak import checks
 from tests.soak.cases import ITERATIONS, SURVIVED, Case
 from tests.soak.faults import Injector
 from tests.soak.processes import Processes, shared_memory
+from tests.soak.server import TrackingServer
 
 ACPO = [sys.executable, "-c", "from acpo_dist.cli import main; main()"]
 RUN_S = 2400.0
@@ -61,23 +63,30 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
     codes: list[int] = []
     said: list[str] = []
     folder = root / "disk" / "run" if case.small_disk else root / "run"
-    with _disk(root / "disk", case.small_disk):
+    serving = closing(TrackingServer(root / "mlflow")) if case.mlflow else nullcontext()
+    with _disk(root / "disk", case.small_disk), serving as server:
+        if server:
+            case = replace(
+                case, overrides=[*case.overrides, "tracking.mlflow=true", f"tracking.mlflow_uri={server.uri}"]
+            )
         for attempt in range(_STARTS):
             log = root / f"output{attempt}.txt"
-            code, signalled = _start(case, folder, faults, log, problems, resume=bool(attempt))
+            code, signalled = _start(case, folder, faults, log, problems, server, resume=bool(attempt))
             codes.append(code)
             output = log.read_text(errors="replace")
             said.append(output)
             problems += checks.ending(code, output, signalled=signalled)
             if not code:
                 break
-            if all(one.role in SURVIVED for one in case.injections):
+            if all(one.role in (*SURVIVED, "mlflow") for one in case.injections):
                 problems.append(f"ended with exit code {code}, and not only restarted: {output.strip()[-600:]}")
         else:
             problems.append(f"not finished after {_STARTS} starts")
         if not codes[-1]:
             problems += checks.compare(results(folder), expected, exact=case.backend == "local")
             problems += checks.folder_left(folder)
+            if server:
+                problems += server.missing(folder)
         if problems and case.small_disk:
             shutil.copytree(folder, root / "run", dirs_exist_ok=True)
     if left := sorted(name for name in shared_memory() - before if not _in_use(name)):
@@ -90,7 +99,16 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
     }  # fmt: skip
 
 
-def _start(case: Case, folder: Path, faults: Path, log: Path, problems: list[str], *, resume: bool) -> tuple[int, bool]:
+def _start(
+    case: Case,
+    folder: Path,
+    faults: Path,
+    log: Path,
+    problems: list[str],
+    server: TrackingServer | None,
+    *,
+    resume: bool,
+) -> tuple[int, bool]:
     """Start the run once; returns its code, and whether it received a signal itself."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray starts workers at niceness 15: beside other work they would hardly run.
@@ -101,7 +119,7 @@ def _start(case: Case, folder: Path, faults: Path, log: Path, problems: list[str
             start_new_session=True,
         )  # fmt: skip
     processes = Processes(process.pid)
-    injector = Injector(processes, folder, ITERATIONS, faults)
+    injector = Injector(processes, folder, ITERATIONS, faults, server)
     pending = [one for one in case.injections if not one.done]
     deadline = time.monotonic() + RUN_S
     try:

@@ -7,16 +7,14 @@ from itertools import product
 
 import pytest
 
-from tests.soak.cases import ITERATIONS, draw, every
+from tests.soak.cases import ITERATIONS, KINDS, draw, every
 from tests.soak.checks import compare, ending, folder_left
 from tests.soak.faults import SIGNALS, damage
 from tests.soak.matrix import render, rows_of
 from tests.soak.processes import PHASES, ROLES, phase_of
 
-KINDS = ("any", "all", "learner", "roles", "local", "disk", "reward")
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["any", "all", *KINDS])
 def test_a_seed_decides_a_case_whose_faults_are_in_the_order_of_their_phases(kind):
     for seed in range(30):
         case = draw(seed, kind)
