@@ -54,7 +54,11 @@ class TrackingServer:
             "--artifacts-destination", self._folder / "files",
         ]  # fmt: skip
         with (self._folder / "server.txt").open("a") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+            # Its job queue would leave a folder in /dev/shm when it is killed.
+            variables = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=variables, start_new_session=True
+            )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5):
