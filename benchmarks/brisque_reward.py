@@ -24,7 +24,7 @@ from PIL import Image
 SIDE, SCALED, WINDOWS = 64, 256, 1500
 BASE = {
     "image_size": SIDE, "channels": [32, 32, 64, 64], "prediction_type": "v_prediction",
-    "timestep_sampling": "log_normal", "dtype": "bfloat16", "steps": 1000, "batch_size": 16,
+    "timestep_sampling": "log_normal", "steps": 1000, "batch_size": 16,
 }  # fmt: skip
 
 

@@ -268,8 +268,8 @@ class BaseTrainingConfig(Section):
     """Prediction type of the network."""
     timestep_sampling: Literal["uniform", "log_normal"] = "uniform"
     """Distribution of training timesteps; `log_normal` concentrates on middle noise levels."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute type of the forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type of the forward pass; `auto` is bfloat16 on a processor that multiplies in it, else float32."""
     steps: int = Field(default=4000, ge=1)
     """Optimiser steps."""
     max_seconds: float | None = Field(default=None, gt=0)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.processor import computes_bfloat16
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.data.images import ImageSet, load_images
 from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, Damage
@@ -94,13 +95,16 @@ def _train_base(model: Any, images: ImageSet, folder: Path, console: Console) ->
     base = model.base
     unet = new_ddpm(base.image_size, base.channels)
     limit = f", {base.max_seconds:.0f} s at most" if base.max_seconds else ""
-    console.message(f"no base model given: training one on {len(images)} images, {base.steps} steps{limit}")
+    dtype = base.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16("cpu") else "float32"
+    console.message(f"no base model given: training one on {len(images)} images, {base.steps} steps in {dtype}{limit}")
     with console.phase("base model", base.steps) as advance:
         loss = train_denoiser(
             unet, draw, predict, DDPMScheduler(num_train_timesteps=1000).alphas_cumprod, steps=base.steps,
             batch_size=base.batch_size, seed=seed, learning_rate=base.learning_rate, max_seconds=base.max_seconds,
             prediction_type=base.prediction_type, timestep_sampling=base.timestep_sampling,
-            dtype=getattr(torch, base.dtype), progress=lambda step, steps, loss: advance(1),
+            dtype=getattr(torch, dtype), progress=lambda step, steps, loss: advance(1),
         )  # fmt: skip
     save_ddpm(folder, unet, half=False, prediction_type=base.prediction_type)
     console.message(f"base model trained on {len(images)} images: {base.prediction_type} error {loss:.4f}; {folder}")

@@ -16,6 +16,7 @@ from acpo_dist.core.errors import ConfigError, LearnerLostError, ModelError, Run
 from acpo_dist.core.files import on_storage
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.ports import Ports, Tracker
+from acpo_dist.core.processor import computes_bfloat16
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import WeightBundle
 from acpo_dist.core.weights import make_bundle
@@ -231,13 +232,19 @@ class _Job:
 
 
 def model_notes(config: Config) -> list[str]:
-    """Return what the family says of the configured model when a run starts; nothing without the model."""
-    family = resolve("model", MODELS, config.model.type)
+    """Return what a user should know of the configured model when a run starts; the family's notes need the model."""
+    family, notes = resolve("model", MODELS, config.model.type), []
+    slow = [key for key in ("dtype", "vae_dtype") if getattr(config.model, key, None) == "bfloat16"]
+    if slow and config.cluster.backend != "ray" and not torch.cuda.is_available() and not computes_bfloat16("cpu"):
+        notes.append(
+            f"{' and '.join(f'model.{key}=bfloat16' for key in slow)}: this processor does not multiply in bfloat16 "
+            "and takes many times as long as in float32; float32 needs twice the memory"
+        )
     try:
-        return family.notes(config.model) if hasattr(family, "notes") else []
+        return notes + (family.notes(config.model) if hasattr(family, "notes") else [])
     except ModelError:
         # The driver of a cluster may not have the model.
-        return []
+        return notes
 
 
 def long_prompts(config: Config, prompts: Sequence[str]) -> str | None:

@@ -1,6 +1,7 @@
 """A run without base model and metric weights trains them once from its own images."""
 
 import io
+import platform
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,11 +10,12 @@ import torch
 from PIL import Image
 
 from acpo_dist.core.errors import ConfigError
+from acpo_dist.core.processor import computes_bfloat16
 from acpo_dist.data.toy.world import templates
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import open_ports
-from acpo_dist.training.run import drive
+from acpo_dist.training.run import drive, model_notes
 
 QUIET = Console(quiet=True)
 OVERRIDES = [
@@ -49,6 +51,19 @@ def test_base_model_and_metrics_are_trained_from_the_images_and_the_anchor_batch
     }
     row = read_metrics(root / "metrics.jsonl")[0]
     assert row["drift/rms"] == 0.0 and row["data/denoising"] > 0
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="PyTorch tells it of x86 processors alone")
+def test_a_base_model_trains_in_bfloat16_where_the_processor_multiplies_in_it(tiny, tmp_path, images, capsys):
+    from acpo_dist.training.prepare import prepare
+
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert computes_bfloat16("cpu") == fast
+    prepare(tiny(f"data.path={images}", *OVERRIDES, source="cifar10_ddpm"), tmp_path / "base", Console())
+    assert f"2 steps in {'bfloat16' if fast else 'float32'}" in capsys.readouterr().err
+    notes = model_notes(tiny("model.vae_dtype=bfloat16"))
+    assert any("model.vae_dtype=bfloat16" in note for note in notes) == (not fast and not torch.cuda.is_available())
+    assert model_notes(tiny()) == [] == model_notes(tiny("model.dtype=bfloat16", "cluster.backend=ray"))
 
 
 def test_trained_weights_are_reused(tiny, tmp_path, images):
