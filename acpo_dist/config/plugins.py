@@ -73,6 +73,8 @@ class ModelConfig(Section):
     """Whether the model takes prompts."""
     pixel_space: ClassVar[bool] = False
     """Whether x_0 is the image itself, so that real images can be noised without an encoder."""
+    flow: ClassVar[bool] = False
+    """Whether every model of this type is a flow model, whose first level is pure noise."""
 
     @property
     def sizes(self) -> tuple[tuple[Size, float], ...]:

@@ -14,6 +14,7 @@ def check_sampler(config: Config) -> None:
     _check_rescale(config)
     _check_merging(config)
     _check_gradient_steps(config)
+    _check_search(config)
 
 
 def _check_noise(config: Config) -> None:
@@ -83,4 +84,12 @@ def _check_gradient_steps(config: Config) -> None:
         raise ConfigError(
             f"algorithm.low_variance_samples is {algorithm.low_variance_samples} and algorithm.gradient_steps is "
             f"{steps}: fresh noise replaces the state of the last step only. Set algorithm.gradient_steps=1."
+        )
+
+
+def _check_search(config: Config) -> None:
+    if config.vrg.enabled and config.vrg.search == "hso_grid" and config.model.flow:
+        raise ConfigError(
+            f"vrg.search is hso_grid, which needs a finite first sigma, and model.type={config.model.type} starts at "
+            "pure noise. Set vrg.search=vrg."
         )

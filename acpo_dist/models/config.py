@@ -218,6 +218,7 @@ class Sd15Config(LatentConfig):
 class FlowConfig(LatentConfig):
     """A flow model with a transformer, and its tuning."""
 
+    flow: ClassVar[bool] = True
     long_prompts: Literal["cut"] = "cut"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Prompts longer than the text encoders read are cut; the number of such prompts is reported."""
 

@@ -114,6 +114,12 @@ def test_what_would_be_ignored_or_cannot_work_is_refused(overrides, message):
     assert message in refusal("toy_sdxl", *overrides, kind=UsageError)
 
 
+def test_a_search_that_needs_a_finite_first_sigma_is_refused_for_flow_models():
+    search = ["vrg.enabled=true", "vrg.search=hso_grid"]
+    assert "starts at pure noise" in refusal("toy_flow", *search, kind=UsageError)
+    load_config("toy_sdxl", search)
+
+
 def test_adapters_are_merged_into_float32_weights_only(smallest):
     said = refusal(smallest, "model={type: sd15, path: toy-sd15, dtype: bfloat16}", "sampler.merge_adapters=true")
     assert "model.dtype is bfloat16" in said
