@@ -179,20 +179,34 @@ def shares_base(model: Any, sampler: SamplerConfig) -> bool:
     return tuning is not None and tuning.method == "lora" and not sampler.merge_adapters and not offloads
 
 
+def release_frozen(network: nn.Module) -> None:
+    """Free the memory of a network's frozen parameters until `share_frozen` lends it those of another network.
+
+    Two copies of the base model are then never held at once, also while the second network is loaded.
+    """
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.new_empty(0)
+
+
 def share_frozen(network: nn.Module, other: nn.Module) -> None:
-    """Let the frozen parameters of a network use the memory of another network with the same base model.
+    """Let the released frozen parameters of a network use the memory of another network with the same base model.
 
     Args:
-        network: its own copy of these weights is released.
+        network: its frozen parameters were released.
         other: keeps its weights; they must never change.
+
+    Raises:
+        ValueError: `other` does not hold all of these parameters in the same type, or trains one of them.
     """
     held = dict(other.named_parameters())
     for name, parameter in network.named_parameters():
-        twin = held.get(name)
-        if twin is None or twin.requires_grad or parameter.requires_grad:
+        if parameter.requires_grad:
             continue
-        if (twin.shape, twin.dtype, twin.device) == (parameter.shape, parameter.dtype, parameter.device):
-            parameter.data = twin.data
+        twin = held.get(name)
+        if twin is None or twin.requires_grad or (twin.dtype, twin.device) != (parameter.dtype, parameter.device):
+            raise ValueError(f"the other network has no frozen {name} of {parameter.dtype} on {parameter.device}")
+        parameter.data = twin.data
 
 
 class MergedAdapters:

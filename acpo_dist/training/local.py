@@ -29,7 +29,7 @@ from acpo_dist.core.types import (
 )
 from acpo_dist.core.weights import require_acks, with_version
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.models.tuning import share_frozen, shares_base
+from acpo_dist.models.tuning import release_frozen, share_frozen, shares_base
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.workers.learner.batches import LearnerSpec
 from acpo_dist.workers.learner.signal import GradientSource
@@ -219,11 +219,14 @@ class LocalLearner(LearnerGroup):
             spec: the worker's sections.
             rewards: the gradient source.
             device: torch device.
-            rollout: rollouts of this process, whose frozen base weights the worker uses too (`shares_base`).
+            rollout: rollouts of this process, which use the frozen base weights of the worker (`shares_base`).
         """
+        drawing = rollout.worker.family.network if rollout and shares_base(spec.model, spec.sampler) else None
+        if drawing is not None:
+            release_frozen(drawing)
         self.worker = LearnerWorker(spec, rewards, device=device)
-        if rollout is not None and shares_base(spec.model, spec.sampler):
-            share_frozen(self.worker.family.network, rollout.worker.family.network)
+        if drawing is not None:
+            share_frozen(drawing, self.worker.family.network)
 
     @override
     def start(self, folder: Path | None) -> None:

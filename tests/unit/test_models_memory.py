@@ -17,6 +17,7 @@ from acpo_dist.models.config import MemoryConfig, TuningConfig
 from acpo_dist.models.family import Condition, trainable_tensors
 from acpo_dist.models.noise_levels import NEAR_ZERO, read_schedule
 from acpo_dist.models.sdxl import SdxlFamily
+from acpo_dist.models.tuning import release_frozen, share_frozen
 from acpo_dist.models.vae import VaeDecoder
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.local import open_ports
@@ -255,3 +256,24 @@ def test_one_process_holds_the_frozen_weights_once_and_each_role_its_own_adapter
     for name, parameter in training.named_parameters():
         same = parameter.data_ptr() == held[name].data_ptr()
         assert same == (shared and not parameter.requires_grad), name
+
+
+def test_released_weights_take_no_memory_until_another_network_lends_its_own(tiny):
+    config = tiny().model
+    drawing, training = (SdxlFamily.load(config, device="cpu", trainable=trainable) for trainable in (False, True))
+    condition = training.encode(["a red circle on a white background"])
+    noisy = torch.randn(1, *training.sample_shape, generator=torch.Generator().manual_seed(0))
+
+    def head() -> torch.Tensor:
+        with torch.no_grad():
+            return drawing.predict(noisy, torch.tensor([300]), condition)
+
+    before = head()
+    release_frozen(drawing.network)
+    held = sum(parameter.numel() for parameter in drawing.network.parameters())
+    assert held == sum(value.numel() for value in trainable_tensors(training.network).values())
+    share_frozen(drawing.network, training.network)
+    assert torch.equal(head(), before)
+    release_frozen(drawing.network)
+    with pytest.raises(ValueError, match="no frozen"):
+        share_frozen(drawing.network, training.network.to(torch.float64))
