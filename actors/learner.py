@@ -143,14 +143,14 @@ class RayLearner(LearnerGroup):
             max_restarts=0, num_cpus=role.cpus, num_gpus=role.gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
         )  # fmt: skip
-        self._actors = {
+        self.actors = {
             f"learner/{rank}": shell.remote(rank, role.count, self._config.model.type, role.cpus, role.gpus)
             for rank in range(role.count)
         }
 
     @property
     def _first(self) -> Any:
-        return self._actors["learner/0"]
+        return self.actors["learner/0"]
 
     def load(self, link: PoolLink, config: Config | None = None) -> None:
         """Start to load the models, which `build` waits for; the reward pool may still be starting.
@@ -164,7 +164,7 @@ class RayLearner(LearnerGroup):
         master = self._first.address.remote()
         spec = ray.put(learner_spec(self._config))
         expected = None if self._config.cluster.mixed_software else software()
-        self._loading = {name: actor.build.remote(master, spec, link, expected) for name, actor in self._actors.items()}
+        self._loading = {name: actor.build.remote(master, spec, link, expected) for name, actor in self.actors.items()}
 
     def build(self, rewards: ServeRewards, config: Config | None = None) -> None:
         """Wait until the ranks have loaded their models.
@@ -240,11 +240,11 @@ class RayLearner(LearnerGroup):
 
     def close(self) -> None:
         """End all ranks and release their machines."""
-        kill(self._actors)
+        kill(self.actors)
         attempt(lambda: remove_placement_group(self._group), what="release the learner's machines")
 
     def _all(self, what: str, call: Any) -> list[Any]:
-        return self._gather(what, {name: call(actor) for name, actor in self._actors.items()})
+        return self._gather(what, {name: call(actor) for name, actor in self.actors.items()})
 
     def _gather(self, what: str, calls: Mapping[str, Any]) -> list[Any]:
         try:
@@ -261,7 +261,7 @@ class RayLearner(LearnerGroup):
             ) from error
 
     def _first_dead(self) -> str | None:
-        signs = {actor.ping.remote(): name for name, actor in self._actors.items()} if len(self._actors) > 1 else {}
+        signs = {actor.ping.remote(): name for name, actor in self.actors.items()} if len(self.actors) > 1 else {}
         deadline = time.monotonic() + _DEATH_S
         while signs and time.monotonic() < deadline:
             for sign in ray.wait(list(signs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))[0]:
