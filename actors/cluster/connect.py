@@ -34,6 +34,8 @@ _CONNECT_TIMEOUT_S = 10.0
 _HANDLES_TIMEOUT_S = 10.0
 _START_ATTEMPTS = 5
 _AGENTS_TIMEOUT_S = 300.0
+PATIENT = {"agent_register_timeout_ms": int(1000 * _AGENTS_TIMEOUT_S)}
+"""Ray's own settings of a cluster that is started with `agents_not_awaited`."""
 _PORTS = range(20_000, 32_768)
 """Below the ports that the system gives to outgoing connections, above those of common services."""
 _GIB = 2**30
@@ -87,7 +89,7 @@ def _init(address: str, *, include_dashboard: bool | None) -> None:
     options: dict[str, Any] = {}
     for number in range(1, attempts + 1):
         try:
-            with agents_not_awaited(_unused_port()) if options else nullcontext():
+            with agents_not_awaited(unused_port()) if options else nullcontext():
                 ray.init(
                     address=address, namespace="acpo", logging_level=logging.ERROR, log_to_driver=False,
                     include_dashboard=include_dashboard, **options,
@@ -102,10 +104,10 @@ def _init(address: str, *, include_dashboard: bool | None) -> None:
             if number == attempts:
                 raise RuntimeError(f"{_ended(str(error))} Attempts: {attempts}.") from error
             logger.warning("Ray did not start (attempt %d of %d): %s", number, attempts, error)
-            options = {"_system_config": {"agent_register_timeout_ms": int(1000 * _AGENTS_TIMEOUT_S)}}
+            options = {"_system_config": PATIENT}
 
 
-def _unused_port() -> int:
+def unused_port() -> int:
     """Return a port of this machine that nothing listens on, chosen at random, since others may choose too.
 
     Raises:

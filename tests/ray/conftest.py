@@ -16,12 +16,16 @@ def cluster(tmp_path_factory):
     """A local cluster with four logical CPUs, whatever the machine has; its ports and folder are its own."""
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
     with forked.python(tmp_path_factory.mktemp("forked")) as python, pytest.MonkeyPatch.context() as patch:
+        from actors.cluster.connect import PATIENT, unused_port
+        from actors.ray_private import agents_not_awaited
+
         patch.setattr(sys, "executable", python)
-        # `local`: RAY_ADDRESS may name a cluster that other processes use.
-        ray.init(
-            address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
-            namespace="acpo", object_store_memory=300_000_000,
-        )  # fmt: skip
+        # `local`: RAY_ADDRESS may name a cluster that other processes use. Ray would end its start on a busy machine.
+        with agents_not_awaited(unused_port()):
+            ray.init(
+                address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+                namespace="acpo", object_store_memory=300_000_000, _system_config=PATIENT,
+            )  # fmt: skip
         patch.undo()
         yield ray
         ray.shutdown()
