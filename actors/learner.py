@@ -1,5 +1,6 @@
 """Learner ranks as actors that are placed, and fail, together."""
 
+import logging
 import os
 import socket
 import time
@@ -16,7 +17,7 @@ from typing_extensions import override
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import LearnerLostError, UsageError, WorkerError, WorkerLostError
-from acpo_dist.core.ports import Advance, LearnerGroup
+from acpo_dist.core.ports import Advance, KeptState, LearnerGroup
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.types import (
     GradientScale,
@@ -30,6 +31,7 @@ from acpo_dist.core.types import (
 from acpo_dist.training.local import learner_spec
 from acpo_dist.training.run_folder import RESOLVED
 from acpo_dist.workers.learner.metrics import MetricSums, merged_drift, merged_lists, merged_report
+from acpo_dist.workers.learner.state import SerialisedState, serialise, write_serialised
 from actors.cluster.control import attempt
 from actors.cluster.software import Software, require_same, software
 from actors.group import fetch, gather, kill
@@ -38,6 +40,9 @@ from actors.process import set_up
 from actors.reward.client import PoolLink
 from actors.reward.pool import ServeRewards
 
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
 _DEATH_S = 75.0
 """Seconds within which Ray detects a machine whose network was cut."""
 
@@ -79,10 +84,10 @@ class LearnerActor:
         self._worker = LearnerWorker(spec, self._client, device=self._device)
         return os.getpid()
 
-    def start(self, folder: Path | None) -> int:
-        """Run `LearnerWorker.start` and return D, the number of elements of x_0."""
+    def start(self, folder: Path | None) -> tuple[int, int]:
+        """Run `LearnerWorker.start`; return D, the number of elements of x_0, and the bytes of the training state."""
         self._worker.start(folder)
-        return self._worker.num_elements
+        return self._worker.num_elements, self._worker.state_bytes
 
     def train(self, references: list[Any], task: TrainTask) -> tuple[MetricSums, int, list[SkippedStep], bool, int]:
         """Run `LearnerWorker.train`; adds whether too many steps were skipped, and this rank's retried requests."""
@@ -110,6 +115,10 @@ class LearnerActor:
         """Run `LearnerWorker.save`."""
         self._worker.save(folder, earlier)
 
+    def keep(self, earlier: Sequence[int]) -> SerialisedState:
+        """Return the files of the training state on rank 0, nothing on the others."""
+        return serialise(self._worker.state(earlier))
+
     def ping(self) -> None:
         """Return, which shows that the process is alive."""
 
@@ -131,8 +140,8 @@ class RayLearner(LearnerGroup):
     def __init__(self, config: Config, role: Role) -> None:
         """Reserve the machines and start the actors; `load` and `build` load the models."""
         self._config, self._role, self._rewards = config, role, None
-        self._timeout_s = config.learner.timeout_s
-        self._num_elements = 0
+        self._timeout_s, self._told = config.learner.timeout_s, False
+        self._num_elements = self._state_bytes = 0
         self._loading: dict[str, Any] = {}
         self._place()
 
@@ -189,7 +198,7 @@ class RayLearner(LearnerGroup):
 
     @override
     def start(self, folder: Path | None) -> None:
-        self._num_elements = self._all("start", lambda actor: actor.start.remote(folder))[0]
+        self._num_elements, self._state_bytes = self._all("start", lambda actor: actor.start.remote(folder))[0]
 
     @override
     def train(self, handles: Sequence[RolloutHandle], task: TrainTask, advance: Advance | None = None) -> TrainReport:
@@ -237,6 +246,21 @@ class RayLearner(LearnerGroup):
         # The folder must be on storage that rank 0 and the driver share.
         target = folder.resolve()
         self._all("save", lambda actor: actor.save.remote(target, earlier))
+
+    @override
+    def keep(self, earlier: Sequence[int] = ()) -> KeptState | None:
+        limit = self._config.checkpoint.in_memory_gib
+        if self._state_bytes > limit * _GIB:
+            if limit and not self._told:
+                logger.warning(
+                    "the training state has up to %.1f GiB, more than checkpoint.in_memory_gib=%g: a lost learner rank "
+                    "costs the work since the last checkpoint", self._state_bytes / _GIB, limit,
+                )  # fmt: skip
+                self._told = True
+            return None
+        # The ranks copy it while the next samples are drawn. All take part, since ZeRO gathers the moments.
+        copies = [actor.keep.remote(list(earlier)) for actor in self.actors.values()]
+        return _Copy(copies[0])
 
     def close(self) -> None:
         """End all ranks and release their machines."""
@@ -290,6 +314,22 @@ class RayLearner(LearnerGroup):
                 f"{file.parent} is another folder on {', '.join(sorted(elsewhere))} than here, so checkpoints would "
                 "be lost. Put runs on storage that all machines share: set ACPO_RUNS on every machine, or run.dir."
             )
+
+
+class _Copy(KeptState):
+    """Training state in the object store, which the driver fetches to its own machine as soon as it is there."""
+
+    def __init__(self, reference: Any) -> None:
+        # The driver owns the object, and arrays of its future hold it in the store of this machine.
+        self._reference, self._files = reference, reference.future()
+
+    @override
+    def write(self, folder: Path) -> None:
+        try:
+            files = self._files.result(timeout=_DEATH_S)
+        except (RayError, TimeoutError) as error:
+            raise WorkerLostError(f"the copy was not complete: {type(error).__name__}") from error
+        write_serialised(folder, files)
 
 
 def _latents(handles: Sequence[RolloutHandle]) -> list[Any]:

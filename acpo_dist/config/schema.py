@@ -295,6 +295,9 @@ class CheckpointConfig(Section):
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: int = Field(default=3, ge=1)
     """Number of newest checkpoints that are kept."""
+    in_memory_gib: float = Field(default=4.0, ge=0)
+    """Largest training state in GiB that a run on Ray copies to the driver's object store after every iteration: a lost
+    learner rank costs the iteration under way. A larger one costs the work since the checkpoint; 0 copies none."""
 
 
 class TrackingConfig(Section):
@@ -342,7 +345,7 @@ class ClusterConfig(Section):
     worker_timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait in seconds for one rollout or reward call."""
     max_restarts: int = Field(default=3, ge=0)
-    """Restarts from the newest checkpoint after the loss of a learner rank, its node or all rollout workers."""
+    """Restarts within a command after the loss of a learner rank, its node or all rollout workers."""
     mixed_software: bool = False
     """Accept workers on nodes with other code or library versions than the driver."""
     roles: RolesConfig = RolesConfig()

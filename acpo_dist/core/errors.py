@@ -102,7 +102,7 @@ class WorkerError(AcpoError):
 
 
 class WorkerLostError(WorkerError):
-    """Processes or machines that the run requires were lost; the run can resume from its newest checkpoint."""
+    """Processes or machines that the run requires were lost; the run can resume from its newest saved state."""
 
 
 class LearnerLostError(WorkerLostError):

@@ -118,6 +118,18 @@ class RewardPool(Protocol):
         ...
 
 
+class KeptState(Protocol):
+    """Learner's training state that outlives its ranks; the copy may still be under way."""
+
+    def write(self, folder: Path) -> None:
+        """Write the files of `LearnerGroup.save`.
+
+        Raises:
+            WorkerLostError: the ranks were lost before the copy was complete.
+        """
+        ...
+
+
 class LearnerGroup(Protocol):
     """Updates the policy."""
 
@@ -162,6 +174,17 @@ class LearnerGroup(Protocol):
             earlier: versions whose weights are written too; samples in flight were drawn with them.
         """
         ...
+
+    def keep(self, earlier: Sequence[int] = ()) -> KeptState | None:
+        """Start to copy what `save` writes to memory that outlives the ranks.
+
+        Args:
+            earlier: as in `save`.
+
+        Returns:
+            The copy; None if ranks cannot be replaced alone or the state exceeds `checkpoint.in_memory_gib`.
+        """
+        return None
 
     def start(self, folder: Path | None) -> None:
         """Build the optimiser, new or from the files of `save`; must be called once, before any other method."""

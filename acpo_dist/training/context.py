@@ -1,25 +1,27 @@
 """The fixed parts of a run, passed as one argument to the functions that work on all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from acpo_dist.config.schema import Config
 from acpo_dist.core.ports import Ports
 from acpo_dist.core.types import PromptGroup
 from acpo_dist.data.prompts import sample_prompts, size_mix
 from acpo_dist.tracking.console import Console
+from acpo_dist.training.kept import KeptStates
 from acpo_dist.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunContext:
-    """Configuration, ports, folder, prompts and console of one run; none of them changes during the run."""
+    """Configuration, ports, folder, prompts, console and kept states of one run; none is replaced during the run."""
 
     config: Config
     ports: Ports
     folder: RunFolder
     prompts: Sequence[str]
     console: Console
+    kept: KeptStates = field(default_factory=KeptStates)
 
 
 def fixed_groups(config: Config, prompts: Sequence[str], count: int, *, stream: str) -> list[PromptGroup]:

@@ -5,8 +5,9 @@ sample prompts -> generate rollouts -> score -> update on gradients from the rew
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from acpo_dist.algorithms.base import Algorithm
 from acpo_dist.core.clock import PhaseClock, RoleClock
@@ -27,7 +28,7 @@ from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.training.iteration_metrics import drift_of, score_metrics
 from acpo_dist.training.samples import ScoredSamples, groups_of, open_samples
 from acpo_dist.training.trajectory.manager import TrajectoryManager
-from acpo_dist.workers.learner.checkpoint import Checkpoint
+from acpo_dist.workers.learner.checkpoint import LEARNER, Checkpoint
 from acpo_dist.workers.learner.rates import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,13 @@ class Trainer:
             self._state = resume(config, checkpoint)
             self._guard.restore(checkpoint.state)
             self._samples.restore(checkpoint.state)
+            self._pending = dict(checkpoint.state.get("pending", {}))
         else:
             self._state = calibrate(context, self._algorithm, self._guard)
             if config.guard.action == "roll_back":
                 self.save_checkpoint()
+            else:
+                self.keep_state()
         ports.weights.publish(self._state.version)
 
     def close(self) -> None:
@@ -103,6 +107,8 @@ class Trainer:
                 self.save_samples()
             if done % config.checkpoint.every == 0 or last:
                 self.save_checkpoint()
+            else:
+                self.keep_state()
             if ended:
                 break
         # Recorded one past the last iteration: a longer run that resumes from here drops this row.
@@ -183,14 +189,13 @@ class Trainer:
         partial = folder.checkpoints.prepare(state.iteration)
         try:
             flying = self._samples.to_mapping()
-            versions = sorted({version for _, version in flying.get("in_flight", [])})
-            self._ports.learner.save(partial / "learner", versions)
+            self._ports.learner.save(partial / LEARNER, _versions(flying))
             # The judges score the saved weights themselves: running means lag behind them by some iterations.
             exact = config.guard.action == "roll_back" and config.rewards.judges and state.iteration > 0
             gains = measure_gain(self._context, state) if exact and not self._ended else {}
             judges = {name: gains[f"gain/{name}"] for name in names_of(config.rewards.judges)} if gains else None
             self._guard.saved(state.iteration, judges)
-            mapping = state.to_mapping() | self._trajectory.to_mapping() | self._guard.to_mapping() | flying
+            mapping = self._mapping(flying)
             folder.require_ours()
             path = folder.checkpoints.commit(partial, state.iteration, mapping, protect=self._guard.best_iteration)
         except BaseException:
@@ -199,6 +204,21 @@ class Trainer:
             raise
         self._ports.tracker.set_tags({"checkpoint": str(path), "checkpoint_iteration": state.iteration})
         logger.info("checkpoint %s", path)
+        self._context.kept.clear()
+
+    def keep_state(self) -> None:
+        """Copy the state of a checkpoint to memory that outlives the learner's ranks, where the learner can do that."""
+        flying = self._samples.to_mapping()
+        learner = self._ports.learner.keep(_versions(flying))
+        if learner is not None:
+            self._context.kept.add(self._state.iteration, learner, self._mapping(flying))
+
+    def _mapping(self, flying: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the driver's part of a checkpoint's state."""
+        parts = (self._state, self._trajectory, self._guard)
+        return {key: value for part in parts for key, value in part.to_mapping().items()} | {
+            **flying, "pending": self._pending,
+        }  # fmt: skip
 
     def save_samples(self) -> None:
         """Write and record a grid of images from the same prompts and seeds at every call."""
@@ -289,6 +309,11 @@ class Trainer:
             f"iteration {iteration + 1}: {len(report.skipped)} of {tried} optimiser steps skipped, because a loss or "
             f"gradient was not finite ({path})"
         )
+
+
+def _versions(flying: Mapping[str, Any]) -> list[int]:
+    """Return the versions that draw the samples in flight."""
+    return sorted({version for _, version in flying.get("in_flight", [])})
 
 
 def run(

@@ -36,6 +36,7 @@ from acpo_dist.training.context import RunContext
 from acpo_dist.training.export import export_run, read_export_facts
 from acpo_dist.training.guard.guard import Decision
 from acpo_dist.training.guard.monitor import ending_of
+from acpo_dist.training.kept import KeptStates
 from acpo_dist.training.prepare import prepare
 from acpo_dist.training.run_folder import RunFolder, git_commit, open_run
 from acpo_dist.training.run_lock import RunLock, held
@@ -82,8 +83,9 @@ def drive(
 ) -> RunResult:  # fmt: skip
     """Execute a run: lock, folder, prompts, ports, loop, curves, export.
 
-    If required processes or hosts are lost, the run continues from its newest checkpoint, at most
-    `cluster.max_restarts` times: with new learner ranks if only these were lost, otherwise with all ports opened again.
+    If required processes or hosts are lost, the run continues from the learner's kept state or the newest checkpoint,
+    at most `cluster.max_restarts` times: with new learner ranks if only these were lost, otherwise with all ports
+    opened again.
 
     Args:
         at_start: called with base weights in place, before the first iteration.
@@ -120,8 +122,8 @@ class _Restarts:
         self.count += 1
         logger.warning("%s", error)
         self.console.message(
-            f"{str(error).splitlines()[0]}; continuing from the newest checkpoint, or from the start without "
-            f"one (restart {self.count} of {self.limit}, cluster.max_restarts)"
+            f"{str(error).splitlines()[0]}; continuing after the last iteration whose state is saved, or from the "
+            f"start without one (restart {self.count} of {self.limit}, cluster.max_restarts)"
         )
 
 
@@ -161,12 +163,14 @@ def _attempt(
         while True:
             try:
                 return job.run(checkpoint)
-            except LearnerLostError as error:
+            except WorkerLostError as error:
+                ours.require()
+                # Also before all ports are opened again, which would lose it.
+                job.kept.save(folder.checkpoints)
                 checkpoint = folder.checkpoints.newest()
-                if job.ports is None or checkpoint is None:
+                if job.ports is None or checkpoint is None or not isinstance(error, LearnerLostError):
                     raise
                 restarts.require(error)
-                ours.require()
                 job.ports.learner.renew()
 
 
@@ -188,6 +192,7 @@ class _Job:
     at_start: Hook | None
     at_end: Hook | None
     ports: Ports | None = field(default=None, init=False)
+    kept: KeptStates = field(default_factory=KeptStates, init=False)
 
     def run(self, checkpoint: Checkpoint | None) -> RunResult:
         """Record and train from the start or a checkpoint to the end, and export."""
@@ -220,7 +225,9 @@ class _Job:
             self.ports = self.stack.enter_context(self.open_ports(self.effective, tracker))
         effective, folder, prompts = self.effective, self.folder, self.prompts
         ports = replace(self.ports, tracker=tracker, pairs=self.pairs)
-        context = RunContext(config=effective, ports=ports, folder=folder, prompts=prompts, console=self.console)
+        context = RunContext(
+            config=effective, ports=ports, folder=folder, prompts=prompts, console=self.console, kept=self.kept
+        )
         at_start, at_end = self.at_start, self.at_end
         on_start = (lambda: at_start(effective, ports, prompts)) if at_start else None
         result = loop.run(context, checkpoint=checkpoint, on_start=on_start)

@@ -99,12 +99,12 @@ def _error(first: dict, second: dict) -> float:
 
 
 def lose_learner(machines: Machines, folder: Path) -> dict:
-    """Execute a run whose learner's node is lost after its first checkpoint."""
+    """Execute a run whose learner's node is lost after its first iteration, without a checkpoint."""
     from acpo_dist.training.run import drive
     from actors.launch import open_ports
 
     config = load_config(
-        "toy_sdxl", [*TINY, *SMALL, f"run.iterations={ITERATIONS}", "checkpoint.every=1", f"run.dir={folder / 'run'}"]
+        "toy_sdxl", [*TINY, *SMALL, f"run.iterations={ITERATIONS}", "checkpoint.every=9", f"run.dir={folder / 'run'}"]
     )
     rows = folder / "run" / "metrics.jsonl"
     lost: list[int] = []
@@ -119,6 +119,7 @@ def lose_learner(machines: Machines, folder: Path) -> dict:
     started = time.monotonic()
     result = drive(config, open_ports, Console(), resume=None)
     return {
+        "saved": sorted(path.name for path in (folder / "run/checkpoints").iterdir()),
         "lost_after": lost, "iterations": result.iterations, "rows": read_metrics(rows),
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip

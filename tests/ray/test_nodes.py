@@ -46,6 +46,8 @@ def test_a_run_whose_learner_node_is_lost_ends_with_the_metrics_of_an_undisturbe
 
     learner = found["learner"]
     assert learner["lost_after"][0] >= 2 and learner["iterations"] == ITERATIONS
+    # The state of the lost node was kept on the driver's, which wrote it: only the iteration under way was repeated.
+    assert len(learner["saved"]) == 2 and learner["saved"][0] >= "000001"
     calm = tmp_path / "calm"
     drive(
         tiny(f"run.iterations={ITERATIONS}", "checkpoint.every=1", f"run.dir={calm}"), open_ports, Console(quiet=True)

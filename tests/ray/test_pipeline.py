@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 QUIET = Console(quiet=True)
 ITERATIONS, SAMPLES = 3, 8
 AHEAD = [
-    *TINY, "pipeline.max_staleness=1", f"run.iterations={ITERATIONS}", "sampler.num_steps=4", "checkpoint.every=1",
+    *TINY, "pipeline.max_staleness=1", f"run.iterations={ITERATIONS}", "sampler.num_steps=4", "checkpoint.every=9",
     "tracking.images_every=9", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1",
     "learner.cpus_per_rank=0.2", "cluster.worker_timeout_s=900", "rewards.judges=[]",
 ]  # fmt: skip
@@ -68,12 +68,15 @@ def test_a_process_killed_while_samples_are_drawn_ahead_changes_no_metric_and_lo
     config = load_config("toy_sdxl", [*AHEAD, f"run.dir={tmp_path / 'run'}"])
     drive(config, recording(open_ports, tmp_path / "record.jsonl", lose), QUIET)
     require_equal(calm, tmp_path, repeated=[LOST_IN] if lose is kill_rank else [])
+    # A lost rank costs the iteration under way, also between checkpoints: its former state was kept, and is one now.
+    saved = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert saved == {f"{ITERATIONS:06d}", *([f"{LOST_IN:06d}"] if lose is kill_rank else [])}
 
 
 def test_a_killed_driver_that_drew_ahead_continues_with_the_same_samples_and_metrics(calm, cluster, tmp_path):
     from actors.launch import open_ports
 
-    config = load_config("toy_sdxl", [*AHEAD, f"run.dir={tmp_path / 'run'}"])
+    config = load_config("toy_sdxl", [*AHEAD, "checkpoint.every=1", f"run.dir={tmp_path / 'run'}"])
     (tmp_path / "given.yaml").write_text(dump(config))
     driver = [sys.executable, "-m", "tests.helpers.ahead", str(tmp_path / "given.yaml"), str(tmp_path / "record.jsonl")]
     done = subprocess.run(

@@ -17,17 +17,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 ACPO = "from acpo_dist.cli import main; main()"
 ITERATIONS = 3
 RUN = [
-    *TINY, f"run.iterations={ITERATIONS}", "checkpoint.every=1", "cluster.backend=ray", "learner.num_ranks=2",
+    *TINY, f"run.iterations={ITERATIONS}", "cluster.backend=ray", "learner.num_ranks=2",
     "learner.zero_stage=2", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
 ]  # fmt: skip
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
+def started(folder: Path, every: int) -> subprocess.Popen[str]:
     """Start `acpo train` on its own Ray cluster."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.Popen(
-        [sys.executable, "-c", ACPO, "train", "toy_sdxl", *RUN, f"run.dir={folder}"], env=variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-c", ACPO, "train", "toy_sdxl", *RUN, f"checkpoint.every={every}", f"run.dir={folder}"],
+        env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
@@ -82,20 +82,25 @@ def calm(tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
-    ("method", "least"),
+    ("method", "least", "every"),
     [
-        ("train", 1),
+        ("train", 1, 9),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in
-          [("build", 0), ("gradient_norms", 0), ("train", 0), ("save", 1), ("train", 2)]),
+          [("build", 0, 1), ("gradient_norms", 0, 1), ("train", 0, 9), ("save", 1, 1), ("train", 2, 1)]),
     ],
 )  # fmt: skip
-def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_metric(method, least, calm, tmp_path):
+def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_metric(
+    method, least, every, calm, tmp_path
+):
     folder = tmp_path / "run"
-    process = started(folder)
+    process = started(folder, every)
     kill_a_rank(process, method, folder / "metrics.jsonl", least)
     said, _ = process.communicate(timeout=1100)
     assert process.returncode == 0, said
     assert "Traceback" not in said and "cluster.max_restarts" in said
+    if every > ITERATIONS:
+        # The last one, and the state after the iteration before the loss, which the driver had kept.
+        assert len(list((folder / "checkpoints").iterdir())) == 2
     found = results(folder)
     # One line before the first update, one after each.
     assert [row["iteration"] for row in found] == [row["iteration"] for row in calm] == list(range(ITERATIONS + 1))

@@ -18,6 +18,7 @@ from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, 
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run, read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from acpo_dist.workers.learner.state import serialise, write_serialised
 from tests.helpers.runs import results
 
 QUIET = Console(quiet=True)
@@ -322,9 +323,26 @@ def test_a_run_resumed_from_a_named_checkpoint_continues_from_it_also_after_a_lo
     assert aside == ({"superseded.000002", "superseded.000003"} if where == "the same folder" else set())
 
 
-@pytest.mark.parametrize("bound", [0, 1])
-def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny, tmp_path):
-    opened, lost = [], []
+class InMemory:
+    """Training state of a learner of this process, as bytes."""
+
+    def __init__(self, learner: LocalLearner, earlier, *, whole: bool) -> None:
+        self._files = serialise(learner.worker.state(earlier))
+        self._whole = whole
+
+    def write(self, folder):
+        if not self._whole:
+            raise WorkerLostError("the copy was not complete")
+        write_serialised(folder, self._files)
+
+
+@pytest.mark.parametrize(
+    ("bound", "every", "incomplete", "repeated"),
+    [(0, 1, (), [2]), (1, 1, (), [2]), (1, 9, (), [2]), (0, 9, (2,), [1, 2]), (0, 9, (1, 2), [0, 1, 2])],
+    ids=["checkpoint", "checkpoint ahead", "kept ahead", "former kept", "none kept"],
+)
+def test_lost_learner_ranks_are_replaced_and_change_no_metric(bound, every, incomplete, repeated, tiny, tmp_path):
+    opened, lost, trained, kept = [], [], [], []
 
     @contextmanager
     def losing_ranks(config, tracker):
@@ -333,7 +351,8 @@ def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny,
             learner: Any = ports.learner
             train, rewards = learner.train, cast("LocalRewards", ports.reward)
 
-            def trained(handles, task, advance=None):
+            def updated(handles, task, advance=None):
+                trained.append(task.iteration)
                 if task.iteration == 2 and not lost:
                     lost.append(task.sample_ids)
                     train(handles, task)
@@ -343,18 +362,24 @@ def test_lost_learner_ranks_are_replaced_alone_and_change_no_metric(bound, tiny,
             def renewed():
                 learner.worker = LocalLearner(learner_spec(config), rewards, device="cpu").worker
 
-            learner.train, learner.renew = trained, renewed
+            def keep(earlier=()):
+                kept.append(len(kept))
+                return InMemory(learner, earlier, whole=kept[-1] not in incomplete)
+
+            learner.train, learner.renew = updated, renewed
+            if every > 1:
+                learner.keep = keep
             yield ports
 
     def config(name):
         return tiny(
-            "run.iterations=3", "checkpoint.every=1", f"pipeline.max_staleness={bound}",
+            "run.iterations=3", f"checkpoint.every={every}", f"pipeline.max_staleness={bound}",
             f"run.dir={tmp_path / name}",
         )  # fmt: skip
 
     drive(config("calm"), open_ports, QUIET)
     drive(config("lost"), losing_ranks, QUIET)
-    assert lost and len(opened) == 1
+    assert trained == [0, 1, 2, *repeated] and len(opened) == (2 if repeated[0] == 0 else 1)
     assert results(tmp_path / "lost") == results(tmp_path / "calm")
 
 

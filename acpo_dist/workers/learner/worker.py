@@ -8,14 +8,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
 from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.tail import states_at
 from acpo_dist.core.errors import CheckpointError, ConfigError
-from acpo_dist.core.files import on_storage, sync_file
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
 from acpo_dist.core.seeding import derive_seed
@@ -32,11 +31,10 @@ from acpo_dist.workers.learner.metrics import MetricSums
 from acpo_dist.workers.learner.network import PolicyNetwork
 from acpo_dist.workers.learner.samples import SampleStore
 from acpo_dist.workers.learner.signal import GradientSource, PooledReward
+from acpo_dist.workers.learner.state import EARLIER, TrainingState, earlier_files, write_state
 
 logger = logging.getLogger(__name__)
 
-EARLIER = "version-"
-"""Start of the names of files with weights of earlier versions."""
 ZERO_SNR = 1e-6
 """alpha_bar below which the last level is treated as pure noise; ordinary schedules end at 4e-5 or more."""
 
@@ -90,7 +88,7 @@ class LearnerWorker:
         if folder and weights is not None:
             engine.load(weights, load_file(folder / "optimizer.safetensors"))
             self._average = load_file(folder / "ema.safetensors")
-            self._earlier = {version: load_file(path) for version, path in _earlier_files(folder).items()}
+            self._earlier = {version: load_file(path) for version, path in earlier_files(folder).items()}
         self._weights = engine.weights()
         if self._spec.algorithm.sampling_decay(0) is not None:
             old = load_file(folder / "old.safetensors") if folder else self._weights
@@ -307,19 +305,24 @@ class LearnerWorker:
         Raises:
             StorageError: the disk is full or gone.
         """
+        write_state(folder, self.state(earlier))
+
+    def state(self, earlier: Sequence[int] = ()) -> TrainingState:
+        """Return what `save` writes; every rank calls it, and all but rank 0 get an empty state."""
         engine = self._ready()
         moments = engine.optimiser_state()
-        if engine.rank == 0:
-            with on_storage(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                parts = {"policy": self._weights, "ema": self._average, "optimizer": moments}
-                if self._old:
-                    parts["old"] = self._old
-                parts |= {f"{EARLIER}{version:06d}": self._earlier[version] for version in earlier}
-                for name, tensors in parts.items():
-                    save_file(tensors, folder / f"{name}.safetensors")
-                    # Older checkpoints are deleted as soon as this one is complete.
-                    sync_file(folder / f"{name}.safetensors")
+        if engine.rank != 0:
+            return {}
+        parts = {"policy": self._weights, "ema": self._average, "optimizer": moments}
+        if self._old:
+            parts["old"] = self._old
+        return parts | {f"{EARLIER}{version:06d}": self._earlier[version] for version in earlier}
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the largest `state`: weights, average and two moments, and weights of other versions, in float32."""
+        sets = 4 + bool(self._old) + self._spec.max_staleness
+        return 4 * sets * sum(value.numel() for value in self._weights.values())
 
     def close(self) -> None:
         """Leave the process group."""
@@ -389,10 +392,6 @@ class LearnerWorker:
             copy_weights(self.family.network, weights)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint belongs to another model: {error}") from error
-
-
-def _earlier_files(folder: Path) -> dict[int, Path]:
-    return {int(path.stem.removeprefix(EARLIER)): path for path in folder.glob(f"{EARLIER}*.safetensors")}
 
 
 def cut(ids: Sequence[str], size: int) -> list[tuple[str, ...]]:
