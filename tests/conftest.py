@@ -36,6 +36,19 @@ def tiny():
     return load
 
 
+@pytest.fixture
+def done(monkeypatch, capsys):
+    """Run `acpo ARGUMENTS`, which must succeed; returns what it printed."""
+    from tests.unit.test_cli import run
+
+    def finished(*arguments: str) -> str:
+        code, out, err = run(monkeypatch, capsys, *arguments)
+        assert code == 0, err
+        return out + err
+
+    return finished
+
+
 FIRST = (
     "ray/test_nodes.py", "unit/test_algorithms.py", "ray/test_restart.py", "ray/test_learner.py",
     "ray/test_reward_pool.py", "unit/test_planning.py", "ray/test_launch.py", "unit/test_run.py",

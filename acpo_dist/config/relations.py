@@ -8,9 +8,10 @@ from acpo_dist.config.plugins import MetricConfig
 from acpo_dist.config.sampler_relations import check_sampler
 from acpo_dist.config.schema import Config
 from acpo_dist.config.unused_keys import check_unused
-from acpo_dist.core.errors import ConfigError, RewardConfigError
+from acpo_dist.core.errors import ConfigError, RewardConfigError, shorten
 from acpo_dist.core.packages import installed_versions
 from acpo_dist.core.registry import nearest
+from acpo_dist.core.sizes import size_text
 
 
 def check_relations(config: Config) -> None:
@@ -255,10 +256,9 @@ def _check_rewards(config: Config) -> None:
             "rewards.train and rewards.judges are empty: the rollouts of the run would not be scored. Name a metric in "
             "rewards.judges, as in rewards.judges=[{type: two_stream}]."
         )
-    conditional = config.model.conditional
     pathwise = config.algorithm.pathwise
     for index, entry in enumerate(config.rewards.train):
-        reason = _unusable(entry, conditional=conditional)
+        reason = _unusable(entry, config)
         if reason is None and pathwise and not entry.differentiable:
             reason = (
                 f"has no usable gradient, and `{config.algorithm.type}` needs one. Move it to rewards.judges, or "
@@ -283,18 +283,26 @@ def _check_rewards(config: Config) -> None:
             f"uses; found {config.rewards.combine}."
         )
     for index, entry in enumerate(config.rewards.judges):
-        reason = _unusable(entry, conditional=conditional)
+        reason = _unusable(entry, config)
         if reason is None and entry.hinge is not None:
             reason = "has a `hinge`, and a judge is never optimised. Move the hinge to an entry of rewards.train"
         if reason:
             raise RewardConfigError(f"rewards.judges.{index} (`{entry.name}`): {reason}.")
 
 
-def _unusable(entry: MetricConfig, *, conditional: bool) -> str | None:
-    if entry.needs_prompts and not conditional:
+def _unusable(entry: MetricConfig, config: Config) -> str | None:
+    if entry.needs_prompts and not config.model.conditional:
         return (
             "compares images with their prompts, and the model takes no prompts. Choose a metric that scores images "
             "only, or a model that takes prompts"
+        )
+    # Of several sizes the run would draw one that is too small only after some iterations.
+    small = [size_text(size) for size, _ in config.model.sizes if min(size) < entry.minimum_size]
+    if small:
+        return (
+            f"needs images of at least {entry.minimum_size} x {entry.minimum_size}, and model.image_size has "
+            f"{shorten(', '.join(small))}. Choose larger sizes (for buckets: {{buckets: SIDE}} with a larger SIDE), or "
+            "another metric"
         )
     return entry.unusable()
 

@@ -15,6 +15,8 @@ from acpo_dist.config.load import dump, load_config
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.diffusion.trajectory import explicit_trajectory
 from acpo_dist.models.family import trainable_tensors
+from acpo_dist.models.original_files import write_single_file
+from acpo_dist.models.pipeline_files import write_pipeline
 from acpo_dist.models.sd15 import Sd15Family
 from acpo_dist.models.sdxl import SdxlFamily
 from acpo_dist.training.trajectory.artefact import trajectory_to_mapping
@@ -28,6 +30,17 @@ FAMILIES = {"sdxl": SdxlFamily, "sd15": Sd15Family}
 on_latents = pytest.mark.parametrize("kind", list(FAMILIES))
 EXPORTED = (*FAMILIES, "flow")
 """Embedded toys with a latent space."""
+
+
+def single_file(kind: str, folder: Path, *, velocity: bool = False, dtype=torch.float32) -> Path:
+    """The toy as a checkpoint file."""
+    write_pipeline(ASSETS / f"toy-{kind}", folder / "parts", dtype=torch.float32, variant=None, tuned={})
+    file = folder / f"{kind}.safetensors"
+    metadata = {"modelspec.prediction_type": "v"} if velocity else {}
+    write_single_file(
+        folder / "parts", file, family=kind, dtype=dtype, metadata=metadata, velocity=velocity, zero_snr=velocity
+    )
+    return file
 
 
 def tuned(config):

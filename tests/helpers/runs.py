@@ -1,13 +1,14 @@
 """Run folders as written by `acpo train`, without training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from acpo_dist.config.load import load_config
+from acpo_dist.core.sizes import size_text
 from acpo_dist.tracking.jsonl import read_metrics
 
 CLOCKS = ("time/", "idle/", "reward_pool/")
@@ -23,6 +24,28 @@ def results(root: Path) -> list[dict[str, Any]]:
     """Recorded metrics by iteration, without those of `CLOCKS`."""
     rows = read_metrics(root / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
+
+
+def use_everywhere(done: Callable[..., str], root: Path, out: Path, model: list[str], *backend: str) -> None:
+    """Evaluate, report, draw and plan a run on the toy that `done`, a runner of `acpo`, must finish.
+
+    Args:
+        done: runs `acpo` with these arguments and returns its text.
+        root: the run.
+        out: folder for what is written.
+        model: overrides of the model, for `acpo plan`.
+        backend: options of `acpo eval`.
+    """
+    done("eval", str(root), "--compare", "base", "--suite", "toy", "--limit", "6", "--judges", "two_stream", "--drift",
+         "4", "--features", "low-pass:4", "--out", str(out / "eval"), *backend)  # fmt: skip
+    report = json.loads((out / "eval" / "evaluation.json").read_text())
+    assert report["num_missing"] == 0 and report["drift"]["rms"] >= 0
+    done("report", str(root), "--out", str(out / "report.html"), "--prompts", "4")
+    done("generate", str(root), "--prompt", "a red circle", "--steps", "2", "--out", str(out / "drawn"))
+    sizes = load_config("toy_sdxl", model).model.sizes
+    planned = done("plan", "toy_sdxl", *model)
+    # A plan for several sizes names the largest, whose memory and time it gives.
+    assert len(sizes) == 1 or any(size_text(size) in planned for size, _ in sizes)
 
 
 def row(iteration: int, *, reward: float, judge: float, drift: float, **more: float | None) -> dict[str, Any]:

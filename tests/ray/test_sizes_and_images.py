@@ -1,19 +1,22 @@
-"""Two learner ranks and two rollout workers on several sizes and captioned images: as in one process, and resumed."""
+"""Two learner ranks and two rollout workers on several sizes, captioned images and single files: as in one process."""
 
 import pytest
 
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.run import drive
 from tests.helpers.captioned import write_captioned
-from tests.helpers.runs import results
+from tests.helpers.exports import single_file
+from tests.helpers.runs import results, use_everywhere
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
+SMALL = [
+    "sampler.num_steps=3", "checkpoint.every=1", "learner.micro_batch=2", "rollout.cpus_per_worker=0.1",
+    "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2", "cluster.worker_timeout_s=900", "rewards.judges=[]",
+]  # fmt: skip
 OPTIONS = [
-    "model.image_size=[[32, 32], [32, 48]]", "algorithm.anchor.source=data", "algorithm.data_weight=1",
-    "algorithm.data_reward_weight=0.5", "data.flip=true", "sampler.num_steps=3", "checkpoint.every=1",
-    "learner.micro_batch=2", "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
-    "cluster.worker_timeout_s=900", "rewards.judges=[]",
+    *SMALL, "model.image_size=[[32, 32], [32, 48]]", "algorithm.anchor.source=data", "algorithm.data_weight=1",
+    "algorithm.data_reward_weight=0.5", "data.flip=true",
 ]  # fmt: skip
 TWO = ["rollout.num_workers=2", "learner.num_ranks=2", "learner.zero_stage=1"]
 
@@ -33,6 +36,25 @@ def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_do
     drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
     agree(results(whole)[0], results(alone)[0])
     agree(results(parts)[1], results(whole)[1])
+
+
+@pytest.mark.parametrize("sizes", ["[[32, 48], [48, 32], 32]", pytest.param("{buckets: 64}", marks=pytest.mark.slow)])
+def test_a_single_file_on_ray_trains_as_its_folder_does_in_process_and_resumed_serves_every_command(
+    sizes, cluster, tiny, done, tmp_path
+):
+    from acpo_dist.training.local import open_ports as local_ports
+    from actors.launch import open_ports as ray_ports
+
+    file = single_file("sdxl", tmp_path)
+    model = [f"model.path={file}", "model.config=toy-sdxl", f"model.image_size={sizes}"]
+    folder, parts = tmp_path / "folder", tmp_path / "parts"
+    drive(tiny(*SMALL, model[2], "run.iterations=2", f"run.dir={folder}"), local_ports, QUIET)
+    drive(tiny(*SMALL, *model, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
+    drive(tiny(*SMALL, *model, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
+    for found, expected in zip(results(parts), results(folder), strict=True):
+        agree(found, expected)
+    planned = [*model, *TWO, "learner.micro_batch=2"]
+    use_everywhere(done, parts, tmp_path / "used", planned, "--backend", "ray", "--workers", "2")
 
 
 def agree(found: dict, expected: dict) -> None:

@@ -16,26 +16,13 @@ from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.lora_files import adapter_layers, diffusers_layers, kohya_layers, write_lora
-from acpo_dist.models.original_files import write_single_file
-from acpo_dist.models.pipeline_files import write_pipeline
-from tests.helpers.exports import ASSETS, FAMILIES, PROMPT, on_latents
+from tests.helpers.exports import ASSETS, FAMILIES, PROMPT, on_latents, single_file
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ACPO_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def single_file(kind: str, folder: Path, *, velocity: bool = False, dtype=torch.float32) -> Path:
-    """The toy as a checkpoint file."""
-    write_pipeline(ASSETS / f"toy-{kind}", folder / "parts", dtype=torch.float32, variant=None, tuned={})
-    file = folder / f"{kind}.safetensors"
-    metadata = {"modelspec.prediction_type": "v"} if velocity else {}
-    write_single_file(
-        folder / "parts", file, family=kind, dtype=dtype, metadata=metadata, velocity=velocity, zero_snr=velocity
-    )
-    return file
 
 
 def load(kind: str, *overrides: str, trainable: bool = False):

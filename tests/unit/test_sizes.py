@@ -1,17 +1,18 @@
 """Image sizes: how they are configured, which samples get which, and that every stage works on several at once."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from PIL import Image
 
 import acpo_dist.data.toy
 from acpo_dist.config.load import load_config
 from acpo_dist.config.schema import SamplerConfig
 from acpo_dist.core.by_size import gather, map_by_size
+from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.core.sizes import SDXL_BUCKETS, buckets_of, nearest_size
 from acpo_dist.core.types import SamplePlan
 from acpo_dist.data.prompts import sample_prompts, size_mix
@@ -23,8 +24,8 @@ from acpo_dist.training.run import drive
 from acpo_dist.workers.rollout.chunks import chunks_of
 from acpo_dist.workers.rollout.worker import RolloutWorker
 from tests.helpers.config import refusal
-from tests.helpers.runs import results
-from tests.unit.test_cli import run
+from tests.helpers.exports import single_file
+from tests.helpers.runs import results, use_everywhere
 
 ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
 MIXED = "model.image_size=[{size: [32, 48], share: 2}, {size: [48, 32]}, {size: 32}]"
@@ -56,7 +57,7 @@ def test_buckets_are_sdxls_published_sizes_and_keep_their_ratios_at_another_area
         assert (
             sizes[0] == (256, 1024) and (512, 512) in sizes and all(side % 32 == 0 for size in sizes for side in size)
         )
-    toy = load_config("toy_sdxl", ["model.image_size=buckets"]).model.sizes
+    toy = SdxlConfig(path="toy-sdxl", image_size="buckets").sizes
     assert (32, 32) in [size for size, _ in toy] and max(max(size) for size, _ in toy) <= 64
 
 
@@ -69,6 +70,18 @@ def test_anything_else_is_refused_with_the_forms_of_an_image_size(value: str):
 def test_pairs_of_a_data_set_need_one_size(tmp_path: Path):
     said = refusal("toy_dpo", MIXED, f"data.pairs={tmp_path}")
     assert "model.image_size" in said and "data.pairs" in said
+
+
+@pytest.mark.parametrize("role", ["train", "judges"])
+@pytest.mark.parametrize("sizes", ["[24, 48]", "[[32, 48], [64, 16]]", "buckets"])
+def test_sizes_below_the_smallest_that_a_metric_takes_are_refused_before_the_run(sizes: str, role: str):
+    other = {"train": "judges=[]", "judges": "train=[{type: sharpness}]"}[role]
+    said = refusal(
+        "toy_sdxl", f"model.image_size={sizes}", f"rewards.{role}=[{{type: two_stream}}]", f"rewards.{other}",
+        kind=RewardConfigError,
+    )  # fmt: skip
+    assert f"rewards.{role}.0 (`two_stream`)" in said and "32 x 32" in said and "model.image_size" in said
+    assert len(said) <= 600
 
 
 def test_the_size_nearest_to_an_image_is_the_one_with_the_closest_ratio():
@@ -170,28 +183,43 @@ FLOW = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-def test_a_run_on_several_sizes_trains_resumes_and_is_evaluated_reported_planned_and_drawn(
-    tiny, tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("sizes", "drawn"),
+    [
+        ("[48, 32]", "48x32"),
+        ("{buckets: 64}", None),
+        pytest.param(MIXED.partition("=")[2], "32x48", marks=pytest.mark.slow),
+    ],
+    ids=["wide", "buckets", "mixed"],
+)
+def test_a_single_file_trains_resumes_and_is_evaluated_reported_planned_and_drawn_as_its_folder(
+    sizes, drawn, tiny, done, tmp_path: Path, monkeypatch
 ):
+    monkeypatch.setenv("ACPO_CACHE", str(tmp_path / "cache"))
+    file = single_file("sdxl", tmp_path)
+    model = [f"model.path={file}", "model.config=toy-sdxl", f"model.image_size={sizes}"]
+    small = ["sampler.num_steps=3", "checkpoint.every=1", "guard.drift_timesteps=1", "rewards.judges=[]"]
+    folder, whole, parts = (tmp_path / name for name in ("folder", "whole", "parts"))
+    quiet = Console(quiet=True)
+    drive(tiny(*small, model[2], "run.iterations=2", f"run.dir={folder}"), open_ports, quiet)
+    drive(tiny(*small, *model, "run.iterations=2", f"run.dir={whole}"), open_ports, quiet)
+    drive(tiny(*small, *model, "run.iterations=1", f"run.dir={parts}"), open_ports, quiet)
+    drive(tiny(*small, *model, "run.iterations=2", f"run.dir={parts}"), open_ports, quiet, resume="auto")
+    assert results(folder) == results(whole) == results(parts)
+    use_everywhere(done, parts, tmp_path / "used", model)
+    bare = ["--suite", "toy", "--limit", "2", "--judges", "two_stream", "--out", str(tmp_path / "bare")]
+    done("eval", str(file), *model[1:], "sampler.num_steps=2", *bare)
+    done("generate", str(whole), "--prompt", "a red circle", "--steps", "2", "--out", str(tmp_path / "one"))
+    width, height = Image.open(tmp_path / "one" / "000-000.png").size
+    assert drawn is None or f"{width}x{height}" == drawn
+
+
+@pytest.mark.slow
+def test_a_run_on_several_sizes_trains_resumes_and_is_evaluated_reported_planned_and_drawn(tiny, done, tmp_path: Path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     quiet = Console(quiet=True)
     drive(tiny(*FLOW, f"run.dir={whole}"), open_ports, quiet)
     drive(tiny(*FLOW, f"run.dir={parts}", "run.iterations=1"), open_ports, quiet)
     drive(tiny(*FLOW, f"run.dir={parts}"), open_ports, quiet, resume="auto")
     assert results(whole) == results(parts)
-
-    def done(*arguments: str) -> str:
-        code, out, err = run(monkeypatch, capsys, *arguments)
-        assert code == 0, err
-        return out + err
-
-    out = tmp_path / "eval"
-    done("eval", str(whole), "--compare", "base", "--suite", "toy", "--limit", "6", "--judges", "two_stream", "--drift",
-         "4", "--features", "low-pass:4", "--out", str(out))  # fmt: skip
-    report = json.loads((out / "evaluation.json").read_text())
-    assert report["num_missing"] == 0 and report["drift"]["rms"] >= 0
-    done("report", str(whole), "--out", str(tmp_path / "report.html"), "--prompts", "4")
-    drawn = tmp_path / "drawn"
-    done("generate", str(whole), "--prompt", "a red circle", "--steps", "2", "--out", str(drawn))
-    assert "48x32" in done("plan", "toy_sdxl", MIXED) or "32x48" in done("plan", "toy_sdxl", MIXED)
+    use_everywhere(done, whole, tmp_path / "used", [MIXED])
