@@ -15,6 +15,7 @@ from acpo_dist.cli import (
     promote,
     report,
     rewards,
+    rewards_distil,
     rewards_pool,
     rewards_train,
     runs,
@@ -28,5 +29,6 @@ from acpo_dist.cli import (
 
 __all__ = [
     "compare", "config", "demo", "doctor", "embed", "eval", "export", "follow", "generate", "pairs", "plan", "promote",
-    "report", "rewards", "rewards_pool", "rewards_train", "runs", "score", "submit", "sweep", "toy", "train", "vrg",
+    "report", "rewards", "rewards_distil", "rewards_pool", "rewards_train", "runs", "score", "submit", "sweep", "toy",
+    "train", "vrg",
 ]  # fmt: skip

@@ -120,7 +120,7 @@ def _judges(options: Options, subject: ModelSubject) -> tuple[tuple[Any, ...], f
         return judge_sections(options.judges), trained_on
     if subject.run is None:
         raise UsageError(f"{options.source} is no run with judges of its own: set --judges (`acpo rewards list`).")
-    sections = (*rewards.judges, *rewards.train)
+    sections = (*rewards.judges, *(entry for entry in rewards.train if entry.space == "image"))
     check_names(sections)
     return sections, trained_on
 

@@ -4,6 +4,7 @@ A plug-in's own section subclasses one of these. Facts (class variables, or prop
 to the section, so that a configuration is validated without importing the implementation.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -35,6 +36,9 @@ class MetricConfig(Section):
     """Whether the score has a usable gradient with respect to the image."""
     gradient_step: ClassVar[float | None] = None
     """Largest measured signed gradient step, in 1/255, that improved nine of ten real images; None if not measured."""
+    space: ClassVar[Literal["image", "latent"]] = "image"
+    """What it scores: images, or x_0 of a latent model (`latent`), which only a run of that model has. A metric on
+    latents drives an update and cannot judge finished images."""
     direction: ClassVar[int] = 1
     """+1 if a higher raw score is better, -1 if a lower one is."""
     score_range: ClassVar[str] = "?"
@@ -60,6 +64,10 @@ class MetricConfig(Section):
 
     def unusable(self) -> str | None:
         """Reason why the metric cannot be built on this machine, or None. Cheap: imports no heavy library."""
+        return None
+
+    def unfit(self, model: "ModelConfig", judges: Sequence["MetricConfig"]) -> str | None:
+        """Reason why the metric cannot drive the update of this model beside these judges, or None."""
         return None
 
 

@@ -264,6 +264,7 @@ def _check_rewards(config: Config) -> None:
                 f"has no usable gradient, and `{config.algorithm.type}` needs one. Move it to rewards.judges, or "
                 "choose an algorithm that needs only scores"
             )
+        reason = reason or _bad_latent_reward(entry, config) or entry.unfit(config.model, config.rewards.judges)
         if reason := reason or _bad_hinge(entry):
             raise RewardConfigError(f"rewards.train.{index} (`{entry.name}`): {reason}.")
     if config.rewards.latent_crop is not None and not pathwise:
@@ -284,6 +285,8 @@ def _check_rewards(config: Config) -> None:
         )
     for index, entry in enumerate(config.rewards.judges):
         reason = _unusable(entry, config)
+        if reason is None and entry.space == "latent":
+            reason = "scores latents and cannot judge finished images. Name the metric that it estimates"
         if reason is None and entry.hinge is not None:
             reason = "has a `hinge`, and a judge is never optimised. Move the hinge to an entry of rewards.train"
         if reason:
@@ -305,6 +308,21 @@ def _unusable(entry: MetricConfig, config: Config) -> str | None:
             "another metric"
         )
     return entry.unusable()
+
+
+def _bad_latent_reward(entry: MetricConfig, config: Config) -> str | None:
+    if entry.space != "latent":
+        return None
+    for key, value, other in (
+        ("rewards.cut", config.rewards.cut if config.rewards.cut == "image" else None, "rewards.cut=latent"),
+        ("rewards.latent_crop", config.rewards.latent_crop, "rewards.latent_crop=null"),
+        ("guard.action", "none" if config.guard.action == "none" else None, "guard.action=warn or stop"),
+    ):
+        if value is not None:
+            return f"scores whole latents under the eyes of the guard, and {key} is {value}. Set {other}"
+    if isinstance(entry.hinge, Path):
+        return f"scores latents, and `hinge` is the images `{entry.hinge}`. Give a normalised score as a number"
+    return None
 
 
 def _bad_hinge(entry: MetricConfig) -> str | None:

@@ -225,6 +225,11 @@ class RewardsConfig(Section):
         """c of the composition: 0 unless `combine` is `pessimistic`."""
         return self.spread_weight if self.combine == "pessimistic" else 0.0
 
+    @property
+    def image_metrics(self) -> tuple[MetricConfig, ...]:
+        """Rewards, then judges, that score images; rewards on latents score the samples of a run only."""
+        return tuple(entry for entry in (*self.train, *self.judges) if entry.space == "image")
+
     def term_weights(self) -> dict[str, float]:
         """Weight of every reward in the composition: as configured in a sum, normalised to a sum of 1 in a mean."""
         whole = 1.0 if self.combine == "sum" else sum(entry.weight for entry in self.train)

@@ -40,6 +40,7 @@ REWARDS: dict[str, Plugin] = {
     "pick_score": _ours("rewards.clip_metrics:PickScore", "rewards.config:PickScoreConfig"),
     "aesthetic": _ours("rewards.clip_metrics:Aesthetic", "rewards.config:AestheticConfig"),
     "ipce": _ours("rewards.ipce:Ipce", "rewards.config:IpceConfig"),
+    "latent_critic": _ours("rewards.latent_critic:LatentCritic", "rewards.critic_config:LatentCriticConfig"),
     "pyiqa": _ours("rewards.pyiqa_metric:PyiqaMetric", "rewards.config:PyiqaConfig"),
 }
 MODELS: dict[str, Plugin] = {

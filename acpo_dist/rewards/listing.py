@@ -25,6 +25,8 @@ class RewardRow:
     gradient_step: float | None
     """Largest measured signed gradient step, in 1/255, that improved nine of ten real images; None if not measured."""
     needs_prompts: bool
+    space: str
+    """What is scored: `image`, or `latent` during a run only."""
     range: str
     """Lowest and highest raw score; `~` means about."""
     direction: str
@@ -58,6 +60,7 @@ def _row(name: str, section: MetricConfig) -> RewardRow:
         differentiable=section.differentiable,
         gradient_step=section.gradient_step,
         needs_prompts=section.needs_prompts,
+        space=section.space,
         range=section.score_range,
         direction="higher" if section.direction > 0 else "lower",
         minimum_size=section.minimum_size,

@@ -180,7 +180,8 @@ class LocalRewards(RewardPool, GradientSource):
         for handle in handles:
             for name in metrics:
                 self._requests += 1
-                scores = self._workers[name].score(handle.payload.images_BCHW, handle.prompts)
+                worker, batch = self._workers[name], handle.payload
+                scores = worker.score(batch.latents_BCHW if worker.on_latents else batch.images_BCHW, handle.prompts)
                 table[name].update(zip(handle.sample_ids, scores, strict=True))
                 if advance:
                     advance(len(scores))

@@ -88,7 +88,8 @@ def deploy(config: Config, run_id: str, *, near: Sequence[str] = ()) -> "ServeRe
         # On an interrupt Serve would keep the applications and their resources.
         delete(names)
         raise
-    return ServeRewards(link_of(config, run_id), pools)
+    latent = frozenset(entry.name for entry in rewards.train if entry.space == "latent")
+    return ServeRewards(link_of(config, run_id), pools, latent)
 
 
 def link_of(config: Config, run_id: str) -> PoolLink:
@@ -161,12 +162,21 @@ def end_orphans() -> None:
 class ServeRewards(RewardPool):
     """The reward pool, called from the driver."""
 
-    def __init__(self, link: PoolLink, pools: Mapping[str, MetricPoolConfig]) -> None:
-        """Connect to running applications."""
+    def __init__(
+        self, link: PoolLink, pools: Mapping[str, MetricPoolConfig], on_latents: frozenset[str] = frozenset()
+    ) -> None:
+        """Connect to running applications.
+
+        Args:
+            link: addresses and time limits.
+            pools: serving options by metric.
+            on_latents: metrics that score x_0 instead of images.
+        """
         self.link = link
         self.client = RewardClient(link)
         self.learner_retries = 0
         self._pools = dict(pools)
+        self._on_latents = on_latents
         self._clocks: dict[str, dict[str, ReplicaClock]] = {}
 
     @override
@@ -180,7 +190,8 @@ class ServeRewards(RewardPool):
                 threads = ThreadPoolExecutor(self._window(metric), thread_name_prefix=f"reward-{metric}")
                 stack.callback(threads.shutdown, wait=False, cancel_futures=True)
                 for handle in handles:
-                    request = threads.submit(self.client.score, metric, handle.payload[1], handle.prompts)
+                    sample = handle.payload[0 if metric in self._on_latents else 1]
+                    request = threads.submit(self.client.score, metric, sample, handle.prompts)
                     waiting[request] = (metric, handle)
             for request in as_completed(waiting):
                 scores = request.result()

@@ -93,12 +93,18 @@ class RewardReplica:
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
 
     async def score(self, images: list[Any], prompts: tuple[str, ...], avoid: frozenset[str]) -> list[float]:
-        """Score images in the object store; takes a list of one reference, since Serve fetches plain references."""
+        """Score images in the object store; takes a list of one reference, since Serve fetches plain references.
+
+        For a metric on latents it is the reference of their `RolloutBatch`.
+        """
         await self._admit(avoid)
         try:
             images_BCHW: Any = await asyncio.to_thread(ray.get, images[0], timeout=self._timeout_s)
         except GetTimeoutError as error:
             raise ReplicaError("the images did not arrive", self._id, "timeout") from error
+        if self._worker.on_latents:
+            # The rollout's states, of which x_0 is scored.
+            images_BCHW = images_BCHW.latents_BCHW
         kind = ("score", images_BCHW.dtype, tuple(images_BCHW.shape[1:]))
         return await asyncio.wrap_future(self._batcher.submit(kind, len(images_BCHW), (images_BCHW, prompts)))
 

@@ -13,7 +13,9 @@ from acpo_dist.rewards.listing import RewardRow, reward_listing
 from acpo_dist.rewards.pyiqa_table import PYIQA
 
 LISTING = reward_listing()
-WITHOUT_DOWNLOAD = [row["name"] for row in LISTING if row["type"] != "pyiqa" and not row["needs_download"]]
+WITHOUT_DOWNLOAD = [
+    row["name"] for row in LISTING if row["type"] != "pyiqa" and row["space"] == "image" and not row["needs_download"]
+]
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:

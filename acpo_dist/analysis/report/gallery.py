@@ -58,8 +58,9 @@ def make_gallery(record: RunRecord, renderer: SampleRenderer, iteration: int) ->
     base = renderer.samples(None, trajectory)
     tuned = renderer.samples(checkpoint, trajectory)
     normalisers = {name: Normaliser(**value) for name, value in checkpoint.state["normalisers"].items()}
-    rewards = [entry.name for entry in renderer.config.rewards.train]
     judges = [entry.name for entry in renderer.config.rewards.judges]
+    # A reward on latents is judged by its metric.
+    rewards = [entry.name for entry in renderer.config.rewards.train if entry.space == "image"] or judges
     pairs = [
         Pair(
             base=before, tuned=after, gain=_change(before, after, judges or rewards, normalisers),

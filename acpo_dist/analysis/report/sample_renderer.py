@@ -144,8 +144,7 @@ class SampleRenderer:
         return self._pool
 
     def _score(self, images: Mixed, prompts: Sequence[str]) -> dict[str, list[float]]:
-        rewards = self.config.rewards
-        entries = {entry.name: entry for entry in (*rewards.train, *rewards.judges)}
+        entries = {entry.name: entry for entry in self.config.rewards.image_metrics}
         if self._metrics is None:
             self._metrics = [
                 RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=default_device())

@@ -165,14 +165,18 @@ def check_rewards(config: Config) -> Iterator[Finding]:
             yield Finding(f"{role} `{entry.name}`", "note", "trained by the run before the first iteration")
             continue
         try:
-            worker = RewardWorker(entry, model=None, cut="image", wire_dtype="float32", device=device)
+            latent = entry.space == "latent"
+            worker = RewardWorker(
+                entry, model=config.model if latent else None, cut="latent" if latent else "image",
+                wire_dtype="float32", device=device,
+            )  # fmt: skip
             known = Canary(worker)
             started = time.monotonic()
             known.check()
             found = f"scores the canary image {known.reference:.4g} in {time.monotonic() - started:.2f} s on {device}"
             if role == "reward" and config.algorithm.pathwise:
-                pixels = pack(known.image.float() / 255, "float32")
-                gradient = unpack(worker.value_and_grad(pixels, ("a photograph",)).gradient)
+                sample = pack(known.image if latent else known.image.float() / 255, "float32")
+                gradient = unpack(worker.value_and_grad(sample, ("a photograph",)).gradient)
                 found += f", gradient of norm {float(gradient.norm()):.3g}"
         except Exception as error:
             # Errors of libraries, or a lack of device memory, must not end the checks of the other metrics either.

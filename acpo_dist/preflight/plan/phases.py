@@ -78,7 +78,13 @@ def reward(setting: Setting, batch: int) -> Trace | None:
         The trace; None if reward workers hold no decoder.
     """
     rewards = setting.config.rewards
-    if setting.architecture.vae is None or rewards.cut == "image" or not setting.config.algorithm.pathwise:
+    on_latents = all(entry.space == "latent" for entry in rewards.train)
+    if (
+        setting.architecture.vae is None
+        or rewards.cut == "image"
+        or on_latents
+        or not setting.config.algorithm.pathwise
+    ):
         return None
     family = setting.sampler_family
     channels, height, width = family.sample_shape

@@ -1,4 +1,4 @@
-"""The reward worker: scores of images, and gradients of scores at x0-hat or at an image. Stateless."""
+"""The reward worker: scores of finished samples, and gradients of scores at x0-hat or at an image. Stateless."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,28 +52,49 @@ class RewardWorker:
             wire_dtype: `float16` or `float32`, of returned gradients.
             device: torch device of metric and decoder.
             max_batch: largest number of images per forward pass; fewer are used if memory runs out.
+
+        Raises:
+            RewardConfigError: the metric cannot be built, or it scores latents and there is no model, or another one
+                than it was made for.
         """
         self.name = metric.name
+        self.on_latents: bool = metric.space == "latent"
+        """Whether finished samples are scored by their x_0 instead of their images."""
+        if self.on_latents and model is None:
+            raise RewardConfigError(
+                f"reward `{self.name}` ({metric.type}) scores latents during a run and cannot score finished images: "
+                "name the metric that it estimates."
+            )
         self._metric = self._build(resolve("reward", REWARDS, metric.type), metric, device)
         self._ascend = metric.direction > 0
-        self._decoder = (
-            resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
-        )
+        decoder = resolve("model", MODELS, model.type).load_decoder(model, device=device) if model is not None else None
+        if self.on_latents:
+            self._metric.check_decoder(decoder)
+            # Needed for the check only.
+            decoder = None
+        self._decoder = decoder
         self._cut, self._wire_dtype, self._device = cut, wire_dtype, device
         self._max_batch = max_batch
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of x_0 that a metric on latents scores."""
+        return self._metric.latent_shape
+
     @torch.no_grad()
     def score(self, images: Tensor, prompts: Sequence[str]) -> list[float]:
-        """Score finished images.
+        """Score finished samples.
 
         Args:
-            images: uint8 RGB (B, 3, H, W).
+            images: uint8 RGB (B, 3, H, W), or for a metric on latents their x_0, float32 (B, C, h, w).
 
         Raises:
             RewardError: the images are of another type or shape.
             NonFiniteScoreError: a score of a finite image is not finite; it is never replaced by a number.
             OutOfMemoryError: a single image does not fit.
         """
+        if self.on_latents:
+            return self._score_latents(images, prompts)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             # Floating-point images would be divided by 255 although they are already in [0, 1].
             raise RewardError(
@@ -88,6 +109,20 @@ class RewardWorker:
 
         self._require_prompts(len(images), prompts)
         return [number for part in self._chunks(run, len(images)) for number in part]
+
+    def _score_latents(self, clean: Tensor, prompts: Sequence[str]) -> list[float]:
+        if not clean.is_floating_point():
+            raise RewardError(
+                f"reward `{self.name}` scores latents (x_0, floating point), found {clean.dtype} of shape "
+                f"{tuple(clean.shape)}; score images with the metric that it estimates"
+            )
+
+        def run(start: int, stop: int) -> list[float]:
+            chunk = clean[start:stop].to(self._device, torch.float32)
+            return self._finite(self._compute(chunk, prompts[start:stop]), chunk)
+
+        self._require_prompts(len(clean), prompts)
+        return [number for part in self._chunks(run, len(clean)) for number in part]
 
     @torch.enable_grad()
     def value_and_grad(self, sent: WireTensor, prompts: Sequence[str]) -> ScoredGradient:
@@ -105,13 +140,15 @@ class RewardWorker:
             OutOfMemoryError: a single image does not fit.
         """
         decoder = self._decoder if self._cut == "latent" else None
-        if self._cut == "latent" and decoder is None:
+        if self._cut == "latent" and decoder is None and not self.on_latents:
             raise RewardError(f"reward `{self.name}` was started without a decoder, so it cannot score latents")
 
         # A plug-in's decoder may lack `channels`.
         channels = 3 if decoder is None else getattr(decoder, "channels", None)
+        if self.on_latents:
+            channels = self.latent_shape[0]
         if sent.data.ndim != 4 or (channels is not None and sent.data.shape[1] != channels):
-            what = "pixels" if decoder is None else "x0-hat"
+            what = "pixels" if decoder is None and not self.on_latents else "x0-hat"
             raise RewardError(
                 f"reward `{self.name}` differentiates at {what} of shape (B, {channels or 'C'}, H, W) "
                 f"(rewards.cut={self._cut}), found {tuple(sent.data.shape)}"
@@ -121,7 +158,8 @@ class RewardWorker:
             values = unpack(sent.rows(start, stop)).to(self._device).requires_grad_(True)
             pixels = decoder.decode(values) if decoder is not None else values
             # At the border of the gamut only gradients whose update points inward pass.
-            scores = self._compute(clip_pixels(pixels, ascend=self._ascend), prompts[start:stop])
+            scored = values if self.on_latents else clip_pixels(pixels, ascend=self._ascend)
+            scores = self._compute(scored, prompts[start:stop])
             gradient = self._differentiate(scores, values)
             numbers = self._finite(scores, values)
             if not torch.isfinite(gradient).all():
