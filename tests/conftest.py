@@ -1,6 +1,7 @@
 """Shared by all tests: one torch thread, no telemetry, small configurations."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray starts its workers at niceness 15: on a machine with other work they would hardly run, and tests would time out.
@@ -37,12 +38,29 @@ def tiny():
 
 
 @pytest.fixture
-def done(monkeypatch, capsys):
+def acpo(monkeypatch, capsys):
+    """Run `acpo ARGUMENTS` in this process: exit code, standard output and standard error."""
+    from acpo_dist.cli.app import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["acpo", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def done(acpo):
     """Run `acpo ARGUMENTS`, which must succeed; returns what it printed."""
-    from tests.unit.test_cli import run
 
     def finished(*arguments: str) -> str:
-        code, out, err = run(monkeypatch, capsys, *arguments)
+        code, out, err = acpo(*arguments)
         assert code == 0, err
         return out + err
 

@@ -1,27 +1,13 @@
 """The command line: exit codes, one clear message, nothing started on bad input."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from acpo_dist.cli.app import main
 from tests.helpers.data import DATA, needs
 
 CIFAR = DATA / "cifar10_train.parquet"
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and standard error of `acpo ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 BAD = {
@@ -47,12 +33,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name, monkeypatch, capsys, tmp_path):
+def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(acpo, name, monkeypatch, tmp_path):
     overrides, words = BAD[name]
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(
-        monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", *overrides
-    )
+    code, out, err = acpo("train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", *overrides)
     assert code == 2
     assert words in err
     assert out == "" and "Traceback" not in err
@@ -60,15 +44,15 @@ def test_bad_input_ends_in_one_message_and_exit_code_2_with_nothing_started(name
 
 
 @needs(CIFAR.name)
-def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_has(monkeypatch, capsys, tmp_path):
+def test_a_parquet_file_without_the_named_column_is_refused_with_the_columns_it_has(acpo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(monkeypatch, capsys, "train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=photo")
+    code, _, err = acpo("train", "cifar10_ddpm", f"data.path={CIFAR}", "data.image_column=photo")
     assert code == 2
     assert "`photo`" in err and "image" in err and "label" in err
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unreadable_model_folder_is_refused(monkeypatch, capsys, tmp_path):
+def test_an_unreadable_model_folder_is_refused(acpo, monkeypatch, tmp_path):
     import shutil
 
     import acpo_dist.data.toy
@@ -78,34 +62,32 @@ def test_an_unreadable_model_folder_is_refused(monkeypatch, capsys, tmp_path):
     weights = broken / "unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(
-        monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", f"model.path={broken}"
-    )
+    code, _, err = acpo("train", "toy_sdxl", "--backend", "local", "tracking.mlflow=false", f"model.path={broken}")
     assert code == 2
     assert "`unet`" in err and str(broken) in err
 
 
-def test_resume_from_a_folder_that_is_not_a_run_is_refused(monkeypatch, capsys, tmp_path):
+def test_resume_from_a_folder_that_is_not_a_run_is_refused(acpo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(monkeypatch, capsys, "train", "toy_sdxl", "--backend", "local", "--resume", str(tmp_path))
+    code, _, err = acpo("train", "toy_sdxl", "--backend", "local", "--resume", str(tmp_path))
     assert code == 2 and "is not a run" in err
 
 
-def test_a_missing_configuration_file_lists_the_shipped_ones(monkeypatch, capsys):
-    code, _, err = run(monkeypatch, capsys, "train", "nowhere")
+def test_a_missing_configuration_file_lists_the_shipped_ones(acpo):
+    code, _, err = acpo("train", "nowhere")
     assert code == 2 and "toy_sdxl" in err
 
 
-def test_config_show_prints_a_file_that_loads_to_the_same_configuration(monkeypatch, capsys, tmp_path):
+def test_config_show_prints_a_file_that_loads_to_the_same_configuration(acpo, tmp_path):
     from acpo_dist.config.load import load_config
 
-    code, out, _ = run(monkeypatch, capsys, "config", "show", "toy_sdxl", "run.seed=3")
+    code, out, _ = acpo("config", "show", "toy_sdxl", "run.seed=3")
     assert code == 0
     (tmp_path / "again.yaml").write_text(out)
     assert load_config(tmp_path / "again.yaml") == load_config("toy_sdxl", ["run.seed=3"])
 
 
-def test_score_gives_every_image_the_score_of_the_metric_itself(monkeypatch, capsys, tmp_path):
+def test_score_gives_every_image_the_score_of_the_metric_itself(acpo, tmp_path):
     import torch
     from PIL import Image
 
@@ -115,14 +97,14 @@ def test_score_gives_every_image_the_score_of_the_metric_itself(monkeypatch, cap
     images = (templates()[[0, 100, 700]] * 255).round().to(torch.uint8)
     for index, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{index}.png")
-    code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "two_stream", "--json")
+    code, out, _ = acpo("score", str(tmp_path), "--reward", "two_stream", "--json")
     assert code == 0
     scores = [row["two_stream"] for row in json.loads(out)["scores"]]
     expected = TwoStreamMetric(TwoStreamMetric.Config())(images.float() / 255, [""] * 3)
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
 
 
-def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv(monkeypatch, capsys, tmp_path):
+def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv(acpo, tmp_path):
     import torch
     from PIL import Image
 
@@ -135,8 +117,7 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     (folder / "2b.png").write_bytes(b"not an image")
     answers = []
     for size in ("1", "4", "16"):
-        code, out, err = run(
-            monkeypatch, capsys, "score", str(folder), "--reward", "two_stream", "--reward", "sharpness",
+        code, out, err = acpo("score", str(folder), "--reward", "two_stream", "--reward", "sharpness",
             "--batch-size", size, "--csv", str(tmp_path / "scores.csv"), "--json",
         )  # fmt: skip
         assert code == 1 and "2b.png" in err
@@ -150,7 +131,7 @@ def test_score_is_the_same_in_any_batch_names_what_it_cannot_read_and_writes_csv
     assert lines[0] == "path,two_stream,sharpness" and len(lines) == 6
 
 
-def test_an_image_without_a_finite_score_is_named_and_has_none(monkeypatch, capsys, tmp_path):
+def test_an_image_without_a_finite_score_is_named_and_has_none(acpo, tmp_path):
     import torch
     from PIL import Image
 
@@ -159,16 +140,16 @@ def test_an_image_without_a_finite_score_is_named_and_has_none(monkeypatch, caps
         image = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
         # PIQE divides by the number of active blocks, and a constant image has none.
         Image.fromarray((image * (index != 1)).numpy()).save(tmp_path / f"{index}.png")
-    code, out, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:piqe", "--json")
+    code, out, err = acpo("score", str(tmp_path), "--reward", "pyiqa:piqe", "--json")
     answer = json.loads(out)
     assert code == 1 and "1.png" in err
     assert [row["piqe"] is None for row in answer["scores"]] == [False, True, False]
     assert answer["mean"]["piqe"] == pytest.approx((answer["scores"][0]["piqe"] + answer["scores"][2]["piqe"]) / 2)
 
 
-def test_score_of_an_unknown_metric_is_refused(monkeypatch, capsys, tmp_path):
+def test_score_of_an_unknown_metric_is_refused(acpo, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
-    code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", "pyiqa:musik")
+    code, _, err = acpo("score", str(tmp_path), "--reward", "pyiqa:musik")
     assert code == 2 and "musiq" in err

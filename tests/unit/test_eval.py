@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from acpo_dist.cli.app import main
 from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.data.toy.world import scenes, templates
 from acpo_dist.evaluation.metrics.drift import path_kl
@@ -21,23 +19,10 @@ TINY = ["sampler.num_steps=3", "sampler.guidance_scale=1.5", "rollout.batch_size
 GREEN = "tests.helpers.judges:FailsOnGreen"
 
 
-@pytest.fixture
-def acpo(monkeypatch, capsys, tmp_path):
-    """Run `acpo ARGUMENTS` in an empty folder: exit code, standard output, standard error."""
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(Path(__file__).resolve().parent)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

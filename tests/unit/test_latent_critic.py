@@ -190,12 +190,10 @@ def test_the_canary_of_a_critic_is_a_latent_and_shows_a_changed_network(critic):
 # Where it cannot serve
 
 
-def test_finished_images_are_refused_by_every_command_that_scores_them(critic, monkeypatch, capsys, tmp_path):
-    from tests.unit.test_cli import run
-
+def test_finished_images_are_refused_by_every_command_that_scores_them(acpo, critic, tmp_path):
     section = f"{{type: latent_critic, weights: {critic}}}"
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
-    code, _, err = run(monkeypatch, capsys, "score", str(tmp_path), "--reward", section)
+    code, _, err = acpo("score", str(tmp_path), "--reward", section)
     assert code == 2 and "cannot score finished images" in err and "Traceback" not in err
     with pytest.raises(RewardConfigError, match="cannot score finished images"):
         RewardWorker(metric_section(section, "--reward"), model=None, cut="image", wire_dtype="float32")

@@ -23,7 +23,6 @@ from acpo_dist.core.types import SamplePlan
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.models.text import describe_long
 from acpo_dist.workers.rollout.worker import RolloutWorker
-from tests.unit.test_cli import run
 
 ASSETS = Path(acpo_dist.data.toy.__file__).parent / "assets"
 SHORT = "a red circle"
@@ -136,10 +135,10 @@ def test_long_prompts_are_counted_for_the_user():
     assert f"{counts[1]} chunks" in describe_long(counts, "chunk") and describe_long([1, 1], "cut") is None
 
 
-def test_generated_images_depend_on_the_end_of_a_long_prompt(tmp_path: Path, monkeypatch, capsys):
+def test_generated_images_depend_on_the_end_of_a_long_prompt(acpo, tmp_path: Path):
     prompts = [LONG, LONG.replace("green square", "blue triangle")]
-    code, *_ = run(
-        monkeypatch, capsys, "generate", "toy-sdxl", "--prompt", prompts[0], "--prompt", prompts[1], "--steps", "2",
+    code, *_ = acpo(
+        "generate", "toy-sdxl", "--prompt", prompts[0], "--prompt", prompts[1], "--steps", "2",
         "--out", str(tmp_path),
     )  # fmt: skip
     assert code == 0

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from acpo_dist.cli.app import main
 from acpo_dist.tracking.console import Console
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
@@ -18,23 +16,6 @@ from acpo_dist.training.run_folder import read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
-
-
-@pytest.fixture
-def acpo(monkeypatch, capsys):
-    """Run `acpo ARGUMENTS`: exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from acpo_dist.workers.learner.real_images import RealImages, is_held_out
 from tests.helpers.captioned import write_captioned
 from tests.helpers.config import refusal
 from tests.helpers.runs import results
-from tests.unit.test_cli import run
 
 BUCKETS = "model.image_size=[[32, 32], [32, 48], [48, 32]]"
 SHAPES = ((32, 32), (60, 90), (96, 64), (40, 44))
@@ -142,7 +141,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path, tiny):
 
 @pytest.mark.slow
 def test_a_run_on_captioned_images_has_its_data_terms_resumes_exactly_and_is_evaluated_on_held_out_images(
-    folder: Path, tiny, tmp_path: Path, monkeypatch, capsys
+    acpo, folder: Path, tiny, tmp_path: Path
 ):
     options = [
         BUCKETS, f"data.path={folder}", "data.held_out=0.4", "data.flip=true", "algorithm.anchor.source=data",
@@ -157,8 +156,8 @@ def test_a_run_on_captioned_images_has_its_data_terms_resumes_exactly_and_is_eva
     assert rows == results(parts)
     assert {"data/denoising", "data/reward/quality", "anchor/uniform"} <= rows[0].keys()
     out = tmp_path / "eval"
-    code, _, err = run(
-        monkeypatch, capsys, "eval", str(whole), "--suite", "toy", "--limit", "2", "--judges", "two_stream", "--drift",
+    code, _, err = acpo(
+        "eval", str(whole), "--suite", "toy", "--limit", "2", "--judges", "two_stream", "--drift",
         "0", "--features", "low-pass:4", "--out", str(out), "--json",
     )  # fmt: skip
     assert code == 0, err

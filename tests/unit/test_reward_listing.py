@@ -1,7 +1,6 @@
 """`acpo rewards list` agrees with the metrics; rewards on text need a model that takes prompts."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,6 @@ LISTING = reward_listing()
 WITHOUT_DOWNLOAD = [
     row["name"] for row in LISTING if row["type"] != "pyiqa" and row["space"] == "image" and not row["needs_download"]
 ]
-
-
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    """Exit code and standard output of `acpo ARGUMENTS`."""
-    from acpo_dist.cli.app import main
-
-    monkeypatch.setattr(sys, "argv", ["acpo", *arguments])
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    return code, capsys.readouterr().out
 
 
 def test_every_registered_metric_and_every_name_of_pyiqa_is_listed_once():
@@ -61,14 +47,14 @@ def test_metrics_that_read_prompts_are_marked():
     }  # fmt: skip
 
 
-def test_the_command_answers_with_one_json_object(monkeypatch, capsys):
-    code, out = run(monkeypatch, capsys, "rewards", "list", "--json")
+def test_the_command_answers_with_one_json_object(acpo):
+    code, out, _ = acpo("rewards", "list", "--json")
     assert code == 0 and json.loads(out) == {"rewards": LISTING}
 
 
-def test_the_command_prints_a_table_with_every_name(monkeypatch, capsys):
+def test_the_command_prints_a_table_with_every_name(acpo, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    code, out = run(monkeypatch, capsys, "rewards", "list")
+    code, out, _ = acpo("rewards", "list")
     assert code == 0 and all(row["name"] in out for row in LISTING)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from acpo_dist.cli.app import main
 from acpo_dist.core.errors import DataError
 from acpo_dist.data.toy.damage import BASE_DAMAGE, JUDGE_DAMAGE, grain, spoil
 from acpo_dist.data.toy.world import caption_index, captions, templates
@@ -24,14 +22,6 @@ from acpo_dist.rewards.training.damaged import damaged_windows, native_images
 from acpo_dist.rewards.training.labels import csv_rows, opinions, split_by_reference
 from acpo_dist.rewards.training.quality import QualitySettings, train_two_stream
 from acpo_dist.rewards.training.tiny_clip import new_tiny_clip, save_tiny_clip
-
-
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["acpo", "rewards", "train", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 def save(image: Tensor, path: Path | BytesIO) -> None:
@@ -72,13 +62,13 @@ def test_opinions_are_brought_to_one_scale_whichever_end_is_good(tmp_path):
         ("path,mos\na.png,3\nb.png,4\n", "no such file"),
     ],
 )
-def test_a_csv_file_that_cannot_be_learnt_from_is_refused(text, words, monkeypatch, capsys, tmp_path):
+def test_a_csv_file_that_cannot_be_learnt_from_is_refused(acpo, text, words, tmp_path):
     (tmp_path / "mos.csv").write_text(text)
-    code, _, err = run(monkeypatch, capsys, "two_stream", str(tmp_path / "mos.csv"))
+    code, _, err = acpo("rewards", "train", "two_stream", str(tmp_path / "mos.csv"))
     assert code == 2 and words in err
 
 
-def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
+def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(acpo, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = []
     for number, row in enumerate(scenes(40)):
@@ -90,10 +80,22 @@ def test_two_stream_learns_to_rank_opinions_and_loads_as_a_reward(monkeypatch, c
     with (tmp_path / "dmos.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "mos", "reference"), *rows])
     weights = tmp_path / "out" / "iqa.safetensors"
-    code, out, _ = run(
-        monkeypatch, capsys, "two_stream", str(tmp_path / "dmos.csv"), "--lower-is-better", "--steps", "60",
-        "--batch-size", "32", "--learning-rate", "0.003", "--out", str(weights), "--json",
-    )  # fmt: skip
+    code, out, _ = acpo(
+        "rewards",
+        "train",
+        "two_stream",
+        str(tmp_path / "dmos.csv"),
+        "--lower-is-better",
+        "--steps",
+        "60",
+        "--batch-size",
+        "32",
+        "--learning-rate",
+        "0.003",
+        "--out",
+        str(weights),
+        "--json",
+    )
     report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
     assert code == 0 and (report["labels"], report["references"], report["held_out_references"]) == ("opinions", 32, 8)
     assert report["held_out_images"] == 24 and report["srcc"] > 0.7
@@ -127,14 +129,25 @@ def captioned_parquet(path: Path, count: int) -> Path:
     return path
 
 
-def test_ipce_trains_on_captioned_images_and_loads_as_a_reward(monkeypatch, capsys, tmp_path):
+def test_ipce_trains_on_captioned_images_and_loads_as_a_reward(acpo, tmp_path):
     torch.manual_seed(0)
     save_tiny_clip(tmp_path / "clip", new_tiny_clip())
     data = captioned_parquet(tmp_path / "set.parquet", 40)
-    code, out, _ = run(
-        monkeypatch, capsys, "ipce", str(data), "--clip", str(tmp_path / "clip"), "--out", str(tmp_path / "ipce"),
-        "--steps", "3", "--learning-rate", "0.001", "--json",
-    )  # fmt: skip
+    code, out, _ = acpo(
+        "rewards",
+        "train",
+        "ipce",
+        str(data),
+        "--clip",
+        str(tmp_path / "clip"),
+        "--out",
+        str(tmp_path / "ipce"),
+        "--steps",
+        "3",
+        "--learning-rate",
+        "0.001",
+        "--json",
+    )
     report = json.loads(out.splitlines()[-1])  # libraries may announce themselves before it
     assert code == 0 and report["images"] + report["held_out_images"] == 40 and 0 <= report["pairs"] <= 1
     image, prompt = templates()[:1], [captions()[0]]
@@ -144,12 +157,12 @@ def test_ipce_trains_on_captioned_images_and_loads_as_a_reward(monkeypatch, caps
     assert 0 <= after <= 5 and after != before
 
 
-def test_ipce_without_a_model_or_captions_is_refused_with_what_is_missing(monkeypatch, capsys, tmp_path):
+def test_ipce_without_a_model_or_captions_is_refused_with_what_is_missing(acpo, tmp_path):
     data = str(captioned_parquet(tmp_path / "set.parquet", 12))
-    code, _, err = run(monkeypatch, capsys, "ipce", data)
+    code, _, err = acpo("rewards", "train", "ipce", data)
     assert code == 2 and "--clip" in err
     save_tiny_clip(tmp_path / "clip", new_tiny_clip())
-    code, _, err = run(monkeypatch, capsys, "ipce", data, "--clip", str(tmp_path / "clip"), "--prompt-column", "text")
+    code, _, err = acpo("rewards", "train", "ipce", data, "--clip", str(tmp_path / "clip"), "--prompt-column", "text")
     assert code == 2 and "no column `text`" in err
 
 

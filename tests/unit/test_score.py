@@ -1,7 +1,6 @@
 """`acpo score` accepts all sources of images, and shows the distribution of scores."""
 
 import json
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -11,17 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from acpo_dist.cli.app import main
 from acpo_dist.data.decoding import at_once
 from acpo_dist.tracking.histogram import text_histogram
-
-
-def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["acpo", "score", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 @pytest.fixture
@@ -39,14 +29,14 @@ def paths(out: str) -> list[str]:
     return [row["path"] for row in json.loads(out)["scores"]]
 
 
-def test_patterns_in_quotes_are_looked_up(folder, monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, f"{folder}/**/*", "--reward", "sharpness", "--json")
+def test_patterns_in_quotes_are_looked_up(acpo, folder):
+    code, out, _ = acpo("score", f"{folder}/**/*", "--reward", "sharpness", "--json")
     assert code == 0 and [Path(name).name for name in paths(out)] == ["1.png", "2.png", "3.png"]
-    code, _, err = run(monkeypatch, capsys, f"{folder}/*.jpg", "--reward", "sharpness")
+    code, _, err = acpo("score", f"{folder}/*.jpg", "--reward", "sharpness")
     assert code == 2 and "matches no image" in err
 
 
-def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passed_over(folder, monkeypatch, capsys):
+def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passed_over(acpo, folder):
     def encoded(name: str) -> bytes:
         buffer = BytesIO()
         Image.open(folder / name).save(buffer, "PNG")
@@ -54,17 +44,17 @@ def test_rows_of_a_parquet_file_are_numbered_and_an_empty_one_is_named_and_passe
 
     file = folder / "set.parquet"
     pq.write_table(pa.table({"image": pa.array([encoded("a/1.png"), None, encoded("b/3.png")], pa.binary())}), file)
-    code, out, err = run(monkeypatch, capsys, str(file), "--reward", "sharpness", "--json")
+    code, out, err = acpo("score", str(file), "--reward", "sharpness", "--json")
     assert code == 1 and paths(out) == [f"{file}#0", f"{file}#2"] and "row 1" in err
 
 
-def test_an_image_that_a_reward_cannot_score_is_named_and_the_others_keep_their_scores(folder, monkeypatch, capsys):
+def test_an_image_that_a_reward_cannot_score_is_named_and_the_others_keep_their_scores(acpo, folder):
     Image.new("RGB", (32, 32), (0, 200, 0)).save(folder / "a" / "0_green.png")
     for name in ("1.png", "2.png"):
         Image.new("RGB", (32, 32), (150, 80, 90)).save(folder / "a" / name)
     Image.new("RGB", (32, 20), (200, 0, 0)).save(folder / "a" / "9_low.png")
     rewards = ["--reward", "tests.helpers.judges:FailsOnGreen", "--reward", "two_stream"]
-    code, out, err = run(monkeypatch, capsys, str(folder), *rewards, "--json", "--csv", str(folder / "s.csv"))
+    code, out, err = acpo("score", str(folder), *rewards, "--json", "--csv", str(folder / "s.csv"))
     rows = {Path(row.pop("path")).name: list(row.values()) for row in json.loads(out)["scores"]}
     assert code == 1 and "Traceback" not in err
     assert rows["0_green.png"][0] is None and rows["0_green.png"][1] > 0
@@ -75,11 +65,11 @@ def test_an_image_that_a_reward_cannot_score_is_named_and_the_others_keep_their_
     assert len((folder / "s.csv").read_text().splitlines()) == 6
 
 
-def test_a_table_that_cannot_be_written_is_refused_before_anything_is_scored(folder, monkeypatch, capsys):
+def test_a_table_that_cannot_be_written_is_refused_before_anything_is_scored(acpo, folder):
     arguments = [str(folder), "--reward", "tests.helpers.judges:FailsOnGreen"]
-    code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a" / "notes.txt" / "s.csv"))
+    code, _, err = acpo("score", *arguments, "--csv", str(folder / "a" / "notes.txt" / "s.csv"))
     assert code == 2 and "cannot be written" in err and "Traceback" not in err
-    code, _, err = run(monkeypatch, capsys, *arguments, "--csv", str(folder / "a"))
+    code, _, err = acpo("score", *arguments, "--csv", str(folder / "a"))
     assert code == 2 and "cannot be written" in err
 
 
@@ -88,16 +78,24 @@ def test_large_images_are_stacked_by_fewer_than_small_ones():
     assert stacked == [16, 16, 4, 1]
 
 
-def test_the_distribution_is_shown_as_text_and_drawn(folder, monkeypatch, capsys):
+def test_the_distribution_is_shown_as_text_and_drawn(acpo, folder):
     drawing = folder / "out" / "scores.png"
-    code, _, err = run(
-        monkeypatch, capsys, str(folder / "a"), str(folder / "b"), "--reward", "sharpness", "--reward", "saturation",
-        "--histogram", "--plot", str(drawing),
-    )  # fmt: skip
+    code, _, err = acpo(
+        "score",
+        str(folder / "a"),
+        str(folder / "b"),
+        "--reward",
+        "sharpness",
+        "--reward",
+        "saturation",
+        "--histogram",
+        "--plot",
+        str(drawing),
+    )
     assert code == 0 and "sharpness, 3 images" in err and "█" in err
     with Image.open(drawing) as image:
         assert image.format == "PNG" and len(image.convert("L").getcolors() or []) > 3
-    code, _, err = run(monkeypatch, capsys, str(folder), "--plot", "scores.doc")
+    code, _, err = acpo("score", str(folder), "--plot", "scores.doc")
     assert code == 2 and ".png" in err
 
 
