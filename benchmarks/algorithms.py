@@ -4,15 +4,15 @@
 
 Each arm is `acpo train configs/toy_<name>.yaml` with the overrides in `ARMS`. Every `--every` iterations and after the
 last, the same evaluation samples are drawn, scored by reward and judge, and judged exactly by the oracle, which nothing
-trains on. Cost is counted until the oracle error first falls to `--goal` times the base's: CPU seconds of training
-(evaluation left out) and network calls per sample (a forward of one sample is 1, a forward with its backward 3). One
-JSON line per evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of
-judge and of oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40`, `--at calls=30000`
-and `--at drift=0.1` interpolate between the evaluations instead, for a comparison at equal compute or equal drift.
-Seeds can be spread over processes:
-`--table FILE...` reads lines, or the JSON files of earlier `--out`. `--out FOLDER` writes all evaluations and a chart,
-algorithms.json and algorithms.png, and continues after the last finished run when started again. `--images FOLDER`
-writes a grid per evaluation.
+trains on. `scenes kept` is the share of them that show what the base model drew from the same noise. Cost is counted
+until the oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
+network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation;
+the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of oracle error as
+a multiple of its standard deviation over seeds. `--at cpu_seconds=40`, `--at calls=30000` and `--at drift=0.1`
+interpolate between the evaluations instead, for a comparison at equal compute or equal drift.
+Seeds can be spread over processes: `--table FILE...` reads lines, or the JSON files of earlier `--out`. `--out FOLDER`
+writes all evaluations and a chart, algorithms.json and algorithms.png, and continues after the last finished run when
+started again. `--images FOLDER` writes a grid per evaluation.
 """
 
 import os
@@ -34,8 +34,10 @@ from typing import Any
 
 import torch
 from _cells import Cells
+from torch import Tensor
 
 from acpo_dist.config.load import load_config
+from acpo_dist.data.toy.oracle import kept_scenes
 from acpo_dist.evaluation.metrics.arm import evaluate_toy_arm
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.images import save_grid
@@ -65,7 +67,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     },
 }
 """Name -> configuration and overrides."""
-RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy")
+RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "kept")
 DIFFERENCES = ("drift", "cpu_seconds", "calls")
 OTHER = {"cpu_seconds": "CPU s", "drift": "drift"}
 
@@ -152,6 +154,7 @@ class Watched:
 def run_arm(name: str, seed: int, options) -> list[dict]:
     """Execute one run and return its evaluations, the base model's first."""
     rows: list[dict] = []
+    base: list[Tensor] = []
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             ARMS[name][0],
@@ -171,11 +174,14 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
                         groups = fixed_groups(config, prompts, options.samples, stream="evaluation")
                         names = [entry.name for entry in (*config.rewards.train, *config.rewards.judges)]
                         report = evaluate_toy_arm(ports.rollout, ports.reward, ports.learner, groups, names)
+                        images = report.images.float() / 255
+                        if not base:
+                            base.append(images)
                         row = {
                             "arm": name, "seed": seed, "iteration": version, "cpu_seconds": round(meter.seconds, 2),
                             "calls": meter.calls, "reward": report.scores[names[0]],
                             "judge": report.scores["strided_judge"],
-                            **report.oracle, "drift": report.drift,
+                            **report.oracle, "drift": report.drift, "kept": kept_scenes(images, base[0]),
                         }  # fmt: skip
                     if options.images:
                         save_grid(
@@ -196,14 +202,16 @@ def run_arm(name: str, seed: int, options) -> list[dict]:
 
 def make_table(lines: list[dict], goal: float) -> str:
     """Return Markdown: the last evaluation of every arm relative to the base model of the same seed, and the cost."""
-    quality = [head("algorithm", "seeds", "judge / base", "oracle error / base", "gain in spreads", "drift")]
+    quality = [
+        head("algorithm", "seeds", "judge / base", "oracle error / base", "gain in spreads", "drift", "scenes kept")
+    ]
     rest = [head("algorithm", "entropy / base", "caption / base", "CPU s", f"CPU s to {goal:g}", f"calls to {goal:g}")]
     for name, seeds in by_arm(lines).items():
         paths = [relative(evaluations) for evaluations in seeds.values()]
         ends = [path[-1] for path in paths]
         cell = {key: spread([end[key] for end in ends]) for key in ends[0]}
         gain = f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}"
-        quality.append(row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"]))
+        quality.append(row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"], cell["kept"]))
         costs = [next((point for point in path if point["oracle_mse"] <= goal), None) for path in paths]
         reached = [cost for cost in costs if cost is not None]
         if len(reached) == len(costs):
@@ -218,8 +226,10 @@ def make_table(lines: list[dict], goal: float) -> str:
 def compare_at(lines: list[dict], key: str, value: str) -> str:
     """Return Markdown: metrics relative to the base model where `key` first reaches `value`, interpolated."""
     other = "cpu_seconds" if key == "drift" else "drift"
-    keys = ("judge", "oracle_mse", "caption_accuracy", other)
-    rows = [head("algorithm", "seeds", "judge / base", "oracle error / base", "caption / base", OTHER[other])]
+    keys = ("judge", "oracle_mse", "caption_accuracy", "kept", other)
+    rows = [
+        head("algorithm", "seeds", "judge / base", "oracle error / base", "caption / base", "scenes kept", OTHER[other])
+    ]
     for name, seeds in by_arm(lines).items():
         found = []
         for evaluations in seeds.values():

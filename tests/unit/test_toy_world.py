@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy.fft import dctn, idctn
 from transformers import CLIPTokenizer
 
 from acpo_dist.data.toy.damage import BASE_DAMAGE, CLEAN_SHARE, JUDGE_DAMAGE, dct_quantise, gaussian_blur, spoil
-from acpo_dist.data.toy.oracle import judge_exactly, nearest_template
+from acpo_dist.data.toy.oracle import judge_exactly, kept_scenes, nearest_template
 from acpo_dist.data.toy.text import MAX_TOKENS, vocabulary, write_tokenizer
 from acpo_dist.data.toy.world import (
     BACKGROUNDS,
@@ -300,3 +301,14 @@ def test_words_from_outside_the_world_fall_into_known_pieces(tokenizer):
     assert len(ids) > 2
     assert all(0 <= index < len(vocab) for index in ids)
     assert vocab["<|endoftext|>"] not in ids
+
+
+def test_a_scene_is_kept_if_shape_colours_place_and_size_stay():
+    base = templates()[[3, 200, 500, 800]]
+    blurred = torch.nn.functional.avg_pool2d(base, 3, stride=1, padding=1, count_include_pad=False)
+    assert kept_scenes(blurred, base) == 1
+    scene = scenes()[500]
+    other = scenes().index(replace(scene, size=1 - scene.size))
+    assert kept_scenes(templates()[[3, 200, other, 800]], base) == 0.75
+    with pytest.raises(ValueError, match="cannot be compared"):
+        kept_scenes(base[:2], base)

@@ -84,3 +84,20 @@ def judge_exactly(images: Tensor, prompts: list[str] | None = None) -> OracleRep
         template_entropy=float(-(share * share.log()).sum()),
         caption_accuracy=accuracy,
     )
+
+
+def kept_scenes(images: Tensor, base: Tensor) -> float:
+    """Return the share of images that show the base model's scene: shape, colours, place and size.
+
+    Entropy, caption accuracy and drift do not see a policy that makes all shapes small; this share does.
+
+    Args:
+        images: float RGB in [0, 1], shape (B, 3, 32, 32).
+        base: images of the base model from the same prompts and noise, same shape.
+
+    Raises:
+        ValueError: different numbers of images, or invalid ones (see `nearest_template`).
+    """
+    if len(images) != len(base):
+        raise ValueError(f"{len(images)} images cannot be compared with {len(base)} of the base model")
+    return float((nearest_template(images)[0] == nearest_template(base)[0]).double().mean())
