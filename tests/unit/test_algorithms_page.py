@@ -21,15 +21,15 @@ def script():
 def evaluation(arm: str, seed: int, iteration: int, **changes: float) -> dict:
     base = {
         "cpu_seconds": 5.0, "calls": 1000, "judge": 0.5, "oracle_mse": 0.004, "template_entropy": 5.0,
-        "caption_accuracy": 0.8, "drift": 0.0,
+        "caption_accuracy": 0.8, "drift": 0.0, "kept": 1.0,
     }  # fmt: skip
     return {"arm": arm, "seed": seed, "iteration": iteration, **base, **changes}
 
 
 RUNS = [
     evaluation("acpo", 0, 0),
-    evaluation("acpo", 0, 10, cpu_seconds=25.0, calls=11_000, judge=0.6, oracle_mse=0.002, drift=0.1),
-    evaluation("acpo", 1, 10, cpu_seconds=45.0, calls=31_000, judge=0.7, oracle_mse=0.001, drift=0.3),
+    evaluation("acpo", 0, 10, cpu_seconds=25.0, calls=11_000, judge=0.6, oracle_mse=0.002, drift=0.1, kept=0.9),
+    evaluation("acpo", 1, 10, cpu_seconds=45.0, calls=31_000, judge=0.7, oracle_mse=0.001, drift=0.3, kept=0.5),
     evaluation("acpo", 1, 0),
     evaluation("nft", 0, 0),
     evaluation("nft", 0, 10, cpu_seconds=105.0, calls=50_000, judge=0.55, oracle_mse=0.003, drift=0.01),
@@ -39,17 +39,17 @@ RUNS = [
 def test_the_table_has_ratios_to_the_base_model_of_the_seed_and_the_cost_without_calibration(script):
     text = script["make_table"](RUNS, 0.7)
     # Gains in spreads: 0.3 / stdev(1.2, 1.4) and 0.625 / stdev(0.5, 0.25).
-    assert "| acpo | 2 | 1.30 [1.20..1.40] | 0.375 [0.250..0.500] | 2.1, 3.5 | 0.200 [0.100..0.300] |" in text
+    assert "| acpo | 2 | 1.30 [1.20..1.40] | 0.375 [0.250..0.500] | 2.1, 3.5 | 0.200 [0.100..0.300] | 0.700 [0.500..0.900] |" in text
     assert "| acpo | 1.00 [1.00..1.00] | 1.00 [1.00..1.00] | 30 | 30 | 20 k |" in text
     assert "| nft | 1.00 | 1.00 | 100 | reached by 0 of 1 | - |" in text
 
 
 def test_runs_are_compared_at_equal_compute_and_at_equal_drift_by_interpolation(script):
     at_compute = script["compare_at"](RUNS, "cpu_seconds", "10")
-    assert "| acpo | 2 of 2 | 1.10 [1.10..1.10] | 0.781 [0.750..0.812] | 1.00 [1.00..1.00] |" in at_compute
+    assert "| acpo | 2 of 2 | 1.10 [1.10..1.10] | 0.781 [0.750..0.812] | 1.00 [1.00..1.00] | 0.912 [0.875..0.950] |" in at_compute
     at_drift = script["compare_at"](RUNS, "drift", "0.2")
-    assert "| acpo | 1 of 2 | 1.27 | 0.500 | 1.00 | 27 |" in at_drift
-    assert "| nft | 0 of 1 | - | - | - | - |" in at_drift
+    assert "| acpo | 1 of 2 | 1.27 | 0.500 | 1.00 | 0.667 | 27 |" in at_drift
+    assert "| nft | 0 of 1 | - | - | - | - | - |" in at_drift
 
 
 def test_stored_evaluations_are_read_again(script, tmp_path):
