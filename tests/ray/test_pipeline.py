@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 
 import pytest
 
@@ -85,10 +86,11 @@ def test_a_killed_driver_that_drew_ahead_continues_with_the_same_samples_and_met
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
     drive(config, recording(open_ports, tmp_path / "record.jsonl"), QUIET, resume="auto")
-    require_equal(calm, tmp_path, repeated=[LOST_IN])
+    # The best checkpoint is one of those that were saved, and only this run saves every iteration.
+    require_equal(calm, tmp_path, repeated=[LOST_IN], other={"guard/best_iteration"})
 
 
-def require_equal(calm, folder, *, repeated: list[int]) -> None:
+def require_equal(calm, folder, *, repeated: list[int], other: Collection[str] = ()) -> None:
     """Compare metrics to rounding and account for samples: each is in one update, and one that was lost is repeated."""
     metrics, drawn, trained = calm
     found_drawn, found_trained = account(folder / "record.jsonl")
@@ -100,6 +102,6 @@ def require_equal(calm, folder, *, repeated: list[int]) -> None:
     assert len(ids) == len(set(ids)) == ITERATIONS * SAMPLES
     for mine, theirs in zip(metrics, results(folder / "run"), strict=True):
         assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
+        for name in mine.keys() - set(other):
             # One process and Ray sum float32 in another order.
-            assert theirs[name] == pytest.approx(value, rel=2e-3, abs=5e-4), (mine["iteration"], name)
+            assert theirs[name] == pytest.approx(mine[name], rel=2e-3, abs=5e-4), (mine["iteration"], name)
