@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,19 @@ class Policy:
     """None for the trajectory of the configuration."""
 
 
+PlanFields = Sequence[Mapping[str, Any]]
+"""Samples of a chunk as dictionaries of plain values."""
+
+
+def fields_of(chunk: Sequence[SamplePlan]) -> PlanFields:
+    """Return the fields of the samples: Ray packs plain values in half the time that it takes to pickle objects."""
+    return [vars(plan) for plan in chunk]
+
+
+def _plans(fields: PlanFields) -> tuple[SamplePlan, ...]:
+    return tuple(SamplePlan(**one) for one in fields)
+
+
 class RolloutActor:
     """Actor around `RolloutWorker`."""
 
@@ -71,15 +84,15 @@ class RolloutActor:
         return self._loaded
 
     @ray.method(num_returns=3)
-    def generate(self, plans: tuple[SamplePlan, ...], policy: Policy) -> tuple[Answer, Any, Tensor]:
+    def generate(self, plans: PlanFields, policy: Policy) -> tuple[Answer, Any, Tensor]:
         """Draw a chunk; return its handle, the latents and the images as three objects of the object store.
 
         Args:
-            plans: the chunk's samples.
+            plans: the chunk's samples, by `fields_of`.
             policy: weights and trajectory.
         """
         self._assume(policy)
-        batch = self._worker.generate(plans)
+        batch = self._worker.generate(_plans(plans))
         handle = RolloutHandle(
             sample_ids=batch.sample_ids, prompts=batch.prompts, policy_version=batch.policy_version,
             schedule_id=batch.schedule_id, payload=None,
@@ -95,10 +108,10 @@ class RolloutActor:
         self._assume(policy)
         return Answer(self._process, self._worker.measure_errors(batch, sigmas))
 
-    def final_latents(self, plans: tuple[SamplePlan, ...], trajectory: Trajectory, policy: Policy) -> Answer:
+    def final_latents(self, plans: PlanFields, trajectory: Trajectory, policy: Policy) -> Answer:
         """Run `RolloutWorker.final_latents` with the weights and trajectory of `policy`."""
         self._assume(policy)
-        return Answer(self._process, self._worker.final_latents(plans, trajectory))
+        return Answer(self._process, self._worker.final_latents(_plans(plans), trajectory))
 
     def set_trajectory(self, trajectory: Trajectory) -> Answer:
         """Run `RolloutWorker.set_trajectory`."""
@@ -201,7 +214,7 @@ class RayRollouts(RolloutPool):
         chunks = chunks_of(groups, self._chunk)
 
         def submit(actor: Any, index: int) -> tuple[Any, Any]:
-            meta, latents, images = actor.generate.remote(chunks[index], policy)
+            meta, latents, images = actor.generate.remote(fields_of(chunks[index]), policy)
             return meta, (latents, images)
 
         with self._lock:
@@ -233,7 +246,7 @@ class RayRollouts(RolloutPool):
         with self._lock:
             done = self._workers.spread(
                 [chunk[0].sample_id for chunk in chunks],
-                lambda actor, index: (actor.final_latents.remote(chunks[index], trajectory, policy), None),
+                lambda actor, index: (actor.final_latents.remote(fields_of(chunks[index]), trajectory, policy), None),
                 what="final latents",
             )  # fmt: skip
         return in_order(groups, chunks, [final_latents for final_latents, _ in done])

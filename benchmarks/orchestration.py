@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/orchestration.py pairs [--rounds 5] [--iterations 3] [--cores] [KEY=VALUE ...]
     .venv/bin/python benchmarks/orchestration.py control [--workers 8 32 128 512] [--chunk-s 5.75] [--chunks 2]
+    .venv/bin/python benchmarks/orchestration.py call [--calls 512] [--rounds 5]
     .venv/bin/python benchmarks/orchestration.py transfer [--workers 64] [--megabytes 186]
 
 `pairs` calibrates the same training three ways, and then runs some iterations of each in turns: seconds per iteration
@@ -12,6 +13,9 @@ share about equally.
 `control` drives simulated rollout workers with the code that drives real ones: each sleeps for a chunk's planned time
 and returns references to objects of an SDXL chunk's size. Workers share four processes, so that hundreds fit on one
 machine. Per number of workers: wall seconds of an iteration beyond the planned ones, and CPU seconds of the driver.
+
+`call` times the driver's part of one call of an idle actor, with more and more of a chunk's arguments: CPU microseconds
+of the driver's thread, the least of some rounds.
 
 `transfer` gives one adapter to many workers on this machine: seconds to store it once, and until all have read it.
 
@@ -29,7 +33,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -86,6 +90,10 @@ def main() -> None:
     control.add_argument("--chunk-s", type=float, default=5.75)
     control.add_argument("--chunks", type=int, default=2, help="chunks per worker and iteration")
     control.set_defaults(run=measure_control)
+    call = commands.add_parser("call")
+    call.add_argument("--calls", type=int, default=512)
+    call.add_argument("--rounds", type=int, default=5)
+    call.set_defaults(run=measure_call)
     transfer = commands.add_parser("transfer")
     transfer.add_argument("--workers", type=int, default=64)
     transfer.add_argument("--megabytes", type=float, default=186)
@@ -187,7 +195,7 @@ def measure_control(options: argparse.Namespace) -> None:
 
 def _draw(ray: Any, workers: Any, chunks: Sequence[tuple[SamplePlan, ...]], chunk_s: float) -> None:
     """Give chunks to simulated workers as `RayRollouts.generate` gives them to real ones."""
-    from actors.rollout import Policy
+    from actors.rollout import Policy, fields_of
 
     # A task names the weights and does not contain them.
     policy = ray.put(Policy(version=1, bundle=(ray.put(b""),)))
@@ -195,7 +203,7 @@ def _draw(ray: Any, workers: Any, chunks: Sequence[tuple[SamplePlan, ...]], chun
     def submit(actor: Any, index: int) -> tuple[Any, Any]:
         # Chunks take 2 % more or less than planned.
         seconds = chunk_s * (0.98 + 0.04 * ((index * 7919) % 101) / 100)
-        meta, latents, images = actor.generate(chunks[index], policy, seconds)
+        meta, latents, images = actor.generate(fields_of(chunks[index]), policy, seconds)
         return meta, (latents, images)
 
     workers.spread([chunk[0].sample_id for chunk in chunks], submit, what="generate")
@@ -209,12 +217,14 @@ class _Host:
 
         self._objects = [ray.put(np.zeros(size, np.uint8)) for size in CHUNK_BYTES.values()]
 
-    def generate(self, chunk: tuple[SamplePlan, ...], policy: Any, seconds: float) -> tuple[Any, list[Any], list[Any]]:
+    def generate(
+        self, chunk: Sequence[Mapping[str, Any]], policy: Any, seconds: float
+    ) -> tuple[Any, list[Any], list[Any]]:
         from actors.worker_pool import Answer
 
         time.sleep(seconds)
         handle = RolloutHandle(
-            sample_ids=tuple(plan.sample_id for plan in chunk), prompts=tuple(plan.prompt for plan in chunk),
+            sample_ids=tuple(plan["sample_id"] for plan in chunk), prompts=tuple(plan["prompt"] for plan in chunk),
             policy_version=policy.version, schedule_id="simulated", payload=None,
         )  # fmt: skip
         return Answer(f"process {os.getpid()}", handle), [self._objects[0]], [self._objects[1]]
@@ -223,6 +233,9 @@ class _Host:
         from actors.worker_pool import Answer
 
         return Answer(f"process {os.getpid()}", None)
+
+    def ignore(self, *arguments: Any) -> tuple[None, None, None]:
+        return None, None, None
 
     def take(self, bundle: list[Any]) -> int:
         import ray
@@ -237,8 +250,8 @@ class _Worker:
     def __init__(self, host: Any) -> None:
         self._host = host
 
-    def generate(self, chunk: tuple[SamplePlan, ...], policy: Any, seconds: float) -> Any:
-        return self._host.generate.options(num_returns=3).remote(chunk, policy, seconds)
+    def generate(self, chunk: Sequence[Mapping[str, Any]], policy: Any, seconds: float) -> Any:
+        return self._host.generate.remote(chunk, policy, seconds)
 
     def ready(self) -> Any:
         return self._host.ready.remote()
@@ -252,6 +265,34 @@ def _pool(ray: Any, count: int) -> Any:
     ray.get([host.ready.remote() for host in hosts])
     workers = {f"rollout/{index}": _Worker(hosts[index % len(hosts)]) for index in range(count)}
     return WorkerPool(workers, timeout_s=600, late_s=600, ping=lambda worker: worker.ready())
+
+
+def measure_call(options: argparse.Namespace) -> None:
+    """Time the submission of calls that do nothing."""
+    import ray
+
+    from actors.rollout import Policy, fields_of
+
+    _start(ray)
+    host = ray.remote(_Host).options(num_cpus=0).remote()
+    groups = sample_prompts(
+        captions(), iteration=0, run_seed=0, num_prompts=options.calls * CHUNK, samples_per_prompt=1, mix=None
+    )
+    chunks, policy = chunks_of(groups, CHUNK), ray.put(Policy(version=1, bundle=(ray.put(b""),)))
+    arguments = {
+        "nothing": lambda chunk: (),
+        "plans as objects": lambda chunk: (chunk,),
+        "plans": lambda chunk: (fields_of(chunk),),
+        "plans and policy": lambda chunk: (fields_of(chunk), policy),
+    }
+    least = dict.fromkeys(arguments, float("inf"))
+    for name, given in [*arguments.items()] * options.rounds:
+        started = time.thread_time()
+        references = [host.ignore.remote(*given(chunk)) for chunk in chunks]
+        least[name] = min(least[name], 1e6 * (time.thread_time() - started) / len(chunks))
+        ray.get(references[-1][0])
+    _say(calls=len(chunks), **{name: round(value) for name, value in least.items()})
+    ray.shutdown()
 
 
 def measure_transfer(options: argparse.Namespace) -> None:
@@ -274,6 +315,9 @@ def measure_transfer(options: argparse.Namespace) -> None:
 
 
 def _start(ray: Any) -> None:
+    # As `RolloutActor.generate` is declared.
+    for method in (_Host.generate, _Host.ignore):
+        ray.method(num_returns=3)(method)
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
         object_store_memory=2_000_000_000,
