@@ -39,14 +39,18 @@ RUNS = [
 def test_the_table_has_ratios_to_the_base_model_of_the_seed_and_the_cost_without_calibration(script):
     text = script["make_table"](RUNS, 0.7)
     # Gains in spreads: 0.3 / stdev(1.2, 1.4) and 0.625 / stdev(0.5, 0.25).
-    assert "| acpo | 2 | 1.30 [1.20..1.40] | 0.375 [0.250..0.500] | 2.1, 3.5 | 0.200 [0.100..0.300] | 0.700 [0.500..0.900] |" in text
+    acpo = ("1.30 [1.20..1.40]", "0.375 [0.250..0.500]", "2.1, 3.5", "0.200 [0.100..0.300]", "0.700 [0.500..0.900]")
+    assert f"| acpo | 2 | {' | '.join(acpo)} |" in text
     assert "| acpo | 1.00 [1.00..1.00] | 1.00 [1.00..1.00] | 30 | 30 | 20 k |" in text
     assert "| nft | 1.00 | 1.00 | 100 | reached by 0 of 1 | - |" in text
 
 
 def test_runs_are_compared_at_equal_compute_and_at_equal_drift_by_interpolation(script):
     at_compute = script["compare_at"](RUNS, "cpu_seconds", "10")
-    assert "| acpo | 2 of 2 | 1.10 [1.10..1.10] | 0.781 [0.750..0.812] | 1.00 [1.00..1.00] | 0.912 [0.875..0.950] |" in at_compute
+    assert (
+        "| acpo | 2 of 2 | 1.10 [1.10..1.10] | 0.781 [0.750..0.812] | 1.00 [1.00..1.00] | 0.912 [0.875..0.950] |"
+        in at_compute
+    )
     at_drift = script["compare_at"](RUNS, "drift", "0.2")
     assert "| acpo | 1 of 2 | 1.27 | 0.500 | 1.00 | 0.667 | 27 |" in at_drift
     assert "| nft | 0 of 1 | - | - | - | - | - |" in at_drift
