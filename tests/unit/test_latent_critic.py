@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import AcpoError, ConfigError, RewardConfigError, RewardError
 from acpo_dist.core.registry import MODELS, REWARDS, resolve
+from acpo_dist.preflight.doctor.configured import check_rewards
 from acpo_dist.rewards.critic_config import FACTS_KEY, LatentCriticConfig
 from acpo_dist.rewards.latent_critic import CriticNetwork
 from acpo_dist.rewards.naming import metric_section
@@ -174,7 +175,12 @@ def test_a_run_trains_on_a_critic_with_its_metric_as_judge_resumes_exactly_and_i
     judges = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["judges"]
     assert {one["judge"] for one in judges} == {"two_stream", "strided_judge"}
     assert "reward" in done("plan", "toy_sdxl", *with_critic(critic))
-    assert "latent_critic" in done("doctor", "toy_sdxl", *with_critic(critic))
+
+
+def test_doctor_scores_a_critics_canary_and_asks_for_its_gradient(critic):
+    findings = {one.check: one for one in check_rewards(load_config("toy_sdxl", with_critic(critic)))}
+    assert all(one.verdict == "ok" for one in findings.values())
+    assert "gradient of norm" in findings["reward `latent_critic`"].found
 
 
 def test_the_canary_of_a_critic_is_a_latent_and_shows_a_changed_network(critic):
