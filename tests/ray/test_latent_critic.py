@@ -24,7 +24,7 @@ def test_a_run_on_a_critic_gives_the_metrics_of_one_process_on_ray(cluster, tmp_
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
-    config, file = load_config("toy_sdxl", SMALL), tmp_path / "critic.safetensors"
+    config, file = load_config("toy_sdxl", [*SMALL, "rewards.judges=[]"]), tmp_path / "critic.safetensors"
     distil(
         metric_section("two_stream", "METRIC"), config, LocalRollouts(config, device="cpu"), file,
         CriticSettings(width=8, steps=20, batch_size=8), count=8, console=QUIET,
