@@ -1,11 +1,11 @@
-# Needs only make and Python 3.11 or 3.12. `make PYTHON=python3.12 install` selects another interpreter.
+# Needs only make and Python 3.11 to 3.13. `make PYTHON=python3.12 install` selects another interpreter.
 
 PYTHON ?= python3
 UV_VERSION := 0.13.8
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-install
-HINT := install Python 3.11 or 3.12, or name one, as in make PYTHON=python3.12 install
+HINT := install Python 3.11, 3.12 or 3.13, or name one, as in make PYTHON=python3.12 install
 JOBS ?= 2
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
@@ -33,7 +33,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 venv:
 	@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' is not there: $(HINT)" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
 		|| { echo "acpo_dist does not run on $$($(PYTHON) --version 2>&1): $(HINT)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 

@@ -28,7 +28,7 @@ acpo_install() {
     wanted=$(cat ~/acpo/requirements.txt "$wheel" | sha256sum)
     [ "$(cat ~/acpo/venv/.acpo-installed 2>/dev/null)" != "$wanted" ] || return 0
     if [ ! -x ~/acpo/venv/bin/python ]; then
-        python=$(command -v python3.11 || command -v python3.12 || true)
+        python=$(command -v python3.11 || command -v python3.12 || command -v python3.13 || true)
         if [ -n "$python" ]; then
             "$python" -m venv ~/acpo/venv || return 1
         else

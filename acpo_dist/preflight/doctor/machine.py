@@ -45,8 +45,8 @@ dist.destroy_process_group()
 def check_system() -> Iterator[Finding]:
     """Check Python, processors, memory and limits."""
     yield judged(
-        (3, 11) <= sys.version_info[:2] < (3, 13), "python", f"{platform.python_version()} on {platform.platform()}",
-        "Python 3.11 or 3.12 is needed.", otherwise="failed",
+        (3, 11) <= sys.version_info[:2] < (3, 14), "python", f"{platform.python_version()} on {platform.platform()}",
+        "Python 3.11, 3.12 or 3.13 is needed.", otherwise="failed",
     )  # fmt: skip
     # Not all systems report which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
