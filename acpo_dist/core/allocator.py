@@ -1,4 +1,4 @@
-"""Settings of glibc's allocator that keep freed memory in the process."""
+"""When glibc's allocator keeps freed memory in the process, and when it returns it."""
 
 import ctypes
 import os
@@ -28,3 +28,14 @@ def keep_freed_memory() -> bool:
     # Arenas of other threads consist of 64 MiB heaps, which are too small for such blocks.
     wanted = ((_M_MMAP_THRESHOLD, _MMAP_BYTES), (_M_TRIM_THRESHOLD, _KEEP_BYTES), (_M_ARENA_MAX, 1))
     return all([mallopt(key, value) for key, value in wanted])
+
+
+def return_freed_memory() -> None:
+    """Give all freed blocks back to the system, after weights were loaded or released; nothing with another C library.
+
+    Copies of the weights in the file's type, and those of a model that was replaced, are not needed again.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        return

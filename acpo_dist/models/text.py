@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.models.family import CHUNKS
 from acpo_dist.models.loading import load_part
 
@@ -254,6 +255,7 @@ class PromptEmbeddings:
     def _release(self) -> None:
         if self._free and self._encoders is not None:
             self._encoders = None
+            return_freed_memory()
             if self._device.startswith("cuda"):
                 torch.cuda.empty_cache()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.core.errors import ModelError
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import switched
@@ -187,6 +188,7 @@ def release_frozen(network: nn.Module) -> None:
     for parameter in network.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.new_empty(0)
+    return_freed_memory()
 
 
 def share_frozen(network: nn.Module, other: nn.Module) -> None:

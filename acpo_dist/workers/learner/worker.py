@@ -14,6 +14,7 @@ from torch import Tensor
 from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
 from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.tail import states_at
+from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.core.errors import CheckpointError, ConfigError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
@@ -46,6 +47,7 @@ class LearnerWorker:
         """Load the model and its anchor; `start` builds the optimiser."""
         self._spec, self._source, self._device = spec, source, device
         self.family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
+        return_freed_memory()
         space, last = spec.algorithm.anchor.space, float(self.family.alpha_bars[-1])
         if space == "eps" and last < ZERO_SNR:
             raise ConfigError(

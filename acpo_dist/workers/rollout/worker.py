@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.schema import SamplerConfig
+from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.core.memory import within_memory
 from acpo_dist.core.registry import MODELS, resolve
@@ -41,6 +42,7 @@ class RolloutWorker:
             ConfigError: the sampler's steps do not fit the model.
         """
         self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
+        return_freed_memory()
         kind = self.family.prediction_type
         if sampler.stochastic_step == "flow_grpo" and kind != "flow_prediction":
             raise ConfigError(
