@@ -35,7 +35,7 @@ def main() -> int:
         if time.monotonic() - started > 60 * given.minutes:
             break
         case = draw(seed, given.kind)
-        record = punish(case, root / str(seed), expected)
+        record = {"kind": given.kind} | punish(case, root / str(seed), expected)
         with given.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
         failed += bool(record["problems"])

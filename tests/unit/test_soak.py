@@ -4,13 +4,14 @@ import json
 import random
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 
 from tests.soak.cases import ITERATIONS, KINDS, draw, every
 from tests.soak.checks import compare, ending, folder_left
 from tests.soak.faults import SIGNALS, damage
-from tests.soak.matrix import render, rows_of
+from tests.soak.matrix import read, render, rows_of
 from tests.soak.processes import PHASES, ROLES, phase_of
 
 
@@ -87,3 +88,8 @@ def test_the_table_counts_what_was_injected_and_survived_with_its_seeds():
     (row,) = rows_of(records)
     assert (row["injected"], row["survived"], row["seeds"]) == (3, 2, "1, 2, 4")
     assert "| SIGKILL | learner | learning | ray | 3 | 2 | 1, 2, 4 |" in render(json.loads(json.dumps(records)))
+
+
+def test_the_table_of_the_page_is_that_of_its_log():
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    assert render(read([docs / "evidence/soak.jsonl"])) in (docs / "reliability.md").read_text(encoding="utf-8")
