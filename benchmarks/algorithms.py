@@ -209,9 +209,11 @@ def make_table(lines: list[dict], goal: float) -> str:
     for name, seeds in by_arm(lines).items():
         paths = [relative(evaluations) for evaluations in seeds.values()]
         ends = [path[-1] for path in paths]
-        cell = {key: spread([end[key] for end in ends]) for key in ends[0]}
+        cell = {key: spread([end[key] for end in ends]) for key in set(ends[0]).intersection(*ends)}
         gain = f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}"
-        quality.append(row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"], cell["kept"]))
+        quality.append(
+            row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"], cell.get("kept", "-"))
+        )
         costs = [next((point for point in path if point["oracle_mse"] <= goal), None) for path in paths]
         reached = [cost for cost in costs if cost is not None]
         if len(reached) == len(costs):
@@ -236,9 +238,13 @@ def compare_at(lines: list[dict], key: str, value: str) -> str:
             for before, after in pairwise(relative(evaluations)):
                 if before[key] < float(value) <= after[key]:
                     share = (float(value) - before[key]) / (after[key] - before[key])
-                    found.append({k: before[k] + share * (after[k] - before[k]) for k in keys})
+                    found.append(
+                        {k: before[k] + share * (after[k] - before[k]) for k in keys if k in before and k in after}
+                    )
                     break
-        cells = [spread([point[k] for point in found]) if found else "-" for k in keys]
+        cells = [
+            spread([point[k] for point in found]) if found and all(k in point for point in found) else "-" for k in keys
+        ]
         rows.append(row(name, f"{len(found)} of {len(seeds)}", *cells))
     return "\n".join(rows) + "\n"
 
@@ -250,7 +256,9 @@ def relative(evaluations: list[dict]) -> list[dict[str, float]]:
     """
     base = evaluations[0]
     return [
-        {key: point[key] / base[key] for key in RATIOS} | {key: point[key] - base[key] for key in DIFFERENCES}
+        # Older evaluations have no `kept`.
+        {key: point[key] / base[key] for key in RATIOS if key in point and key in base}
+        | {key: point[key] - base[key] for key in DIFFERENCES}
         for point in evaluations
     ]
 
@@ -272,9 +280,12 @@ def draw(lines: list[dict], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey="row", constrained_layout=True)
     for index, (name, seeds) in enumerate(by_arm(lines).items()):
-        # A run that stopped early shortens the curve of its arm.
-        rounds = list(zip(*map(relative, seeds.values()), strict=False))
-        mean = {key: [statistics.fmean(point[key] for point in points) for points in rounds] for key in rounds[0][0]}
+        # Only iterations at which all seeds were evaluated.
+        shared = set.intersection(*({point["iteration"] for point in path} for path in seeds.values()))
+        paths = [relative([point for point in path if point["iteration"] in shared]) for path in seeds.values()]
+        keys = ("oracle_mse", "judge", *OTHER)
+        rounds = list(zip(*paths, strict=True))
+        mean = {key: [statistics.fmean(point[key] for point in points) for points in rounds] for key in keys}
         for axis, (metric, cost) in zip(axes.flat, product(("oracle_mse", "judge"), OTHER), strict=True):
             color = plt.get_cmap("tab20")(index % 20)
             axis.plot(mean[cost], mean[metric], marker="osv^D"[index % 5], ms=4, color=color, label=name)
