@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from acpo_dist.core.allocator import return_freed_memory
+from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.sizes import Size
 from acpo_dist.diffusion.clean_rule import CleanRule
 from acpo_dist.models.noise_levels import NoiseSchedule
@@ -224,6 +226,19 @@ class ModelFamily(Denoiser, Protocol):
     def save_pipeline(self, folder: Path) -> None:
         """Write a folder for diffusers' `DiffusionPipeline.from_pretrained`, with the tuned weights merged."""
         ...
+
+
+def load_family(model: Any, *, device: str, trainable: bool) -> Any:
+    """Load a model with all its components, as a worker does, and return the memory of intermediate copies.
+
+    Args:
+        model: the `model` section.
+        device: torch device.
+        trainable: as in `ModelFamily.load`.
+    """
+    family = resolve("model", MODELS, model.type).load(model, device=device, trainable=trainable)
+    return_freed_memory()
+    return family
 
 
 def trainable_tensors(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -90,7 +90,9 @@ def test_a_prompt_longer_than_the_encoder_reads_is_cut_as_the_pipeline_does(sdxl
 def test_prediction_is_the_pipelines_own_unet_call(kind: str):
     family, theirs = load(kind), open_base(ASSETS / f"toy-{kind}")
     # The same float32 weights; adapters that are still zero add nothing.
-    torch.testing.assert_close(answer(family), answer_of(theirs, family), rtol=0, atol=1e-6)
+    found, expected = answer(family), answer_of(theirs, family)
+    # By norm: where a file's weights lie in memory decides how a processor orders the sums of single elements.
+    assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
 
 
 def test_prediction_reads_the_prompt(sdxl: SdxlFamily):

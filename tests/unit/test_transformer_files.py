@@ -42,6 +42,11 @@ def config(path: Path, base: Path | None = None) -> Sd3Config:
     )  # fmt: skip
 
 
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Compare by norm: where a file's weights lie in memory decides how a processor orders the sums of elements."""
+    return float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
 @torch.no_grad()
 def answers(section: Sd3Config) -> tuple[torch.Tensor, torch.Tensor]:
     """(velocity, decoded images)."""
@@ -59,9 +64,9 @@ def test_a_single_file_is_the_model_of_its_folder_with_the_encoders_of_another(p
     Sd3Family.check(section)
     assert not cache.exists()
     velocity, images = answers(section)
-    assert torch.equal(velocity, answers(config(own))[0])
+    assert _same(velocity, answers(config(own))[0])
     # A file without a VAE takes that of the folder.
-    assert torch.equal(images, answers(config(own if vae else other))[1])
+    assert _same(images, answers(config(own if vae else other))[1])
     assert Sd3Family.chunk_counts(section, ["a", "a " * 40]) == Sd3Family.chunk_counts(config(own), ["a", "a " * 40])
     assert architecture_of(section).unet["num_layers"] == 2
     assert Sd3Family.notes(section) == []
@@ -85,8 +90,8 @@ def test_the_transformer_of_a_file_replaces_that_of_the_folder(name, prefix, tmp
         return model.predict(noisy, torch.tensor([500]), model.encode(["a red circle"]))
 
     wanted = velocity(tmp_path / "own")
-    assert torch.equal(velocity(file, config=str(other)), wanted)
-    assert not torch.equal(velocity(other), wanted)
+    assert _same(velocity(file, config=str(other)), wanted)
+    assert not _same(velocity(other), wanted)
 
 
 def test_a_single_file_that_lacks_something_is_refused_by_what_to_do(folders, tmp_path):

@@ -14,16 +14,15 @@ from torch import Tensor
 from acpo_dist.algorithms.base import Algorithm, BaseAlgorithm
 from acpo_dist.algorithms.branches import both_branches
 from acpo_dist.algorithms.tail import states_at
-from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.core.errors import CheckpointError, ConfigError
 from acpo_dist.core.memory import within_memory
-from acpo_dist.core.registry import ALGORITHMS, MODELS, resolve
+from acpo_dist.core.registry import ALGORITHMS, resolve
 from acpo_dist.core.seeding import derive_seed
 from acpo_dist.core.types import RewardTerm, RolloutBatch, SkippedStep, TrainTask, WeightBundle
 from acpo_dist.core.weights import make_bundle, with_version
 from acpo_dist.diffusion.prediction import add_noise, flow_scale, to_clean
 from acpo_dist.diffusion.sampling import guide
-from acpo_dist.models.family import copy_weights, trainable_tensors
+from acpo_dist.models.family import copy_weights, load_family, trainable_tensors
 from acpo_dist.models.loading import held_dtype
 from acpo_dist.objective.anchor import anchor_error, output_drift, resolve_space
 from acpo_dist.workers.learner.batches import BatchMaker, LearnerSpec, mean_elements, memory_remedy
@@ -46,8 +45,7 @@ class LearnerWorker:
     def __init__(self, spec: LearnerSpec, source: GradientSource, *, device: str = "cpu") -> None:
         """Load the model and its anchor; `start` builds the optimiser."""
         self._spec, self._source, self._device = spec, source, device
-        self.family = resolve("model", MODELS, spec.model.type).load(spec.model, device=device, trainable=True)
-        return_freed_memory()
+        self.family = load_family(spec.model, device=device, trainable=True)
         space, last = spec.algorithm.anchor.space, float(self.family.alpha_bars[-1])
         if space == "eps" and last < ZERO_SNR:
             raise ConfigError(

@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.schema import SamplerConfig
-from acpo_dist.core.allocator import return_freed_memory
 from acpo_dist.core.errors import ConfigError, WeightSyncError
 from acpo_dist.core.memory import within_memory
-from acpo_dist.core.registry import MODELS, resolve
 from acpo_dist.core.seeding import generator
 from acpo_dist.core.types import LateLatents, RolloutBatch, SamplePlan, WeightAck, WeightBundle
 from acpo_dist.core.weights import checksum
 from acpo_dist.diffusion.sampling import STOCHASTIC, Denoise, Sampler, Visit, guide, keep_states, sample
 from acpo_dist.diffusion.splitting import SHARE_AT_END, GuidedDenoise, sample_split
 from acpo_dist.diffusion.trajectory import Trajectory
-from acpo_dist.models.family import copy_weights, trainable_tensors
+from acpo_dist.models.family import copy_weights, load_family, trainable_tensors
 from acpo_dist.models.schedulers import make_sampler
 from acpo_dist.models.tuning import MergedAdapters
 from acpo_dist.vrg.sums import ErrorSums
@@ -41,8 +39,7 @@ class RolloutWorker:
         Raises:
             ConfigError: the sampler's steps do not fit the model.
         """
-        self.family = resolve("model", MODELS, model.type).load(model, device=device, trainable=False)
-        return_freed_memory()
+        self.family = load_family(model, device=device, trainable=False)
         kind = self.family.prediction_type
         if sampler.stochastic_step == "flow_grpo" and kind != "flow_prediction":
             raise ConfigError(
