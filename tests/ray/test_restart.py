@@ -99,8 +99,9 @@ def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_
     assert process.returncode == 0, said
     assert "Traceback" not in said and "cluster.max_restarts" in said
     if every > ITERATIONS:
-        # The last one, and the state after the iteration before the loss, which the driver had kept.
-        assert len(list((folder / "checkpoints").iterdir())) == 2
+        # The last one, and the state before a loss that the driver had kept; a busy machine may lose more than one.
+        saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert len(saved) >= 2 and saved[-1] == f"{ITERATIONS:06d}", saved
     found = results(folder)
     # One line before the first update, one after each.
     assert [row["iteration"] for row in found] == [row["iteration"] for row in calm] == list(range(ITERATIONS + 1))
