@@ -319,7 +319,7 @@ def _bad_latent_reward(entry: MetricConfig, config: Config) -> str | None:
         ("guard.action", "none" if config.guard.action == "none" else None, "guard.action=warn or stop"),
     ):
         if value is not None:
-            return f"scores whole latents under the eyes of the guard, and {key} is {value}. Set {other}"
+            return f"scores whole latents and needs the guard, and {key} is {value}. Set {other}"
     if isinstance(entry.hinge, Path):
         return f"scores latents, and `hinge` is the images `{entry.hinge}`. Give a normalised score as a number"
     return None

@@ -101,7 +101,7 @@ def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_
     if every > ITERATIONS:
         # The last one, and the state before a loss that the driver had kept; a busy machine may lose more than one.
         saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
-        assert len(saved) >= 2 and saved[-1] == f"{ITERATIONS:06d}", saved
+        assert 2 <= len(saved) <= 1 + said.count("cluster.max_restarts)") and saved[-1] == f"{ITERATIONS:06d}", saved
     found = results(folder)
     # One line before the first update, one after each.
     assert [row["iteration"] for row in found] == [row["iteration"] for row in calm] == list(range(ITERATIONS + 1))

@@ -2,24 +2,18 @@
 
 import json
 import shutil
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from acpo_dist.core.errors import LearnerLostError, NonFiniteError, ResumeError, WorkerLostError
+from acpo_dist.core.errors import NonFiniteError, ResumeError
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
-from acpo_dist.training.export import read_export_facts
-from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
+from acpo_dist.training.local import LocalRollouts, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run, read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
-from acpo_dist.workers.learner.state import serialise, write_serialised
-from tests.helpers.runs import results
 
 QUIET = Console(quiet=True)
 
@@ -260,146 +254,6 @@ def test_only_the_network_computes_in_bfloat16(tiny, tmp_path, monkeypatch):
     drive(config, open_ports, QUIET)
     assert seen["value_and_grad"] == seen["_make"] == {False}
     assert True in seen["network"]
-
-
-def losing(at: int):
-    """In-process ports whose learner is lost once, in update `at`."""
-    state = {"lost": False}
-
-    @contextmanager
-    def opened(config, tracker):
-        with open_ports(config, tracker) as ports:
-            inner, count = ports.learner, [0]
-
-            class Losing:
-                def __getattr__(self, name):
-                    return getattr(inner, name)
-
-                def train(self, *arguments, **named):
-                    count[0] += 1
-                    if not state["lost"] and count[0] == at:
-                        state["lost"] = True
-                        raise WorkerLostError("learner/0 died")
-                    return inner.train(*arguments, **named)
-
-            yield replace(ports, learner=Losing())
-
-    return opened
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 3 iterations with a checkpoint of each."""
-    from acpo_dist.config.load import load_config
-    from tests.conftest import TINY
-
-    root = tmp_path_factory.mktemp("finished") / "run"
-    options = [*TINY, "run.iterations=3", "checkpoint.every=1", "checkpoint.keep=9", "tracking.images_every=9"]
-    drive(load_config("toy_sdxl", [*options, f"run.dir={root}"]), open_ports, QUIET)
-
-    def config(folder):
-        return load_config("toy_sdxl", [*options, f"run.dir={folder}"])
-
-    return root, config
-
-
-def weights_of(root):
-    return load_file(root / "checkpoints/000003/learner/policy.safetensors")
-
-
-@pytest.mark.parametrize("where", ["the same folder", "another folder"])
-def test_a_run_resumed_from_a_named_checkpoint_continues_from_it_also_after_a_loss(finished, tmp_path, where):
-    whole, config = finished
-    root = tmp_path / "run"
-    if where == "the same folder":
-        shutil.copytree(whole, root)
-    source = (root if where == "the same folder" else whole) / "checkpoints/000001"
-    # Lost before the first checkpoint of its own: neither the later ones of before nor the base model will do.
-    drive(config(root), losing(1), QUIET, resume=str(source))
-    iterations = [row["iteration"] for row in read_metrics(root / "metrics.jsonl")]
-    assert iterations == ([0, 1, 2, 3] if where == "the same folder" else [1, 2, 3])
-    assert all(torch.equal(value, weights_of(root)[name]) for name, value in weights_of(whole).items())
-    aside = {path.name for path in (root / "checkpoints").glob("superseded.*")}
-    assert aside == ({"superseded.000002", "superseded.000003"} if where == "the same folder" else set())
-
-
-class InMemory:
-    """Training state of a learner of this process, as bytes."""
-
-    def __init__(self, learner: LocalLearner, earlier, *, whole: bool) -> None:
-        self._files = serialise(learner.worker.state(earlier))
-        self._whole = whole
-
-    def write(self, folder):
-        if not self._whole:
-            raise WorkerLostError("the copy was not complete")
-        write_serialised(folder, self._files)
-
-
-@pytest.mark.parametrize(
-    ("bound", "every", "incomplete", "repeated"),
-    [(0, 1, (), [2]), (1, 1, (), [2]), (1, 9, (), [2]), (0, 9, (2,), [1, 2]), (0, 9, (1, 2), [0, 1, 2])],
-    ids=["checkpoint", "checkpoint ahead", "kept ahead", "former kept", "none kept"],
-)
-def test_lost_learner_ranks_are_replaced_and_change_no_metric(bound, every, incomplete, repeated, tiny, tmp_path):
-    opened, lost, trained, kept = [], [], [], []
-
-    @contextmanager
-    def losing_ranks(config, tracker):
-        with open_ports(config, tracker) as ports:
-            opened.append(ports)
-            learner: Any = ports.learner
-            train, rewards = learner.train, cast("LocalRewards", ports.reward)
-
-            def updated(handles, task, advance=None):
-                trained.append(task.iteration)
-                if task.iteration == 2 and not lost:
-                    lost.append(task.sample_ids)
-                    train(handles, task)
-                    raise LearnerLostError("learner/0 died in `train`")
-                return train(handles, task, advance)
-
-            def renewed():
-                learner.worker = LocalLearner(learner_spec(config), rewards, device="cpu").worker
-
-            def keep(earlier=()):
-                kept.append(len(kept))
-                return InMemory(learner, earlier, whole=kept[-1] not in incomplete)
-
-            learner.train, learner.renew = updated, renewed
-            if every > 1:
-                learner.keep = keep
-            yield ports
-
-    def config(name):
-        return tiny(
-            "run.iterations=3", f"checkpoint.every={every}", f"pipeline.max_staleness={bound}",
-            f"run.dir={tmp_path / name}",
-        )  # fmt: skip
-
-    drive(config("calm"), open_ports, QUIET)
-    drive(config("lost"), losing_ranks, QUIET)
-    assert trained == [0, 1, 2, *repeated] and len(opened) == (2 if repeated[0] == 0 else 1)
-    assert results(tmp_path / "lost") == results(tmp_path / "calm")
-
-
-def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(finished, tmp_path):
-    whole, config = finished
-    root = tmp_path / "run"
-    shutil.copytree(whole, root)
-    with pytest.raises(ResumeError, match="already holds a run"):
-        drive(config(root), open_ports, QUIET, resume=str(whole / "checkpoints/000001"))
-    assert {path.name for path in (root / "checkpoints").iterdir()} == {"000001", "000002", "000003"}
-
-
-def test_the_export_names_its_weights(finished):
-    from acpo_dist.core.weights import checksum
-
-    root, _ = finished
-    assert read_export_facts(root / "export") == {
-        "iteration": 3, "policy_version": 3, "policy_sha256": checksum(weights_of(root)),
-        "format": "comfy", "file": f"{read_run_config(root).run.name}.safetensors",
-    }  # fmt: skip
 
 
 def test_an_anchor_may_train_alone(tiny, tmp_path):
