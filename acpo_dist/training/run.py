@@ -241,10 +241,11 @@ class _Job:
 def model_notes(config: Config) -> list[str]:
     """Return what a user should know of the configured model when a run starts; the family's notes need the model."""
     family, notes = resolve("model", MODELS, config.model.type), []
-    slow = [key for key in ("dtype", "vae_dtype") if getattr(config.model, key, None) == "bfloat16"]
+    slow = [f"model.{key}" for key in ("dtype", "vae_dtype") if getattr(config.model, key, None) == "bfloat16"]
+    slow += ["learner.precision"] if config.learner.precision == "bfloat16" else []
     if slow and config.cluster.backend != "ray" and not torch.cuda.is_available() and not computes_bfloat16("cpu"):
         notes.append(
-            f"{' and '.join(f'model.{key}=bfloat16' for key in slow)}: this processor does not multiply in bfloat16 "
+            f"{', '.join(f'{key}=bfloat16' for key in slow)}: this processor does not multiply in bfloat16 "
             "and takes many times as long as in float32; float32 needs twice the memory"
         )
     try:

@@ -36,6 +36,13 @@ LARGEST = 1 << 20
 @contextlib.contextmanager
 def python(folder: Path) -> Iterator[str]:
     """Start the server, and give the path of the program; the server ends with the context."""
+    with serving(folder) as (program, _):
+        yield program
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, int]]:
+    """As `python`, with the process id of the server, whose children are the forks."""
     address, program = folder / "fork.sock", folder / "python"
     program.write_text(
         f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -51,7 +58,7 @@ def python(folder: Path) -> Iterator[str]:
     try:
         assert server.stdout is not None
         assert server.stdout.readline() == b"ready\n", "the fork server did not start"
-        yield str(program)
+        yield str(program), server.pid
     finally:
         server.kill()
         server.wait()
@@ -139,6 +146,8 @@ def _become(request: dict[str, Any], streams: list[int], program: str) -> None:
     """Run a script in this fork, as the interpreter would."""
     status = 1
     try:
+        # Ray kills the process group of a worker that it lost.
+        os.setpgid(0, 0)
         for index, stream in enumerate(streams):
             os.dup2(stream, index)
         os.closerange(3, 4096)

@@ -1,22 +1,34 @@
 """What is injected: cases of faults, roles and phases, drawn at random from a seed."""
 
 import random
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from tests.soak.faults import CLOSED, SIGNALS, Injection
 from tests.soak.processes import PHASES
 
 ITERATIONS = 3
 """On Ray float32 sums differ by their order, and the difference grows tenfold per iteration: 1e-6, 2e-5, 3e-4, 2e-2."""
-_LATER = [name for name in PHASES if name not in ("start", "loading", "calibration", "export")]
-_RANKS = [name for name in PHASES if name not in ("start", "iterating")]
 SURVIVED = ("learner", "rollout", "reward", "controller")
 """Roles whose loss must not end the command."""
-_DISK_PHASES = {"local": ("iterating", "saving", "export"), "ray": ("scoring", "saving", "export")}
-_REWARD_FAULTS, _REWARD_PHASES = ("nan", "hang", "memory"), ("calibration", "drawing", "learning")
-_TRACKING_FAULTS, _TRACKING_PHASES = ("SIGKILL", "SIGSTOP", CLOSED), ("start", "iterating", "export")
+_LATER = [name for name in PHASES if name not in ("start", "loading", "calibration", "export")]
+_RANKS = [name for name in PHASES if name not in ("start", "iterating")]
 _PER_CASE = 6
-"""Signals in one run of `every`."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is counted: a fault of a role in a phase."""
+
+    fault: str
+    role: str
+    phase: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.fault} {self.role} {self.phase} {self.backend}"
 
 
 @dataclass
@@ -27,63 +39,75 @@ class Case:
     backend: str
     overrides: list[str] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
-    small_disk: bool = False
-    mlflow: bool = False
-    """Whether the run is tracked by an MLflow server, which the faults disturb."""
+
+    def has(self, role: str) -> bool:
+        """Whether a fault is of this role."""
+        return any(one.role == role for one in self.injections)
 
 
-def draw(seed: int, kind: str = "any") -> Case:
+def _product(faults: Iterable[str], role: str, phases: Iterable[str], backend: str) -> list[Combination]:
+    return [Combination(fault, role, phase, backend) for fault in faults for phase in phases]
+
+
+_ON_RAY = [one for role in SURVIVED for one in _product(SIGNALS, role, _RANKS, "ray")]
+_ON_RAY += _product(SIGNALS, "driver", ["start", *_RANKS], "ray")
+GROUPS: list[list[Combination]] = [
+    _ON_RAY,
+    _product(SIGNALS, "driver", ["start", "iterating", "saving", "export"], "local")
+    + _product(["damaged checkpoint"], "driver", ["iterating", "saving", "export"], "local"),
+    _product(["full disk"], "disk", ["iterating", "saving", "export"], "local"),
+    _product(["full disk"], "disk", ["scoring", "saving", "export"], "ray"),
+    _product(["SIGKILL", "SIGSTOP", CLOSED], "mlflow", ["start", "iterating", "export"], "local"),
+    _product(["nan", "hang", "memory"], "reward", ["calibration", "drawing", "learning"], "ray"),
+]
+"""Combinations of one group may share a run."""
+
+
+def draw(seed: int, wanted: Callable[[Combination], bool] = lambda _: True) -> Case | None:
     """The case of a seed.
 
     Args:
         seed: decides everything that is random.
-        kind: one of `KINDS`, `any` for all of them at random, or `all` for every
-            combination of fault, role and phase in turn: `len(every(0))` seeds that follow each other have each once.
+        wanted: which combinations may be injected.
+
+    Returns:
+        A run with several faults; None if no combination is wanted.
     """
     chosen = random.Random(seed)
-    if kind == "all":
-        turn, place = divmod(seed, len(every(0)))
-        return _seeded(replace(every(turn)[place], seed=seed), chosen)
-    if kind == "any":
-        kind = chosen.choice(["learner", "roles", "roles", "local", "local", "disk", "reward", "tracking"])
-    return _seeded(KINDS[kind](seed, chosen), chosen)
-
-
-def every(turn: int) -> list[Case]:
-    """Cases that together inject each combination of fault, role and phase once.
-
-    Args:
-        turn: decides which combinations share a run, and the order of the cases; their number is always the same.
-    """
-    chosen = random.Random(turn)
-    signals = [
-        Injection(fault, role, phase, _after(chosen, phase))
-        for role in ("driver", *SURVIVED)
-        for fault in SIGNALS
-        for phase in (["start", *_RANKS] if role == "driver" else _RANKS)
+    left = [[one for one in group if wanted(one)] for group in GROUPS]
+    if not any(left):
+        return None
+    place = chosen.choices(range(len(left)), weights=[len(group) for group in left])[0]
+    signals = GROUPS[place] is _ON_RAY
+    found = chosen.sample(left[place], len(left[place]))
+    if not signals:
+        # The phases of a short run have time for one such fault each.
+        found = list({one.phase: one for one in found}.values())
+    injections = [
+        Injection(one.fault, one.role, one.phase, _after(chosen, one.phase), chosen.randrange(2**32))
+        for one in found[:_PER_CASE]
     ]
-    chosen.shuffle(signals)
-    cases = [
-        Case(0, "ray", [*_engine(chosen), "rollout.num_workers=2"], _in_order(signals[at : at + _PER_CASE]))
-        for at in range(0, len(signals), _PER_CASE)
-    ]
-    cases += [
-        Case(0, "local", [], [Injection(fault, "driver", phase, _after(chosen, phase))])
-        for fault in (*SIGNALS, "damaged checkpoint")
-        for phase in ("start", "iterating", "saving", "export")
-        if (fault, phase) != ("damaged checkpoint", "start")
-    ]
-    cases += [_full_disk(backend, phase, chosen) for backend in _DISK_PHASES for phase in _DISK_PHASES[backend]]
-    cases += [_tracking_lost(fault, phase, chosen) for fault in _TRACKING_FAULTS for phase in _TRACKING_PHASES]
-    cases += [_faulty_reward(fault, phase, chosen) for fault in _REWARD_FAULTS for phase in _REWARD_PHASES]
-    chosen.shuffle(cases)
-    return cases
+    overrides = []
+    if found[0].backend == "ray":
+        overrides += _engine(chosen)
+        overrides += ["rollout.num_workers=2"] if signals else ["rewards.replicas=2", "rewards.attempt_timeout_s=20"]
+    return Case(seed, found[0].backend, overrides, _in_order(injections))
 
 
-def _seeded(case: Case, chosen: random.Random) -> Case:
-    for injection in case.injections:
-        injection.seed = chosen.randrange(2**32)
-    return case
+def again(record: Mapping[str, Any]) -> Case:
+    """The case of a record of the log."""
+    injections = [Injection(**one | {"done": False, "seen": ""}) for one in record["injections"]]
+    return Case(record["seed"], record["backend"], record["overrides"], injections)
+
+
+def survived(records: Iterable[Mapping[str, Any]]) -> Counter[Combination]:
+    """How often each combination was injected into runs without problems."""
+    return Counter(
+        Combination(one["fault"], one["role"], one["phase"], record["backend"])
+        for record in records
+        for one in record["injections"]
+        if one["done"] and not record["problems"]
+    )
 
 
 def _engine(chosen: random.Random) -> list[str]:
@@ -103,64 +127,3 @@ def _after(chosen: random.Random, phase: str) -> int:
     if phase == "export":
         return ITERATIONS + 1
     return chosen.randrange(1, ITERATIONS) if phase in _LATER else 0
-
-
-def _learner(seed: int, chosen: random.Random) -> Case:
-    phases = [chosen.choice(_RANKS) for _ in range(4)]
-    injections = [Injection("SIGKILL", "learner", phase, _after(chosen, phase)) for phase in phases]
-    return Case(seed, "ray", _engine(chosen), _in_order(injections))
-
-
-def _roles(seed: int, chosen: random.Random) -> Case:
-    injections = []
-    for _ in range(3):
-        fault = chosen.choice(["SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM"])
-        role = chosen.choice(["driver", *SURVIVED])
-        phase = chosen.choice(["start", *_RANKS] if role == "driver" else _RANKS)
-        injections.append(Injection(fault, role, phase, _after(chosen, phase)))
-    workers = ["rollout.num_workers=2"] if chosen.random() < 0.5 else []
-    return Case(seed, "ray", [*_engine(chosen), *workers], _in_order(injections))
-
-
-def _local(seed: int, chosen: random.Random) -> Case:
-    fault = chosen.choice(["SIGKILL", "SIGTERM", "SIGSTOP", "damaged checkpoint"])
-    phases = ["iterating", "saving", "export", *(["start"] if fault != "damaged checkpoint" else [])]
-    return Case(seed, "local", [], _in_order([_of(chosen, fault, phases), _of(chosen, "SIGKILL", phases)]))
-
-
-def _of(chosen: random.Random, fault: str, phases: list[str]) -> Injection:
-    phase = chosen.choice(phases)
-    return Injection(fault, "driver", phase, _after(chosen, phase))
-
-
-def _disk(seed: int, chosen: random.Random) -> Case:
-    backend = chosen.choice(["local", "local", "ray"])
-    return replace(_full_disk(backend, chosen.choice(_DISK_PHASES[backend]), chosen), seed=seed)
-
-
-def _full_disk(backend: str, phase: str, chosen: random.Random) -> Case:
-    overrides = _engine(chosen) if backend == "ray" else []
-    return Case(0, backend, overrides, [Injection("full disk", "disk", phase, _after(chosen, phase))], True)
-
-
-def _reward(seed: int, chosen: random.Random) -> Case:
-    return replace(_faulty_reward(chosen.choice(_REWARD_FAULTS), chosen.choice(_REWARD_PHASES), chosen), seed=seed)
-
-
-def _faulty_reward(fault: str, phase: str, chosen: random.Random) -> Case:
-    overrides = [*_engine(chosen), "rewards.replicas=2", "rewards.attempt_timeout_s=20"]
-    return Case(0, "ray", overrides, [Injection(fault, "reward", phase, _after(chosen, phase))])
-
-
-def _tracking(seed: int, chosen: random.Random) -> Case:
-    return replace(_tracking_lost(chosen.choice(_TRACKING_FAULTS), chosen.choice(_TRACKING_PHASES), chosen), seed=seed)
-
-
-def _tracking_lost(fault: str, phase: str, chosen: random.Random) -> Case:
-    return Case(0, "local", [], [Injection(fault, "mlflow", phase, _after(chosen, phase))], mlflow=True)
-
-
-KINDS = {
-    "learner": _learner, "roles": _roles, "local": _local, "disk": _disk, "reward": _reward, "tracking": _tracking
-}  # fmt: skip
-"""Kinds of cases that are drawn at random."""

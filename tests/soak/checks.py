@@ -44,6 +44,9 @@ def ending(code: int, output: str, *, signalled: bool) -> list[str]:
     problems = ["a traceback was printed"] if "Traceback (most recent call last)" in output else []
     if code in (-9, 137) and signalled:
         return problems
+    if code == -15 and signalled and not output.strip():
+        # While Python starts, before anything is begun, SIGTERM has its default effect.
+        return []
     lines = output.strip().splitlines()
     if code in (143, 130) and signalled:
         return (

@@ -40,7 +40,7 @@ class Injection:
 
 
 class Injector:
-    """Injects faults into one run, one after the other, each when its phase is seen.
+    """Injects faults into one run, each when its phase is seen and the fault before it has had its effect.
 
     Args:
         processes: the run's processes.
@@ -74,9 +74,12 @@ class Injector:
         if self._server and now > self._away_until > 0:
             self._server.start()
             self._away_until = 0.0
-        waiting = [one for one in due if not one.done]
-        if waiting and not self._stopped and not any(self._processes.lives(pid) for pid in self._gone):
-            self._try(waiting[0], now)
+        if not self._stopped and now > self._away_until and not any(map(self._processes.lives, self._gone)):
+            titles, done = self._processes.titles(), rows(self._folder)
+            phase = phase_of(titles, self._folder, self._iterations)
+            for one in due:
+                if not one.done and one.phase == phase and one.after <= done and self._inject(one, titles, now):
+                    break
         time.sleep(_LOOK_S)
 
     def release(self) -> None:
@@ -88,12 +91,8 @@ class Injector:
         self._stopped.clear()
         self.filler.unlink(missing_ok=True)
 
-    def _try(self, injection: Injection, now: float) -> None:
-        titles = self._processes.titles()
-        if injection.phase != phase_of(titles, self._folder, self._iterations):
-            return
-        if injection.after > rows(self._folder):
-            return
+    def _inject(self, injection: Injection, titles: dict[int, str], now: float) -> bool:
+        """Inject a fault if its victim is there; returns whether it is."""
         chosen = random.Random(injection.seed)
         if self._server:
             seconds = chosen.uniform(*STOPPED_S)
@@ -103,12 +102,12 @@ class Injector:
                 self._server.signal(SIGNALS[injection.fault])
                 if injection.fault == "SIGKILL":
                     self._server.kill()
-                self._away_until = now + seconds
+            self._away_until = now + seconds
             injection.seen = f"{seconds:.0f} s"
         elif injection.fault in SIGNALS:
             victims = sorted(of_role(titles, injection.role, self._processes.parent))
             if not victims:
-                return
+                return False
             victim = chosen.choice(victims)
             if injection.fault == "SIGSTOP":
                 self._stopped.append((now + chosen.uniform(*STOPPED_S), victim))
@@ -122,13 +121,14 @@ class Injector:
         elif injection.fault == "damaged checkpoint":
             injection.seen = damage(self._folder, chosen)
             if not injection.seen:
-                return
+                return False
             # Only a restart reads it.
             self._signal(self._processes.parent, signal.SIGKILL)
         else:
             (self._faults / injection.fault).touch()
             injection.seen = injection.fault
         injection.done = True
+        return True
 
     def _signal(self, pid: int, number: signal.Signals) -> None:
         if self._processes.lives(pid):

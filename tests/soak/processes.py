@@ -39,10 +39,11 @@ class Processes:
 
     Args:
         parent: the process that was started.
+        server: the process whose forks stand for descendants of the parent; it is not counted itself.
     """
 
-    def __init__(self, parent: int) -> None:
-        self.parent = parent
+    def __init__(self, parent: int, server: int | None = None) -> None:
+        self.parent, self._server = parent, server
         self._seen: dict[int, str] = {}
         """Process id -> start time, which tells a process from a later one with the same id."""
 
@@ -52,11 +53,11 @@ class Processes:
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal() and (facts := _stat(int(entry.name))):
                 found[int(entry.name)] = facts
-        family, size = {self.parent, *self._seen}, 0
+        family, size = {self.parent, *self._seen, *([self._server] if self._server else [])}, 0
         while size != len(family):
             size = len(family)
             family |= {pid for pid, (above, _, _) in found.items() if above in family}
-        for pid in family & found.keys():
+        for pid in (family & found.keys()) - {self._server}:
             self._seen.setdefault(pid, found[pid][1])
 
     def titles(self) -> dict[int, str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,30 @@ from tests.soak.faults import Injector
 from tests.soak.processes import Processes, shared_memory
 from tests.soak.server import TrackingServer
 
-ACPO = [sys.executable, "-c", "from acpo_dist.cli import main; main()"]
 RUN_S = 2400.0
 """Seconds after which a run counts as hung."""
-_LEFT_S = 30.0
-"""Seconds that descendants of a process that was killed have to end."""
-_STARTS = 6
+_LEFT_S = 90.0
+"""Seconds that descendants of a process have to end: two agents of Ray notice after 63 s that a driver was killed."""
+_STARTS = 8
 
 
-def command(folder: Path, case: Case, *, faults: Path, resume: bool = False) -> list[str]:
-    """`acpo train` of a case."""
+@dataclass(frozen=True)
+class Forks:
+    """Program that Ray starts workers with (`tests.helpers.forked`), and the process whose children they are then."""
+
+    program: str
+    server: int
+
+
+def command(folder: Path, case: Case, *, faults: Path, resume: bool = False, python: str = sys.executable) -> list[str]:
+    """`acpo train` of a case; Ray's workers run in the interpreter `python`."""
     overrides = [
         *TINY, f"run.iterations={ITERATIONS}", "checkpoint.every=1", f"cluster.backend={case.backend}",
         f"run.dir={folder}", *case.overrides,
         f"rewards.judges=[{{type: 'tests.helpers.misbehaving:Misbehaving', folder: '{faults}'}}]",
     ]  # fmt: skip
-    return [*ACPO, "train", "toy_sdxl", *overrides, *(["--resume", "auto"] if resume else [])]
+    code = f"import sys; sys.executable = {python!r}; from acpo_dist.cli import main; main()"
+    return [sys.executable, "-c", code, "train", "toy_sdxl", *overrides, *(["--resume", "auto"] if resume else [])]
 
 
 def twin(root: Path) -> list[dict[str, float]]:
@@ -49,7 +57,7 @@ def twin(root: Path) -> list[dict[str, float]]:
     return results(root / "twin")
 
 
-def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str, Any]:
+def punish(case: Case, root: Path, expected: list[dict[str, float]], forks: Forks) -> dict[str, Any]:
     """Execute a case in the folder `root` and check it.
 
     Returns:
@@ -62,17 +70,17 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
     problems: list[str] = []
     codes: list[int] = []
     said: list[str] = []
-    folder = root / "disk" / "run" if case.small_disk else root / "run"
-    serving = closing(TrackingServer(root / "mlflow")) if case.mlflow else nullcontext()
-    with _disk(root / "disk", case.small_disk), serving as server:
-        if server:
-            case = replace(
-                case, overrides=[*case.overrides, "tracking.mlflow=true", f"tracking.mlflow_uri={server.uri}"]
-            )
+    started_by: list[Processes] = []
+    folder = root / "disk" / "run" if case.has("disk") else root / "run"
+    serving = closing(TrackingServer(root / "mlflow")) if case.has("mlflow") else nullcontext()
+    with _disk(root / "disk", case.has("disk")), serving as server:
+        tracked = ["tracking.mlflow=true", f"tracking.mlflow_uri={server.uri}"] if server else []
+        run = replace(case, overrides=[*case.overrides, *tracked])
         for attempt in range(_STARTS):
             log = root / f"output{attempt}.txt"
-            code, signalled = _start(case, folder, faults, log, problems, server, resume=bool(attempt))
+            code, signalled, processes = _start(run, folder, faults, log, problems, server, forks, resume=bool(attempt))
             codes.append(code)
+            started_by.append(processes)
             output = log.read_text(errors="replace")
             said.append(output)
             problems += checks.ending(code, output, signalled=signalled)
@@ -87,7 +95,8 @@ def punish(case: Case, root: Path, expected: list[dict[str, float]]) -> dict[str
             problems += checks.folder_left(folder)
             if server:
                 problems += server.missing(folder)
-        if problems and case.small_disk:
+        problems += _left(started_by)
+        if problems and case.has("disk"):
             shutil.copytree(folder, root / "run", dirs_exist_ok=True)
     if left := sorted(name for name in shared_memory() - before if not _in_use(name)):
         problems.append(f"left in shared memory: {left}")
@@ -106,19 +115,20 @@ def _start(
     log: Path,
     problems: list[str],
     server: TrackingServer | None,
+    forks: Forks,
     *,
     resume: bool,
-) -> tuple[int, bool]:
-    """Start the run once; returns its code, and whether it received a signal itself."""
+) -> tuple[int, bool, Processes]:
+    """Start the run once; returns its code, whether it received a signal itself, and all processes it had."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # Ray starts workers at niceness 15: beside other work they would hardly run.
     variables["RAY_worker_niceness"] = "0"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command(folder, case, faults=faults, resume=resume), stdout=output, stderr=output, env=variables,
-            start_new_session=True,
+            command(folder, case, faults=faults, resume=resume, python=forks.program), stdout=output, stderr=output,
+            env=variables, start_new_session=True,
         )  # fmt: skip
-    processes = Processes(process.pid)
+    processes = Processes(process.pid, forks.server)
     injector = Injector(processes, folder, ITERATIONS, faults, server)
     pending = [one for one in case.injections if not one.done]
     deadline = time.monotonic() + RUN_S
@@ -130,25 +140,24 @@ def _start(
             injector.step(pending)
     finally:
         injector.release()
-        _end(process, processes, problems)
+        if process.poll() is None:
+            process.kill()
+        process.wait()
     driver = [one for one in pending if one.done and (one.role == "driver" or one.fault == "damaged checkpoint")]
-    return process.returncode, any(one.fault != "SIGSTOP" for one in driver)
+    return process.returncode, any(one.fault != "SIGSTOP" for one in driver), processes
 
 
-def _end(process: subprocess.Popen, processes: Processes, problems: list[str]) -> None:
-    """Wait for all descendants of a process that has ended; those that stay are a problem, and are killed."""
-    if process.poll() is None:
-        process.kill()
-    process.wait()
+def _left(started: list[Processes]) -> list[str]:
+    """Wait for all processes of runs that have ended; those that stay are a problem, and are killed."""
     deadline = time.monotonic() + _LEFT_S
-    while processes.alive() and time.monotonic() < deadline:
+    while any(one.alive() for one in started) and time.monotonic() < deadline:
         time.sleep(0.2)
-    titles = processes.titles()
-    if left := processes.alive():
-        problems.append(f"processes left {_LEFT_S:g} s after the end: {[titles.get(pid, pid) for pid in left]}")
+    titles = {pid: title for one in started for pid, title in one.titles().items()}
+    left = [pid for one in started for pid in one.alive()]
     for pid in left:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return [f"processes left {_LEFT_S:g} s after the end: {[titles.get(pid, pid) for pid in left]}"] if left else []
 
 
 class _disk:  # noqa: N801

@@ -147,7 +147,7 @@ def test_a_full_size_sd35_without_t5_trains_to_a_lora_within_20_gib(model, scrat
     # Without AVX-512 a CPU computes bfloat16 at a sixth of the speed of float32.
     overrides = [
         *SMALL, f"model.path={folder}", "model.image_size=128", "model.dtype=float32", "model.vae_dtype=float32",
-        "model.max_sequence_length=32", "sampler.num_steps=2", "sampler.k_max=4",
+        "learner.precision=float32", "model.max_sequence_length=32", "sampler.num_steps=2", "sampler.k_max=4",
     ]  # fmt: skip
     found, names, messages = train("sd35_lora", overrides, scratch)
     report(found)

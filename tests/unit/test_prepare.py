@@ -61,8 +61,10 @@ def test_a_base_model_trains_in_bfloat16_where_the_processor_multiplies_in_it(ti
     assert computes_bfloat16("cpu") == fast
     prepare(tiny(f"data.path={images}", *OVERRIDES, source="cifar10_ddpm"), tmp_path / "base", Console())
     assert f"2 steps in {'bfloat16' if fast else 'float32'}" in capsys.readouterr().err
-    notes = model_notes(tiny("model.vae_dtype=bfloat16"))
-    assert any("model.vae_dtype=bfloat16" in note for note in notes) == (not fast and not torch.cuda.is_available())
+    notes = model_notes(tiny("model.vae_dtype=bfloat16", "learner.precision=bfloat16"))
+    assert any("model.vae_dtype=bfloat16, learner.precision=bfloat16" in note for note in notes) == (
+        not fast and not torch.cuda.is_available()
+    )
     assert model_notes(tiny()) == [] == model_notes(tiny("model.dtype=bfloat16", "cluster.backend=ray"))
 
 
