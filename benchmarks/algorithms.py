@@ -63,7 +63,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
         name: (f"toy_{name}",)
-        for name in ("draft", "refl", "nft", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
+        for name in ("draft", "refl", "nft", "crd", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
     },
 }
 """Name -> configuration and overrides."""

@@ -55,10 +55,10 @@ class Network(Protocol):
         ...
 
     def old(self) -> AbstractContextManager[None]:
-        """Return a context in which `predict` returns the output of the sampling policy, without gradient.
+        """Return a context in which `predict` returns the output of the old policy, without gradient.
 
-        The sampling policy drew the rollouts. It differs from the policy after the first optimiser step of an
-        iteration, and between iterations if the algorithm's configuration has a `sampling_decay`.
+        It drew the rollouts, unless the algorithm's configuration sets `draws_with_old` to False. It differs from the
+        policy after the first optimiser step of an iteration, and between iterations if there is an `old_decay`.
         """
         ...
 

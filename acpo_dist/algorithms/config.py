@@ -151,8 +151,36 @@ class NftConfig(NoiseSpaceConfig):
         return self.beta
 
     @override
-    def sampling_decay(self, iteration: int) -> float | None:
+    def old_decay(self, iteration: int) -> float | None:
         return min(self.old_decay_max, self.old_decay_rate * max(0, iteration - self.old_decay_start))
+
+
+class CrdConfig(NoiseSpaceConfig):
+    """Loss, advantages, the old policy, and the KL term."""
+
+    type: Literal["crd"] = "crd"
+    beta: float = Field(default=1.0, gt=0)
+    """Scale of the implicit reward: the loss is smallest where beta times it equals the advantage in [0, 1]."""
+    old_decay_first: float = Field(default=0.25, ge=0, lt=1)
+    """Decay of the old policy after the first iteration."""
+    old_decay_rate: float = Field(default=0.005, ge=0)
+    """Growth of the decay per iteration."""
+    old_decay_max: float = Field(default=0.999, ge=0, lt=1)
+    """Largest decay of the old policy."""
+    kl_weight: float = Field(default=0.1, ge=0)
+    """Weight of the squared distance from the guided base model for the best advantage; 0 leaves it out."""
+    kl_guidance: float = Field(default=4.5, ge=1)
+    """Guidance scale of the base model in the KL term; the policy learns to draw without guidance."""
+    kl_adaptive: bool = True
+    """Let the KL weight grow with the advantage, from 1e-4 for the worst to `kl_weight` for the best."""
+    advantage: AdvantageConfig = AdvantageConfig(std="global")
+    needs_groups: ClassVar[bool] = True
+    whole_groups: ClassVar[bool] = True
+    draws_with_old: ClassVar[bool] = False
+
+    @override
+    def old_decay(self, iteration: int) -> float | None:
+        return min(self.old_decay_max, self.old_decay_first + self.old_decay_rate * iteration)
 
 
 class RwrConfig(NoiseSpaceConfig):

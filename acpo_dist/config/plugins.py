@@ -149,11 +149,16 @@ class AlgorithmConfig(Section):
     """Whether its micro-batches consist of pairs, the winner next to its loser."""
     needs_groups: ClassVar[bool] = False
     """Whether it compares samples of the same prompt, and so needs several per prompt."""
+    whole_groups: ClassVar[bool] = False
+    """Whether each micro-batch must hold all samples of its prompts."""
     needs_noise: ClassVar[bool] = False
     """Whether rollouts must step stochastically (`sampler.eta` above 0)."""
 
-    def sampling_decay(self, iteration: int) -> float | None:
-        """Decay of the average of the policy's weights that draws the rollouts of the next iteration.
+    draws_with_old: ClassVar[bool] = True
+    """Whether the old policy, if the algorithm has one, also draws the rollouts."""
+
+    def old_decay(self, iteration: int) -> float | None:
+        """Decay of the old policy, an average of the policy's weights, after an iteration.
 
         Args:
             iteration: the one just trained, from 0.
@@ -167,7 +172,7 @@ class AlgorithmConfig(Section):
     @property
     def compares_policies(self) -> bool:
         """Whether the loss compares the policy with the weights that drew the samples."""
-        return self.needs_noise or self.sampling_decay(0) is not None
+        return self.needs_noise or (self.draws_with_old and self.old_decay(0) is not None)
 
     @property
     def encoder(self) -> EncoderConfig | None:

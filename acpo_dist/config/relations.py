@@ -116,9 +116,9 @@ def _check_algorithm(config: Config) -> None:
     """Check the algorithm's requirements on rollouts and data."""
     algorithm, rollout, learner = config.algorithm, config.rollout, config.learner
     kind = algorithm.type
-    if algorithm.sampling_decay(0) is not None and learner.zero_stage == 3:
+    if algorithm.old_decay(0) is not None and learner.zero_stage == 3:
         raise ConfigError(
-            f"learner.zero_stage is 3 and algorithm `{kind}` evaluates the sampling policy's weights in the learner, "
+            f"learner.zero_stage is 3 and algorithm `{kind}` evaluates an older policy's weights in the learner, "
             "which ZeRO 3 does not support. Set learner.zero_stage to 0, 1 or 2."
         )
     if config.rollout.every > 1 and config.data.pairs is None:
@@ -139,6 +139,12 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError(
             f"algorithm `{kind}` compares samples of one prompt, and rollout.samples_per_prompt is "
             f"{rollout.samples_per_prompt}: set it to 2 or more (typically 4)."
+        )
+    if algorithm.whole_groups and learner.micro_batch % rollout.samples_per_prompt:
+        raise ConfigError(
+            f"algorithm `{kind}` compares the samples of a prompt within a micro-batch: learner.micro_batch is "
+            f"{learner.micro_batch}, and not a multiple of rollout.samples_per_prompt, {rollout.samples_per_prompt}. "
+            "Change one of the two."
         )
     if algorithm.paired:
         for key, value in (

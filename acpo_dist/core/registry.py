@@ -56,6 +56,7 @@ ALGORITHMS: dict[str, Plugin] = {
     "draft": _ours("algorithms.acpo:Draft", "algorithms.config:DraftConfig"),
     "refl": _ours("algorithms.acpo:Refl", "algorithms.config:ReflConfig"),
     "nft": _ours("algorithms.denoising:Nft", "algorithms.config:NftConfig"),
+    "crd": _ours("algorithms.centered:Crd", "algorithms.config:CrdConfig"),
     "rwr": _ours("algorithms.denoising:Rwr", "algorithms.config:RwrConfig"),
     "ddpo": _ours("algorithms.ddpo:Ddpo", "algorithms.config:DdpoConfig"),
     "dpo": _ours("algorithms.preference:Dpo", "algorithms.config:DpoConfig"),

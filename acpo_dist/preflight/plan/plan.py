@@ -191,7 +191,7 @@ def _roles(config: Config, parameters: dict[str, int], setting: phases.Setting, 
     weights, gradients, optimizer = learner_state(state)
     copied = torch.float32 if memory is None else DTYPES[memory.anchor_dtype]
     anchor = copied.itemsize * parameters["network"] if full else 0
-    if config.algorithm.sampling_decay(0) is not None or (
+    if config.algorithm.old_decay(0) is not None or (
         config.pipeline.max_staleness and config.algorithm.compares_policies
     ):
         # The weights that drew the samples, beside the ones that train.

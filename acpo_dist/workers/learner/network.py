@@ -37,7 +37,7 @@ class PolicyNetwork(Network):
         decoder and metrics in this process would be rounded too, and differ from calibration and from a pool in
         another process."""
         self.old_weights: Mapping[str, Tensor] | None = None
-        """Trainable weights of the sampling policy, on the device; None while they equal the policy's."""
+        """Trainable weights of the old policy, on the device; None while they equal the policy's."""
         self._encoder = (
             NcpEncoder(family.network, output=encoder.output, checkpointing=encoder.checkpointing) if encoder else None
         )

@@ -59,7 +59,7 @@ class LearnerWorker:
         self._weights: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
         self._old: dict[str, Tensor] = {}
-        """Weights of the sampling policy; empty if the policy itself draws the rollouts."""
+        """Weights of the old policy; empty if the algorithm has none."""
         self._earlier: dict[int, dict[str, Tensor]] = {}
         """Weights of published versions that may still draw samples; empty if rollouts wait for the learner."""
         self._skipped_in_a_row = 0
@@ -90,7 +90,7 @@ class LearnerWorker:
             self._average = load_file(folder / "ema.safetensors")
             self._earlier = {version: load_file(path) for version, path in earlier_files(folder).items()}
         self._weights = engine.weights()
-        if self._spec.algorithm.sampling_decay(0) is not None:
+        if self._spec.algorithm.old_decay(0) is not None:
             old = load_file(folder / "old.safetensors") if folder else self._weights
             self._set_old({name: value.clone() for name, value in old.items()})
         if not self._average:
@@ -169,7 +169,7 @@ class LearnerWorker:
             share[: len(broken)] = 1
             sums.add({"pairs/broken_share": share})
         taken = tried - len(skipped)
-        decay = self._spec.algorithm.sampling_decay(task.iteration)
+        decay = self._spec.algorithm.old_decay(task.iteration)
         if decay is not None:
             self._set_old({name: value.lerp(self._old[name], decay) for name, value in self._weights.items()})
         return sums, taken, skipped
@@ -332,7 +332,7 @@ class LearnerWorker:
     @property
     def _sampling(self) -> dict[str, Tensor]:
         """Weights for the next rollouts; never changed in place."""
-        return self._old or self._weights
+        return (self._old if self._spec.algorithm.draws_with_old else None) or self._weights
 
     @contextmanager
     def _drawn_with(self, weights: dict[str, Tensor]) -> Iterator[None]:
