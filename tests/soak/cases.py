@@ -15,7 +15,7 @@ SURVIVED = ("learner", "rollout", "reward", "controller")
 """Roles whose loss must not end the command."""
 _LATER = [name for name in PHASES if name not in ("start", "loading", "calibration", "export")]
 _RANKS = [name for name in PHASES if name not in ("start", "iterating")]
-_PER_CASE = 6
+_PER_CASE = 9
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ def draw(seed: int, wanted: Callable[[Combination], bool] = lambda _: True) -> C
     place = chosen.choices(range(len(left)), weights=[len(group) for group in left])[0]
     signals = GROUPS[place] is _ON_RAY
     found = chosen.sample(left[place], len(left[place]))
-    if not signals:
-        # The phases of a short run have time for one such fault each.
-        found = list({one.phase: one for one in found}.values())
+    # Exports, and all phases of the other runs, have time for one fault each.
+    short = {"export"} if signals else set(PHASES)
+    first = {one.phase: one for one in reversed(found)}
+    found = [one for one in found if one.phase not in short or first[one.phase] is one]
     injections = [
         Injection(one.fault, one.role, one.phase, _after(chosen, one.phase), chosen.randrange(2**32))
         for one in found[:_PER_CASE]
@@ -113,7 +114,7 @@ def survived(records: Iterable[Mapping[str, Any]]) -> Counter[Combination]:
 def _engine(chosen: random.Random) -> list[str]:
     stage = chosen.choice(["0", "1", "2", "2", "3"])
     return [
-        "cluster.max_restarts=8", "learner.num_ranks=2", f"learner.zero_stage={stage}",
+        "cluster.max_restarts=12", "learner.num_ranks=2", f"learner.zero_stage={stage}",
         "rollout.cpus_per_worker=0.1", "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2",
     ]  # fmt: skip
 

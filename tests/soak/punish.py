@@ -23,7 +23,7 @@ RUN_S = 2400.0
 """Seconds after which a run counts as hung."""
 _LEFT_S = 90.0
 """Seconds that descendants of a process have to end: two agents of Ray notice after 63 s that a driver was killed."""
-_STARTS = 8
+_STARTS = 12
 
 
 @dataclass(frozen=True)
