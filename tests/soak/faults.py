@@ -114,7 +114,8 @@ class Injector:
             else:
                 # A rank that dies ends all of them.
                 self._gone = victims if injection.role == "learner" else [victim]
-            injection.seen = titles.get(victim, "")
+            # The driver's title is the path of its interpreter on this machine.
+            injection.seen = Path(titles.get(victim, "")).name if injection.role == "driver" else titles.get(victim, "")
             self._signal(victim, SIGNALS[injection.fault])
         elif injection.fault == "full disk":
             injection.seen = fill(self.filler)
