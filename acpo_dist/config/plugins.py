@@ -164,8 +164,8 @@ class AlgorithmConfig(Section):
             iteration: the one just trained, from 0.
 
         Returns:
-            Share of the previous average that stays; 0 is the policy itself. None for algorithms that do not
-            distinguish the two: the policy draws.
+            Share of the previous average that stays; 0 is the policy itself. None for algorithms without an old
+            policy.
         """
         return None
 
