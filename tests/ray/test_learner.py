@@ -19,9 +19,9 @@ SMALL = [
     "sampler.eta=1", "rollout.samples_per_prompt=4", "rollout.prompts_per_iteration=2", "learner.max_skipped_steps=1",
 ]  # fmt: skip
 PROMPTS = ("a red circle on a white background", "a blue cross on a black background")
-# DRaFT repeats the last sampler steps, which only deterministic ones allow.
-DETERMINISTIC = {"draft": "draft sampler.eta=0"}
-CASES = [*(DETERMINISTIC.get(name, name) for name in ALGORITHMS), "dpo algorithm.space=ncp"]
+# DRaFT repeats the last sampler steps, which only deterministic ones allow; CRD compares the samples of a prompt.
+NEEDS = {"draft": "draft sampler.eta=0", "crd": "crd learner.micro_batch=4"}
+CASES = [*(NEEDS.get(name, name) for name in ALGORITHMS), "dpo algorithm.space=ncp"]
 
 
 @pytest.fixture(scope="module")
