@@ -5,8 +5,8 @@ from torch import Tensor
 
 from acpo_dist.algorithms.base import MicroBatch, Network
 from acpo_dist.algorithms.config import CrdConfig
-from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm
-from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
+from acpo_dist.algorithms.denoising import NoiseSpaceAlgorithm, old_output
+from acpo_dist.algorithms.grouping import unit_selection
 from acpo_dist.algorithms.noising import NoisedStates
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.sampling import guide
@@ -33,16 +33,14 @@ class Crd(NoiseSpaceAlgorithm):
 
     def select(self, scored: ScoredGroups) -> Selection:
         """Select all samples with weights A / limit, in [-1, 1]."""
-        advantages = advantages_of(scored, self.config.advantage)
-        return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
+        return unit_selection(scored, self.config.advantage)
 
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the squared loss and the KL term; samples that are predicted without prompt are not compared."""
         config = self.config
-        with torch.no_grad(), network.old():
-            old = network.predict(states.latents, states.timesteps_B, states.condition)
+        old = old_output(network, states)
         target = target_output(batch.clean, states.noise, states.alpha_bars_B, network.prediction_type)
         share_B = (1 + batch.weights_B) / 2
         reward_B = implicit_reward(model_output, old, target)

@@ -128,18 +128,18 @@ class NoiseSpaceConfig(AlgorithmConfig):
 
 
 class NftConfig(NoiseSpaceConfig):
-    """Loss, advantages, and the sampling policy."""
+    """Loss, advantages, and the old policy."""
 
     type: Literal["nft"] = "nft"
     beta: float = Field(default=0.1, gt=0)
-    """Distance of the two branches from the sampling policy: an advantage A moves the prediction by -(A / beta) of its
+    """Distance of the two branches from the old policy: an advantage A moves the prediction by -(A / beta) of its
     error."""
     weighting: Literal["x0", "noise"] = "x0"
     """Branch errors in x0 units, each divided by its own mean absolute value (published), or plain in noise units."""
     old_decay_rate: float = Field(default=0.001, ge=0)
-    """Growth per iteration of the sampling policy's decay; 0 draws with the policy itself."""
+    """Growth per iteration of the old policy's decay; 0 draws with the policy itself."""
     old_decay_max: float = Field(default=0.5, ge=0, lt=1)
-    """Largest decay of the sampling policy."""
+    """Largest decay of the old policy."""
     old_decay_start: int = Field(default=0, ge=0)
     """Iterations before the decay grows."""
     advantage: AdvantageConfig = AdvantageConfig(std="global")

@@ -17,7 +17,7 @@ from acpo_dist.algorithms.base import (
     RewardGradient,
 )
 from acpo_dist.algorithms.config import NftConfig, RwrConfig
-from acpo_dist.algorithms.grouping import advantages_of, grouped_selection
+from acpo_dist.algorithms.grouping import advantages_of, grouped_selection, unit_selection
 from acpo_dist.algorithms.noising import NoisedStates, noise_forward, split_branches
 from acpo_dist.core.types import ScoredGroups, Selection
 from acpo_dist.diffusion.prediction import to_clean
@@ -80,6 +80,12 @@ def both_outputs(network: Network, states: NoisedStates) -> tuple[Tensor, Tensor
     return model_output, base
 
 
+def old_output(network: Network, states: NoisedStates) -> Tensor:
+    """Return the output of the old policy on the same inputs, without a graph."""
+    with torch.no_grad(), network.old():
+        return network.predict(states.latents, states.timesteps_B, states.condition)
+
+
 def statistics_of(
     batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
 ) -> ErrorStatistics:
@@ -92,7 +98,7 @@ def statistics_of(
 class Nft(NoiseSpaceAlgorithm):
     """DiffusionNFT: denoising towards good samples and away from bad ones, relative to the policy that drew them.
 
-    The loss uses three networks: the policy, the sampling policy `old`, and the base model. The anchor limits the
+    The loss uses three networks: the policy, the old policy, and the base model. The anchor limits the
     drift from the base model (the KL term of the paper). The paper samples without guidance:
     `sampler.guidance_scale=1`.
 
@@ -107,15 +113,13 @@ class Nft(NoiseSpaceAlgorithm):
 
     def select(self, scored: ScoredGroups) -> Selection:
         """Select all samples with weights A / limit, in [-1, 1]."""
-        advantages = advantages_of(scored, self.config.advantage)
-        return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
+        return unit_selection(scored, self.config.advantage)
 
     def objective(
         self, batch: MicroBatch, network: Network, states: NoisedStates, model_output: Tensor, base: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss of the two branches; policy and sampling policy are evaluated at the same states."""
-        with torch.no_grad(), network.old():
-            old = network.predict(states.latents, states.timesteps_B, states.condition)
+        """Compute the loss of the two branches; policy and old policy are evaluated at the same states."""
+        old = old_output(network, states)
         statistics = statistics_of(batch, network, states, model_output, old)
         if self.config.weighting == "noise":
             loss = nft_loss(statistics, batch.weights_B, self.config.beta)

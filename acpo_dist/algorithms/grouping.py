@@ -24,6 +24,12 @@ def advantages_of(scored: ScoredGroups, config: AdvantageConfig) -> Advantages:
     )  # fmt: skip
 
 
+def unit_selection(scored: ScoredGroups, config: AdvantageConfig) -> Selection:
+    """Select all samples with weights A / limit, in [-1, 1]."""
+    advantages = advantages_of(scored, config)
+    return grouped_selection(scored, {name: advantages.unit(name) for name in advantages.values}, advantages.counts)
+
+
 def grouped_selection(scored: ScoredGroups, weights: Mapping[str, float], counts: AdvantageCounts) -> Selection:
     """Select all samples in order; dropped samples keep their position with weight 0."""
     ids = tuple(plan.sample_id for group in scored.groups for plan in group.samples)

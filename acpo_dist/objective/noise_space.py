@@ -58,7 +58,7 @@ def error_statistics(policy: Tensor, reference: Tensor, target: Tensor) -> Error
 
     Args:
         policy: output of the policy with the graph; float32 or wider.
-        reference: output of the frozen base model (for NFT of the sampling policy) on the same input, constant.
+        reference: output of the frozen base model (for NFT of the old policy) on the same input, constant.
         target: exact value, constant.
     """
     return _statistics(policy - reference.detach(), reference.detach() - target.detach())

@@ -26,7 +26,7 @@ def nft_loss(statistics: ErrorStatistics, unit_advantage_B: Tensor, beta: float)
     minimum lies at drift = -(A / beta) e.
 
     Args:
-        statistics: errors with the sampling policy as reference, on x_t noised from the sample's own x_0 at any t.
+        statistics: errors with the old policy as reference, on x_t noised from the sample's own x_0 at any t.
             With the frozen base model as reference the minimiser stays fixed after the first iteration.
         unit_advantage_B: A in [-1, 1], constant.
         beta: strength of the anchor, > 0; at 1 the branches are the policy itself and its mirror image.
@@ -50,7 +50,7 @@ def nft_clean_loss(
 
     Args:
         policy_clean: x0-hat of the policy (B, ...), with the graph.
-        old_clean: x0-hat of the sampling policy on the same input, constant.
+        old_clean: x0-hat of the old policy on the same input, constant.
         clean: x_0, constant.
         unit_advantage_B: A in [-1, 1], constant.
         beta: > 0.

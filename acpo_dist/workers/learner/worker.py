@@ -281,7 +281,7 @@ class LearnerWorker:
         return sums
 
     def export(self, version: int, *, ema: bool = False) -> WeightBundle:
-        """Return the weights for the next rollouts, the same on every rank: the policy's or the sampling policy's.
+        """Return the weights for the next rollouts, the same on every rank: the policy's or the old policy's.
 
         Args:
             version: number of the bundle; an earlier one is exported as it was published.
