@@ -2,13 +2,15 @@
 
     .venv/bin/python benchmarks/vrg.py            # both
     .venv/bin/python benchmarks/vrg.py time [--table FILE --trajectory FILE]
-    .venv/bin/python benchmarks/vrg.py quality [--model toy-sdxl] [--model FOLDER] [--steps 5 8 10] [--seeds 0 1 2]
+    .venv/bin/python benchmarks/vrg.py quality [--model toy-sdxl] [--model FOLDER] [--steps 5 8 10] [--seeds 0 1 2] \
+        [--images FOLDER]
 
 `time`: J and CPU seconds of `paper_box` and of a gradient descent written from the publication's description (tanh box,
 momentum 0.9, 3,000 steps, no network round it), on the same table and objective, side by side.
 `quality`: samples of every spacing and of the trajectory that VRG makes of it, from the same noise, at equal network
 calls: mean squared distance to a long reference, and KID of low-pass images against fresh samples of that reference.
 VRG is gated as in training, on samples of its own. One JSON line per cell, then a table; a ratio below 1 favours VRG.
+`--images` writes one grid per model, seed and number of steps: the reference, and each spacing without and with VRG.
 """
 
 import os
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.tracking.images import save_grid
 from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.trajectory.artefact import LINEAR_DDPM, read_schedule, read_table
 from acpo_dist.training.trajectory.measure import measure, single_samples
@@ -36,6 +39,7 @@ from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.timesteps import to_timesteps
 
+SHOWN = 12
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/vrg"
 AYS_SDXL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
 """Published timesteps of Align Your Steps for SDXL (Sabour et al. 2024); log-linear between them for other lengths."""
@@ -54,6 +58,7 @@ def main() -> None:
     quality.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20])
     quality.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     quality.add_argument("--samples", type=int, default=64)
+    quality.add_argument("--images", type=Path, default=None)
     arguments = sys.argv[1:]
     for line in [arguments] if arguments else [["time"], ["quality"]]:
         run(parser.parse_args(line))
@@ -69,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         row
         for model in options.model or ["toy-sdxl", "toy-ddpm"]
         for seed in options.seeds
-        for row in compare_spacings(model, seed, options.steps, options.samples)
+        for row in compare_spacings(model, seed, options)
     ]
     summarise(rows)
 
@@ -118,18 +123,19 @@ def descend(sigmas: np.ndarray, table, epochs: int) -> float:
     return best_j
 
 
-def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
+def compare_spacings(model: str, seed: int, options: argparse.Namespace):
     """Return one row per spacing and number of steps."""
     config, run = source_config(model, [f"run.seed={seed}", "rollout.batch_size=64", *guidance(model)])
     pool = open_rollouts(config, run)
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     alpha_bars = pool.alpha_bars().numpy()
     sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="bench")
-    groups = single_samples(config, prompts, samples, "bench_cells", 0)
-    fresh = single_samples(config, prompts, samples, "bench_fresh", 0)
+    groups = single_samples(config, prompts, options.samples, "bench_cells", 0)
+    fresh = single_samples(config, prompts, options.samples, "bench_fresh", 0)
     long = spaced_trajectory(pool.alpha_bars(), 200, "trailing")
     reference, others = pool.final_latents(groups, long), pool.final_latents(fresh, long)
-    for count in steps:
+    for count in options.steps:
+        drawn = {"reference": reference}
         named = spacings(alpha_bars, count) if alpha_bars[-1] > 0 else flow_spacings(pool, count)
         for name, base in named.items():
             set_trajectory(pool, base)
@@ -138,11 +144,16 @@ def compare_spacings(model: str, seed: int, steps: list[int], samples: int):
             row = {"model": Path(model).name, "seed": seed, "steps": count, "spacing": name, "adopted": update.adopted}
             row |= {"gain_j": 1 - update.j1 / update.j0, "trust": update.gates[-1].trust if update.gates else 0.0}
             for label, trajectory in (("start", base), ("vrg", update.trajectory)):
-                ends = pool.final_latents(groups, trajectory)
+                ends = drawn[f"{name} {label}"] = pool.final_latents(groups, trajectory)
                 row[f"mse_{label}"] = float((ends - reference).double().square().mean())
                 row[f"kid_{label}"] = kid_of(ends, others)
             say(row)
             yield row
+        if options.images:
+            with torch.no_grad():
+                shown = torch.cat([pool.worker.family.decode(ends[:SHOWN]) for ends in drawn.values()]).clamp(0, 1)
+            path = options.images / f"{Path(model).name}-{seed}-{count}.png"
+            save_grid((shown * 255).round().to(torch.uint8), path, columns=SHOWN, scale=2, labels=list(drawn))
 
 
 def guidance(model: str) -> list[str]:
