@@ -59,6 +59,14 @@ ARMS: dict[str, tuple[str, ...]] = {
     "acpo_sd15": ("toy_sd15",),
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
+    "acpo_random_near": (
+        "toy_sdxl",
+        "algorithm.gradient_steps=random",
+        *_CHAIN,
+        "run.iterations=30",
+        "algorithm.anchor={start: 0.02, budget: 0.3, rate: 0.3, uniform: false}",
+        "guard.drift_budget=0.3",
+    ),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
@@ -66,7 +74,7 @@ ARMS: dict[str, tuple[str, ...]] = {
         for name in ("draft", "refl", "nft", "crd", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
     },
 }
-"""Name -> configuration and overrides."""
+"""Name -> configuration and overrides. `acpo_random_near` has the drift budget of `acpo`."""
 RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "kept")
 DIFFERENCES = ("drift", "cpu_seconds", "calls")
 OTHER = {"cpu_seconds": "CPU s", "drift": "drift"}
