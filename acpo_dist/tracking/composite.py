@@ -92,5 +92,6 @@ class CompositeTracker(Tracker):
         name = type(self._trackers[index]).__name__
         logger.log(
             level, "%s.%s failed and may miss records from now on; training continues: %s: %s",
-            name, what, type(error).__name__, error, exc_info=error,
+            name, what, type(error).__name__, error,
         )  # fmt: skip
+        logger.debug("%s.%s", name, what, exc_info=error)

@@ -21,7 +21,7 @@ class JsonlTracker(Tracker):
     """Appends one line per iteration and forces it to disk. Images, texts and tags have their own files.
 
     A metric that is not finite is written as null and named in a warning. If the disk is full, `log_metrics` raises
-    OSError, and the file ends with the last complete line.
+    OSError, and the file ends with the last complete line; the next call writes the lines that are missing first.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,6 +38,7 @@ class JsonlTracker(Tracker):
         self._path = path
         # Unbuffered: a line that fails halfway must not remain in a buffer and be written before the next one.
         self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     @override
     def log_metrics(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -48,7 +49,8 @@ class JsonlTracker(Tracker):
             said = ", ".join(f"{name}={values[name]}" for name in odd)
             logger.warning("iteration %d: not finite, written as null to %s: %s", iteration, self._path.name, said)
         row = {"iteration": iteration} | {name: None if name in odd else value for name, value in values.items()}
-        self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._unwritten += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._append()
 
     @override
     def log_image(self, name: str, iteration: int, path: Path) -> None:
@@ -64,17 +66,22 @@ class JsonlTracker(Tracker):
 
     @override
     def close(self, status: str) -> None:
-        self._file.close()
+        try:
+            if self._unwritten:
+                self._append()
+        finally:
+            self._file.close()
 
-    def _append(self, line: bytes) -> None:
+    def _append(self) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
-            if self._file.write(line) != len(line):
+            if self._file.write(self._unwritten) != len(self._unwritten):
                 raise OSError(errno.ENOSPC, "the line was written partially", str(self._path))
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(start)
             raise
+        self._unwritten = b""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,8 @@ def test_resuming_forgets_the_resume_point_and_what_follows(tmp_path):
     assert truncate_after(tmp_path / "absent.jsonl", 3) == 0
 
 
-def test_a_line_that_could_not_be_forced_to_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+@pytest.mark.parametrize("last", ["metrics", "close"])
+def test_a_line_that_could_not_be_forced_to_disk_is_written_once_the_disk_has_room(tmp_path, monkeypatch, last):
     path = tmp_path / "metrics.jsonl"
     tracker = JsonlTracker(path)
     tracker.log_metrics(0, {})
@@ -77,8 +78,11 @@ def test_a_line_that_could_not_be_forced_to_disk_leaves_the_file_as_it_was(tmp_p
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="no space"):
             tracker.log_metrics(1, {})
-    tracker.log_metrics(2, {})
-    assert [row["iteration"] for row in read_metrics(path)] == [0, 2]
+        assert [row["iteration"] for row in read_metrics(path)] == [0]
+    if last == "metrics":
+        tracker.log_metrics(2, {})
+    tracker.close("FINISHED")
+    assert [row["iteration"] for row in read_metrics(path)] == [0, 1, 2][: 3 if last == "metrics" else 2]
 
 
 # spool
