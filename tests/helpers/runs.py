@@ -1,6 +1,8 @@
-"""Run folders as written by `acpo train`, without training."""
+"""Run folders as written by `acpo train`, without training, and what undisturbed runs have in common."""
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from acpo_dist.tracking.jsonl import read_metrics
 CLOCKS = ("time/", "idle/", "reward_pool/")
 """Prefixes of the metrics that differ between two undisturbed runs of one configuration."""
 
+PLAIN = ["run.iterations=3", "checkpoint.every=1", "checkpoint.keep=9", "run.name=plain-toy"]
+"""Overrides of the run that tests share (`plain_run`), besides TINY."""
+
 NORMALISERS = {
     "two_stream": {"mean": 0.5, "std": 0.2, "sign": 1, "target": None},
     "strided_judge": {"mean": 0.4, "std": 0.1, "sign": 1, "target": None},
@@ -24,6 +29,22 @@ def results(root: Path) -> list[dict[str, Any]]:
     """Recorded metrics by iteration, without those of `CLOCKS`."""
     rows = read_metrics(root / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(CLOCKS)} for row in rows]
+
+
+def copy_run(run: Path, root: Path, *, newest: int | None = None) -> Path:
+    """Copy a run; with `newest`, as a machine leaves it that died after this checkpoint and before the next."""
+    shutil.copytree(run, root)
+    for path in (root / "checkpoints").glob("[0-9]*"):
+        if newest is not None and int(path.name) > newest:
+            shutil.rmtree(path)
+    return root
+
+
+def require_drift(rows: list[dict[str, Any]], *, rounding: float = 0.0) -> None:
+    """Require finite metrics of a run of two or more iterations, which first moves the policy off the base model."""
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    # Policy and base are one network at first; the first update moves them apart.
+    assert 0 <= rows[0]["drift/rms"] <= rounding < rows[1]["drift/rms"]
 
 
 def use_everywhere(done: Callable[..., str], root: Path, out: Path, model: list[str], *backend: str) -> None:
