@@ -4,10 +4,8 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
-from acpo_dist.training.local import open_ports
-from acpo_dist.training.run import drive
+from acpo_dist.training.run_folder import read_run_config
 from acpo_dist.workers.learner.engine import TorchEngine
 from acpo_dist.workers.learner.rates import learning_rate
 
@@ -55,8 +53,10 @@ def test_the_length_of_a_step_follows_the_rate_of_the_task(tiny):
     assert moved == pytest.approx(0.25, rel=1e-4)
 
 
-def test_a_run_records_the_rate_of_every_iteration(tiny, tmp_path):
-    config = tiny("learner.lr_decay_ratio=1", "run.iterations=2", f"run.dir={tmp_path / 'run'}")
-    drive(config, open_ports, Console(quiet=True))
-    rates = [row.get("learner/learning_rate") for row in read_metrics(tmp_path / "run/metrics.jsonl")][:2]
-    assert rates == [config.learner.learning_rate, config.learner.learning_rate / 2]
+def test_a_run_records_the_rate_of_every_iteration(plain_run):
+    config = read_run_config(plain_run.run_dir)
+    *rows, _ = read_metrics(plain_run.run_dir / "metrics.jsonl")
+    rates = [row.get("learner/learning_rate") for row in rows]
+    whole = config.learner.learning_rate
+    assert rates == [learning_rate(config, iteration) for iteration in range(3)]
+    assert rates == pytest.approx([whole, whole * 2 / 3, whole / 3])

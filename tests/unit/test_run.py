@@ -13,7 +13,6 @@ from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import open_run, read_run_config
-from acpo_dist.training.run_lock import lock_holder
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 from tests.helpers.runs import PLAIN, copy_run, require_drift
 from tests.unit.test_skipped_steps import ids_of, task_of
@@ -59,7 +58,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_metrics_and_weights_bi
 
 def test_a_run_writes_its_resolved_configuration_metrics_images_checkpoint_and_lora(plain_run):
     root = plain_run.run_dir
-    assert (root / "resolved.yaml").is_file() and plain_run.iterations == 3 and lock_holder(root) is None
+    assert (root / "resolved.yaml").is_file() and plain_run.iterations == 3
     names = {path.name for path in root.iterdir()}
     assert {"resolved.yaml", "metrics.jsonl", "samples", "checkpoints", "curves.png", "export"} <= names
     row, *_, gain = rows = read_metrics(root / "metrics.jsonl")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import LearnerLostError, ResumeError, WorkerLostError
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
@@ -17,7 +18,8 @@ from acpo_dist.training.local import LocalLearner, LocalRewards, learner_spec, o
 from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import read_run_config
 from acpo_dist.workers.learner.state import serialise, write_serialised
-from tests.helpers.runs import results
+from tests.conftest import TINY
+from tests.helpers.runs import PLAIN, results
 
 QUIET = Console(quiet=True)
 
@@ -47,20 +49,10 @@ def losing(at: int):
     return opened
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of 3 iterations with a checkpoint of each."""
-    from acpo_dist.config.load import load_config
-    from tests.conftest import TINY
-
-    root = tmp_path_factory.mktemp("finished") / "run"
-    options = [*TINY, "run.iterations=3", "checkpoint.every=1", "checkpoint.keep=9", "tracking.images_every=9"]
-    drive(load_config("toy_sdxl", [*options, f"run.dir={root}"]), open_ports, QUIET)
-
-    def config(folder):
-        return load_config("toy_sdxl", [*options, f"run.dir={folder}"])
-
-    return root, config
+@pytest.fixture
+def finished(plain_run, tiny):
+    """A run of 3 iterations with a checkpoint of each, and its configuration in another folder."""
+    return plain_run.run_dir, lambda folder: tiny(*PLAIN, f"run.dir={folder}")
 
 
 def weights_of(root):
@@ -73,11 +65,11 @@ def test_a_run_resumed_from_a_named_checkpoint_continues_from_it_also_after_a_lo
     root = tmp_path / "run"
     if where == "the same folder":
         shutil.copytree(whole, root)
-    source = (root if where == "the same folder" else whole) / "checkpoints/000001"
+    source = root / "checkpoints/000001" if where == "the same folder" else whole / "checkpoints/000002"
     # Lost before the first checkpoint of its own: neither the later ones of before nor the base model will do.
     drive(config(root), losing(1), QUIET, resume=str(source))
     iterations = [row["iteration"] for row in read_metrics(root / "metrics.jsonl")]
-    assert iterations == ([0, 1, 2, 3] if where == "the same folder" else [1, 2, 3])
+    assert iterations == ([0, 1, 2, 3] if where == "the same folder" else [2, 3])
     assert all(torch.equal(value, weights_of(root)[name]) for name, value in weights_of(whole).items())
     aside = {path.name for path in (root / "checkpoints").glob("superseded.*")}
     assert aside == ({"superseded.000002", "superseded.000003"} if where == "the same folder" else set())
@@ -96,12 +88,31 @@ class InMemory:
         write_serialised(folder, self._files)
 
 
+def shape(bound: int, every: int) -> list[str]:
+    return ["run.iterations=3", f"checkpoint.every={every}", f"pipeline.max_staleness={bound}"]
+
+
+@pytest.fixture(scope="module")
+def calm(plain_run, tmp_path_factory):
+    """Metrics of a run of `shape` that loses nothing."""
+    known = {(0, 1): results(plain_run.run_dir)}
+
+    def metrics(bound: int, every: int):
+        if (bound, every) not in known:
+            root = tmp_path_factory.mktemp("calm") / "run"
+            drive(load_config("toy_sdxl", [*TINY, *shape(bound, every), f"run.dir={root}"]), open_ports, QUIET)
+            known[bound, every] = results(root)
+        return known[bound, every]
+
+    return metrics
+
+
 @pytest.mark.parametrize(
     ("bound", "every", "incomplete", "repeated"),
-    [(0, 1, (), [2]), (1, 1, (), [2]), (1, 9, (), [2]), (0, 9, (2,), [1, 2]), (0, 9, (1, 2), [0, 1, 2])],
-    ids=["checkpoint", "checkpoint ahead", "kept ahead", "former kept", "none kept"],
+    [(0, 1, (), [2]), (1, 9, (), [2]), (0, 9, (2,), [1, 2]), (0, 9, (1, 2), [0, 1, 2])],
+    ids=["checkpoint", "kept ahead", "former kept", "none kept"],
 )
-def test_lost_learner_ranks_are_replaced_and_change_no_metric(bound, every, incomplete, repeated, tiny, tmp_path):
+def test_lost_learner_ranks_are_replaced_and_change_no_metric(bound, every, incomplete, repeated, calm, tiny, tmp_path):
     opened, lost, trained, kept = [], [], [], []
 
     @contextmanager
@@ -131,16 +142,9 @@ def test_lost_learner_ranks_are_replaced_and_change_no_metric(bound, every, inco
                 learner.keep = keep
             yield ports
 
-    def config(name):
-        return tiny(
-            "run.iterations=3", f"checkpoint.every={every}", f"pipeline.max_staleness={bound}",
-            f"run.dir={tmp_path / name}",
-        )  # fmt: skip
-
-    drive(config("calm"), open_ports, QUIET)
-    drive(config("lost"), losing_ranks, QUIET)
+    drive(tiny(*shape(bound, every), f"run.dir={tmp_path / 'lost'}"), losing_ranks, QUIET)
     assert trained == [0, 1, 2, *repeated] and len(opened) == (2 if repeated[0] == 0 else 1)
-    assert results(tmp_path / "lost") == results(tmp_path / "calm")
+    assert results(tmp_path / "lost") == calm(bound, every)
 
 
 def test_another_runs_checkpoint_does_not_go_into_a_folder_that_holds_a_run(finished, tmp_path):
