@@ -12,14 +12,19 @@ from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.objective.centered import centered, implicit_reward, kl_weights
 from acpo_dist.tracking.console import Console
+from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import open_ports
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
+from tests.helpers.runs import require_drift
 
 PROMPTS = ("a", "a", "a", "b", "b", "b")
 SHARES = torch.tensor([0.9, 0.5, 0.1, 0.6, 0.6, 0.2], dtype=torch.float64)
 SHAPE = (6, 2, 3, 3)
-CRD = ["rollout.samples_per_prompt=4", "algorithm.type=crd", "algorithm.kl_guidance=1.5"]
+CRD = [
+    "rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=4", "algorithm.type=crd",
+    "algorithm.kl_guidance=1.5",
+]  # fmt: skip
 
 
 def normal(seed: int) -> torch.Tensor:
@@ -130,6 +135,7 @@ def test_the_policy_draws_and_the_old_policy_is_the_published_average(tmp_path):
         drawn.update(ports.learner.export(3).tensors)
 
     drive(config, open_ports, Console(quiet=True), at_end=published)
+    require_drift(read_metrics(root / "metrics.jsonl"))
     saved = sorted((root / "checkpoints").glob("[0-9]*"))
     policies, olds = (
         [load_file(path / "learner" / f"{name}.safetensors") for path in saved] for name in ("policy", "old")
