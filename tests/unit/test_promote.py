@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,36 +10,37 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from acpo_dist.tracking.console import Console
-from acpo_dist.training.local import open_ports
-from acpo_dist.training.run import drive
+from acpo_dist.analysis.release.verdict import judge_run
+from acpo_dist.tracking.mlflow_run import make_sqlite
 from acpo_dist.training.run_folder import read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run of three iterations with a checkpoint of each; the second is the best by the judges."""
-    from acpo_dist.config.load import load_config
-    from tests.conftest import TINY
-
-    root = tmp_path_factory.mktemp("promote") / "run"
-    overrides = [*TINY, "run.iterations=3", "run.name=promoted-toy", f"run.dir={root}", "checkpoint.every=1"]
-    drive(load_config("toy_sdxl", overrides), open_ports, Console(quiet=True))
+@pytest.fixture
+def run(plain_run, tmp_path):
+    """A run of three iterations with a checkpoint of each, a clean guard, and the second as the best by the judges."""
+    root = tmp_path / "run"
+    shutil.copytree(plain_run.run_dir, root)
+    change_guard(root, best=[2, 0.1], rules={})
     return root
+
+
+@pytest.fixture(scope="module")
+def empty_registry(tmp_path_factory):
+    """MLflow takes seconds to create a database, so it is created once and copied."""
+    from mlflow.tracking import MlflowClient
+
+    path = tmp_path_factory.mktemp("registry") / "registry.db"
+    make_sqlite(f"sqlite:///{path}", MlflowClient)
+    return path
 
 
 @pytest.fixture
-def run(finished, tmp_path):
-    """The finished run with a clean guard and the second checkpoint as its best."""
-    import shutil
-
-    root = tmp_path / "run"
-    shutil.copytree(finished, root)
-    change_guard(root, best=[2, 0.1], rules={})
-    return root
+def registry(empty_registry, tmp_path) -> str:
+    """URI of an empty registry."""
+    return f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'registry.db')}"
 
 
 def change_guard(root: Path, **values) -> None:
@@ -59,15 +61,14 @@ def card_of(folder: Path) -> tuple[dict, str]:
     return yaml.safe_load(text.split("---")[1]), text
 
 
-def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, tmp_path, acpo):
+def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, registry, acpo):
     from mlflow.tracking import MlflowClient
 
-    uri = f"sqlite:///{tmp_path / 'registry.db'}"
-    code, out, err = acpo("promote", str(run), "--name", "toy", "--uri", uri, "--json")
+    code, out, err = acpo("promote", str(run), "--name", "toy", "--uri", registry, "--json")
     assert code == 0, err
     answer = json.loads(out.splitlines()[-1])
     assert answer["clean"] and not answer["forced"] and answer["iteration"] == 2 and answer["version"] == "1"
-    client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=registry)
     version = client.get_model_version_by_alias("toy", "promoted")
     assert str(version.version) == "1" and version.tags["acpo.guard"] == "clean" and "acpo.forced" not in version.tags
     files = {item.path for item in client.list_artifacts(answer["mlflow_run_id"], "promoted/export-000002")}
@@ -84,12 +85,12 @@ def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, tmp_path,
     assert found == pytest.approx(norms, rel=1e-6)
     assert norms != pytest.approx(sorted(float(v.norm()) for n, v in policies[1].items() if "lora_B" in n), rel=1e-6)
     # Promoted again, it is the next version, and the alias moves on.
-    assert acpo("promote", str(run), "--name", "toy", "--uri", uri)[0] == 0
+    assert acpo("promote", str(run), "--name", "toy", "--uri", registry)[0] == 0
     assert str(client.get_model_version_by_alias("toy", "promoted").version) == "2"
 
 
-def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(run, tmp_path, acpo, monkeypatch):
-    code, _, err = acpo("promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}", "--checkpoint", "newest")
+def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(run, registry, tmp_path, acpo, monkeypatch):
+    code, _, err = acpo("promote", str(run), "--uri", registry, "--checkpoint", "newest")
     assert code == 0, err
     head, text = card_of(run / "export")
     assert head["library_name"] == "diffusers" and head["base_model"] == "toy-sdxl"
@@ -126,6 +127,11 @@ def test_a_run_that_is_not_clean_is_refused_unless_forced_and_the_card_states_it
     code, _, err = acpo("promote", str(run), "--name", "toy", "--uri", uri)
     assert code == 2 and words in err and "--force" in err
     assert not (tmp_path / "registry.db").exists() and not (run / "export" / "README.md").exists()
+    (objection,) = judge_run(run, read_run_config(run))[0].objections
+    assert words in objection
+    if case != "standing warning":
+        # By force, every objection is treated as this one.
+        return
     code, _, err = acpo("promote", str(run), "--name", "toy", "--uri", uri, "--force")
     assert code == 0 and "BY FORCE" in err
     client = MlflowClient(tracking_uri=uri)
@@ -135,25 +141,23 @@ def test_a_run_that_is_not_clean_is_refused_unless_forced_and_the_card_states_it
     assert "Promoted by force" in card_of(run / "export-000002")[1] and words in card_of(run / "export-000002")[1]
 
 
-def test_a_warning_that_has_passed_does_not_stand_in_the_way_and_is_on_the_card(run, tmp_path, acpo):
+def test_a_warning_that_has_passed_does_not_stand_in_the_way_and_is_on_the_card(run, registry, acpo):
     reason = {"rule": "judge_fall/strided_judge", "level": "warn", "value": 0.7, "warn": 0.6, "stop": 0.8}
     record = {"iteration": 0, "action": "warn", "reasons": [reason], "best_iteration": 0}
     (run / "guard.jsonl").write_text(json.dumps(record) + "\n")
-    code, _, err = acpo("promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}")
+    code, _, err = acpo("promote", str(run), "--uri", registry)
     assert code == 0, err
     assert "iteration 1, warn: judge `strided_judge` has fallen 0.70" in card_of(run / "export-000002")[1]
 
 
-def test_metrics_of_an_evaluation_are_added_to_the_card(run, tmp_path, acpo):
+def test_metrics_of_an_evaluation_are_added_to_the_card(run, registry, tmp_path, acpo):
     found = acpo(
         "eval", str(run), "--checkpoint", "best", "--suite", "toy", "--limit", "4", "--compare", "base", "--drift", "0",
         "--out", str(tmp_path / "e"), "--json",
     )  # fmt: skip
     assert found[0] == 0, found[2]
     mean = json.loads((tmp_path / "e" / "evaluation.json").read_text())["judges"][0]["model"]["mean"]
-    code, _, err = acpo(
-        "promote", str(run), "--uri", f"sqlite:///{tmp_path / 'registry.db'}", "--evaluation", str(tmp_path / "e")
-    )
+    code, _, err = acpo("promote", str(run), "--uri", registry, "--evaluation", str(tmp_path / "e"))
     assert code == 0, err
     text = card_of(run / "export-000002")[1]
     assert "suite `toy`, 4 of 48 prompts, against base" in text and f"{mean:.4g}" in text
