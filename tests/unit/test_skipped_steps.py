@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import NonFiniteError
 from acpo_dist.core.types import Normaliser, RewardTerm, TrainTask
 from acpo_dist.tracking.console import Console
@@ -13,7 +14,7 @@ from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.context import fixed_groups
 from acpo_dist.training.local import LocalLearner, LocalRewards, LocalRollouts, learner_spec, open_ports
 from acpo_dist.training.run import drive
-from tests.conftest import poison
+from tests.conftest import TINY, poison
 from tests.helpers.runs import CLOCKS
 
 
@@ -25,17 +26,22 @@ PROMPTS = ["a red circle on a white background", "a blue cross on a black backgr
 QUIET = Console(quiet=True)
 
 
+@pytest.fixture(scope="module")
+def drawn():
+    """24 samples of the base model, which no option of a learner changes: three optimiser steps of eight."""
+    config = load_config("toy_sdxl", TINY)
+    return LocalRollouts(config, device="cpu").generate(fixed_groups(config, PROMPTS, 24, stream="test"))
+
+
 @pytest.fixture
-def learner_of(tiny):
-    """A learner in its first state, and 24 samples: three optimiser steps of eight."""
+def learner_of(tiny, drawn):
+    """A learner in its first state, and the 24 samples."""
 
     def make(*overrides: str):
         config = tiny("learner.micro_batch=2", *overrides)
-        rewards = LocalRewards(config, device="cpu")
-        handles = LocalRollouts(config, device="cpu").generate(fixed_groups(config, PROMPTS, 24, stream="test"))
-        learner = LocalLearner(learner_spec(config), rewards, device="cpu")
+        learner = LocalLearner(learner_spec(config), LocalRewards(config, device="cpu"), device="cpu")
         learner.start(None)
-        return learner, handles
+        return learner, list(drawn)
 
     return make
 
