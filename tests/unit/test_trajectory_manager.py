@@ -1,16 +1,17 @@
 """The trajectory of a run: measured, validated before it is adopted, kept across a restart."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import ConfigError, VrgError, WeightSyncError
 from acpo_dist.data.prompts import load_prompts
 from acpo_dist.diffusion.trajectory import Trajectory
 from acpo_dist.tracking.console import Console
-from acpo_dist.tracking.jsonl import read_metrics
 from acpo_dist.training.local import LocalRollouts, open_ports
 from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.run import drive
@@ -19,6 +20,8 @@ from acpo_dist.training.trajectory.measure import measure, table_drift
 from acpo_dist.training.trajectory.validate import Validation, consider, set_trajectory
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.timesteps import to_timesteps
+from tests.conftest import TINY
+from tests.helpers.runs import copy_run, results
 
 QUIET = Console(quiet=True)
 SMALL = ["vrg.enabled=true", "vrg.images=32", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=10"]
@@ -30,9 +33,6 @@ PROMPTS = load_prompts("toy", "prompt")
 @pytest.fixture(scope="module")
 def measured():
     """A toy pool of 6 steps, its configuration and its error sums."""
-    from acpo_dist.config.load import load_config
-    from tests.conftest import TINY
-
     config = load_config("toy_sdxl", [*TINY, *SMALL])
     pool = LocalRollouts(config, device="cpu")
     return config, pool, measure(pool, config, PROMPTS, pool.alpha_bars().numpy(), images=32, label="test")
@@ -141,40 +141,52 @@ def test_a_common_factor_of_the_table_is_no_drift_but_a_change_of_shape_is(measu
     assert table_drift(table, replace(sums, square_K=bent)) > 0.1
 
 
-def test_a_run_measures_first_records_the_result_and_resumes_with_the_same_trajectory(tiny, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = [*SMALL, *QUICK, "checkpoint.every=1", "vrg.probe_every=2", "vrg.probe_images=8", "vrg.max_drift=1e-9"]
-    drive(tiny("run.iterations=2", f"run.dir={whole}", *options), open_ports, QUIET)
-    drive(tiny("run.iterations=1", f"run.dir={parts}", *options), open_ports, QUIET)
-    drive(tiny("run.iterations=2", f"run.dir={parts}", *options), open_ports, QUIET, resume="auto")
-    rows = [read_metrics(root / "metrics.jsonl") for root in (whole, parts)]
-    first, second = rows[0][0], rows[0][1]
-    assert {"vrg/j0", "vrg/j1", "vrg/adopted", "vrg/standard_error", "vrg/bias_ratio"} <= first.keys()
-    assert "vrg/table_drift" in second
-    keys = [key for key in second if not key.startswith(("time/", "idle/")) and "requests" not in key]
-    assert {key: second[key] for key in keys} == {key: rows[1][1][key] for key in keys}
-    artefact = json.loads((whole / "vrg/000000.json").read_text())
-    assert artefact["trajectory"]["schedule_id"] and (whole / "vrg/000000.png").stat().st_size > 1000
-    states = [json.loads((root / "checkpoints/000002/state.json").read_text()) for root in (whole, parts)]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two iterations that measures first, and its configuration for another folder."""
+
+    def config(root: Path):
+        options = ["checkpoint.every=1", "vrg.probe_every=2", "vrg.probe_images=8", "vrg.max_drift=1e-9"]
+        return load_config("toy_sdxl", [*TINY, *SMALL, *QUICK, *options, "run.iterations=2", f"run.dir={root}"])
+
+    root = tmp_path_factory.mktemp("whole") / "run"
+    drive(config(root), open_ports, QUIET)
+    return root, config
+
+
+def test_a_run_measures_first_records_the_result_and_resumes_with_the_same_trajectory(whole, tmp_path):
+    root, config = whole
+    parts = copy_run(root, tmp_path / "parts", newest=1)
+    drive(config(parts), open_ports, QUIET, resume="auto")
+    rows = results(root)
+    assert {"vrg/j0", "vrg/j1", "vrg/adopted", "vrg/standard_error", "vrg/bias_ratio"} <= rows[0].keys()
+    assert "vrg/table_drift" in rows[1]
+    assert rows == results(parts)
+    artefact = json.loads((root / "vrg/000000.json").read_text())
+    assert artefact["trajectory"]["schedule_id"] and (root / "vrg/000000.png").stat().st_size > 1000
+    states = [json.loads((each / "checkpoints/000002/state.json").read_text()) for each in (root, parts)]
     assert states[0]["trajectory"] == states[1]["trajectory"]
 
 
-def test_a_trajectory_from_a_file_is_the_start_and_must_have_as_many_steps(tiny, tmp_path, measured):
+def test_a_trajectory_from_a_file_is_the_start_needed_once_and_must_have_as_many_steps(tiny, tmp_path, measured):
     _, pool, _ = measured
     schedule = pool.alpha_bars().numpy()
     levels = [float(schedule[t]) for t in (999, 850, 600, 300, 120, 20)]
     source = tmp_path / "start.txt"
     lines = [repr(level) for level in (*levels, 0.9995)]
     source.write_text("\n".join(["# steps: 6", *reversed(lines)]) + "\n")
-    drive(tiny("run.iterations=1", f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"), open_ports, QUIET)
-    state = json.loads((tmp_path / "run/checkpoints/000001/state.json").read_text())
-    assert state["trajectory"]["alpha_bars"] == [*levels, 1.0]
-    assert state["trajectory"]["integer_timesteps"] == [999, 850, 600, 300, 120, 20]
+    options = [f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
+    drive(tiny("run.iterations=1", *options), open_ports, QUIET)
+    moved = source.rename(tmp_path / "moved.txt")
+    # A resumed run keeps what was read.
+    drive(tiny("run.iterations=2", *options), open_ports, QUIET, resume="auto")
+    for iteration in (1, 2):
+        state = json.loads((tmp_path / f"run/checkpoints/{iteration:06d}/state.json").read_text())
+        assert state["trajectory"]["alpha_bars"] == [*levels, 1.0]
+        assert state["trajectory"]["integer_timesteps"] == [999, 850, 600, 300, 120, 20]
     with pytest.raises(ConfigError, match=r"sampler.num_steps=6"):
-        drive(
-            tiny(f"run.dir={tmp_path / 'other'}", f"sampler.trajectory={source}", "sampler.num_steps=8"),
-            open_ports, QUIET,
-        )  # fmt: skip
+        other = tiny(f"run.dir={tmp_path / 'other'}", f"sampler.trajectory={moved}", "sampler.num_steps=8")
+        drive(other, open_ports, QUIET)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +202,10 @@ def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, ne
     assert validation.judge(other, 0.25).passed == passes
 
 
-def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(tiny, tmp_path):
-    root = tmp_path / "run"
-    drive(tiny("run.iterations=1", f"run.dir={root}", *SMALL, *QUICK), open_ports, QUIET)
+def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(whole, measured, tmp_path):
+    root, _ = whole
     report, _ = optimise_files(root, root, mode="log_trust")
-    levels = LocalRollouts(tiny(), device="cpu").alpha_bars().numpy()
+    levels = measured[1].alpha_bars().numpy()
     wanted = to_timesteps(to_sigmas(report["alpha_bars"]), levels)
     assert np.abs(np.asarray(report["timesteps"]) - wanted).max() < 1e-6
     # One that names no schedule is not guessed at.
@@ -214,16 +225,6 @@ def test_a_trajectory_of_another_noise_schedule_is_refused(measured, tmp_path):
     assert read_schedule(path, own) == pool.trajectory()
     with pytest.raises(VrgError, match="another noise schedule"):
         read_schedule(path, LINEAR_DDPM)
-
-
-def test_a_resumed_run_needs_no_trajectory_file_and_keeps_what_was_read_from_it(tiny, tmp_path, measured):
-    _, pool, _ = measured
-    source = tmp_path / "start.json"
-    source.write_text(json.dumps({"trajectory": trajectory_to_mapping(pool.trajectory(), pool.alpha_bars().numpy())}))
-    options = [f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
-    drive(tiny(*options, "run.iterations=1"), open_ports, QUIET)
-    source.unlink()
-    assert drive(tiny(*options, "run.iterations=2"), open_ports, QUIET, resume="auto").iterations == 2
 
 
 def test_measuring_follows_the_trajectory_that_is_configured(measured, tmp_path):
