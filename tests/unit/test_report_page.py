@@ -218,7 +218,8 @@ def test_drift_by_timestep_is_the_runs_own_where_it_was_recorded_at_every_iterat
 
 
 def test_drift_by_timestep_is_measured_from_checkpoints_otherwise(runs):
-    drift = runs[0].views[1].drift
+    drift, trained = runs[0].views[1].drift, read_metrics(runs[1][1] / "metrics.jsonl")
+    assert not [name for row in trained for name in row if name.startswith("drift/at/")]
     assert list(drift.iterations) == [2, 3] and drift.space == "v"
     flat = [value for values in drift.values for value in values]
     assert len(flat) == 24 and all(value is not None and value > 0 for value in flat)
