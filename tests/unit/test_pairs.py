@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import DataError, RewardConfigError
 from acpo_dist.data.pair_making import pair_up, read_scores, write_pairs
 from acpo_dist.data.pairs import PairSet
@@ -22,6 +25,7 @@ from acpo_dist.tracking.jsonl import JsonlTracker, read_metrics
 from acpo_dist.training.local import LocalLearner, open_ports
 from acpo_dist.training.run import drive
 from acpo_dist.workers.learner.samples import SampleStore
+from tests.conftest import TINY
 
 
 def png(seed: int, size: int = 40) -> bytes:
@@ -125,47 +129,47 @@ def test_absolute_pairs_keep_only_absolute_winners(tmp_path):
     assert index.rows == ((3,),) and index.counts["not_absolute"] == 2
 
 
-def test_a_run_on_pairs_skips_a_broken_image_and_counts_it(tiny, tmp_path):
-    path = pair_file(tmp_path / "pairs.parquet", [{"jpg_1": b"no image"} if i == 2 else {} for i in range(4)])
-    root = tmp_path / "run"
-    config = tiny(
-        "algorithm={type: dpo}", f"data.pairs={path}", "run.iterations=2", f"run.dir={root}",
-        "rollout.prompts_per_iteration=8",
-    )  # fmt: skip
-    drive(config, open_ports, Console(quiet=True))
-    first, second, _ = read_metrics(root / "metrics.jsonl")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run three iterations on four pairs, one with a broken image, without a reward: its folder."""
+    rows = [{"jpg_1": b"no image"} if i == 2 else {} for i in range(4)]
+    path = pair_file(tmp_path_factory.mktemp("pairs") / "pairs.parquet", rows)
+
+    @cache
+    def run(every: int) -> Path:
+        root = tmp_path_factory.mktemp("trained") / "run"
+        overrides = [
+            "algorithm={type: dpo}", f"data.pairs={path}", "rewards.train=[]", "run.iterations=3", f"run.dir={root}",
+            f"rollout.every={every}",
+        ]  # fmt: skip
+        drive(load_config("toy_sdxl", [*TINY, *overrides]), open_ports, Console(quiet=True))
+        return root
+
+    return run
+
+
+def test_a_run_on_pairs_skips_a_broken_image_and_counts_it(trained):
+    first, second, *_ = read_metrics(trained(every=1) / "metrics.jsonl")
     # Four pairs an iteration are all there are, and one of them is left out for one of its images.
     assert first["pairs/broken_share"] == second["pairs/broken_share"] == 1 / 4
     assert first["pairs/usable"] == 4 and first["preference/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["drift/rms"] > 0
 
 
-def test_a_run_on_pairs_needs_no_reward(tiny, tmp_path):
-    path, root = pair_file(tmp_path / "pairs.parquet", [{} for _ in range(4)]), tmp_path / "run"
-    config = tiny(
-        "algorithm={type: dpo}", f"data.pairs={path}", "rewards.train=[]", "run.iterations=1", f"run.dir={root}"
-    )
-    drive(config, open_ports, Console(quiet=True))
-    row = read_metrics(root / "metrics.jsonl")[0]
+def test_a_run_on_pairs_needs_no_reward(trained, tiny):
+    row = read_metrics(trained(every=1) / "metrics.jsonl")[0]
     assert "judge/strided_judge/mean" in row and not any(name.startswith("reward/two") for name in row)
     with pytest.raises(RewardConfigError, match=r"rewards\.train is empty"):
         tiny("rewards.train=[]")
 
 
-def test_rollouts_only_every_few_iterations_train_the_same_weights_on_pairs(tiny, tmp_path):
-    path, weights, rows = pair_file(tmp_path / "pairs.parquet", [{} for _ in range(4)]), {}, {}
-    for every in (1, 3):
-        root = tmp_path / str(every)
-        drive(
-            tiny("algorithm={type: dpo}", f"data.pairs={path}", "run.iterations=3", f"run.dir={root}",
-                 f"rollout.every={every}", "rollout.prompts_per_iteration=8"),
-            open_ports, Console(quiet=True),
-        )  # fmt: skip
-        weights[every] = load_file(root / "checkpoints/000003/learner/policy.safetensors")
-        rows[every] = read_metrics(root / "metrics.jsonl")
-    assert all(torch.equal(value, weights[3][name]) for name, value in weights[1].items())
-    assert ["judge/strided_judge/mean" in row for row in rows[3]] == [True, False, True, False]
-    assert rows[3][1]["drift/rms"] == rows[1][1]["drift/rms"]
+def test_rollouts_only_every_few_iterations_train_the_same_weights_on_pairs(trained):
+    roots = [trained(every=1), trained(every=3)]
+    always, seldom = (load_file(root / "checkpoints/000003/learner/policy.safetensors") for root in roots)
+    assert always.keys() == seldom.keys() and all(torch.equal(value, seldom[name]) for name, value in always.items())
+    always, seldom = (read_metrics(root / "metrics.jsonl") for root in roots)
+    assert ["judge/strided_judge/mean" in row for row in seldom] == [True, False, True, False]
+    assert seldom[1]["drift/rms"] == always[1]["drift/rms"]
 
 
 # From images on disk
