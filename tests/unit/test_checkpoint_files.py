@@ -1,5 +1,6 @@
 """Single-file checkpoints and LoRA files of other tools: the same network as the folder, or a refusal."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +17,8 @@ from acpo_dist.models.clip_tokenizer import write_clip_tokenizer
 from acpo_dist.models.config import TuningConfig
 from acpo_dist.models.family import trainable_tensors
 from acpo_dist.models.lora_files import adapter_layers, diffusers_layers, kohya_layers, write_lora
-from tests.helpers.exports import ASSETS, FAMILIES, PROMPT, on_latents, single_file
+from tests.helpers import exports
+from tests.helpers.exports import ASSETS, FAMILIES, PROMPT, on_latents
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +31,17 @@ def load(kind: str, *overrides: str, trainable: bool = False):
     return FAMILIES[kind].load(load_config(f"toy_{kind}", overrides).model, device="cpu", trainable=trainable)
 
 
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory):
+    """Write the toy as a checkpoint file, once for all tests, which only read it."""
+
+    @functools.cache
+    def written(kind: str, **options) -> Path:
+        return exports.single_file(kind, tmp_path_factory.mktemp(kind), **options)
+
+    return written
+
+
 @torch.no_grad()
 def answers(family) -> torch.Tensor:
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,47 +49,53 @@ def answers(family) -> torch.Tensor:
     return torch.cat([predicted.flatten(), family.decode(noisy).flatten()])
 
 
+@functools.cache
+def base_answers(kind: str) -> torch.Tensor:
+    """Answers of the unchanged toy."""
+    return answers(load(kind))
+
+
 @on_latents
 @pytest.mark.parametrize("ending", [".safetensors", ".ckpt"])
-def test_a_single_file_is_the_same_model_as_its_folder(kind, ending, tmp_path, cache):
-    file = single_file(kind, tmp_path)
+def test_a_single_file_is_the_same_model_as_its_folder(kind, ending, single_file, tmp_path, cache):
+    file = single_file(kind)
     if ending == ".ckpt":
         torch.save({"state_dict": load_file(file), "global_step": 7}, tmp_path / "model.ckpt")
         file = tmp_path / "model.ckpt"
     options = (f"model.path={file}", f"model.config=toy-{kind}")
-    assert torch.equal(answers(load(kind, *options)), answers(load(kind)))
+    assert torch.equal(answers(load(kind, *options)), base_answers(kind))
     # Converted once; the second load reads the same folder.
     converted = [path for path in cache.iterdir() if path.is_dir()]
     load(kind, *options)
     assert [path for path in cache.iterdir() if path.is_dir()] == converted and len(converted) == 1
 
 
-def test_the_prompts_of_a_single_file_are_counted_with_its_tokenizers_and_the_file_is_not_read_as_text(tmp_path, cache):
-    file = single_file("sdxl", tmp_path)
+def test_the_prompts_of_a_single_file_are_counted_with_its_tokenizers_and_the_file_is_not_read_as_text(single_file):
+    file = single_file("sdxl")
     prompts = ["a red circle", "a red circle on a white background " * 30]
     options = [f"model.path={file}", "model.config=toy-sdxl"]
     counts = FAMILIES["sdxl"].chunk_counts(load_config("toy_sdxl", options).model, prompts)
     assert counts == FAMILIES["sdxl"].chunk_counts(load_config("toy_sdxl").model, prompts) and counts[1] > counts[0]
 
 
-def test_a_file_in_half_precision_is_widened(tmp_path):
-    file = single_file("sdxl", tmp_path, dtype=torch.float16)
+def test_a_file_in_half_precision_is_widened(single_file):
+    file = single_file("sdxl", dtype=torch.float16)
     family = load("sdxl", f"model.path={file}", "model.config=toy-sdxl")
     assert {value.dtype for value in family.network.parameters()} == {torch.float32}
     # The toy's U-Net and VAE are stored in half precision; its encoders are rounded here.
-    torch.testing.assert_close(answers(family), answers(load("sdxl")), rtol=0, atol=2e-2)
+    torch.testing.assert_close(answers(family), base_answers("sdxl"), rtol=0, atol=2e-2)
 
 
 @on_latents
-def test_velocity_and_zero_terminal_snr_are_read_from_the_file(kind, tmp_path):
-    family = load(kind, f"model.path={single_file(kind, tmp_path, velocity=True)}", f"model.config=toy-{kind}")
+def test_velocity_and_zero_terminal_snr_are_read_from_the_file(kind, single_file):
+    family = load(kind, f"model.path={single_file(kind, velocity=True)}", f"model.config=toy-{kind}")
     assert family.prediction_type == "v_prediction" and float(family.alpha_bars[-1]) == 2.0**-24
-    plain = load(kind, f"model.path={single_file(kind, tmp_path / 'plain')}", f"model.config=toy-{kind}")
+    plain = load(kind, f"model.path={single_file(kind)}", f"model.config=toy-{kind}")
     assert plain.prediction_type == "epsilon" and float(plain.alpha_bars[-1]) > 1e-3
 
 
-def test_a_key_says_what_a_file_predicts_that_does_not_say_so_itself(tmp_path):
-    file = single_file("sd15", tmp_path)
+def test_a_key_says_what_a_file_predicts_that_does_not_say_so_itself(single_file):
+    file = single_file("sd15")
     options = (f"model.path={file}", "model.config=toy-sd15", "model.prediction_type=v_prediction")
     assert load("sd15", *options).prediction_type == "v_prediction"
 
@@ -120,20 +139,20 @@ def test_a_pickled_file_that_could_run_code_is_refused(tmp_path):
         FAMILIES["sdxl"].check(load_config("toy_sdxl", [f"model.path={tmp_path}/f.ckpt"]).model)
 
 
-def test_a_file_of_another_family_or_architecture_is_refused_before_it_is_loaded(tmp_path):
-    file = single_file("sdxl", tmp_path)
+def test_a_file_of_another_family_or_architecture_is_refused_before_it_is_loaded(single_file):
+    file = single_file("sdxl")
     with pytest.raises(ModelError, match=r"set model\.type=sdxl"):
         load("sd15", f"model.path={file}")
     with pytest.raises(ModelError, match=r"does not fit the unet.*model\.config"):
         load("sdxl", f"model.path={file}")
 
 
-def test_a_vae_is_taken_from_a_file_of_its_own(tmp_path):
-    whole = load_file(single_file("sdxl", tmp_path))
+def test_a_vae_is_taken_from_a_file_of_its_own(single_file, tmp_path):
+    whole = load_file(single_file("sdxl"))
     vae = {name.removeprefix("first_stage_model."): value for name, value in whole.items() if "first_stage" in name}
     save_file(vae, tmp_path / "vae.safetensors")
     save_file({name: value for name, value in whole.items() if "first_stage" not in name}, tmp_path / "no.safetensors")
-    assert torch.equal(answers(load("sdxl", f"model.vae={tmp_path}/vae.safetensors")), answers(load("sdxl")))
+    assert torch.equal(answers(load("sdxl", f"model.vae={tmp_path}/vae.safetensors")), base_answers("sdxl"))
     with pytest.raises(ModelError, match=r"holds no VAE; set model\.vae"):
         load("sdxl", f"model.path={tmp_path}/no.safetensors", "model.config=toy-sdxl")
 
@@ -155,8 +174,9 @@ def test_the_shipped_tokenizer_gives_clips_tokens(tmp_path):
 # LoRA files
 
 
+@functools.cache
 def moved(kind: str, **tuning):
-    """A family with moved adapters, and its layers."""
+    """A family with moved adapters, and its layers; only to be read."""
     config = load_config(f"toy_{kind}").model.model_copy(update={"tuning": TuningConfig(rank=4, **tuning)})
     family = FAMILIES[kind].load(config, device="cpu", trainable=True)
     generator = torch.Generator().manual_seed(3)
@@ -204,7 +224,7 @@ def test_the_anchor_of_a_continued_lora_is_the_start_or_the_base_as_a_key_says(t
     tuned, layers = moved("sdxl")
     file = tmp_path / "l.safetensors"
     write_lora(file, diffusers_layers(layers), {}, torch.float32)
-    wanted = {"init": answers(tuned), "base": answers(load("sdxl"))}
+    wanted = {"init": answers(tuned), "base": base_answers("sdxl")}
     for anchor, answer in wanted.items():
         family = load("sdxl", f"model.tuning.init={file}", f"model.tuning.anchor={anchor}", trainable=True)
         with torch.no_grad():
@@ -259,7 +279,7 @@ def test_every_kind_of_lora_is_exported_and_read_back_as_it_was_trained(tuning, 
     # At the start the adapters change nothing, whatever their kind.
     config = tuned.config
     start = FAMILIES["sdxl"].load(config, device="cpu", trainable=True)
-    torch.testing.assert_close(answers(start), answers(load("sdxl")), rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers(start), base_answers("sdxl"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
