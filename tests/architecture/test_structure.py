@@ -25,27 +25,38 @@ MACHINE_PATH = re.compile(r"(?<![\w.~)>}*-])/(?:work|root|home|Users)/(?!ray\b)[
 
 IMPORT_WITHOUT = """
 import importlib, json, sys
-modules, extras = json.loads(sys.argv[1])
-for extra in extras:
-    sys.modules[extra] = None
-failures = {}
-for name in modules:
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        failures[name] = f"{type(error).__name__}: {error}"
-loaded = sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None})
-sys.stdout.write("\\n" + json.dumps({"failures": failures, "loaded": loaded}))
+answers = []
+for extras, modules in json.loads(sys.argv[1]):
+    for extra in extras:
+        sys.modules[extra] = None
+    failures = {}
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+    loaded = sorted({name.partition(".")[0] for name, module in sys.modules.items() if module is not None})
+    answers.append([failures, loaded])
+sys.stdout.write("\\n" + json.dumps(answers))
 """
 
+Imported = tuple[dict[str, str], list[str]]
+"""Failures by module, and top-level names that are loaded."""
 
-def import_without(extras: tuple[str, ...], modules: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Import modules in a fresh interpreter where extras are missing: (failures by module, top-level names loaded)."""
-    arguments = [sys.executable, "-c", IMPORT_WITHOUT, json.dumps([modules, extras])]
+
+def import_without(*steps: tuple[tuple[str, ...], list[str]]) -> list[Imported]:
+    """Import modules in a fresh interpreter where extras are missing, step by step: (missing extras, modules)."""
+    arguments = [sys.executable, "-c", IMPORT_WITHOUT, json.dumps(steps)]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    return answer["failures"], answer["loaded"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def imported() -> list[Imported]:
+    """The loop without Ray, and then the library without any extra."""
+    modules = [name for name in library_modules() if name not in DOORS]
+    return import_without((("ray",), ["acpo_dist.training.loop"]), (EXTRAS, modules))
 
 
 def library_modules() -> list[str]:
@@ -74,15 +85,14 @@ def listed_files() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def test_the_loop_knows_neither_ray_nor_deepspeed():
-    failures, loaded = import_without(("ray",), ["acpo_dist.training.loop"])
+def test_the_loop_knows_neither_ray_nor_deepspeed(imported: list[Imported]):
+    failures, loaded = imported[0]
     assert failures == {}
     assert not {"actors", "deepspeed", "mlflow", "pyiqa"} & set(loaded)
 
 
-def test_the_library_imports_without_any_optional_extra():
-    modules = [name for name in library_modules() if name not in DOORS]
-    failures, _ = import_without(EXTRAS, modules)
+def test_the_library_imports_without_any_optional_extra(imported: list[Imported]):
+    failures, _ = imported[1]
     assert failures == {}
 
 
@@ -90,7 +100,7 @@ def test_the_library_imports_without_any_optional_extra():
 def test_an_optional_dependency_needs_only_its_own_extra(module: str, needed: str):
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"needs {needed}, found none")
-    failures, _ = import_without(tuple(extra for extra in EXTRAS if extra != needed), [module])
+    ((failures, _),) = import_without((tuple(extra for extra in EXTRAS if extra != needed), [module]))
     assert failures == {}
 
 
