@@ -84,21 +84,21 @@ def _draw(source, count, guidance):
 
 @pytest.mark.parametrize(("source", "caption_accuracy"), [("toy_sdxl", 0.80), ("toy_sd15", 0.80), ("toy_flow", 0.70)])
 def test_a_toy_draws_the_prompt_with_diversity(source, caption_accuracy):
-    images, prompts = _draw(source, 144, guidance=1.5)
+    images, prompts = _draw(source, 72, guidance=1.5)
     report = judge_exactly(images, prompts)
     assert report.caption_accuracy >= caption_accuracy
     assert report.oracle_mse <= 0.008
-    assert report.template_entropy >= 4.5  # of at most log 144 = 4.97
+    assert report.template_entropy >= 3.85  # of at most log 72 = 4.28
 
 
 def test_toy_ddpm_draws_recognisable_scenes(tiny):
     config = tiny(
         "model={type: ddpm, path: toy-ddpm}", "data.prompts=none", "rewards.cut=image", "sampler.num_steps=25"
     )
-    images, _ = _draw(config, 48, guidance=1.0)
+    images, _ = _draw(config, 32, guidance=1.0)
     report = judge_exactly(images)
     assert report.oracle_mse <= 0.05
-    assert report.template_entropy >= 3.3  # of at most log 48 = 3.87
+    assert report.template_entropy >= 2.9  # of at most log 32 = 3.47
 
 
 # Without T5 the pipeline of Stable Diffusion 3 adds 256 zero tokens; toy-flow was trained with one.
