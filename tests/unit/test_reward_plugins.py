@@ -63,7 +63,7 @@ def test_nan_of_a_finite_image_is_named_and_float64_is_taken():
     assert worker("float64").score(IMAGES, ["", ""]) == pytest.approx(worker("none").score(IMAGES, ["", ""]))
 
 
-@pytest.mark.parametrize("fault", ["constant", "nan", "scalar", "list", "meta", "third_call", "init"])
+@pytest.mark.parametrize("fault", ["constant", "nan", "scalar", "third_call", "init"])
 def test_a_run_in_one_process_with_a_faulty_reward_ends_with_an_error_that_names_it(fault: str, tiny, tmp_path):
     train = f'[{{"type": "{PLUGIN}", "name": "mine", "fault": "{fault}"}}]'
     config = tiny(
