@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 PROGRAM = """
 import resource, statistics, sys
-from acpo_dist.core.allocator import keep_freed_memory
+from acpo_dist.core.allocator import keep_freed_memory, return_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 import torch
@@ -19,36 +20,8 @@ def take():
     return faults() - before
 # The first few go where no block of this size has been: how many do depends on where the heap begins.
 print(statistics.median(take() for _ in range(30)))
-"""
-
-
-def _faults(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM, how], env={"PATH": "", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_the_next_tensor_of_40_megabytes_faults_in_few_pages_again():
-    # Nearly 10,000 pages of 4 KiB for the tensor and as many for the sum.
-    plain = float(_faults("plain").stdout)
-    if plain < 1_000:
-        pytest.skip("this kernel maps large pages, so that fresh memory costs few faults")
-    assert float(_faults("keep").stdout) < plain / 10
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_a_configured_allocator_is_not_changed():
-    assert _faults("keep", MALLOC_ARENA_MAX="1").returncode == 3
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_blocks_freed_between_others_go_back_to_the_system_when_asked():
-    program = """
-from acpo_dist.core.allocator import keep_freed_memory, return_freed_memory
-keep_freed_memory()
-import torch
+if sys.argv[1] == "plain":
+    sys.exit()
 def held():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
 blocks = [torch.ones(5_000_000) for _ in range(20)]
@@ -58,10 +31,34 @@ kept = held()
 return_freed_memory()
 print(before - kept, before - held())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={"PATH": "", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=True,
+
+
+def _said(how: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, how], env={"PATH": "", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
-    kept, returned = map(float, done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def kept() -> list[float]:
+    """Faults of a tensor where freed memory is kept; MiB that freed blocks give back by themselves, and when asked."""
+    return [float(figure) for figure in _said("keep").stdout.split()]
+
+
+def test_the_next_tensor_of_40_megabytes_faults_in_few_pages_again(kept):
+    # Nearly 10,000 pages of 4 KiB for the tensor and as many for the sum.
+    plain = float(_said("plain").stdout)
+    if plain < 1_000:
+        pytest.skip("this kernel maps large pages, so that fresh memory costs few faults")
+    assert kept[0] < plain / 10
+
+
+def test_a_configured_allocator_is_not_changed():
+    assert _said("keep", MALLOC_ARENA_MAX="1").returncode == 3
+
+
+def test_blocks_freed_between_others_go_back_to_the_system_when_asked(kept):
+    _, unasked, asked = kept
     # 19 blocks of 19 MiB.
-    assert kept < 100 and returned > 300
+    assert unasked < 100 and asked > 300
