@@ -43,9 +43,10 @@ def spoil_vae(folder: Path, factor: float) -> Path:
     return folder
 
 
-def real_scenes(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def real_scenes(tmp_path_factory) -> Path:
     """Image files of the toy world, damaged as the toy models' training images are."""
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("real")
     scenes = templates()
     draw = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(scenes), generator=draw)[:48]
@@ -85,14 +86,16 @@ def test_a_pixel_model_without_its_clip_is_noticed(tiny, tmp_path):
     assert problems_of(tiny(*model_of("ddpm", folder)))
 
 
+def test_a_healthy_toy_has_no_problems_beside_real_images(tiny, real_scenes):
+    config = tiny(*model_of("sdxl", "toy-sdxl"), f"data.path={real_scenes}", "sampler.num_steps=12")
+    assert problems_of(config) == {}
+
+
 @pytest.mark.parametrize("factor", [0.1, 10.0])
-def test_a_wrong_vae_scale_is_noticed_beside_real_images(tiny, tmp_path, factor):
-    data = real_scenes(tmp_path / "real")
-    healthy = problems_of(tiny(*model_of("sdxl", "toy-sdxl"), f"data.path={data}", "sampler.num_steps=12"))
+def test_a_wrong_vae_scale_is_noticed_beside_real_images(tiny, tmp_path, real_scenes, factor):
     scale = json.loads((Path(resolve_path("toy-sdxl")) / "vae/config.json").read_text())["scaling_factor"]
     folder = copied("toy-sdxl", tmp_path / "model", "vae/config.json", scaling_factor=scale * factor)
-    assert healthy == {}
-    assert problems_of(tiny(*model_of("sdxl", folder), f"data.path={data}", "sampler.num_steps=12"))
+    assert problems_of(tiny(*model_of("sdxl", folder), f"data.path={real_scenes}", "sampler.num_steps=12"))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
