@@ -1,5 +1,7 @@
 """LoKr and LoHa files of LyCORIS and peft: merged into the base model as peft merges them, or refused by their name."""
 
+import copy
+import functools
 import json
 
 import pytest
@@ -30,7 +32,9 @@ KINDS = {
 }  # fmt: skip
 
 
+@functools.cache
 def toy_unet() -> UNet2DConditionModel:
+    """The toy's U-Net; only to be read."""
     return UNet2DConditionModel.from_pretrained(ASSETS / "toy-sdxl" / "unet")
 
 
@@ -38,9 +42,10 @@ def entries_of(unet) -> dict[str, Entry]:
     return {name: Entry.of(value.detach()) for name, value in unet.named_parameters()}
 
 
+@functools.cache
 def adapted(kind: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(parts of the layers by peft's names, weights with the layers merged by peft)."""
-    config, unet = KINDS[kind], toy_unet()
+    config, unet = KINDS[kind], copy.deepcopy(toy_unet())
     config.target_modules, config.init_weights = ["to_q", "conv1", "proj_in", "conv_shortcut"], False
     with torch.random.fork_rng():
         torch.manual_seed(2)
