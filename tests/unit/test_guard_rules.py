@@ -46,6 +46,8 @@ class NoisyRun:
 
 # No stop in 400 runs bounds the rate by 0.75 % with 95 % confidence; 40 show that the limits are of the right size.
 many_runs = pytest.mark.parametrize("runs", [40, pytest.param(400, marks=pytest.mark.slow)])
+# Runs with a fault, each of which is stopped: fewer are enough.
+faulty_runs = pytest.mark.parametrize("runs", [40, pytest.param(100, marks=pytest.mark.slow)])
 
 
 @many_runs
@@ -64,31 +66,33 @@ def test_fewer_than_one_in_a_hundred_runs_without_drift_is_stopped_in_500_iterat
     assert warned / runs < 0.1
 
 
+@faulty_runs
 @pytest.mark.parametrize(
     ("fault", "within"),
     [({"judge": -1.0}, 9), ({"reward": 1.0, "judge": -0.5}, 8), ({"content": 2.0}, 9), ({"drift": 1.6}, 2)],
     ids=["judge falls by one sigma", "the gap opens", "images change", "drift doubles"],
 )
-def test_a_fault_is_detected_within_the_stated_iterations(fault: dict[str, float], within: int):
+def test_a_fault_is_detected_within_the_stated_iterations(fault: dict[str, float], within: int, runs: int):
     delays = []
-    for seed in range(100):
+    for seed in range(runs):
         guard, noise, begin = Guard(STOPPING), NoisyRun(seed), 50
         for iteration in range(begin + 60):
             if guard.update(iteration, noise.at(iteration, **fault if iteration >= begin else {})).ends:
                 delays.append(iteration - begin + 1)
                 break
-    assert len(delays) == 100
+    assert len(delays) == runs
     assert min(delays) > 0 and np.quantile(delays, 0.95) <= within
 
 
+@faulty_runs
 @pytest.mark.parametrize(
     ("fault", "within"),
     [({"judge": -2.5}, 2), ({"reward": 3.0}, 2), ({"content": 5.0}, 2), ({"drift": 3.5}, 1)],
     ids=["judge falls by 2.5 sigmas", "the gap opens wide", "other images", "drift 2.8 times its budget"],
 )
 @pytest.mark.parametrize("begin", [0, 50], ids=["in the warm-up", "later"])
-def test_a_gross_fault_is_detected_at_once(fault: dict[str, float], within: int, begin: int):
-    for seed in range(100):
+def test_a_gross_fault_is_detected_at_once(fault: dict[str, float], within: int, begin: int, runs: int):
+    for seed in range(runs):
         guard, noise = Guard(STOPPING), NoisyRun(seed, length=begin + within)
         ends = [
             guard.update(iteration, noise.at(iteration, **fault if iteration >= begin else {})).ends

@@ -59,7 +59,7 @@ def test_no_local_descent_from_anywhere_in_the_trust_region_finds_less(seed: int
     lower, upper = trust_bounds(start, trust=0.45, lowest=0.0, sigma_end=0.0)
     found = optimize(start, BUMPY, trust=0.45)
     values = []
-    for _ in range(20):
+    for _ in range(8):
         origin = rng.uniform(np.log(lower[1:]), np.log(upper[1:]))
         descent = minimize(
             lambda logs: by_hand([start[0], *np.exp(logs)], BUMPY, 0.0),
