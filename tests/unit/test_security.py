@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 import zipfile
 import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -92,18 +93,24 @@ def test_an_entry_that_unpacks_to_more_than_it_announces_is_read_no_further(tmp_
     assert peak < 2**24
 
 
-def packed_prompts(tmp_path: Path, name: str) -> Path:
-    """A parquet file of a few kilobytes whose one text has more than 256 MiB."""
-    path = tmp_path / "bomb.parquet"
-    cells = {"jpg_0": pa.array([small_png()]), "jpg_1": pa.array([small_png()]), "label_0": pa.array([1.0])}
-    pq.write_table(pa.table({**cells, name: pa.array(["a" * (2**28 + 1)])}), path, compression="zstd",
-                   use_dictionary=False)  # fmt: skip
-    return path
+@pytest.fixture(scope="module")
+def packed_texts(tmp_path_factory):
+    """Write a parquet file of a few kilobytes whose one text has more than 256 MiB, once for each column's name."""
+
+    @cache
+    def written(name: str) -> Path:
+        path = tmp_path_factory.mktemp(name) / "bomb.parquet"
+        cells = {"jpg_0": pa.array([small_png()]), "jpg_1": pa.array([small_png()]), "label_0": pa.array([1.0])}
+        pq.write_table(pa.table({**cells, name: pa.array(["a" * (2**28 + 1)])}), path, compression="zstd",
+                       use_dictionary=False)  # fmt: skip
+        return path
+
+    return written
 
 
 @pytest.mark.parametrize("read", ["data.prompts", "--suite", "data.pairs", "acpo rewards train"])
-def test_a_column_of_texts_that_unpacks_to_many_times_its_size_is_refused(read, tmp_path):
-    path = packed_prompts(tmp_path, "caption" if read == "data.pairs" else "prompt")
+def test_a_column_of_texts_that_unpacks_to_many_times_its_size_is_refused(read, packed_texts):
+    path = packed_texts("caption" if read == "data.pairs" else "prompt")
     with pytest.raises(DataError, match="unpacks from"):
         if read == "data.prompts":
             load_prompts(str(path), column="prompt")
