@@ -44,7 +44,7 @@ demo: $(STAMP) ## train and compare on an embedded toy, without GPU or network
 # Tests on Ray leave their process connected to a cluster, so they run after the others.
 test: $(STAMP) ## all tests that run on the CPU
 	$(BIN)/python -m pytest tests -m "not ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests -m "ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/ray -m "ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL and SD3.5 at full size (20 GiB of memory)
 	ACPO_FULL_SIZE=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1

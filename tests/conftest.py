@@ -68,11 +68,13 @@ def done(acpo):
 
 
 FIRST = (
-    "ray/test_nodes.py", "unit/test_algorithms.py", "ray/test_restart.py", "ray/test_learner.py",
-    "ray/test_reward_pool.py", "unit/test_planning.py", "ray/test_launch.py", "unit/test_run.py",
-    "ray/test_reward_load.py", "ray/test_software.py", "unit/test_trajectory_manager.py", "ray/test_loading.py",
-    "unit/test_guard_monitor.py", "ray/test_signals.py", "ray/test_evaluation.py", "unit/test_report_page.py",
-    "ray/test_doctor.py",
+    "unit/test_algorithms.py", "unit/test_planning.py", "unit/test_run.py", "unit/test_trajectory_manager.py",
+    "unit/test_guard_monitor.py", "unit/test_report_page.py",
+    "ray/test_nodes.py", "ray/test_learner.py", "ray/test_reward_pool.py", "ray/test_sizes_and_images.py",
+    "ray/test_pipeline.py", "ray/test_reward_load.py", "ray/test_launch.py", "ray/test_restart.py", "ray/test_start.py",
+    "ray/test_two_users.py", "ray/test_secrets.py", "ray/test_loading.py", "ray/test_evaluation.py",
+    "ray/test_signals.py", "ray/test_doctor.py", "ray/test_latent_critic.py", "ray/test_software.py",
+    "ray/test_reward_plugins.py", "ray/test_reward_gateway.py",
 )  # fmt: skip
 """Test files that take longest, tests that wait beside tests that compute: no process is left with a long file at the
 end."""

@@ -37,8 +37,8 @@ def test_the_command_answers_with_one_object_and_fails_where_something_would(tmp
     def ask(*arguments: str):
         variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return subprocess.run(
-            [str(ACPO), "doctor", *arguments], cwd=tmp_path, env=variables | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False,
+            [str(ACPO), "doctor", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env=variables | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},
         )  # fmt: skip
 
     done = ask("toy_sdxl", "tracking.mlflow_uri=http://127.0.0.1:9", "--json")

@@ -46,7 +46,10 @@ def start(user: int, home: Path, port: int) -> subprocess.Popen[str]:
         rights = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
         command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *rights, *command]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    variables |= {"HOME": str(home), "ACPO_REWARDS_TOKEN": f"a token of user {user}", "PYTHONPATH": ":".join(sys.path)}
+    variables |= {
+        "HOME": str(home), "ACPO_REWARDS_TOKEN": f"a token of user {user}", "PYTHONPATH": ":".join(sys.path),
+        "RAY_worker_niceness": "0",
+    }  # fmt: skip
     return subprocess.Popen(
         command, cwd=home, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
