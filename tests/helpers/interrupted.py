@@ -11,11 +11,13 @@ from tests.conftest import TINY
 ACPO = Path(sys.executable).parent / "acpo"
 
 
-def started(root: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start a run of many iterations."""
+def started(root: Path, *overrides: str, python: str | None = None) -> subprocess.Popen[str]:
+    """Start a run of many iterations; `python` is the interpreter of its workers on Ray, if it is another one."""
+    code = f"import sys; sys.executable = {python!r}; from acpo_dist.cli import main; main()"
+    program = [str(ACPO)] if python is None else [sys.executable, "-c", code]
     asked = [*TINY, f"run.dir={root}", "run.iterations=500", "checkpoint.every=1", *overrides]
     return subprocess.Popen(
-        [str(ACPO), "train", "toy_sdxl", *asked], stderr=subprocess.PIPE, text=True,
+        [*program, "train", "toy_sdxl", *asked], stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         # A shell starts what it runs in the background with SIGINT ignored, and the tests with it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

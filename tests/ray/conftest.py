@@ -12,20 +12,23 @@ from tests.helpers import forked
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+def forks(tmp_path_factory):
+    """Program that Ray starts workers with, and the process whose children they are then."""
+    with forked.serving(tmp_path_factory.mktemp("forked")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def cluster(forks, tmp_path_factory):
     """A local cluster with four logical CPUs, whatever the machine has; its ports and folder are its own."""
     ray = pytest.importorskip("ray", reason="needs the extra `ray`")
-    with (
-        forked.python(tmp_path_factory.mktemp("forked")) as python,
-        pytest.MonkeyPatch.context() as environment,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    with pytest.MonkeyPatch.context() as environment, pytest.MonkeyPatch.context() as patch:
         from actors.cluster.connect import PATIENT, unused_port
         from actors.ray_private import agents_not_awaited
 
         # Workers inherit it at the start: converted single files must not land in the user's own cache.
         environment.setenv("ACPO_CACHE", str(tmp_path_factory.mktemp("converted")))
-        patch.setattr(sys, "executable", python)
+        patch.setattr(sys, "executable", forks[0])
         # `local`: RAY_ADDRESS may name a cluster that other processes use. Ray would end its start on a busy machine.
         with agents_not_awaited(unused_port()):
             ray.init(

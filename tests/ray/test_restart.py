@@ -14,7 +14,6 @@ from tests.conftest import TINY
 from tests.helpers.runs import results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
-ACPO = "from acpo_dist.cli import main; main()"
 ITERATIONS = 3
 RUN = [
     *TINY, f"run.iterations={ITERATIONS}", "cluster.backend=ray", "learner.num_ranks=2",
@@ -22,16 +21,17 @@ RUN = [
 ]  # fmt: skip
 
 
-def started(folder: Path, every: int) -> subprocess.Popen[str]:
-    """Start `acpo train` on its own Ray cluster."""
+def started(folder: Path, every: int, python: str) -> subprocess.Popen[str]:
+    """Start `acpo train` on its own Ray cluster, whose workers run in the interpreter `python`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code = f"import sys; sys.executable = {python!r}; from acpo_dist.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", ACPO, "train", "toy_sdxl", *RUN, f"checkpoint.every={every}", f"run.dir={folder}"],
+        [sys.executable, "-c", code, "train", "toy_sdxl", *RUN, f"checkpoint.every={every}", f"run.dir={folder}"],
         env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def titles(parent: int) -> dict[int, str]:
+def titles(parents: set[int]) -> dict[int, str]:
     """Process title by process id of all descendants; Ray writes the method that an actor executes into its title."""
     found: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").iterdir():
@@ -42,21 +42,25 @@ def titles(parent: int) -> dict[int, str]:
                 found[int(entry.name)] = above, title
             except OSError:
                 continue
-    family, size = {parent}, 0
+    family, size = set(parents), 0
     while size != len(family):
         size = len(family)
         family |= {pid for pid, (above, _) in found.items() if above in family}
     return {pid: found[pid][1] for pid in family if pid in found}
 
 
-def kill_a_rank(process: subprocess.Popen[str], method: str, rows: Path, least: int) -> None:
-    """Send SIGKILL to a learner rank that executes a method, once this many iterations are recorded."""
+def kill_a_rank(process: subprocess.Popen[str], server: int, method: str, rows: Path, least: int) -> None:
+    """Send SIGKILL to a learner rank that executes a method, once this many iterations are recorded.
+
+    Args:
+        server: process whose children the run's workers are.
+    """
     while process.poll() is None:
         # Ray's workers run at low priority: a loop without pauses would starve them.
         if least and not (rows.exists() and len(read_metrics(rows)) >= least):
             time.sleep(0.2)
             continue
-        for pid, title in titles(process.pid).items():
+        for pid, title in titles({process.pid, server}).items():
             if title == f"ray::LearnerActor.{method}":
                 os.kill(pid, signal.SIGKILL)
                 return
@@ -90,11 +94,12 @@ def calm(tmp_path_factory):
     ],
 )  # fmt: skip
 def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_metric(
-    method, least, every, calm, tmp_path
+    method, least, every, calm, forks, tmp_path
 ):
     folder = tmp_path / "run"
-    process = started(folder, every)
-    kill_a_rank(process, method, folder / "metrics.jsonl", least)
+    python, server = forks
+    process = started(folder, every, python)
+    kill_a_rank(process, server, method, folder / "metrics.jsonl", least)
     said, _ = process.communicate(timeout=1100)
     assert process.returncode == 0, said
     assert "Traceback" not in said and "cluster.max_restarts" in said

@@ -10,9 +10,10 @@ from tests.helpers.interrupted import interrupted_by, started
 pytestmark = pytest.mark.ray
 
 
-def test_a_run_on_ray_that_is_terminated_ends_in_order(tmp_path):
+def test_a_run_on_ray_that_is_terminated_ends_in_order(forks, tmp_path):
     pytest.importorskip("ray", reason="needs the extra `ray`")
-    process = started(tmp_path / "run", "cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.judges=[]")
+    small = ["cluster.backend=ray", "rollout.cpus_per_worker=0.1", "rewards.judges=[]"]
+    process = started(tmp_path / "run", *small, python=forks[0])
     said = interrupted_by(signal.SIGTERM, tmp_path / "run", process)
     assert process.returncode == 143, said
     assert "terminated; continue with" in said and "SIGTERM received" not in said
