@@ -10,47 +10,31 @@ from tests.helpers.runs import results, use_everywhere
 
 pytestmark = pytest.mark.ray
 QUIET = Console(quiet=True)
-SMALL = [
+SIZES = "[[32, 48], [48, 32], 32]"
+OPTIONS = [
     "sampler.num_steps=3", "checkpoint.every=1", "learner.micro_batch=2", "rollout.cpus_per_worker=0.1",
     "rewards.cpus_per_replica=0.1", "learner.cpus_per_rank=0.2", "cluster.worker_timeout_s=900", "rewards.judges=[]",
-]  # fmt: skip
-OPTIONS = [
-    *SMALL, "model.image_size=[[32, 32], [32, 48]]", "algorithm.anchor.source=data", "algorithm.data_weight=1",
-    "algorithm.data_reward_weight=0.5", "data.flip=true",
+    "algorithm.anchor.source=data", "algorithm.data_weight=1", "algorithm.data_reward_weight=0.5", "data.flip=true",
 ]  # fmt: skip
 TWO = ["rollout.num_workers=2", "learner.num_ranks=2", "learner.zero_stage=1"]
 
 
-def test_two_ranks_train_on_several_sizes_and_captioned_images_as_one_process_does_and_resume_exactly(
-    cluster, tiny, tmp_path
-):
-    from acpo_dist.training.local import open_ports as local_ports
-    from actors.launch import open_ports as ray_ports
-
-    folder = write_captioned(tmp_path / "images", 8, shapes=((32, 32), (40, 60)))
-    options = [*OPTIONS, f"data.path={folder}", f"data.latent_cache={tmp_path / 'latents'}"]
-    alone, whole, parts = (tmp_path / name for name in ("alone", "whole", "parts"))
-    drive(tiny(*options, "run.iterations=1", f"run.dir={alone}"), local_ports, QUIET)
-    drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={whole}"), ray_ports, QUIET)
-    drive(tiny(*options, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
-    drive(tiny(*options, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
-    agree(results(whole)[0], results(alone)[0])
-    agree(results(parts)[1], results(whole)[1])
-
-
-@pytest.mark.parametrize("sizes", ["[[32, 48], [48, 32], 32]", pytest.param("{buckets: 64}", marks=pytest.mark.slow)])
-def test_a_single_file_on_ray_trains_as_its_folder_does_in_process_and_resumed_serves_every_command(
+@pytest.mark.parametrize("sizes", [SIZES, pytest.param("{buckets: 64}", marks=pytest.mark.slow)])
+def test_two_ranks_resumed_train_a_single_file_on_captioned_images_as_one_process_does_its_folder_for_every_command(
     sizes, cluster, tiny, done, tmp_path
 ):
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
     file = single_file("sdxl", tmp_path)
+    images = write_captioned(tmp_path / "images", 9, shapes=((32, 32), (40, 60), (60, 40)))
     model = [f"model.path={file}", "model.config=toy-sdxl", f"model.image_size={sizes}"]
+    options = [*OPTIONS, f"data.path={images}"]
+    ranks = [*model, *TWO, f"data.latent_cache={tmp_path / 'latents'}"]
     folder, parts = tmp_path / "folder", tmp_path / "parts"
-    drive(tiny(*SMALL, model[2], "run.iterations=2", f"run.dir={folder}"), local_ports, QUIET)
-    drive(tiny(*SMALL, *model, *TWO, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
-    drive(tiny(*SMALL, *model, *TWO, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
+    drive(tiny(*options, model[2], "run.iterations=2", f"run.dir={folder}"), local_ports, QUIET)
+    drive(tiny(*options, *ranks, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
+    drive(tiny(*options, *ranks, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
     for found, expected in zip(results(parts), results(folder), strict=True):
         agree(found, expected)
     planned = [*model, *TWO, "learner.micro_batch=2"]
