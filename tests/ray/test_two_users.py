@@ -25,6 +25,7 @@ from actors.reward.client import PoolLink
 from actors.reward.gateway import open_gateway
 join("local")
 print(ray.get(ray.remote(num_cpus=0.1)(lambda: os.getuid()).remote(), timeout=240), flush=True)
+sys.stdin.readline()
 http = HttpConfig(enabled=True, port=int(sys.argv[1]))
 try:
     gateway, address = open_gateway(PoolLink(applications={}, deadline_s=1.0, attempt_timeout_s=1.0), {}, "image", http)
@@ -64,6 +65,13 @@ def said(process: subprocess.Popen[str]) -> str:
     return line
 
 
+def go_on(process: subprocess.Popen[str]) -> None:
+    """Let a process open its gateway."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 def test_two_users_have_clusters_of_their_own_and_the_second_on_one_http_port_is_told_the_key(tmp_path_factory):
     # A folder that every user may enter: pytest's own belongs to one.
     base = Path(tmp_path_factory.mktemp("users"))
@@ -74,10 +82,12 @@ def test_two_users_have_clusters_of_their_own_and_the_second_on_one_http_port_is
         port = probe.getsockname()[1]
     first = start(os.getuid(), base / "first", port)
     try:
-        assert (said(first), said(first)) == (str(os.getuid()), "serves")
         second = start(other, base / "second", port)
         try:
-            assert said(second) == str(other)
+            assert (said(first), said(second)) == (str(os.getuid()), str(other))
+            go_on(first)
+            assert said(first) == "serves"
+            go_on(second)
             message = said(second)
             assert f"127.0.0.1:{port}" in message and "rewards.http.port=0" in message
             assert "Address already in use" in message and len(message) <= LONGEST
