@@ -1,10 +1,10 @@
 """Ray's Python workers as forks of one process that has imported their libraries.
 
-A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `python()`
+A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `serving()`
 starts a server that imports these once, and gives the path of a program that takes the place of `sys.executable` in
-`ray.init`: it runs Ray's worker scripts in a fork of the server, and everything else in the real interpreter. A fork
-has the arguments, environment, folder and streams of the program, its exit status is the program's, signals reach it,
-and it is killed when the program is.
+`ray.init`: it runs Ray's worker scripts, and those of `driver`, in a fork of the server, and everything else in the
+real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is the
+program's, signals reach it, and it is killed when the program is.
 """
 
 import contextlib
@@ -22,8 +22,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("setup_worker.py", "default_worker.py")
-"""Ray starts the first one, which executes the second one with the same interpreter."""
+DRIVER = "forked_driver.py"
+SCRIPTS = ("setup_worker.py", "default_worker.py", DRIVER)
+"""Ray starts the first one, which executes the second one with the same interpreter; the third is that of `driver`."""
 MODULES = (
     "acpo_dist.training.local", "acpo_dist.workers.learner.zero", "deepspeed", "pandas", "fastapi", "uvicorn", "grpc",
     "aiohttp",
@@ -34,15 +35,11 @@ LARGEST = 1 << 20
 
 
 @contextlib.contextmanager
-def python(folder: Path) -> Iterator[str]:
-    """Start the server, and give the path of the program; the server ends with the context."""
-    with serving(folder) as (program, _):
-        yield program
-
-
-@contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, int]]:
-    """As `python`, with the process id of the server, whose children are the forks."""
+    """Start the server, and give the path of the program and the server's process id; its children are the forks.
+
+    The server ends with the context.
+    """
     address, program = folder / "fork.sock", folder / "python"
     program.write_text(
         f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -64,6 +61,13 @@ def serving(folder: Path) -> Iterator[tuple[str, int]]:
         server.wait()
 
 
+def driver(program: str, folder: Path, code: str) -> list[str]:
+    """Return the command that executes code, with the folder of this project on its path, as a fork of the server."""
+    script = folder / DRIVER
+    script.write_text(f"import sys\nsys.path.insert(1, {str(Path(__file__).parents[2])!r})\n{code}\n")
+    return [program, str(script)]
+
+
 def main(real: str, address: str) -> None:
     """Run `sys.argv` as the program."""
     arguments = sys.argv[1:]
@@ -81,7 +85,9 @@ def main(real: str, address: str) -> None:
             signal.signal(number, lambda number, _: os.kill(child, number))
         status = os.waitstatus_to_exitcode(int(channel.recv(64)))
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        # SIGKILL has no handler to reset.
+        with contextlib.suppress(OSError):
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

@@ -1,6 +1,7 @@
 """Runs on local Ray nodes that are lost one after another, in a separate process.
 
-`python -m tests.helpers.lost_nodes FOLDER` prints one JSON object as its last line.
+`python -m tests.helpers.lost_nodes FOLDER PYTHON` prints one JSON object as its last line; Ray starts its workers with
+the interpreter PYTHON.
 """
 
 import json
@@ -17,8 +18,9 @@ from ray.cluster_utils import Cluster
 from acpo_dist.config.load import load_config
 from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.jsonl import read_metrics
+from actors.cluster.connect import PATIENT, unused_port
+from actors.ray_private import agents_not_awaited
 from tests.conftest import TINY
-from tests.helpers import forked
 
 ITERATIONS = 3
 METRICS = ["two_stream", "strided_judge"]
@@ -35,15 +37,19 @@ class Machines:
     """Start a head and three worker nodes, each with resources for all workers."""
 
     def __init__(self) -> None:
-        args = {"include_dashboard": False, "object_store_memory": 150_000_000}
-        self._cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"acpo-role": "head"}, **args}
-        )
+        args = {"include_dashboard": False, "object_store_memory": 150_000_000, "_system_config": PATIENT}
+        # Nodes would wait for their agents one after another.
+        with agents_not_awaited(unused_port()):
+            self._cluster = Cluster(
+                initialize_head=True, head_node_args={"num_cpus": 1, "labels": {"acpo-role": "head"}, **args}
+            )
         ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR, namespace="acpo")
-        nodes = [
-            self._cluster.add_node(num_cpus=2, labels={"acpo-role": "worker"}, object_store_memory=150_000_000)
-            for _ in range(3)
-        ]
+        nodes = []
+        for _ in range(3):
+            with agents_not_awaited(unused_port()):
+                nodes.append(
+                    self._cluster.add_node(num_cpus=2, labels={"acpo-role": "worker"}, object_store_memory=150_000_000)
+                )
         self._cluster.wait_for_nodes()
         self._nodes = {node.node_id: node for node in nodes}
 
@@ -128,10 +134,10 @@ def lose_learner(machines: Machines, folder: Path) -> dict:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     given = Path(sys.argv[1])
-    with forked.python(given) as sys.executable:
-        own = Machines()
-        try:
-            outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, given)}
-        finally:
-            own.close()
+    sys.executable = sys.argv[2]
+    own = Machines()
+    try:
+        outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, given)}
+    finally:
+        own.close()
     sys.stdout.write(json.dumps(outcome) + "\n")

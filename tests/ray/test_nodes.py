@@ -13,17 +13,19 @@ from tests.helpers.runs import CLOCKS
 ITERATIONS = 3
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+ATTENTIVE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+"""Ray asks nodes whether they live every second; by default every third one, and only after five."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(forks, tmp_path_factory):
     """Result of a cluster that lost a rollout worker's node, and then a learner's."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.lost_nodes", str(tmp_path_factory.mktemp("lost"))], cwd=ROOT,
+        [sys.executable, "-m", "tests.helpers.lost_nodes", str(tmp_path_factory.mktemp("lost")), forks[0]], cwd=ROOT,
         capture_output=True, text=True, timeout=1100,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **ATTENTIVE},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
