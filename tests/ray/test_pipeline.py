@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Collection
 
 import pytest
@@ -13,6 +12,7 @@ from acpo_dist.tracking.console import Console
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
 from tests.helpers.ahead import LOST_IN, account, recording
+from tests.helpers.forked import driver
 from tests.helpers.runs import results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -43,13 +43,9 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def kill_rollout_worker(ports) -> None:
-    """Kill the worker that draws the next iteration."""
+def kill_worker_and_replica(ports) -> None:
+    """Kill the worker that draws the next iteration, and a replica, which scores it."""
     kill(ports.rollout.await_ready()["rollout/0"])
-
-
-def kill_replica(ports) -> None:
-    """Kill a replica, which scores the next iteration."""
     kill(ports.reward.vitals()["two_stream"][0]["pid"])
 
 
@@ -60,8 +56,8 @@ def kill_rank(ports) -> None:
     kill(ray.get(ports.learner.actors["learner/0"].__ray_call__.remote(lambda _: os.getpid())))
 
 
-@pytest.mark.parametrize("lose", [kill_rollout_worker, kill_replica, kill_rank])
-def test_a_process_killed_while_samples_are_drawn_ahead_changes_no_metric_and_loses_no_sample(
+@pytest.mark.parametrize("lose", [kill_worker_and_replica, kill_rank])
+def test_processes_killed_while_samples_are_drawn_ahead_change_no_metric_and_lose_no_sample(
     lose, calm, cluster, tmp_path
 ):
     from actors.launch import open_ports
@@ -74,14 +70,15 @@ def test_a_process_killed_while_samples_are_drawn_ahead_changes_no_metric_and_lo
     assert saved == {f"{ITERATIONS:06d}", *([f"{LOST_IN:06d}"] if lose is kill_rank else [])}
 
 
-def test_a_killed_driver_that_drew_ahead_continues_with_the_same_samples_and_metrics(calm, cluster, tmp_path):
+def test_a_killed_driver_that_drew_ahead_continues_with_the_same_samples_and_metrics(calm, cluster, forks, tmp_path):
     from actors.launch import open_ports
 
     config = load_config("toy_sdxl", [*AHEAD, "checkpoint.every=1", f"run.dir={tmp_path / 'run'}"])
     (tmp_path / "given.yaml").write_text(dump(config))
-    driver = [sys.executable, "-m", "tests.helpers.ahead", str(tmp_path / "given.yaml"), str(tmp_path / "record.jsonl")]
+    program = driver(forks[0], tmp_path, "import runpy\nrunpy.run_module('tests.helpers.ahead', run_name='__main__')")
     done = subprocess.run(
-        driver, env={**os.environ, "RAY_ADDRESS": cluster.get_runtime_context().gcs_address}, capture_output=True,
+        [*program, str(tmp_path / "given.yaml"), str(tmp_path / "record.jsonl")],
+        env={**os.environ, "RAY_ADDRESS": cluster.get_runtime_context().gcs_address}, capture_output=True,
         text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
