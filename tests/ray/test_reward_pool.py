@@ -1,11 +1,8 @@
 """For any fault of replicas, no request is lost, none is scored 0, and every score is the undisturbed one."""
 
 import contextlib
-import json
 import os
 import signal
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,11 +10,11 @@ import torch
 from acpo_dist.core.errors import RewardError
 from acpo_dist.core.types import RolloutHandle
 from tests.helpers.data import DATA, needs
-from tests.helpers.pools import IMAGES, handle_of, images, until
+from tests.helpers.pools import IMAGES, EndlessLoad, acpo, handle_of, images, until
 
 pytestmark = pytest.mark.ray
 
-REQUESTS = 200
+REQUESTS = 100
 REAL = DATA / "drawbench_sd14_512px.parquet"
 FAULTY = "faulty"
 
@@ -115,7 +112,7 @@ def test_sigkill_of_any_replica_again_and_again_under_load_loses_nothing(faulty,
 
     def kill(count: int) -> None:
         answers.append(count)
-        if len(answers) in (20, 60, 110):
+        if len(answers) in (10, 30, 50):
             victim = next((one["pid"] for one in faulty.vitals()[FAULTY] if one["pid"] not in killed), None)
             if victim is not None:
                 os.kill(victim, signal.SIGKILL)
@@ -164,18 +161,6 @@ def plain(pool_of):
     )  # fmt: skip
 
 
-def acpo(*arguments: str) -> dict:
-    """Return the result of a command with --json, in this process, which is already connected to the cluster."""
-    from typer.testing import CliRunner
-
-    from acpo_dist.cli import commands  # noqa: F401
-    from acpo_dist.cli.app import app
-
-    result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout.strip().splitlines()[-1])
-
-
 def test_scaling_from_one_to_four_and_back_under_load_loses_no_request_and_restarts_no_replica(plain, load):
     first = plain.vitals()["sharpness"][0]["pid"]
     wanted = dict(plain.score(load, ["sharpness"])["sharpness"])
@@ -201,29 +186,6 @@ def test_scaling_from_one_to_four_and_back_under_load_loses_no_request_and_resta
     assert len(pids) == 1 and first in pids
 
 
-class EndlessLoad:
-    """Scores the same requests repeatedly in a thread until it is closed."""
-
-    def __init__(self, pool, load: list[RolloutHandle], metric: str) -> None:
-        self.tables: list[dict[str, float]] = []
-        self._ended = threading.Event()
-        self._threads = ThreadPoolExecutor(1)
-        self._done = self._threads.submit(self._work, pool, load, metric)
-
-    def _work(self, pool, load: list[RolloutHandle], metric: str) -> None:
-        while not self._ended.is_set():
-            self.tables.append(dict(pool.score(load, [metric])[metric]))
-
-    def another_round(self) -> None:
-        """Wait until one more load was started and completed."""
-        now = len(self.tables)
-        until(lambda: len(self.tables) >= now + 2 or self._done.done())
-
-    def close(self) -> None:
-        self._ended.set()
-        self._done.result()
-
-
 @needs(REAL.name)
 def test_real_images_score_the_same_in_one_process_and_on_one_replica_and_three(cluster, plain):
     from acpo_dist.data.images import read_images
@@ -231,6 +193,7 @@ def test_real_images_score_the_same_in_one_process_and_on_one_replica_and_three(
 
     images = torch.stack([image for _, image in read_images([REAL])])
     assert len(images) == 200
+    images = images[::4]
     wanted = torch.cat([sharpness(part.float() / 255) for part in images.split(1)])
     for replicas in (1, 3):
         acpo("rewards", "scale", "sharpness", str(replicas), "--run", "acpo-00000002")
@@ -267,17 +230,8 @@ def test_gradients_from_the_pool_equal_autograd_in_one_graph_for_any_batch(plain
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4
 
 
-def test_a_metric_with_bounds_gets_replicas_while_requests_wait(plain, load):
-    acpo("rewards", "scale", "sharpness", "1:2", "--run", "acpo-00000002")
-    (status,) = [p for p in acpo("rewards", "status", "--run", "acpo-00000002")["pools"] if p["metric"] == "sharpness"]
-    assert (status["min_replicas"], status["max_replicas"]) == (1, 2)
-    with contextlib.closing(EndlessLoad(plain, load, "sharpness")):
-        until(lambda: len(plain.vitals()["sharpness"]) == 2, within_s=600)
-    acpo("rewards", "scale", "sharpness", "1", "--run", "acpo-00000002")
-
-
 def test_counters_report_latencies_and_utilisation(plain, load):
-    # The second replica of the test before leaves.
+    # The replicas of the tests before leave.
     until(lambda: plain.counters()["reward_pool/sharpness/replicas"] == 1)
     plain.score(load, ["sharpness"])
     metrics = plain.counters()
