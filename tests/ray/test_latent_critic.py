@@ -10,6 +10,7 @@ from acpo_dist.training.distil import distil
 from acpo_dist.training.local import LocalRollouts
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
+from tests.helpers.grids import require_same_grids
 from tests.helpers.runs import results
 
 pytestmark = pytest.mark.ray
@@ -20,7 +21,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_a_run_on_a_critic_gives_the_metrics_of_one_process_on_ray(cluster, tmp_path):
+def test_a_run_on_a_critic_gives_the_metrics_and_images_of_one_process_on_ray(cluster, tmp_path):
     from acpo_dist.training.local import open_ports as local_ports
     from actors.launch import open_ports as ray_ports
 
@@ -31,9 +32,10 @@ def test_a_run_on_a_critic_gives_the_metrics_of_one_process_on_ray(cluster, tmp_
     )  # fmt: skip
     options = [*SMALL, f"rewards.train=[{{type: latent_critic, weights: {file}}}]", "run.iterations=1"]
     found = {}
-    for name, ports in (("local", local_ports), ("ray", ray_ports)):
-        drive(load_config("toy_sdxl", [*options, f"run.dir={tmp_path / name}"]), ports, QUIET)
+    for name, ports, more in (("local", local_ports, []), ("ray", ray_ports, ["rollout.num_workers=2"])):
+        drive(load_config("toy_sdxl", [*options, *more, f"run.dir={tmp_path / name}"]), ports, QUIET)
         found[name] = results(tmp_path / name)[0]
     assert "reward/latent_critic/mean" in found["ray"] and found["ray"].keys() == found["local"].keys()
     for name, value in found["local"].items():
         assert found["ray"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    require_same_grids(tmp_path / "local", tmp_path / "ray")
