@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-install
 HINT := install Python 3.11, 3.12 or 3.13, or name one, as in make PYTHON=python3.12 install
 JOBS ?= 2
+RAY_JOBS ?= 3
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 # Two torch threads on one core are many times slower than one.
@@ -41,10 +42,10 @@ demo: $(STAMP) ## train and compare on an embedded toy, without GPU or network
 	$(BIN)/acpo demo
 
 # Tests of one file run in one process and share fixtures; tests/conftest.py starts the longest files first.
-# Tests on Ray leave their process connected to a cluster, so they run after the others.
+# Tests on Ray leave their process connected to a cluster, so they run after the others; much of their time they wait.
 test: $(STAMP) ## all tests that run on the CPU
 	$(BIN)/python -m pytest tests -m "not ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest tests/ray -m "ray and not slow and not cluster" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/ray -m "ray and not slow and not cluster" -n $(RAY_JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## long tests: more cases, long statistics, SDXL and SD3.5 at full size (20 GiB of memory)
 	ACPO_FULL_SIZE=1 $(BIN)/python -m pytest tests -m "slow and not cluster" -n 1
