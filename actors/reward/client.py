@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +16,14 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from typing_extensions import override
 
-from acpo_dist.core.errors import RewardError
+from acpo_dist.core.errors import RewardError, WorkerLostError
 from acpo_dist.workers.learner.signal import GradientSource
 from acpo_dist.workers.reward.wire import WireTensor
 from acpo_dist.workers.reward.worker import ScoredGradient
 from actors.reward.counts import RequestCounts
-from actors.reward.liveness import REPLICA, Liveness, running_replicas
+from actors.reward.liveness import REPLICA, Liveness, running_replicas, serve_status
 from actors.reward.replica import ReplicaError
+from actors.reward.start import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +159,8 @@ class _Request:
                 answer = self._attempt(started)
             except _AttemptError as error:
                 self._failed(error)
+                if error.cause == "timeout":
+                    self._refuse_without_replicas()
                 # Serve queues a request while there is no replica; the pause is for a pool that rejects requests.
                 time.sleep(max(0.0, min(self.pause_s, deadline - time.monotonic())))
                 self.pause_s = min(2 * self.pause_s, _LONGEST_PAUSE_S)
@@ -224,6 +228,13 @@ class _Request:
                 named = "" if f"`{self.metric}`" in self.last else f"reward `{self.metric}`: "
                 raise RewardError(f"{named}{self.last} ({limit} attempts)") from error
             raise NoAnswerError(f"reward `{self.metric}` failed {limit} times: {error}") from error
+
+    def _refuse_without_replicas(self) -> None:
+        """Raise the error that refuses the start of every replica, as after a change of code, before the deadline."""
+        application = self.client.link.applications[self.metric]
+        with suppress(WorkerLostError):
+            if running_replicas(application) == 0 and (found := serve_status().applications.get(application)):
+                refuse(found)
 
     def _end_wrong_replicas(self) -> None:
         """End replicas whose response was not finite if another one could compute it; Serve replaces them."""

@@ -25,7 +25,7 @@ def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
         found = serve_status().applications
         states = {name: found[name] for name in applications if name in found}
         for one in states.values():
-            _refuse(one)
+            refuse(one)
         failed = [f"{name}: {_reason(one)}" for name, one in states.items() if one.status == "DEPLOY_FAILED"]
         if failed:
             raise WorkerError("; ".join(failed))
@@ -42,8 +42,12 @@ def await_running(applications: Sequence[str], *, timeout_s: float) -> None:
         time.sleep(0.2)
 
 
-def _refuse(application: Any) -> None:
-    """Raise a replica's error that is meant for the user; Serve would start the replica twice more."""
+def refuse(application: Any) -> None:
+    """Raise an error of a replica's start that is meant for the user; Serve would start the replica again.
+
+    Args:
+        application: Serve's status of it.
+    """
     for deployment in application.deployments.values():
         said = _OURS.search(deployment.message)
         kind = getattr(errors, said[1], None) if said else None

@@ -1,4 +1,4 @@
-"""A real metric that fails in one replica when a file requests it."""
+"""A real metric that fails in one replica, or at its start, when a file requests it."""
 
 import os
 import threading
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from acpo_dist.config.plugins import MetricConfig
+from acpo_dist.core.errors import RewardConfigError
 from acpo_dist.rewards.config import SharpnessConfig
 from acpo_dist.rewards.statistics import Sharpness
 
@@ -34,6 +35,8 @@ class Misbehaving(Sharpness):
         super().__init__(config, device=device)
         assert isinstance(config, Misbehaving.Config)
         self._folder, self._seconds, self._fault = config.folder, config.seconds, ""
+        if (config.folder / "refuse").exists():
+            raise RewardConfigError("this machine cannot load the metric")
         time.sleep(config.start_seconds)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
