@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from acpo_dist.core.errors import RewardError
+from acpo_dist.core.errors import RewardConfigError, RewardError
 from acpo_dist.core.types import RolloutHandle
 from tests.helpers.data import DATA, needs
 from tests.helpers.pools import IMAGES, EndlessLoad, acpo, handle_of, images, until
@@ -240,3 +240,11 @@ def test_counters_report_latencies_and_utilisation(plain, load):
     assert IMAGES <= metrics["reward_pool/sharpness/batch"] <= 4
     assert 0 < metrics["reward_pool/sharpness/utilisation"] < 1
     assert "reward_pool/two_stream/latency_p50" not in metrics
+
+
+def test_a_pool_whose_replacements_are_refused_at_their_start_names_the_reason_at_once(faulty, load, faults):
+    (faults / "refuse").touch()
+    for replica in faulty.vitals()[FAULTY]:
+        os.kill(replica["pid"], signal.SIGKILL)
+    with pytest.raises(RewardConfigError, match="cannot load the metric"):
+        faulty.score(load[:1], [FAULTY])
