@@ -58,7 +58,14 @@ def measured():
     from acpo_dist.config.load import load_config
     from tests.conftest import TINY
 
-    small = ["vrg.search=hso_grid", "vrg.images=16", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=8"]
+    small = [
+        "sampler.num_steps=6",
+        "vrg.search=hso_grid",
+        "vrg.images=16",
+        "vrg.batch=16",
+        "vrg.gate_samples=8",
+        "vrg.nodes=8",
+    ]
     config = load_config("toy_sdxl", [*TINY, *small])
     pool = LocalRollouts(config, device="cpu")
     return config, pool, measure(pool, config, PROMPTS, pool.alpha_bars().numpy(), images=16, label="test")

@@ -90,7 +90,10 @@ def test_the_mean_timestep_of_training_does_not_depend_on_the_spacing():
             ["sampler.num_steps=2", "sampler.t_max=null", "sampler.k_max=0.01"],
             r"sampler\.k_max: no denoise step.*Raise sampler\.k_max",
         ),
-        (["algorithm={type: ddpo}", "sampler.eta=1", "sampler.t_max=0.17"], "does not end at the clean sample"),
+        (
+            ["algorithm={type: ddpo}", "sampler.num_steps=6", "sampler.eta=1", "sampler.t_max=0.17"],
+            "does not end at the clean sample",
+        ),
     ],
 )
 def test_a_trajectory_that_leaves_the_learner_no_state_is_refused_in_words(tiny, tmp_path, overrides, message):

@@ -9,6 +9,7 @@ from PIL import Image
 from acpo_dist.config.schema import TrackingConfig
 from acpo_dist.core.errors import ConfigError
 from acpo_dist.tracking.composite import CompositeTracker, optional_trackers
+from tests.helpers.pools import until
 
 
 def opened(root: Path, first: int = 0, **keys) -> CompositeTracker:
@@ -47,7 +48,8 @@ def test_wandb_records_offline_and_a_resumed_run_is_the_same_wandb_run(tmp_path,
     assert not [line for line in caplog.messages if "failed" in line or "cannot be used" in line]
     (known,) = (tmp_path / "wandb_run_id").read_text().split()
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{known}/run-{known}.wandb"))
-    assert files and all(file.stat().st_size > 1000 for file in files)
+    # Its service writes after the run has finished.
+    until(lambda: bool(files) and all(file.stat().st_size > 1000 for file in files))
     assert b"reward/quality/mean" in b"".join(file.read_bytes() for file in files)
 
 

@@ -24,7 +24,14 @@ from tests.conftest import TINY
 from tests.helpers.runs import copy_run, results
 
 QUIET = Console(quiet=True)
-SMALL = ["vrg.enabled=true", "vrg.images=32", "vrg.batch=16", "vrg.gate_samples=8", "vrg.nodes=10"]
+SMALL = [
+    "sampler.num_steps=6",
+    "vrg.enabled=true",
+    "vrg.images=32",
+    "vrg.batch=16",
+    "vrg.gate_samples=8",
+    "vrg.nodes=10",
+]
 QUICK = ["vrg.images=16", "vrg.gate_samples=4", "vrg.nodes=8", "vrg.reference_steps=24", "vrg.halvings=0"]
 """For runs that must do the same twice, whatever the validation says."""
 PROMPTS = load_prompts("toy", "prompt")
@@ -175,7 +182,7 @@ def test_a_trajectory_from_a_file_is_the_start_needed_once_and_must_have_as_many
     source = tmp_path / "start.txt"
     lines = [repr(level) for level in (*levels, 0.9995)]
     source.write_text("\n".join(["# steps: 6", *reversed(lines)]) + "\n")
-    options = [f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
+    options = ["sampler.num_steps=6", f"run.dir={tmp_path / 'run'}", f"sampler.trajectory={source}"]
     drive(tiny("run.iterations=1", *options), open_ports, QUIET)
     moved = source.rename(tmp_path / "moved.txt")
     # A resumed run keeps what was read.
