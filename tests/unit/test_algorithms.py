@@ -233,7 +233,12 @@ def test_a_rollout_keeps_the_state_that_its_own_stochastic_step_led_to(tiny):
 @pytest.mark.parametrize("eta", [0.3, 0.7])
 @pytest.mark.parametrize("kind", ["ddim", "flow_grpo"])
 def test_the_learner_finds_the_noise_that_a_flow_rollout_drew(tiny, kind, eta):
-    options = ("sampler.num_steps=6", "sampler.late_per_sample=8", f"sampler.eta={eta}", f"sampler.stochastic_step={kind}")
+    options = (
+        "sampler.num_steps=6",
+        "sampler.late_per_sample=8",
+        f"sampler.eta={eta}",
+        f"sampler.stochastic_step={kind}",
+    )
     parts = Parts(tiny(*settings("ddpo", "flow"), *options), ["a", "b"])
     batch = parts.learner.batches.make(SampleStore(parts.batches, policy_version=0), parts.ids, parts.task(), 0)
     plans = {plan.sample_id: plan for group in parts.groups for plan in group.samples}
