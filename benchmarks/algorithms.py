@@ -54,18 +54,19 @@ _CHAIN = (
     "guard.drift_budget=0.5",
 )
 """Fewer, larger optimiser steps through the sampler, from a lower anchor weight."""
+_NEAR = (
+    "run.iterations=25",
+    "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3, uniform: true}",
+    "guard.drift_budget=0.23",
+)
+"""A drift near that of the default, after `_CHAIN`."""
 ARMS: dict[str, tuple[str, ...]] = {
     "acpo": ("toy_sdxl",),
     "acpo_sd15": ("toy_sd15",),
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
-    "acpo_random_near": (
-        "toy_sdxl",
-        "algorithm.gradient_steps=random",
-        *_CHAIN,
-        "algorithm.anchor={start: 0.02, budget: 0.3, rate: 0.3, uniform: true}",
-        "guard.drift_budget=0.3",
-    ),
+    "acpo_random_near": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN, *_NEAR),
+    "acpo_sd15_near": ("toy_sd15", "algorithm.gradient_steps=random", *_CHAIN, *_NEAR, "learner.inner_epochs=1"),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
@@ -73,7 +74,7 @@ ARMS: dict[str, tuple[str, ...]] = {
         for name in ("draft", "refl", "nft", "crd", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
     },
 }
-"""Name -> configuration and overrides. `acpo_random_near` has the drift budget of `acpo`."""
+"""Name -> configuration and overrides."""
 RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "kept")
 DIFFERENCES = ("drift", "cpu_seconds", "calls")
 OTHER = {"cpu_seconds": "CPU s", "drift": "drift"}
