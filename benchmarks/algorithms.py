@@ -54,19 +54,21 @@ _CHAIN = (
     "guard.drift_budget=0.5",
 )
 """Fewer, larger optimiser steps through the sampler, from a lower anchor weight."""
-_NEAR = (
-    "run.iterations=25",
-    "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3, uniform: true}",
-    "guard.drift_budget=0.23",
-)
-"""A drift near that of the default, after `_CHAIN`."""
 ARMS: dict[str, tuple[str, ...]] = {
     "acpo": ("toy_sdxl",),
     "acpo_sd15": ("toy_sd15",),
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
-    "acpo_random_near": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN, *_NEAR),
-    "acpo_sd15_near": ("toy_sd15", "algorithm.gradient_steps=random", *_CHAIN, *_NEAR, "learner.inner_epochs=1"),
+    "acpo_random_near": ("toy_sdxl_random",),
+    "acpo_sd15_near": (
+        "toy_sd15",
+        "algorithm.gradient_steps=random",
+        "run.iterations=25",
+        "sampler.late_per_sample=12",
+        "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3}",
+        "guard.drift_budget=0.23",
+        "learner={micro_batch: 32, global_batch: 32, inner_epochs: 1}",
+    ),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
