@@ -272,7 +272,7 @@ class RayLearner(LearnerGroup):
 
     def _gather(self, what: str, calls: Mapping[str, Any]) -> list[Any]:
         try:
-            return list(gather(calls, timeout_s=self._timeout_s, what=what).values())
+            return list(gather(calls, timeout_s=self._timeout_s, what=what, ping=self._ping).values())
         except WorkerLostError as error:
             raise LearnerLostError(str(error)) from error
         except WorkerError as error:
@@ -283,6 +283,9 @@ class RayLearner(LearnerGroup):
             raise LearnerLostError(
                 f"{dead} is gone; another rank failed in `{what}` for that reason: {error}"
             ) from error
+
+    def _ping(self, name: str) -> Any:
+        return self.actors[name].ping.remote()
 
     def _first_dead(self) -> str | None:
         signs = {actor.ping.remote(): name for name, actor in self.actors.items()} if len(self.actors) > 1 else {}
