@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 ASK_S = 15.0
-"""Seconds without a response after which workers are asked for a sign of life."""
+"""Seconds without a response after which workers are asked for a sign of life; two such times find a lost response."""
 
 
 def gather(
@@ -27,7 +27,8 @@ def gather(
         calls: worker name -> object reference.
         timeout_s: seconds without any response.
         what: name of the call in errors.
-        ping: makes a later call of a worker that executes its calls in order; finds responses that the network lost.
+        ping: makes a later call of the named worker, which executes its calls in order, and returns its reference;
+            finds responses that the network has lost. For calls with small results, which arrive in that order too.
 
     Raises:
         AcpoError: raised by a worker itself.

@@ -40,6 +40,7 @@ from acpo_dist.vrg.optimize import optimize
 from acpo_dist.vrg.timesteps import to_timesteps
 
 SHOWN = 12
+"""Samples of one row of an image grid."""
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/vrg"
 AYS_SDXL = (999, 845, 730, 587, 443, 310, 193, 116, 53, 13)
 """Published timesteps of Align Your Steps for SDXL (Sabour et al. 2024); log-linear between them for other lengths."""

@@ -1,6 +1,7 @@
 """Calls of many workers: a response that never arrives is noticed."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -21,9 +22,9 @@ class Silent:
 
 
 class Busy:
-    """An actor that takes long and executes its calls in order."""
+    """An actor that executes its calls in order, the first one once its argument has arrived."""
 
-    def train(self, gate) -> str:
+    def train(self, _gate) -> str:
         return "trained"
 
     def ping(self) -> None:
@@ -36,7 +37,8 @@ def test_a_lost_response_is_noticed_and_a_late_one_is_awaited(cluster, monkeypat
     silent, busy = (cluster.remote(kind).options(num_cpus=0).remote() for kind in (Silent, Busy))
     with pytest.raises(WorkerLostError, match="silent: the response to `train` was lost"):
         group.gather({"silent": silent.train.remote()}, timeout_s=60, what="train", ping=lambda _: silent.ping.remote())
-    gate = cluster.remote(lambda: __import__("time").sleep(3)).options(num_cpus=0).remote()
+    # Six times as long as the pause between two questions.
+    gate = cluster.remote(lambda: time.sleep(3)).options(num_cpus=0).remote()
     found = group.gather(
         {"busy": busy.train.remote(gate)}, timeout_s=60, what="train", ping=lambda _: busy.ping.remote()
     )
