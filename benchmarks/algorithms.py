@@ -69,6 +69,16 @@ ARMS: dict[str, tuple[str, ...]] = {
         "guard.drift_budget=0.23",
         "learner={micro_batch: 32, global_batch: 32, inner_epochs: 1}",
     ),
+    "acpo_flow": ("toy_flow",),
+    "acpo_flow_near": (
+        "toy_flow",
+        "algorithm.gradient_steps=random",
+        "run.iterations=25",
+        "sampler.late_per_sample=12",
+        "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3}",
+        "guard.drift_budget=0.23",
+        "learner={micro_batch: 32, global_batch: 32}",
+    ),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{

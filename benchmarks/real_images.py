@@ -5,7 +5,8 @@
 
 Trains the base model and the metrics of `configs/cifar10_ddpm.yaml` once, then each arm and seed. Images are drawn by
 plain diffusers (`DDIMScheduler` under the model's own configuration) from the same noise for all arms. Finished runs
-are kept, so the command can be repeated after an interruption. Writes results.json and images.png.
+are kept, so the command can be repeated after an interruption. Writes results.json and images.png. With
+`data.max_images=N`, models and metrics are trained on the first N images of the file, and real images are others.
 
 Columns: `std` and `saturated` describe x_0 in [-1, 1]. `frechet` (covariances shrunk by 0.1, because there are fewer
 images than features) and `kid` are distances to real images on EfficientNet-Lite0 features. `denoising` is the error of
@@ -100,7 +101,8 @@ class Study:
         }
         self._extract = open_extractor(f"efficientnet-lite0:{options.features}")
         images = load_images(options.data, parts.data.image_column, None, parts.model.base.image_size)
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        trained = parts.data.max_images or 0
+        order = trained + torch.randperm(len(images) - trained, generator=torch.Generator().manual_seed(0))
         self._real = images.batch(order[: options.samples])
         self._reference = self._extract(images.batch(order[options.samples : 5 * options.samples])).values
         self._noised: dict[str, Tensor] = {}

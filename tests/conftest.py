@@ -21,9 +21,9 @@ torch.set_num_threads(1)
 TINY = [
     "sampler.num_steps=4", "sampler.t_max=0.5", "rollout.prompts_per_iteration=8", "rollout.batch_size=4",
     "learner.micro_batch=4", "learner.global_batch=8", "rewards.calibration_samples=8", "tracking.mlflow=false",
-    "tracking.num_images=4",
+    "tracking.num_images=4", "model.tuning.targets=[to_q, to_v]",
 ]  # fmt: skip
-"""Overrides that make configs/toy_sdxl.yaml small: 8 samples of 4 steps per iteration."""
+"""Overrides that make configs/toy_sdxl.yaml small: 8 samples of 4 steps per iteration, adapters on attention only."""
 
 
 @pytest.fixture

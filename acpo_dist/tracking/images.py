@@ -110,6 +110,8 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
 
 
 def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     drawn = 0
     for key in keys:
         measured = [row for row in rows if key in row]
@@ -122,6 +124,9 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
             drawn += 1
     axis.set_title(title, fontsize=12)
     axis.set_xlabel("iteration", fontsize=10)
+    # Few ticks, at whole iterations; each one costs milliseconds.
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.tick_params(labelsize=9, labelbottom=True)
     axis.grid(alpha=0.3)
     if drawn:
