@@ -41,6 +41,7 @@ def interruption() -> tuple[str, int]:
 
 app = typer.Typer(
     name="acpo", cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Fine-tune diffusion models on no-reference image quality, held near the base model by an anchor.",
 )  # fmt: skip
 

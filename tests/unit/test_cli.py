@@ -1,6 +1,7 @@
 """The command line: exit codes, one clear message, nothing started on bad input."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,27 @@ def test_score_of_an_unknown_metric_is_refused(acpo, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
     code, _, err = acpo("score", str(tmp_path), "--reward", "pyiqa:musik")
     assert code == 2 and "musiq" in err
+
+
+def test_help_shows_every_word_of_every_description(monkeypatch):
+    """Markdown, which joins lines, also removes what it takes for markup."""
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from acpo_dist.cli import app, commands  # noqa: F401  (registers the commands)
+
+    monkeypatch.setenv("COLUMNS", "400")
+
+    def words(text: str) -> set[str]:
+        return set(re.findall(r"[^\s`.,│╭╮╰╯─]+", text))
+
+    def check(command, *path: str) -> int:
+        children = getattr(command, "commands", {})
+        if children:
+            return sum(check(child, *path, name) for name, child in children.items())
+        shown = CliRunner().invoke(app.app, [*path, "--help"]).output
+        described = [command.help, *(getattr(one, "help", None) for one in command.params)]
+        assert words(" ".join(filter(None, described))) <= words(shown), path
+        return 1
+
+    assert check(get_command(app.app)) > 20

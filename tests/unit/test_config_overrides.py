@@ -100,11 +100,11 @@ def leaves(section, prefix=""):
             yield f"{prefix}{name}", field.annotation
 
 
-def test_two_thousand_random_overrides_end_in_their_value_or_in_one_short_message():
+def test_random_overrides_end_in_their_value_or_in_one_short_message():
     draw = random.Random(20)
     keys = list(leaves(load_config("toy_sdxl")))
     accepted = 0
-    for _ in range(2000):
+    for _ in range(700):
         key, annotation = draw.choice(keys)
         text = draw.choice([*ODD, "3", "0.5", "".join(draw.choices("01ae.#:,-{}[]'\" \t_!&*%", k=draw.randint(0, 12)))])
         try:
@@ -123,7 +123,7 @@ def test_two_thousand_random_overrides_end_in_their_value_or_in_one_short_messag
             assert found is None or isinstance(found, int | float), (key, text, found)
         elif isinstance(plain, int | float | str | Path):
             assert found == (str(plain) if isinstance(plain, Path) else plain), (key, text, found)
-    assert accepted > 300
+    assert accepted > 100
 
 
 def test_a_configuration_is_checked_without_importing_torch_or_model_libraries():
