@@ -182,7 +182,7 @@ def test_sdxl_needs_the_known_number_of_operations():
 
 @cache
 def phase_flops(phase, *overrides: str) -> float:
-    config = load_config("toy_sdxl", [*SMALL, *overrides])
+    config = load_config("toy_sdxl", [*SMALL, "model.tuning.targets=[to_q, to_v]", *overrides])
     traced = phase(setting_of(config, architecture_of(config.model)), 4)
     return (traced[0] if isinstance(traced, tuple) else traced).flops
 
