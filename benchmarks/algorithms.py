@@ -5,11 +5,11 @@
 Each arm is `acpo train configs/toy_<name>.yaml` with the overrides in `ARMS`. Every `--every` iterations and after the
 last, the same evaluation samples are drawn, scored by reward and judge, and judged exactly by the oracle, which nothing
 trains on. `scenes kept` is the share of them that show what the base model drew from the same noise. Cost is counted
-until the oracle error first falls to `--goal` times the base's: CPU seconds of training (evaluation left out) and
-network calls per sample (a forward of one sample is 1, a forward with its backward 3). One JSON line per evaluation;
-the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of judge and of oracle error as
-a multiple of its standard deviation over seeds. `--at cpu_seconds=40`, `--at calls=30000` and `--at drift=0.1`
-interpolate between the evaluations instead, for a comparison at equal compute or equal drift.
+until the oracle error first falls to `--goal` times the base's: network calls per sample (a forward of one sample is 1,
+a forward with its backward 3), which do not depend on the machine, and CPU seconds of training without evaluation. One
+JSON line per evaluation; the table is in Markdown, mean and range over seeds; `gain in spreads` is the mean gain of
+judge and of oracle error as a multiple of its standard deviation over seeds. `--at cpu_seconds=40`, `--at calls=30000`
+and `--at drift=0.1` interpolate between the evaluations instead, for a comparison at equal compute or equal drift.
 Seeds can be spread over processes: `--table FILE...` reads lines, or the JSON files of earlier `--out`. `--out FOLDER`
 writes all evaluations and a chart, algorithms.json and algorithms.png, and continues after the last finished run when
 started again. `--images FOLDER` writes a grid per evaluation.
@@ -59,7 +59,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "acpo_sd15": ("toy_sd15",),
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
-    "acpo_random_near": ("toy_sdxl_random",),
+    "acpo_random_16": ("toy_sdxl_random",),
+    "acpo_random_near": ("toy_sdxl_random", "algorithm.anchor.budget=0.23", "guard.drift_budget=0.23"),
     "acpo_sd15_near": (
         "toy_sd15",
         "algorithm.gradient_steps=random",
@@ -89,7 +90,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 """Name -> configuration and overrides."""
 RATIOS = ("judge", "oracle_mse", "template_entropy", "caption_accuracy", "kept")
 DIFFERENCES = ("drift", "cpu_seconds", "calls")
-OTHER = {"cpu_seconds": "CPU s", "drift": "drift"}
+OTHER = {"calls": "network calls", "drift": "drift"}
 
 
 def main() -> None:
@@ -141,11 +142,12 @@ class Meter:
         self.calls, self.seconds, self._since = 0, 0.0, time.process_time()
         self.running = True
         for network in networks:
-            network.register_forward_hook(self._count)
+            network.register_forward_hook(self._count, with_kwargs=True)
 
-    def _count(self, _module, inputs, _output) -> None:
+    def _count(self, _module, inputs, named, _output) -> None:
         if self.running:
-            self.calls += len(inputs[0]) * (3 if torch.is_grad_enabled() else 1)
+            samples = len(inputs[0] if inputs else named["hidden_states"])
+            self.calls += samples * (3 if torch.is_grad_enabled() else 1)
 
     @contextmanager
     def paused(self):
@@ -225,29 +227,44 @@ def make_table(lines: list[dict], goal: float) -> str:
     quality = [
         head("algorithm", "seeds", "judge / base", "oracle error / base", "gain in spreads", "drift", "scenes kept")
     ]
-    rest = [head("algorithm", "entropy / base", "caption / base", "CPU s", f"CPU s to {goal:g}", f"calls to {goal:g}")]
+    rest = [head("algorithm", "entropy / base", "caption / base", "network calls", f"calls to {goal:g}")]
     for name, seeds in by_arm(lines).items():
         paths = [relative(evaluations) for evaluations in seeds.values()]
         ends = [path[-1] for path in paths]
-        cell = {key: spread([end[key] for end in ends]) for key in set(ends[0]).intersection(*ends)}
         gain = f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}"
         quality.append(
-            row(name, len(seeds), cell["judge"], cell["oracle_mse"], gain, cell["drift"], cell.get("kept", "-"))
+            row(
+                name,
+                len(seeds),
+                cell(ends, "judge"),
+                cell(ends, "oracle_mse"),
+                gain,
+                cell(ends, "drift"),
+                cell(ends, "kept"),
+            )
         )
         costs = [next((point for point in path if point["oracle_mse"] <= goal), None) for path in paths]
         reached = [cost for cost in costs if cost is not None]
-        if len(reached) == len(costs):
-            calls = statistics.fmean(cost["calls"] for cost in reached) / 1000
-            cost = f"{statistics.fmean(cost['cpu_seconds'] for cost in reached):.0f}", f"{calls:.0f} k"
-        else:
-            cost = f"reached by {len(reached)} of {len(costs)}", "-"
-        rest.append(row(name, cell["template_entropy"], cell["caption_accuracy"], cell["cpu_seconds"], *cost))
+        first = thousands(reached) if len(reached) == len(costs) else f"reached by {len(reached)} of {len(costs)}"
+        rest.append(row(name, *(cell(ends, key) for key in ("template_entropy", "caption_accuracy", "calls")), first))
     return "\n".join([*quality, "", *rest]) + "\n"
+
+
+def cell(points: list[dict[str, float]], key: str) -> str:
+    """Format one metric of the points, which older evaluations may lack."""
+    if not points or not all(key in point for point in points):
+        return "-"
+    return thousands(points) if key == "calls" else spread([point[key] for point in points])
+
+
+def thousands(points: list[dict[str, float]]) -> str:
+    """Format the mean number of network calls in thousands."""
+    return f"{statistics.fmean(point['calls'] for point in points) / 1000:.0f} k"
 
 
 def compare_at(lines: list[dict], key: str, value: str) -> str:
     """Return Markdown: metrics relative to the base model where `key` first reaches `value`, interpolated."""
-    other = "cpu_seconds" if key == "drift" else "drift"
+    other = "calls" if key == "drift" else "drift"
     keys = ("judge", "oracle_mse", "caption_accuracy", "kept", other)
     rows = [
         head("algorithm", "seeds", "judge / base", "oracle error / base", "caption / base", "scenes kept", OTHER[other])
@@ -262,10 +279,7 @@ def compare_at(lines: list[dict], key: str, value: str) -> str:
                         {k: before[k] + share * (after[k] - before[k]) for k in keys if k in before and k in after}
                     )
                     break
-        cells = [
-            spread([point[k] for point in found]) if found and all(k in point for point in found) else "-" for k in keys
-        ]
-        rows.append(row(name, f"{len(found)} of {len(seeds)}", *cells))
+        rows.append(row(name, f"{len(found)} of {len(seeds)}", *(cell(found, k) for k in keys)))
     return "\n".join(rows) + "\n"
 
 
@@ -294,7 +308,7 @@ def row(*cells: object) -> str:
 
 
 def draw(lines: list[dict], path: Path) -> None:
-    """Draw oracle error and judge, relative to the base model, against CPU seconds and drift; mean over seeds."""
+    """Draw oracle error and judge, relative to the base model, against network calls and drift; mean over seeds."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
