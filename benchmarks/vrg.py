@@ -23,6 +23,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def descend(sigmas: np.ndarray, table, epochs: int) -> float:
 def compare_spacings(model: str, seed: int, options: argparse.Namespace):
     """Return one row per spacing and number of steps."""
     config, run = source_config(model, [f"run.seed={seed}", "rollout.batch_size=64", *guidance(model)])
-    pool = open_rollouts(config, run)
+    pool: Any = Remembered(open_rollouts(config, run))
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     alpha_bars = pool.alpha_bars().numpy()
     sums = measure(pool, config, prompts, alpha_bars, images=config.vrg.images, label="bench")
@@ -154,7 +155,27 @@ def compare_spacings(model: str, seed: int, options: argparse.Namespace):
             with torch.no_grad():
                 shown = torch.cat([pool.worker.family.decode(ends[:SHOWN]) for ends in drawn.values()]).clamp(0, 1)
             path = options.images / f"{Path(model).name}-{seed}-{count}.png"
-            save_grid((shown * 255).round().to(torch.uint8), path, columns=SHOWN, scale=2, labels=list(drawn))
+            columns = min(SHOWN, options.samples)
+            save_grid((shown * 255).round().to(torch.uint8), path, columns=columns, scale=2, labels=list(drawn))
+
+
+class Remembered:
+    """A rollout pool that draws the same samples along the same trajectory once; the model does not change here."""
+
+    def __init__(self, pool) -> None:
+        """Wrap a pool."""
+        self._pool, self._drawn = pool, {}
+
+    def __getattr__(self, name: str):
+        """Return everything else from the pool."""
+        return getattr(self._pool, name)
+
+    def final_latents(self, groups, trajectory: Trajectory) -> Tensor:
+        """As `RolloutPool.final_latents`."""
+        key = trajectory.schedule_id, str(groups)
+        if key not in self._drawn:
+            self._drawn[key] = self._pool.final_latents(groups, trajectory)
+        return self._drawn[key]
 
 
 def guidance(model: str) -> list[str]:
