@@ -54,32 +54,27 @@ _CHAIN = (
     "guard.drift_budget=0.5",
 )
 """Fewer, larger optimiser steps through the sampler, from a lower anchor weight."""
+_RANDOM = (
+    "algorithm.gradient_steps=random",
+    "run.iterations=25",
+    "sampler.late_per_sample=12",
+    "algorithm.anchor={start: 0.02, budget: 0.16, rate: 0.3}",
+    "guard.drift_budget=0.16",
+    "learner={micro_batch: 32, global_batch: 32, inner_epochs: 1}",
+)
+"""What `toy_sdxl_random.yaml` sets, for other toys."""
+_WIDER = ("algorithm.anchor.budget=0.23", "guard.drift_budget=0.23")
 ARMS: dict[str, tuple[str, ...]] = {
     "acpo": ("toy_sdxl",),
     "acpo_sd15": ("toy_sd15",),
     "acpo_4": ("toy_sdxl", "algorithm.gradient_steps=4", *_CHAIN),
     "acpo_random": ("toy_sdxl", "algorithm.gradient_steps=random", *_CHAIN),
     "acpo_random_16": ("toy_sdxl_random",),
-    "acpo_random_near": ("toy_sdxl_random", "algorithm.anchor.budget=0.23", "guard.drift_budget=0.23"),
-    "acpo_sd15_near": (
-        "toy_sd15",
-        "algorithm.gradient_steps=random",
-        "run.iterations=25",
-        "sampler.late_per_sample=12",
-        "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3}",
-        "guard.drift_budget=0.23",
-        "learner={micro_batch: 32, global_batch: 32, inner_epochs: 1}",
-    ),
+    "acpo_random_near": ("toy_sdxl_random", *_WIDER),
+    "acpo_sd15_16": ("toy_sd15", *_RANDOM),
+    "acpo_sd15_near": ("toy_sd15", *_RANDOM, *_WIDER),
     "acpo_flow": ("toy_flow",),
-    "acpo_flow_near": (
-        "toy_flow",
-        "algorithm.gradient_steps=random",
-        "run.iterations=25",
-        "sampler.late_per_sample=12",
-        "algorithm.anchor={start: 0.02, budget: 0.23, rate: 0.3}",
-        "guard.drift_budget=0.23",
-        "learner={micro_batch: 32, global_batch: 32}",
-    ),
+    "acpo_flow_16": ("toy_flow", *_RANDOM),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
     **{
