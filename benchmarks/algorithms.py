@@ -58,7 +58,7 @@ _RANDOM = (
     "algorithm.gradient_steps=random",
     "run.iterations=25",
     "sampler.late_per_sample=12",
-    "algorithm.anchor={start: 0.02, budget: 0.16, rate: 0.3}",
+    "algorithm.anchor={start: auto, budget: 0.16, rate: 0.3}",
     "guard.drift_budget=0.16",
     "learner={micro_batch: 32, global_batch: 32, inner_epochs: 1}",
 )

@@ -20,6 +20,7 @@ from acpo_dist.data.prompts import load_prompts, sample_prompts
 from acpo_dist.objective.controller import DriftController, initial_anchor_weight
 from acpo_dist.objective.normalise import fit_normaliser
 from acpo_dist.tracking.composite import CompositeTracker
+from acpo_dist.training.calibration import start_factor
 from acpo_dist.training.local import open_ports
 from acpo_dist.workers.learner.rates import learning_rate
 
@@ -58,7 +59,7 @@ def calibrate(config: Config, ports: Ports, prompts: tuple[str, ...]) -> tuple[d
     # One unconstrained step at this weight drifts by about the budget; the controller adjusts it from there.
     anchor = config.algorithm.anchor
     scale = ports.learner.gradient_scale(handles, reward_terms(config, normalisers))
-    weight = anchor.start * initial_anchor_weight(
+    weight = start_factor(config) * initial_anchor_weight(
         reward_weight=config.algorithm.reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
     )  # fmt: skip

@@ -97,9 +97,11 @@ class AnchorConfig(Section):
     """Anchor weight; `auto` starts from the budget (and the measured reward gradient, where there is one); 0 is off."""
     budget: float | None = Field(default=0.15, gt=0)
     """Target rms drift, in the units of `space`; None keeps the weight fixed."""
-    start: float = Field(default=1.0, gt=0)
+    start: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Factor of the calibrated `auto` weight with which the run starts. That weight is an upper estimate, since the
-    network cannot realise every drift; a short run that starts lower spends fewer iterations on lowering it."""
+    network cannot realise every drift; a short run that starts lower spends fewer iterations on lowering it. `auto` is
+    1, and 0.02 where the reward's gradient passes through sampler steps (`algorithm.gradient_steps`): the calibration
+    measures the gradient of one state, and 1 would hold the policy at the base model."""
     rate: float = Field(default=0.15, ge=0)
     """Rate of the drift controller; 0 keeps the weight fixed."""
     headroom: float = Field(default=0.8, gt=0, le=1)

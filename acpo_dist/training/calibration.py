@@ -19,6 +19,9 @@ from acpo_dist.training.context import RunContext
 from acpo_dist.training.guard.monitor import GuardMonitor
 from acpo_dist.workers.learner.checkpoint import Checkpoint
 
+THROUGH_STEPS = 0.02
+"""Default of `algorithm.anchor.start` with the gradient through sampler steps; docs/algorithms.md has the studies."""
+
 
 @dataclass
 class LoopState:
@@ -150,13 +153,21 @@ def _first_weight(context: RunContext, handles: Sequence[RolloutHandle], terms: 
         return 0.0
     # Without an objective the anchor trains alone, and any positive weight has the same effect.
     reward_weight = config.algorithm.reward_weight or 1.0
+    start = start_factor(config)
     if not config.algorithm.pathwise:
-        return anchor.start * reward_weight * config.algorithm.anchor_unit
+        return start * reward_weight * config.algorithm.anchor_unit
     scale = context.ports.learner.gradient_scale(handles, terms)
-    return anchor.start * initial_anchor_weight(
+    return start * initial_anchor_weight(
         reward_weight=reward_weight, num_elements=scale.num_elements,
         gradient_norm=scale.median_norm, budget=anchor.budget,
     )  # fmt: skip
+
+
+def start_factor(config: Config) -> float:
+    """Return `algorithm.anchor.start`, or what `auto` stands for."""
+    if config.algorithm.anchor.start != "auto":
+        return config.algorithm.anchor.start
+    return 1.0 if getattr(config.algorithm, "gradient_steps", "estimate") == "estimate" else THROUGH_STEPS
 
 
 def _controller(config: Config, weight: float, last_excess: float | None = None) -> DriftController:

@@ -4,6 +4,7 @@ import pytest
 
 from acpo_dist.config.load import load_config
 from acpo_dist.core.errors import RewardConfigError, UsageError
+from acpo_dist.training.calibration import start_factor
 from tests.helpers.config import PLUGINS, refusal
 
 
@@ -178,3 +179,17 @@ def test_a_key_that_another_one_leaves_without_effect_is_refused(key, overrides)
 )
 def test_the_same_key_is_accepted_where_it_has_an_effect(overrides):
     load_config("toy_sdxl", overrides)
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "factor"),
+    [
+        ("toy_sdxl", [], 1.0),
+        ("toy_sdxl_random", [], 0.02),
+        ("toy_draft", ["algorithm.anchor.budget=0.2"], 0.02),
+        ("toy_sdxl_random", ["algorithm.anchor.start=0.5"], 0.5),
+        ("toy_nft", [], 1.0),
+    ],
+)
+def test_the_anchor_starts_lower_where_the_gradient_passes_through_sampler_steps(source, overrides, factor):
+    assert start_factor(load_config(source, overrides)) == factor
