@@ -145,6 +145,7 @@ def compare_spacings(model: str, seed: int, options: argparse.Namespace):
             update = consider(pool, gate_config, prompts, sums, base, alpha_bars, provenance={})
             row = {"model": Path(model).name, "seed": seed, "steps": count, "spacing": name, "adopted": update.adopted}
             row |= {"gain_j": 1 - update.j1 / update.j0, "trust": update.gates[-1].trust if update.gates else 0.0}
+            row |= {"clipped_steps": update.gates[-1].clipped_steps if update.gates else None}
             for label, trajectory in (("start", base), ("vrg", update.trajectory)):
                 ends = drawn[f"{name} {label}"] = pool.final_latents(groups, trajectory)
                 row[f"mse_{label}"] = float((ends - reference).double().square().mean())
