@@ -42,6 +42,10 @@ def test_two_ranks_resumed_train_a_single_file_on_captioned_images_as_one_proces
 
 
 def agree(found: dict, expected: dict) -> None:
-    """Equal to rounding: the batches that replicas and workers form depend on when samples arrive."""
+    """Equal to rounding: the batches that replicas and workers form depend on when samples arrive.
+
+    Adam takes whole steps in elements whose gradient is rounding, so the gain of the tuned model differs by more.
+    """
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+        tolerance = 2e-3 if name.startswith("gain/") else 1e-6
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=tolerance), name
