@@ -227,17 +227,8 @@ def make_table(lines: list[dict], goal: float) -> str:
         paths = [relative(evaluations) for evaluations in seeds.values()]
         ends = [path[-1] for path in paths]
         gain = f"{in_spreads(ends, 'judge')}, {in_spreads(ends, 'oracle_mse')}"
-        quality.append(
-            row(
-                name,
-                len(seeds),
-                cell(ends, "judge"),
-                cell(ends, "oracle_mse"),
-                gain,
-                cell(ends, "drift"),
-                cell(ends, "kept"),
-            )
-        )
+        judge, oracle, drift, kept = (cell(ends, key) for key in ("judge", "oracle_mse", "drift", "kept"))
+        quality.append(row(name, len(seeds), judge, oracle, gain, drift, kept))
         costs = [next((point for point in path if point["oracle_mse"] <= goal), None) for path in paths]
         reached = [cost for cost in costs if cost is not None]
         first = thousands(reached) if len(reached) == len(costs) else f"reached by {len(reached)} of {len(costs)}"

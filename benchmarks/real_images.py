@@ -102,6 +102,10 @@ class Study:
         self._extract = open_extractor(f"efficientnet-lite0:{options.features}")
         images = load_images(options.data, parts.data.image_column, None, parts.model.base.image_size)
         trained = parts.data.max_images or 0
+        if len(images) - trained < 5 * options.samples:
+            raise SystemExit(
+                f"{options.data} leaves {len(images) - trained} images; --samples takes five times as many."
+            )
         order = trained + torch.randperm(len(images) - trained, generator=torch.Generator().manual_seed(0))
         self._real = images.batch(order[: options.samples])
         self._reference = self._extract(images.batch(order[options.samples : 5 * options.samples])).values

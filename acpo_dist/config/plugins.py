@@ -101,7 +101,7 @@ class AnchorConfig(Section):
     """Factor of the calibrated `auto` weight with which the run starts. That weight is an upper estimate, since the
     network cannot realise every drift; a short run that starts lower spends fewer iterations on lowering it. `auto` is
     1, and 0.02 where the reward's gradient passes through sampler steps (`algorithm.gradient_steps`): the calibration
-    measures the gradient of one state, and 1 would hold the policy at the base model."""
+    measures the gradient of one state, which is too high a start for the gradient of several."""
     rate: float = Field(default=0.15, ge=0)
     """Rate of the drift controller; 0 keeps the weight fixed."""
     headroom: float = Field(default=0.8, gt=0, le=1)

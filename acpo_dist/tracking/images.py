@@ -125,7 +125,7 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
     axis.set_title(title, fontsize=12)
     axis.set_xlabel("iteration", fontsize=10)
     # Few ticks, at whole iterations; each one costs milliseconds.
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.tick_params(labelsize=9, labelbottom=True)
     axis.grid(alpha=0.3)

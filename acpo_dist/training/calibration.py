@@ -164,7 +164,7 @@ def _first_weight(context: RunContext, handles: Sequence[RolloutHandle], terms: 
 
 
 def start_factor(config: Config) -> float:
-    """Return `algorithm.anchor.start`, or what `auto` stands for."""
+    """Return the dimensionless factor of the calibrated anchor weight, with `auto` resolved."""
     if config.algorithm.anchor.start != "auto":
         return config.algorithm.anchor.start
     return 1.0 if getattr(config.algorithm, "gradient_steps", "estimate") == "estimate" else THROUGH_STEPS
