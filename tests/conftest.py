@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray starts its workers at niceness 15: on a machine with other work they would hardly run, and tests would time out.
@@ -18,21 +19,24 @@ from acpo_dist.core.packages import leave_out_bitsandbytes
 leave_out_bitsandbytes()
 torch.set_num_threads(1)
 
-TINY = [
+_COUNTS = [
     "sampler.num_steps=4", "sampler.t_max=0.5", "rollout.prompts_per_iteration=8", "rollout.batch_size=4",
     "learner.micro_batch=4", "learner.global_batch=8", "rewards.calibration_samples=8", "tracking.mlflow=false",
     "tracking.num_images=4", "model.tuning.targets=[to_q, to_v]",
 ]  # fmt: skip
-"""Overrides that make configs/toy_sdxl.yaml small: 8 samples of 4 steps per iteration, adapters on attention only."""
+TINY = [*_COUNTS, f"model.path={Path(__file__).parent / 'assets/small-sdxl'}"]
+"""Overrides that make configs/toy_sdxl.yaml small: 8 samples of 4 steps per iteration, adapters on attention only, and
+the model of tests/helpers/small_sdxl.py."""
 
 
 @pytest.fixture
 def tiny():
-    """Load configs/toy_sdxl.yaml at the smallest useful size, with more overrides."""
+    """Load configs/toy_sdxl.yaml, or another `source`, at the smallest useful size, with more overrides."""
     from acpo_dist.config.load import load_config
 
     def load(*overrides: str, source: str = "toy_sdxl"):
-        return load_config(source, [*TINY, *overrides])
+        sdxl = load_config(source).model.path == "toy-sdxl"
+        return load_config(source, [*(TINY if sdxl else _COUNTS), *overrides])
 
     return load
 

@@ -143,7 +143,7 @@ def _token_ids(folder: Path, texts: Sequence[str]) -> Tensor:
     return tokenizer(list(texts), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def _captioned_latents(vae: AutoencoderKL, seed: int, count: int = _LATENT_BANK) -> ExampleBatch:
+def captioned_latents(vae: AutoencoderKL, seed: int, count: int = _LATENT_BANK) -> ExampleBatch:
     """Return random latents with (caption id, 1 to keep the caption or 0 to drop it)."""
     latents, caption_ids = _latent_bank(vae, count, torch.Generator().manual_seed(seed))
 
@@ -170,7 +170,7 @@ def _build_sdxl(folder: Path, effort: float, progress: Progress | None) -> None:
         return network.unet(noisy, timesteps, states[ids] * keep[:, None, None], added_cond_kwargs=added).sample
 
     loss = train_denoiser(
-        model, _captioned_latents(vae, SEEDS["sdxl"]), predict, sdxl_scheduler().alphas_cumprod,
+        model, captioned_latents(vae, SEEDS["sdxl"]), predict, sdxl_scheduler().alphas_cumprod,
         steps=int(9_000 * effort), batch_size=64, seed=SEEDS["sdxl"], progress=progress,
     )  # fmt: skip
     logger.info("toy-sdxl: noise-prediction error %.4f", loss)
@@ -191,7 +191,7 @@ def _build_sd15(folder: Path, effort: float, progress: Progress | None) -> None:
         return network.unet(noisy, timesteps, states).sample
 
     loss = train_denoiser(
-        model, _captioned_latents(vae, SEEDS["sd15"]), predict, sd15_scheduler().alphas_cumprod,
+        model, captioned_latents(vae, SEEDS["sd15"]), predict, sd15_scheduler().alphas_cumprod,
         steps=int(3_500 * effort), batch_size=64, seed=SEEDS["sd15"], progress=progress,
     )  # fmt: skip
     logger.info("toy-sd15: noise-prediction error %.4f", loss)
@@ -203,7 +203,7 @@ def _build_flow(folder: Path, effort: float, progress: Progress | None) -> None:
     torch.manual_seed(SEEDS["flow"])
     model = ToyFlow()
     tokens, null = _token_ids(folder, [*captions(), ""]), len(captions())
-    captioned = _captioned_latents(vae, SEEDS["flow"], _FLOW_BANK)
+    captioned = captioned_latents(vae, SEEDS["flow"], _FLOW_BANK)
     # SD3's VAE centres its latents.
     scale = vae.config["scaling_factor"]
     shift = round(float(captioned(4096, torch.Generator().manual_seed(SEEDS["flow"]))[0].mean()) / scale, 4)

@@ -58,7 +58,8 @@ def test_a_run_whose_learner_node_is_lost_ends_with_the_metrics_of_an_undisturbe
     assert [row["iteration"] for row in learner["rows"]] == [row["iteration"] for row in rows]
     for mine, theirs in zip(rows, learner["rows"], strict=True):
         for name, value in mine.items():
-            if not name.startswith(CLOCKS):
+            # The best iteration is one of those with a checkpoint, and the lost run has fewer checkpoints.
+            if not name.startswith(CLOCKS) and name != "guard/best_iteration":
                 # One process and Ray sum float32 in another order, and updates carry that on; gains are differences in
                 # standard deviations, so they have an absolute error.
                 assert theirs[name] == pytest.approx(value, rel=2e-3, abs=5e-4), (mine["iteration"], name)

@@ -32,7 +32,7 @@ def test_two_ranks_resumed_train_a_single_file_on_captioned_images_as_one_proces
     options = [*OPTIONS, f"data.path={images}"]
     ranks = [*model, *TWO, f"data.latent_cache={tmp_path / 'latents'}"]
     folder, parts = tmp_path / "folder", tmp_path / "parts"
-    drive(tiny(*options, model[2], "run.iterations=2", f"run.dir={folder}"), local_ports, QUIET)
+    drive(tiny(*options, "model.path=toy-sdxl", model[2], "run.iterations=2", f"run.dir={folder}"), local_ports, QUIET)
     drive(tiny(*options, *ranks, "run.iterations=1", f"run.dir={parts}"), ray_ports, QUIET)
     drive(tiny(*options, *ranks, "run.iterations=2", f"run.dir={parts}"), ray_ports, QUIET, resume="auto")
     for found, expected in zip(results(parts), results(folder), strict=True):

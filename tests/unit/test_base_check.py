@@ -118,4 +118,5 @@ def test_noise_and_real_images_differ_in_the_correlation_of_neighbours():
 
 
 def test_doctor_checks_samples_of_an_embedded_model(tiny):
-    assert [finding.verdict for finding in check_base_samples(tiny("sampler.num_steps=12"))] == ["ok"]
+    config = tiny("model.path=toy-sdxl", "sampler.num_steps=12")
+    assert [finding.verdict for finding in check_base_samples(config)] == ["ok"]

@@ -83,7 +83,8 @@ def test_safetensors_message_about_a_full_disk_is_recognised(tmp_path):
 def test_a_run_on_a_full_disk_keeps_what_it_saved_and_resumes(tiny, tmp_path):
     root = tmp_path / "run"
     # Adapters on convolutions make the weights the largest file.
-    fixed = [f"run.dir={root}", "checkpoint.every=1", "rewards.judges=[]", "model.tuning.targets=[conv1, conv2]"]
+    model = ["model.path=toy-sdxl", "model.tuning.targets=[conv1, conv2]"]
+    fixed = [f"run.dir={root}", "checkpoint.every=1", "rewards.judges=[]", *model]
 
     def train(iterations: int):
         config = tiny(*fixed, f"run.iterations={iterations}")

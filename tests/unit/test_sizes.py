@@ -192,7 +192,7 @@ def test_a_single_file_trains_resumes_and_is_evaluated_reported_planned_and_draw
     small = ["sampler.num_steps=3", "checkpoint.every=1", "guard.drift_timesteps=1", "rewards.judges=[]"]
     folder, whole, parts = (tmp_path / name for name in ("folder", "whole", "parts"))
     quiet = Console(quiet=True)
-    drive(tiny(*small, MIXED, "run.iterations=2", f"run.dir={folder}"), open_ports, quiet)
+    drive(tiny(*small, MIXED, "model.path=toy-sdxl", "run.iterations=2", f"run.dir={folder}"), open_ports, quiet)
     drive(tiny(*small, *model, "run.iterations=2", f"run.dir={whole}"), open_ports, quiet)
     copy_run(whole, parts, newest=1)
     drive(tiny(*small, *model, "run.iterations=2", f"run.dir={parts}"), open_ports, quiet, resume="auto")
