@@ -8,6 +8,11 @@ from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, quoted
 
 _TRUSTED = ("vrg.search=vrg", lambda config: config.vrg.search == "vrg")
+# null switches the budget off, also in a configuration that sets keys of its controller.
+_BUDGET = (
+    "algorithm.anchor.budget",
+    lambda config: config.algorithm.anchor.budget is not None or "budget" in config.algorithm.anchor.model_fields_set,
+)
 _CHECKPOINT = ("model.path naming a checkpoint file", lambda config: _is_checkpoint(config.model.path))
 
 
@@ -37,14 +42,8 @@ RULES = (
         "algorithm.anchor.start", "algorithm.anchor.weight=auto",
         lambda config: config.algorithm.anchor.weight in ("auto", 0),
     ),
-    Rule(
-        "algorithm.anchor.rate", "algorithm.anchor.budget",
-        lambda config: config.algorithm.anchor.budget is not None,
-    ),
-    Rule(
-        "algorithm.anchor.headroom", "algorithm.anchor.budget",
-        lambda config: config.algorithm.anchor.budget is not None,
-    ),
+    Rule("algorithm.anchor.rate", *_BUDGET),
+    Rule("algorithm.anchor.headroom", *_BUDGET),
     Rule(
         "algorithm.max_gradient_steps", "algorithm.gradient_steps=random",
         lambda config: _of(config, "gradient_steps", "random") == "random",

@@ -141,8 +141,11 @@ def test_guidance_rescale_is_refused_where_the_pipeline_or_the_solver_cannot_fol
         ("sampler.k_max", ["sampler.k_max=1", "sampler.t_max=0.3"]),
         ("sampler.merge_adapters", ["sampler.merge_adapters=true", "model.tuning.method=full"]),
         ("algorithm.anchor.start", ["algorithm.anchor.start=0.1", "algorithm.anchor.weight=2"]),
-        ("algorithm.anchor.rate", ["algorithm.anchor={rate: 0.3, weight: 2, budget: null}"]),
-        ("algorithm.anchor.headroom", ["algorithm.anchor={headroom: 0.5, weight: 2, budget: null}"]),
+        ("algorithm.anchor.rate", ["algorithm={type: draft, anchor: {rate: 0.3}}", "sampler.late_per_sample=12"]),
+        (
+            "algorithm.anchor.headroom",
+            ["algorithm={type: draft, anchor: {headroom: 0.5}}", "sampler.late_per_sample=12"],
+        ),
         ("algorithm.max_gradient_steps", ["algorithm.max_gradient_steps=3", "algorithm.gradient_steps=2"]),
         ("algorithm.guidance", ["algorithm.guidance=full", "sampler.guidance_scale=1"]),
         ("algorithm.guidance", ["algorithm.guidance=full", "algorithm.gradient_steps=1"]),
@@ -170,6 +173,8 @@ def test_a_key_that_another_one_leaves_without_effect_is_refused(key, overrides)
     [
         ["sampler.k_max=1", "sampler.t_max=null"],
         ["algorithm.anchor.start=0.1", "algorithm.anchor.weight=0"],
+        # null switches the budget off, also in a configuration that sets keys of its controller.
+        ["algorithm.anchor={rate: 0.3, headroom: 0.5, weight: 0, budget: null}"],
         ["algorithm.max_gradient_steps=3", "algorithm.gradient_steps=random"],
         ["algorithm.guidance=full", "sampler.guidance_scale=2"],
         ["algorithm.target_quantile=0.5", "algorithm.shape=hinge"],

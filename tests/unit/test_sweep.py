@@ -1,7 +1,10 @@
 """A sweep trains every combination once, continues, and marks the front of quality against drift."""
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -133,3 +136,22 @@ def test_seeds_are_given_with_spaces_or_commas(seeds, monkeypatch, capsys, tmp_p
     code, found = acpo(monkeypatch, capsys, *arguments)
     assert code == 0 and len(found["runs"]) == 4 and found["runs"][1].endswith("reward_weight=1/seed-2")
     assert not list(tmp_path.iterdir())
+
+
+PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+DOCUMENTED = [
+    command.replace("\\\n", " ")
+    for page in PAGES
+    for command in re.findall(r"^acpo sweep (?:.*\\\n)*.*", page.read_text(encoding="utf-8"), flags=re.M)
+]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_sweep_has_valid_combinations(command, done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10_train.parquet").touch()
+    assert " runs: " in done(*shlex.split(command)[1:], *(() if "--dry-run" in command else ("--dry-run",)))
+
+
+def test_the_pages_document_sweeps():
+    assert len(DOCUMENTED) > 3
