@@ -93,7 +93,7 @@ def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(run, regist
     code, _, err = acpo("promote", str(run), "--uri", registry, "--checkpoint", "newest")
     assert code == 0, err
     head, text = card_of(run / "export")
-    assert head["library_name"] == "diffusers" and head["base_model"] == "toy-sdxl"
+    assert head["library_name"] == "diffusers" and head["base_model"] == "small-sdxl"
     config = read_run_config(run)
     assert config.run.name in text and "strided_judge" in text and "drove the update" in text
     gains = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
