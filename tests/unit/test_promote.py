@@ -11,9 +11,13 @@ import yaml
 from safetensors.torch import load_file
 
 from acpo_dist.analysis.release.verdict import judge_run
+from acpo_dist.tracking.console import Console
 from acpo_dist.tracking.mlflow_run import make_sqlite
+from acpo_dist.training.local import open_ports
+from acpo_dist.training.run import drive
 from acpo_dist.training.run_folder import read_run_config
 from acpo_dist.workers.learner.checkpoint import CheckpointStore
+from tests.helpers.runs import PLAIN
 
 pytest.importorskip("mlflow", reason="needs the extra `mlflow`")
 
@@ -89,11 +93,14 @@ def test_a_clean_run_registers_its_best_checkpoint_under_an_alias(run, registry,
     assert str(client.get_model_version_by_alias("toy", "promoted").version) == "2"
 
 
-def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(run, registry, tmp_path, acpo, monkeypatch):
+def test_the_cards_code_loads_the_model_and_the_card_names_its_facts(tiny, registry, tmp_path, acpo, monkeypatch):
+    run = tmp_path / "run"
+    # The card's code finds an embedded model by its name, as it does a model of the hub.
+    drive(tiny(*PLAIN, "model.path=toy-sdxl", f"run.dir={run}"), open_ports, Console(quiet=True))
     code, _, err = acpo("promote", str(run), "--uri", registry, "--checkpoint", "newest")
     assert code == 0, err
     head, text = card_of(run / "export")
-    assert head["library_name"] == "diffusers" and head["base_model"] == "small-sdxl"
+    assert head["library_name"] == "diffusers" and head["base_model"] == "toy-sdxl"
     config = read_run_config(run)
     assert config.run.name in text and "strided_judge" in text and "drove the update" in text
     gains = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
