@@ -1,5 +1,6 @@
 """Shared by all tests: one torch thread, no telemetry, small configurations."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -88,6 +89,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order test files by `FIRST`; the order within a file stays."""
     rank = {name: index for index, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(FIRST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Import test files without garbage collections: imports make objects that stay, and each one looks at all."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Let extensions free their objects at the end, or they report leaks."""
+    gc.unfreeze()
 
 
 def poison(batch, rows):

@@ -2,11 +2,12 @@
 
 A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `serving()`
 starts a server that imports these once, and gives the path of a program that takes the place of `sys.executable` in
-`ray.init`: it runs Ray's worker scripts, and those of `driver`, in a fork of the server, and everything else in the
-real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is the
-program's, signals reach it, and it is killed when the program is.
+`ray.init`: it runs Ray's worker scripts, and those of `driver` and `acpo`, in a fork of the server, and everything else
+in the real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is
+the program's, signals reach it, and it is killed when the program is. Requests wait until the server has imported.
 """
 
+import atexit
 import contextlib
 import gc
 import json
@@ -25,9 +26,10 @@ from typing import Any
 DRIVER = "forked_driver.py"
 SCRIPTS = ("setup_worker.py", "default_worker.py", DRIVER)
 """Ray starts the first one, which executes the second one with the same interpreter; the third is that of `driver`."""
+ACPO = "from acpo_dist.cli import main\nmain()"
 MODULES = (
-    "acpo_dist.training.local", "acpo_dist.workers.learner.zero", "deepspeed", "pandas", "fastapi", "uvicorn", "grpc",
-    "aiohttp",
+    "acpo_dist.cli.commands", "acpo_dist.training.local", "acpo_dist.workers.learner.zero", "deepspeed", "pandas",
+    "fastapi", "uvicorn", "grpc", "aiohttp",
 )  # fmt: skip
 """Not Ray, which takes its job from the environment when it is imported."""
 LARGEST = 1 << 20
@@ -46,15 +48,18 @@ def serving(folder: Path) -> Iterator[tuple[str, int]]:
         f"from forked import main\nmain({sys.executable!r}, {str(address)!r})\n"
     )
     program.chmod(0o700)
+    # Bound here, so that programs can connect at once.
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(address))
+    listener.listen(64)
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.forked", str(address), str(program)],
-        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "tests.helpers.forked", str(listener.fileno()), str(program)],
+        cwd=Path(__file__).parents[2], pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL,
         # As workers without a GPU set them, before they import torch and DeepSpeed.
         env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+    listener.close()
     try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n", "the fork server did not start"
         yield str(program), server.pid
     finally:
         server.kill()
@@ -66,6 +71,11 @@ def driver(program: str, folder: Path, code: str) -> list[str]:
     script = folder / DRIVER
     script.write_text(f"import sys\nsys.path.insert(1, {str(Path(__file__).parents[2])!r})\n{code}\n")
     return [program, str(script)]
+
+
+def acpo(program: str, folder: Path) -> list[str]:
+    """Return the command `acpo` as a fork of the server."""
+    return driver(program, folder, ACPO)
 
 
 def main(real: str, address: str) -> None:
@@ -92,8 +102,10 @@ def main(real: str, address: str) -> None:
     sys.exit(status)
 
 
-def _serve(address: str, program: str) -> None:
+def _serve(descriptor: str, program: str) -> None:
     """Answer requests until the process is killed."""
+    listener = socket.socket(fileno=int(descriptor))
+    gc.disable()
     from acpo_dist.core.packages import leave_out_bitsandbytes
 
     leave_out_bitsandbytes()
@@ -103,13 +115,8 @@ def _serve(address: str, program: str) -> None:
             import_module(name)
     # Objects of the imports stay out of every fork's garbage collection, and their pages shared.
     gc.freeze()
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address)
-    listener.listen(64)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ, None)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
     while True:
         for key, _ in waiting.select():
             if key.fileobj is listener:
@@ -172,6 +179,8 @@ def _become(request: dict[str, Any], streams: list[int], program: str) -> None:
         sys.excepthook(*sys.exc_info())
     finally:
         with contextlib.suppress(Exception):
+            if Path(request["argv"][0]).name == DRIVER:
+                atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from tests.conftest import TINY
+from tests.helpers.forked import acpo
 
 ACPO = Path(sys.executable).parent / "acpo"
 
 
 def started(root: Path, *overrides: str, python: str | None = None) -> subprocess.Popen[str]:
-    """Start a run of many iterations; `python` is the interpreter of its workers on Ray, if it is another one."""
-    code = f"import sys; sys.executable = {python!r}; from acpo_dist.cli import main; main()"
-    program = [str(ACPO)] if python is None else [sys.executable, "-c", code]
+    """Start a run of many iterations; `python` is the program of `tests.helpers.forked` that executes it, if any."""
+    program = [str(ACPO)] if python is None else acpo(python, root.parent)
     asked = [*TINY, f"run.dir={root}", "run.iterations=500", "checkpoint.every=1", *overrides]
     return subprocess.Popen(
         [*program, "train", "toy_sdxl", *asked], stderr=subprocess.PIPE, text=True,

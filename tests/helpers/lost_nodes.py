@@ -1,7 +1,7 @@
 """Runs on local Ray nodes that are lost one after another, in a separate process.
 
-`python -m tests.helpers.lost_nodes FOLDER PYTHON` prints one JSON object as its last line; Ray starts its workers with
-the interpreter PYTHON.
+`python -m tests.helpers.lost_nodes FOLDER` prints one JSON object as its last line; Ray starts its workers with
+`sys.executable`.
 """
 
 import json
@@ -134,7 +134,6 @@ def lose_learner(machines: Machines, folder: Path) -> dict:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     given = Path(sys.argv[1])
-    sys.executable = sys.argv[2]
     own = Machines()
     try:
         outcome = {"rollout": lose_rollout(own), "learner": lose_learner(own, given)}

@@ -4,16 +4,34 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.helpers import forked
 
+_FORKS = pytest.StashKey[tuple[str, int]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Let all processes of pytest-xdist share one server, which imports while they collect tests."""
+    if _FORKS not in node.config.stash:
+        stack = contextlib.ExitStack()
+        node.config.add_cleanup(stack.close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        node.config.stash[_FORKS] = stack.enter_context(forked.serving(folder))
+    node.workerinput["forks"] = node.config.stash[_FORKS]
+
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory):
-    """Program that Ray starts workers with, and the process whose children they are then."""
+def forks(request, tmp_path_factory):
+    """Program that Ray starts workers with, and the process whose children they are then, in all pytest processes."""
+    if shared := getattr(request.config, "workerinput", {}).get("forks"):
+        yield tuple(shared)
+        return
     with forked.serving(tmp_path_factory.mktemp("forked")) as found:
         yield found
 

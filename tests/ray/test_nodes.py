@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.forked import driver
 from tests.helpers.runs import CLOCKS
 
 ITERATIONS = 3
@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def found(forks, tmp_path_factory):
     """Result of a cluster that lost a rollout worker's node, and then a learner's."""
     pytest.importorskip("ray", reason="needs the extra `ray`")
+    folder = tmp_path_factory.mktemp("lost")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.lost_nodes", str(tmp_path_factory.mktemp("lost")), forks[0]], cwd=ROOT,
-        capture_output=True, text=True, timeout=1100,
+        [*driver(forks[0], folder, "import runpy\nrunpy.run_module('tests.helpers.lost_nodes', run_name='__main__')"),
+         str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=1100,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **ATTENTIVE},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]

@@ -1,9 +1,10 @@
 """A learner rank is killed on a run's own Ray: the run restarts it, with the metrics of an undisturbed run."""
 
+import contextlib
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from acpo_dist.tracking.jsonl import read_metrics
 from tests.conftest import TINY
+from tests.helpers.forked import acpo
 from tests.helpers.runs import results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -21,14 +23,20 @@ RUN = [
 ]  # fmt: skip
 
 
-def started(folder: Path, every: int, python: str) -> subprocess.Popen[str]:
-    """Start `acpo train` on its own Ray cluster, whose workers run in the interpreter `python`."""
+def started(folder: Path, every: int, python: str, session: str) -> subprocess.Popen[str]:
+    """Start `acpo train` on its own Ray cluster with files in `session`; it and its workers are forks of `python`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    code = f"import sys; sys.executable = {python!r}; from acpo_dist.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "train", "toy_sdxl", *RUN, f"checkpoint.every={every}", f"run.dir={folder}"],
-        env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*acpo(python, folder.parent), "train", "toy_sdxl", *RUN, f"checkpoint.every={every}", f"run.dir={folder}"],
+        env=variables | {"RAY_TMPDIR": session}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def in_session(pid: int, session: str) -> bool:
+    """Whether a process has a file of a Ray session open, as workers have their logs."""
+    with contextlib.suppress(OSError):
+        return any(os.readlink(entry).startswith(session) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 def titles(parents: set[int]) -> dict[int, str]:
@@ -49,19 +57,19 @@ def titles(parents: set[int]) -> dict[int, str]:
     return {pid: found[pid][1] for pid in family if pid in found}
 
 
-def kill_a_rank(process: subprocess.Popen[str], server: int, method: str, rows: Path, least: int) -> None:
+def kill_a_rank(process: subprocess.Popen[str], server: int, session: str, method: str, rows: Path, least: int) -> None:
     """Send SIGKILL to a learner rank that executes a method, once this many iterations are recorded.
 
     Args:
-        server: process whose children the run's workers are.
+        server: process whose children the run's workers are, and workers of other tests.
     """
     while process.poll() is None:
         # Ray's workers run at low priority: a loop without pauses would starve them.
         if least and not (rows.exists() and len(read_metrics(rows)) >= least):
             time.sleep(0.2)
             continue
-        for pid, title in titles({process.pid, server}).items():
-            if title == f"ray::LearnerActor.{method}":
+        for pid, title in titles({server}).items():
+            if title == f"ray::LearnerActor.{method}" and in_session(pid, session):
                 os.kill(pid, signal.SIGKILL)
                 return
         time.sleep(0.02)
@@ -98,9 +106,11 @@ def test_a_learner_rank_killed_on_a_runs_own_ray_costs_a_restart_and_changes_no_
 ):
     folder = tmp_path / "run"
     python, server = forks
-    process = started(folder, every, python)
-    kill_a_rank(process, server, method, folder / "metrics.jsonl", least)
-    said, _ = process.communicate(timeout=1100)
+    # The length of socket paths is limited.
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as session:
+        process = started(folder, every, python, session)
+        kill_a_rank(process, server, session, method, folder / "metrics.jsonl", least)
+        said, _ = process.communicate(timeout=1100)
     assert process.returncode == 0, said
     assert "Traceback" not in said and "cluster.max_restarts" in said
     if every > ITERATIONS:

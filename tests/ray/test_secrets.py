@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY
+from tests.helpers.forked import acpo
 from tests.helpers.secrets import PLANTED, SECRETS, files_with
 
 pytest.importorskip("ray", reason="needs the extra `ray`")
@@ -21,13 +21,12 @@ RUN = [
 
 
 def test_no_secret_reaches_the_output_the_run_folder_or_the_logs_of_ray(forks, tmp_path):
-    code = f"import sys; sys.executable = {forks[0]!r}; from acpo_dist.cli import main; main()"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     # The length of socket paths is limited.
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as session:
         variables |= {**SECRETS, "RAY_TMPDIR": session, "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
         done = subprocess.run(
-            [sys.executable, "-c", code, "train", "toy_sdxl", "--json", *RUN, f"run.dir={tmp_path / 'run'}"],
+            [*acpo(forks[0], tmp_path), "train", "toy_sdxl", "--json", *RUN, f"run.dir={tmp_path / 'run'}"],
             capture_output=True, text=True, check=False,
             env=variables | {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "NO_PROXY": "*"},
         )  # fmt: skip
