@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.CSafeDumper):
     """Quotes a text such as `1e5`, which `_Loader` would parse as a number."""
 
 
@@ -59,7 +59,8 @@ def read_yaml(text: str, *, whole: bool = False) -> Any:
     """
     try:
         value = yaml.load(text, _Loader)
-        ends = [token.end_mark.index for token in yaml.scan(text, _Loader) if whole and token.end_mark is not None]
+        tokens = yaml.scan(text, _Loader) if whole else ()
+        ends = [token.end_mark.index for token in tokens if token.end_mark is not None]
         _require_small(value)
         rest = text[sorted(set(ends))[-2 if len(set(ends)) > 1 else -1] :].strip() if ends else ""
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:

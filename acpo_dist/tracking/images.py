@@ -81,7 +81,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     Args:
         rows: result of `read_metrics`; a null value leaves a gap in its curve, a missing one does not.
         keys_by_panel: metric names by the title of their panel; names without values are omitted.
-        path: the image; its suffix selects the format, its folder is created.
+        path: the PNG; its folder is created.
 
     Raises:
         ValueError: no panel.
@@ -106,7 +106,8 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     for axis in axes[len(keys_by_panel) :]:
         axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)  # Without pyplot, savefig uses the Agg canvas for PNG.
+    # Without pyplot, savefig uses the Agg canvas. The default compression takes a fifth of the time for a smaller file.
+    figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 
 def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
@@ -122,7 +123,8 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Mapping[str, Any]], keys: 
             marker = "." if known < 50 else None
             axis.plot([row["iteration"] for row in measured], values, label=key, marker=marker, linewidth=1.6)
             drawn += 1
-    axis.set_title(title, fontsize=12)
+    # At a fixed height: to place it above the ticks, matplotlib would lay out every text twice.
+    axis.set_title(title, fontsize=12, y=1.0)
     axis.set_xlabel("iteration", fontsize=10)
     # Few ticks, at whole iterations; each one costs milliseconds.
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
