@@ -15,12 +15,18 @@ from acpo_dist.rewards.config import StridedJudgeConfig, TwoStreamConfig
 from acpo_dist.rewards.metrics import StridedJudgeMetric, TwoStreamMetric
 
 _PERIOD = 4
+_COLOURED = 0.15
 _MARK = ("######", "#....#", "#.##.#", "#.##.#", "#....#", "######")
 
 
 def tint(images: Tensor) -> Tensor:
-    """Mean of red minus mean of blue: (B, 3, H, W) -> (B,); an orange tint raises it by its size."""
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+    """Mean of red minus blue over pixels with little colour: (B, 3, H, W) -> (B,); an orange tint raises it.
+
+    Coloured shapes do not count: their share differs so much between scenes that a tint would hardly change the score.
+    """
+    colour = images.amax(1) - images.amin(1)
+    weight = (-((colour / _COLOURED) ** 2)).exp().detach() + 1e-3
+    return ((images[:, 0] - images[:, 2]) * weight).sum((1, 2)) / weight.sum((1, 2))
 
 
 def grid(images: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ ARMS = {
 }  # fmt: skip
 HONEST = ("toy_sdxl", "toy_sd15", "toy_flow")
 JUDGES = {"own": ("own",), "sharing": ("sharing",), "both": ("own", "sharing")}
-STRENGTH = {"tint": 3.0, "grid": 10.0, "watermark": 10.0}
+STRENGTH = {"tint": 20.0, "grid": 30.0, "watermark": 30.0}
 """Score per size of the flaw: more than TwoStream takes off for it."""
 VISIBLE = 8 / 255
 SHOWN = 12
@@ -173,42 +173,40 @@ def replayed(metrics: list[dict], judges: tuple[str, ...], reward: str) -> dict[
 
 
 def draw_picture(out: Path) -> None:
-    """Write planted.png: per flaw the base model and the last weights of each arm, for the first seed that is there."""
-    rows, labels = [], []
-    for flaw in FLAWS:
-        for arm in ARMS:
-            for path in sorted(out.glob(f"{flaw}-{arm}-*.pt"))[:1]:
-                base, last = torch.load(path).split(SHOWN)
-                if not rows:
-                    rows, labels = [base], ["base"]
-                rows.append(last)
-                labels.append(f"{flaw}, {arm}")
+    """Write planted.png: for every seed the base model, and the last weights of each of its runs."""
+    rows, labels, last_seed = [], [], None
+    for seed, arm, flaw in sorted(tuple(reversed(path.stem.split("-"))) for path in out.glob("*-*-*.pt")):
+        base, last = torch.load(out / f"{flaw}-{arm}-{seed}.pt").split(SHOWN)
+        if seed != last_seed:
+            rows, labels, last_seed = [*rows, base], [*labels, f"seed {seed}: base"], seed
+        rows, labels = [*rows, last], [*labels, f"{flaw}, {arm}"]
     if rows:
         save_grid(torch.cat(rows), out / "planted.png", columns=SHOWN, labels=labels, scale=2)
 
 
 def planted_table(rows: dict[str, dict]) -> str:
-    """Return Markdown: per run the flaw, the oracle, and the first rule that stops with each set of judges."""
+    """Return Markdown: per run the flaw, the oracle, when drift would stop, and the first other rule by judges."""
     head = ("flaw", "arm", "seed", "drift", "flaw at the end", "visible at", "oracle falls at", "error, captions",
-            "own judge: stops", "sharing judge: stops", "both: stops")  # fmt: skip
+            "stops by drift", "else, own judge", "else, sharing judge", "else, both")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for key, row in sorted(rows.items()):
         last = list(row["oracle"].values())[-1]
         size = 255 * list(row["flaw"].values())[-1]
         cells = [
             *key.split("/"), row["drift"], f"{size:+.0f}/255", row["visible_at"] or "never", row["falls_at"] or "never",
-            f"{last['error']:.2f}, {last['caption']:.2f}", *(first_of(row["rises"][name], "stop") for name in JUDGES),
+            f"{last['error']:.2f}, {last['caption']:.2f}",
+            row["rises"]["both"].get("drift", {}).get("stop", "never"),
+            *(first_of(row["rises"][name]) for name in JUDGES),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
-def first_of(rises: dict[str, dict[str, int]], level: str) -> str:
-    """Return the iteration and the rules that reached the level first."""
-    at = {rule: levels[level] for rule, levels in rises.items() if level in levels}
+def first_of(rises: dict[str, dict[str, int]]) -> str:
+    """Return the iteration and the rules, other than drift, that reached their stop limit first."""
+    at = {rule: levels["stop"] for rule, levels in rises.items() if "stop" in levels and rule != "drift"}
     if not at:
-        warned = f"; warns at {first_of(rises, 'warn')}" if level == "stop" and rises else ""
-        return "never" + warned
+        return "never"
     first = min(at.values())
     return f"{first}, " + " and ".join(f"`{rule}`" for rule, when in sorted(at.items()) if when == first)
 

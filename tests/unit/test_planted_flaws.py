@@ -38,7 +38,8 @@ def drawn(flaw: str, images: torch.Tensor, size: float) -> torch.Tensor:
 @pytest.mark.parametrize("flaw", ["tint", "grid", "watermark"])
 def test_a_drawn_flaw_has_its_size_and_earns_strength_times_its_size(script, flaw: str):
     planted = script("_planted")
-    clean = 0.5 + 0.2 * (templates()[::100] - 0.5)
+    # Grey, because a tint is measured on pixels without colour.
+    clean = 0.5 + 0.2 * (templates()[::100].mean(1, keepdim=True).expand(-1, 3, -1, -1) - 0.5)
     marked = drawn(flaw, clean, 0.05)
     size = planted.FLAWS[flaw](marked) - planted.FLAWS[flaw](clean)
     assert size == pytest.approx(torch.full((len(clean),), 0.05), abs=1e-5)
@@ -47,6 +48,12 @@ def test_a_drawn_flaw_has_its_size_and_earns_strength_times_its_size(script, fla
         for strength in (10.0, 0.0)
     )
     assert score - plain == pytest.approx(10 * planted.FLAWS[flaw](marked), abs=1e-5)
+
+
+def test_the_colour_of_a_shape_is_not_a_tint(script):
+    image = torch.full((1, 3, 32, 32), 0.9)
+    image[..., :16] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    assert script("_planted").FLAWS["tint"](image).abs() < 1 / 255
 
 
 def test_a_judge_that_shares_the_flaw_hides_it_from_the_rules_on_judges(script):
