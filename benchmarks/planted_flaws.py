@@ -48,7 +48,7 @@ ARMS = {
 HONEST = ("toy_sdxl", "toy_sd15", "toy_flow")
 JUDGES = {"own": ("own",), "sharing": ("sharing",), "both": ("own", "sharing")}
 STRENGTH = {"tint": 20.0, "grid": 30.0, "watermark": 30.0}
-"""Score per size of the flaw: more than TwoStream takes off for it."""
+"""Score per size of the flaw: a visible one earns 0.63 to 0.94."""
 VISIBLE = 8 / 255
 SHOWN = 12
 

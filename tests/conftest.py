@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Import test files without garbage collections: imports make objects that stay, and each one looks at all."""
+    """Import test files without garbage collections, which would visit all imported objects again and again."""
     gc.disable()
     try:
         return (yield)

@@ -24,7 +24,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Dumper(yaml.CSafeDumper):
+# PyYAML without libyaml has no C emitter, which writes the same configurations in a quarter of the time.
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
     """Quotes a text such as `1e5`, which `_Loader` would parse as a number."""
 
 

@@ -106,7 +106,7 @@ def save_curves(rows: Sequence[Mapping[str, Any]], keys_by_panel: Mapping[str, S
     for axis in axes[len(keys_by_panel) :]:
         axis.set_axis_off()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without pyplot, savefig uses the Agg canvas. The default compression takes a fifth of the time for a smaller file.
+    # Without pyplot, savefig uses the Agg canvas. A low compression level takes less time.
     figure.savefig(path, format="png", pil_kwargs={"compress_level": 1})
 
 

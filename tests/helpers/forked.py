@@ -2,9 +2,9 @@
 
 A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `serving()`
 starts a server that imports these once, and gives the path of a program that takes the place of `sys.executable` in
-`ray.init`: it runs Ray's worker scripts, and those of `driver` and `acpo`, in a fork of the server, and everything else
-in the real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is
-the program's, signals reach it, and it is killed when the program is. Requests wait until the server has imported.
+`ray.init`: it runs Ray's worker scripts, and those that `driver` writes, in a fork of the server, and everything else in
+the real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is
+the program's, signals reach it, and it is killed when the program is. Programs wait until the server has imported.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from typing import Any
 DRIVER = "forked_driver.py"
 SCRIPTS = ("setup_worker.py", "default_worker.py", DRIVER)
 """Ray starts the first one, which executes the second one with the same interpreter; the third is that of `driver`."""
-ACPO = "from acpo_dist.cli import main\nmain()"
+SOCKET = "fork.sock"
 MODULES = (
     "acpo_dist.cli.commands", "acpo_dist.training.local", "acpo_dist.workers.learner.zero", "deepspeed", "pandas",
     "fastapi", "uvicorn", "grpc", "aiohttp",
@@ -40,9 +40,9 @@ LARGEST = 1 << 20
 def serving(folder: Path) -> Iterator[tuple[str, int]]:
     """Start the server, and give the path of the program and the server's process id; its children are the forks.
 
-    The server ends with the context.
+    The server ends with the context. It may still be importing: see `wait_until_ready`.
     """
-    address, program = folder / "fork.sock", folder / "python"
+    address, program = folder / SOCKET, folder / "python"
     program.write_text(
         f"#!{sys.executable} -IS\nimport sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"from forked import main\nmain({sys.executable!r}, {str(address)!r})\n"
@@ -66,6 +66,20 @@ def serving(folder: Path) -> Iterator[tuple[str, int]]:
         server.wait()
 
 
+def wait_until_ready(program: str) -> None:
+    """Return once the server behind a program has imported.
+
+    Raises:
+        OSError: the server has ended.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
+        channel.connect(str(Path(program).with_name(SOCKET)))
+        # An empty request.
+        channel.shutdown(socket.SHUT_WR)
+        if channel.recv(64) != b"ready":
+            raise ConnectionError("the fork server ended while it imported")
+
+
 def driver(program: str, folder: Path, code: str) -> list[str]:
     """Return the command that executes code, with the folder of this project on its path, as a fork of the server."""
     script = folder / DRIVER
@@ -73,9 +87,14 @@ def driver(program: str, folder: Path, code: str) -> list[str]:
     return [program, str(script)]
 
 
+def module(program: str, folder: Path, name: str) -> list[str]:
+    """Return the command `python -m name` as a fork of the server."""
+    return driver(program, folder, f"import runpy\nrunpy.run_module({name!r}, run_name='__main__')")
+
+
 def acpo(program: str, folder: Path) -> list[str]:
     """Return the command `acpo` as a fork of the server."""
-    return driver(program, folder, ACPO)
+    return module(program, folder, "acpo_dist")
 
 
 def main(real: str, address: str) -> None:
@@ -128,6 +147,7 @@ def _serve(descriptor: str, program: str) -> None:
 def _begin(channel: socket.socket, waiting: selectors.BaseSelector, program: str) -> None:
     message, streams, *_ = socket.recv_fds(channel, LARGEST, 3)
     if not message:
+        channel.send(b"ready")
         channel.close()
         return
     child = os.fork()
@@ -178,9 +198,10 @@ def _become(request: dict[str, Any], streams: list[int], program: str) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        with contextlib.suppress(Exception):
-            if Path(request["argv"][0]).name == DRIVER:
+        if Path(request["argv"][0]).name == DRIVER:
+            with contextlib.suppress(Exception):
                 atexit._run_exitfuncs()
+        with contextlib.suppress(Exception):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)

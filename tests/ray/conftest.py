@@ -30,9 +30,11 @@ def pytest_configure_node(node):
 def forks(request, tmp_path_factory):
     """Program that Ray starts workers with, and the process whose children they are then, in all pytest processes."""
     if shared := getattr(request.config, "workerinput", {}).get("forks"):
+        forked.wait_until_ready(shared[0])
         yield tuple(shared)
         return
     with forked.serving(tmp_path_factory.mktemp("forked")) as found:
+        forked.wait_until_ready(found[0])
         yield found
 
 

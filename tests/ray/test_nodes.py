@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.forked import driver
+from tests.helpers.forked import module
 from tests.helpers.runs import CLOCKS
 
 ITERATIONS = 3
@@ -24,8 +24,8 @@ def found(forks, tmp_path_factory):
     pytest.importorskip("ray", reason="needs the extra `ray`")
     folder = tmp_path_factory.mktemp("lost")
     done = subprocess.run(
-        [*driver(forks[0], folder, "import runpy\nrunpy.run_module('tests.helpers.lost_nodes', run_name='__main__')"),
-         str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=1100,
+        [*module(forks[0], folder, "tests.helpers.lost_nodes"), str(folder)], cwd=ROOT, capture_output=True, text=True,
+        timeout=1100,
         env={**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", **ATTENTIVE},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]

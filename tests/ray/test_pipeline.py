@@ -12,7 +12,7 @@ from acpo_dist.tracking.console import Console
 from acpo_dist.training.run import drive
 from tests.conftest import TINY
 from tests.helpers.ahead import LOST_IN, account, recording
-from tests.helpers.forked import driver
+from tests.helpers.forked import module
 from tests.helpers.runs import results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -75,7 +75,7 @@ def test_a_killed_driver_that_drew_ahead_continues_with_the_same_samples_and_met
 
     config = load_config("toy_sdxl", [*AHEAD, "checkpoint.every=1", f"run.dir={tmp_path / 'run'}"])
     (tmp_path / "given.yaml").write_text(dump(config))
-    program = driver(forks[0], tmp_path, "import runpy\nrunpy.run_module('tests.helpers.ahead', run_name='__main__')")
+    program = module(forks[0], tmp_path, "tests.helpers.ahead")
     done = subprocess.run(
         [*program, str(tmp_path / "given.yaml"), str(tmp_path / "record.jsonl")],
         env={**os.environ, "RAY_ADDRESS": cluster.get_runtime_context().gcs_address}, capture_output=True,

@@ -38,6 +38,7 @@ def main() -> int:
         if given.twin is not None:
             given.twin.write_text(json.dumps(expected))
     with forked.serving(root) as (program, server):
+        forked.wait_until_ready(program)
         for seed in range(given.seed, given.seed + (given.cases if given.again is None else 1)):
             case = _next(given, seed)
             if case is None or time.monotonic() - started > 60 * given.minutes:
