@@ -2,8 +2,8 @@
 
 A worker imports torch, diffusers and Ray for several CPU seconds, and tests start hundreds of workers. `serving()`
 starts a server that imports these once, and gives the path of a program that takes the place of `sys.executable` in
-`ray.init`: it runs Ray's worker scripts, and those that `driver` writes, in a fork of the server, and everything else in
-the real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is
+`ray.init`: it runs Ray's worker scripts, and those that `driver` writes, in a fork of the server, and everything else
+in the real interpreter. A fork has the arguments, environment, folder and streams of the program, its exit status is
 the program's, signals reach it, and it is killed when the program is. Programs wait until the server has imported.
 """
 
