@@ -24,8 +24,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# PyYAML without libyaml has no C emitter, which writes the same configurations in a quarter of the time.
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+class _Dumper(yaml.CSafeDumper):
     """Quotes a text such as `1e5`, which `_Loader` would parse as a number."""
 
 
