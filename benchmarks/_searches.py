@@ -1,7 +1,8 @@
 """Searches for sampling trajectories from their publications' mathematics, written for one comparison.
 
 A trajectory is a set of K nodes of a fine grid of sigmas, noisy to clean, that starts at the first node; the last step
-ends at 0. z = x / sqrt(alpha_bar), in which a deterministic first-order step is z + (sigma' - sigma) eps.
+ends at 0. z is a state in which a deterministic first-order step is z + (sigma' - sigma) slope: x / sqrt(alpha_bar),
+whose slope is the predicted noise, or the state of a flow model, whose slope is the velocity.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Eps = Callable[[Tensor, Tensor], Tensor]
-"""(z (B, C, H, W), sigma (B,)) -> noise prediction; B is a multiple of the number of prompts, in their order."""
+Slope = Callable[[Tensor, Tensor], Tensor]
+"""(z (B, C, H, W), sigma (B,)) -> slope (B, C, H, W); B is a multiple of the number of prompts, in their order."""
 
 
 def karras_grid(low: float, high: float, count: int) -> np.ndarray:
@@ -20,18 +21,18 @@ def karras_grid(low: float, high: float, count: int) -> np.ndarray:
     return (high ** (1 / 7) * (1 - ramp) + low ** (1 / 7) * ramp) ** 7
 
 
-def teacher(eps: Eps, noise: Tensor, grid: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return the states (N + 1, B, ...) on the grid and at 0, and the noise predictions (N, B, ...)."""
-    states, predictions = [noise * float(np.sqrt(1 + grid[0] ** 2))], []
+def teacher(slope: Slope, start: Tensor, grid: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the states (N + 1, B, ...) on the grid and at 0, and the slopes (N, B, ...)."""
+    states, predictions = [start], []
     for sigma, after in zip(grid, [*grid[1:], 0.0], strict=True):
-        predictions.append(eps(states[-1], torch.full((len(noise),), float(sigma))))
+        predictions.append(slope(states[-1], torch.full((len(start),), float(sigma))))
         states.append(states[-1] + (float(after) - float(sigma)) * predictions[-1])
     return torch.stack(states), torch.stack(predictions)
 
 
-def gits(eps: Eps, noise: Tensor, grid: np.ndarray, steps: Sequence[int], coefficient: float = 1.15) -> dict:
+def gits(slope: Slope, start: Tensor, grid: np.ndarray, steps: Sequence[int], coefficient: float = 1.15) -> dict:
     """GITS (Chen et al. 2024): a first-order jump from the teacher's state, cost in deviation from the chord, DP."""
-    states, predictions = teacher(eps, noise, grid)
+    states, predictions = teacher(slope, start, grid)
     levels, size = [*grid, 0.0], len(grid) + 1
     own = _deviation(states, states).mean(1).numpy()
     cost = np.full((size, size), np.inf)
@@ -52,18 +53,17 @@ def _deviation(points: Tensor, states: Tensor) -> Tensor:
     return (away - along * chord[None]).norm(dim=2)
 
 
-def optimal_steps(eps_of: Callable[[int], Eps], noise: Tensor, states: Tensor, grid: np.ndarray, steps: Sequence[int]):
+def optimal_steps(slope_of: Callable[[int], Slope], states: Tensor, grid: np.ndarray, steps: Sequence[int]):
     """Optimal Stepsize (Pei et al. 2025): DP over the student's own states, per image; median over images.
 
     Args:
-        eps_of: image -> its noise prediction for any number of states.
-        noise: one row per image.
+        slope_of: image -> its slope for any number of states.
         states: the teacher's states on the grid and at 0, (N + 1, B, ...).
     """
     found: dict[int, list[list[int]]] = {count: [] for count in steps}
     levels = torch.tensor([*grid, 0.0], dtype=torch.float32)
     size = len(levels)
-    for image in range(len(noise)):
+    for image in range(states.shape[1]):
         target = states[:, image]
         best = torch.full((size,), torch.inf)
         best[0] = 0.0
@@ -71,7 +71,7 @@ def optimal_steps(eps_of: Callable[[int], Eps], noise: Tensor, states: Tensor, g
         parents: list[list[int]] = []
         for _ in range(max(steps)):
             reached = [at for at in range(size - 1) if torch.isfinite(best[at])]
-            predictions = eps_of(image)(current[reached], levels[reached])
+            predictions = slope_of(image)(current[reached], levels[reached])
             after, parent = current.clone(), list(parents[-1]) if parents else [0] * size
             for at, prediction in zip(reached, predictions, strict=True):
                 moved = current[at][None] + (levels[at + 1 :] - levels[at])[:, None, None, None] * prediction[None]

@@ -39,7 +39,8 @@ def main() -> None:
         {"type": "two_stream", "weights": "train"},
     ]
     real_images.main([
-        "--data", str(options.data / "cifar10_train.parquet"), "--features", str(iqa / "efficientnet_lite0.safetensors"),
+        "--data", str(options.data / "cifar10_train.parquet"),
+        "--features", str(iqa / "efficientnet_lite0.safetensors"),
         *[text for text in rest if "=" not in text],
         f"rewards.train={json.dumps([reward])}", f"rewards.judges={json.dumps(judges)}", *RUN,
         *[text for text in rest if "=" in text],

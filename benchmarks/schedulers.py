@@ -1,13 +1,17 @@
 """Compare VRG with other searched and fixed sampling trajectories at equal network calls.
 
-    .venv/bin/python benchmarks/schedulers.py --out runs/schedulers [--steps 4 5 8 10 20] [--seeds 0 1 2]
+    .venv/bin/python benchmarks/schedulers.py --out runs/schedulers [--model toy-sdxl] [--steps 4 5 8 10 20] \
+        [--features efficientnet-lite0:FILE] [--seeds 0 1 2]
 
 Uniform, quadratic, logSNR, Karras, Align Your Steps' published SDXL timesteps (`ays_like`), GITS, Optimal Stepsize
 (OSS), HSO (grid), and what `acpo vrg` adopts in place of uniform: VRG, and HSO (grid) behind the same validation (on 16
-samples). All start at the last timestep with the same noise and use DDIM. Measured: mean squared distance of x_0 to a
-reference of `--reference` steps, on samples that no search has seen, and the network evaluations of the search for all
+samples). Of a flow model, which starts at pure noise: uniform, its scheduler's shift, GITS, OSS and VRG. All start at
+the last timestep with the same noise and use DDIM. Measured: mean squared distance of x_0 to a reference of
+`--reference` steps, on samples that no search has seen; with `--features`, Frechet distance (covariances shrunk by 0.1)
+and KID to samples of the reference trajectory from other noise; and the network evaluations of the search for all
 `--steps` together (a guided call counts twice).
-Results go to cells.jsonl (a study that is started again continues), then to schedulers.json, .md and .png.
+Results go to cells.jsonl (a study that is started again continues), then to schedulers.json, .md and .png, and a grid
+of images per seed and number of steps to images/.
 """
 
 import os
@@ -18,7 +22,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import argparse
 import json
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -26,12 +30,16 @@ import torch
 from _cells import Cells
 from _searches import gits, karras_grid, optimal_steps, teacher
 from torch import Tensor
-from vrg import at, guidance, spacings
+from vrg import at, flow_spacings, guidance, spacings
 
 from acpo_dist.data.prompts import load_prompts
-from acpo_dist.diffusion.prediction import to_noise
+from acpo_dist.diffusion.flow import flow_sigma, flow_trajectory
+from acpo_dist.diffusion.prediction import flow_scale, to_noise
 from acpo_dist.diffusion.sampling import guide
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
+from acpo_dist.evaluation.metrics.distances import frechet_distance, kid
+from acpo_dist.evaluation.suites.set_metrics import open_extractor
+from acpo_dist.tracking.images import save_grid
 from acpo_dist.training.open_model import open_rollouts, source_config
 from acpo_dist.training.trajectory.measure import measure, single_samples
 from acpo_dist.training.trajectory.validate import consider, set_trajectory
@@ -41,6 +49,10 @@ from acpo_dist.vrg.timesteps import to_timesteps
 
 SEARCHED = ("GITS", "OSS", "HSO (grid)", "HSO (grid), validated", "VRG")
 VRG = ("vrg.gate_samples=16", "vrg.images=128")
+DISTANCES = {
+    "mse": "squared distance to the reference", "frechet": "Frechet distance to reference samples", "kid": "KID",
+}  # fmt: skip
+SHOWN = 12
 
 
 def main() -> None:
@@ -54,6 +66,7 @@ def main() -> None:
     parser.add_argument("--reference", type=int, default=120)
     parser.add_argument("--grid", type=int, default=32, help="nodes of the searches' fine grid")
     parser.add_argument("--search-samples", type=int, default=16, help="samples of GITS; a quarter for OSS")
+    parser.add_argument("--features", default=None, help="extractor of `acpo eval --features`")
     options = parser.parse_args()
     cells = Cells(options.out / "cells.jsonl")
     for seed in options.seeds:
@@ -73,6 +86,7 @@ class Study:
         self._prompts = load_prompts(self._config.data.prompts, self._config.data.prompt_column)
         self._levels = self._pool.alpha_bars().numpy()
         self._family: Any = self._pool.worker.family
+        self._flow = self._family.prediction_type == "flow_prediction"
         self._encoded: dict[tuple[str, ...], Any] = {}
         self.evaluations = 0
         predict = self._family.predict
@@ -86,53 +100,99 @@ class Study:
     @torch.no_grad()
     def measure(self) -> list[dict[str, Any]]:
         """Return one row per method and number of steps."""
-        options = self._options
+        options, seed = self._options, self._seed
         groups = single_samples(self._config, self._prompts, options.samples, "bench_cells", 0)
         reference: Any = self._pool.final_latents(groups, self._fine(options.reference))
+        distances = self._distances()
         rows = []
+        shown: dict[int, dict[str, Tensor]] = {count: {"reference": reference[:SHOWN]} for count in options.steps}
         for method, (trajectories, cost) in self._all().items():
             for count, trajectory in trajectories.items():
                 ends: Any = self._pool.final_latents(groups, trajectory)
                 errors = (ends - reference).double().square().flatten(1).mean(1)
+                shown[count][method] = ends[:SHOWN]
                 rows.append({
                     "method": method, "steps": count, "mse": float(errors.mean()), "median": float(errors.median()),
-                    "evaluations": cost, "sigmas": to_sigmas(trajectory.alpha_bars[:-1]).round(5).tolist(),
+                    **distances(ends), "evaluations": cost, "alpha_bars": list(trajectory.alpha_bars),
                 })  # fmt: skip
+        for count, images in shown.items():
+            pixels = torch.cat([self._decode(ends) for ends in images.values()])
+            path, columns = options.out / "images" / f"{seed}-{count}.png", min(SHOWN, options.samples)
+            save_grid((pixels * 255).round().to(torch.uint8), path, columns=columns, scale=2, labels=list(images))
         return rows
+
+    def _distances(self) -> Any:
+        """Return a function from x_0 to its distances to the reference trajectory's samples from other noise."""
+        if not self._options.features:
+            return lambda ends: {}
+        extract = open_extractor(self._options.features)
+
+        def features(ends: Tensor) -> Tensor:
+            return extract((self._decode(ends) * 255).round().to(torch.uint8)).values
+
+        groups = single_samples(self._config, self._prompts, self._options.samples, "bench_fresh", 0)
+        other = features(self._pool.final_latents(groups, self._fine(self._options.reference)))
+
+        def distances(ends: Tensor) -> dict[str, float]:
+            own = features(ends)
+            return {
+                "frechet": frechet_distance(own, other, shrinkage=0.1).value,
+                "kid": kid(own, other, subset_size=len(own)).mean,
+            }
+
+        return distances
+
+    def _decode(self, ends: Tensor) -> Tensor:
+        return torch.cat([self._family.decode(part) for part in ends.split(64)]).clamp(0, 1)
 
     def _all(self) -> dict[str, tuple[dict[int, Trajectory], int]]:
         steps, found = self._options.steps, {}
         for count in steps:
-            for name, trajectory in spacings(self._levels, count).items():
+            named = flow_spacings(self._pool, count) if self._flow else spacings(self._levels, count)
+            for name, trajectory in named.items():
                 found.setdefault(name, ({}, 0))[0][count] = trajectory
-        sigmas = to_sigmas(self._levels)
-        grid = karras_grid(float(sigmas[0]), float(sigmas[-1]), self._options.grid)
         plans = self._plans("search", self._options.search_samples)
-        prompts, noise = [plan.prompt for plan in plans], self._noise(plans)
+        prompts, start = [plan.prompt for plan in plans], self._noise(plans)
         few = max(2, len(plans) // 4)
+        if self._flow:
+            # The network's velocity is the slope of x in sigma, which starts at 1.
+            fine = self._family.schedule.trajectory(self._options.grid, "trailing", None)
+            grid = np.array([flow_sigma(level) for level in fine.alpha_bars[:-1]])
+        else:
+            sigmas = to_sigmas(self._levels)
+            grid = karras_grid(float(sigmas[0]), float(sigmas[-1]), self._options.grid)
+            start = start * float(np.sqrt(1 + grid[0] ** 2))
 
         def searched(name: str, search: Any) -> None:
             before = self.evaluations
             nodes = search()
-            found[name] = ({k: at(s, self._levels) for k, s in nodes.items()}, self.evaluations - before)
+            found[name] = ({k: self._through(s) for k, s in nodes.items()}, self.evaluations - before)
 
-        searched("GITS", lambda: gits(self._eps(prompts), noise, grid, steps))
+        searched("GITS", lambda: gits(self._slope(prompts), start, grid, steps))
         searched("OSS", lambda: optimal_steps(
-            lambda image: self._eps([prompts[image]]), noise[:few],
-            teacher(self._eps(prompts[:few]), noise[:few], grid)[0], grid, steps,
+            lambda image: self._slope([prompts[image]]),
+            teacher(self._slope(prompts[:few]), start[:few], grid)[0], grid, steps,
         ))  # fmt: skip
-        searched("HSO (grid)", lambda: {k: search_hso_grid(float(sigmas[-1]), k, self._levels) for k in steps})
+        if not self._flow:
+            last = float(to_sigmas(self._levels)[-1])
+            searched("HSO (grid)", lambda: {k: search_hso_grid(last, k, self._levels) for k in steps})
         before = self.evaluations
         sums = measure(
             self._pool, self._config, self._prompts, self._levels, images=self._config.vrg.images, label="bench"
         )
         measured = self.evaluations - before
         # HSO needs no measurement; `acpo vrg` makes it all the same, for its report.
-        for name, search, cost in (("VRG", "vrg", measured), ("HSO (grid), validated", "hso_grid", 0)):
+        searches = (("VRG", "vrg", measured), ("HSO (grid), validated", "hso_grid", 0))
+        for name, search, cost in searches[:1] if self._flow else searches:
             before = self.evaluations
             nodes = {count: self._proven(found["uniform"][0][count], sums, count, search) for count in steps}
             found[name] = (nodes, cost + self.evaluations - before)
         return found
+
+    def _through(self, sigmas: np.ndarray) -> Trajectory:
+        if self._flow:
+            return flow_trajectory([*map(float, sigmas), 0.0], len(self._levels))
+        return at(sigmas, self._levels)
 
     def _proven(self, start: Trajectory, sums: Any, count: int, search: str) -> Trajectory:
         """Return what `acpo vrg` adopts in place of a trajectory with this search."""
@@ -150,18 +210,30 @@ class Study:
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(plan.seed)) for plan in plans])
 
     def _fine(self, count: int) -> Trajectory:
+        if self._flow:
+            return flow_spacings(self._pool, count)["uniform"]
         return spaced_trajectory(self._pool.alpha_bars(), count, "trailing")
 
-    def _eps(self, prompts: list[str]) -> Any:
-        """Return the guided noise prediction at z = x / sqrt(alpha_bar) for any sigma."""
+    def _slope(self, prompts: list[str]) -> Any:
+        """Return the slope of the sampler's state in sigma, with guidance and the scheduler's x_0 rule.
+
+        The state is z = x / sqrt(alpha_bar) with the predicted noise as its slope, or the flow's own state with the
+        velocity.
+        """
         family, scale = self._family, self._config.sampler.guidance_for(conditional=self._family.conditional)
 
-        def eps(z: Tensor, sigma: Tensor) -> Tensor:
+        def slope(z: Tensor, sigma: Tensor) -> Tensor:
             texts = prompts * (len(z) // len(prompts))
-            alpha_bars = torch.from_numpy(to_alpha_bars(sigma.double().numpy()))
-            state = (z.double() * alpha_bars.sqrt()[:, None, None, None]).float()
-            inside = np.clip(sigma.double().numpy(), *to_sigmas(self._levels[[0, -1]]))
-            timesteps = torch.from_numpy(to_timesteps(inside, self._levels)).float()
+            if self._flow:
+                nodes = [flow_trajectory([float(value), 0.0], len(self._levels)) for value in sigma]
+                alpha_bars = torch.tensor([node.alpha_bars[0] for node in nodes], dtype=torch.float64)
+                timesteps = torch.tensor([node.timesteps[0] for node in nodes])
+                state = z / flow_scale(alpha_bars, z)
+            else:
+                alpha_bars = torch.from_numpy(to_alpha_bars(sigma.double().numpy()))
+                inside = np.clip(sigma.double().numpy(), *to_sigmas(self._levels[[0, -1]]))
+                timesteps = torch.from_numpy(to_timesteps(inside, self._levels)).float()
+                state = (z.double() * alpha_bars.sqrt()[:, None, None, None]).float()
             if scale == 1:
                 output = family.predict(state, timesteps, self._condition(tuple(texts)))
             else:
@@ -169,9 +241,10 @@ class Study:
                 both = family.predict(torch.cat([state, state]), torch.cat([timesteps, timesteps]), joined)
                 unconditional, conditional = both.chunk(2)
                 output = guide(conditional, unconditional, scale)
-            return to_noise(output, state, alpha_bars, family.prediction_type).float()
+            output = family.clean_rule.apply(output, state, alpha_bars, family.prediction_type)
+            return output if self._flow else to_noise(output, state, alpha_bars, family.prediction_type).float()
 
-        return eps
+        return slope
 
     def _condition(self, texts: tuple[str, ...]) -> Any:
         if texts not in self._encoded:
@@ -180,9 +253,10 @@ class Study:
 
 
 def report(seeds: dict[str, Any], options: argparse.Namespace) -> None:
-    """Write the table, the JSON and the chart."""
+    """Write the tables, the JSON and the chart."""
     from matplotlib import pyplot as plt
 
+    steps = options.steps
     cells: dict[tuple[str, int], list[dict]] = {}
     for rows in seeds.values():
         base = {row["steps"]: row["mse"] for row in rows if row["method"] == "uniform"}
@@ -190,31 +264,47 @@ def report(seeds: dict[str, Any], options: argparse.Namespace) -> None:
             cells.setdefault((row["method"], row["steps"]), []).append(
                 {**row, "ratio": row["mse"] / base[row["steps"]]}
             )
-    methods, steps = list(dict.fromkeys(method for method, _ in cells)), options.steps
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    measured = [key for key in DISTANCES if key in cells[methods[0], steps[0]][0]]
     head = " | ".join(map(str, steps))
     lines = [f"| method | {head} | evaluations of the search |", "|---" * (len(steps) + 2) + "|"]
-    figure, axis = plt.subplots(figsize=(8, 5.5), constrained_layout=True)
+    uniform = " | ".join(f"{fmean(row['mse'] for row in cells['uniform', count]):.4f}" for count in steps)
+    lines.append(f"| uniform, squared distance | {uniform} | |")
     summary = {}
     for method in methods:
         found = [cells[method, count] for count in steps]
-        ratios = [[row["ratio"] for row in rows] for rows in found]
-        shown = [f"{fmean(r):.2f} ± {stdev(r) if len(r) > 1 else 0:.2f}" for r in ratios]
         cost = fmean(row["evaluations"] for row in found[0])
-        lines.append(f"| {method} | {' | '.join(shown)} | {cost:,.0f} |")
-        means = [fmean(row["mse"] for row in rows) for rows in found]
-        axis.plot(steps, means, marker="o", ls="-" if method in SEARCHED else ":", label=method)
-        summary[method] = {
-            "mse": means, "ratio": ratios, "evaluations": cost,
-            "median_ratio": [median(r) for r in ratios], "median_error": [fmean(r["median"] for r in f) for f in found],
-        }  # fmt: skip
-    uniform = " | ".join(f"{value:.4f}" for value in summary["uniform"]["mse"])
-    lines.insert(2, f"| uniform, squared distance | {uniform} | |")
-    axis.set(yscale="log", xlabel="network calls", ylabel="squared distance to the reference", xticks=steps)
-    axis.legend(fontsize=8)
-    figure.savefig(options.out / "schedulers.png", dpi=110)
+        lines.append(f"| {method} | {' | '.join(_spread(rows, 'ratio', 2) for rows in found)} | {cost:,.0f} |")
+        keys = ("mse", "median", "ratio", "frechet", "kid")
+        values = {key: [[row[key] for row in rows] for rows in found] for key in keys if key in found[0][0]}
+        summary[method] = {**values, "evaluations": cost}
+    for key in measured[1:]:
+        lines += ["", f"| {DISTANCES[key]} | {head} |", "|---" * (len(steps) + 1) + "|"]
+        digits = 1 if key == "frechet" else 4
+        lines += [
+            f"| {method} | {' | '.join(_spread(cells[method, count], key, digits) for count in steps)} |"
+            for method in methods
+        ]
+    figure, axes = plt.subplots(
+        1, len(measured), figsize=(1 + 6 * len(measured), 5.5), constrained_layout=True, squeeze=False
+    )
+    for key, axis in zip(measured, axes[0], strict=True):
+        for method in methods:
+            means = [fmean(values) for values in summary[method][key]]
+            axis.plot(steps, means, marker="o", ls="-" if method in SEARCHED else ":", label=method)
+        axis.set(xlabel="network calls", ylabel=DISTANCES[key], xticks=steps)
+        if key == "mse":
+            axis.set_yscale("log")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(options.out / "schedulers.png", dpi=100)
     (options.out / "schedulers.md").write_text("\n".join(lines) + "\n")
     data = {"model": options.model, "seeds": sorted(seeds), "samples": options.samples, "steps": steps}
     (options.out / "schedulers.json").write_text(json.dumps({**data, "methods": summary}, indent=1) + "\n")
+
+
+def _spread(rows: list[dict], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    return f"{fmean(values):.{digits}f} ± {stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
 if __name__ == "__main__":
