@@ -22,6 +22,7 @@ from acpo_dist.rewards.inputs import check_images
 from acpo_dist.rewards.pyiqa_table import PYIQA, PyiqaFacts
 
 _NETWORK_TIMEOUT_S = 30.0
+_PROBE_TIMEOUT_S = 10.0
 _CPU_PIXELS = 224 * 224
 """Largest number of pixels per forward pass on a CPU: CNNIQA is twice as fast on one image of this size as on
 sixteen."""
@@ -100,7 +101,7 @@ def _build(config: PyiqaConfig, facts: PyiqaFacts, device: str) -> Any:
                 torch.save({"params": state} if facts.local == "params" else state, path)
             options = {"pretrained_model_path": str(path), **dict(facts.options)}
         try:
-            with contextlib.redirect_stdout(said), _network_timeout(_NETWORK_TIMEOUT_S):
+            with contextlib.redirect_stdout(said), _network_timeout(_NETWORK_TIMEOUT_S), _reachable_hub(facts.backbone):
                 import pyiqa
 
                 network = pyiqa.create_metric(config.metric, device=torch.device(device), **options).net
@@ -162,3 +163,25 @@ def _network_timeout(seconds: float) -> Iterator[None]:
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _reachable_hub(backbone: str) -> Iterator[None]:
+    """Switch the model hub off if a backbone of timm needs it and it cannot be reached: only its cache is used then.
+
+    The hub's client repeats the request for every file for half a minute.
+    """
+    if not backbone.startswith("timm"):
+        yield
+        return
+    from huggingface_hub import constants, get_session
+
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PROBE_TIMEOUT_S)
+    except Exception:  # the exceptions of the hub's http library change between versions
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -281,6 +282,18 @@ def test_a_failed_download_is_reported_with_address_and_target(monkeypatch, tmp_
     text = str(caught.value)
     assert "no route to host" in text and f"as {tmp_path}" in text and "https://" in text and "`weights`" in text
     assert capsys.readouterr().out == ""
+
+
+def test_without_a_hub_a_missing_backbone_is_an_error_after_one_request(monkeypatch, caplog):
+    """The hub's client would repeat its requests for most of a minute."""
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", nowhere)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
+    with pytest.raises(RewardConfigError, match=r"pyiqa cannot build `hyperiqa`.*timm resnet50"):
+        PyiqaMetric(PyiqaMetric.Config(type="pyiqa", metric="hyperiqa"))
+    assert "etrying" not in caplog.text
+    assert not constants.HF_HUB_OFFLINE
 
 
 def test_what_pyiqa_prints_does_not_reach_standard_output(weights, capsys):
