@@ -117,11 +117,17 @@ def main() -> None:
 
 
 def finished_or_run(name: str, seed: int, options) -> list[dict]:
-    """Return the evaluations of a run; with `--out` from runs.jsonl there, if the same run has finished before."""
-    if not options.out:
-        return run_arm(name, seed, options)
+    """Return the evaluations of a run; with `--out` from runs.jsonl there, if the same run has finished before.
+
+    Overrides of the command line become part of the arm's name.
+    """
     key = " ".join(["run", name, str(seed), str(options.samples), str(options.every), *options.overrides])
-    return Cells(options.out / "runs.jsonl").get(key, lambda: run_arm(name, seed, options))
+    rows = (
+        Cells(options.out / "runs.jsonl").get(key, lambda: run_arm(name, seed, options))
+        if options.out
+        else run_arm(name, seed, options)
+    )
+    return [{**row, "arm": " ".join([name, *options.overrides])} for row in rows]
 
 
 def read_lines(path: Path) -> list[dict]:
