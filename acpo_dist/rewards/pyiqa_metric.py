@@ -132,7 +132,8 @@ def _read_state(path: Path, config: PyiqaConfig) -> dict[str, Tensor]:
 
 
 def _build_message(config: PyiqaConfig, facts: PyiqaFacts, error: Exception, said: str) -> str:
-    parts = [f"`{config.name}`: pyiqa cannot build `{config.metric}`: {error}."]
+    reason = str(error).rstrip(".")
+    parts = [f"`{config.name}`: pyiqa cannot build `{config.metric}`: {reason}."]
     if config.weights is not None:
         parts.append(f"Its weights were set to {config.weights}.")
     announced = _ANNOUNCED.findall(said)
