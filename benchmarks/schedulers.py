@@ -4,12 +4,12 @@
         [--features efficientnet-lite0:FILE] [--seeds 0 1 2]
 
 Uniform, quadratic, logSNR, Karras, Align Your Steps' published SDXL timesteps (`ays_like`), GITS, Optimal Stepsize
-(OSS), HSO (grid), and what `acpo vrg` adopts in place of uniform: VRG, and HSO (grid) behind the same validation (on 16
-samples). Of a flow model, which starts at pure noise: uniform, its scheduler's shift, GITS, OSS and VRG. All start at
-the last timestep with the same noise and use DDIM. Measured: mean squared distance of x_0 to a reference of
-`--reference` steps, on samples that no search has seen; with `--features`, Frechet distance (covariances shrunk by 0.1)
-and KID to samples of the reference trajectory from other noise; and the network evaluations of the search for all
-`--steps` together (a guided call counts twice).
+(OSS), HSO (grid), and what `acpo vrg` adopts in place of uniform: VRG, HSO (grid) behind the same validation (on 16
+samples), and the better one of both. Of a flow model, which starts at pure noise: uniform, its scheduler's shift, GITS,
+OSS and VRG. All start at the last timestep with the same noise and use DDIM. Measured: mean squared distance of x_0 to
+a reference of `--reference` steps, on samples that no search has seen; with `--features`, Frechet distance (covariances
+shrunk by 0.1) and KID to samples of the reference trajectory from other noise; and the network evaluations of the
+search for all `--steps` together (a guided call counts twice).
 Results go to cells.jsonl (a study that is started again continues), then to schedulers.json, .md and .png, and a grid
 of images per seed and number of steps to images/.
 """
@@ -47,7 +47,9 @@ from acpo_dist.vrg.hso_grid import search_hso_grid
 from acpo_dist.vrg.levels import to_alpha_bars, to_sigmas
 from acpo_dist.vrg.timesteps import to_timesteps
 
-SEARCHED = ("GITS", "OSS", "HSO (grid)", "HSO (grid), validated", "VRG")
+PROVEN = {"VRG": "vrg", "HSO (grid), validated": "hso_grid", "better of both": "best"}
+"""Arms of `acpo vrg`, by name, with `vrg.search`."""
+SEARCHED = ("GITS", "OSS", "HSO (grid)", *PROVEN)
 VRG = ("vrg.gate_samples=16", "vrg.images=128")
 DISTANCES = {
     "mse": "squared distance to the reference", "frechet": "Frechet distance to reference samples", "kid": "KID",
@@ -67,6 +69,9 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=32, help="nodes of the searches' fine grid")
     parser.add_argument("--search-samples", type=int, default=16, help="samples of GITS; a quarter for OSS")
     parser.add_argument("--features", default=None, help="extractor of `acpo eval --features`")
+    parser.add_argument(
+        "--searches", nargs="+", default=SEARCHED, choices=SEARCHED, help="beside the fixed trajectories"
+    )
     options = parser.parse_args()
     cells = Cells(options.out / "cells.jsonl")
     for seed in options.seeds:
@@ -163,7 +168,11 @@ class Study:
             grid = karras_grid(float(sigmas[0]), float(sigmas[-1]), self._options.grid)
             start = start * float(np.sqrt(1 + grid[0] ** 2))
 
+        wanted = self._options.searches
+
         def searched(name: str, search: Any) -> None:
+            if name not in wanted:
+                return
             before = self.evaluations
             nodes = search()
             found[name] = ({k: self._through(s) for k, s in nodes.items()}, self.evaluations - before)
@@ -182,11 +191,11 @@ class Study:
         )
         measured = self.evaluations - before
         # HSO needs no measurement; `acpo vrg` makes it all the same, for its report.
-        searches = (("VRG", "vrg", measured), ("HSO (grid), validated", "hso_grid", 0))
-        for name, search, cost in searches[:1] if self._flow else searches:
+        proven = {name: search for name, search in PROVEN.items() if name in wanted}
+        for name, search in list(proven.items())[:1] if self._flow else proven.items():
             before = self.evaluations
             nodes = {count: self._proven(found["uniform"][0][count], sums, count, search) for count in steps}
-            found[name] = (nodes, cost + self.evaluations - before)
+            found[name] = (nodes, self.evaluations - before + (0 if search == "hso_grid" else measured))
         return found
 
     def _through(self, sigmas: np.ndarray) -> Trajectory:

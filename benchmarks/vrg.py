@@ -127,7 +127,9 @@ def descend(sigmas: np.ndarray, table, epochs: int) -> float:
 
 def compare_spacings(model: str, seed: int, options: argparse.Namespace):
     """Return one row per spacing and number of steps."""
-    config, run = source_config(model, [f"run.seed={seed}", "rollout.batch_size=64", *guidance(model)])
+    config, run = source_config(
+        model, [f"run.seed={seed}", "rollout.batch_size=64", "vrg.search=vrg", *guidance(model)]
+    )
     pool: Any = Remembered(open_rollouts(config, run))
     prompts = load_prompts(config.data.prompts, config.data.prompt_column)
     alpha_bars = pool.alpha_bars().numpy()
@@ -144,8 +146,8 @@ def compare_spacings(model: str, seed: int, options: argparse.Namespace):
             gate_config = config.model_copy(update={"sampler": config.sampler.model_copy(update={"num_steps": count})})
             update = consider(pool, gate_config, prompts, sums, base, alpha_bars, provenance={})
             row = {"model": Path(model).name, "seed": seed, "steps": count, "spacing": name, "adopted": update.adopted}
-            row |= {"gain_j": 1 - update.j1 / update.j0, "trust": update.gates[-1].trust if update.gates else 0.0}
-            row |= {"clipped_steps": update.gates[-1].clipped_steps if update.gates else None}
+            row |= {"gain_j": 1 - update.j1 / update.j0, "trust": update.gate.trust if update.gate else 0.0}
+            row |= {"clipped_steps": update.gate.clipped_steps if update.gate else None}
             for label, trajectory in (("start", base), ("vrg", update.trajectory)):
                 ends = drawn[f"{name} {label}"] = pool.final_latents(groups, trajectory)
                 row[f"mse_{label}"] = float((ends - reference).double().square().mean())

@@ -94,7 +94,7 @@ def show_command(
 
 def _print(report: dict[str, Any]) -> None:
     from acpo_dist.tracking.console import Console
-    from acpo_dist.training.trajectory.validate import at_trust
+    from acpo_dist.training.trajectory.validate import candidate_of
 
     console = Console()
     now = report["trajectory"]
@@ -115,7 +115,9 @@ def _print(report: dict[str, Any]) -> None:
     console.table(title, ["step", "timestep before", "alpha_bar before", "timestep", "alpha_bar"], rows)
     for gate in report.get("gates", []):
         ratio, steps = f"ratio {gate['ratio']:.3f}", f"{gate['reference_steps']} steps"
-        say(f"validation{at_trust(gate['trust'])}: distance to {steps}, {ratio}{_clipped(gate)}")
+        # Artefacts of earlier versions do not name the search.
+        search = gate.get("search", "hso_grid" if gate["trust"] is None else "vrg")
+        say(f"validation{candidate_of(search, gate['trust'])}: distance to {steps}, {ratio}{_clipped(gate)}")
     if "adopted" in report:
         say("adopted" if report["adopted"] else "kept the previous trajectory")
 

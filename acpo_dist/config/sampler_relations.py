@@ -91,5 +91,5 @@ def _check_search(config: Config) -> None:
     if config.vrg.enabled and config.vrg.search == "hso_grid" and config.model.flow:
         raise ConfigError(
             f"vrg.search is hso_grid, which needs a finite first sigma, and model.type={config.model.type} starts at "
-            "pure noise. Set vrg.search=vrg."
+            "pure noise. Set vrg.search=best or vrg."
         )

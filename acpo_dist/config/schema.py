@@ -134,9 +134,9 @@ class VrgConfig(Section):
 
     enabled: bool = False
     """Measure, optimise and validate a trajectory before the first iteration, and again after the model has drifted."""
-    search: Literal["vrg", "hso_grid"] = "vrg"
+    search: Literal["best", "vrg", "hso_grid"] = "best"
     """Search of the candidate: `vrg` minimises the measured error near the initial trajectory; `hso_grid` uses the
-    noise schedule alone (not for flow models). Both are validated."""
+    noise schedule alone (not for flow models); `best` validates both and adopts the better one."""
     trust: float = Field(default=0.25, gt=0, lt=0.5)
     """`vrg`: largest shift of a level, as a share of the gap to its neighbour in log sigma; the noisy end is fixed."""
     nodes: int = Field(default=14, ge=8, le=64)

@@ -7,7 +7,7 @@ from typing import Any
 from acpo_dist.config.schema import Config
 from acpo_dist.core.errors import ConfigError, quoted
 
-_TRUSTED = ("vrg.search=vrg", lambda config: config.vrg.search == "vrg")
+_TRUSTED = ("vrg.search=vrg or best", lambda config: config.vrg.search != "hso_grid")
 # null switches the budget off, also in a configuration that sets keys of its controller.
 _BUDGET = (
     "algorithm.anchor.budget",

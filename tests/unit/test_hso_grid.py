@@ -5,9 +5,10 @@ import pytest
 
 from acpo_dist.core.errors import VrgError
 from acpo_dist.data.prompts import load_prompts
+from acpo_dist.diffusion.trajectory import spaced_trajectory
 from acpo_dist.training.local import LocalRollouts
 from acpo_dist.training.trajectory.measure import measure
-from acpo_dist.training.trajectory.validate import consider, describe
+from acpo_dist.training.trajectory.validate import consider, describe, searches_of, set_trajectory
 from acpo_dist.vrg.hso_grid import LAST_TIMES, search_hso_grid
 from acpo_dist.vrg.levels import to_sigmas
 from acpo_dist.vrg.optimize import optimize
@@ -83,3 +84,33 @@ def test_its_one_candidate_is_adopted_only_if_the_validation_passes(measured):
     wanted = search_hso_grid(float(to_sigmas(base.alpha_bars[0])), base.num_steps, levels)
     assert to_sigmas(free.alpha_bars[:-1]) == pytest.approx(wanted, rel=1e-6)
     assert free.alpha_bars[0] == base.alpha_bars[0]
+
+
+def test_best_adopts_the_candidate_with_the_lowest_ratio_of_both_searches(measured):
+    config, pool, sums = measured
+    levels, before = pool.alpha_bars().numpy(), pool.trajectory()
+    # Both searches improve the few late steps of this spacing.
+    base = spaced_trajectory(pool.alpha_bars(), 6, "karras")
+    set_trajectory(pool, base)
+    outcomes = {}
+    for search in ("vrg", "hso_grid", "best"):
+        vrg = config.vrg.model_copy(update={"search": search})
+        chosen = config.model_copy(update={"vrg": vrg})
+        outcomes[search] = consider(pool, chosen, PROMPTS, sums, base, levels, provenance={})
+        set_trajectory(pool, base)
+    set_trajectory(pool, before)
+    best = outcomes.pop("best")
+    adopted = [update for update in outcomes.values() if update.adopted]
+    assert len(adopted) == 2 and best.adopted
+    winner = min(adopted, key=lambda update: update.gate.ratio)
+    assert best.trajectory == winner.trajectory and best.gate == winner.gate
+    assert best.metrics()["vrg/gate_ratio"] == winner.gate.ratio
+    assert {gate.search for gate in best.gates} == {"vrg", "hso_grid"}
+    assert "by hso_grid" in describe(best) and "at trust" in describe(best)
+
+
+def test_a_flow_model_has_no_candidate_of_hso_grid(measured):
+    config, _, _ = measured
+    best = config.model_copy(update={"vrg": config.vrg.model_copy(update={"search": "best"})})
+    assert searches_of(best, LEVELS) == ("vrg", "hso_grid")
+    assert searches_of(best, np.append(LEVELS, 0.0)) == ("vrg",)

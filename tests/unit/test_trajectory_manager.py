@@ -27,6 +27,7 @@ QUIET = Console(quiet=True)
 SMALL = [
     "sampler.num_steps=6",
     "vrg.enabled=true",
+    "vrg.search=vrg",
     "vrg.images=32",
     "vrg.batch=16",
     "vrg.gate_samples=8",
@@ -95,7 +96,8 @@ def test_a_globally_optimal_but_bad_schedule_fails_the_proof():
         timesteps=tuple(np.interp(np.log(levels), np.log(sigmas_T), np.arange(len(sigmas_T)))),
         alpha_bars=(base.alpha_bars[0], *(1 / (1 + s * s) for s in levels[1:]), 1.0),
     )
-    result = Validation(pool, config, ("",), base, pool.alpha_bars().numpy(), sums).judge(crowded, trust=float("nan"))
+    validation = Validation(pool, config, ("",), base, pool.alpha_bars().numpy(), sums)
+    result = validation.judge(crowded, "vrg", trust=float("nan"))
     assert result.ratio > 1.5
     assert pool.trajectory() == base
 
@@ -206,7 +208,7 @@ def test_a_candidate_must_be_nearer_on_average_and_for_most_samples(measured, ne
     other = Trajectory(timesteps=base.timesteps, alpha_bars=(*base.alpha_bars[:-2], 0.99 * base.alpha_bars[-2], 1.0))
     ends = Ends(base, old=[1.0, 1.0, 1.0], new=new)
     validation = Validation(ends, config, PROMPTS, base, levels, sums)  # pyright: ignore[reportArgumentType]
-    assert validation.judge(other, 0.25).passed == passes
+    assert validation.judge(other, "vrg", 0.25).passed == passes
 
 
 def test_the_artefact_of_a_run_is_optimised_on_the_runs_own_noise_schedule(whole, measured, tmp_path):

@@ -125,8 +125,9 @@ def trajectory_table(artefacts: Sequence[tuple[str, Mapping[str, Any]]]) -> Tabl
     """Return the result of each measurement and whether its trajectory was adopted."""
     rows = []
     for name, artefact in artefacts:
-        gates = artefact.get("gates") or []
-        ratio = f"{gates[-1]['ratio']:.3f}" if gates else "-"
+        # Artefacts of earlier versions do not name the validation that decided.
+        gate = artefact.get("gate") or next(reversed(artefact.get("gates") or []), None)
+        ratio = f"{gate['ratio']:.3f}" if gate else "-"
         outcome = "adopted" if artefact.get("adopted") else "kept"
         rows.append([name, short(artefact.get("j0")), short(artefact.get("j1")), ratio, outcome])
     return TRAJECTORY_COLUMNS, rows

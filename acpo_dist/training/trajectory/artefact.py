@@ -44,6 +44,7 @@ def artefact_of(update: Update, before: Trajectory, alpha_bars: ArrayLike) -> di
         "j1": update.j1,
         "saturation": update.saturation,
         "gates": [vars(gate) for gate in update.gates],
+        "gate": None if update.gate is None else vars(update.gate),
         "diagnostics": {name: _finite(values) for name, values in update.diagnostics.items()},
     }
 

@@ -14,7 +14,7 @@ from acpo_dist.core.ports import RolloutPool
 from acpo_dist.diffusion.trajectory import Trajectory, spaced_trajectory
 from acpo_dist.training.trajectory.measure import single_samples
 from acpo_dist.vrg.levels import FloatArray, to_alpha_bars, to_sigmas
-from acpo_dist.vrg.optimize import optimize
+from acpo_dist.vrg.optimize import OptimisedTrajectory, optimize
 from acpo_dist.vrg.responses import SOLVERS
 from acpo_dist.vrg.sums import ErrorSums
 from acpo_dist.vrg.table import ErrorTable
@@ -30,6 +30,8 @@ CLIPPED = 1e-3
 class GateResult:
     """Validation of one candidate."""
 
+    search: str
+    """Search of the candidate: `vrg` or `hso_grid`."""
     trust: float | None
     """Size of the trust region; None for a search without one."""
     ratio: float
@@ -65,6 +67,9 @@ class Update:
     """J of the last optimised candidate with the same table."""
     saturation: float
     gates: tuple[GateResult, ...]
+    """All validations."""
+    gate: GateResult | None
+    """Validation of the adopted candidate, or the last one if none was adopted; None without any."""
     diagnostics: Mapping[str, list[float]]
 
     def metrics(self) -> dict[str, float]:
@@ -79,12 +84,12 @@ class Update:
         }  # fmt: skip
         if known is not None:
             metrics["vrg/standard_error"] = float((known / self.table.v).max())
-        if self.gates:
-            last = self.gates[-1]
+        gate = self.gate
+        if gate is not None:
             metrics |= {
-                "vrg/gate_ratio": last.ratio, "vrg/gate_median_ratio": last.median_ratio,
-                "vrg/clipped_elements": last.clipped_elements, "vrg/clipped_steps": last.clipped_steps,
-            } | ({} if last.trust is None else {"vrg/trust": last.trust})  # fmt: skip
+                "vrg/gate_ratio": gate.ratio, "vrg/gate_median_ratio": gate.median_ratio,
+                "vrg/clipped_elements": gate.clipped_elements, "vrg/clipped_steps": gate.clipped_steps,
+            } | ({} if gate.trust is None else {"vrg/trust": gate.trust})  # fmt: skip
         return metrics
 
 
@@ -92,11 +97,12 @@ def consider(
     pool: RolloutPool, config: Config, prompts: Sequence[str], sums: ErrorSums, base: Trajectory,
     alpha_bars: FloatArray, *, provenance: Mapping[str, Any], prove: bool = True,
 ) -> Update:  # fmt: skip
-    """Search a candidate near the base trajectory; validate it and adopt it if it is better.
+    """Search candidates from the base trajectory, validate them, and adopt the best one that is better.
 
-    If the candidate fails validation, or has no step late enough for training, the trust region is halved, up to
-    `vrg.halvings` times. `vrg.search: hso_grid` has one candidate, whatever J predicts for it. If no candidate passes,
-    the trajectory in use is kept.
+    `vrg.search` selects the searches. If the candidate of `vrg` fails validation, or has no step late enough for
+    training, the trust region is halved, up to `vrg.halvings` times; `hso_grid` has one candidate, whatever J predicts
+    for it. Of the candidates that pass, the one with the lowest ratio is adopted. If none passes, the trajectory in use
+    is kept.
 
     Args:
         pool: the rollout workers.
@@ -106,7 +112,7 @@ def consider(
         base: centre of the trust region; can differ from the trajectory in use.
         alpha_bars: the model's alpha_bar by timestep, shape (T,).
         provenance: JSON values stored with the error table.
-        prove: whether to validate the candidate; training always validates.
+        prove: whether to validate the candidate; training always validates. Without, the first one is adopted.
 
     Returns:
         The update.
@@ -119,39 +125,59 @@ def consider(
     current = pool.trajectory()
     # Solvers without a known response are treated as first order; validation uses the configured solver.
     solver = config.sampler.solver if config.sampler.solver in SOLVERS else "first_order"
-    trust, gates, adopted = config.vrg.trust, [], False
-    near = config.vrg.search == "vrg"
+    latest = config.sampler.latest_share(alpha_bars.tolist()) * len(alpha_bars)
+    gates: list[GateResult] = []
     validation: Validation | None = None
-    for _ in range(config.vrg.halvings + 1 if near else 1):
-        found = optimize(
-            to_sigmas(base.alpha_bars[:-1]), table, mode="log_trust" if near else "hso_grid", trust=trust,
-            sigma_min=float(to_sigmas(alpha_bars)[0]), solver=solver, schedule=alpha_bars,
-        )  # fmt: skip
-        if near and found.j1 > found.j0 * (1 - config.vrg.min_gain):
-            logger.info("the optimum predicts a gain of %.2f %%, below vrg.min_gain", 100 * (1 - found.j1 / found.j0))
+    best: tuple[GateResult | None, OptimisedTrajectory, Trajectory] | None = None
+    found: OptimisedTrajectory | None = None
+    for search in searches_of(config, alpha_bars):
+        for trust in trusts_of(config, search):
+            found = optimize(
+                to_sigmas(base.alpha_bars[:-1]), table, mode="log_trust" if trust else "hso_grid",
+                trust=trust or config.vrg.trust, sigma_min=float(to_sigmas(alpha_bars)[0]), solver=solver,
+                schedule=alpha_bars,
+            )  # fmt: skip
+            if trust and found.j1 > found.j0 * (1 - config.vrg.min_gain):
+                logger.info("the optimum predicts a gain of %.2f %%: below min_gain", 100 * (1 - found.j1 / found.j0))
+                break
+            candidate = replace_levels(base, found.sigmas, alpha_bars)
+            if candidate.schedule_id == current.schedule_id:
+                break
+            if candidate.timesteps[-1] > latest:
+                logger.info("%s, trust %s: no step at or below sampler.t_max is left", search, trust)
+                continue
+            gate = None
+            if prove:
+                validation = validation or Validation(pool, config, prompts, current, alpha_bars, sums)
+                gates.append(gate := validation.judge(candidate, search, trust))
+                if not gate.passed:
+                    continue
+            if best is None or (gate and best[0] and gate.ratio < best[0].ratio):
+                best = gate, found, candidate
             break
-        candidate = replace_levels(base, found.sigmas, alpha_bars)
-        if candidate.schedule_id == current.schedule_id:
-            break
-        if candidate.timesteps[-1] > config.sampler.latest_share(alpha_bars.tolist()) * len(alpha_bars):
-            logger.info("trust %.3g: no step at or below sampler.t_max is left", trust)
-            trust /= 2
-            continue
-        if not prove:
-            set_trajectory(pool, candidate)
-            current, adopted = candidate, True
-            break
-        validation = validation or Validation(pool, config, prompts, current, alpha_bars, sums)
-        gates.append(validation.judge(candidate, trust if near else None))
-        if gates[-1].passed:
-            set_trajectory(pool, candidate)
-            current, adopted = candidate, True
-            break
-        trust /= 2
+    gate = gates[-1] if gates else None
+    if best is not None:
+        gate, found, current = best
+        set_trajectory(pool, current)
+    assert found is not None, "every search has a candidate"
     return Update(
-        table=table, trajectory=current, adopted=adopted, j0=found.j0, j1=found.j1, saturation=found.saturation,
-        gates=tuple(gates), diagnostics=sums.diagnostics(),
+        table=table, trajectory=current, adopted=best is not None, j0=found.j0, j1=found.j1,
+        saturation=found.saturation, gates=tuple(gates), gate=gate, diagnostics=sums.diagnostics(),
     )  # fmt: skip
+
+
+def searches_of(config: Config, alpha_bars: FloatArray) -> tuple[str, ...]:
+    """Return the searches of `vrg.search`; flow models, which start at alpha_bar 0, have `vrg` alone for `best`."""
+    if config.vrg.search != "best":
+        return (config.vrg.search,)
+    return ("vrg", "hso_grid") if alpha_bars[-1] > 0 else ("vrg",)
+
+
+def trusts_of(config: Config, search: str) -> tuple[float | None, ...]:
+    """Return the sizes of the trust region to try; (None,) for a search without one."""
+    if search != "vrg":
+        return (None,)
+    return tuple(config.vrg.trust / 2**halving for halving in range(config.vrg.halvings + 1))
 
 
 class Validation:
@@ -179,11 +205,12 @@ class Validation:
         self._reference = pool.final_latents(self._groups, long)
         self._old = self._errors(current)
 
-    def judge(self, candidate: Trajectory, trust: float | None) -> GateResult:
+    def judge(self, candidate: Trajectory, search: str, trust: float | None) -> GateResult:
         """Compare a candidate with the trajectory in use by the distance of final latents from the reference.
 
         Args:
             candidate: the candidate trajectory.
+            search: its search, for the result.
             trust: size of the trust region, for the result; None for a search without one.
         """
         old, new = self._old, self._errors(candidate)
@@ -191,9 +218,9 @@ class Validation:
         ratio = float(new.mean() / old.mean()) if bool(old.mean() > 0) else float("inf")
         median_ratio = float((new / old).nan_to_num(nan=1.0).median())
         clipped = np.interp(np.log(to_sigmas(candidate.alpha_bars[:-1])), np.log(self._sums.sigmas), self._sums.clipped)
-        logger.info("gate: trust %s, ratio %.3f, median over samples %.3f", trust, ratio, median_ratio)
+        logger.info("gate: %s, trust %s, ratio %.3f, median %.3f", search, trust, ratio, median_ratio)
         return GateResult(
-            trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
+            search=search, trust=trust, ratio=ratio, median_ratio=median_ratio, old_error=float(old.mean()),
             new_error=float(new.mean()), reference_steps=self._reference_steps,
             clipped_elements=float(clipped.mean()), clipped_steps=float((clipped > CLIPPED).mean()),
         )  # fmt: skip
@@ -238,12 +265,15 @@ def replace_levels(base: Trajectory, sigmas: Sequence[float] | np.ndarray, alpha
 def describe(update: Update) -> str:
     """Summarise an update in one line for the console."""
     gain = f"cumulative error {update.j0:.4g} -> {update.j1:.4g}"
-    gates = [f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}){at_trust(gate.trust)}" for gate in update.gates]
+    gates = [
+        f"{gate.ratio:.3f} (median {gate.median_ratio:.3f}){candidate_of(gate.search, gate.trust)}"
+        for gate in update.gates
+    ]
     tried = ", ".join(gates) or "no candidate worth one"
     verdict = f"adopted {update.trajectory.schedule_id}" if update.adopted else "kept the trajectory in use"
     return f"vrg: {gain}; distance to the long reference, new over old: {tried}; {verdict}"
 
 
-def at_trust(trust: float | None) -> str:
-    """Return the size of the trust region as text; empty for a search without one."""
-    return "" if trust is None else f" at trust {trust:g}"
+def candidate_of(search: str, trust: float | None) -> str:
+    """Return the origin of a candidate as text, with a leading space."""
+    return f" by {search}" if trust is None else f" at trust {trust:g}"
