@@ -298,6 +298,7 @@ def report(seeds: dict[str, Any], options: argparse.Namespace) -> None:
         1, len(measured), figsize=(1 + 6 * len(measured), 5.5), constrained_layout=True, squeeze=False
     )
     for key, axis in zip(measured, axes[0], strict=True):
+        axis.set_prop_cycle(color=[*plt.get_cmap("tab10").colors, "black"])
         for method in methods:
             means = [fmean(values) for values in summary[method][key]]
             axis.plot(steps, means, marker="o", ls="-" if method in SEARCHED else ":", label=method)
