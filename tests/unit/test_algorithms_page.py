@@ -64,10 +64,10 @@ def test_stored_evaluations_are_read_again(script, tmp_path):
     assert script["read_lines"](lines) == script["read_lines"](stored) == RUNS
 
 
-def test_a_run_that_has_finished_is_not_repeated(script, tmp_path):
+def test_a_run_that_has_finished_is_not_repeated_and_carries_its_overrides_in_its_name(script, tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps({"key": "run acpo 0 240 10 a.b=1", "value": RUNS[:2]}) + "\n")
     options = Namespace(out=tmp_path, samples=240, every=10, overrides=["a.b=1"])
-    assert script["finished_or_run"]("acpo", 0, options) == RUNS[:2]
+    assert script["finished_or_run"]("acpo", 0, options) == [{**row, "arm": "acpo a.b=1"} for row in RUNS[:2]]
 
 
 def test_a_run_is_evaluated_at_regular_iterations_and_after_the_last(script):
