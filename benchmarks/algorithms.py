@@ -77,8 +77,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "acpo_flow_16": ("toy_flow", *_RANDOM),
     "alignprop": ("toy_draft", "algorithm.gradient_steps=random"),
     "draft_lv": ("toy_draft", "algorithm.low_variance_samples=2"),
-    # DRaFT+ (NeMo-Aligner): DRaFT-1 with a fixed weight of the squared change of the noise prediction at its state.
-    "draft_plus": ("toy_draft", "algorithm.anchor={space: eps, weight: 10, uniform: false}"),
+    # Near DRaFT+ (NeMo-Aligner), which penalises one prediction per sampler step; here each branch is penalised.
+    "draft_anchored": ("toy_draft", "algorithm.anchor={space: eps, weight: 10, uniform: false}"),
     **{
         name: (f"toy_{name}",)
         for name in ("draft", "refl", "nft", "crd", "rwr", "ddpo", "dpo", "ncp_dpo", "cpo", "ncp_cpo", "sft", "ncp_sft")
